@@ -1,0 +1,48 @@
+"""Neural Initialization Optimization (NIO) for Hugging Face Transformers.
+
+NIO learns one scalar per weight tensor before training, so that the gradients of different sub-batches agree
+(GradCosine) under a bound on their norm (Yang et al., NeurIPS 2022, arXiv 2210.05956).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nio_hf.core import GradCosine, NIOConfig, NIOResult, grad_cosine, initialize
+    from nio_hf.training import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GradCosine": "nio_hf.core",
+    "NIOConfig": "nio_hf.core",
+    "NIOResult": "nio_hf.core",
+    "NIOTrainer": "nio_hf.training",
+    "NIOTrainerMixin": "nio_hf.training",
+    "NIOTrainingArguments": "nio_hf.training",
+    "grad_cosine": "nio_hf.core",
+    "initialize": "nio_hf.core",
+}
+
+__all__ = [
+    "GradCosine",
+    "NIOConfig",
+    "NIOResult",
+    "NIOTrainer",
+    "NIOTrainerMixin",
+    "NIOTrainingArguments",
+    "grad_cosine",
+    "initialize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

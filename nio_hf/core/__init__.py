@@ -1,0 +1,20 @@
+"""The method, on torch alone: GradCosine, its curvature, and the loop that learns the scales."""
+
+from nio_hf.core.collective import Collective
+from nio_hf.core.config import NIOConfig
+from nio_hf.core.initializer import grad_cosine, initialize
+from nio_hf.core.result import GradCosine, IterationRecord, NIOResult, TensorScale
+from nio_hf.core.scales import LayerScales, register_gradient_module
+
+__all__ = [
+    "Collective",
+    "GradCosine",
+    "IterationRecord",
+    "LayerScales",
+    "NIOConfig",
+    "NIOResult",
+    "TensorScale",
+    "grad_cosine",
+    "initialize",
+    "register_gradient_module",
+]

@@ -1,0 +1,100 @@
+"""Settings of one NIO run, validated together."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+from nio_hf.errors import ConfigError, Problem
+
+ObjectiveName = Literal["gc", "gc_norm", "gc_sum_norm", "variance"]
+CurvatureName = Literal["auto", "exact", "exact_kept", "finite_difference", "finite_difference_kept"]
+BatchNormMode = Literal["batch", "frozen"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NIOConfig:
+    """Settings of NIO.
+
+    The published settings for ResNet-50 are objective "gc_sum_norm", lr 0.003, gamma 10, sub_batches 4, overlap 0.2,
+    iterations 100, batch 64 (the authors' configuration files); the defaults below are our choice.
+
+    Args:
+        iterations: number of steps on omega.
+        sub_batches: D, the number of sub-batches that a batch is split into, 2 to B.
+        overlap: r in [0, 1); each sub-batch is lengthened by floor(r B / D) samples of the next.
+        gamma: absolute bound on the gradient norm GN; above it a step lowers GN instead of the objective.
+        gamma_relative: the bound as a multiple of GN at omega = 1 on the held-out batches. At most one of the two
+            is given; with neither there is no bound, which lets GradCosine run into its degenerate maximum.
+        lr: learning rate of Adam on omega.
+        min_scale: lower clamp of omega.
+        max_scale: upper clamp of omega.
+        objective: "gc" (-GC), "gc_norm" (-(GC + beta GN / GN_0)), "gc_sum_norm" (-(GC + sum_d n_d), as published) or
+            "variance" (mean squared distance of the sub-batch gradients from their mean).
+        beta: weight of the norm in "gc_norm".
+        curvature: how Hessian-vector products are computed. "exact" (double backward), "exact_kept" (the graphs of
+            the first pass kept), "finite_difference" (central differences), "finite_difference_kept" (the gradients
+            of the first pass kept) or "auto".
+        micro_batch_size: samples of a sub-batch that are computed at once; None computes a sub-batch whole.
+        batch_norm: "batch" normalises with the statistics of the sub-batch, "frozen" with those of one forward of the
+            whole batch, held constant.
+        holdout_batches: batches set aside for the measurements before and after, where no hold-out is passed.
+        seed: seed of the permutation of each batch.
+
+    Raises:
+        ConfigError: lists every setting that is out of range.
+    """
+
+    iterations: int = 100
+    sub_batches: int = 4
+    overlap: float = 0.0
+    gamma: float | None = None
+    gamma_relative: float | None = 2.0
+    lr: float = 0.01
+    min_scale: float = 0.01
+    max_scale: float = 100.0
+    objective: ObjectiveName = "gc"
+    beta: float = 1.0
+    curvature: CurvatureName = "auto"
+    micro_batch_size: int | None = None
+    batch_norm: BatchNormMode = "batch"
+    holdout_batches: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = [Problem(f"NIOConfig.{name}", f"{value!r}", fix) for name, value, fix in self._violations()]
+        if problems:
+            raise ConfigError(*problems)
+
+    def _violations(self) -> list[tuple[str, object, str]]:
+        at_least = [("iterations", 1), ("sub_batches", 2), ("holdout_batches", 1), ("micro_batch_size", 1)]
+        positive = ["gamma", "gamma_relative", "lr", "min_scale", "max_scale", "beta"]
+        choices = [("objective", ObjectiveName), ("curvature", CurvatureName), ("batch_norm", BatchNormMode)]
+        found: list[tuple[str, object, str]] = []
+        for name, least in at_least:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                found.append((name, value, f"Give a whole number of at least {least}"))
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                found.append((name, value, "Give a finite number above 0"))
+        for name, literal in choices:
+            if getattr(self, name) not in get_args(literal):
+                found.append((name, getattr(self, name), f"Choose one of {', '.join(get_args(literal))}"))
+        if not (_is_number(self.overlap) and 0 <= self.overlap < 1):
+            found.append(("overlap", self.overlap, "Give a number in [0, 1)"))
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            found.append(("seed", self.seed, "Give a whole number of at least 0"))
+        if not found:
+            if self.gamma is not None and self.gamma_relative is not None:
+                found.append(("gamma", self.gamma, "Give gamma or gamma_relative, not both; set the other to None"))
+            if not self.min_scale <= 1 <= self.max_scale:
+                fix = "Choose min_scale <= 1 <= max_scale, since omega starts at 1"
+                found.append(("min_scale", (self.min_scale, self.max_scale), fix))
+        return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,290 @@
+"""The NIO loop: learn one scale per tensor so that the gradients of sub-batches agree.
+
+Source: Yang et al., "Towards Theoretically Inspired Neural Initialization Optimization", NeurIPS 2022, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nio_hf.core import mode
+from nio_hf.core.batches import BatchStream, batch_size, take, to_device
+from nio_hf.core.collective import Collective
+from nio_hf.core.config import BatchNormMode, NIOConfig
+from nio_hf.core.curvature import Differentiator, LossFn, make_path
+from nio_hf.core.gradcosine import GradientSums, dots, sub_batch_windows
+from nio_hf.core.measurement import Measurer, Reading, SubBatches, located
+from nio_hf.core.memory import peak_memory, reset_peak_memory
+from nio_hf.core.objectives import NormConstraint, Objective, make_objective
+from nio_hf.core.optimizer import ScaleAdam
+from nio_hf.core.result import Branch, GradCosine, IterationRecord, NIOResult, paired_standard_error
+from nio_hf.core.scales import LayerScales
+from nio_hf.core.verdict import judge
+from nio_hf.errors import ConfigError, DataError, NumericsError, Problem
+
+logger = logging.getLogger(__name__)
+
+SCALAR_LOSS_TOLERANCE = 1e-3
+_SINGLE_PROCESS = Collective()
+
+
+def initialize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFn,
+    config: NIOConfig | None = None,
+    *,
+    holdout: Sequence[Any] | None = None,
+    on_iteration: Callable[[IterationRecord], None] | None = None,
+    collective: Collective = _SINGLE_PROCESS,
+) -> NIOResult:
+    """Learn a scale omega_l per tensor and multiply the weights of the model by them.
+
+    One iteration measures GC and GN of a batch split into D sub-batches. While GN exceeds gamma it takes a step on
+    omega that lowers GN, otherwise one that lowers the objective. The weights change once, at the very end: an error
+    or an interrupt leaves the model as it was. The random number generators of torch are left as they were found.
+
+    Args:
+        model: a module with fp32 or fp64 parameters.
+        batches: any iterable of batches: mappings, tuples or tensors, samples along dimension 0. A re-iterable starts
+            again when it is through; an exhausted iterator ends the run with what was learned so far.
+        loss_fn: (model, batch) -> mean loss over the samples, or (loss_sum, weight) where the mean is over something
+            else, e.g. tokens. It must use the model that it is given.
+        config: settings; None for the defaults.
+        holdout: batches for the measurements before and after; None sets the first `holdout_batches` of `batches`
+            aside, which are then never optimised on.
+        on_iteration: called with the record of each iteration.
+        collective: the processes that share the work, each of which passes the same batches and the same weights.
+
+    Returns:
+        What was learned, measured and decided. `status` and `message` say what happened.
+
+    Raises:
+        ConfigError: D larger than the batch, or settings that do not go together.
+        ModelError: a model that cannot be initialised, see [`LayerScales`], or a loss that does not depend on it.
+        DataError: no data, too little data, or data that the model does not accept.
+        NumericsError: a loss or gradient that is not finite, or zero, with the iteration, sub-batch and tensor.
+    """
+    started = time.perf_counter()
+    config = config or NIOConfig()
+    scales = LayerScales(model)
+    device = scales.scaled[0].device
+    reset_peak_memory(device)
+    with _isolated(model, device, config.batch_norm):
+        stream = BatchStream(batches, config.sub_batches)
+        held_out = stream.set_aside(config.holdout_batches) if holdout is None else list(holdout)
+        if not held_out:
+            raise DataError(Problem("holdout", "no batch", "Give at least one batch, or None to set some aside"))
+        _probe(model, loss_fn, scales, held_out[0], config)
+        differentiator = Differentiator(model, loss_fn, scales, config.micro_batch_size)
+        measurer = Measurer(model, differentiator, scales, collective, config.batch_norm)
+        before = _measure(measurer, held_out, config.sub_batches, "before NIO")
+        gamma = config.gamma if config.gamma_relative is None else config.gamma_relative * before.grad_norm
+        loop = _Loop(differentiator, measurer, scales, config, before.grad_norm, gamma, collective)
+        with scales.substituted() as initial:
+            history = loop.run(stream, initial, on_iteration)
+            after = _measure(measurer, held_out, config.sub_batches, "after NIO")
+    scales.apply(loop.omega)
+    status, message = judge(before, after, paired_standard_error(before, after), history, config, gamma)
+    logger.log(logging.INFO if status == "improved" else logging.WARNING, message)
+    return NIOResult(
+        config=config,
+        tensors=scales.report(loop.omega),
+        excluded=tuple(scales.excluded),
+        history=tuple(history),
+        before=before,
+        after=after,
+        gamma=gamma,
+        curvature=loop.path.name,
+        seconds=time.perf_counter() - started,
+        peak_memory=peak_memory(device),
+        status=status,
+        message=message,
+    )
+
+
+def grad_cosine(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFn,
+    *,
+    sub_batches: int | None = None,
+    batch_norm: BatchNormMode = "batch",
+    micro_batch_size: int | None = None,
+) -> GradCosine:
+    """GradCosine and gradient norm of a model on one batch; the model is left as it is.
+
+    Args:
+        model: a module with fp32 or fp64 parameters.
+        batch: a mapping, tuple or tensor with B samples along dimension 0.
+        loss_fn: (model, batch) -> mean loss, or (loss_sum, weight).
+        sub_batches: D, from 2 to B; None for D = B, the sample-wise quantity of the theory. Values at different B / D
+            are not comparable.
+        batch_norm: statistics of batch normalisation: "batch" or "frozen".
+        micro_batch_size: samples computed at once; None for a whole sub-batch.
+
+    Returns:
+        GC, GN, the D norms and the loss, at overlap 0.
+
+    Raises:
+        ConfigError: D outside [2, B], or D = B with the batch statistics of batch normalisation.
+        ModelError, DataError, NumericsError: as in [`initialize`].
+    """
+    scales = LayerScales(model)
+    differentiator = Differentiator(model, loss_fn, scales, micro_batch_size)
+    measurer = Measurer(model, differentiator, scales, _SINGLE_PROCESS, batch_norm)
+    with _isolated(model, scales.scaled[0].device, batch_norm):
+        return measurer.grad_cosine(batch, batch_size(batch) if sub_batches is None else sub_batches, "batch")
+
+
+class _Loop:
+    """The iterations on omega (m,)."""
+
+    def __init__(
+        self,
+        differentiator: Differentiator,
+        measurer: Measurer,
+        scales: LayerScales,
+        config: NIOConfig,
+        initial_grad_norm: float,
+        gamma: float | None,
+        collective: Collective,
+    ) -> None:
+        scaled = scales.scaled
+        self.omega = torch.ones(len(scaled), dtype=scaled[0].dtype, device=scaled[0].device)
+        self.path = make_path(config, differentiator)
+        self._measurer = measurer
+        self._scales = scales
+        self._config = config
+        self._gamma = gamma
+        self._collective = collective
+        self._objective = make_objective(config, initial_grad_norm)
+        self._optimizer = ScaleAdam(self.omega, config)
+        self._last_gradient = torch.zeros_like(self.omega)
+
+    def run(
+        self,
+        stream: BatchStream,
+        initial: list[Tensor],
+        on_iteration: Callable[[IterationRecord], None] | None,
+    ) -> list[IterationRecord]:
+        """All iterations, or as many as there is data for; `initial` are the W_l."""
+        history: list[IterationRecord] = []
+        theta = [parameter.data for parameter in self._scales.scaled]
+        for iteration in range(1, self._config.iterations + 1):
+            started = time.perf_counter()
+            batch = stream.next()
+            if batch is None:
+                break
+            branch, reading = self._step(iteration, batch, initial)
+            torch._foreach_copy_(theta, torch._foreach_mul(initial, list(self.omega.unbind())))
+            seconds = time.perf_counter() - started
+            record = IterationRecord(iteration, reading.grad_cosine, reading.grad_norm, reading.loss, branch, seconds)
+            history.append(record)
+            if on_iteration is not None:
+                on_iteration(record)
+        self._check_last_gradient(len(history), float(self._last_gradient.sum()))
+        return history
+
+    def _step(self, iteration: int, batch: Any, initial: list[Tensor]) -> tuple[Branch, Reading]:
+        where = f"NIO iteration {iteration}"
+        order = torch.randperm(batch_size(batch), generator=_generator(self._config.seed, iteration))
+        parts = self._measurer.split(batch, self._config.sub_batches, self._config.overlap, order)
+        try:
+            with self._measurer.statistics(batch):
+                sums, reading = self._measurer.first_pass(
+                    self.path,
+                    parts,
+                    where,
+                    with_gradient_sum=self._objective.needs_gradient_sum,
+                    carry=[self._last_gradient.sum()],
+                )
+                self._check_last_gradient(iteration - 1, *reading.carried)
+                self._measurer.check(reading, parts, where)
+                constrained = self._gamma is not None and reading.grad_norm > self._gamma
+                objective: Objective = NormConstraint() if constrained else self._objective
+                self._last_gradient = self._second_pass(parts, sums, objective, initial, where)
+        finally:
+            self.path.reset()
+        branch: Branch = "constraint" if constrained else "objective"
+        self._optimizer.step(self._last_gradient, branch)
+        return branch, reading
+
+    def _second_pass(
+        self, parts: SubBatches, sums: GradientSums, objective: Objective, initial: list[Tensor], where: str
+    ) -> Tensor:
+        """dJ/domega (m,)."""
+        total = torch.zeros_like(self.omega)
+        for kept, (index, part) in enumerate(parts.owned.items()):
+            cotangent = functools.partial(objective.cotangent, gradient_norm=sums.norms[index], sums=sums)
+            with located(f"{where}, sub-batch {index}"):
+                total += dots(initial, self.path.second(kept, part, cotangent))
+        self._collective.sum_(total)
+        return total
+
+    def _check_last_gradient(self, iteration: int, total: float) -> None:
+        """Refuse a scale gradient that is not finite; `total` is its sum."""
+        if math.isfinite(total):
+            return
+        position = int((~self._last_gradient.isfinite()).nonzero()[0])
+        name = self._scales.name_of(self._scales.scaled[position])
+        fix = "Lower lr, set gamma or max_scale, or try another curvature path"
+        raise NumericsError(Problem(f"NIO iteration {iteration}", f"the scale gradient of {name} is not finite", fix))
+
+
+@contextlib.contextmanager
+def _isolated(model: nn.Module, device: torch.device, batch_norm: BatchNormMode) -> Iterator[None]:
+    """The model in the state it is measured in, with torch's random number generators forked."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), mode.measuring(model, batch_norm):
+        yield
+
+
+def _probe(model: nn.Module, loss_fn: LossFn, scales: LayerScales, batch: Any, config: NIOConfig) -> None:
+    """Leave out tensors that no gradient of the first sub-batch reaches, and check how its loss adds up.
+
+    Raises:
+        ModelError: for a loss that does not depend on the model.
+        ConfigError: with micro-batches, for a mean loss that is not a mean over samples.
+    """
+    window = sub_batch_windows(batch_size(batch), config.sub_batches)[0]
+    part = to_device(take(batch, window), scales.scaled[0].device)
+    differentiator = Differentiator(model, loss_fn, scales)
+    with located("the first sub-batch"):
+        tensors = scales.trainable
+        grads, loss, _ = differentiator.gradient(part, tensors)
+        scales.drop_unused(model, [tensor for tensor, grad in zip(tensors, grads, strict=True) if grad is None])
+        if len(window) < 2 or (mode.batch_norms(model) and config.batch_norm == "batch"):
+            return
+        with torch.no_grad():
+            halves = Differentiator(model, loss_fn, scales, (len(window) + 1) // 2).mean_loss(part)
+    if not torch.isclose(halves, loss, rtol=SCALAR_LOSS_TOLERANCE, atol=SCALAR_LOSS_TOLERANCE):
+        found = f"the mean loss of a sub-batch is {loss:.6g}, of its halves {halves:.6g}: not a mean over samples"
+        problem = Problem(
+            "loss_fn", found, "Return (loss_sum, weight), with the number that the mean is over as weight"
+        )
+        if config.micro_batch_size is not None:
+            raise ConfigError(problem)
+        logger.warning("%s", problem)
+
+
+def _measure(measurer: Measurer, held_out: Sequence[Any], sub_batches: int, when: str) -> GradCosine:
+    return GradCosine.mean(
+        [
+            measurer.grad_cosine(batch, sub_batches, f"held-out batch {index} {when}")
+            for index, batch in enumerate(held_out)
+        ]
+    )
+
+
+def _generator(seed: int, iteration: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + iteration) % 2**63)

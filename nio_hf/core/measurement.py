@@ -1,0 +1,213 @@
+"""Pass 1 over the sub-batches of a batch: GC, GN and the losses, checked and read by the host once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nio_hf.core import mode
+from nio_hf.core.batches import batch_size, take, to_device
+from nio_hf.core.collective import Collective
+from nio_hf.core.config import BatchNormMode
+from nio_hf.core.curvature import CurvaturePath, Differentiator, Exact
+from nio_hf.core.gradcosine import GradientSums, sub_batch_windows
+from nio_hf.core.result import GradCosine
+from nio_hf.core.scales import LayerScales
+from nio_hf.errors import ConfigError, DataError, NumericsError, Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What the host reads of pass 1.
+
+    Attributes:
+        grad_cosine: GC.
+        grad_norm: GN.
+        norms: (D,) norms n_d.
+        losses: (D,) losses L_d.
+        carried: the extra scalars that were read along.
+    """
+
+    grad_cosine: float
+    grad_norm: float
+    norms: tuple[float, ...]
+    losses: tuple[float, ...]
+    carried: tuple[float, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """Mean of the losses of the sub-batches."""
+        return math.fsum(self.losses) / len(self.losses)
+
+
+@dataclasses.dataclass(frozen=True)
+class SubBatches:
+    """The sub-batches of one batch that this process computes.
+
+    Attributes:
+        count: D.
+        owned: {d: samples of sub-batch d}, on the device of the model.
+    """
+
+    count: int
+    owned: dict[int, Any]
+
+
+class Measurer:
+    """Measures the gradients of a model.
+
+    Args:
+        model: in the state of [`mode.measuring`].
+        differentiator: gives losses and gradients.
+        scales: names the tensors.
+        collective: the processes that share the sub-batches.
+        batch_norm: where batch normalisation takes its statistics from.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        differentiator: Differentiator,
+        scales: LayerScales,
+        collective: Collective,
+        batch_norm: BatchNormMode,
+    ) -> None:
+        self._model = model
+        self._differentiator = differentiator
+        self._scales = scales
+        self._collective = collective
+        self._batch_norm = batch_norm
+        self._device = scales.scaled[0].device
+
+    def split(self, batch: Any, sub_batches: int, overlap: float = 0.0, order: Tensor | None = None) -> SubBatches:
+        """Split a batch into D sub-batches, its samples first put in `order`.
+
+        Raises:
+            ConfigError: D outside [2, B], or sub-batches too small for batch normalisation.
+        """
+        size = batch_size(batch)
+        windows = sub_batch_windows(size, sub_batches, overlap)
+        if self._batch_norm == "batch" and mode.batch_norms(self._model):
+            self._check_batch_norm(min(len(window) for window in windows))
+        order = torch.arange(size) if order is None else order
+        owned = {d: take(batch, order[windows[d]]) for d in self._collective.owned(sub_batches)}
+        return SubBatches(sub_batches, {d: to_device(part, self._device) for d, part in owned.items()})
+
+    @contextlib.contextmanager
+    def statistics(self, batch: Any) -> Iterator[None]:
+        """Hold batch normalisation at the statistics of the whole batch, where they are frozen."""
+        if self._batch_norm == "batch" or not mode.batch_norms(self._model):
+            yield
+            return
+        whole = to_device(batch, self._device)
+        with mode.frozen_statistics(self._model, lambda: self._differentiator.mean_loss(whole)):
+            yield
+
+    def first_pass(
+        self,
+        path: CurvaturePath,
+        parts: SubBatches,
+        where: str,
+        *,
+        with_gradient_sum: bool = False,
+        carry: Sequence[Tensor] = (),
+    ) -> tuple[GradientSums, Reading]:
+        """Pass 1 over the sub-batches of all processes.
+
+        Args:
+            path: computes and keeps the gradients.
+            parts: the sub-batches of this process.
+            where: names the batch in errors.
+            with_gradient_sum: also sum g_d.
+            carry: scalar tensors that the host reads along.
+
+        Returns:
+            The sums over all D sub-batches, and what the host read of them.
+
+        Raises:
+            NumericsError: for a loss or gradient that is not finite or zero.
+        """
+        sums = GradientSums(self._differentiator.gradient_tensors, parts.count, with_gradient_sum)
+        for index, part in parts.owned.items():
+            with located(f"{where}, sub-batch {index}"):
+                sums.add(index, *path.first(part))
+        self._collective.sum_(sums.buffer)
+        self._collective.sum_(sums.norms_and_losses)
+        values = torch.cat([sums.summary(), *(scalar.reshape(1).to(sums.buffer.dtype) for scalar in carry)]).tolist()
+        count = parts.count
+        reading = Reading(
+            grad_cosine=values[0],
+            grad_norm=values[1],
+            norms=tuple(values[2 : 2 + count]),
+            losses=tuple(values[2 + count : 2 + 2 * count]),
+            carried=tuple(values[2 + 2 * count :]),
+        )
+        return sums, reading
+
+    def grad_cosine(self, batch: Any, sub_batches: int, where: str) -> GradCosine:
+        """GC, GN and loss of a batch at overlap 0."""
+        parts = self.split(batch, sub_batches)
+        with self.statistics(batch):
+            _, reading = self.first_pass(Exact(self._differentiator), parts, where)
+            self.check(reading, parts, where)
+        return GradCosine(reading.grad_cosine, reading.grad_norm, reading.norms, reading.loss, batch_size(batch))
+
+    def check(self, reading: Reading, parts: SubBatches, where: str) -> None:
+        """Refuse losses and gradients that are not finite, and gradients that are zero.
+
+        Raises:
+            NumericsError: names the first such sub-batch and, where this process owns it, the tensor.
+        """
+        if not any(reading.norms):
+            fix = "Check that the loss depends on the trainable tensors and the inputs are not constant"
+            raise NumericsError(Problem(where, "the gradients of all sub-batches are zero", fix))
+        for index, (gradient_norm, loss) in enumerate(zip(reading.norms, reading.losses, strict=True)):
+            place = f"{where}, sub-batch {index}"
+            if not math.isfinite(loss):
+                fix = "Check inputs, labels and the initial weights"
+                raise NumericsError(Problem(place, f"the loss is {loss}", fix))
+            if not math.isfinite(gradient_norm):
+                tensor = self._first_non_finite(parts.owned[index]) if index in parts.owned else "a tensor"
+                fix = "Lower lr, or set gamma or max_scale, if the model was sound at the start"
+                raise NumericsError(Problem(place, f"the gradient of {tensor} is not finite", fix))
+            if gradient_norm == 0:
+                fix = "Use fewer sub-batches, or check the samples of the batch"
+                raise NumericsError(Problem(place, "the gradient is zero, so it has no direction", fix))
+
+    def _first_non_finite(self, part: Any) -> str:
+        tensors = self._differentiator.gradient_tensors
+        grads, _ = self._differentiator.dense_gradient(part, tensors)
+        for parameter, grad in zip(self._scales.gradient, grads, strict=True):
+            if not grad.isfinite().all():
+                return self._scales.name_of(parameter)
+        return "all tensors together (their squared norm overflows)"
+
+    def _check_batch_norm(self, smallest: int) -> None:
+        fix = 'Set batch_norm="frozen", or compute sub-batches of several samples whole'
+        if self._differentiator.micro_batch_size is not None:
+            raise ConfigError(Problem("micro_batch_size", "given for a model with batch normalisation", fix))
+        if smallest < 2:
+            raise ConfigError(Problem("sub_batches", "one sample per sub-batch under batch normalisation", fix))
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Say where an error of loss_fn came from; an index out of range becomes one of ours.
+
+    Raises:
+        DataError: for an IndexError, which labels out of range cause.
+    """
+    try:
+        yield
+    except IndexError as error:
+        fix = "Check that labels lie between 0 and the number of classes minus 1, and tokens in the vocabulary"
+        raise DataError(Problem(where, f"an index is out of range ({error})", fix)) from error
+    except Exception as error:
+        error.add_note(f"raised at {where}")
+        raise

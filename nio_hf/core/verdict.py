@@ -1,0 +1,48 @@
+"""What a run of NIO achieved, in a word and in a sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from nio_hf.core.config import NIOConfig
+from nio_hf.core.result import GradCosine, IterationRecord, Status
+
+COLLAPSE_LOSS_RISE = 0.05
+COLLAPSE_COSINE = 0.95
+GAMMA_TOLERANCE = 1.1
+STANDARD_ERRORS = 2.0
+
+
+def judge(
+    before: GradCosine,
+    after: GradCosine,
+    gain_standard_error: float,
+    history: Sequence[IterationRecord],
+    config: NIOConfig,
+    gamma: float | None,
+) -> tuple[Status, str]:
+    """Status and message of a run, from the held-out measurements.
+
+    In this order: the data ran out; a collapse is suspected (the loss at init rose by more than 5%, or GC exceeds
+    0.95: the model then says the same for every sample); GN exceeds 1.1 gamma; GC rose by more than two standard
+    errors; it did not. The thresholds are our choice.
+    """
+    change = (
+        f"GradCosine {before.value:.4f} -> {after.value:.4f}, gradient norm {before.grad_norm:.4g} -> "
+        f"{after.grad_norm:.4g}, loss at init {before.loss:.4f} -> {after.loss:.4f} on held-out batches"
+    )
+    if len(history) < config.iterations:
+        return "data_exhausted", f"The data ended after {len(history)} of {config.iterations} iterations. {change}."
+    if after.loss > (1 + COLLAPSE_LOSS_RISE) * before.loss or after.value > COLLAPSE_COSINE:
+        advice = "Lower lr or iterations, or set a lower gamma"
+        return "collapse_suspected", f"Collapse suspected: gradients agree at the cost of the loss. {change}. {advice}."
+    if gamma is not None and after.grad_norm > GAMMA_TOLERANCE * gamma:
+        return (
+            "constraint_violated",
+            f"The gradient norm ended above gamma = {gamma:.4g}. {change}. Run more iterations.",
+        )
+    margin = STANDARD_ERRORS * gain_standard_error if math.isfinite(gain_standard_error) else 0.0
+    if after.value - before.value > margin:
+        return "improved", f"Improved: {change}."
+    return "no_improvement", f"No improvement beyond the noise of the held-out batches. {change}."

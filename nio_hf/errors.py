@@ -1,0 +1,75 @@
+"""The errors a user of nio_hf can cause. Each says where, what was found, and how to fix it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        where: the argument, file and key, or tensor that the problem is about.
+        found: what was found there.
+        fix: what the user can do about it, as an imperative sentence without the final stop.
+    """
+
+    where: str
+    found: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.found}. {self.fix}."
+
+
+class NIOError(Exception):
+    """Base of all errors of nio_hf. It carries every problem found, not only the first.
+
+    Args:
+        problems: at least one [`Problem`].
+    """
+
+    def __init__(self, *problems: Problem) -> None:
+        if not problems:
+            raise TypeError(f"{type(self).__name__} needs at least one Problem")
+        self.problems = problems
+        super().__init__(*problems)
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return str(self.problems[0])
+        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
+        return f"{len(self.problems)} problems:\n{lines}"
+
+
+class ConfigError(NIOError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class ModelError(NIOError, ValueError):
+    """A model that NIO cannot initialise as it is."""
+
+
+class DataError(NIOError, ValueError):
+    """Data that is missing, too small, or not what the model expects."""
+
+
+class NumericsError(NIOError, ArithmeticError):
+    """A loss or gradient that is not finite, or gradients that are all zero."""
+
+
+class NIOMemoryError(NIOError, MemoryError):
+    """NIO does not fit in the memory of the device."""
+
+
+class RecipeError(NIOError, ValueError):
+    """A recipe that cannot be read or does not validate."""
+
+
+class CheckpointError(NIOError, RuntimeError):
+    """A checkpoint that is incomplete or belongs to another model."""
+
+
+class OutputError(NIOError, OSError):
+    """An output directory that cannot be written."""
