@@ -1,0 +1,77 @@
+"""`TrainingArguments` with the settings of NIO beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers import TrainingArguments
+
+from nio_hf.core.config import NIOConfig
+
+
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass
+class NIOTrainingArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`] plus flat `nio_*` settings; no inherited default is changed.
+
+    Each `nio_*` setting is described, with its equation, under the same name in [`NIOConfig`].
+    """
+
+    # When NIO runs
+    nio: bool = _option(True, "Run NIO before training. It is skipped on resume and for an initialised model.")
+    nio_save_init: bool = _option(True, "Save the initialised checkpoint in OUTPUT_DIR/_nio_init.")
+
+    # Data
+    nio_batch_size: int = _option(64, "B, samples of a NIO batch over all devices.")
+    nio_sub_batches: int = _option(NIOConfig.sub_batches, "D, sub-batches that a NIO batch is split into.")
+    nio_overlap: float = _option(NIOConfig.overlap, "Overlap of neighbouring sub-batches, in [0, 1).")
+    nio_holdout_batches: int = _option(NIOConfig.holdout_batches, "NIO batches set aside for before and after.")
+    nio_seed: int | None = _option(None, "Seed of the NIO data order; default: data_seed, else seed.")
+
+    # Optimisation of the scales
+    nio_iterations: int = _option(NIOConfig.iterations, "Steps on the scales.")
+    nio_objective: str = _option(NIOConfig.objective, "gc, gc_norm, gc_sum_norm (as published) or variance.")
+    nio_beta: float = _option(NIOConfig.beta, "Weight of the gradient norm in the objective gc_norm.")
+    nio_gamma: float | None = _option(None, "Absolute bound on the gradient norm; it replaces nio_gamma_relative.")
+    nio_gamma_relative: float | None = _option(
+        NIOConfig.gamma_relative, "Bound on the gradient norm as a multiple of the gradient norm before NIO."
+    )
+    nio_lr: float = _option(NIOConfig.lr, "Learning rate of Adam on the scales.")
+    nio_min_scale: float = _option(NIOConfig.min_scale, "Lower clamp of the scales.")
+    nio_max_scale: float = _option(NIOConfig.max_scale, "Upper clamp of the scales.")
+
+    # Computation
+    nio_curvature: str = _option(
+        NIOConfig.curvature, "auto, exact, exact_kept, finite_difference or finite_difference_kept."
+    )
+    nio_micro_batch_size: int | None = _option(None, "Samples of a sub-batch computed at once; default: all.")
+    nio_batch_norm: str = _option(NIOConfig.batch_norm, "Batch normalisation statistics: batch or frozen.")
+
+    def to_nio_config(self) -> NIOConfig:
+        """The settings of NIO; an absolute gamma replaces the relative one.
+
+        Raises:
+            ConfigError: lists every setting that is out of range.
+        """
+        seed = next(seed for seed in (self.nio_seed, self.data_seed, self.seed) if seed is not None)
+        return NIOConfig(
+            iterations=self.nio_iterations,
+            sub_batches=self.nio_sub_batches,
+            overlap=self.nio_overlap,
+            gamma=self.nio_gamma,
+            gamma_relative=self.nio_gamma_relative if self.nio_gamma is None else None,
+            lr=self.nio_lr,
+            min_scale=self.nio_min_scale,
+            max_scale=self.nio_max_scale,
+            objective=self.nio_objective,  # type: ignore[arg-type]
+            beta=self.nio_beta,
+            curvature=self.nio_curvature,  # type: ignore[arg-type]
+            micro_batch_size=self.nio_micro_batch_size,
+            batch_norm=self.nio_batch_norm,  # type: ignore[arg-type]
+            holdout_batches=self.nio_holdout_batches,
+            seed=seed,
+        )

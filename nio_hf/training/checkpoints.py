@@ -1,0 +1,180 @@
+"""The initialised checkpoint, its mark, and the strict reload of checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+import nio_hf
+from nio_hf.core.result import NIOResult
+from nio_hf.errors import CheckpointError, OutputError, Problem
+
+logger = logging.getLogger(__name__)
+
+INIT_DIR_NAME = "_nio_init"
+"""Its leading underscore keeps the initialised checkpoint out of `Trainer.push_to_hub`."""
+STATE_NAME = "nio_state.json"
+MARK_KEY = "nio"
+STATE_FORMAT = 1
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Digest of the parameters, whatever their names and order; tied ones count once.
+
+    The SHA-256 of the sorted SHA-256 digests of dtype, shape and bytes of each parameter.
+    """
+    digests = sorted(_digest(parameter) for parameter in model.parameters())
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def is_marked(model: nn.Module) -> bool:
+    """Whether the model was loaded from an initialised checkpoint and still has its weights.
+
+    A mark in the config that does not match the weights is reported.
+    """
+    mark = getattr(getattr(model, "config", None), MARK_KEY, None)
+    if not isinstance(mark, dict):
+        return False
+    if mark.get("fingerprint") == fingerprint(model):
+        return True
+    logger.warning(
+        "The config says that NIO %s initialised this model, but the weights are others: NIO runs again.",
+        mark.get("version"),
+    )
+    return False
+
+
+def save_initialised(model: nn.Module, result: NIOResult, directory: Path, processing_class: Any | None) -> None:
+    """Write weights, config with the mark, processor and `nio_state.json`, all or nothing.
+
+    Args:
+        model: with the scaled weights.
+        result: of the run that scaled them.
+        directory: replaced where it exists.
+        processing_class: image processor or tokenizer, saved beside the weights.
+
+    Raises:
+        OutputError: where the directory cannot be written.
+    """
+    mark = {"version": nio_hf.__version__, "fingerprint": fingerprint(model)}
+    ensure_writable(directory.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
+    try:
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained(temporary)
+            _add_mark(temporary / CONFIG_NAME, mark)
+        else:
+            safetensors.torch.save_model(model, str(temporary / SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+        if processing_class is not None:
+            processing_class.save_pretrained(temporary)
+        state = {"format": STATE_FORMAT, "mark": mark, "versions": versions(), "result": result.to_dict()}
+        (temporary / STATE_NAME).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        temporary.chmod(0o777 & ~_umask())
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(temporary, directory)
+    except OSError as error:
+        raise OutputError(Problem(str(directory), str(error), "Free space or choose another output_dir")) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_state(directory: Path) -> NIOResult:
+    """The result that `save_initialised` wrote.
+
+    Raises:
+        CheckpointError: for a file that is missing, is not JSON, or has another format.
+    """
+    path = directory / STATE_NAME
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        found = f"format {state['format']}, known is {STATE_FORMAT}"
+        if state["format"] == STATE_FORMAT:
+            return NIOResult.from_dict(state["result"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = f"{type(error).__name__}: {error}"
+    raise CheckpointError(Problem(str(path), found, "Initialise again, or use the nio_hf version that wrote it"))
+
+
+def ensure_writable(directory: Path) -> None:
+    """Create a directory and try to write into it.
+
+    Raises:
+        OutputError: where that fails.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        fix = "Choose an output_dir that you can write to"
+        raise OutputError(Problem(str(directory), str(error), fix)) from error
+
+
+def can_reload(checkpoint: Path, model: nn.Module) -> bool:
+    """Whether `reload` can restore this checkpoint of a transformers model."""
+    weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    has_weights = any((checkpoint / name).is_file() for name in weights)
+    return isinstance(model, PreTrainedModel) and (checkpoint / CONFIG_NAME).is_file() and has_weights
+
+
+def reload(checkpoint: Path, model: PreTrainedModel) -> None:
+    """Restore every tensor of a checkpoint, in place.
+
+    Trainer loads with strict=False and without the conversion of key names that `from_pretrained` makes, which leaves
+    most tensors of ViT, DeiT, BEiT, DINOv2 and Swin as they were.
+
+    Raises:
+        CheckpointError: where a tensor is missing, unexpected or of another shape.
+    """
+    with torch.random.fork_rng():
+        loaded, info = cast(Any, type(model)).from_pretrained(
+            checkpoint,
+            config=copy.deepcopy(model.config),
+            dtype=model.dtype,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    differences = {kind: keys for kind, keys in info.items() if keys}
+    if differences:
+        fix = "Resume with the model that wrote the checkpoint"
+        raise CheckpointError(Problem(str(checkpoint), f"does not match {type(model).__name__}: {differences}", fix))
+    model.load_state_dict(loaded.state_dict(), strict=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    packages = ("torch", "transformers", "accelerate", "datasets")
+    installed = {name: importlib.metadata.version(name) for name in packages}
+    return {"nio_hf": nio_hf.__version__, "python": platform.python_version(), **installed}
+
+
+def _digest(parameter: nn.Parameter) -> bytes:
+    values = parameter.detach().cpu().contiguous()
+    header = f"{values.dtype} {tuple(values.shape)}".encode()
+    return hashlib.sha256(header + values.reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
+
+
+def _add_mark(config_file: Path, mark: dict[str, str]) -> None:
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config_file.write_text(json.dumps({**config, MARK_KEY: mark}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

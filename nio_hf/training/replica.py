@@ -1,0 +1,45 @@
+"""The fp32 copy of a model that NIO works on, and the way of the scales back to the model."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from nio_hf.core.collective import Collective
+from nio_hf.core.scales import check_storage
+
+_DIFFERENTIABLE_ATTENTION = ("eager", "sdpa")
+
+
+def make_replica(model: nn.Module, device: torch.device, collective: Collective) -> nn.Module:
+    """A copy of a model on a device, the same on every process.
+
+    Args:
+        model: unwrapped; it is not changed.
+        device: where NIO computes.
+        collective: its rank 0 gives the weights.
+
+    Raises:
+        ModelError: for parameters without data, sharded ones, and half precision.
+    """
+    check_storage(model)
+    replica = copy.deepcopy(model).to(device)
+    if hasattr(replica, "_original_forward"):
+        # Accelerate patches `forward` on the instance, bound to the model that was copied.
+        replica.__dict__.pop("forward", None)
+    if isinstance(replica, PreTrainedModel) and replica.config._attn_implementation not in _DIFFERENTIABLE_ATTENTION:
+        replica.set_attn_implementation("eager")
+    for tensor in (*replica.parameters(), *replica.buffers()):
+        collective.broadcast_(tensor.data)
+    return replica
+
+
+@torch.no_grad()
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Copy parameters and buffers into a model of the same class, in place: optimizers keep their references."""
+    values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    for name, tensor in (*target.named_parameters(), *target.named_buffers()):
+        tensor.copy_(values[name])

@@ -1,0 +1,77 @@
+"""How NIO reaches the log history, TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, WandbCallback
+
+from nio_hf.core.result import IterationRecord, NIOResult
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+_CURVES = ("grad_cosine", "grad_norm", "loss")
+
+
+class NIOReportCallback(TrainerCallback):
+    """Reports a finished NIO run when training begins, since trackers open their run only then.
+
+    It must be the last callback. Curves stand under `nio/` against the NIO iteration.
+
+    Args:
+        trainer: its log and callbacks are reported to.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._pending: NIOResult | None = None
+
+    def report_later(self, result: NIOResult) -> None:
+        """Keep a result until the next training begins."""
+        self._pending = result
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        result, self._pending = self._pending, None
+        if result is None:
+            return
+        state.log_history += [_history_entry(record) for record in result.history]
+        if state.is_world_process_zero:
+            for callback in self._trainer.callback_handler.callbacks:
+                _report_curves(callback, result)
+        self._trainer.log(summary(result))
+
+
+def summary(result: NIOResult) -> dict[str, float]:
+    """The measurements of a run as flat log values."""
+    return {
+        "nio_grad_cosine_before": result.before.value,
+        "nio_grad_cosine_after": result.after.value,
+        "nio_grad_norm_before": result.before.grad_norm,
+        "nio_grad_norm_after": result.after.grad_norm,
+        "nio_loss_before": result.before.loss,
+        "nio_loss_after": result.after.loss,
+        "nio_seconds": result.seconds,
+    }
+
+
+def _history_entry(record: IterationRecord) -> dict[str, Any]:
+    fields = {f"nio_{name}": value for name, value in dataclasses.asdict(record).items()}
+    return {**fields, "epoch": 0.0, "step": 0}
+
+
+def _report_curves(callback: TrainerCallback, result: NIOResult) -> None:
+    if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+        for record in result.history:
+            for name in _CURVES:
+                callback.tb_writer.add_scalar(f"nio/{name}", getattr(record, name), record.iteration)
+    elif isinstance(callback, WandbCallback) and callback._wandb is not None and callback._wandb.run is not None:
+        callback._wandb.define_metric("nio/iteration")
+        callback._wandb.define_metric("nio/*", step_metric="nio/iteration")
+        for record in result.history:
+            values = {f"nio/{name}": getattr(record, name) for name in _CURVES}
+            callback._wandb.log({"nio/iteration": record.iteration, **values})

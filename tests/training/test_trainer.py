@@ -1,0 +1,433 @@
+"""NIO inside the Trainer: when it runs, what it leaves alone, what it reports and saves."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
+
+from nio_hf import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments
+from nio_hf.errors import ConfigError, DataError, ModelError, NIOMemoryError, NumericsError, OutputError
+from nio_hf.training.checkpoints import STATE_NAME, fingerprint, load_state
+from tests.training.toys import ToyImages, arguments, build, snapshot, unchanged
+
+
+class Probe(TrainerCallback):
+    """Records the learning state and a random draw at each step."""
+
+    def __init__(self) -> None:
+        self.draws: list[tuple[float, float, float]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.draws.append((float(torch.rand(())), random.random(), float(np.random.rand())))
+
+
+class Recording(ToyImages):
+    """Remembers which samples were asked for, in order."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.asked: list[int] = []
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.asked.append(index)
+        return super().__getitem__(index)
+
+
+def test_nio_scales_the_weights_once_and_keeps_the_parameters(tmp_path: Path) -> None:
+    model = build("vit")
+    before = snapshot(model)
+    identities = [id(parameter) for parameter in model.parameters()]
+    trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
+    result = trainer.run_nio()
+    assert [id(parameter) for parameter in model.parameters()] == identities
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name] * torch.tensor(result.scales.get(name, 1.0))), name
+    assert any(abs(omega - 1) > 1e-3 for omega in result.scales.values())
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_training_sees_the_same_batches_and_random_numbers_with_and_without_nio(tmp_path: Path) -> None:
+    seen = {}
+    for nio in (False, True):
+        data, probe = Recording(), Probe()
+        args = arguments(tmp_path / str(nio), nio=nio, max_steps=4)
+        trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=data, callbacks=[probe])
+        nio_asked: list[int] = []
+        if nio:
+            original = trainer.run_nio
+
+            def run_nio(data: Recording = data, original: Any = original, asked: list[int] = nio_asked) -> Any:
+                result = original()
+                asked += data.asked
+                data.asked.clear()
+                return result
+
+            trainer.run_nio = run_nio  # type: ignore[method-assign]
+        trainer.train()
+        seen[nio] = (data.asked, probe.draws)
+        assert bool(nio_asked) == nio
+    assert seen[True] == seen[False]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_without_nio_it_is_the_trainer_bit_for_bit(name: str, accumulation: int, tmp_path: Path) -> None:
+    weights = []
+    for trainer_class in (Trainer, NIOTrainer):
+        args = arguments(
+            tmp_path / trainer_class.__name__, nio=False, max_steps=3, gradient_accumulation_steps=accumulation
+        )
+        trainer = trainer_class(model=build(name), args=args, train_dataset=ToyImages())
+        trainer.train()
+        weights.append(snapshot(trainer.model))
+    assert unchanged(weights[0], weights[1])
+
+
+@pytest.mark.parametrize("name", ["swinv2", "resnet", "beit"])
+def test_heads_that_ignore_num_items_are_not_inflated(name: str, tmp_path: Path) -> None:
+    single = [_trained(cls, name, tmp_path, accumulation=1, batch=8) for cls in (Trainer, NIOTrainer)]
+    assert unchanged(single[0], single[1])
+    losses = {cls: _first_loss(cls, name, tmp_path, accumulation=2, batch=4) for cls in (Trainer, NIOTrainer)}
+    mean = _first_loss(NIOTrainer, name, tmp_path, accumulation=1, batch=8)
+    assert losses[Trainer] == pytest.approx(2 * mean, rel=0.05), "Trainer no longer inflates: the fix can go"
+    assert losses[NIOTrainer] == pytest.approx(mean, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["swinv2", "beit"])
+def test_accumulated_gradient_is_that_of_the_mean_loss(name: str, tmp_path: Path) -> None:
+    whole = _gradient(name, tmp_path, accumulation=1, batch=8)
+    parts = _gradient(name, tmp_path, accumulation=2, batch=4)
+    for key, gradient in whole.items():
+        torch.testing.assert_close(parts[key], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_nio_runs_once_per_model_and_once_per_model_init(tmp_path: Path) -> None:
+    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path / "a"), train_dataset=ToyImages())
+    runs = _count_runs(trainer)
+    trainer.train()
+    trainer.train()
+    assert runs == [1]
+    trainer = NIOTrainer(
+        model_init=lambda: build("vit"), args=arguments(tmp_path / "b"), train_dataset=ToyImages()
+    )
+    runs = _count_runs(trainer)
+    trainer.train()
+    trainer.train()
+    assert runs == [1, 1]
+
+
+def test_models_of_a_shared_config_do_not_inherit_the_mark(tmp_path: Path) -> None:
+    config = build("vit").config
+    for trial in range(3):
+        model = AutoModelForImageClassification.from_config(config)
+        trainer = NIOTrainer(model=model, args=arguments(tmp_path / str(trial)), train_dataset=ToyImages())
+        runs = _count_runs(trainer)
+        trainer.train()
+        assert runs == [1]
+    assert not hasattr(config, "nio")
+
+
+def test_initialised_checkpoint_loads_bit_for_bit_and_is_not_initialised_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("vit")
+    trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
+    result = trainer.run_nio()
+    loaded = AutoModelForImageClassification.from_pretrained(trainer.nio_init_dir, dtype=torch.float32)
+    assert unchanged(snapshot(model), snapshot(loaded))
+    assert loaded.config.nio["fingerprint"] == fingerprint(loaded)
+    assert not hasattr(model.config, "nio")
+
+    again = NIOTrainer(model=loaded, args=arguments(tmp_path / "again"), train_dataset=ToyImages())
+    runs = _count_runs(again)
+    again.train()
+    assert runs == []
+
+    changed = AutoModelForImageClassification.from_pretrained(trainer.nio_init_dir, dtype=torch.float32)
+    with torch.no_grad():
+        changed.classifier.weight.add_(1)
+    third = NIOTrainer(model=changed, args=arguments(tmp_path / "third"), train_dataset=ToyImages())
+    runs = _count_runs(third)
+    with caplog.at_level(logging.WARNING):
+        third.train()
+    assert runs == [1]
+    assert "the weights are others" in caplog.text
+
+    state = json.loads((trainer.nio_init_dir / STATE_NAME).read_text())
+    assert state["result"]["after"]["value"] == result.after.value
+    assert state["versions"]["torch"]
+    names = [name for name, _ in model.named_parameters()]
+    assert not [name for name in names if name in json.dumps(state)]
+    assert [t.omega for t in load_state(trainer.nio_init_dir).tensors] == [t.omega for t in result.tensors]
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_resumed_run_equals_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
+    def trainer(output_dir: Path, max_steps: int) -> NIOTrainer:
+        args = arguments(output_dir, max_steps=6, save_strategy="steps", save_steps=3)
+        made = NIOTrainer(model=build(name), args=args, train_dataset=ToyImages())
+        made.add_callback(_StopAt(max_steps))
+        return made
+
+    whole = trainer(tmp_path / "whole", 6)
+    whole.train()
+    interrupted = trainer(tmp_path / "resumed", 3)
+    interrupted.train()
+    resumed = trainer(tmp_path / "resumed", 6)
+    runs = _count_runs(resumed)
+    resumed.train(resume_from_checkpoint=True)
+    assert runs == []
+    assert unchanged(snapshot(whole.model), snapshot(resumed.model))
+    assert any("nio_grad_cosine" in entry for entry in resumed.state.log_history)
+
+
+def test_best_model_is_restored_in_every_tensor(tmp_path: Path) -> None:
+    args = arguments(
+        tmp_path,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="step",
+        greater_is_better=False,
+        learning_rate=1e-2,
+    )
+    trainer = NIOTrainer(model=build("swin"), args=args, train_dataset=ToyImages(), eval_dataset=ToyImages())
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *a, **k: {**evaluate(*a, **k), "eval_step": float(trainer.state.global_step)}
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint, dtype=torch.float32)
+    assert unchanged(snapshot(best), snapshot(trainer.model))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    from nio_hf.errors import CheckpointError
+
+    args = arguments(tmp_path, nio=False, max_steps=1, save_strategy="steps", save_steps=1)
+    NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages()).train()
+    other = build("vit")
+    config = copy.deepcopy(other.config)
+    config.num_hidden_layers += 1
+    trainer = NIOTrainer(model=type(other)(config), args=args, train_dataset=ToyImages())
+    with pytest.raises(CheckpointError, match="does not match ViTForImageClassification"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_mixin_composes_with_a_trainer_that_computes_its_own_loss(tmp_path: Path) -> None:
+    class Scaled(Trainer):
+        calls = 0
+
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            Scaled.calls += 1
+            labels = inputs.pop("labels")
+            logits = model(**inputs).logits
+            return nn.functional.cross_entropy(logits, labels)
+
+    class NIOScaled(NIOTrainerMixin, Scaled):
+        pass
+
+    trainer = NIOScaled(model=build("vit"), args=arguments(tmp_path), train_dataset=ToyImages())
+    trainer.run_nio()
+    assert Scaled.calls > 0
+    assert trainer.nio_result is not None
+
+
+def test_plain_training_arguments_mean_the_default_settings(tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", learning_rate=3e-4)
+    trainer = NIOTrainer(build("vit"), args, train_dataset=ToyImages())
+    assert isinstance(trainer.args, NIOTrainingArguments)
+    assert trainer.args.learning_rate == 3e-4
+    assert trainer.args.nio is True
+
+
+def test_a_module_that_is_no_transformers_model_is_initialised_and_saved(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16), nn.ReLU(), nn.Linear(16, 5))
+
+        def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            logits = self.layers(pixel_values)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    trainer = NIOTrainer(model=Net(), args=arguments(tmp_path), train_dataset=ToyImages())
+    trainer.train()
+    assert (trainer.nio_init_dir / "model.safetensors").is_file()
+
+
+def test_history_reaches_the_log(tmp_path: Path) -> None:
+    args = arguments(tmp_path, nio_iterations=3)
+    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+    trainer.train()
+    curves = [entry for entry in trainer.state.log_history if "nio_grad_cosine" in entry]
+    assert [entry["nio_iteration"] for entry in curves] == [1, 2, 3]
+    summary = next(entry for entry in trainer.state.log_history if "nio_grad_cosine_after" in entry)
+    assert summary["nio_grad_norm_before"] == trainer.nio_result.before.grad_norm
+
+
+def test_warmup_beside_nio_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        NIOTrainer(model=build("vit"), args=arguments(tmp_path, warmup_steps=2), train_dataset=ToyImages())
+    assert "warmup_steps=2" in caplog.text
+
+
+def test_progress_bar_only_where_progress_bars_are_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for disable_tqdm in (False, True):
+        args = arguments(tmp_path / str(disable_tqdm), disable_tqdm=disable_tqdm)
+        NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages()).run_nio()
+        assert ("NIO: 100%" in capsys.readouterr().err) == (not disable_tqdm)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"nio_batch_size": 4, "nio_sub_batches": 8}, ConfigError, "sub_batches"),
+        ({"nio_sub_batches": 1}, ConfigError, "NIOConfig.sub_batches: 1"),
+        ({"nio_overlap": 1.0}, ConfigError, "NIOConfig.overlap: 1.0"),
+        ({"nio_iterations": 0}, ConfigError, "NIOConfig.iterations: 0"),
+        ({"nio_gamma": -1.0}, ConfigError, "NIOConfig.gamma: -1.0"),
+        ({"nio_batch_size": 4096}, DataError, "Lower nio_batch_size"),
+    ],
+)
+def test_bad_settings_leave_the_model_alone(
+    changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    _refused(build("vit"), ToyImages(), arguments(tmp_path, **changes), error, message)
+
+
+def test_bad_data_leaves_the_model_alone(tmp_path: Path) -> None:
+    wrong = ToyImages()
+    wrong.labels[:] = 77
+    _refused(build("vit"), wrong, arguments(tmp_path), DataError, "label 77 for a model of 5 classes")
+    _refused(build("vit"), ToyImages(0), arguments(tmp_path), DataError, "no samples")
+    _refused(build("vit"), None, arguments(tmp_path), DataError, "Give NIOTrainer a training data set")
+    broken = ToyImages()
+    broken.images[:] = float("nan")
+    _refused(build("vit"), broken, arguments(tmp_path), NumericsError, "the loss is nan")
+
+
+def test_bad_models_are_refused(tmp_path: Path) -> None:
+    _refused(build("vit").half(), ToyImages(), arguments(tmp_path), ModelError, "torch.float16")
+    _refused(build("vit").requires_grad_(False), ToyImages(), arguments(tmp_path), ModelError, "no parameter requires")
+
+
+def test_interrupt_and_out_of_memory_leave_the_model_alone(tmp_path: Path) -> None:
+    for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (torch.OutOfMemoryError("full"), NIOMemoryError)):
+
+        class Failing(NIOTrainer):
+            calls = 0
+
+            def compute_nio_loss(self, *args: Any, error: BaseException = error, **kwargs: Any) -> torch.Tensor:
+                Failing.calls += 1
+                if Failing.calls > 30:
+                    raise error
+                return super().compute_nio_loss(*args, **kwargs)
+
+        model = build("vit")
+        before = snapshot(model)
+        trainer = Failing(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
+        state = torch.get_rng_state()
+        with pytest.raises(raised):
+            trainer.run_nio()
+        assert unchanged(before, snapshot(model))
+        assert torch.equal(state, torch.get_rng_state())
+        assert not trainer.nio_init_dir.exists()
+
+
+def test_output_that_cannot_be_written_is_found_before_nio_starts(tmp_path: Path) -> None:
+    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path / "out"), train_dataset=ToyImages())
+    (tmp_path / "out").rmdir()
+    (tmp_path / "out").write_text("a file")
+    before = snapshot(trainer.model)
+    with pytest.raises(OutputError, match="Choose an output_dir"):
+        trainer.run_nio()
+    assert unchanged(before, snapshot(trainer.model))
+
+
+class _StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self._step:
+            control.should_training_stop = True
+
+
+def _count_runs(trainer: NIOTrainer) -> list[int]:
+    runs: list[int] = []
+    original = trainer.run_nio
+
+    def run_nio() -> Any:
+        runs.append(1)
+        return original()
+
+    trainer.run_nio = run_nio  # type: ignore[method-assign]
+    return runs
+
+
+def _trained(trainer_class: Any, name: str, path: Path, accumulation: int, batch: int) -> dict[str, torch.Tensor]:
+    return snapshot(_run(trainer_class, name, path, accumulation, batch, steps=2).model)
+
+
+def _first_loss(trainer_class: Any, name: str, path: Path, accumulation: int, batch: int) -> float:
+    trainer = _run(trainer_class, name, path, accumulation, batch, steps=1)
+    return float(next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry))
+
+
+def _run(trainer_class: Any, name: str, path: Path, accumulation: int, batch: int, steps: int) -> Any:
+    args = arguments(
+        path / f"{trainer_class.__name__}-{accumulation}",
+        nio=False,
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        logging_steps=1,
+    )
+    trainer = trainer_class(model=build(name), args=args, train_dataset=ToyImages())
+    trainer.train()
+    return trainer
+
+
+def _gradient(name: str, path: Path, accumulation: int, batch: int) -> dict[str, torch.Tensor]:
+    """The gradient of the first step, without dropout, stochastic depth or clipping."""
+
+    class Keep(TrainerCallback):
+        gradient: dict[str, torch.Tensor] = {}
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
+            self.gradient = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    keep = Keep()
+    model = build(name, drop_path_rate=0.0)
+    args = arguments(
+        path / f"gradient-{accumulation}",
+        nio=False,
+        max_steps=1,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=0.0,
+    )
+    NIOTrainer(model=model, args=args, train_dataset=ToyImages(), callbacks=[keep]).train()
+    return keep.gradient
+
+
+def _refused(model: nn.Module, data: Any, args: Any, error: type[Exception], message: str) -> None:
+    before = snapshot(model)
+    trainer = NIOTrainer(model=model, args=args, train_dataset=data)
+    with pytest.raises(error, match=message):
+        trainer.run_nio()
+    assert unchanged(before, snapshot(model))
+    assert trainer.nio_result is None

@@ -1,0 +1,68 @@
+"""Small images and arguments for tests of the Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import set_seed
+
+from nio_hf import NIOTrainingArguments
+from tests.zoo import vision_model
+
+CLASSES = 5
+
+
+class ToyImages(Dataset[dict[str, Any]]):
+    """Noise with a bright patch whose place tells the class."""
+
+    def __init__(self, samples: int = 64) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = 0.3 * torch.randn(samples, 3, 32, 32, generator=generator)
+        self.labels = torch.randint(0, CLASSES, (samples,), generator=generator)
+        for image, label in zip(self.images, self.labels.tolist(), strict=True):
+            image[:, 6 * label : 6 * label + 6] += 1.0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.images[index], "labels": int(self.labels[index])}
+
+
+def build(name: str, **config: Any) -> nn.Module:
+    """A tiny model with the same weights at every call."""
+    set_seed(0)
+    return vision_model(name, num_labels=CLASSES, **config)
+
+
+def arguments(output_dir: Path, **changes: Any) -> NIOTrainingArguments:
+    """Arguments for two training steps behind five iterations of NIO."""
+    settings: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "save_strategy": "no",
+        "nio_iterations": 5,
+        "nio_batch_size": 8,
+        "nio_holdout_batches": 2,
+    }
+    return NIOTrainingArguments(**{**settings, **changes})
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters and buffers."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def unchanged(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    """Whether two snapshots are bit-equal, NaN included."""
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name].nan_to_num(), right[name].nan_to_num()) for name in left
+    )
