@@ -144,8 +144,6 @@ class BatchStream:
                 return batch
             if not self._seen_large_enough:
                 fix = f"Choose 2 to {size} sub-batches or a larger batch"
-                raise ConfigError(
-                    Problem("sub_batches", f"{self._min_samples} for a batch of {size} samples", fix)
-                )
+                raise ConfigError(Problem("sub_batches", f"{self._min_samples} for a batch of {size} samples", fix))
             logger.warning("A batch of %d samples is passed over: fewer than %d sub-batches.", size, self._min_samples)
         return None

@@ -67,7 +67,8 @@ class Differentiator:
     def mean_loss(self, batch: Any) -> Tensor:
         """L of a batch; a scalar tensor."""
         losses, weights = zip(*(self.loss_sum(part) for part in chunks(batch, self.micro_batch_size)), strict=True)
-        return _total(losses) / _total(weights)
+        mean: Tensor = _total(losses) / _total(weights)
+        return mean
 
     def gradient(self, batch: Any, wrt: Sequence[Tensor]) -> tuple[list[Tensor | None], Tensor, Tensor | float]:
         """Gradient of the mean loss, the mean loss, and the weight; None where no gradient reaches a tensor."""
@@ -125,7 +126,7 @@ class CurvaturePath(Protocol):
 
 
 class Exact:
-    """Double backward through the gradient, recomputed in pass 2; 4 training steps of arithmetic, 5 in micro-batches."""
+    """Double backward through the gradient, recomputed in pass 2: 4 training steps of work, 5 in micro-batches."""
 
     name = "exact"
 
@@ -133,9 +134,11 @@ class Exact:
         self._differentiator = differentiator
 
     def first(self, batch: Any) -> tuple[list[Tensor], Tensor]:
+        """Pass 1 without a graph."""
         return self._differentiator.dense_gradient(batch, self._differentiator.gradient_tensors)
 
     def second(self, index: int, batch: Any, cotangent: CotangentFn) -> list[Tensor]:
+        """Pass 2 through a new graph; in micro-batches g_d comes first, then a graph for each."""
         differentiator = self._differentiator
         parts = list(chunks(batch, differentiator.micro_batch_size))
         if len(parts) == 1:
@@ -151,7 +154,7 @@ class Exact:
         return total
 
     def reset(self) -> None:
-        pass
+        """Nothing is kept."""
 
 
 class ExactKept:
@@ -164,15 +167,18 @@ class ExactKept:
         self._kept: list[list[Tensor]] = []
 
     def first(self, batch: Any) -> tuple[list[Tensor], Tensor]:
+        """Pass 1 with a graph, which is kept."""
         gradient, loss = self._differentiator.graph_gradient(batch)
         self._kept.append(gradient)
         return _detach(gradient), loss
 
     def second(self, index: int, batch: Any, cotangent: CotangentFn) -> list[Tensor]:
+        """Pass 2 through the kept graph, which is freed."""
         gradient, self._kept[index] = self._kept[index], []
         return _product(gradient, cotangent(_detach(gradient)), self._differentiator.scaled_tensors)
 
     def reset(self) -> None:
+        """Free what pass 2 did not reach."""
         self._kept.clear()
 
 
@@ -190,12 +196,14 @@ class FiniteDifference:
         self.name = "finite_difference_kept" if keep_gradients else "finite_difference"
 
     def first(self, batch: Any) -> tuple[list[Tensor], Tensor]:
+        """Pass 1 without a graph; g_d is kept where it is to be."""
         gradient, loss = self._differentiator.dense_gradient(batch, self._differentiator.gradient_tensors)
         if self._keep:
             self._kept.append(gradient)
         return gradient, loss
 
     def second(self, index: int, batch: Any, cotangent: CotangentFn) -> list[Tensor]:
+        """Pass 2 as the difference of two gradients; theta is put back exactly."""
         differentiator = self._differentiator
         if self._keep:
             gradient, self._kept[index] = self._kept[index], []
@@ -214,6 +222,7 @@ class FiniteDifference:
         return list(torch._foreach_mul(torch._foreach_sub(forward, backward), scale))
 
     def reset(self) -> None:
+        """Free what pass 2 did not reach."""
         self._kept.clear()
 
 

@@ -59,7 +59,8 @@ def cosine_from_unit_sum(unit_sum: Sequence[Tensor], sub_batches: int) -> Tensor
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of a vector given as tensors; a scalar tensor."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
+    result: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
+    return result
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:

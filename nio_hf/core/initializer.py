@@ -6,7 +6,6 @@ Source: Yang et al., "Towards Theoretically Inspired Neural Initialization Optim
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import time
@@ -21,13 +20,13 @@ from nio_hf.core.batches import BatchStream, batch_size, take, to_device
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import BatchNormMode, NIOConfig
 from nio_hf.core.curvature import Differentiator, LossFn, make_path
-from nio_hf.core.gradcosine import GradientSums, dots, sub_batch_windows
-from nio_hf.core.measurement import Measurer, Reading, SubBatches, located
+from nio_hf.core.gradcosine import sub_batch_windows
 from nio_hf.core.memory import peak_memory, reset_peak_memory
 from nio_hf.core.objectives import NormConstraint, Objective, make_objective
 from nio_hf.core.optimizer import ScaleAdam
 from nio_hf.core.result import Branch, GradCosine, IterationRecord, NIOResult, paired_standard_error
 from nio_hf.core.scales import LayerScales
+from nio_hf.core.two_pass import Reading, TwoPass, located
 from nio_hf.core.verdict import judge
 from nio_hf.errors import ConfigError, DataError, NumericsError, Problem
 
@@ -86,13 +85,13 @@ def initialize(
             raise DataError(Problem("holdout", "no batch", "Give at least one batch, or None to set some aside"))
         _probe(model, loss_fn, scales, held_out[0], config)
         differentiator = Differentiator(model, loss_fn, scales, config.micro_batch_size)
-        measurer = Measurer(model, differentiator, scales, collective, config.batch_norm)
-        before = _measure(measurer, held_out, config.sub_batches, "before NIO")
+        passes = TwoPass(model, differentiator, scales, collective, config.batch_norm)
+        before = _measure(passes, held_out, config.sub_batches, "before NIO")
         gamma = config.gamma if config.gamma_relative is None else config.gamma_relative * before.grad_norm
-        loop = _Loop(differentiator, measurer, scales, config, before.grad_norm, gamma, collective)
+        loop = _Loop(differentiator, passes, scales, config, before.grad_norm, gamma, collective)
         with scales.substituted() as initial:
             history = loop.run(stream, initial, on_iteration)
-            after = _measure(measurer, held_out, config.sub_batches, "after NIO")
+            after = _measure(passes, held_out, config.sub_batches, "after NIO")
     scales.apply(loop.omega)
     status, message = judge(before, after, paired_standard_error(before, after), history, config, gamma)
     logger.log(logging.INFO if status == "improved" else logging.WARNING, message)
@@ -141,9 +140,9 @@ def grad_cosine(
     """
     scales = LayerScales(model)
     differentiator = Differentiator(model, loss_fn, scales, micro_batch_size)
-    measurer = Measurer(model, differentiator, scales, _SINGLE_PROCESS, batch_norm)
+    passes = TwoPass(model, differentiator, scales, _SINGLE_PROCESS, batch_norm)
     with _isolated(model, scales.scaled[0].device, batch_norm):
-        return measurer.grad_cosine(batch, batch_size(batch) if sub_batches is None else sub_batches, "batch")
+        return passes.grad_cosine(batch, batch_size(batch) if sub_batches is None else sub_batches, "batch")
 
 
 class _Loop:
@@ -152,7 +151,7 @@ class _Loop:
     def __init__(
         self,
         differentiator: Differentiator,
-        measurer: Measurer,
+        passes: TwoPass,
         scales: LayerScales,
         config: NIOConfig,
         initial_grad_norm: float,
@@ -162,7 +161,7 @@ class _Loop:
         scaled = scales.scaled
         self.omega = torch.ones(len(scaled), dtype=scaled[0].dtype, device=scaled[0].device)
         self.path = make_path(config, differentiator)
-        self._measurer = measurer
+        self._passes = passes
         self._scales = scales
         self._config = config
         self._gamma = gamma
@@ -198,10 +197,10 @@ class _Loop:
     def _step(self, iteration: int, batch: Any, initial: list[Tensor]) -> tuple[Branch, Reading]:
         where = f"NIO iteration {iteration}"
         order = torch.randperm(batch_size(batch), generator=_generator(self._config.seed, iteration))
-        parts = self._measurer.split(batch, self._config.sub_batches, self._config.overlap, order)
+        parts = self._passes.split(batch, self._config.sub_batches, self._config.overlap, order)
         try:
-            with self._measurer.statistics(batch):
-                sums, reading = self._measurer.first_pass(
+            with self._passes.statistics(batch):
+                sums, reading = self._passes.first_pass(
                     self.path,
                     parts,
                     where,
@@ -209,27 +208,15 @@ class _Loop:
                     carry=[self._last_gradient.sum()],
                 )
                 self._check_last_gradient(iteration - 1, *reading.carried)
-                self._measurer.check(reading, parts, where)
+                self._passes.check(reading, parts, where)
                 constrained = self._gamma is not None and reading.grad_norm > self._gamma
                 objective: Objective = NormConstraint() if constrained else self._objective
-                self._last_gradient = self._second_pass(parts, sums, objective, initial, where)
+                self._last_gradient = self._passes.second_pass(self.path, parts, sums, objective, initial, where)
         finally:
             self.path.reset()
         branch: Branch = "constraint" if constrained else "objective"
         self._optimizer.step(self._last_gradient, branch)
         return branch, reading
-
-    def _second_pass(
-        self, parts: SubBatches, sums: GradientSums, objective: Objective, initial: list[Tensor], where: str
-    ) -> Tensor:
-        """dJ/domega (m,)."""
-        total = torch.zeros_like(self.omega)
-        for kept, (index, part) in enumerate(parts.owned.items()):
-            cotangent = functools.partial(objective.cotangent, gradient_norm=sums.norms[index], sums=sums)
-            with located(f"{where}, sub-batch {index}"):
-                total += dots(initial, self.path.second(kept, part, cotangent))
-        self._collective.sum_(total)
-        return total
 
     def _check_last_gradient(self, iteration: int, total: float) -> None:
         """Refuse a scale gradient that is not finite; `total` is its sum."""
@@ -277,10 +264,10 @@ def _probe(model: nn.Module, loss_fn: LossFn, scales: LayerScales, batch: Any, c
         logger.warning("%s", problem)
 
 
-def _measure(measurer: Measurer, held_out: Sequence[Any], sub_batches: int, when: str) -> GradCosine:
+def _measure(passes: TwoPass, held_out: Sequence[Any], sub_batches: int, when: str) -> GradCosine:
     return GradCosine.mean(
         [
-            measurer.grad_cosine(batch, sub_batches, f"held-out batch {index} {when}")
+            passes.grad_cosine(batch, sub_batches, f"held-out batch {index} {when}")
             for index, batch in enumerate(held_out)
         ]
     )

@@ -63,7 +63,7 @@ def frozen_statistics(model: nn.Module, forward: Callable[[], Any]) -> Iterator[
     saved: list[dict[str, Tensor | None]] = []
     settings = [(layer.momentum, layer.track_running_stats) for layer in layers]
     for layer in layers:
-        saved.append({name: buffer for name, buffer in layer._buffers.items()})
+        saved.append(dict(layer._buffers))
         reference = layer.weight if layer.weight is not None else next(model.parameters())
         layer.running_mean = reference.detach().new_zeros(layer.num_features)
         layer.running_var = reference.detach().new_ones(layer.num_features)

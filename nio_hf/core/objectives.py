@@ -32,8 +32,6 @@ class Objective(Protocol):
 class CosineObjective:
     """J = -(GC + norm_weight sum_d n_d).
 
-    v_d = -2 / (D (D - 1) n_d) (u - <u, h_d> h_d) - norm_weight h_d.
-
     Attributes:
         norm_weight: 0 for GC alone, beta / (GN_0 D) for "gc_norm", 1 for the published "gc_sum_norm".
     """
@@ -42,6 +40,7 @@ class CosineObjective:
     needs_gradient_sum: bool = dataclasses.field(default=False, init=False)
 
     def cotangent(self, gradient: Sequence[Tensor], gradient_norm: Tensor, sums: GradientSums) -> list[Tensor]:
+        """-2 / (D (D - 1) n_d) (u - <u, h_d> h_d) - norm_weight h_d."""
         sub_batches = sums.norms.numel()
         factor = 2.0 / (sub_batches * (sub_batches - 1)) / gradient_norm
         projection = dots(sums.unit_sum, gradient).sum() / gradient_norm
@@ -50,11 +49,12 @@ class CosineObjective:
 
 @dataclasses.dataclass(frozen=True)
 class VarianceObjective:
-    """J = (1 / D) sum_d ||g_d - mean g||^2, with v_d = (2 / D) (g_d - mean g)."""
+    """J = (1 / D) sum_d ||g_d - mean g||^2."""
 
     needs_gradient_sum: bool = dataclasses.field(default=True, init=False)
 
     def cotangent(self, gradient: Sequence[Tensor], gradient_norm: Tensor, sums: GradientSums) -> list[Tensor]:
+        """(2 / D) (g_d - mean g)."""
         sub_batches = sums.norms.numel()
         weight = torch.full_like(gradient_norm, 2.0 / sub_batches)
         return _combine(sums.gradient_sum, -weight / sub_batches, gradient, weight)
@@ -62,11 +62,12 @@ class VarianceObjective:
 
 @dataclasses.dataclass(frozen=True)
 class NormConstraint:
-    """J = GN, lowered while GN exceeds gamma, with v_d = h_d / D."""
+    """J = GN, lowered while GN exceeds gamma."""
 
     needs_gradient_sum: bool = dataclasses.field(default=False, init=False)
 
     def cotangent(self, gradient: Sequence[Tensor], gradient_norm: Tensor, sums: GradientSums) -> list[Tensor]:
+        """h_d / D."""
         return list(torch._foreach_mul(list(gradient), 1.0 / (sums.norms.numel() * gradient_norm)))
 
 

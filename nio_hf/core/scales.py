@@ -59,7 +59,6 @@ class LayerScales:
         model: any module with fp32 or fp64 parameters that hold data.
 
     Attributes:
-        scaled: the m scaled parameters: trainable and not exactly zero, tied ones once, in parameter order.
         gradient: the gradient parameters: trainable and owned by a registered module type.
         excluded: the parameters that are not scaled, with the reason.
 
@@ -89,6 +88,7 @@ class LayerScales:
 
     @property
     def scaled(self) -> list[nn.Parameter]:
+        """The m scaled parameters: trainable and not exactly zero, tied ones once, in parameter order."""
         return [tensor.parameter for tensor in self._scaled]
 
     @property
@@ -246,8 +246,8 @@ def _check_coverage(model: nn.Module, gradient: Sequence[nn.Parameter]) -> None:
                 missing[type(module).__name__] += parameter.numel()
     if missing.total() > (1 - MIN_COVERAGE) * total:
         found = (
-            f"the known layer types hold {1 - missing.total() / total:.0%} of the {total:,} numbers in weight matrices; "
-            "unknown: " + ", ".join(f"{name} ({count:,})" for name, count in missing.most_common())
+            f"the known layer types hold {1 - missing.total() / total:.0%} of the {total:,} numbers in weight "
+            "matrices; unknown: " + ", ".join(f"{name} ({count:,})" for name, count in missing.most_common())
         )
         fix = "Register these classes with nio_hf.core.register_gradient_module(module_type, kind)"
         raise ModelError(Problem(type(model).__name__, found, fix))

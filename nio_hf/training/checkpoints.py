@@ -86,7 +86,7 @@ def save_initialised(model: nn.Module, result: NIOResult, directory: Path, proce
         (temporary / STATE_NAME).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         temporary.chmod(0o777 & ~_umask())
         shutil.rmtree(directory, ignore_errors=True)
-        os.replace(temporary, directory)
+        temporary.replace(directory)
     except OSError as error:
         raise OutputError(Problem(str(directory), str(error), "Free space or choose another output_dir")) from error
     finally:

@@ -36,6 +36,7 @@ class NIOReportCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Report what is pending, once."""
         result, self._pending = self._pending, None
         if result is None:
             return

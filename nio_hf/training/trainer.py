@@ -149,7 +149,7 @@ class NIOTrainerMixin(_Base):
         )
 
     def _nio_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return cast(nn.Module, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def _nio_batches(self) -> Iterator[Any]:
         num_labels = getattr(getattr(self._nio_model(), "config", None), "num_labels", None)
@@ -199,7 +199,7 @@ class NIOTrainerMixin(_Base):
         return True
 
 
-class NIOTrainer(NIOTrainerMixin, Trainer):  # type: ignore[misc]
+class NIOTrainer(NIOTrainerMixin, Trainer):
     """A drop-in for [`~transformers.Trainer`] that initialises the model with NIO before it trains.
 
     It takes the arguments of Trainer, with [`NIOTrainingArguments`] for the settings of NIO; plain

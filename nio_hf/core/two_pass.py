@@ -1,9 +1,10 @@
-"""Pass 1 over the sub-batches of a batch: GC, GN and the losses, checked and read by the host once."""
+"""The two passes over the sub-batches of a batch: GC, GN and the losses, then the gradient of the scales."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +17,8 @@ from nio_hf.core.batches import batch_size, take, to_device
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import BatchNormMode
 from nio_hf.core.curvature import CurvaturePath, Differentiator, Exact
-from nio_hf.core.gradcosine import GradientSums, sub_batch_windows
+from nio_hf.core.gradcosine import GradientSums, dots, sub_batch_windows
+from nio_hf.core.objectives import Objective
 from nio_hf.core.result import GradCosine
 from nio_hf.core.scales import LayerScales
 from nio_hf.errors import ConfigError, DataError, NumericsError, Problem
@@ -59,8 +61,8 @@ class SubBatches:
     owned: dict[int, Any]
 
 
-class Measurer:
-    """Measures the gradients of a model.
+class TwoPass:
+    """The passes over the sub-batches of all processes; see `curvature` for what a path keeps between them.
 
     Args:
         model: in the state of [`mode.measuring`].
@@ -149,6 +151,36 @@ class Measurer:
             carried=tuple(values[2 + 2 * count :]),
         )
         return sums, reading
+
+    def second_pass(
+        self,
+        path: CurvaturePath,
+        parts: SubBatches,
+        sums: GradientSums,
+        objective: Objective,
+        initial: Sequence[Tensor],
+        where: str,
+    ) -> Tensor:
+        """Pass 2 over the sub-batches of all processes, with the path that went through pass 1.
+
+        Args:
+            path: forms the Hessian-vector products.
+            parts: the sub-batches of this process.
+            sums: of pass 1.
+            objective: what is differentiated.
+            initial: the m initial tensors W_l.
+            where: names the batch in errors.
+
+        Returns:
+            (m,) dJ/domega_l = sum_d <W_l, (H_d v_d)_l>.
+        """
+        total = initial[0].new_zeros(len(initial))
+        for kept, (index, part) in enumerate(parts.owned.items()):
+            cotangent = functools.partial(objective.cotangent, gradient_norm=sums.norms[index], sums=sums)
+            with located(f"{where}, sub-batch {index}"):
+                total += dots(initial, path.second(kept, part, cotangent))
+        self._collective.sum_(total)
+        return total
 
     def grad_cosine(self, batch: Any, sub_batches: int, where: str) -> GradCosine:
         """GC, GN and loss of a batch at overlap 0."""
