@@ -1,0 +1,19 @@
+"""The arguments that commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nio_hf.recipe.catalog import DEFAULT_RECIPE
+
+RecipeArguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE] [--KEY VALUE]...",
+        help=f"A YAML file or the name of a recipe that comes with the package (default: {DEFAULT_RECIPE}), and "
+        "settings that override it.",
+        show_default=False,
+    ),
+]

@@ -1,0 +1,38 @@
+"""`nio-hf`: the commands."""
+
+from __future__ import annotations
+
+import typer
+
+import nio_hf
+from nio_hf.cli.init import init
+from nio_hf.cli.train import train
+
+_RECIPE_COMMAND = {"ignore_unknown_options": True}
+"""Every `--key value` behind the recipe is an override."""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Neural Initialization Optimization: an initialisation fitted to the model and the data.",
+)
+app.command(context_settings=_RECIPE_COMMAND)(train)
+app.command(context_settings=_RECIPE_COMMAND)(init)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nio-hf {nio_hf.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Options of the program itself."""
+
+
+def main() -> None:
+    """Entry point of `nio-hf`."""
+    app()

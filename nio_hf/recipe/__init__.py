@@ -1,0 +1,1 @@
+"""Recipes: a training with its model and data, as one flat YAML file."""

@@ -1,0 +1,87 @@
+"""Whether a value of a recipe is what a dataclass field is annotated with."""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import types
+from collections.abc import Iterable
+from typing import Any, Literal, Union, get_args, get_origin
+
+from nio_hf.errors import Problem
+from nio_hf.recipe.strict_yaml import Setting
+
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+    type(None): "null",
+}
+
+
+def checked(setting: Setting, annotation: Any) -> tuple[Any, Problem | None]:
+    """The value for a field, a whole number made a float where the field is one, or what is wrong with it."""
+    members = _members(annotation)
+    choices = _choices(members)
+    if choices and isinstance(setting.value, str):
+        if setting.value in choices:
+            return setting.value, None
+        return None, Problem(setting.where, f"{setting.value!r}", f"Choose one of {', '.join(map(str, choices))}")
+    plain = [get_origin(member) or member for member in members]
+    if _is_number(setting.value) and float in plain and int not in plain:
+        return float(setting.value), None
+    if type(setting.value) in plain:
+        return setting.value, None
+    return None, Problem(setting.where, _described(setting.value), _advice(setting.value, plain, choices))
+
+
+def unknown_key(where: str, key: str, known: Iterable[str]) -> Problem:
+    """The problem of a key that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return Problem(where, f"{key!r} is no known key", f"Did you mean {near[0]!r}?" if near else "Remove it")
+
+
+def _members(annotation: Any) -> list[Any]:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [part for member in get_args(annotation) for part in _members(member)]
+    return [annotation]
+
+
+def _choices(members: list[Any]) -> list[Any]:
+    """The words that an enumeration or a literal allows."""
+    return [
+        value
+        for member in members
+        for value in (
+            get_args(member)
+            if get_origin(member) is Literal
+            else [item.value for item in member]
+            if isinstance(member, type) and issubclass(member, enum.Enum)
+            else []
+        )
+    ]
+
+
+def _advice(value: Any, plain: list[Any], choices: list[Any]) -> str:
+    wanted = [str(choice) for choice in choices] or [_NAMES[kind] for kind in plain if kind in _NAMES]
+    advice = "Give " + " or ".join(dict.fromkeys(wanted))
+    looks_numeric = isinstance(value, str) and _as_number(value) is not None
+    return f"{advice}, without quotes" if looks_numeric and (int in plain or float in plain) else advice
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _described(value: Any) -> str:
+    return "nothing" if value is None else f"{value!r}, {_NAMES.get(type(value), type(value).__name__)}"

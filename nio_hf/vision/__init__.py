@@ -1,0 +1,1 @@
+"""Image data: data sets, transforms and metrics. It knows nothing of NIO."""

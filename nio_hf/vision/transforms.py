@@ -1,0 +1,50 @@
+"""From images as they are stored to what a model reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import BaseImageProcessor, PreTrainedConfig
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+from nio_hf.errors import ModelError, Problem
+
+
+def make_image_processor(config: PreTrainedConfig) -> BaseImageProcessor:
+    """The image processor of an architecture, on Pillow, at the image size of a configuration.
+
+    Raises:
+        ModelError: for an architecture without one.
+    """
+    names = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type, {})
+    if "pil" not in names:
+        found = f"{config.model_type!r} has no image processor on Pillow"
+        raise ModelError(Problem("model_type", found, "Choose another architecture"))
+    processor_class: type[BaseImageProcessor] = getattr(transformers, names["pil"])
+    size = getattr(config, "image_size", None)
+    if size is None:
+        return processor_class()
+    height, width = (size, size) if isinstance(size, int) else size
+    return processor_class(size={"height": height, "width": width})
+
+
+class ImageTransform:
+    """A transform for `Dataset.with_transform`: rows of images and labels to `pixel_values` and `labels`.
+
+    Args:
+        processor: resizes and normalises; pixel values are (channels, height, width).
+        image_column: name of the column of images.
+        label_column: name of the column of labels.
+    """
+
+    def __init__(self, processor: BaseImageProcessor, image_column: str, label_column: str) -> None:
+        self._processor = processor
+        self._image_column = image_column
+        self._label_column = label_column
+
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
+        """Columns of n rows: `pixel_values` (n, channels, height, width) and `labels` (n,)."""
+        images = [image.convert("RGB") for image in rows[self._image_column]]
+        pixel_values = self._processor(images, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixel_values, "labels": rows[self._label_column]}
