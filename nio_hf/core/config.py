@@ -87,6 +87,9 @@ class NIOConfig:
             found.append(("overlap", self.overlap, "Give a number in [0, 1)"))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             found.append(("seed", self.seed, "Give a whole number of at least 0"))
+        if self.curvature == "exact_kept" and self.micro_batch_size is not None:
+            fix = 'Use curvature="exact" with micro-batches: the graph of a whole sub-batch cannot be kept in parts'
+            found.append(("curvature", self.curvature, fix))
         if not found:
             if self.gamma is not None and self.gamma_relative is not None:
                 found.append(("gamma", self.gamma, "Give gamma or gamma_relative, not both; set the other to None"))

@@ -37,6 +37,10 @@ class Differentiator:
         loss_fn: (model, batch) -> mean loss over the samples, or (loss_sum, weight).
         scales: the gradient tensors and the scaled tensors.
         micro_batch_size: samples computed at once; None for all.
+
+    Attributes:
+        seed: of the random numbers of the next losses. Each time it is set they start anew with every gradient, so
+            that a random loss is the same function in each pass.
     """
 
     def __init__(
@@ -47,18 +51,25 @@ class Differentiator:
         self.gradient_tensors = scales.gradient
         self.scaled_tensors = scales.scaled
         self.micro_batch_size = micro_batch_size
+        self.seed = 0
 
-    def loss_sum(self, batch: Any) -> tuple[Tensor, Tensor | float]:
-        """(sum of the losses, weight), whose ratio is the mean loss.
+    @property
+    def loss_name(self) -> str:
+        """What messages call the loss function."""
+        return f"loss_fn ({getattr(self._loss_fn, '__qualname__', type(self._loss_fn).__name__)})"
+
+    def loss_sum(self, batch: Any, part: int = 0) -> tuple[Tensor, Tensor | float]:
+        """(sum of the losses, weight) of the micro-batch `part`; their ratio is the mean loss.
 
         Raises:
-            ModelError: for a loss that no gradient flows through, or that is not a scalar.
+            ModelError: for a loss that is not a scalar.
         """
+        _seed_device(self.scaled_tensors[0].device, self.seed, part)
         returned = self._loss_fn(self._model, batch)
         loss, weight = returned if isinstance(returned, tuple) else (returned, None)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"returned {_describe(loss)} as the loss"
-            raise ModelError(Problem("loss_fn", found, "Return a scalar tensor, or a pair (loss_sum, weight)"))
+            raise ModelError(Problem(self.loss_name, found, "Return a scalar tensor, or a pair (loss_sum, weight)"))
         if weight is None:
             size = batch_size(batch)
             return loss.reshape(()) * size, float(size)
@@ -66,7 +77,8 @@ class Differentiator:
 
     def mean_loss(self, batch: Any) -> Tensor:
         """L of a batch; a scalar tensor."""
-        losses, weights = zip(*(self.loss_sum(part) for part in chunks(batch, self.micro_batch_size)), strict=True)
+        parts = chunks(batch, self.micro_batch_size)
+        losses, weights = zip(*(self.loss_sum(part, index) for index, part in enumerate(parts)), strict=True)
         mean: Tensor = _total(losses) / _total(weights)
         return mean
 
@@ -80,8 +92,8 @@ class Differentiator:
             return list(torch.autograd.grad(mean, wrt, allow_unused=True)), mean.detach(), weight
         totals: list[Tensor | None] = [None] * len(wrt)
         losses, weights = [], []
-        for part in parts:
-            loss, weight = self.loss_sum(part)
+        for index, part in enumerate(parts):
+            loss, weight = self.loss_sum(part, index)
             self._check_depends(loss)
             grads = torch.autograd.grad(loss, wrt, allow_unused=True)
             totals = [_add(total, grad) for total, grad in zip(totals, grads, strict=True)]
@@ -96,9 +108,14 @@ class Differentiator:
         grads, loss, _ = self.gradient(batch, wrt)
         return _dense(grads, wrt), loss
 
-    def graph_gradient(self, batch: Any, weight: Tensor | float | None = None) -> tuple[list[Tensor], Tensor]:
-        """Gradient of loss_sum / weight on the gradient tensors, with its graph, and that loss; no micro-batches."""
-        loss, own_weight = self.loss_sum(batch)
+    def graph_gradient(
+        self, batch: Any, weight: Tensor | float | None = None, part: int = 0
+    ) -> tuple[list[Tensor], Tensor]:
+        """Gradient of loss_sum / weight on the gradient tensors, with its graph, and that loss.
+
+        The batch is computed whole: a micro-batch is given as such, with the weight of its sub-batch and its number.
+        """
+        loss, own_weight = self.loss_sum(batch, part)
         self._check_depends(loss)
         mean = loss / (own_weight if weight is None else weight)
         wrt = self.gradient_tensors
@@ -106,8 +123,8 @@ class Differentiator:
 
     def _check_depends(self, loss: Tensor) -> None:
         if not loss.requires_grad:
-            fix = "Compute the loss from the model that loss_fn receives, without detaching it or torch.no_grad"
-            raise ModelError(Problem("loss_fn", "the loss does not depend on the parameters of the model", fix))
+            fix = "Compute the loss from the model that it receives, without detaching it or torch.no_grad"
+            raise ModelError(Problem(self.loss_name, "the loss does not depend on the parameters of the model", fix))
 
 
 class CurvaturePath(Protocol):
@@ -147,8 +164,8 @@ class Exact:
         grads, _, weight = differentiator.gradient(batch, differentiator.gradient_tensors)
         vector = cotangent(_dense(grads, differentiator.gradient_tensors))
         total: list[Tensor] = []
-        for part in parts:
-            gradient, _ = differentiator.graph_gradient(part, weight)
+        for position, part in enumerate(parts):
+            gradient, _ = differentiator.graph_gradient(part, weight, position)
             product = _product(gradient, vector, differentiator.scaled_tensors)
             total = product if not total else list(torch._foreach_add(total, product))
         return total
@@ -276,6 +293,14 @@ def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
 
 def _total(values: Sequence[Any]) -> Any:
     return sum(values[1:], start=values[0])
+
+
+def _seed_device(device: torch.device, seed: int, part: int) -> None:
+    """Seed the generators that a loss on a device draws from, and no others."""
+    mixed = (seed * 1_000_003 + part) % 2**63
+    torch.default_generator.manual_seed(mixed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(mixed)
 
 
 def _describe(value: object) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nio_hf.core.batches import too_many_sub_batches
 from nio_hf.errors import ConfigError, Problem
 
 
@@ -39,8 +40,7 @@ def sub_batch_windows(batch_size: int, sub_batches: int, overlap: float = 0.0) -
     """
     problems = []
     if not 2 <= sub_batches <= batch_size:
-        fix = f"Choose 2 to {batch_size} sub-batches or a larger batch"
-        problems.append(Problem("sub_batches", f"{sub_batches} for a batch of {batch_size} samples", fix))
+        problems.append(too_many_sub_batches(sub_batches, batch_size))
     if not 0 <= overlap < 1:
         problems.append(Problem("overlap", f"{overlap!r}", "Give a number in [0, 1)"))
     if problems:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nio_hf.core import mode
-from nio_hf.core.batches import BatchStream, batch_size, take, to_device
+from nio_hf.core.batches import batch_size, take, to_device, too_many_sub_batches
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import BatchNormMode, NIOConfig
 from nio_hf.core.curvature import Differentiator, LossFn, make_path
@@ -26,6 +26,7 @@ from nio_hf.core.objectives import NormConstraint, Objective, make_objective
 from nio_hf.core.optimizer import ScaleAdam
 from nio_hf.core.result import Branch, GradCosine, IterationRecord, NIOResult, paired_standard_error
 from nio_hf.core.scales import LayerScales
+from nio_hf.core.stream import BatchStream
 from nio_hf.core.two_pass import Reading, TwoPass, located
 from nio_hf.core.verdict import judge
 from nio_hf.errors import ConfigError, DataError, NumericsError, Problem
@@ -33,6 +34,7 @@ from nio_hf.errors import ConfigError, DataError, NumericsError, Problem
 logger = logging.getLogger(__name__)
 
 SCALAR_LOSS_TOLERANCE = 1e-3
+_HELD_OUT = 500_000
 _SINGLE_PROCESS = Collective()
 
 
@@ -50,12 +52,14 @@ def initialize(
 
     One iteration measures GC and GN of a batch split into D sub-batches. While GN exceeds gamma it takes a step on
     omega that lowers GN, otherwise one that lowers the objective. The weights change once, at the very end: an error
-    or an interrupt leaves the model as it was. The random number generators of torch are left as they were found.
+    or an interrupt leaves the model as it was. The random number generators of torch are left as they were found; a
+    loss that draws from them draws the same numbers each time it is computed on a sub-batch.
 
     Args:
         model: a module with fp32 or fp64 parameters.
         batches: any iterable of batches: mappings, tuples or tensors, samples along dimension 0. A re-iterable starts
-            again when it is through; an exhausted iterator ends the run with what was learned so far.
+            again when it is through; an exhausted iterator ends the run with what was learned so far (see
+            [`BatchStream`] for data in random order).
         loss_fn: (model, batch) -> mean loss over the samples, or (loss_sum, weight) where the mean is over something
             else, e.g. tokens. It must use the model that it is given.
         config: settings; None for the defaults.
@@ -72,26 +76,28 @@ def initialize(
         ModelError: a model that cannot be initialised, see [`LayerScales`], or a loss that does not depend on it.
         DataError: no data, too little data, or data that the model does not accept.
         NumericsError: a loss or gradient that is not finite, or zero, with the iteration, sub-batch and tensor.
+        torch.OutOfMemoryError: where a sub-batch, or a micro-batch of it, does not fit.
     """
     started = time.perf_counter()
-    config = config or NIOConfig()
+    config = NIOConfig() if config is None else config
+    if not isinstance(config, NIOConfig):
+        raise ConfigError(Problem("config", f"a {type(config).__name__}", "Give an NIOConfig"))
     scales = LayerScales(model)
     device = scales.scaled[0].device
     reset_peak_memory(device)
     with _isolated(model, device, config.batch_norm):
-        stream = BatchStream(batches, config.sub_batches)
-        held_out = stream.set_aside(config.holdout_batches) if holdout is None else list(holdout)
-        if not held_out:
-            raise DataError(Problem("holdout", "no batch", "Give at least one batch, or None to set some aside"))
+        set_aside = config.holdout_batches if holdout is None else 0
+        stream = BatchStream(batches, config.sub_batches, set_aside + config.iterations)
+        held_out = stream.set_aside(set_aside) if holdout is None else _as_batches(holdout)
         _probe(model, loss_fn, scales, held_out[0], config)
         differentiator = Differentiator(model, loss_fn, scales, config.micro_batch_size)
         passes = TwoPass(model, differentiator, scales, collective, config.batch_norm)
-        before = _measure(passes, held_out, config.sub_batches, "before NIO")
+        before = _measure(passes, held_out, config, "before NIO")
         gamma = config.gamma if config.gamma_relative is None else config.gamma_relative * before.grad_norm
         loop = _Loop(differentiator, passes, scales, config, before.grad_norm, gamma, collective)
         with scales.substituted() as initial:
             history = loop.run(stream, initial, on_iteration)
-            after = _measure(passes, held_out, config.sub_batches, "after NIO")
+            after = _measure(passes, held_out, config, "after NIO")
     scales.apply(loop.omega)
     status, message = judge(before, after, paired_standard_error(before, after), history, config, gamma)
     logger.log(logging.INFO if status == "improved" else logging.WARNING, message)
@@ -138,11 +144,16 @@ def grad_cosine(
         ConfigError: D outside [2, B], or D = B with the batch statistics of batch normalisation.
         ModelError, DataError, NumericsError: as in [`initialize`].
     """
+    size = batch_size(batch)
+    count = size if sub_batches is None else sub_batches
+    if count > size or size < 2:
+        raise ConfigError(too_many_sub_batches(count, size))
+    NIOConfig(sub_batches=count, batch_norm=batch_norm, micro_batch_size=micro_batch_size)
     scales = LayerScales(model)
     differentiator = Differentiator(model, loss_fn, scales, micro_batch_size)
     passes = TwoPass(model, differentiator, scales, _SINGLE_PROCESS, batch_norm)
     with _isolated(model, scales.scaled[0].device, batch_norm):
-        return passes.grad_cosine(batch, batch_size(batch) if sub_batches is None else sub_batches, "batch")
+        return passes.grad_cosine(batch, count, "batch")
 
 
 class _Loop:
@@ -191,13 +202,16 @@ class _Loop:
             history.append(record)
             if on_iteration is not None:
                 on_iteration(record)
-        self._check_last_gradient(len(history), float(self._last_gradient.sum()))
+        self._check_last_gradient(len(history), float(self._last_gradient.abs().max()))
         return history
 
     def _step(self, iteration: int, batch: Any, initial: list[Tensor]) -> tuple[Branch, Reading]:
         where = f"NIO iteration {iteration}"
-        order = torch.randperm(batch_size(batch), generator=_generator(self._config.seed, iteration))
-        parts = self._passes.split(batch, self._config.sub_batches, self._config.overlap, order)
+        seed = _mix(self._config.seed, iteration)
+        order = torch.randperm(batch_size(batch), generator=torch.Generator().manual_seed(seed))
+        parts = self._passes.split(
+            batch, self._config.sub_batches, overlap=self._config.overlap, order=order, seed=seed
+        )
         try:
             with self._passes.statistics(batch):
                 sums, reading = self._passes.first_pass(
@@ -205,7 +219,7 @@ class _Loop:
                     parts,
                     where,
                     with_gradient_sum=self._objective.needs_gradient_sum,
-                    carry=[self._last_gradient.sum()],
+                    carry=[self._last_gradient.abs().max()],
                 )
                 self._check_last_gradient(iteration - 1, *reading.carried)
                 self._passes.check(reading, parts, where)
@@ -218,9 +232,9 @@ class _Loop:
         self._optimizer.step(self._last_gradient, branch)
         return branch, reading
 
-    def _check_last_gradient(self, iteration: int, total: float) -> None:
-        """Refuse a scale gradient that is not finite; `total` is its sum."""
-        if math.isfinite(total):
+    def _check_last_gradient(self, iteration: int, largest: float) -> None:
+        """Refuse a scale gradient that is not finite; `largest` is its largest entry."""
+        if math.isfinite(largest):
             return
         position = int((~self._last_gradient.isfinite()).nonzero()[0])
         name = self._scales.name_of(self._scales.scaled[position])
@@ -237,41 +251,50 @@ def _isolated(model: nn.Module, device: torch.device, batch_norm: BatchNormMode)
 
 
 def _probe(model: nn.Module, loss_fn: LossFn, scales: LayerScales, batch: Any, config: NIOConfig) -> None:
-    """Leave out tensors that no gradient of the first sub-batch reaches, and check how its loss adds up.
+    """Leave out tensors that no gradient of the first sub-batch reaches; with micro-batches, check that they add up.
 
     Raises:
         ModelError: for a loss that does not depend on the model.
         ConfigError: with micro-batches, for a mean loss that is not a mean over samples.
     """
     window = sub_batch_windows(batch_size(batch), config.sub_batches)[0]
-    part = to_device(take(batch, window), scales.scaled[0].device)
-    differentiator = Differentiator(model, loss_fn, scales)
+    size = config.micro_batch_size
+    part = to_device(take(batch, window if size is None else window[: 2 * size]), scales.scaled[0].device)
+    differentiator = Differentiator(model, loss_fn, scales, size)
     with located("the first sub-batch"):
         tensors = scales.trainable
-        grads, loss, _ = differentiator.gradient(part, tensors)
+        grads, _, _ = differentiator.gradient(part, tensors)
         scales.drop_unused(model, [tensor for tensor, grad in zip(tensors, grads, strict=True) if grad is None])
-        if len(window) < 2 or (mode.batch_norms(model) and config.batch_norm == "batch"):
-            return
-        with torch.no_grad():
-            halves = Differentiator(model, loss_fn, scales, (len(window) + 1) // 2).mean_loss(part)
-    if not torch.isclose(halves, loss, rtol=SCALAR_LOSS_TOLERANCE, atol=SCALAR_LOSS_TOLERANCE):
-        found = f"the mean loss of a sub-batch is {loss:.6g}, of its halves {halves:.6g}: not a mean over samples"
-        problem = Problem(
-            "loss_fn", found, "Return (loss_sum, weight), with the number that the mean is over as weight"
-        )
-        if config.micro_batch_size is not None:
-            raise ConfigError(problem)
-        logger.warning("%s", problem)
+        if size is not None and size < len(window):
+            _check_mean_over_samples(differentiator, Differentiator(model, loss_fn, scales), part)
 
 
-def _measure(passes: TwoPass, held_out: Sequence[Any], sub_batches: int, when: str) -> GradCosine:
-    return GradCosine.mean(
-        [
-            passes.grad_cosine(batch, sub_batches, f"held-out batch {index} {when}")
-            for index, batch in enumerate(held_out)
-        ]
-    )
+@torch.no_grad()
+def _check_mean_over_samples(in_parts: Differentiator, whole: Differentiator, batch: Any) -> None:
+    means = [float(differentiator.mean_loss(batch)) for differentiator in (in_parts, whole)]
+    if not all(map(math.isfinite, means)) or math.isclose(*means, rel_tol=SCALAR_LOSS_TOLERANCE):
+        return
+    found = f"the mean loss of two micro-batches is {means[0]:.6g} in parts, {means[1]:.6g} together"
+    fix = "Return (loss_sum, weight), with the number that the mean is over as weight; or do without micro-batches"
+    raise ConfigError(Problem(whole.loss_name, found, fix))
 
 
-def _generator(seed: int, iteration: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + iteration) % 2**63)
+def _as_batches(holdout: Sequence[Any]) -> list[Any]:
+    """The held-out batches, where they are a sequence of batches."""
+    if not isinstance(holdout, Sequence) or not holdout:
+        found = f"a {type(holdout).__name__}" + (" without a batch" if isinstance(holdout, Sequence) else "")
+        fix = "Give a list of at least one batch, or None to set some aside"
+        raise DataError(Problem("holdout", found, fix))
+    return list(holdout)
+
+
+def _measure(passes: TwoPass, held_out: Sequence[Any], config: NIOConfig, when: str) -> GradCosine:
+    readings = []
+    for index, batch in enumerate(held_out):
+        where, seed = f"held-out batch {index} {when}", _mix(config.seed, _HELD_OUT + index)
+        readings.append(passes.grad_cosine(batch, config.sub_batches, where, seed))
+    return GradCosine.mean(readings)
+
+
+def _mix(seed: int, number: int) -> int:
+    return (seed * 1_000_003 + number) % 2**40

@@ -21,27 +21,26 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 @contextlib.contextmanager
 def measuring(model: nn.Module, batch_norm: BatchNormMode = "batch") -> Iterator[None]:
-    """Put a model and the kernels in the state that gradients of its initialisation are measured in.
+    """Put a model and the kernels in the state that gradients of its initialisation are measured in, and back.
 
     All modules are in evaluation mode (no dropout, no stochastic depth), except batch normalisation, which uses the
-    statistics of its input without recording them (`batch_norm="batch"`), and layers that checkpoint activations,
-    which do so in training mode only. Attention runs on the math kernel, which has a double backward; float32
+    statistics of its input without recording them (`batch_norm="batch"`). Layers that checkpoint activations go on to
+    do so. Attention runs on the math kernel, which has a double backward; float32
     products are not rounded to TF32, autocast is off, and compiled models run eagerly.
 
     Args:
-        model: is left in the state that it was in.
+        model: is left in the state that it was in, buffers included.
         batch_norm: "batch", or "frozen" for running statistics (see [`frozen_statistics`]).
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_flags_restored(model))
+        stack.enter_context(_restored(model))
         model.eval()
-        for module in model.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = True
+        for layer in _checkpointing_layers(model):
+            stack.enter_context(_checkpointing_in_evaluation(layer))
         if batch_norm == "batch":
-            for layer in batch_norms(model):
-                layer.training = True
-                layer.track_running_stats = False
+            for norm in batch_norms(model):
+                norm.training = True
+                norm.track_running_stats = False
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_full_precision())
@@ -53,39 +52,47 @@ def measuring(model: nn.Module, batch_norm: BatchNormMode = "batch") -> Iterator
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module, forward: Callable[[], Any]) -> Iterator[None]:
-    """Hold the running statistics of batch normalisation at those of one forward; put the former ones back.
+    """Hold the statistics of batch normalisation at those of one forward; put the former ones back.
 
     Args:
         model: in the state of `measuring(model, "frozen")`.
-        forward: runs the model on the batch whose statistics are wanted.
+        forward: runs the model on the whole batch whose statistics are wanted, at once.
     """
     layers = batch_norms(model)
-    saved: list[dict[str, Tensor | None]] = []
-    settings = [(layer.momentum, layer.track_running_stats) for layer in layers]
-    for layer in layers:
-        saved.append(dict(layer._buffers))
-        reference = layer.weight if layer.weight is not None else next(model.parameters())
-        layer.running_mean = reference.detach().new_zeros(layer.num_features)
-        layer.running_var = reference.detach().new_ones(layer.num_features)
-        layer.num_batches_tracked = None
+    buffers = [dict(layer._buffers) for layer in layers]
+    settings = [(layer.training, layer.track_running_stats) for layer in layers]
+    handles = [layer.register_forward_pre_hook(_record_statistics) for layer in layers]
     try:
         for layer in layers:
-            layer.momentum, layer.track_running_stats, layer.training = 1.0, True, True
+            layer.training, layer.track_running_stats = True, False
         with torch.no_grad():
             forward()
         for layer in layers:
-            layer.training = False
+            layer.training, layer.track_running_stats = False, True
+        for handle in handles:
+            handle.remove()
         yield
     finally:
-        for layer, buffers, (momentum, tracked) in zip(layers, saved, settings, strict=True):
-            layer._buffers.update(buffers)
-            layer.momentum, layer.track_running_stats, layer.training = momentum, tracked, False
+        for handle in handles:
+            handle.remove()
+        for layer, saved, (training, tracked) in zip(layers, buffers, settings, strict=True):
+            layer._buffers.update(saved)
+            layer.training, layer.track_running_stats = training, tracked
+
+
+def _record_statistics(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Keep the mean and the biased variance that batch normalisation itself divides by."""
+    dims = [dim for dim in range(inputs[0].ndim) if dim != 1]
+    layer.running_mean = inputs[0].mean(dims)
+    layer.running_var = inputs[0].var(dims, unbiased=False)
 
 
 @contextlib.contextmanager
-def _flags_restored(model: nn.Module) -> Iterator[None]:
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put the flags and the buffers of all modules back."""
     training = [(module, module.training) for module in model.modules()]
     tracking = [(layer, layer.track_running_stats) for layer in batch_norms(model)]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
@@ -93,18 +100,58 @@ def _flags_restored(model: nn.Module) -> Iterator[None]:
             module.training = flag
         for layer, flag in tracking:
             layer.track_running_stats = flag
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                if not torch.equal(buffer, saved):
+                    buffer.copy_(saved)
+
+
+def _checkpointing_layers(model: nn.Module) -> list[nn.Module]:
+    """The innermost modules that checkpoint activations, as the models of transformers mark them."""
+    marked = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    able = [module for module in marked if hasattr(module, "_gradient_checkpointing_func")]
+    return [module for module in able if not any(other in able for other in list(module.modules())[1:])]
+
+
+@contextlib.contextmanager
+def _checkpointing_in_evaluation(layer: nn.Module) -> Iterator[None]:
+    """Let a layer checkpoint, which it does in training mode only, and compute in evaluation mode nevertheless."""
+    checkpoint: Any = layer._gradient_checkpointing_func
+
+    def checkpoint_in_evaluation(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def computed(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            layer.training = False
+            try:
+                return function(*inner_args, **inner_kwargs)
+            finally:
+                layer.training = True
+
+        return checkpoint(computed, *args, **kwargs)
+
+    layer._gradient_checkpointing_func = checkpoint_in_evaluation  # type: ignore[assignment]
+    layer.training = True
+    try:
+        yield
+    finally:
+        layer._gradient_checkpointing_func = checkpoint
 
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    """Products and convolutions in the precision of their inputs, on every device."""
+    backends: Any = torch.backends
+    settings: list[Any] = [
+        *(backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
+        *(backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
+    ]
+    saved = [setting.fp32_precision for setting in settings]
     try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn
+        for setting, precision in zip(settings, saved, strict=True):
+            setting.fp32_precision = precision
 
 
 def _device_type(model: nn.Module) -> str:

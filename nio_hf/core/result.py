@@ -21,7 +21,7 @@ class GradCosine:
         value: GC = (||u||^2 - D) / (D (D - 1)) with u the sum of the unit gradients, in [-1 / (D - 1), 1].
         grad_norm: GN, the mean of `norms`.
         norms: (D,) gradient norm ||g_d|| of each sub-batch.
-        loss: mean loss over the batch.
+        loss: mean of the losses of the sub-batches.
         batch_size: B, the number of samples. Values at different B / D are not comparable.
         parts: the measurements that this one is the mean of; empty for a single batch.
     """

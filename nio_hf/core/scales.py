@@ -18,6 +18,7 @@ from nio_hf.core.result import ExcludedTensor, TensorScale
 from nio_hf.errors import ModelError, Problem
 
 MIN_COVERAGE = 0.9
+_NORM_SUFFIXES = ("RMSNorm", "LayerNorm")
 
 _GRADIENT_MODULES: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -202,7 +203,10 @@ def _locate_tensors(model: nn.Module) -> list[_Tensor]:
 
 
 def _module_kind(module: nn.Module) -> str | None:
-    return next((_GRADIENT_MODULES[base] for base in type(module).__mro__ if base in _GRADIENT_MODULES), None)
+    """Group of a registered module type; libraries define normalisation layers of their own, known by their suffix."""
+    kinds = (_GRADIENT_MODULES.get(base) for base in type(module).__mro__)
+    own_norm = type(module).__name__.endswith(_NORM_SUFFIXES) and all(p.ndim <= 1 for p in module.parameters())
+    return next((kind for kind in kinds if kind is not None), "norm" if own_norm else None)
 
 
 def _kind(owner: nn.Module, parameter: nn.Parameter) -> str:
@@ -230,15 +234,16 @@ def _excluded(tensor: _Tensor, reason: str) -> ExcludedTensor:
 
 
 def _check_coverage(model: nn.Module, gradient: Sequence[nn.Parameter]) -> None:
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     covered = {id(parameter) for parameter in gradient}
     missing: collections.Counter[str] = collections.Counter()
     total = 0
     counted: set[int] = set()
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            matrix = parameter.requires_grad and parameter.ndim >= 2 and id(parameter) not in embeddings
-            if not matrix or id(parameter) in counted:
+            # Tokens and position embeddings that are plain parameters have a leading dimension of 1.
+            matrix = parameter.ndim >= 2 and parameter.shape[0] > 1 and id(parameter) not in embeddings
+            if not (matrix and parameter.requires_grad) or id(parameter) in counted:
                 continue
             counted.add(id(parameter))
             total += parameter.numel()

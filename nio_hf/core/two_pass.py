@@ -21,7 +21,25 @@ from nio_hf.core.gradcosine import GradientSums, dots, sub_batch_windows
 from nio_hf.core.objectives import Objective
 from nio_hf.core.result import GradCosine
 from nio_hf.core.scales import LayerScales
-from nio_hf.errors import ConfigError, DataError, NumericsError, Problem
+from nio_hf.errors import ConfigError, DataError, ModelError, NIOError, NumericsError, Problem
+
+_LABELS_OR_TOKENS = "Check that labels lie between 0 and the number of classes minus 1, and tokens in the vocabulary"
+_KNOWN_ERRORS: list[tuple[str, type[NIOError], str, str]] = [
+    ("out of bounds", DataError, "an index is out of range", _LABELS_OR_TOKENS),
+    ("out of range in self", DataError, "an index is out of range", _LABELS_OR_TOKENS),
+    (
+        "derivative for",
+        ModelError,
+        "an operation has no second derivative",
+        'Set curvature="finite_difference", which needs first derivatives only',
+    ),
+    (
+        "use_reentrant",
+        ModelError,
+        "reentrant activation checkpointing gives no gradient of chosen tensors",
+        'Checkpoint with use_reentrant=False, in transformers gradient_checkpointing_kwargs={"use_reentrant": False}',
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +73,12 @@ class SubBatches:
     Attributes:
         count: D.
         owned: {d: samples of sub-batch d}, on the device of the model.
+        seed: of the random numbers that the loss may draw: each pass over a sub-batch draws the same ones.
     """
 
     count: int
     owned: dict[int, Any]
+    seed: int
 
 
 class TwoPass:
@@ -87,7 +107,9 @@ class TwoPass:
         self._batch_norm = batch_norm
         self._device = scales.scaled[0].device
 
-    def split(self, batch: Any, sub_batches: int, overlap: float = 0.0, order: Tensor | None = None) -> SubBatches:
+    def split(
+        self, batch: Any, sub_batches: int, *, overlap: float = 0.0, order: Tensor | None = None, seed: int = 0
+    ) -> SubBatches:
         """Split a batch into D sub-batches, its samples first put in `order`.
 
         Raises:
@@ -99,7 +121,7 @@ class TwoPass:
             self._check_batch_norm(min(len(window) for window in windows))
         order = torch.arange(size) if order is None else order
         owned = {d: take(batch, order[windows[d]]) for d in self._collective.owned(sub_batches)}
-        return SubBatches(sub_batches, {d: to_device(part, self._device) for d, part in owned.items()})
+        return SubBatches(sub_batches, {d: to_device(part, self._device) for d, part in owned.items()}, seed)
 
     @contextlib.contextmanager
     def statistics(self, batch: Any) -> Iterator[None]:
@@ -108,7 +130,7 @@ class TwoPass:
             yield
             return
         whole = to_device(batch, self._device)
-        with mode.frozen_statistics(self._model, lambda: self._differentiator.mean_loss(whole)):
+        with mode.frozen_statistics(self._model, lambda: self._differentiator.loss_sum(whole)):
             yield
 
     def first_pass(
@@ -137,7 +159,7 @@ class TwoPass:
         """
         sums = GradientSums(self._differentiator.gradient_tensors, parts.count, with_gradient_sum)
         for index, part in parts.owned.items():
-            with located(f"{where}, sub-batch {index}"):
+            with self._sub_batch(parts, index, where):
                 sums.add(index, *path.first(part))
         self._collective.sum_(sums.buffer)
         self._collective.sum_(sums.norms_and_losses)
@@ -177,14 +199,14 @@ class TwoPass:
         total = initial[0].new_zeros(len(initial))
         for kept, (index, part) in enumerate(parts.owned.items()):
             cotangent = functools.partial(objective.cotangent, gradient_norm=sums.norms[index], sums=sums)
-            with located(f"{where}, sub-batch {index}"):
+            with self._sub_batch(parts, index, where):
                 total += dots(initial, path.second(kept, part, cotangent))
         self._collective.sum_(total)
         return total
 
-    def grad_cosine(self, batch: Any, sub_batches: int, where: str) -> GradCosine:
+    def grad_cosine(self, batch: Any, sub_batches: int, where: str, seed: int = 0) -> GradCosine:
         """GC, GN and loss of a batch at overlap 0."""
-        parts = self.split(batch, sub_batches)
+        parts = self.split(batch, sub_batches, seed=seed)
         with self.statistics(batch):
             _, reading = self.first_pass(Exact(self._differentiator), parts, where)
             self.check(reading, parts, where)
@@ -212,6 +234,13 @@ class TwoPass:
                 fix = "Use fewer sub-batches, or check the samples of the batch"
                 raise NumericsError(Problem(place, "the gradient is zero, so it has no direction", fix))
 
+    @contextlib.contextmanager
+    def _sub_batch(self, parts: SubBatches, index: int, where: str) -> Iterator[None]:
+        """Errors of a sub-batch say which it is, and its random numbers are its own."""
+        self._differentiator.seed = parts.seed * parts.count + index
+        with located(f"{where}, sub-batch {index}"):
+            yield
+
     def _first_non_finite(self, part: Any) -> str:
         tensors = self._differentiator.gradient_tensors
         grads, _ = self._differentiator.dense_gradient(part, tensors)
@@ -230,16 +259,24 @@ class TwoPass:
 
 @contextlib.contextmanager
 def located(where: str) -> Iterator[None]:
-    """Say where an error of loss_fn came from; an index out of range becomes one of ours.
+    """Say where an error of loss_fn came from; what the data or the model cause becomes an error of ours.
 
     Raises:
-        DataError: for an IndexError, which labels out of range cause.
+        DataError: for labels or tokens out of range.
+        ModelError: for an operation without a second derivative, or checkpointing that does not give one.
     """
     try:
         yield
-    except IndexError as error:
-        fix = "Check that labels lie between 0 and the number of classes minus 1, and tokens in the vocabulary"
-        raise DataError(Problem(where, f"an index is out of range ({error})", fix)) from error
+    except (IndexError, RuntimeError) as error:
+        for text, error_type, found, fix in _KNOWN_ERRORS:
+            if text in str(error):
+                raise error_type(Problem(where, f"{found} ({_first_line(error)})", fix)) from error
+        error.add_note(f"raised at {where}")
+        raise
     except Exception as error:
         error.add_note(f"raised at {where}")
         raise
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -26,15 +26,16 @@ def judge(
 
     In this order: the data ran out; a collapse is suspected (the loss at init rose by more than 5%, or GC exceeds
     0.95: the model then says the same for every sample); GN exceeds 1.1 gamma; GC rose by more than two standard
-    errors; it did not. The thresholds are our choice.
+    errors; it did not, or there is only one held-out batch. The thresholds are our choice.
     """
     change = (
-        f"GradCosine {before.value:.4f} -> {after.value:.4f}, gradient norm {before.grad_norm:.4g} -> "
-        f"{after.grad_norm:.4g}, loss at init {before.loss:.4f} -> {after.loss:.4f} on held-out batches"
+        f"GradCosine (D = {before.sub_batches}, B/D = {before.batch_size / before.sub_batches:.4g}) {before.value:.4f} "
+        f"-> {after.value:.4f}, gradient norm {before.grad_norm:.4g} -> {after.grad_norm:.4g}, loss at init "
+        f"{before.loss:.4f} -> {after.loss:.4f} on held-out batches"
     )
     if len(history) < config.iterations:
         return "data_exhausted", f"The data ended after {len(history)} of {config.iterations} iterations. {change}."
-    if after.loss > (1 + COLLAPSE_LOSS_RISE) * before.loss or after.value > COLLAPSE_COSINE:
+    if after.loss - before.loss > COLLAPSE_LOSS_RISE * abs(before.loss) or after.value > COLLAPSE_COSINE:
         advice = "Lower lr or iterations, or set a lower gamma"
         return "collapse_suspected", f"Collapse suspected: gradients agree at the cost of the loss. {change}. {advice}."
     if gamma is not None and after.grad_norm > GAMMA_TOLERANCE * gamma:
@@ -42,7 +43,8 @@ def judge(
             "constraint_violated",
             f"The gradient norm ended above gamma = {gamma:.4g}. {change}. Run more iterations.",
         )
-    margin = STANDARD_ERRORS * gain_standard_error if math.isfinite(gain_standard_error) else 0.0
-    if after.value - before.value > margin:
+    if not math.isfinite(gain_standard_error):
+        return "no_improvement", f"One held-out batch does not tell an improvement from noise. {change}."
+    if after.value - before.value > STANDARD_ERRORS * gain_standard_error:
         return "improved", f"Improved: {change}."
     return "no_improvement", f"No improvement beyond the noise of the held-out batches. {change}."

@@ -67,7 +67,6 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(*problems)
     try:
         training = NIOTrainingArguments(**{**_DEFAULTS, **values[NIOTrainingArguments]})
-        training.to_nio_config()
     except ConfigError as error:
         raise RecipeError(*(_relocated(problem, settings, path) for problem in error.problems)) from error
     except (ValueError, TypeError, ImportError) as error:
@@ -154,7 +153,6 @@ def _model_config_problems(model: ModelSettings, where: str) -> Iterator[Problem
 
 
 def _relocated(problem: Problem, settings: dict[str, Setting], path: Path) -> Problem:
-    """A problem of `NIOConfig.field` as one of the key that set it."""
-    key = f"nio_{problem.where.removeprefix('NIOConfig.')}"
-    where = settings[key].where if key in settings else f"{path}, {key}"
+    """A problem of a training argument as one of the place that set it."""
+    where = settings[problem.where].where if problem.where in settings else f"{path}, {problem.where}"
     return Problem(where, problem.found, problem.fix)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import TrainingArguments
 
+from nio_hf.core.batches import too_many_sub_batches
 from nio_hf.core.config import NIOConfig
+from nio_hf.errors import ConfigError, Problem
 
 
 def _option(default: Any, text: str) -> Any:
@@ -51,12 +54,39 @@ class NIOTrainingArguments(TrainingArguments):
     nio_micro_batch_size: int | None = _option(None, "Samples of a sub-batch computed at once; default: all.")
     nio_batch_norm: str = _option(NIOConfig.batch_norm, "Batch normalisation statistics: batch or frozen.")
 
+    def __post_init__(self) -> None:
+        """Check the settings of NIO together, beside what TrainingArguments checks.
+
+        Raises:
+            ConfigError: lists every `nio_*` setting that is out of range.
+        """
+        super().__post_init__()
+        self.to_nio_config()
+
     def to_nio_config(self) -> NIOConfig:
         """The settings of NIO; an absolute gamma replaces the relative one.
 
         Raises:
-            ConfigError: lists every setting that is out of range.
+            ConfigError: lists every `nio_*` setting that is out of range.
         """
+        problems = list(self._batch_size_problems())
+        try:
+            config = self._nio_config()
+        except ConfigError as error:
+            renamed = [dataclasses.replace(problem, where=_own_name(problem.where)) for problem in error.problems]
+            raise ConfigError(*problems, *renamed) from None
+        if problems:
+            raise ConfigError(*problems)
+        return config
+
+    def _batch_size_problems(self) -> Iterator[Problem]:
+        size = self.nio_batch_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 2:
+            yield Problem("nio_batch_size", f"{size!r}", "Give a whole number of at least 2")
+        elif isinstance(self.nio_sub_batches, int) and self.nio_sub_batches > size:
+            yield dataclasses.replace(too_many_sub_batches(self.nio_sub_batches, size), where="nio_sub_batches")
+
+    def _nio_config(self) -> NIOConfig:
         seed = next(seed for seed in (self.nio_seed, self.data_seed, self.seed) if seed is not None)
         return NIOConfig(
             iterations=self.nio_iterations,
@@ -75,3 +105,43 @@ class NIOTrainingArguments(TrainingArguments):
             holdout_batches=self.nio_holdout_batches,
             seed=seed,
         )
+
+
+def with_nio_settings(args: Any) -> NIOTrainingArguments:
+    """The arguments with the default settings of NIO beside them, nothing else changed.
+
+    Args:
+        args: `NIOTrainingArguments`, which are returned as they are, or `TrainingArguments` of any class.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if isinstance(args, NIOTrainingArguments):
+        return args
+    if not isinstance(args, TrainingArguments):
+        raise ConfigError(Problem("args", f"a {type(args).__name__}", "Give NIOTrainingArguments"))
+    return _restore(type(args), vars(args))
+
+
+class _WithNIO:
+    """Lets arguments of a class that is made while running be pickled, as Trainer does when it saves."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self).__bases__[-1], vars(self))
+
+
+def _restore(base: type[TrainingArguments], state: dict[str, Any]) -> NIOTrainingArguments:
+    """Arguments of a class and of `NIOTrainingArguments` at once, with the attributes given and defaults of NIO."""
+    combined: Any = NIOTrainingArguments
+    if base is not TrainingArguments:
+        bases = (_WithNIO, NIOTrainingArguments, base)
+        combined = dataclasses.dataclass(type(f"NIO{base.__name__}", bases, {}))
+    args: NIOTrainingArguments = combined.__new__(combined)
+    args.__dict__.update({field.name: field.default for field in dataclasses.fields(NIOTrainingArguments)})
+    args.__dict__.update(state)
+    return args
+
+
+def _own_name(where: str) -> str:
+    """The argument that sets `NIOConfig.field`."""
+    return f"nio_{where.removeprefix('NIOConfig.')}"

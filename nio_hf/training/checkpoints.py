@@ -59,6 +59,13 @@ def is_marked(model: nn.Module) -> bool:
     return False
 
 
+def remove_mark(model: nn.Module) -> None:
+    """Forget the mark: weights that are trained from here on are not the ones that it describes."""
+    config = getattr(model, "config", None)
+    if hasattr(config, MARK_KEY):
+        delattr(config, MARK_KEY)
+
+
 def save_initialised(model: nn.Module, result: NIOResult, directory: Path, processing_class: Any | None) -> None:
     """Write weights, config with the mark, processor and `nio_state.json`, all or nothing.
 
@@ -139,16 +146,18 @@ def reload(checkpoint: Path, model: PreTrainedModel) -> None:
     most tensors of ViT, DeiT, BEiT, DINOv2 and Swin as they were.
 
     Raises:
-        CheckpointError: where a tensor is missing, unexpected or of another shape.
+        CheckpointError: where a tensor is missing, unexpected or of another shape, or the model class cannot be built
+            from its config.
     """
-    with torch.random.fork_rng():
-        loaded, info = cast(Any, type(model)).from_pretrained(
-            checkpoint,
-            config=copy.deepcopy(model.config),
-            dtype=model.dtype,
-            output_loading_info=True,
-            local_files_only=True,
-        )
+    settings = {"config": copy.deepcopy(model.config), "dtype": model.dtype, "local_files_only": True}
+    model_class = cast(Any, type(model))
+    with torch.random.fork_rng(devices=[]):
+        try:
+            loaded, info = model_class.from_pretrained(checkpoint, output_loading_info=True, **settings)
+        except TypeError as error:
+            found = f"cannot be loaded into {model_class.__name__}: {error}"
+            fix = "Give the arguments of its constructor beside config default values"
+            raise CheckpointError(Problem(str(checkpoint), found, fix)) from error
     differences = {kind: keys for kind, keys in info.items() if keys}
     if differences:
         fix = "Resume with the model that wrote the checkpoint"

@@ -39,7 +39,15 @@ def make_replica(model: nn.Module, device: torch.device, collective: Collective)
 
 @torch.no_grad()
 def copy_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Copy parameters and buffers into a model of the same class, in place: optimizers keep their references."""
-    values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
-    for name, tensor in (*target.named_parameters(), *target.named_buffers()):
-        tensor.copy_(values[name])
+    """Copy parameters into a model of the same class, in place and at once: optimizers keep their references."""
+    values = dict(source.named_parameters())
+    names, tensors = zip(*target.named_parameters(), strict=True)
+    torch._foreach_copy_([tensor.data for tensor in tensors], [values[name].data for name in names])
+
+
+@torch.no_grad()
+def copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Copy buffers into a model of the same class, in place."""
+    values = dict(source.named_buffers())
+    for name, buffer in target.named_buffers():
+        buffer.copy_(values[name])

@@ -19,7 +19,7 @@ _CURVES = ("grad_cosine", "grad_norm", "loss")
 class NIOReportCallback(TrainerCallback):
     """Reports a finished NIO run when training begins, since trackers open their run only then.
 
-    It must be the last callback. Curves stand under `nio/` against the NIO iteration.
+    It must be the last callback, which [`NIOTrainerMixin`] sees to. Curves stand under `nio/` against the iteration.
 
     Args:
         trainer: its log and callbacks are reported to.
@@ -30,14 +30,14 @@ class NIOReportCallback(TrainerCallback):
         self._pending: NIOResult | None = None
 
     def report_later(self, result: NIOResult) -> None:
-        """Keep a result until the next training begins."""
+        """Keep a result until the next training ends."""
         self._pending = result
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Report what is pending, once."""
-        result, self._pending = self._pending, None
+        """Report what is pending."""
+        result = self._pending
         if result is None:
             return
         state.log_history += [_history_entry(record) for record in result.history]
@@ -45,6 +45,12 @@ class NIOReportCallback(TrainerCallback):
             for callback in self._trainer.callback_handler.callbacks:
                 _report_curves(callback, result)
         self._trainer.log(summary(result))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget what was reported; a training that begins again after an out-of-memory reports again."""
+        self._pending = None
 
 
 def summary(result: NIOResult) -> dict[str, float]:
@@ -56,6 +62,8 @@ def summary(result: NIOResult) -> dict[str, float]:
         "nio_grad_norm_after": result.after.grad_norm,
         "nio_loss_before": result.before.loss,
         "nio_loss_after": result.after.loss,
+        "nio_sub_batches": result.before.sub_batches,
+        "nio_batch_size": result.before.batch_size,
         "nio_seconds": result.seconds,
     }
 

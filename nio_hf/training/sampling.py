@@ -70,7 +70,7 @@ class SeededDataset(Dataset[Any]):
 
     def __getitem__(self, draw: _Draw) -> Any:
         number, index = draw
-        _seed_everything(_mix(self._seed, number, index))
+        seed_everything(_mix(self._seed, number, index))
         return self._dataset[index]
 
 
@@ -98,8 +98,6 @@ def nio_dataloader(
     }
     if isinstance(dataset, IterableDataset):
         return DataLoader(dataset, batch_size=batch_size, drop_last=True, **common)
-    if len(dataset) == 0:
-        raise DataError(Problem("train_dataset", "no samples", "Give a data set with samples"))
     sampler = NIOBatchSampler(len(dataset), batch_size, holdout_batches, iterations, seed)
     return DataLoader(SeededDataset(dataset, seed), batch_sampler=sampler, **common)
 
@@ -108,7 +106,8 @@ def _mix(seed: int, number: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, number, index]).generate_state(1, np.uint64)[0] % 2**63)
 
 
-def _seed_everything(seed: int) -> None:
+def seed_everything(seed: int) -> None:
+    """Seed what augmentation on the CPU draws from: Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)

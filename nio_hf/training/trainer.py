@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import copy
 import logging
-import random
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import datasets
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -19,26 +18,31 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from nio_hf.core import Collective, IterationRecord, NIOResult, initialize
+from nio_hf.core.batches import map_tensors
+from nio_hf.core.memory import is_out_of_memory
+from nio_hf.core.scales import check_storage
 from nio_hf.errors import DataError, NIOMemoryError, Problem
-from nio_hf.training.arguments import NIOTrainingArguments
+from nio_hf.training.arguments import NIOTrainingArguments, with_nio_settings
 from nio_hf.training.checkpoints import (
     INIT_DIR_NAME,
     can_reload,
     ensure_writable,
     is_marked,
     reload,
+    remove_mark,
     save_initialised,
 )
+from nio_hf.training.isolation import isolated_random_state
 from nio_hf.training.layers import register_transformers_layers
 from nio_hf.training.losses import ignores_num_items
-from nio_hf.training.replica import copy_parameters, make_replica
+from nio_hf.training.replica import copy_buffers, copy_parameters, make_replica
 from nio_hf.training.reporting import NIOReportCallback
-from nio_hf.training.sampling import nio_dataloader
+from nio_hf.training.sampling import nio_dataloader, seed_everything
 
 logger = logging.getLogger(__name__)
 
-_DONE = "_nio_initialised"
-
+_INITIALISED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The models that this process has initialised."""
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -64,19 +68,13 @@ class NIOTrainerMixin(_Base):
     args: NIOTrainingArguments
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        args, kwargs = _with_nio_arguments(args, kwargs)
+        args, kwargs = _checked_arguments(args, kwargs)
         super().__init__(*args, **kwargs)
         self.nio_result: NIOResult | None = None
-        if ignores_num_items(self._nio_model()):
+        if not self._has_own_loss() and ignores_num_items(self._nio_model()):
             self.model_accepts_loss_kwargs = False
         self._nio_report = NIOReportCallback(self)
         self.add_callback(self._nio_report)
-        if self.args.nio and self.args.warmup_steps > 0:
-            logger.warning(
-                "NIO and warmup_steps=%s are both on: their effects cannot be told apart. Set warmup_steps=0 to train "
-                "without warmup, or nio=False.",
-                self.args.warmup_steps,
-            )
 
     def run_nio(self) -> NIOResult:
         """Initialise the model now, and save the initialised checkpoint where `nio_save_init` is set.
@@ -90,23 +88,28 @@ class NIOTrainerMixin(_Base):
         config = self.args.to_nio_config()
         if self.args.nio_save_init and self.args.should_save:
             ensure_writable(self.nio_init_dir.parent)
+        self._warn_of_warmup()
         model = self._nio_model()
         collective = Collective.current()
-        register_transformers_layers(model)
-        with _isolated_random_state(self.args.device), self._nio_progress(config.iterations) as bar, _memory_errors():
+        register_transformers_layers()
+        with isolated_random_state(self.args.device, self.train_dataset), _memory_errors():
+            seed_everything(config.seed)
             replica = make_replica(model, self.args.device, collective)
-            result = initialize(
-                replica,
-                self._nio_batches(),
-                self.compute_nio_loss,
-                config,
-                on_iteration=lambda record: _advance(bar, record),
-                collective=collective,
-            )
+            with self._nio_progress(config.iterations) as bar:
+                result = initialize(
+                    replica,
+                    _CheckedBatches(self.get_nio_dataloader(), self._classes_of_labels()),
+                    self.compute_nio_loss,
+                    config,
+                    on_iteration=lambda record: _advance(bar, record),
+                    collective=collective,
+                )
             if self.args.nio_save_init and self.args.should_save:
                 save_initialised(replica, result, self.nio_init_dir, self.processing_class)
             copy_parameters(replica, model)
-        setattr(model, _DONE, True)
+            if collective.size > 1:
+                copy_buffers(replica, model)
+        _INITIALISED.add(model)
         self.nio_result = result
         self._nio_report.report_later(result)
         self.accelerator.wait_for_everyone()
@@ -114,13 +117,17 @@ class NIOTrainerMixin(_Base):
 
     @property
     def nio_init_dir(self) -> Path:
-        """Where the initialised checkpoint is saved."""
-        return Path(cast(str, self.args.output_dir)) / INIT_DIR_NAME
+        """Where the initialised checkpoint is saved; each trial of a hyper-parameter search has its own."""
+        return Path(self._get_output_dir(getattr(self, "_trial", None))) / INIT_DIR_NAME
 
-    def compute_nio_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """Mean loss of a batch for NIO: the Trainer's own, on fp32 inputs. Override it for another one."""
-        prepared = self._prepare_inputs(dict(inputs))
-        loss = self.compute_loss(model, {name: _float32(value) for name, value in prepared.items()})
+    def compute_nio_loss(self, model: nn.Module, inputs: Any) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Loss of a batch for NIO: the Trainer's own, on fp32 inputs. Override it for another one.
+
+        Returns:
+            The mean loss over the samples, or (loss_sum, weight) where it is a mean over something else, e.g. tokens:
+            with `nio_micro_batch_size` the parts of a sub-batch are combined by that weight.
+        """
+        loss = self.compute_loss(model, _float32(self._prepare_inputs(copy.copy(inputs))))
         return cast(torch.Tensor, loss)
 
     def get_nio_dataloader(self) -> DataLoader[Any]:
@@ -131,8 +138,10 @@ class NIOTrainerMixin(_Base):
         """
         if self.train_dataset is None:
             raise DataError(Problem("train_dataset", "None", "Give NIOTrainer a training data set"))
-        dataset, collate = self.train_dataset, self.data_collator
-        if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        _check_has_samples(self.train_dataset)
+        # A collator may draw from a generator of its own, which training goes on with.
+        dataset, collate = self.train_dataset, copy.deepcopy(self.data_collator)
+        if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="NIO")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="NIO")
@@ -151,11 +160,26 @@ class NIOTrainerMixin(_Base):
     def _nio_model(self) -> nn.Module:
         return cast(nn.Module, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
-    def _nio_batches(self) -> Iterator[Any]:
-        num_labels = getattr(getattr(self._nio_model(), "config", None), "num_labels", None)
-        for number, batch in enumerate(self.get_nio_dataloader()):
-            _check_labels(batch, num_labels, number)
-            yield batch
+    def _has_own_loss(self) -> bool:
+        """Whether the loss is not the model's own."""
+        return self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
+
+    def _classes_of_labels(self) -> int | None:
+        """Number of classes that labels can have, where that is known."""
+        model: Any = self._nio_model()
+        classifies = type(model).__name__.endswith(("ForImageClassification", "ForSequenceClassification"))
+        if self._has_own_loss() or not classifies or not type(model).__module__.startswith("transformers."):
+            return None
+        num_labels: int = model.config.num_labels
+        return num_labels if num_labels > 1 else None
+
+    def _warn_of_warmup(self) -> None:
+        if self.args.warmup_steps > 0 and self.is_world_process_zero():
+            logger.warning(
+                "NIO and warmup_steps=%s are both on: their effects cannot be told apart. Set warmup_steps=0 to train "
+                "without warmup, or nio=False.",
+                self.args.warmup_steps,
+            )
 
     def _nio_progress(self, iterations: int) -> Any:
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
@@ -168,18 +192,35 @@ class NIOTrainerMixin(_Base):
         if resume_from_checkpoint is not None:
             logger.info("NIO is skipped: training resumes from %s.", resume_from_checkpoint)
             return False
-        if getattr(model, _DONE, False) or is_marked(model):
-            logger.info("NIO is skipped: the model is initialised already.")
+        if model in _INITIALISED:
+            logger.warning("NIO is skipped: it has initialised this model already. Call run_nio() to run it again.")
+            return False
+        if is_marked(model):
+            logger.info("NIO is skipped: the model was loaded from an initialised checkpoint.")
+            remove_mark(model)
+            _INITIALISED.add(model)
             return False
         return True
 
     # What follows overrides Trainer.
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in Trainer.
+
+        Raises:
+            DataError: for a data set without samples.
+        """
+        _check_has_samples(self.train_dataset)
+        return super().get_train_dataloader()
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader[Any], resume_from_checkpoint: str | None
     ) -> Any:
         if self._nio_is_due(resume_from_checkpoint):
             self.run_nio()
+        # Trackers that were added later must have opened their run before NIO is reported.
+        self.remove_callback(self._nio_report)
+        self.add_callback(self._nio_report)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -207,19 +248,21 @@ class NIOTrainer(NIOTrainerMixin, Trainer):
     """
 
 
-def _with_nio_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of Trainer, with `args` turned into `NIOTrainingArguments` where they are not."""
-    positional = len(args) > 1
-    given = args[1] if positional else kwargs.get("args")
-    if isinstance(given, NIOTrainingArguments):
-        return args, kwargs
-    if given is None:
-        given = TrainingArguments(output_dir="tmp_trainer")
-    fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given) if field.init}
-    converted = NIOTrainingArguments(**fields)
-    if positional:
-        return (args[0], converted, *args[2:]), kwargs
-    return args, {**kwargs, "args": converted}
+def _checked_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of Trainer, its `args` with the settings of NIO beside them.
+
+    Raises:
+        ConfigError: where `args` are no TrainingArguments.
+        ModelError: for a model without data, on the meta device.
+    """
+    model = args[0] if args else kwargs.get("model")
+    if isinstance(model, nn.Module) and any(parameter.is_meta for parameter in model.parameters()):
+        check_storage(model)
+    given = args[1] if len(args) > 1 else kwargs.get("args")
+    settings = with_nio_settings(TrainingArguments(output_dir="tmp_trainer") if given is None else given)
+    if len(args) > 1:
+        return (args[0], settings, *args[2:]), kwargs
+    return args, {**kwargs, "args": settings}
 
 
 def _advance(bar: Any, record: IterationRecord) -> None:
@@ -227,33 +270,39 @@ def _advance(bar: Any, record: IterationRecord) -> None:
     bar.update()
 
 
-def _check_labels(batch: Any, num_labels: int | None, number: int) -> None:
+class _CheckedBatches:
+    """Batches whose labels are checked; a re-iterable."""
+
+    def __init__(self, batches: DataLoader[Any], classes: int | None) -> None:
+        self._batches = batches
+        self._classes = classes
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self._batches):
+            if self._classes is not None:
+                _check_labels(batch, self._classes, number)
+            yield batch
+
+
+def _check_labels(batch: Any, classes: int, number: int) -> None:
     labels = batch.get("labels") if hasattr(batch, "get") else None
     if not isinstance(labels, torch.Tensor) or labels.ndim != 1 or labels.is_floating_point():
         return
-    if num_labels is None or num_labels < 2:
-        return
-    wrong = labels[((labels < 0) | (labels >= num_labels)) & (labels != -100)]
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != -100)]
     if len(wrong):
-        found = f"label {int(wrong[0])} for a model of {num_labels} classes"
+        found = f"label {int(wrong[0])} for a model of {classes} classes"
         fix = "Set num_labels in the model config to the number of classes, counted from 0"
         raise DataError(Problem(f"labels of NIO batch {number}", found, fix))
 
 
+def _check_has_samples(dataset: Any) -> None:
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise DataError(Problem("train_dataset", "no samples", "Give a data set with samples"))
+
+
 def _float32(value: Any) -> Any:
-    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-@contextlib.contextmanager
-def _isolated_random_state(device: torch.device) -> Iterator[None]:
-    """Leave the random state of Python, NumPy and torch as it was found."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+    """Inputs with their floating point tensors in fp32, whatever they are nested in."""
+    return map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, value)
 
 
 @contextlib.contextmanager
@@ -261,6 +310,8 @@ def _memory_errors() -> Iterator[None]:
     """Turn an out-of-memory of NIO into ours: it must not shrink the training batch (`auto_find_batch_size`)."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         fix = "Set nio_micro_batch_size, or lower nio_batch_size"
         raise NIOMemoryError(Problem("NIO", f"out of memory ({error})", fix)) from error

@@ -42,12 +42,16 @@ def test_a_path_that_is_a_file_is_not_writable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "ignores"), [("vit", False), ("swin", False), ("swinv2", True), ("resnet", True), ("beit", True)]
 )
-def test_reading_the_head_tells_what_the_loss_does(
-    name: str, ignores: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_reading_the_head_tells_what_the_loss_does(name: str, ignores: bool, caplog: pytest.LogCaptureFixture) -> None:
     model = build(name).eval()
     batch = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.arange(4)}
     with torch.no_grad(), caplog.at_level(logging.ERROR):
         mean, scaled = (float(model(**batch, **extra).loss) for extra in ({}, {"num_items_in_batch": 8}))
     assert ignores_num_items(model) is ignores
     assert (mean == pytest.approx(scaled)) is ignores
+
+
+def test_a_subclass_that_keeps_the_forward_is_read_as_its_base() -> None:
+    base = type(build("resnet"))
+    model = type("OwnResNet", (base,), {})(build("resnet").config)
+    assert ignores_num_items(model)

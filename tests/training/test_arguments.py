@@ -1,0 +1,92 @@
+"""The settings of NIO beside the training arguments."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
+
+from nio_hf import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments
+from nio_hf.errors import ConfigError
+from nio_hf.training.arguments import with_nio_settings
+from tests.training.toys import ToyImages, arguments, build
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nio_batch_size": 4, "nio_sub_batches": 8}, "nio_sub_batches: 8 for a batch of 4 samples"),
+        ({"nio_batch_size": 0}, "nio_batch_size: 0"),
+        ({"nio_batch_size": "16"}, "nio_batch_size: '16'"),
+        ({"nio_sub_batches": 1}, "nio_sub_batches: 1"),
+        ({"nio_overlap": 1.0}, "nio_overlap: 1.0"),
+        ({"nio_iterations": 0}, "nio_iterations: 0"),
+        ({"nio_gamma": -1.0}, "nio_gamma: -1.0"),
+        ({"nio_objective": "cosine"}, "nio_objective: 'cosine'"),
+    ],
+)
+def test_settings_out_of_range_are_refused_at_once_by_their_own_name(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        arguments(tmp_path, **changes)
+    assert message in str(raised.value)
+
+
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        arguments(tmp_path, nio_batch_size=1, nio_lr=0.0, nio_overlap=2.0)
+    assert [problem.where for problem in raised.value.problems] == ["nio_batch_size", "nio_lr", "nio_overlap"]
+
+
+def test_an_absolute_gamma_replaces_the_relative_one(tmp_path: Path) -> None:
+    config = arguments(tmp_path, nio_gamma=3.0).to_nio_config()
+    assert (config.gamma, config.gamma_relative) == (3.0, None)
+    assert arguments(tmp_path).to_nio_config().gamma_relative is not None
+
+
+def test_the_seed_of_nio_follows_that_of_the_data(tmp_path: Path) -> None:
+    assert arguments(tmp_path, seed=3).to_nio_config().seed == 3
+    assert arguments(tmp_path, seed=3, data_seed=4).to_nio_config().seed == 4
+    assert arguments(tmp_path, seed=3, data_seed=4, nio_seed=5).to_nio_config().seed == 5
+
+
+def test_the_command_line_parser_of_transformers_knows_the_settings(tmp_path: Path) -> None:
+    options = ["--output_dir", str(tmp_path), "--nio_lr", "1e-3", "--nio_sub_batches", "8", "--nio", "false"]
+    (args,) = HfArgumentParser(NIOTrainingArguments).parse_args_into_dataclasses(options)
+    assert (args.nio_lr, args.nio_sub_batches, args.nio) == (1e-3, 8, False)
+
+
+def test_arguments_of_a_subclass_keep_everything_and_can_be_pickled(tmp_path: Path) -> None:
+    given = Seq2SeqTrainingArguments(output_dir=str(tmp_path), report_to="none", generation_max_length=7)
+    given.learning_rate = 0.25
+    args = pickle.loads(pickle.dumps(with_nio_settings(given)))
+    assert isinstance(args, NIOTrainingArguments)
+    assert isinstance(args, Seq2SeqTrainingArguments)
+    assert (args.generation_max_length, args.learning_rate, args.nio) == (7, 0.25, True)
+    assert args.to_dict()["generation_max_length"] == 7
+
+
+def test_the_mixin_takes_the_arguments_of_the_trainer_it_extends(tmp_path: Path) -> None:
+    class NIOSeq2SeqTrainer(NIOTrainerMixin, Seq2SeqTrainer):
+        pass
+
+    given = Seq2SeqTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", generation_max_length=7)
+    trainer = NIOSeq2SeqTrainer(model=build("vit"), args=given, train_dataset=ToyImages())
+    assert trainer.args.generation_max_length == 7
+    assert trainer.args.nio_sub_batches == 4
+
+
+def test_arguments_of_another_type_are_refused() -> None:
+    with pytest.raises(ConfigError, match="Give NIOTrainingArguments"):
+        NIOTrainer(model=build("vit"), args={"output_dir": "x"}, train_dataset=ToyImages())
+
+
+def test_no_default_of_training_arguments_is_changed(tmp_path: Path) -> None:
+    plain = TrainingArguments(output_dir=str(tmp_path)).to_dict()
+    ours = NIOTrainingArguments(output_dir=str(tmp_path)).to_dict()
+    assert {key: ours[key] for key in plain} == plain
+    assert ours["warmup_steps"] == 0
