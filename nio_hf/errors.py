@@ -20,7 +20,7 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.found}. {self.fix}."
+        return f"{self.where}: {self.found}. {self.fix}{'' if self.fix.endswith('?') else '.'}"
 
 
 class NIOError(Exception):

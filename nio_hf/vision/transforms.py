@@ -12,7 +12,9 @@ from nio_hf.errors import ModelError, Problem
 
 
 def make_image_processor(config: PreTrainedConfig) -> BaseImageProcessor:
-    """The image processor of an architecture, on Pillow, at the image size of a configuration.
+    """The image processor of an architecture, on Pillow, as published but for the image size of a configuration.
+
+    Where the published one resizes to more than it crops, the ratio of the two is kept.
 
     Raises:
         ModelError: for an architecture without one.
@@ -21,12 +23,25 @@ def make_image_processor(config: PreTrainedConfig) -> BaseImageProcessor:
     if "pil" not in names:
         found = f"{config.model_type!r} has no image processor on Pillow"
         raise ModelError(Problem("model_type", found, "Choose another architecture"))
-    processor_class: type[BaseImageProcessor] = getattr(transformers, names["pil"])
-    size = getattr(config, "image_size", None)
-    if size is None:
-        return processor_class()
-    height, width = (size, size) if isinstance(size, int) else size
-    return processor_class(size={"height": height, "width": width})
+    processor_class: type[Any] = getattr(transformers, names["pil"])
+    published: BaseImageProcessor = processor_class()
+    image_size = getattr(config, "image_size", None)
+    if image_size is None:
+        return published
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    sizes = {"size": _scaled(published.size, height, width, published.size)}
+    if getattr(published, "do_center_crop", False):
+        sizes["size"] = _scaled(published.size, height, width, published.crop_size)
+        sizes["crop_size"] = {"height": height, "width": width}
+    processor: BaseImageProcessor = processor_class(**sizes)
+    return processor
+
+
+def _scaled(size: Any, height: int, width: int, reference: Any) -> dict[str, int]:
+    """A published size for images of height x width, in the ratio that it has to a reference size."""
+    size, reference = ({key: value for key, value in dict(s).items() if value} for s in (size, reference))
+    wanted = {"height": height, "width": width, "shortest_edge": min(height, width)}
+    return {key: round(wanted[key] * value / reference.get(key, max(reference.values()))) for key, value in size.items()}
 
 
 class ImageTransform:

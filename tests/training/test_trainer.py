@@ -53,7 +53,8 @@ def test_nio_scales_the_weights_once_and_keeps_the_parameters(tmp_path: Path) ->
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name] * torch.tensor(result.scales.get(name, 1.0))), name
     assert any(abs(omega - 1) > 1e-3 for omega in result.scales.values())
-    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_training_sees_the_same_batches_and_random_numbers_with_and_without_nio(tmp_path: Path) -> None:
@@ -398,8 +399,6 @@ def _gradient(name: str, path: Path, accumulation: int, batch: int) -> dict[str,
     """The gradient of the first step, without dropout, stochastic depth or clipping."""
 
     class Keep(TrainerCallback):
-        gradient: dict[str, torch.Tensor] = {}
-
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
             self.gradient = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 

@@ -1,0 +1,58 @@
+"""The `nio-hf` command: what it takes and what it loads."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import nio_hf
+from nio_hf.cli.main import app
+from nio_hf.train import initialise
+from nio_hf.train import train as train_recipe
+
+RUNNER = CliRunner()
+
+
+@pytest.mark.parametrize(("command", "action"), [("train", train_recipe), ("init", initialise)])
+def test_commands_pass_the_recipe_and_its_overrides_on(
+    command: str, action: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def run_recipe(*call: object) -> int:
+        calls.append(call)
+        return 3
+
+    monkeypatch.setattr("nio_hf.train.run_recipe", run_recipe)
+    options = ["vit-tiny/digits/nio", "--nio_lr", "-1e-3", "--seed=4", "--bf16"]
+    assert RUNNER.invoke(app, [command, *options]).exit_code == 3
+    assert RUNNER.invoke(app, [command, "--seed", "1"]).exit_code == 3
+    assert RUNNER.invoke(app, [command]).exit_code == 3
+    assert calls == [(action, options), (action, ["--seed", "1"]), (action, [])]
+
+
+def test_help_and_version() -> None:
+    text = RUNNER.invoke(app, ["--help"]).output
+    assert "train" in text
+    assert "init" in text
+    assert "vit-tiny/digits/nio" in RUNNER.invoke(app, ["train", "--help"]).output
+    assert RUNNER.invoke(app, ["--version"]).output == f"nio-hf {nio_hf.__version__}\n"
+    assert RUNNER.invoke(app, ["fly"]).exit_code == 2
+
+
+def test_the_command_line_loads_no_torch_before_it_is_needed() -> None:
+    code = "import sys, nio_hf.cli.main; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["False", "False"]
+
+
+def test_the_installed_program_is_this_one() -> None:
+    program = sys.executable.replace("python", "nio-hf") if sys.executable.endswith("python") else None
+    if program is None:
+        pytest.skip("the interpreter is not called python, so its scripts folder is not known")
+    shown = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(r"nio-hf \d+\.\d+\.\d+\n", shown)

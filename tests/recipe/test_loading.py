@@ -1,0 +1,94 @@
+"""From a file and the command line to a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nio_hf.errors import RecipeError
+from nio_hf.recipe.catalog import DEFAULT_RECIPE, find_recipe, recipe_names, split_arguments
+from nio_hf.recipe.loading import known_keys, load_recipe
+
+MINIMAL = "model_type: vit\nmodel_config: {image_size: 8, patch_size: 2}\noutput_dir: outputs/x\n"
+
+
+def _write(path: Path, text: str) -> str:
+    file = path / "recipe.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_the_command_line_goes_before_the_file_and_the_file_before_the_defaults(tmp_path: Path) -> None:
+    path = _write(tmp_path, MINIMAL + "learning_rate: 1e-3\nnio_lr: 2e-2\n")
+    recipe = load_recipe(path, ["--nio_lr", "3e-2", "--model_config.patch_size=4"])
+    assert recipe.training.learning_rate == 1e-3
+    assert recipe.training.nio_lr == 3e-2
+    assert recipe.training.warmup_steps == 0
+    assert recipe.training.remove_unused_columns is False
+    assert recipe.model.model_config == {"image_size": 8, "patch_size": 4}
+    assert recipe.data.dataset_name == "digits"
+
+
+def test_a_loaded_model_replaces_that_of_the_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(_write(tmp_path, MINIMAL), ["--model_name_or_path", "somewhere"])
+    assert recipe.model.model_name_or_path == "somewhere"
+    assert recipe.model.model_type is None
+    assert recipe.model.model_config == {}
+
+
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
+    text = "model_type: vti\nlearning_rate: '1e-3'\nnio_gama: 3\nbf16: maybe\n"
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(_write(tmp_path, text), ["--sede", "1"])
+    message = str(raised.value)
+    assert "line 2, learning_rate: '1e-3', text. Give a number, without quotes." in message
+    assert "line 3, nio_gama: 'nio_gama' is no known key. Did you mean 'nio_gamma'?" in message
+    assert "--sede: 'sede' is no known key. Did you mean 'seed'?" in message
+    assert "line 4, bf16: 'maybe', text. Give true or false." in message
+    assert "line 1, model_type: 'vti' is no image classification architecture" in message
+    assert "Did you mean 'vit'?" in message
+    assert "output_dir: nothing" in message
+    assert len(raised.value.problems) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("output_dir: x\n", "model_type and model_name_or_path: neither"),
+        (MINIMAL + "model_name_or_path: y\n", "model_type and model_name_or_path: both"),
+        ("output_dir: x\nmodel_name_or_path: y\nmodel_config: {a: 1}\n", "given beside model_name_or_path"),
+        (MINIMAL.replace("patch_size", "patch_sise"), "'patch_sise' is no known key. Did you mean 'patch_size'?"),
+        (MINIMAL.replace("image_size: 8", "hidden_size: wide"), "line 2, model_config: .*hidden_size"),
+        (MINIMAL + "remove_unused_columns: true\n", "line 4, remove_unused_columns: true"),
+        (MINIMAL + "nio_overlap: 1.0\n", "line 4, nio_overlap: 1.0. Give a number in"),
+        (MINIMAL + "nio_gamma: -1\n", "line 4, nio_gamma: -1.0. Give a finite number above 0"),
+        (MINIMAL + "lr_scheduler_type: cosin\n", "line 4, lr_scheduler_type: 'cosin'. Choose one of"),
+        (MINIMAL + "load_best_model_at_end: true\n", "load_best_model_at_end"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(_write(tmp_path, text))
+
+
+def test_a_recipe_that_does_not_exist_is_shown_a_near_one() -> None:
+    with pytest.raises(RecipeError, match="vit-tiny/digits/nio"):
+        find_recipe("vit-tny/digits/nio")
+
+
+def test_recipes_are_found_by_name_and_by_path(tmp_path: Path) -> None:
+    path = _write(tmp_path, MINIMAL)
+    assert find_recipe(path) == Path(path)
+    assert find_recipe(DEFAULT_RECIPE).samefile(find_recipe(f"recipes/{DEFAULT_RECIPE}.yaml"))
+    assert DEFAULT_RECIPE in recipe_names()
+
+
+def test_the_recipe_stands_first_or_is_the_default() -> None:
+    assert split_arguments(["a.yaml", "--seed", "1"]) == ("a.yaml", ["--seed", "1"])
+    assert split_arguments(["--seed", "1"]) == (DEFAULT_RECIPE, ["--seed", "1"])
+    assert split_arguments([]) == (DEFAULT_RECIPE, [])
+
+
+def test_no_key_stands_for_two_things() -> None:
+    assert {"model_type", "dataset_name", "nio_gamma", "learning_rate"} <= known_keys().keys()

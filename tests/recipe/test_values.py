@@ -1,0 +1,70 @@
+"""Values against the annotations of dataclass fields."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Literal
+
+import pytest
+
+from nio_hf.recipe.strict_yaml import Setting
+from nio_hf.recipe.values import checked, unknown_key
+
+
+class Strategy(enum.Enum):
+    NO = "no"
+    STEPS = "steps"
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "expected"),
+    [
+        (3, int, 3),
+        (3, float, 3.0),
+        (3, float | None, 3.0),
+        (3, int | float, 3),
+        (0.5, float, 0.5),
+        (None, float | None, None),
+        (True, bool, True),
+        ("x", str, "x"),
+        ("no", Strategy | str, "no"),
+        ("gc", Literal["gc", "variance"], "gc"),
+        ([1], list[int] | None, [1]),
+        ({"a": 1}, dict[str, Any], {"a": 1}),
+        ("all", None | str | list[str], "all"),
+    ],
+)
+def test_values_of_the_right_type_pass(value: Any, annotation: Any, expected: Any) -> None:
+    result, problem = checked(Setting(value, "key"), annotation)
+    assert problem is None
+    assert result == expected
+    assert type(result) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "message"),
+    [
+        ("1e-3", float, "key: '1e-3', text. Give a number, without quotes."),
+        ("fast", float, "key: 'fast', text. Give a number."),
+        (1.5, int, "key: 1.5, a number. Give a whole number."),
+        (True, int, "key: True, true or false. Give a whole number."),
+        (True, float, "key: True, true or false. Give a number."),
+        (1, bool, "key: 1, a whole number. Give true or false."),
+        ("yes", bool, "key: 'yes', text. Give true or false."),
+        (None, int, "key: nothing. Give a whole number."),
+        (5, str | None, "key: 5, a whole number. Give text or null."),
+        ([1], dict[str, Any], "key: [1], a list. Give a mapping."),
+        ("sometimes", Strategy | str, "key: 'sometimes'. Choose one of no, steps."),
+        (False, Strategy | str, "key: False, true or false. Give no or steps."),
+    ],
+)
+def test_values_of_another_type_are_refused_with_the_one_wanted(value: Any, annotation: Any, message: str) -> None:
+    _, problem = checked(Setting(value, "key"), annotation)
+    assert str(problem) == message
+
+
+def test_an_unknown_key_is_shown_the_nearest_one() -> None:
+    assert str(unknown_key("r.yaml, line 3, nio_gama", "nio_gama", ["nio_gamma", "seed"])).endswith(
+        "nio_gama: 'nio_gama' is no known key. Did you mean 'nio_gamma'?"
+    )
+    assert unknown_key("x", "zzzz", ["seed"]).fix == "Remove it"

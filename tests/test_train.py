@@ -1,0 +1,148 @@
+"""The main job: a recipe from the first line to the files that it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from nio_hf.recipe.loading import load_recipe
+from nio_hf.train import build_trainer, initialise, main, train
+from nio_hf.training.checkpoints import load_state
+
+QUICK = ["--nio_iterations", "3", "--max_steps", "4", "--logging_steps", "2", "--eval_strategy", "no"]
+SMALL = ["--model_config.num_hidden_layers", "1", "--nio_batch_size", "16", "--disable_tqdm", "--use_cpu"]
+
+
+def _options(output_dir: Path) -> list[str]:
+    return ["--output_dir", str(output_dir), *QUICK, *SMALL]
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a shortened run of the default recipe, through its own module."""
+    output_dir = tmp_path_factory.mktemp("digits")
+    command = [sys.executable, "-m", "nio_hf.train", "vit-tiny/digits/nio", *_options(output_dir)]
+    finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    assert finished.returncode == 0, finished.stderr
+    (output_dir / "stdout.txt").write_text(finished.stdout)
+    (output_dir / "stderr.txt").write_text(finished.stderr)
+    return output_dir
+
+
+def test_it_ends_with_a_table_and_the_paths_of_what_it_wrote(digits_run: Path) -> None:
+    shown = (digits_run / "stdout.txt").read_text()
+    quantities = ["GradCosine (D = 4, B/D = 4)", "Gradient norm", "Loss at init", "Evaluation accuracy"]
+    for quantity in [*quantities, "Seconds of NIO", "Seconds of training", "NIO: "]:
+        assert quantity in shown
+    for path in ["_nio_init", "plots/nio_scales.png", "plots/nio_history.png", "plots/training.png"]:
+        assert str(digits_run / path) in shown
+        assert (digits_run / path).exists()
+
+
+def test_it_warns_of_nothing(digits_run: Path) -> None:
+    shown = (digits_run / "stderr.txt").read_text() + (digits_run / "stdout.txt").read_text()
+    assert "Warning" not in shown
+    assert "Error" not in shown
+
+
+def test_the_initialised_checkpoint_is_whole(digits_run: Path) -> None:
+    init = digits_run / "_nio_init"
+    model = AutoModelForImageClassification.from_pretrained(init, dtype=torch.float32)
+    assert model.config.id2label[3] == "3"
+    assert AutoImageProcessor.from_pretrained(init, backend="pil").size["height"] == 8
+    assert len(load_state(init).history) == 3
+
+
+def test_metrics_and_state_are_saved_as_trainer_saves_them(digits_run: Path) -> None:
+    results = json.loads((digits_run / "all_results.json").read_text())
+    assert 0 <= results["eval_accuracy"] <= 1
+    state = json.loads((digits_run / "trainer_state.json").read_text())
+    assert sum("nio_grad_cosine" in entry for entry in state["log_history"]) == 3
+    assert AutoModelForImageClassification.from_pretrained(digits_run).num_parameters() > 0
+
+
+def test_an_initialised_checkpoint_is_trained_without_nio(digits_run: Path, tmp_path: Path) -> None:
+    options = [*QUICK, "--nio_batch_size", "16", "--disable_tqdm", "--use_cpu", "--output_dir", str(tmp_path)]
+    recipe = load_recipe("vit-tiny/digits/nio", [*options, "--model_name_or_path", str(digits_run / "_nio_init")])
+    run = train(recipe)
+    assert run.result is None
+    assert "Initialised checkpoint" not in run.written
+    assert run.metrics["eval_accuracy"] > 0
+    assert not (tmp_path / "_nio_init").exists()
+
+
+def test_init_saves_and_does_not_train(tmp_path: Path) -> None:
+    run = initialise(load_recipe("vit-tiny/digits/nio", _options(tmp_path)))
+    assert run.result is not None
+    assert run.metrics == {}
+    assert set(run.written) == {"Initialised checkpoint", "Plot of the scales", "Plot of NIO by iteration"}
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_run_over_the_output_of_another_replaces_it(tmp_path: Path) -> None:
+    first, second = (initialise(load_recipe("vit-tiny/digits/nio", _options(tmp_path))) for _ in range(2))
+    assert first.result.scales == second.result.scales
+    assert load_state(tmp_path / "_nio_init").after == second.result.after
+
+
+def test_the_same_seed_gives_the_same_model_and_another_another(tmp_path: Path) -> None:
+    def weights(seed: int) -> torch.Tensor:
+        trainer = build_trainer(load_recipe("vit-tiny/digits/nio", [*_options(tmp_path), "--seed", str(seed)]))
+        return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["missing.yaml"], 2, "RecipeError: missing.yaml: no such recipe file"),
+        (["--nio_gama", "3"], 2, "Did you mean 'nio_gamma'?"),
+        (["--nio_sub_batches", "1"], 2, "--nio_sub_batches: 1. Give a whole number of at least 2."),
+        (["--nio_batch_size", "2048", "--use_cpu"], 1, "DataError: train_dataset: 1437 samples for 4 held-out"),
+        (["--dataset_name", "no/such/place"], 1, "DataError: dataset_name: 'no/such/place' cannot be loaded"),
+        (["--model_name_or_path", "no/such/place"], 1, "ModelError: model_name_or_path: 'no/such/place'"),
+    ],
+)
+def test_user_errors_are_messages_with_an_exit_status(
+    arguments: list[str], status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--output_dir", str(tmp_path)]) == status
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_interrupt_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nio_hf.train.build_trainer", interrupted)
+    assert main(["--output_dir", str(tmp_path)]) == 130
+    assert "Interrupted" in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_other_classes_is_refused(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForImageClassification.from_pretrained(
+        digits_run / "_nio_init", num_labels=3, ignore_mismatched_sizes=True
+    )
+    model.save_pretrained(tmp_path / "three")
+    AutoImageProcessor.from_pretrained(digits_run, backend="pil").save_pretrained(tmp_path / "three")
+    options = ["--model_name_or_path", str(tmp_path / "three"), "--output_dir", str(tmp_path / "out")]
+    assert main(options) == 1
+    assert "has 3 classes, the data set 10" in " ".join(capsys.readouterr().err.split())
+
+
+def test_help_says_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "vit-tiny/digits/nio" in capsys.readouterr().out
