@@ -24,9 +24,10 @@ class NIOConfig:
         iterations: number of steps on omega.
         sub_batches: D, the number of sub-batches that a batch is split into, 2 to B.
         overlap: r in [0, 1); each sub-batch is lengthened by floor(r B / D) samples of the next.
-        gamma: absolute bound on the gradient norm GN; above it a step lowers GN instead of the objective.
-        gamma_relative: the bound as a multiple of GN at omega = 1 on the held-out batches. At most one of the two
-            is given; with neither there is no bound, which lets GradCosine run into its degenerate maximum.
+        gamma: absolute bound on the gradient norm GN; above it a step lowers GN instead of the objective. It replaces
+            `gamma_relative`.
+        gamma_relative: the bound as a multiple of GN at omega = 1 on the held-out batches. With both None there is no
+            bound, which lets GradCosine run into its degenerate maximum.
         lr: learning rate of Adam on omega.
         min_scale: lower clamp of omega.
         max_scale: upper clamp of omega.
@@ -90,12 +91,9 @@ class NIOConfig:
         if self.curvature == "exact_kept" and self.micro_batch_size is not None:
             fix = 'Use curvature="exact" with micro-batches: the graph of a whole sub-batch cannot be kept in parts'
             found.append(("curvature", self.curvature, fix))
-        if not found:
-            if self.gamma is not None and self.gamma_relative is not None:
-                found.append(("gamma", self.gamma, "Give gamma or gamma_relative, not both; set the other to None"))
-            if not self.min_scale <= 1 <= self.max_scale:
-                fix = "Choose min_scale <= 1 <= max_scale, since omega starts at 1"
-                found.append(("min_scale", (self.min_scale, self.max_scale), fix))
+        if not found and not self.min_scale <= 1 <= self.max_scale:
+            fix = "Choose min_scale <= 1 <= max_scale, since omega starts at 1"
+            found.append(("min_scale", (self.min_scale, self.max_scale), fix))
         return found
 
 

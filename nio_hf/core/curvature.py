@@ -10,7 +10,8 @@ between the passes and in how they form the product; they give the same numbers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -65,8 +66,9 @@ class Differentiator:
             ModelError: for a loss that is not a scalar.
         """
         _seed_device(self.scaled_tensors[0].device, self.seed, part)
-        returned = self._loss_fn(self._model, batch)
-        loss, weight = returned if isinstance(returned, tuple) else (returned, None)
+        # A loss may take keys out of a batch that is computed again.
+        returned = self._loss_fn(self._model, copy.copy(batch) if isinstance(batch, Mapping) else batch)
+        loss, weight = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"returned {_describe(loss)} as the loss"
             raise ModelError(Problem(self.loss_name, found, "Return a scalar tensor, or a pair (loss_sum, weight)"))

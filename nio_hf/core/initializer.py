@@ -27,7 +27,7 @@ from nio_hf.core.optimizer import ScaleAdam
 from nio_hf.core.result import Branch, GradCosine, IterationRecord, NIOResult, paired_standard_error
 from nio_hf.core.scales import LayerScales
 from nio_hf.core.stream import BatchStream
-from nio_hf.core.two_pass import Reading, TwoPass, located
+from nio_hf.core.two_pass import Reading, TwoPass, check_batch_norm, located
 from nio_hf.core.verdict import judge
 from nio_hf.errors import ConfigError, DataError, NumericsError, Problem
 
@@ -93,7 +93,7 @@ def initialize(
         differentiator = Differentiator(model, loss_fn, scales, config.micro_batch_size)
         passes = TwoPass(model, differentiator, scales, collective, config.batch_norm)
         before = _measure(passes, held_out, config, "before NIO")
-        gamma = config.gamma if config.gamma_relative is None else config.gamma_relative * before.grad_norm
+        gamma = _bound(config, before.grad_norm)
         loop = _Loop(differentiator, passes, scales, config, before.grad_norm, gamma, collective)
         with scales.substituted() as initial:
             history = loop.run(stream, initial, on_iteration)
@@ -259,6 +259,8 @@ def _probe(model: nn.Module, loss_fn: LossFn, scales: LayerScales, batch: Any, c
     """
     window = sub_batch_windows(batch_size(batch), config.sub_batches)[0]
     size = config.micro_batch_size
+    if config.batch_norm == "batch":
+        check_batch_norm(model, len(window), size)
     part = to_device(take(batch, window if size is None else window[: 2 * size]), scales.scaled[0].device)
     differentiator = Differentiator(model, loss_fn, scales, size)
     with located("the first sub-batch"):
@@ -277,6 +279,13 @@ def _check_mean_over_samples(in_parts: Differentiator, whole: Differentiator, ba
     found = f"the mean loss of two micro-batches is {means[0]:.6g} in parts, {means[1]:.6g} together"
     fix = "Return (loss_sum, weight), with the number that the mean is over as weight; or do without micro-batches"
     raise ConfigError(Problem(whole.loss_name, found, fix))
+
+
+def _bound(config: NIOConfig, initial_grad_norm: float) -> float | None:
+    """Gamma as an absolute bound on GN; None without one."""
+    if config.gamma is not None or config.gamma_relative is None:
+        return config.gamma
+    return config.gamma_relative * initial_grad_norm
 
 
 def _as_batches(holdout: Sequence[Any]) -> list[Any]:

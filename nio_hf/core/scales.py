@@ -161,9 +161,14 @@ def check_storage(model: nn.Module) -> None:
     """Refuse parameters that NIO cannot compute with.
 
     Raises:
-        ModelError: for parameters on the meta device, sharded over processes, or trainable in half precision.
+        ModelError: for parameters on the meta device, sharded over processes, or trainable in half precision, of
+            different precision, or distinct in the same memory; and for what is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(Problem("model", f"a {type(model).__name__}", "Give a torch.nn.Module"))
     problems = []
+    first_at: dict[int, str] = {}
+    precision = next((p.dtype for p in model.parameters() if p.requires_grad), torch.float32)
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             problems.append(Problem(name, "on the meta device, without data", "Materialise the model first"))
@@ -172,6 +177,12 @@ def check_storage(model: nn.Module) -> None:
         elif tensor.dtype not in (torch.float32, torch.float64) and tensor.requires_grad:
             fix = "Load the model with dtype=torch.float32; mixed precision belongs to the training"
             problems.append(Problem(name, f"dtype {tensor.dtype}", fix))
+        elif tensor.requires_grad and tensor.dtype != precision:
+            fix = f"Convert the model to one precision, e.g. model.to({precision})"
+            problems.append(Problem(name, f"dtype {tensor.dtype} beside {precision}", fix))
+        elif tensor.numel() and first_at.setdefault(tensor.data_ptr(), name) != name:
+            found = f"another parameter in the memory of {first_at[tensor.data_ptr()]}"
+            problems.append(Problem(name, found, "Tie tensors by assigning the Parameter itself"))
     if problems:
         more = [] if len(problems) == 1 else [Problem("model", f"{len(problems)} such tensors", "The first is named")]
         raise ModelError(problems[0], *more)
@@ -220,12 +231,14 @@ def _kind(owner: nn.Module, parameter: nn.Parameter) -> str:
 
 
 def _enclosing_blocks(model: nn.Module) -> dict[str, str | None]:
-    """For each module, the innermost element of a ModuleList or Sequential around it."""
+    """For each module, the innermost element of a ModuleList or Sequential around it; layers in a block are none."""
     blocks: dict[str, str | None] = {"": None}
     for name, module in model.named_modules():
-        for child_name, _ in module.named_children():
+        for child_name, child_module in module.named_children():
             child = f"{name}.{child_name}" if name else child_name
-            blocks[child] = child if isinstance(module, nn.ModuleList | nn.Sequential) else blocks[name]
+            is_layer = blocks[name] is not None and not any(child_module.children())
+            is_block = isinstance(module, nn.ModuleList | nn.Sequential) and not is_layer
+            blocks[child] = child if is_block else blocks[name]
     return blocks
 
 

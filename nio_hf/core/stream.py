@@ -35,6 +35,7 @@ class BatchStream:
         self._held_out: list[Any] = []
         self._first_pass: list[Any] = []
         self._delivered = 0
+        self._ended = False
         self._iterator = self._open()
         self._one_shot = self._iterator is batches
         self._replays = not self._one_shot and _length(batches) is not None and cast(int, _length(batches)) < needed
@@ -60,9 +61,10 @@ class BatchStream:
         Raises:
             DataError: where a pass over the data gives no batch.
         """
-        batch = self._next_large_enough()
-        if batch is None and not self._one_shot and self._restart():
-            batch = self._next_large_enough()
+        batch = None if self._ended else self._next_large_enough()
+        if batch is None and not self._ended:
+            self._ended = self._one_shot or not self._restart()
+            batch = None if self._ended else self._next_large_enough()
         if batch is None and not self._delivered:
             found = "no batch" if not self._held_out else f"no batch beyond the {len(self._held_out)} held out"
             raise DataError(Problem("batches", found, "Give more data or a smaller batch or holdout_batches"))
@@ -85,7 +87,6 @@ class BatchStream:
             "The data come in another order on the second pass: going on would optimise on held-out samples. Pass "
             "holdout=, or more data."
         )
-        self._one_shot = True
         return False
 
     def _open(self) -> Iterator[Any]:

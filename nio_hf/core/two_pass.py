@@ -117,8 +117,8 @@ class TwoPass:
         """
         size = batch_size(batch)
         windows = sub_batch_windows(size, sub_batches, overlap)
-        if self._batch_norm == "batch" and mode.batch_norms(self._model):
-            self._check_batch_norm(min(len(window) for window in windows))
+        if self._batch_norm == "batch":
+            check_batch_norm(self._model, min(map(len, windows)), self._differentiator.micro_batch_size)
         order = torch.arange(size) if order is None else order
         owned = {d: take(batch, order[windows[d]]) for d in self._collective.owned(sub_batches)}
         return SubBatches(sub_batches, {d: to_device(part, self._device) for d, part in owned.items()}, seed)
@@ -249,12 +249,20 @@ class TwoPass:
                 return self._scales.name_of(parameter)
         return "all tensors together (their squared norm overflows)"
 
-    def _check_batch_norm(self, smallest: int) -> None:
-        fix = 'Set batch_norm="frozen", or compute sub-batches of several samples whole'
-        if self._differentiator.micro_batch_size is not None:
-            raise ConfigError(Problem("micro_batch_size", "given for a model with batch normalisation", fix))
-        if smallest < 2:
-            raise ConfigError(Problem("sub_batches", "one sample per sub-batch under batch normalisation", fix))
+
+def check_batch_norm(model: nn.Module, smallest: int, micro_batch_size: int | None) -> None:
+    """Refuse sub-batches that batch normalisation cannot take its own statistics from.
+
+    Raises:
+        ConfigError: for sub-batches of one sample, or computed in parts.
+    """
+    if not mode.batch_norms(model):
+        return
+    fix = 'Set batch_norm="frozen", or compute sub-batches of several samples whole'
+    if micro_batch_size is not None:
+        raise ConfigError(Problem("micro_batch_size", "given for a model with batch normalisation", fix))
+    if smallest < 2:
+        raise ConfigError(Problem("sub_batches", "one sample per sub-batch under batch normalisation", fix))
 
 
 @contextlib.contextmanager

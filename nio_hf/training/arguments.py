@@ -64,7 +64,7 @@ class NIOTrainingArguments(TrainingArguments):
         self.to_nio_config()
 
     def to_nio_config(self) -> NIOConfig:
-        """The settings of NIO; an absolute gamma replaces the relative one.
+        """The settings of NIO.
 
         Raises:
             ConfigError: lists every `nio_*` setting that is out of range.
@@ -93,7 +93,7 @@ class NIOTrainingArguments(TrainingArguments):
             sub_batches=self.nio_sub_batches,
             overlap=self.nio_overlap,
             gamma=self.nio_gamma,
-            gamma_relative=self.nio_gamma_relative if self.nio_gamma is None else None,
+            gamma_relative=self.nio_gamma_relative,
             lr=self.nio_lr,
             min_scale=self.nio_min_scale,
             max_scale=self.nio_max_scale,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from transformers import BaseImageProcessor, PreTrainedConfig
@@ -24,10 +24,10 @@ def make_image_processor(config: PreTrainedConfig) -> BaseImageProcessor:
         found = f"{config.model_type!r} has no image processor on Pillow"
         raise ModelError(Problem("model_type", found, "Choose another architecture"))
     processor_class: type[Any] = getattr(transformers, names["pil"])
-    published: BaseImageProcessor = processor_class()
+    published: Any = processor_class()
     image_size = getattr(config, "image_size", None)
     if image_size is None:
-        return published
+        return cast(BaseImageProcessor, published)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     sizes = {"size": _scaled(published.size, height, width, published.size)}
     if getattr(published, "do_center_crop", False):
@@ -41,7 +41,9 @@ def _scaled(size: Any, height: int, width: int, reference: Any) -> dict[str, int
     """A published size for images of height x width, in the ratio that it has to a reference size."""
     size, reference = ({key: value for key, value in dict(s).items() if value} for s in (size, reference))
     wanted = {"height": height, "width": width, "shortest_edge": min(height, width)}
-    return {key: round(wanted[key] * value / reference.get(key, max(reference.values()))) for key, value in size.items()}
+    return {
+        key: round(wanted[key] * value / reference.get(key, max(reference.values()))) for key, value in size.items()
+    }
 
 
 class ImageTransform:

@@ -42,12 +42,6 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     assert [problem.where for problem in raised.value.problems] == ["nio_batch_size", "nio_lr", "nio_overlap"]
 
 
-def test_an_absolute_gamma_replaces_the_relative_one(tmp_path: Path) -> None:
-    config = arguments(tmp_path, nio_gamma=3.0).to_nio_config()
-    assert (config.gamma, config.gamma_relative) == (3.0, None)
-    assert arguments(tmp_path).to_nio_config().gamma_relative is not None
-
-
 def test_the_seed_of_nio_follows_that_of_the_data(tmp_path: Path) -> None:
     assert arguments(tmp_path, seed=3).to_nio_config().seed == 3
     assert arguments(tmp_path, seed=3, data_seed=4).to_nio_config().seed == 4

@@ -1,0 +1,87 @@
+"""Models with data and loss, and what the tests compare of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import set_seed
+
+from nio_hf.core.batches import take
+from nio_hf.core.curvature import LossFn
+from nio_hf.training.layers import register_transformers_layers
+from tests import zoo
+
+FAMILIES = [*zoo.VISION, *zoo.TEXT, "mlp"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, a batch for it, and a loss."""
+
+    model: nn.Module
+    batch: Any
+    loss_fn: LossFn
+
+    def mean_loss(self, positions: Sequence[int], model: nn.Module | None = None) -> Tensor:
+        """Mean loss of the samples at some positions."""
+        returned = self.loss_fn(model or self.model, take(self.batch, positions))
+        return returned[0] / returned[1] if isinstance(returned, tuple) else returned
+
+
+def case(name: str, samples: int = 8, **config: Any) -> Case:
+    """A tiny model with the same weights at every call."""
+    set_seed(0)
+    if name == "mlp":
+        return Case(zoo.mlp(), zoo.vectors(samples), zoo.vector_loss)
+    if name in zoo.VISION:
+        return Case(zoo.vision_model(name, **config), zoo.images(samples), zoo.image_loss)
+    model = zoo.text_model(name, **config)
+    register_transformers_layers()
+    return Case(model, zoo.sentences(samples), zoo.text_loss)
+
+
+def double_case(name: str, samples: int = 8) -> Case:
+    """The same in fp64, every nonzero tensor moved far enough from its tiny initial values to matter."""
+    made = case(name, samples)
+    made.model.double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            if parameter.any():
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return made
+
+
+def batches_of(name: str, count: int, samples: int = 8) -> list[Any]:
+    """Different batches for a family."""
+    make: Callable[..., Any] = zoo.vectors if name == "mlp" else zoo.images if name in zoo.VISION else zoo.sentences
+    return [make(samples, seed=seed) for seed in range(count)]
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All that NIO promises to leave alone in a model, values included."""
+    found: dict[str, Any] = {name: module.training for name, module in model.named_modules()}
+    for name, parameter in model.named_parameters():
+        grad = None if parameter.grad is None else parameter.grad.clone()
+        found[f"{name}: parameter"] = (id(parameter), parameter.data_ptr(), parameter.requires_grad, grad)
+        found[f"{name}: value"] = parameter.detach().clone()
+    found.update({f"{name}: buffer": buffer.clone() for name, buffer in model.named_buffers()})
+    return found
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Entries of two states that are not the same, bit for bit."""
+    assert before.keys() == after.keys()
+    return [key for key, value in before.items() if not _same(value, after[key])]
+
+
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, tuple):
+        return all(_same(a, b) for a, b in zip(left, right, strict=True))
+    if isinstance(left, Tensor):
+        return isinstance(right, Tensor) and torch.equal(left.nan_to_num(), right.nan_to_num())
+    return bool(left == right)

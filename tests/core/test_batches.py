@@ -1,0 +1,77 @@
+"""Batches of any structure, and parts of them."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import pytest
+import torch
+
+from nio_hf.core.batches import batch_size, chunks, take, tensors_equal, to_device
+from nio_hf.errors import DataError
+
+NESTED: dict[str, Any] = {
+    "images": torch.arange(8.0).view(4, 2),
+    "masks": {"even": torch.tensor([0, 2, 4, 6])},
+    "names": ["a", "b", "c", "d"],
+    "pair": (torch.arange(4), torch.arange(4, 8)),
+    "temperature": torch.tensor(0.5),
+    "task": "digits",
+}
+
+
+def test_a_batch_may_be_nested() -> None:
+    assert batch_size(NESTED) == 4
+    assert batch_size(torch.zeros(3, 2)) == 3
+    assert batch_size((torch.zeros(5), torch.zeros(5, 1))) == 5
+
+
+def test_samples_are_taken_from_every_part_of_a_batch() -> None:
+    taken = take(NESTED, [3, 0, 3])
+    assert taken["images"].tolist() == [[6.0, 7.0], [0.0, 1.0], [6.0, 7.0]]
+    assert taken["masks"]["even"].tolist() == [6, 0, 6]
+    assert taken["names"] == ["d", "a", "d"]
+    assert [part.tolist() for part in taken["pair"]] == [[3, 0, 3], [7, 4, 7]]
+    assert (taken["temperature"], taken["task"]) == (torch.tensor(0.5), "digits")
+
+
+@pytest.mark.parametrize(("size", "lengths"), [(None, [4]), (4, [4]), (9, [4]), (3, [3, 1]), (1, [1, 1, 1, 1])])
+def test_chunks_are_the_batch_in_order(size: int | None, lengths: list[int]) -> None:
+    parts = list(chunks(NESTED, size))
+    assert [batch_size(part) for part in parts] == lengths
+    assert torch.equal(torch.cat([part["images"] for part in parts]), NESTED["images"])
+
+
+def test_a_batch_moves_to_a_device_with_all_its_tensors() -> None:
+    moved = to_device(NESTED, torch.device("meta"))
+    assert moved["images"].is_meta
+    assert moved["masks"]["even"].is_meta
+    assert moved["names"] == NESTED["names"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"a": torch.zeros(3), "b": {"c": torch.zeros(2)}}, r"batch\['a'\] 3, batch\['b'\]\['c'\] 2"),
+        ((torch.zeros(3), torch.zeros(4)), r"batch\[0\] 3, batch\[1\] 4"),
+        ({"a": torch.tensor(1.0)}, "no tensor with a sample dimension in a dict"),
+        ("text", "no tensor with a sample dimension in a str"),
+    ],
+)
+def test_batches_without_one_size_are_refused(batch: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        batch_size(batch)
+
+
+def test_named_tuples_are_batches() -> None:
+    pair = collections.namedtuple("pair", "inputs labels")
+    taken = take(pair(torch.arange(3), torch.arange(3, 6)), [2])
+    assert [part.tolist() for part in taken] == [[2], [5]]
+
+
+def test_batches_are_compared_by_their_tensors() -> None:
+    other = {**NESTED, "pair": (torch.arange(4), torch.arange(5, 9))}
+    assert tensors_equal(NESTED, take(NESTED, range(4)))
+    assert not tensors_equal(NESTED, other)
+    assert not tensors_equal(NESTED, take(NESTED, range(3)))

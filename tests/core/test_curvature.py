@@ -1,0 +1,154 @@
+"""What the paths to the Hessian-vector products compute, cost and keep."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nio_hf.core import Collective, LayerScales, NIOConfig
+from nio_hf.core.curvature import Differentiator, make_path
+from nio_hf.core.mode import measuring
+from nio_hf.core.objectives import CosineObjective, NormConstraint, Objective
+from nio_hf.core.reference import joint_graph
+from nio_hf.core.two_pass import TwoPass
+from tests.core.cases import Case, case, differences, double_case, state
+
+
+def scale_gradient(
+    made: Case,
+    sub_batches: int,
+    curvature: Any,
+    *,
+    micro_batch_size: int | None = None,
+    objective: Objective = CosineObjective(),  # noqa: B008
+) -> Tensor:
+    """dJ/domega of a batch by one path."""
+    scales = LayerScales(made.model)
+    differentiator = Differentiator(made.model, made.loss_fn, scales, micro_batch_size)
+    passes = TwoPass(made.model, differentiator, scales, Collective(), "batch")
+    path = make_path(NIOConfig(curvature=curvature), differentiator)
+    with measuring(made.model):
+        parts = passes.split(made.batch, sub_batches)
+        sums, _ = passes.first_pass(path, parts, "")
+        initial = [parameter.detach() for parameter in scales.scaled]
+        return passes.second_pass(path, parts, sums, objective, initial, "")
+
+
+@pytest.mark.parametrize("objective", [CosineObjective(), NormConstraint()], ids=["objective", "constraint"])
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+@pytest.mark.parametrize("curvature", ["finite_difference", "finite_difference_kept"])
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_finite_differences_are_close_to_exact(
+    name: str, curvature: str, micro_batch_size: int | None, objective: Objective
+) -> None:
+    made = case(name)
+    before = state(made.model)
+    exact = scale_gradient(made, 2, "exact", objective=objective)
+    approximate = scale_gradient(made, 2, curvature, micro_batch_size=micro_batch_size, objective=objective)
+    assert (approximate - exact).norm() < 1e-2 * exact.norm()
+    assert not torch.equal(approximate, exact)
+    assert not differences(before, state(made.model))
+
+
+def test_finite_differences_in_fp64_are_closer() -> None:
+    made = double_case("swin")
+    exact, approximate = (scale_gradient(made, 4, path) for path in ("exact", "finite_difference"))
+    assert (approximate - exact).norm() < 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("curvature", "micro_batch_size", "calls"),
+    [
+        ("auto", None, 2),
+        ("exact", None, 2),
+        ("exact_kept", None, 1),
+        ("finite_difference", None, 4),
+        ("finite_difference_kept", None, 3),
+        # Two micro-batches, each computed in pass 1, for g_d again, and for the product.
+        ("exact", 2, 6),
+        ("finite_difference_kept", 2, 6),
+    ],
+)
+@pytest.mark.parametrize("sub_batches", [2, 3])
+def test_losses_computed_per_sub_batch(
+    curvature: str, micro_batch_size: int | None, calls: int, sub_batches: int
+) -> None:
+    made = case("mlp", 4 * sub_batches)
+    seen: list[int] = []
+
+    def counted(model: Any, batch: Any) -> Any:
+        seen.append(len(batch[1]))
+        return made.loss_fn(model, batch)
+
+    scale_gradient(Case(made.model, made.batch, counted), sub_batches, curvature, micro_batch_size=micro_batch_size)
+    assert len(seen) == calls * sub_batches
+    assert set(seen) == {micro_batch_size or 4}
+
+
+@pytest.mark.parametrize("curvature", ["exact", "finite_difference"])
+def test_peak_memory_does_not_grow_with_the_number_of_sub_batches(curvature: str) -> None:
+    def run(made: Case, sub_batches: int) -> None:
+        scale_gradient(made, sub_batches, curvature)
+
+    few, many = (_peak_bytes(run, sub_batches) for sub_batches in (2, 8))
+    assert many < 1.02 * few
+
+
+def test_peak_memory_of_the_joint_graph_and_of_kept_graphs_grows() -> None:
+    def joint(made: Case, sub_batches: int) -> None:
+        names = [name for name, _ in made.model.named_parameters() if "weight" in name]
+        windows = [range(2 * d, 2 * d + 2) for d in range(sub_batches)]
+        with measuring(made.model):
+            losses_fn = lambda model: [made.mean_loss(window, model) for window in windows]  # noqa: E731
+            joint_graph(made.model, losses_fn, gradient=names, scaled=names)
+
+    def kept(made: Case, sub_batches: int) -> None:
+        scale_gradient(made, sub_batches, "exact_kept")
+
+    for run in (joint, kept):
+        few, many = (_peak_bytes(run, sub_batches) for sub_batches in (2, 8))
+        assert many > 2 * few, run
+
+
+def _peak_bytes(run: Callable[[Case, int], None], sub_batches: int) -> int:
+    """Peak of the memory allocated while it runs on sub-batches of two sentences, whose tokens take next to none."""
+    made = case("gpt2", 2 * sub_batches)
+    with LiveBytes() as live:
+        run(made, sub_batches)
+    return live.peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages made in it that are still alive, those held by graphs included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._alive: set[int] = set()
+        self._bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known:
+                self._track(leaf.untyped_storage())
+        self.peak = max(self.peak, self._bytes)
+        return result
+
+    def _track(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive.add(key)
+            self._bytes += size
+            weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._alive.remove(key)
+        self._bytes -= size

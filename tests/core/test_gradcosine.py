@@ -1,0 +1,148 @@
+"""GC, GN and the windows of the sub-batches."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nio_hf import grad_cosine
+from nio_hf.core.gradcosine import GradientSums, sub_batch_windows
+from nio_hf.errors import ConfigError
+from tests.core.cases import case, differences, state
+
+
+def sums_of(gradients: Tensor) -> GradientSums:
+    """The sums over the rows (D, 6), each given as two tensors."""
+    like = [gradients.new_zeros(2, 2), gradients.new_zeros(2)]
+    sums = GradientSums(like, len(gradients), with_gradient_sum=True)
+    for index, row in enumerate(gradients):
+        sums.add(index, [row[:4].view(2, 2), row[4:]], torch.tensor(float(index)))
+    return sums
+
+
+def naive_cosine(gradients: Tensor) -> Tensor:
+    pairs = itertools.combinations(gradients, 2)
+    return torch.stack([nn.functional.cosine_similarity(a, b, dim=0) for a, b in pairs]).mean()
+
+
+def test_grad_cosine_is_the_mean_over_all_pairs() -> None:
+    gradients = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    summary = sums_of(gradients).summary()
+    norms = gradients.norm(dim=1)
+    expected = torch.cat([naive_cosine(gradients).view(1), norms.mean().view(1), norms, torch.arange(5).double()])
+    torch.testing.assert_close(summary, expected, rtol=1e-12, atol=1e-12)
+    gradient_sum = torch.cat([part.flatten() for part in sums_of(gradients).gradient_sum])
+    torch.testing.assert_close(gradient_sum, gradients.sum(dim=0), rtol=1e-12, atol=1e-12)
+
+
+def test_identical_gradients_agree_and_opposite_ones_do_not() -> None:
+    row = torch.tensor([1.0, -2.0, 3.0, 0.5, 0.0, 4.0], dtype=torch.float64)
+    assert float(sums_of(torch.stack([row] * 4)).summary()[0]) == pytest.approx(1, abs=1e-12)
+    assert float(sums_of(torch.stack([row, -row])).summary()[0]) == pytest.approx(-1, abs=1e-12)
+
+
+def test_identical_sub_batches_of_a_model_agree() -> None:
+    made = case("vit", 2)
+    twice = {name: torch.cat([value, value]) for name, value in made.batch.items()}
+    measured = grad_cosine(made.model, twice, made.loss_fn, sub_batches=2)
+    assert measured.value == pytest.approx(1, abs=1e-5)
+    assert measured.norms[0] == pytest.approx(measured.norms[1], rel=1e-6)
+
+
+def test_opposite_losses_of_a_model_disagree() -> None:
+    made = case("mlp", 2)
+    inputs, labels = (torch.cat([value, value]) for value in made.batch)
+    signs = torch.tensor([1.0, 1.0, -1.0, -1.0])
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        losses = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return (losses * batch[2]).mean()
+
+    measured = grad_cosine(made.model, (inputs, labels, signs), loss_fn, sub_batches=2)
+    assert measured.value == pytest.approx(-1, abs=1e-5)
+
+
+def test_rescaling_the_loss_of_a_sub_batch_changes_its_norm_only() -> None:
+    made = case("mlp")
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        return (nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none") * batch[2]).mean()
+
+    weights = torch.ones(8)
+    plain = grad_cosine(made.model, (*made.batch, weights), loss_fn, sub_batches=4)
+    weights[2:4] = 64.0
+    rescaled = grad_cosine(made.model, (*made.batch, weights), loss_fn, sub_batches=4)
+    assert rescaled.value == pytest.approx(plain.value, abs=1e-5)
+    assert rescaled.norms[1] == pytest.approx(64 * plain.norms[1], rel=1e-5)
+    assert rescaled.norms[0] == pytest.approx(plain.norms[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mlp", "vit", "bert"])
+def test_sample_wise_is_the_loop_over_samples(name: str) -> None:
+    made = case(name, 5)
+    before = state(made.model)
+    measured = grad_cosine(made.model, made.batch, made.loss_fn)
+    assert not differences(before, state(made.model))
+    made.model.eval()
+    layers = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+    owners = [module for module in made.model.modules() if isinstance(module, layers)]
+    tensors = list(dict.fromkeys(parameter for owner in owners for parameter in owner.parameters()))
+    rows, losses = [], []
+    for sample in range(5):
+        loss = made.mean_loss([sample])
+        rows.append(torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, tensors)]))
+        losses.append(loss.item())
+    gradients = torch.stack(rows)
+    assert measured.value == pytest.approx(float(naive_cosine(gradients)), abs=1e-5)
+    assert measured.norms == pytest.approx(gradients.norm(dim=1).tolist(), rel=1e-4)
+    assert measured.grad_norm == pytest.approx(float(gradients.norm(dim=1).mean()), rel=1e-4)
+    assert measured.loss == pytest.approx(sum(losses) / 5, rel=1e-5)
+    assert (measured.batch_size, measured.sub_batches) == (5, 5)
+
+
+def test_micro_batches_do_not_change_the_measurement() -> None:
+    for name in ("vit", "gpt2"):
+        made = case(name)
+        whole = grad_cosine(made.model, made.batch, made.loss_fn, sub_batches=2)
+        for size in (1, 3):
+            split = grad_cosine(made.model, made.batch, made.loss_fn, sub_batches=2, micro_batch_size=size)
+            assert split.value == pytest.approx(whole.value, abs=1e-4)
+            assert split.norms == pytest.approx(whole.norms, rel=1e-4)
+            assert split.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+def test_windows_partition_the_batch() -> None:
+    assert sub_batch_windows(10, 4) == [[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]]
+    for size, count in itertools.product(range(2, 20), range(2, 20)):
+        if count > size:
+            continue
+        windows = sub_batch_windows(size, count)
+        assert [position for window in windows for position in window] == list(range(size))
+        lengths = [len(window) for window in windows]
+        assert len(windows) == count
+        assert max(lengths) - min(lengths) <= 1
+
+
+def test_overlap_lengthens_the_windows_around_the_end_of_the_batch() -> None:
+    assert sub_batch_windows(10, 2, 0.2) == [[0, 1, 2, 3, 4, 5], [5, 6, 7, 8, 9, 0]]
+    assert sub_batch_windows(10, 4, 0.5) == [[0, 1, 2], [2, 3, 4, 5], [5, 6, 7], [7, 8, 9, 0]]
+    assert sub_batch_windows(6, 6, 0.9) == [[position] for position in range(6)]
+    counts = collections.Counter(position for window in sub_batch_windows(64, 4, 0.2) for position in window)
+    assert sorted(counts.values()) == [1] * 52 + [2] * 12
+
+
+@pytest.mark.parametrize(("sub_batches", "overlap"), [(1, 0.0), (9, 0.0), (2, -0.1), (2, 1.0), (2, float("nan"))])
+def test_windows_that_cannot_be_are_refused(sub_batches: int, overlap: float) -> None:
+    with pytest.raises(ConfigError, match=r"sub_batches: |overlap: "):
+        sub_batch_windows(8, sub_batches, overlap)
+
+
+def test_both_problems_of_a_split_are_reported_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        sub_batch_windows(8, 9, 1.5)
+    assert [problem.where for problem in caught.value.problems] == ["sub_batches", "overlap"]

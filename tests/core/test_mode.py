@@ -1,0 +1,202 @@
+"""The state that gradients are measured in, and the way back from it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from nio_hf import grad_cosine
+from nio_hf.core.mode import frozen_statistics, measuring
+from tests.core.cases import Case, case, differences, double_case, state
+
+NO_DROPOUT: dict[str, dict[str, float]] = {
+    "vit": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "swin": {"drop_path_rate": 0.0},
+    "swinv2": {"drop_path_rate": 0.0},
+    "beit": {"drop_path_rate": 0.0},
+    "dinov2": {"drop_path_rate": 0.0, "attention_probs_dropout_prob": 0.0},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+
+
+def kernels() -> dict[str, Any]:
+    """Settings of torch that NIO changes while it measures."""
+    backends = torch.backends
+    return {
+        "flash": backends.cuda.flash_sdp_enabled(),
+        "efficient": backends.cuda.mem_efficient_sdp_enabled(),
+        "cudnn": backends.cuda.cudnn_sdp_enabled(),
+        "math": backends.cuda.math_sdp_enabled(),
+        "any product": backends.fp32_precision,
+        "cuda matmul": backends.cuda.matmul.fp32_precision,
+        "cpu matmul": backends.mkldnn.matmul.fp32_precision,
+        "convolution": backends.cudnn.conv.fp32_precision,
+        "recurrent": backends.cudnn.rnn.fp32_precision,
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "grad": torch.is_grad_enabled(),
+    }
+
+
+@pytest.fixture
+def default_precision() -> Iterator[None]:
+    """The settings of a new process, which torch's older functions do not restore."""
+    _reset_precision()
+    yield
+    _reset_precision()
+
+
+def _reset_precision() -> None:
+    torch.set_float32_matmul_precision("highest")
+    for place in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        place.fp32_precision = "none"
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def measured(made: Case, **settings: Any) -> tuple[float, tuple[float, ...], float]:
+    found = grad_cosine(made.model, made.batch, made.loss_fn, sub_batches=2, **settings)
+    return found.value, found.norms, found.loss
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", NO_DROPOUT)
+def test_dropout_and_stochastic_depth_are_off(name: str, checkpointing: bool) -> None:
+    noisy, plain = case(name), case(name, **NO_DROPOUT[name])
+    losses = {noisy.mean_loss(range(8)).item() for _ in range(5)}
+    assert len(losses) > 1, "this model has nothing to switch off"
+    if checkpointing:
+        noisy.model.activation_checkpointing_enable()
+    value, norms, loss = measured(noisy)
+    expected = measured(plain)
+    assert value == pytest.approx(expected[0], abs=1e-5)
+    assert norms == pytest.approx(expected[1], rel=1e-5)
+    assert loss == pytest.approx(expected[2], rel=1e-6)
+
+
+def test_layers_that_checkpoint_still_do() -> None:
+    made = case("vit")
+    calls: list[None] = []
+    made.model.vit.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
+    measured(made)
+    assert len(calls) == 2
+    made.model.activation_checkpointing_enable()
+    calls.clear()
+    measured(made)
+    assert len(calls) == 4
+
+
+def test_a_layer_that_checkpoints_has_no_dropout_of_its_own() -> None:
+    class Noisy(GradientCheckpointingLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 5)
+            self.gradient_checkpointing = True
+            self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(self.linear(inputs), 0.5, self.training)
+
+    made = case("mlp")
+    layer = Noisy()
+    value, norms, loss = measured(Case(nn.Sequential(layer), made.batch, made.loss_fn))
+    assert (value, norms, loss) == measured(Case(layer.linear, made.batch, made.loss_fn))
+
+
+@pytest.mark.usefixtures("default_precision")
+@pytest.mark.parametrize("error", [None, ValueError("stop"), KeyboardInterrupt()])
+def test_precision_kernels_and_flags_are_set_and_put_back(error: BaseException | None) -> None:
+    made = case("resnet")
+    made.model.resnet.encoder.stages[0].eval()
+    torch.set_float32_matmul_precision("high")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        flags, before = state(made.model), kernels()
+        with contextlib.suppress(ValueError, KeyboardInterrupt), measuring(made.model):
+            inside = kernels()
+            training = {type(module) for module in made.model.modules() if module.training}
+            if error is not None:
+                raise error
+        assert kernels() == before
+    assert not differences(flags, state(made.model))
+    assert inside["math"]
+    assert inside["grad"]
+    assert not [name for name in ("flash", "efficient", "cudnn", "autocast") if inside[name]]
+    assert {inside[name] for name in ("cuda matmul", "cpu matmul", "convolution", "recurrent")} == {"ieee"}
+    assert training == {nn.BatchNorm2d}
+
+
+@pytest.mark.usefixtures("default_precision")
+@pytest.mark.parametrize("setting", ["none", "tf32", "ieee"])
+def test_precision_by_the_newer_settings_is_put_back(setting: str) -> None:
+    torch.backends.fp32_precision = setting
+    before = kernels()
+    measured(case("mlp"))
+    assert kernels() == before
+
+
+def test_autocast_and_no_grad_around_it_do_not_matter() -> None:
+    made = case("vit")
+    expected = measured(made)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert measured(made) == expected
+
+
+def test_a_compiled_model_is_measured_without_its_compiled_form() -> None:
+    made = case("mlp")
+    expected = measured(made)
+
+    def refuse(graph: Any, inputs: Any) -> Any:
+        raise AssertionError("compiled")
+
+    assert measured(Case(torch.compile(made.model, backend=refuse), made.batch, made.loss_fn)) == expected
+    made.model.compile(backend=refuse)
+    assert measured(made) == expected
+
+
+@pytest.mark.parametrize("batch_norm", ["batch", "frozen"])
+def test_running_statistics_are_untouched(batch_norm: Any) -> None:
+    made = case("resnet")
+    made.loss_fn(made.model, made.batch)
+    before = state(made.model)
+    measured(made, batch_norm=batch_norm)
+    assert not differences(before, state(made.model))
+
+
+def test_batch_statistics_are_those_of_the_sub_batch() -> None:
+    made = double_case("resnet")
+    _, _, loss = measured(made)
+    made.model.train()
+    losses = [made.mean_loss(half).item() for half in (range(4), range(4, 8))]
+    assert loss == pytest.approx(sum(losses) / 2, rel=1e-12)
+    assert losses != [pytest.approx(made.mean_loss(range(8)).item()), pytest.approx(made.mean_loss(range(8)).item())]
+
+
+def test_frozen_statistics_are_those_of_the_whole_batch_and_constant() -> None:
+    inputs = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    before = state(model)
+    with measuring(model, "frozen"), frozen_statistics(model, lambda: model(inputs)):
+        outputs = model[0](inputs[:2])
+    variance = inputs.var(dim=0, unbiased=False)
+    expected = (inputs[:2] - inputs.mean(dim=0)) / (variance + 1e-5).sqrt()
+    torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-12)
+    assert not differences(before, state(model))
+
+
+@pytest.mark.parametrize("settings", [{"momentum": None}, {"affine": False}, {"track_running_stats": False}])
+def test_frozen_statistics_of_unusual_layers_are_put_back(settings: dict[str, Any]) -> None:
+    layer = nn.BatchNorm1d(3, **settings)
+    model = nn.Sequential(nn.Linear(3, 3), layer, nn.Linear(3, 2))
+    inputs = torch.randn(8, 3)
+    model(inputs)
+    before = {**state(model), "layer": (layer.momentum, layer.track_running_stats)}
+    with pytest.raises(KeyboardInterrupt), measuring(model, "frozen"), frozen_statistics(model, lambda: model(inputs)):
+        raise KeyboardInterrupt
+    assert not differences(before, {**state(model), "layer": (layer.momentum, layer.track_running_stats)})

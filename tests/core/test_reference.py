@@ -1,0 +1,52 @@
+"""The oracle itself: against finite differences, and the published slicing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nio_hf.core.mode import measuring
+from nio_hf.core.reference import joint_graph, published_windows
+from tests.core.cases import double_case
+
+
+def test_published_slicing() -> None:
+    assert published_windows(64, 4, 0.2) == [(0, 19), (12, 38), (25, 57), (38, 64)]
+    assert published_windows(64, 2, 0.0) == [(0, 32), (32, 64)]
+    assert published_windows(10, 3, 0.0) == [(0, 3), (3, 6), (6, 10)]
+
+
+@pytest.mark.parametrize("branch", ["objective", "constraint"])
+@pytest.mark.parametrize("objective", ["gc", "gc_norm", "gc_sum_norm", "variance"])
+def test_scale_gradients_are_the_slopes_of_the_value(objective: Any, branch: Any) -> None:
+    made = double_case("mlp")
+    weights = dict(made.model.named_parameters())
+    gradient = [name for name in weights if name.endswith("weight")]
+    step = 1e-6
+
+    def evaluate() -> Any:
+        return joint_graph(
+            made.model,
+            lambda model: [made.mean_loss(window, model) for window in ([0, 1, 2], [3, 4], [5, 6, 7, 0])],
+            gradient=gradient,
+            scaled=list(weights),
+            objective=objective,
+            branch=branch,
+            beta=0.4,
+            initial_grad_norm=2.0,
+        )
+
+    with measuring(made.model):
+        exact = evaluate().scale_gradient
+        slopes = []
+        for weight in weights.values():
+            values = []
+            for factor in (1 + step, 1 - step):
+                original = weight.detach().clone()
+                weight.data.mul_(factor)
+                values.append(evaluate().value)
+                weight.data.copy_(original)
+            slopes.append((values[0] - values[1]) / (2 * step))
+    torch.testing.assert_close(exact, torch.stack(slopes), rtol=1e-5, atol=1e-7)

@@ -1,0 +1,109 @@
+"""A stream of batches that ends in one known way and keeps its held-out batches to itself."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from nio_hf.core.stream import BatchStream
+from nio_hf.errors import ConfigError, DataError
+
+
+class Numbered:
+    """A re-iterable of batches that hold their own number; counts how often it is iterated."""
+
+    def __init__(self, count: int, samples: int = 2) -> None:
+        self.batches = [torch.full((samples,), number) for number in range(count)]
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        self.passes += 1
+        return iter(self.batches)
+
+
+def numbers(stream: BatchStream, count: int) -> list[int | None]:
+    batches = [stream.next() for _ in range(count)]
+    return [None if batch is None else int(batch[0]) for batch in batches]
+
+
+def test_a_re_iterable_starts_again_without_the_batches_set_aside() -> None:
+    data = Numbered(5)
+    stream = BatchStream(data, 2, 8)
+    assert [int(batch[0]) for batch in stream.set_aside(2)] == [0, 1]
+    assert numbers(stream, 8) == [2, 3, 4, 2, 3, 4, 2, 3]
+    assert data.passes == 3
+
+
+def test_an_iterator_ends() -> None:
+    stream = BatchStream(iter(Numbered(5)), 2, 8)
+    stream.set_aside(3)
+    assert numbers(stream, 4) == [3, 4, None, None]
+
+
+def test_small_batches_are_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    data = [torch.zeros(4), torch.full((3,), 1), torch.full((4,), 2)]
+    stream = BatchStream(data, 4, 3)
+    with caplog.at_level(logging.WARNING):
+        assert numbers(stream, 3) == [0, 2, 0]
+    assert "A batch of 3 samples is passed over: fewer than 4 sub-batches" in caplog.text
+
+
+@pytest.mark.parametrize("one_shot", [False, True])
+def test_too_little_data_is_refused(one_shot: bool) -> None:
+    def stream(count: int) -> BatchStream:
+        data = [torch.zeros(4)] * count
+        return BatchStream(iter(data) if one_shot else data, 2, 8)
+
+    with pytest.raises(ConfigError, match="sub_batches: 5 for a batch of 4 samples"):
+        BatchStream([torch.zeros(4)], 5, 8).set_aside(1)
+    with pytest.raises(DataError, match="1 batches, of which 2 are to be held out"):
+        stream(1).set_aside(2)
+    with pytest.raises(DataError, match="batches: no batch"):
+        stream(0).next()
+    exact = stream(2)
+    exact.set_aside(2)
+    with pytest.raises(DataError, match="no batch beyond the 2 held out"):
+        exact.next()
+
+
+class Shuffled(Numbered):
+    """Its batches come in another order each time."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        self.passes += 1
+        return iter(random.Random(self.passes).sample(self.batches, len(self.batches)))
+
+
+class Sized(Shuffled):
+    """The same with a length."""
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def test_data_in_another_order_end_before_held_out_batches_come_back(caplog: pytest.LogCaptureFixture) -> None:
+    stream = BatchStream(Shuffled(6), 2, 12)
+    held_out = {int(batch[0]) for batch in stream.set_aside(2)}
+    with caplog.at_level(logging.WARNING):
+        *delivered, last = numbers(stream, 5)
+    assert set(delivered) == set(range(6)) - held_out
+    assert last is None
+    assert "would optimise on held-out samples" in caplog.text
+    assert numbers(stream, 3) == [None, None, None]
+
+
+def test_data_of_known_length_give_their_first_pass_again() -> None:
+    stream = BatchStream(Sized(6), 2, 12)
+    held_out = {int(batch[0]) for batch in stream.set_aside(2)}
+    delivered = numbers(stream, 10)
+    assert set(delivered[:4]) == set(range(6)) - held_out
+    assert delivered == (3 * delivered[:4])[:10]
+
+
+def test_data_must_be_iterable() -> None:
+    with pytest.raises(DataError, match=r"batches: a int\. Give a DataLoader"):
+        BatchStream(3, 2, 1)
