@@ -73,3 +73,8 @@ class CheckpointError(NIOError, RuntimeError):
 
 class OutputError(NIOError, OSError):
     """An output directory that cannot be written."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of somebody else's error, for use inside one of ours."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -21,11 +21,12 @@ from transformers import (
 from nio_hf import report
 from nio_hf.console import print_run, run_command
 from nio_hf.core import NIOResult
-from nio_hf.errors import ModelError, Problem
+from nio_hf.errors import ModelError, Problem, one_line
 from nio_hf.recipe.catalog import DEFAULT_RECIPE, split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.settings import DataSettings, ModelSettings
 from nio_hf.training import NIOTrainer
+from nio_hf.training.checkpoints import ensure_writable
 from nio_hf.vision.datasets import ImageData, load_image_data
 from nio_hf.vision.transforms import ImageTransform, make_image_processor
 
@@ -83,11 +84,13 @@ def build_trainer(recipe: Recipe) -> NIOTrainer:
     """Data, image processor, model and Trainer of a recipe.
 
     Raises:
-        NIOError: for data or a model that cannot be loaded or do not go together.
+        NIOError: for data or a model that cannot be loaded or do not go together, or an output directory that cannot
+            be written.
     """
     from nio_hf.vision.metrics import classification_metrics, predicted_classes
 
     args = recipe.training
+    ensure_writable(Path(cast(str, args.output_dir)))
     set_seed(args.seed)
     data = _load_data(recipe.data, args.data_seed if args.data_seed is not None else args.seed)
     model, processor = _load_model(recipe.model, data)
@@ -153,9 +156,10 @@ def _load_model(settings: ModelSettings, data: ImageData) -> tuple[PreTrainedMod
         model = AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32)
         processor = AutoImageProcessor.from_pretrained(source, backend="pil")
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         fix = "Give a folder with an image classification checkpoint, or its name on the Hub"
-        raise ModelError(Problem("model_name_or_path", f"{source!r} cannot be loaded: {reason}", fix)) from error
+        raise ModelError(
+            Problem("model_name_or_path", f"{source!r} cannot be loaded: {one_line(error)}", fix)
+        ) from error
     if model.config.num_labels != len(data.class_names):
         found = f"{source!r} has {model.config.num_labels} classes, the data set {len(data.class_names)}"
         raise ModelError(Problem("model_name_or_path", found, "Give a model or a data set of as many classes"))

@@ -110,12 +110,14 @@ def test_the_same_seed_gives_the_same_model_and_another_another(tmp_path: Path) 
         (["--nio_batch_size", "2048", "--use_cpu"], 1, "DataError: train_dataset: 1437 samples for 4 held-out"),
         (["--dataset_name", "no/such/place"], 1, "DataError: dataset_name: 'no/such/place' cannot be loaded"),
         (["--model_name_or_path", "no/such/place"], 1, "ModelError: model_name_or_path: 'no/such/place'"),
+        (["--output_dir", "/dev/null/run"], 1, "OutputError: /dev/null/run"),
     ],
 )
 def test_user_errors_are_messages_with_an_exit_status(
     arguments: list[str], status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*arguments, "--output_dir", str(tmp_path)]) == status
+    output = [] if "--output_dir" in arguments else ["--output_dir", str(tmp_path)]
+    assert main([*arguments, *output]) == status
     assert message in " ".join(capsys.readouterr().err.split())
 
 

@@ -14,6 +14,7 @@ _RECIPE_COMMAND = {"ignore_unknown_options": True}
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     help="Neural Initialization Optimization: an initialisation fitted to the model and the data.",
 )
 app.command(context_settings=_RECIPE_COMMAND)(train)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from nio_hf.errors import ConfigError, Problem, RecipeError
+from nio_hf.errors import ConfigError, Problem, RecipeError, one_line
 from nio_hf.recipe.catalog import find_recipe
 from nio_hf.recipe.settings import DataSettings, ModelSettings
 from nio_hf.recipe.strict_yaml import Setting, read_overrides, read_settings
@@ -70,7 +70,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     except ConfigError as error:
         raise RecipeError(*(_relocated(problem, settings, path) for problem in error.problems)) from error
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(Problem(str(path), " ".join(str(error).split()), "Correct that setting")) from error
+        raise RecipeError(Problem(str(path), one_line(error), "Correct that setting")) from error
     return Recipe(path, model, DataSettings(**values[DataSettings]), training)
 
 
@@ -149,7 +149,7 @@ def _model_config_problems(model: ModelSettings, where: str) -> Iterator[Problem
     try:
         AutoConfig.for_model(typing.cast(str, model.model_type), **model.model_config)
     except (StrictDataclassError, ValueError, TypeError) as error:
-        yield Problem(where, " ".join(str(error).split()), f"Correct it for {config_class.__name__}")
+        yield Problem(where, one_line(error), f"Correct it for {config_class.__name__}")
 
 
 def _relocated(problem: Problem, settings: dict[str, Setting], path: Path) -> Problem:

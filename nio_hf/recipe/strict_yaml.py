@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from nio_hf.errors import Problem, RecipeError
+from nio_hf.errors import Problem, RecipeError, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def parse_scalar(text: str, where: str) -> Any:
         return yaml.load(text, _CoreSchemaLoader)
     except yaml.YAMLError as error:
         fix = "Put quotes around it if it is meant as text"
-        raise RecipeError(Problem(where, f"not YAML ({_one_line(error)})", fix)) from error
+        raise RecipeError(Problem(where, f"not YAML ({one_line(error)})", fix)) from error
 
 
 def read_settings(path: Path) -> dict[str, Setting]:
@@ -131,8 +131,4 @@ def read_overrides(options: Sequence[str]) -> dict[str, Setting]:
 def _located(path: Path, error: yaml.YAMLError) -> tuple[str, str]:
     mark = getattr(error, "problem_mark", None)
     place = str(path) if mark is None else f"{path}, line {mark.line + 1}"
-    return place, getattr(error, "problem", None) or _one_line(error)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return place, getattr(error, "problem", None) or one_line(error)

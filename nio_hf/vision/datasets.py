@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from nio_hf.errors import DataError, Problem
+from nio_hf.errors import DataError, Problem, one_line
 
 DIGITS = "digits"
 
@@ -90,9 +90,8 @@ def _load(name: str, config_name: str | None) -> datasets.DatasetDict:
     try:
         loaded = datasets.load_dataset(name, config_name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         fix = f"Give {DIGITS!r}, the name of a data set on the Hub, or a local folder"
-        raise DataError(Problem("dataset_name", f"{name!r} cannot be loaded: {reason}", fix)) from error
+        raise DataError(Problem("dataset_name", f"{name!r} cannot be loaded: {one_line(error)}", fix)) from error
     return loaded
 
 
