@@ -28,7 +28,7 @@ def _result(tensors: int = 12, iterations: int = 5, parts: int = 4, omega: float
         ),
         excluded=(),
         history=tuple(
-            IterationRecord(i + 1, 0.1 * i, 2.0 + i, 2.3, "constraint" if i % 2 else "objective", 0.1)
+            IterationRecord(i + 1, 0.1 * i, 2.0 + i, 2.3, "constraint" if i % 2 else "objective", 0.1, "exact", None)
             for i in range(iterations)
         ),
         before=_measured(0.1, parts),

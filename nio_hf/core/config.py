@@ -11,6 +11,7 @@ from nio_hf.errors import ConfigError, Problem
 ObjectiveName = Literal["gc", "gc_norm", "gc_sum_norm", "variance"]
 CurvatureName = Literal["auto", "exact", "exact_kept", "finite_difference", "finite_difference_kept"]
 BatchNormMode = Literal["batch", "frozen"]
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,12 @@ class NIOConfig:
         beta: weight of the norm in "gc_norm".
         curvature: how Hessian-vector products are computed. "exact" (double backward), "exact_kept" (the graphs of
             the first pass kept), "finite_difference" (central differences), "finite_difference_kept" (the gradients
-            of the first pass kept) or "auto".
-        micro_batch_size: samples of a sub-batch that are computed at once; None computes a sub-batch whole.
+            of the first pass kept) or "auto": "exact_kept" where the graphs fit into the memory that is free, else
+            "exact".
+        micro_batch_size: samples of a sub-batch that are computed at once; None computes a sub-batch whole. An
+            out-of-memory halves it by itself.
+        precision: "fp32" computes in the precision of the parameters; "bf16" computes the loss under bfloat16
+            autocast, with exact curvature only.
         batch_norm: "batch" normalises with the statistics of the sub-batch, "frozen" with those of one forward of the
             whole batch, held constant.
         holdout_batches: batches set aside for the measurements before and after, where no hold-out is passed.
@@ -59,6 +64,7 @@ class NIOConfig:
     beta: float = 1.0
     curvature: CurvatureName = "auto"
     micro_batch_size: int | None = None
+    precision: Precision = "fp32"
     batch_norm: BatchNormMode = "batch"
     holdout_batches: int = 4
     seed: int = 0
@@ -71,7 +77,12 @@ class NIOConfig:
     def _violations(self) -> list[tuple[str, object, str]]:
         at_least = [("iterations", 1), ("sub_batches", 2), ("holdout_batches", 1), ("micro_batch_size", 1)]
         positive = ["gamma", "gamma_relative", "lr", "min_scale", "max_scale", "beta"]
-        choices = [("objective", ObjectiveName), ("curvature", CurvatureName), ("batch_norm", BatchNormMode)]
+        choices = [
+            ("objective", ObjectiveName),
+            ("curvature", CurvatureName),
+            ("precision", Precision),
+            ("batch_norm", BatchNormMode),
+        ]
         found: list[tuple[str, object, str]] = []
         for name, least in at_least:
             value = getattr(self, name)
@@ -88,6 +99,9 @@ class NIOConfig:
             found.append(("overlap", self.overlap, "Give a number in [0, 1)"))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             found.append(("seed", self.seed, "Give a whole number of at least 0"))
+        if self.precision == "bf16" and self.curvature in ("finite_difference", "finite_difference_kept"):
+            fix = 'Use curvature="exact": bfloat16 rounds away the difference of two gradients'
+            found.append(("precision", self.precision, fix))
         if self.curvature == "exact_kept" and self.micro_batch_size is not None:
             fix = 'Use curvature="exact" with micro-batches: the graph of a whole sub-batch cannot be kept in parts'
             found.append(("curvature", self.curvature, fix))

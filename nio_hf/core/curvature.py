@@ -9,130 +9,35 @@ between the passes and in how they form the product; they give the same numbers.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nio_hf.core.batches import batch_size, chunks
-from nio_hf.core.config import NIOConfig
+from nio_hf.core.batches import chunks
+from nio_hf.core.config import CurvatureName
+from nio_hf.core.differentiator import Differentiator, dense
 from nio_hf.core.gradcosine import norm
-from nio_hf.core.scales import LayerScales
-from nio_hf.errors import ModelError, Problem
+from nio_hf.core.memory import available_memory, graph_bytes, is_out_of_memory, release_memory
 
-LossFn = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor | float]]
+logger = logging.getLogger(__name__)
+
 CotangentFn = Callable[[list[Tensor]], list[Tensor]]
 
 FINITE_DIFFERENCE_STEP = {torch.float32: 1e-5, torch.float64: 1e-7}
 """||e v|| / ||theta|| of a central difference, by dtype; our choice, from measured errors."""
-
-
-class Differentiator:
-    """Losses and gradients of parts of a batch.
-
-    Args:
-        model: its parameters are the theta that gradients are taken at.
-        loss_fn: (model, batch) -> mean loss over the samples, or (loss_sum, weight).
-        scales: the gradient tensors and the scaled tensors.
-        micro_batch_size: samples computed at once; None for all.
-
-    Attributes:
-        seed: of the random numbers of the next losses. Each time it is set they start anew with every gradient, so
-            that a random loss is the same function in each pass.
-    """
-
-    def __init__(
-        self, model: nn.Module, loss_fn: LossFn, scales: LayerScales, micro_batch_size: int | None = None
-    ) -> None:
-        self._model = model
-        self._loss_fn = loss_fn
-        self.gradient_tensors = scales.gradient
-        self.scaled_tensors = scales.scaled
-        self.micro_batch_size = micro_batch_size
-        self.seed = 0
-
-    @property
-    def loss_name(self) -> str:
-        """What messages call the loss function."""
-        return f"loss_fn ({getattr(self._loss_fn, '__qualname__', type(self._loss_fn).__name__)})"
-
-    def loss_sum(self, batch: Any, part: int = 0) -> tuple[Tensor, Tensor | float]:
-        """(sum of the losses, weight) of the micro-batch `part`; their ratio is the mean loss.
-
-        Raises:
-            ModelError: for a loss that is not a scalar.
-        """
-        _seed_device(self.scaled_tensors[0].device, self.seed, part)
-        # A loss may take keys out of a batch that is computed again.
-        returned = self._loss_fn(self._model, copy.copy(batch) if isinstance(batch, Mapping) else batch)
-        loss, weight = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = f"returned {_describe(loss)} as the loss"
-            raise ModelError(Problem(self.loss_name, found, "Return a scalar tensor, or a pair (loss_sum, weight)"))
-        if weight is None:
-            size = batch_size(batch)
-            return loss.reshape(()) * size, float(size)
-        return loss.reshape(()), weight
-
-    def mean_loss(self, batch: Any) -> Tensor:
-        """L of a batch; a scalar tensor."""
-        parts = chunks(batch, self.micro_batch_size)
-        losses, weights = zip(*(self.loss_sum(part, index) for index, part in enumerate(parts)), strict=True)
-        mean: Tensor = _total(losses) / _total(weights)
-        return mean
-
-    def gradient(self, batch: Any, wrt: Sequence[Tensor]) -> tuple[list[Tensor | None], Tensor, Tensor | float]:
-        """Gradient of the mean loss, the mean loss, and the weight; None where no gradient reaches a tensor."""
-        parts = list(chunks(batch, self.micro_batch_size))
-        if len(parts) == 1:
-            loss, weight = self.loss_sum(batch)
-            mean = loss / weight
-            self._check_depends(mean)
-            return list(torch.autograd.grad(mean, wrt, allow_unused=True)), mean.detach(), weight
-        totals: list[Tensor | None] = [None] * len(wrt)
-        losses, weights = [], []
-        for index, part in enumerate(parts):
-            loss, weight = self.loss_sum(part, index)
-            self._check_depends(loss)
-            grads = torch.autograd.grad(loss, wrt, allow_unused=True)
-            totals = [_add(total, grad) for total, grad in zip(totals, grads, strict=True)]
-            losses.append(loss.detach())
-            weights.append(weight)
-        total_weight = _total(weights)
-        means = [None if total is None else total / total_weight for total in totals]
-        return means, _total(losses) / total_weight, total_weight
-
-    def dense_gradient(self, batch: Any, wrt: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """As `gradient`, with zeros where no gradient reaches a tensor, and without the weight."""
-        grads, loss, _ = self.gradient(batch, wrt)
-        return _dense(grads, wrt), loss
-
-    def graph_gradient(
-        self, batch: Any, weight: Tensor | float | None = None, part: int = 0
-    ) -> tuple[list[Tensor], Tensor]:
-        """Gradient of loss_sum / weight on the gradient tensors, with its graph, and that loss.
-
-        The batch is computed whole: a micro-batch is given as such, with the weight of its sub-batch and its number.
-        """
-        loss, own_weight = self.loss_sum(batch, part)
-        self._check_depends(loss)
-        mean = loss / (own_weight if weight is None else weight)
-        wrt = self.gradient_tensors
-        return _dense(torch.autograd.grad(mean, wrt, create_graph=True, allow_unused=True), wrt), mean.detach()
-
-    def _check_depends(self, loss: Tensor) -> None:
-        if not loss.requires_grad:
-            fix = "Compute the loss from the model that it receives, without detaching it or torch.no_grad"
-            raise ModelError(Problem(self.loss_name, "the loss does not depend on the parameters of the model", fix))
+MEMORY_SHARE = 0.6
+"""Part of the free memory that kept graphs may take; our choice."""
 
 
 class CurvaturePath(Protocol):
     """How the two passes are computed."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As in `NIOConfig.curvature`."""
 
     def first(self, batch: Any) -> tuple[list[Tensor], Tensor]:
         """Pass 1 for the next sub-batch: (g_d, L_d), without graph."""
@@ -143,119 +48,176 @@ class CurvaturePath(Protocol):
     def reset(self) -> None:
         """Forget what pass 1 kept."""
 
+    def give_way(self) -> bool:
+        """Forget what pass 1 kept and keep nothing from here on, to free memory; False where nothing was to be kept."""
 
-class Exact:
-    """Double backward through the gradient, recomputed in pass 2: 4 training steps of work, 5 in micro-batches."""
 
-    name = "exact"
+class _Keeping:
+    """What pass 1 keeps of each sub-batch for pass 2, until memory is needed."""
 
-    def __init__(self, differentiator: Differentiator) -> None:
-        self._differentiator = differentiator
+    def __init__(self, keep: bool) -> None:
+        self._keep = keep
+        self._gradients: dict[int, list[Tensor]] = {}
+        self._count = 0
 
-    def first(self, batch: Any) -> tuple[list[Tensor], Tensor]:
-        """Pass 1 without a graph."""
-        return self._differentiator.dense_gradient(batch, self._differentiator.gradient_tensors)
+    def _store(self, gradient: list[Tensor] | None) -> None:
+        """Keep the gradient of the next sub-batch, or nothing of it."""
+        if self._keep and gradient is not None:
+            self._gradients[self._count] = gradient
+        self._count += 1
 
-    def second(self, index: int, batch: Any, cotangent: CotangentFn) -> list[Tensor]:
-        """Pass 2 through a new graph; in micro-batches g_d comes first, then a graph for each."""
-        differentiator = self._differentiator
-        parts = list(chunks(batch, differentiator.micro_batch_size))
-        if len(parts) == 1:
-            gradient, _ = differentiator.graph_gradient(batch)
-            return _product(gradient, cotangent(_detach(gradient)), differentiator.scaled_tensors)
-        grads, _, weight = differentiator.gradient(batch, differentiator.gradient_tensors)
-        vector = cotangent(_dense(grads, differentiator.gradient_tensors))
-        total: list[Tensor] = []
-        for position, part in enumerate(parts):
-            gradient, _ = differentiator.graph_gradient(part, weight, position)
-            product = _product(gradient, vector, differentiator.scaled_tensors)
-            total = product if not total else list(torch._foreach_add(total, product))
-        return total
+    def _take(self, index: int) -> list[Tensor] | None:
+        """The gradient of a sub-batch, which is then kept no more."""
+        return self._gradients.pop(index, None)
 
     def reset(self) -> None:
-        """Nothing is kept."""
+        """Forget everything, for another pass 1."""
+        self._gradients.clear()
+        self._count = 0
+
+    def give_way(self) -> bool:
+        """Forget the gradients and keep none from here on; False where none were to be kept."""
+        kept, self._keep = self._keep, False
+        self._gradients.clear()
+        return kept
 
 
-class ExactKept:
-    """Double backward through the graphs of pass 1; 3 training steps of arithmetic, the memory of all graphs."""
+class Exact(_Keeping):
+    """Double backward through the gradient.
 
-    name = "exact_kept"
+    4 training steps of arithmetic; 3 where the graphs of pass 1 are kept, in the memory of all of them; 5 in
+    micro-batches, of which none is kept.
+    """
 
-    def __init__(self, differentiator: Differentiator) -> None:
+    def __init__(self, differentiator: Differentiator, keep_graphs: bool = False) -> None:
+        super().__init__(keep_graphs)
         self._differentiator = differentiator
-        self._kept: list[list[Tensor]] = []
+
+    @property
+    def name(self) -> str:
+        """As in `NIOConfig.curvature`."""
+        return "exact_kept" if self._keep else "exact"
 
     def first(self, batch: Any) -> tuple[list[Tensor], Tensor]:
-        """Pass 1 with a graph, which is kept."""
-        gradient, loss = self._differentiator.graph_gradient(batch)
-        self._kept.append(gradient)
+        """Pass 1: with a graph where it is to be kept, else without."""
+        differentiator = self._differentiator
+        if not self._keep or differentiator.splits(batch):
+            gradient, loss = differentiator.dense_gradient(batch, differentiator.gradient_tensors)
+            self._store(None)
+            return gradient, loss
+        gradient, loss = differentiator.graph_gradient(batch)
+        self._store(gradient)
         return _detach(gradient), loss
 
     def second(self, index: int, batch: Any, cotangent: CotangentFn) -> list[Tensor]:
-        """Pass 2 through the kept graph, which is freed."""
-        gradient, self._kept[index] = self._kept[index], []
-        return _product(gradient, cotangent(_detach(gradient)), self._differentiator.scaled_tensors)
+        """Pass 2 through the kept graph or a new one; in micro-batches g_d comes first, then a graph for each."""
+        differentiator = self._differentiator
+        scaled = differentiator.scaled_tensors
+        gradient = self._take(index)
+        if gradient is None and not differentiator.splits(batch):
+            gradient, _ = differentiator.graph_gradient(batch)
+        if gradient is not None:
+            return _product(gradient, cotangent(_detach(gradient)), scaled)
+        grads, _, weight = differentiator.gradient(batch, differentiator.gradient_tensors)
+        vector = cotangent(dense(grads, differentiator.gradient_tensors))
+        del grads
+        total: list[Tensor] = []
+        for position, part in enumerate(chunks(batch, differentiator.micro_batch_size)):
+            gradient, _ = differentiator.graph_gradient(part, weight, position)
+            product = _product(gradient, vector, scaled)
+            total = product if not total else list(torch._foreach_add(total, product))
+        return total
 
-    def reset(self) -> None:
-        """Free what pass 2 did not reach."""
-        self._kept.clear()
 
-
-class FiniteDifference:
+class FiniteDifference(_Keeping):
     """Central difference of first-order gradients, (g_d(theta + e v) - g_d(theta - e v)) / 2e.
 
     4 training steps of arithmetic, or 3 where pass 1 keeps g_d. Needs first-order gradients only, so any attention
     kernel, activation checkpointing or compiled model works.
     """
 
-    def __init__(self, differentiator: Differentiator, keep_gradients: bool) -> None:
+    def __init__(self, differentiator: Differentiator, keep_gradients: bool = False) -> None:
+        super().__init__(keep_gradients)
         self._differentiator = differentiator
-        self._keep = keep_gradients
-        self._kept: list[list[Tensor]] = []
-        self.name = "finite_difference_kept" if keep_gradients else "finite_difference"
+
+    @property
+    def name(self) -> str:
+        """As in `NIOConfig.curvature`."""
+        return "finite_difference_kept" if self._keep else "finite_difference"
 
     def first(self, batch: Any) -> tuple[list[Tensor], Tensor]:
         """Pass 1 without a graph; g_d is kept where it is to be."""
         gradient, loss = self._differentiator.dense_gradient(batch, self._differentiator.gradient_tensors)
-        if self._keep:
-            self._kept.append(gradient)
+        self._store(gradient)
         return gradient, loss
 
     def second(self, index: int, batch: Any, cotangent: CotangentFn) -> list[Tensor]:
         """Pass 2 as the difference of two gradients; theta is put back exactly."""
         differentiator = self._differentiator
-        if self._keep:
-            gradient, self._kept[index] = self._kept[index], []
-        else:
+        gradient = self._take(index)
+        if gradient is None:
             gradient, _ = differentiator.dense_gradient(batch, differentiator.gradient_tensors)
         vector = cotangent(gradient)
+        del gradient
         theta = [parameter.data for parameter in differentiator.gradient_tensors]
         relative = FINITE_DIFFERENCE_STEP[theta[0].dtype]
         length = norm(vector)
         step = torch.where(length > 0, relative * norm(theta) / length, torch.zeros_like(length))
-        with _displaced(theta, vector, step):
+        saved = [tensor.clone() for tensor in theta]
+        try:
+            _displace(theta, saved, vector, step)
             forward, _ = differentiator.dense_gradient(batch, differentiator.scaled_tensors)
-        with _displaced(theta, vector, -step):
+            _displace(theta, saved, vector, -step)
             backward, _ = differentiator.dense_gradient(batch, differentiator.scaled_tensors)
+        finally:
+            torch._foreach_copy_(theta, saved)
         scale = torch.where(step > 0, 0.5 / step, torch.zeros_like(step))
         return list(torch._foreach_mul(torch._foreach_sub(forward, backward), scale))
 
-    def reset(self) -> None:
-        """Free what pass 2 did not reach."""
-        self._kept.clear()
+
+def make_path(curvature: CurvatureName, differentiator: Differentiator, batch: Any, sub_batches: int) -> CurvaturePath:
+    """The path that a setting names; "auto" keeps graphs where they fit.
+
+    Args:
+        curvature: as in [`NIOConfig`].
+        differentiator: gives losses and gradients.
+        batch: a sub-batch of usual size, to measure the memory of its graph on.
+        sub_batches: number of graphs to keep, that of the sub-batches of this process.
+    """
+    match curvature:
+        case "auto":
+            return Exact(differentiator, keep_graphs=_graphs_fit(differentiator, batch, sub_batches))
+        case "exact" | "exact_kept":
+            return Exact(differentiator, keep_graphs=curvature == "exact_kept")
+        case "finite_difference" | "finite_difference_kept":
+            return FiniteDifference(differentiator, keep_gradients=curvature == "finite_difference_kept")
 
 
-def make_path(config: NIOConfig, differentiator: Differentiator) -> CurvaturePath:
-    """The path that a configuration names."""
-    match config.curvature:
-        case "auto" | "exact":
-            return Exact(differentiator)
-        case "exact_kept":
-            return ExactKept(differentiator)
-        case "finite_difference":
-            return FiniteDifference(differentiator, keep_gradients=False)
-        case "finite_difference_kept":
-            return FiniteDifference(differentiator, keep_gradients=True)
+def _graphs_fit(differentiator: Differentiator, batch: Any, count: int) -> bool:
+    """Whether the graphs of `count` sub-batches, and as much again as one for its product, fit into what is free."""
+    available = available_memory(differentiator.device)
+    if available is None or differentiator.splits(batch):
+        return False
+    try:
+        with graph_bytes(list(differentiator.parameters())) as counted:
+            differentiator.graph_gradient(batch)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        counted = []
+    if not counted:
+        release_memory(differentiator.device)
+        return False
+    needed = (count + 1) * counted[0]
+    fits = needed <= MEMORY_SHARE * available
+    logger.info(
+        "Graphs of %d sub-batches need about %.1f MiB of %.1f MiB that are free: they are %s between the passes.",
+        count,
+        needed / 2**20,
+        available / 2**20,
+        "kept" if fits else "not kept",
+    )
+    return fits
 
 
 def _product(gradient: list[Tensor], vector: list[Tensor], scaled: list[nn.Parameter]) -> list[Tensor]:
@@ -264,46 +226,15 @@ def _product(gradient: list[Tensor], vector: list[Tensor], scaled: list[nn.Param
     if not pairs:
         return [torch.zeros_like(tensor) for tensor in scaled]
     outputs, vectors = zip(*pairs, strict=True)
-    return _dense(torch.autograd.grad(outputs, scaled, grad_outputs=vectors, allow_unused=True), scaled)
+    return dense(torch.autograd.grad(outputs, scaled, grad_outputs=vectors, allow_unused=True), scaled)
 
 
-@contextlib.contextmanager
-def _displaced(theta: list[Tensor], direction: list[Tensor], step: Tensor) -> Iterator[None]:
-    """Move theta by step * direction in place, and put the exact values back."""
-    saved = [tensor.clone() for tensor in theta]
-    try:
-        for tensor, part in zip(theta, direction, strict=True):
-            tensor.addcmul_(part, step)
-        yield
-    finally:
-        torch._foreach_copy_(theta, saved)
+def _displace(theta: list[Tensor], start: list[Tensor], direction: list[Tensor], step: Tensor) -> None:
+    """Set theta to start + step * direction, in place."""
+    torch._foreach_copy_(theta, start)
+    for tensor, part in zip(theta, direction, strict=True):
+        tensor.addcmul_(part, step)
 
 
 def _detach(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach() for tensor in tensors]
-
-
-def _dense(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(t) if grad is None else grad for grad, t in zip(grads, like, strict=True)]
-
-
-def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    if total is None or part is None:
-        return part if total is None else total
-    return total + part
-
-
-def _total(values: Sequence[Any]) -> Any:
-    return sum(values[1:], start=values[0])
-
-
-def _seed_device(device: torch.device, seed: int, part: int) -> None:
-    """Seed the generators that a loss on a device draws from, and no others."""
-    mixed = (seed * 1_000_003 + part) % 2**63
-    torch.default_generator.manual_seed(mixed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(mixed)
-
-
-def _describe(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

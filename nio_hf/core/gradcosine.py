@@ -107,9 +107,7 @@ class GradientSums:
         gradient_norm = norm(gradient)
         self.norms_and_losses[0, index] = gradient_norm
         self.norms_and_losses[1, index] = loss
-        inverse = gradient_norm.reciprocal()
-        for total, part in zip(self.unit_sum, gradient, strict=True):
-            total.addcmul_(part, inverse)
+        torch._foreach_add_(self.unit_sum, torch._foreach_mul(list(gradient), gradient_norm.reciprocal()))
         if self.gradient_sum:
             torch._foreach_add_(self.gradient_sum, list(gradient))
 

@@ -10,30 +10,29 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from nio_hf.core import mode
-from nio_hf.core.batches import batch_size, take, to_device, too_many_sub_batches
+from nio_hf.core.batches import batch_size, too_many_sub_batches
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import BatchNormMode, NIOConfig
-from nio_hf.core.curvature import Differentiator, LossFn, make_path
-from nio_hf.core.gradcosine import sub_batch_windows
+from nio_hf.core.curvature import CurvaturePath, make_path
+from nio_hf.core.differentiator import Differentiator, LossFn
 from nio_hf.core.memory import peak_memory, reset_peak_memory
 from nio_hf.core.objectives import NormConstraint, Objective, make_objective
 from nio_hf.core.optimizer import ScaleAdam
 from nio_hf.core.result import Branch, GradCosine, IterationRecord, NIOResult, paired_standard_error
 from nio_hf.core.scales import LayerScales
 from nio_hf.core.stream import BatchStream
-from nio_hf.core.two_pass import Reading, TwoPass, check_batch_norm, located
+from nio_hf.core.two_pass import Reading, SubBatches, TwoPass, located
 from nio_hf.core.verdict import judge
 from nio_hf.errors import ConfigError, DataError, NumericsError, Problem
 
 logger = logging.getLogger(__name__)
 
-SCALAR_LOSS_TOLERANCE = 1e-3
 _HELD_OUT = 500_000
 _SINGLE_PROCESS = Collective()
 
@@ -76,7 +75,7 @@ def initialize(
         ModelError: a model that cannot be initialised, see [`LayerScales`], or a loss that does not depend on it.
         DataError: no data, too little data, or data that the model does not accept.
         NumericsError: a loss or gradient that is not finite, or zero, with the iteration, sub-batch and tensor.
-        torch.OutOfMemoryError: where a sub-batch, or a micro-batch of it, does not fit.
+        NIOMemoryError: where not even one sample at a time fits into memory.
     """
     started = time.perf_counter()
     config = NIOConfig() if config is None else config
@@ -89,9 +88,10 @@ def initialize(
         set_aside = config.holdout_batches if holdout is None else 0
         stream = BatchStream(batches, config.sub_batches, set_aside + config.iterations)
         held_out = stream.set_aside(set_aside) if holdout is None else _as_batches(holdout)
-        _probe(model, loss_fn, scales, held_out[0], config)
-        differentiator = Differentiator(model, loss_fn, scales, config.micro_batch_size)
+        autocast = torch.bfloat16 if config.precision == "bf16" else None
+        differentiator = Differentiator(model, loss_fn, scales, config.micro_batch_size, autocast)
         passes = TwoPass(model, differentiator, scales, collective, config.batch_norm)
+        _probe(differentiator, passes, scales, model, passes.first_sub_batch(held_out[0], config.sub_batches))
         before = _measure(passes, held_out, config, "before NIO")
         gamma = _bound(config, before.grad_norm)
         loop = _Loop(differentiator, passes, scales, config, before.grad_norm, gamma, collective)
@@ -109,7 +109,7 @@ def initialize(
         before=before,
         after=after,
         gamma=gamma,
-        curvature=loop.path.name,
+        curvature=history[-1].curvature,
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(device),
         status=status,
@@ -171,7 +171,8 @@ class _Loop:
     ) -> None:
         scaled = scales.scaled
         self.omega = torch.ones(len(scaled), dtype=scaled[0].dtype, device=scaled[0].device)
-        self.path = make_path(config, differentiator)
+        self.path: CurvaturePath | None = None
+        self._differentiator = differentiator
         self._passes = passes
         self._scales = scales
         self._config = config
@@ -198,7 +199,16 @@ class _Loop:
             branch, reading = self._step(iteration, batch, initial)
             torch._foreach_copy_(theta, torch._foreach_mul(initial, list(self.omega.unbind())))
             seconds = time.perf_counter() - started
-            record = IterationRecord(iteration, reading.grad_cosine, reading.grad_norm, reading.loss, branch, seconds)
+            record = IterationRecord(
+                iteration=iteration,
+                grad_cosine=reading.grad_cosine,
+                grad_norm=reading.grad_norm,
+                loss=reading.loss,
+                branch=branch,
+                seconds=seconds,
+                curvature=self.path.name if self.path else "",
+                micro_batch_size=self._differentiator.micro_batch_size,
+            )
             history.append(record)
             if on_iteration is not None:
                 on_iteration(record)
@@ -212,25 +222,30 @@ class _Loop:
         parts = self._passes.split(
             batch, self._config.sub_batches, overlap=self._config.overlap, order=order, seed=seed
         )
+        path = self._path_for(parts)
         try:
             with self._passes.statistics(batch):
-                sums, reading = self._passes.first_pass(
-                    self.path,
-                    parts,
-                    where,
-                    with_gradient_sum=self._objective.needs_gradient_sum,
-                    carry=[self._last_gradient.abs().max()],
-                )
+                needs_sum = self._objective.needs_gradient_sum
+                sums = self._passes.first_pass(path, parts, where, with_gradient_sum=needs_sum)
+                reading = Reading.of(sums, [self._last_gradient.abs().max()])
                 self._check_last_gradient(iteration - 1, *reading.carried)
                 self._passes.check(reading, parts, where)
                 constrained = self._gamma is not None and reading.grad_norm > self._gamma
                 objective: Objective = NormConstraint() if constrained else self._objective
-                self._last_gradient = self._passes.second_pass(self.path, parts, sums, objective, initial, where)
+                self._last_gradient = self._passes.second_pass(path, parts, sums, objective, initial, where)
         finally:
-            self.path.reset()
+            path.reset()
         branch: Branch = "constraint" if constrained else "objective"
         self._optimizer.step(self._last_gradient, branch)
         return branch, reading
+
+    def _path_for(self, parts: SubBatches) -> CurvaturePath:
+        """The path of this run, chosen at the first iteration."""
+        if self.path is None:
+            count = max(len(parts.owned), 1)
+            example = next(iter(parts.owned.values()), None)
+            self.path = make_path(self._config.curvature, self._differentiator, example, count)
+        return self.path
 
     def _check_last_gradient(self, iteration: int, largest: float) -> None:
         """Refuse a scale gradient that is not finite; `largest` is its largest entry."""
@@ -250,35 +265,19 @@ def _isolated(model: nn.Module, device: torch.device, batch_norm: BatchNormMode)
         yield
 
 
-def _probe(model: nn.Module, loss_fn: LossFn, scales: LayerScales, batch: Any, config: NIOConfig) -> None:
+def _probe(differentiator: Differentiator, passes: TwoPass, scales: LayerScales, model: nn.Module, batch: Any) -> None:
     """Leave out tensors that no gradient of the first sub-batch reaches; with micro-batches, check that they add up.
 
     Raises:
         ModelError: for a loss that does not depend on the model.
         ConfigError: with micro-batches, for a mean loss that is not a mean over samples.
     """
-    window = sub_batch_windows(batch_size(batch), config.sub_batches)[0]
-    size = config.micro_batch_size
-    if config.batch_norm == "batch":
-        check_batch_norm(model, len(window), size)
-    part = to_device(take(batch, window if size is None else window[: 2 * size]), scales.scaled[0].device)
-    differentiator = Differentiator(model, loss_fn, scales, size)
     with located("the first sub-batch"):
         tensors = scales.trainable
-        grads, _, _ = differentiator.gradient(part, tensors)
+        grads = passes.back_off.run(lambda: differentiator.gradient(batch, tensors)[0], batch, "the first sub-batch")
         scales.drop_unused(model, [tensor for tensor, grad in zip(tensors, grads, strict=True) if grad is None])
-        if size is not None and size < len(window):
-            _check_mean_over_samples(differentiator, Differentiator(model, loss_fn, scales), part)
-
-
-@torch.no_grad()
-def _check_mean_over_samples(in_parts: Differentiator, whole: Differentiator, batch: Any) -> None:
-    means = [float(differentiator.mean_loss(batch)) for differentiator in (in_parts, whole)]
-    if not all(map(math.isfinite, means)) or math.isclose(*means, rel_tol=SCALAR_LOSS_TOLERANCE):
-        return
-    found = f"the mean loss of two micro-batches is {means[0]:.6g} in parts, {means[1]:.6g} together"
-    fix = "Return (loss_sum, weight), with the number that the mean is over as weight; or do without micro-batches"
-    raise ConfigError(Problem(whole.loss_name, found, fix))
+        if differentiator.splits(batch):
+            differentiator.check_splits(batch, cast(int, differentiator.micro_batch_size))
 
 
 def _bound(config: NIOConfig, initial_grad_norm: float) -> float | None:

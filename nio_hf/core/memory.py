@@ -1,17 +1,78 @@
-"""Peak memory of a run, by what the device can tell."""
+"""Memory: what a run used, what is free, what a graph holds, and whether an error says that there is none."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
+from torch import Tensor
+
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the machine itself, has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what an attempt left behind that ran out of memory."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on a device: on the CPU what Linux says is available, None where it is unknown."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "cpu" and sys.platform == "linux":
+        return min(_machine_memory(), _control_group_memory())
+    return None
+
+
+def _machine_memory() -> int:
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _control_group_memory() -> int:
+    """What the limit of a container leaves; without one, any amount."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((folder / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
+    except OSError:
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else max(int(limit) - int(used), 0)
+
+
+@contextlib.contextmanager
+def graph_bytes(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Count the bytes that autograd saves inside the block, each storage once, parameters not counted.
+
+    Yields:
+        A list that holds the bytes when the block ends.
+    """
+    storages: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    counted: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield counted
+    counted.append(sum(storages.values()))
 
 
 def reset_peak_memory(device: torch.device) -> None:

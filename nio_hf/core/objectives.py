@@ -85,7 +85,6 @@ def make_objective(config: NIOConfig, initial_grad_norm: float) -> Objective:
 
 
 def _combine(total: Sequence[Tensor], total_weight: Tensor, own: Sequence[Tensor], own_weight: Tensor) -> list[Tensor]:
-    combined = torch._foreach_mul(list(own), own_weight)
-    for out, part in zip(combined, total, strict=True):
-        out.addcmul_(part, total_weight)
-    return list(combined)
+    combined = list(torch._foreach_mul(list(own), own_weight))
+    torch._foreach_add_(combined, torch._foreach_mul(list(total), total_weight))
+    return combined

@@ -73,6 +73,8 @@ class IterationRecord:
         loss: mean loss over the sub-batches.
         branch: "constraint" where GN exceeded gamma, else "objective".
         seconds: wall time of the iteration, its data included.
+        curvature: the path that computed the Hessian-vector products, as in `NIOConfig.curvature`.
+        micro_batch_size: samples computed at once; None for whole sub-batches.
     """
 
     iteration: int
@@ -81,6 +83,8 @@ class IterationRecord:
     loss: float
     branch: Branch
     seconds: float
+    curvature: str
+    micro_batch_size: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +135,7 @@ class NIOResult:
         before: GradCosine on the held-out batches at omega = 1.
         after: the same with the learned scales.
         gamma: the bound on the gradient norm that was in force, absolute; None without one.
-        curvature: the path that computed the Hessian-vector products.
+        curvature: the path of the last iteration.
         seconds: wall time of the whole run.
         peak_memory: bytes; peak of the allocator on an accelerator, peak resident set of the process on CPU.
         status: what happened, in one word.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,15 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from nio_hf.core import mode
+from nio_hf.core.back_off import BackOff
 from nio_hf.core.batches import batch_size, take, to_device
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import BatchNormMode
-from nio_hf.core.curvature import CurvaturePath, Differentiator, Exact
+from nio_hf.core.curvature import CurvaturePath, Exact
+from nio_hf.core.differentiator import Differentiator
 from nio_hf.core.gradcosine import GradientSums, dots, sub_batch_windows
 from nio_hf.core.objectives import Objective
 from nio_hf.core.result import GradCosine
+from nio_hf.core.sample_wise import sample_wise_sums
 from nio_hf.core.scales import LayerScales
-from nio_hf.errors import ConfigError, DataError, ModelError, NIOError, NumericsError, Problem
+from nio_hf.errors import ConfigError, DataError, ModelError, NIOError, NumericsError, Problem, one_line
+
+logger = logging.getLogger(__name__)
 
 _LABELS_OR_TOKENS = "Check that labels lie between 0 and the number of classes minus 1, and tokens in the vocabulary"
 _KNOWN_ERRORS: list[tuple[str, type[NIOError], str, str]] = [
@@ -60,6 +66,20 @@ class Reading:
     losses: tuple[float, ...]
     carried: tuple[float, ...] = ()
 
+    @classmethod
+    def of(cls, sums: GradientSums, carry: Sequence[Tensor] = ()) -> Reading:
+        """Read the sums over all sub-batches, and scalar tensors along with them, in one transfer to the host."""
+        values = torch.cat([sums.summary(), *(scalar.reshape(1).to(sums.buffer.dtype) for scalar in carry)]).tolist()
+        norms_end = 2 + sums.norms.numel()
+        losses_end = norms_end + sums.norms.numel()
+        return cls(
+            grad_cosine=values[0],
+            grad_norm=values[1],
+            norms=tuple(values[2:norms_end]),
+            losses=tuple(values[norms_end:losses_end]),
+            carried=tuple(values[losses_end:]),
+        )
+
     @property
     def loss(self) -> float:
         """Mean of the losses of the sub-batches."""
@@ -90,6 +110,9 @@ class TwoPass:
         scales: names the tensors.
         collective: the processes that share the sub-batches.
         batch_norm: where batch normalisation takes its statistics from.
+
+    Attributes:
+        back_off: makes room where memory runs out.
     """
 
     def __init__(
@@ -105,7 +128,8 @@ class TwoPass:
         self._scales = scales
         self._collective = collective
         self._batch_norm = batch_norm
-        self._device = scales.scaled[0].device
+        splittable = batch_norm == "frozen" or not mode.batch_norms(model)
+        self.back_off = BackOff(differentiator, splittable)
 
     def split(
         self, batch: Any, sub_batches: int, *, overlap: float = 0.0, order: Tensor | None = None, seed: int = 0
@@ -121,7 +145,16 @@ class TwoPass:
             check_batch_norm(self._model, min(map(len, windows)), self._differentiator.micro_batch_size)
         order = torch.arange(size) if order is None else order
         owned = {d: take(batch, order[windows[d]]) for d in self._collective.owned(sub_batches)}
-        return SubBatches(sub_batches, {d: to_device(part, self._device) for d, part in owned.items()}, seed)
+        return SubBatches(
+            sub_batches, {d: to_device(part, self._differentiator.device) for d, part in owned.items()}, seed
+        )
+
+    def first_sub_batch(self, batch: Any, sub_batches: int) -> Any:
+        """Sub-batch 0 of a batch at overlap 0, whatever process it belongs to."""
+        window = sub_batch_windows(batch_size(batch), sub_batches)[0]
+        if self._batch_norm == "batch":
+            check_batch_norm(self._model, len(window), self._differentiator.micro_batch_size)
+        return to_device(take(batch, window), self._differentiator.device)
 
     @contextlib.contextmanager
     def statistics(self, batch: Any) -> Iterator[None]:
@@ -129,7 +162,7 @@ class TwoPass:
         if self._batch_norm == "batch" or not mode.batch_norms(self._model):
             yield
             return
-        whole = to_device(batch, self._device)
+        whole = to_device(batch, self._differentiator.device)
         with mode.frozen_statistics(self._model, lambda: self._differentiator.loss_sum(whole)):
             yield
 
@@ -140,8 +173,7 @@ class TwoPass:
         where: str,
         *,
         with_gradient_sum: bool = False,
-        carry: Sequence[Tensor] = (),
-    ) -> tuple[GradientSums, Reading]:
+    ) -> GradientSums:
         """Pass 1 over the sub-batches of all processes.
 
         Args:
@@ -149,30 +181,19 @@ class TwoPass:
             parts: the sub-batches of this process.
             where: names the batch in errors.
             with_gradient_sum: also sum g_d.
-            carry: scalar tensors that the host reads along.
 
         Returns:
-            The sums over all D sub-batches, and what the host read of them.
-
-        Raises:
-            NumericsError: for a loss or gradient that is not finite or zero.
+            The sums over all D sub-batches; nothing is read by the host.
         """
         sums = GradientSums(self._differentiator.gradient_tensors, parts.count, with_gradient_sum)
         for index, part in parts.owned.items():
             with self._sub_batch(parts, index, where):
-                sums.add(index, *path.first(part))
+                gradient, loss = self.back_off.run(functools.partial(path.first, part), part, where, path)
+                sums.add(index, gradient, loss)
+                del gradient
         self._collective.sum_(sums.buffer)
         self._collective.sum_(sums.norms_and_losses)
-        values = torch.cat([sums.summary(), *(scalar.reshape(1).to(sums.buffer.dtype) for scalar in carry)]).tolist()
-        count = parts.count
-        reading = Reading(
-            grad_cosine=values[0],
-            grad_norm=values[1],
-            norms=tuple(values[2 : 2 + count]),
-            losses=tuple(values[2 + count : 2 + 2 * count]),
-            carried=tuple(values[2 + 2 * count :]),
-        )
-        return sums, reading
+        return sums
 
     def second_pass(
         self,
@@ -200,7 +221,8 @@ class TwoPass:
         for kept, (index, part) in enumerate(parts.owned.items()):
             cotangent = functools.partial(objective.cotangent, gradient_norm=sums.norms[index], sums=sums)
             with self._sub_batch(parts, index, where):
-                total += dots(initial, path.second(kept, part, cotangent))
+                second = functools.partial(path.second, kept, part, cotangent)
+                total += dots(initial, self.back_off.run(second, part, where, path))
         self._collective.sum_(total)
         return total
 
@@ -208,9 +230,22 @@ class TwoPass:
         """GC, GN and loss of a batch at overlap 0."""
         parts = self.split(batch, sub_batches, seed=seed)
         with self.statistics(batch):
-            _, reading = self.first_pass(Exact(self._differentiator), parts, where)
+            sums = self._sample_wise_sums(batch, where, seed) if sub_batches == batch_size(batch) else None
+            reading = Reading.of(sums or self.first_pass(Exact(self._differentiator), parts, where))
             self.check(reading, parts, where)
         return GradCosine(reading.grad_cosine, reading.grad_norm, reading.norms, reading.loss, batch_size(batch))
+
+    def _sample_wise_sums(self, batch: Any, where: str, seed: int) -> GradientSums | None:
+        """Pass 1 for D = B at once; None where the loss has to be computed sample by sample."""
+        if self._collective.size > 1:
+            return None
+        whole = to_device(batch, self._differentiator.device)
+        self._differentiator.seed = seed
+        try:
+            return self.back_off.run(lambda: sample_wise_sums(self._model, self._differentiator, whole), whole, where)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            logger.info("%s: computed sample by sample, since it cannot be vectorised (%s).", where, one_line(error))
+            return None
 
     def check(self, reading: Reading, parts: SubBatches, where: str) -> None:
         """Refuse losses and gradients that are not finite, and gradients that are zero.

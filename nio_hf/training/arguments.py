@@ -52,6 +52,7 @@ class NIOTrainingArguments(TrainingArguments):
         NIOConfig.curvature, "auto, exact, exact_kept, finite_difference or finite_difference_kept."
     )
     nio_micro_batch_size: int | None = _option(None, "Samples of a sub-batch computed at once; default: all.")
+    nio_precision: str = _option(NIOConfig.precision, "fp32, or bf16 for the loss under bfloat16 autocast.")
     nio_batch_norm: str = _option(NIOConfig.batch_norm, "Batch normalisation statistics: batch or frozen.")
 
     def __post_init__(self) -> None:
@@ -101,6 +102,7 @@ class NIOTrainingArguments(TrainingArguments):
             beta=self.nio_beta,
             curvature=self.nio_curvature,  # type: ignore[arg-type]
             micro_batch_size=self.nio_micro_batch_size,
+            precision=self.nio_precision,  # type: ignore[arg-type]
             batch_norm=self.nio_batch_norm,  # type: ignore[arg-type]
             holdout_batches=self.nio_holdout_batches,
             seed=seed,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from nio_hf.core.batches import take
-from nio_hf.core.curvature import LossFn
+from nio_hf.core.differentiator import LossFn
 from nio_hf.training.layers import register_transformers_layers
 from tests import zoo
 

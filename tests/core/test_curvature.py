@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nio_hf.core import Collective, LayerScales, NIOConfig
-from nio_hf.core.curvature import Differentiator, make_path
+from nio_hf import NIOConfig, initialize
+from nio_hf.core import Collective, LayerScales
+from nio_hf.core.curvature import make_path
+from nio_hf.core.differentiator import Differentiator
 from nio_hf.core.mode import measuring
 from nio_hf.core.objectives import CosineObjective, NormConstraint, Objective
 from nio_hf.core.reference import joint_graph
@@ -33,10 +35,10 @@ def scale_gradient(
     scales = LayerScales(made.model)
     differentiator = Differentiator(made.model, made.loss_fn, scales, micro_batch_size)
     passes = TwoPass(made.model, differentiator, scales, Collective(), "batch")
-    path = make_path(NIOConfig(curvature=curvature), differentiator)
+    path = make_path(curvature, differentiator, made.batch, sub_batches)
     with measuring(made.model):
         parts = passes.split(made.batch, sub_batches)
-        sums, _ = passes.first_pass(path, parts, "")
+        sums = passes.first_pass(path, parts, "")
         initial = [parameter.detach() for parameter in scales.scaled]
         return passes.second_pass(path, parts, sums, objective, initial, "")
 
@@ -66,7 +68,6 @@ def test_finite_differences_in_fp64_are_closer() -> None:
 @pytest.mark.parametrize(
     ("curvature", "micro_batch_size", "calls"),
     [
-        ("auto", None, 2),
         ("exact", None, 2),
         ("exact_kept", None, 1),
         ("finite_difference", None, 4),
@@ -152,3 +153,22 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._alive.remove(key)
         self._bytes -= size
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_bfloat16_autocast_is_near_and_reaches_the_loss(name: str) -> None:
+    made = case(name, 16)
+    seen = set()
+
+    def loss_fn(model: Any, batch: Any) -> Tensor:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return made.loss_fn(model, batch)
+
+    scales = {}
+    for precision in ("fp32", "bf16"):
+        own = case(name, 16)
+        config = NIOConfig(iterations=2, holdout_batches=1, sub_batches=2, precision=precision)
+        scales[precision] = initialize(own.model, [own.batch] * 3, loss_fn, config)
+    assert seen == {False, True}
+    assert scales["bf16"].before.value == pytest.approx(scales["fp32"].before.value, abs=0.02)
+    assert scales["bf16"].before.value != scales["fp32"].before.value

@@ -15,7 +15,7 @@ from nio_hf.core.result import Status
 from tests import zoo
 from tests.core.cases import FAMILIES, Case, batches_of, case, differences, state
 
-SHORT: dict[str, Any] = {"iterations": 3, "holdout_batches": 2, "sub_batches": 2, "lr": 0.05}
+SHORT: dict[str, Any] = {"iterations": 3, "holdout_batches": 2, "sub_batches": 2, "lr": 0.05, "curvature": "exact"}
 
 
 def run(name: str, made: Case | None = None, batches: Any = None, **settings: Any) -> tuple[Case, NIOResult]:

@@ -35,7 +35,9 @@ def refused(
     before, generator = state(made.model), torch.get_rng_state()
 
     def start() -> None:
-        config = NIOConfig(**{"iterations": 5, "holdout_batches": 2, "sub_batches": 2, **settings})
+        config = NIOConfig(
+            **{"iterations": 5, "holdout_batches": 2, "sub_batches": 2, "curvature": "exact", **settings}
+        )
         data = batches_of(name, 4) if batches is None else batches
         initialize(made.model, data, loss_fn or made.loss_fn, config, holdout=holdout)
 

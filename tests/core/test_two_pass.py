@@ -10,12 +10,13 @@ from torch import Tensor
 
 from nio_hf.core import Collective, LayerScales, NIOConfig
 from nio_hf.core.batches import batch_size
-from nio_hf.core.curvature import Differentiator, make_path
+from nio_hf.core.curvature import make_path
+from nio_hf.core.differentiator import Differentiator
 from nio_hf.core.gradcosine import sub_batch_windows
 from nio_hf.core.mode import measuring
 from nio_hf.core.objectives import NormConstraint, make_objective
 from nio_hf.core.reference import joint_graph
-from nio_hf.core.two_pass import TwoPass
+from nio_hf.core.two_pass import Reading, TwoPass
 from tests.core.cases import Case, differences, double_case, state
 
 GN_0, BETA = 3.0, 0.7
@@ -57,7 +58,7 @@ def test_the_sums_of_two_processes_are_those_of_one(monkeypatch: pytest.MonkeyPa
     totals = []
     for group in ([Collective()], [Collective(0, 2), Collective(1, 2)]):
         steps = [Step(made, 3, 0.0, "variance", "objective", collective=collective) for collective in group]
-        sums = [step.first_pass("exact")[0] for step in steps]
+        sums = [step.first_pass("exact") for step in steps]
         totals.append([sum(s.buffer for s in sums), sum(s.norms_and_losses for s in sums)])
     torch.testing.assert_close(totals[0], totals[1], rtol=1e-12, atol=1e-14)
 
@@ -97,14 +98,15 @@ class Step:
 
     def first_pass(self, curvature: Any, micro_batch_size: int | None = None) -> Any:
         passes = self.passes(micro_batch_size)
-        self.path = make_path(NIOConfig(curvature=curvature), self.differentiator)
+        self.path = make_path(curvature, self.differentiator, self.made.batch, self.sub_batches)
         self.parts = passes.split(self.made.batch, self.sub_batches, overlap=self.overlap)
         with measuring(self.made.model, self.batch_norm), passes.statistics(self.made.batch):
             with_sum = self.target.needs_gradient_sum
             return passes.first_pass(self.path, self.parts, "", with_gradient_sum=with_sum)
 
     def two_passes(self, curvature: Any, micro_batch_size: int | None = None) -> Tensor:
-        sums, reading = self.first_pass(curvature, micro_batch_size)
+        sums = self.first_pass(curvature, micro_batch_size)
+        reading = Reading.of(sums)
         passes = self.passes(micro_batch_size)
         initial = [parameter.detach() for parameter in self.scales.scaled]
         with measuring(self.made.model, self.batch_norm), passes.statistics(self.made.batch):

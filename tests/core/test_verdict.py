@@ -18,7 +18,7 @@ GOOD: dict[str, Any] = {"value": 0.4, "grad_norm": 4.0, "loss": 2.05, "error": 0
 def verdict(**changes: Any) -> tuple[str, str]:
     given = {**GOOD, **changes}
     after = GradCosine(given["value"], given["grad_norm"], (3.0, 3.0), given["loss"], 8)
-    history = [IterationRecord(i, 0.2, 3.0, 2.0, "objective", 0.1) for i in range(given["iterations"])]
+    history = [IterationRecord(i, 0.2, 3.0, 2.0, "objective", 0.1, "exact", None) for i in range(given["iterations"])]
     return judge(BEFORE, after, given["error"], history, NIOConfig(iterations=3), given["gamma"])
 
 
