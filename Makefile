@@ -3,10 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := nio_hf recipes tests
+SOURCES := benchmarks nio_hf recipes tests
 STAMP := $(VENV)/.installed-$(shell cat constraints.txt pyproject.toml setup.cfg | cksum | cut -d ' ' -f 1)
 
-.PHONY: quickstart test test-all install lint types clean
+.PHONY: quickstart test test-all bench install lint types clean
 
 quickstart: $(STAMP)  ## NIO and a training of a small ViT on real images, on the CPU
 	$(BIN)/nio-hf train vit-tiny/digits/nio
@@ -16,6 +16,10 @@ test: lint types  ## what must pass before a change is shared
 
 test-all: lint types  ## the same, and what takes long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+bench: $(STAMP)  ## the cost of NIO; hours
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cost --sections counts
+	$(BIN)/python -m benchmarks.cost --sections seconds errors
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)

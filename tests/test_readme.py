@@ -23,7 +23,9 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_path_exists_and_every_make_target_is_one(document: Path) -> None:
     text = document.read_text()
-    for path in re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r"`((?:nio_hf|recipes|tests)(?:/[\w.-]+)*)`", text):
+    for path in re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(
+        r"`((?:benchmarks|nio_hf|recipes|tests)(?:/[\w.-]+)*)`", text
+    ):
         assert (ROOT / path).exists(), path
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z][a-z-]+)", text)) <= targets

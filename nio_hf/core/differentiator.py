@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,7 +80,7 @@ class Differentiator:
         _seed_device(self.device, self.seed, part)
         # A loss may take keys out of a batch that is computed again.
         own_batch = copy.copy(batch) if isinstance(batch, Mapping) else batch
-        with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
+        with contextlib.nullcontext() if self._autocast is None else torch.autocast(self.device.type, self._autocast):
             returned = self._loss_fn(self._model, own_batch)
         loss, weight = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
         if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -44,7 +44,8 @@ def measuring(model: nn.Module, batch_norm: BatchNormMode = "batch") -> Iterator
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_full_precision())
-        stack.enter_context(torch.autocast(_device_type(model), enabled=False))
+        if torch.amp.is_autocast_available(_device_type(model)):
+            stack.enter_context(torch.autocast(_device_type(model), enabled=False))
         if _is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
@@ -92,7 +93,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
     """Put the flags and the buffers of all modules back."""
     training = [(module, module.training) for module in model.modules()]
     tracking = [(layer, layer.track_running_stats) for layer in batch_norms(model)]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
@@ -101,8 +102,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
         for layer, flag in tracking:
             layer.track_running_stats = flag
         with torch.no_grad():
-            for buffer, saved in buffers:
-                if not torch.equal(buffer, saved):
+            for buffer, version, saved in buffers:
+                if buffer._version != version:
                     buffer.copy_(saved)
 
 

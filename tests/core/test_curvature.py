@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.accounting import counted
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import Collective, LayerScales
 from nio_hf.core.curvature import make_path
@@ -84,11 +82,11 @@ def test_losses_computed_per_sub_batch(
     made = case("mlp", 4 * sub_batches)
     seen: list[int] = []
 
-    def counted(model: Any, batch: Any) -> Any:
+    def recorded(model: Any, batch: Any) -> Any:
         seen.append(len(batch[1]))
         return made.loss_fn(model, batch)
 
-    scale_gradient(Case(made.model, made.batch, counted), sub_batches, curvature, micro_batch_size=micro_batch_size)
+    scale_gradient(Case(made.model, made.batch, recorded), sub_batches, curvature, micro_batch_size=micro_batch_size)
     assert len(seen) == calls * sub_batches
     assert set(seen) == {micro_batch_size or 4}
 
@@ -121,38 +119,7 @@ def test_peak_memory_of_the_joint_graph_and_of_kept_graphs_grows() -> None:
 def _peak_bytes(run: Callable[[Case, int], None], sub_batches: int) -> int:
     """Peak of the memory allocated while it runs on sub-batches of two sentences, whose tokens take next to none."""
     made = case("gpt2", 2 * sub_batches)
-    with LiveBytes() as live:
-        run(made, sub_batches)
-    return live.peak
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made in it that are still alive, those held by graphs included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._alive: set[int] = set()
-        self._bytes = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known:
-                self._track(leaf.untyped_storage())
-        self.peak = max(self.peak, self._bytes)
-        return result
-
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._alive:
-            self._alive.add(key)
-            self._bytes += size
-            weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._alive.remove(key)
-        self._bytes -= size
+    return counted(lambda: run(made, sub_batches)).peak
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])

@@ -1,0 +1,168 @@
+"""What one NIO iteration costs against a training step of the same batch: arithmetic, memory, time.
+
+    python -m benchmarks.cost                       all models; one JSON each, a table, a plot
+    python -m benchmarks.cost --models vit-tiny-32 --sections seconds
+    python -m benchmarks.cost --device cuda
+    python -m benchmarks.cost --sections            the table and the plot of the results that are there
+
+Operations and bytes are counted on tensors without data, by shapes alone, at any size, under the math attention kernel
+on every side. They are held against the CPU allocator's own events of a real run once (`accounting_check`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.accounting import allocator_bytes, counted, cuda_bytes, median_seconds
+from benchmarks.cost_report import print_claims, print_tables, save_plot
+from benchmarks.workloads import JOINT, MODELS, PATHS, Workload, workload
+from nio_hf.core.memory import is_out_of_memory
+from nio_hf.training.checkpoints import versions
+
+RESULTS = Path(__file__).parent / "results"
+SECTIONS = ("counts", "seconds", "errors")
+SUB_BATCHES = (2, 4, 8, 16)
+OVERLAPS = (0.0, 0.2)
+BATCH_SIZE = 64
+OVERLAP_SAMPLES = 10
+"""Samples of a sub-batch where the overlap is counted: 0.2 of them is a whole number."""
+CPU_SECONDS = {"vit-tiny-32": (64, (2, 4, 8)), "vit-small-224": (8, (2, 4)), "swin-tiny-224": (8, (2, 4))}
+"""{model: (B, the D)} of the wall times on the CPU."""
+ROUNDS = 5
+
+
+def main() -> int:
+    """Measure what is asked for, then show what is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=MODELS)
+    parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args()
+    folder = RESULTS / f"cost-{options.device}"
+    for model in options.models if options.sections else ():
+        _measure(model, options, folder / f"{model}.json")
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if not results:
+        sys.stderr.write(f"No results in {folder}.\n")
+        return 1
+    print_tables(results)
+    print_claims(results)
+    save_plot(results, folder / "cost.png")
+    return 0
+
+
+def _measure(model: str, options: argparse.Namespace, path: Path) -> None:
+    """Measure the sections of a model and write them beside those that the file has."""
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    device = torch.device(options.device)
+    result |= {"model": model, "device": options.device, "seed": 0, "machine": _machine(device), "versions": versions()}
+    sections = {
+        "counts": lambda: list(_counts(model)),
+        "seconds": lambda: list(_seconds(model, device, options.rounds)),
+        "errors": lambda: _errors(model, device),
+    }
+    for section in options.sections:
+        result[section] = sections[section]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _counts(name: str) -> Iterator[dict[str, Any]]:
+    """Operations and bytes of each path at each D and r, with what they are held against."""
+    base = workload(name, torch.device("meta"), batch_size=BATCH_SIZE)
+    cells = [(r, d) for r in OVERLAPS for d in SUB_BATCHES]
+    for overlap, sub_batches in tqdm(cells, desc=f"{name}: counts", unit="cell"):
+        size = BATCH_SIZE if overlap == 0 else OVERLAP_SAMPLES * sub_batches
+        cell = dataclasses.replace(base, batch_size=size, sub_batches=sub_batches, overlap=overlap)
+        step = counted(cell.training_step(math_attention=True))
+        row: dict[str, Any] = {"batch_size": size, "sub_batches": sub_batches, "overlap": overlap}
+        row |= {"parameter_bytes": cell.parameter_bytes, "step_operations": step.operations, "step_bytes": step.peak}
+        samples = -(-size // sub_batches)
+        row["sub_batch_step_bytes"] = counted(cell.training_step(math_attention=True, samples=samples)).peak
+        row["micro_batch_graph_bytes"] = counted(cell.double_graph(-(-samples // 2))).peak
+        for path in (*PATHS, JOINT):
+            counts = counted(cell.iteration(path, host_read=False))
+            row[path] = {"operations": counts.operations, "bytes": counts.peak}
+        yield row
+    one = dataclasses.replace(base, batch_size=OVERLAP_SAMPLES)
+    step = counted(one.training_step(math_attention=True))
+    ways = {"at_once": True, "loop": False}
+    operations = {way: counted(one.sample_wise(at_once)).operations for way, at_once in ways.items()}
+    yield {"sample_wise": {"batch_size": one.batch_size, "step_operations": step.operations, **operations}}
+
+
+def _seconds(name: str, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
+    """Median wall times, interleaved; on CUDA the whole grid, and the peak of the allocator with it."""
+    size, all_sub_batches = CPU_SECONDS[name] if device.type == "cpu" else (BATCH_SIZE, SUB_BATCHES)
+    base = workload(name, device, batch_size=size)
+    for sub_batches in tqdm(all_sub_batches, desc=f"{name}: seconds", unit="cell"):
+        cell = dataclasses.replace(base, sub_batches=sub_batches)
+        works: dict[str, Any] = {"step": cell.training_step(math_attention=False)}
+        works |= {path: cell.iteration(path, host_read=True) for path in (*PATHS, JOINT)}
+        fitting = {way: work for way, work in works.items() if _fits(work)}
+        row: dict[str, Any] = {"batch_size": size, "sub_batches": sub_batches, "rounds": rounds}
+        row["seconds"] = median_seconds(fitting, rounds, device)
+        row["does_not_fit"] = sorted(works.keys() - fitting.keys())
+        if device.type == "cuda":
+            row["bytes"] = {way: cuda_bytes(work) for way, work in fitting.items()}
+        yield row
+    one = dataclasses.replace(base, batch_size=min(size, 16))
+    ways = {"step": one.training_step(False), "at_once": one.sample_wise(True), "loop": one.sample_wise(False)}
+    yield {"sample_wise": {"batch_size": one.batch_size, "seconds": median_seconds(ways, rounds, device)}}
+
+
+def _fits(work: Any) -> bool:
+    try:
+        work()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _errors(name: str, device: torch.device) -> dict[str, Any]:
+    """Relative error of the scale gradient of approximate paths, and the accounting against the allocator's events."""
+    cell = workload(name, device, batch_size=8)
+    exact = cell.scale_gradient("exact")
+    approximate = {
+        "finite_difference": cell.scale_gradient("finite_difference"),
+        "exact_bf16": cell.scale_gradient("exact", torch.bfloat16),
+    }
+    errors: dict[str, Any] = {way: float((g - exact).norm() / exact.norm()) for way, g in approximate.items()}
+    if device.type == "cpu":
+        errors["accounting_check"] = _accounting_check(name, cell)
+    return errors
+
+
+def _accounting_check(name: str, real: Workload) -> dict[str, Any]:
+    """Peak of one exact iteration: counted without data, counted on real tensors, and by the allocator."""
+    shapes = workload(name, torch.device("meta"), batch_size=real.batch_size)
+    return {
+        "batch_size": real.batch_size,
+        "sub_batches": real.sub_batches,
+        "without_data": counted(shapes.iteration("exact", host_read=False)).peak,
+        "real_tensors": counted(real.iteration("exact", host_read=False)).peak,
+        "allocator": allocator_bytes(real.iteration("exact", host_read=False)),
+    }
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"device": name, "threads": torch.get_num_threads(), "cpus": os.cpu_count(), "system": platform.system()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The committed results, the claims drawn from them, and a small run of the benchmark itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.accounting import counted
+from benchmarks.cost_report import ARITHMETIC_BOUNDS, Claim, claims, print_claims, print_tables, save_plot
+from benchmarks.workloads import JOINT, MODELS, PATHS, workload
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cost-cpu"
+
+
+def _committed() -> list[dict[str, Any]]:
+    return [json.loads((RESULTS / f"{model}.json").read_text()) for model in MODELS]
+
+
+def test_every_claim_holds_in_the_committed_results() -> None:
+    found = claims(_committed())
+    assert len(found) > 3 * 8 * len(ARITHMETIC_BOUNDS)
+    assert [claim for claim in found if not claim.holds] == []
+
+
+def test_the_joint_graph_costs_one_and_two_d_steps() -> None:
+    rows = [row for result in _committed() for row in result["counts"] if row.get("overlap") == 0]
+    assert {row["sub_batches"] for row in rows} == {2, 4, 8, 16}
+    for row in rows:
+        assert row[JOINT]["operations"] / row["step_operations"] == pytest.approx(1 + 2 * row["sub_batches"], rel=0.01)
+
+
+def test_counting_without_data_is_counting_a_real_run() -> None:
+    for result in _committed():
+        check = result["errors"]["accounting_check"]
+        assert check["without_data"] == check["real_tensors"] == check["allocator"]
+
+
+def test_a_claim_that_does_not_hold_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
+    results = _committed()
+    results[0]["counts"][0]["exact"]["operations"] *= 2
+    assert sum(not claim.holds for claim in claims(results)) == 1
+    print_claims(results)
+    assert "DOES NOT HOLD" in capsys.readouterr().out
+    assert not Claim("m", "t", 2.0, 1.0).holds
+
+
+def test_tables_and_plot_show_every_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_tables(_committed())
+    shown = capsys.readouterr().out
+    assert all(f"{model}: training steps of arithmetic" in shown for model in MODELS)
+    save_plot(_committed(), tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").stat().st_size > 10_000
+
+
+def test_the_committed_numbers_are_those_of_this_code() -> None:
+    (result,) = [result for result in _committed() if result["model"] == "vit-tiny-32"]
+    row = next(row for row in result["counts"] if (row["sub_batches"], row["overlap"]) == (2, 0.0))
+    cell = workload("vit-tiny-32", torch.device("meta"), batch_size=row["batch_size"], sub_batches=2)
+    for path in ("exact_kept", "finite_difference"):
+        counts = counted(cell.iteration(path, host_read=False))
+        assert (counts.operations, counts.peak) == (row[path]["operations"], row[path]["bytes"])
+
+
+@pytest.mark.parametrize("path", [*PATHS, JOINT])
+def test_every_path_gives_the_same_scale_gradient_on_real_tensors(path: str) -> None:
+    cell = workload("vit-tiny-32", torch.device("cpu"), batch_size=4)
+    gradients = []
+    for way in (JOINT, path):
+        torch.manual_seed(0)
+        gradients.append(cell.iteration(way, host_read=True)())
+    assert (gradients[0] - gradients[1]).norm() < 1e-2 * gradients[0].norm()
