@@ -114,13 +114,14 @@ def cuda_bytes(work: Work) -> int:
 
 
 def median_seconds(works: Mapping[str, Work], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median wall time of each work, one after the other in each round, so that all meet the same machine."""
+    """Median wall time of each work, one after the other in each round, so that all meet the same machine.
+
+    Each is to have run once before.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    for warm_up in (True, *[False] * rounds):
+    for _ in range(rounds):
         for name, work in works.items():
-            elapsed = _seconds(work, device)
-            if not warm_up:
-                seconds[name].append(elapsed)
+            seconds[name].append(_seconds(work, device))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

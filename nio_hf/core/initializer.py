@@ -94,7 +94,7 @@ def initialize(
         _probe(differentiator, passes, scales, model, passes.first_sub_batch(held_out[0], config.sub_batches))
         before = _measure(passes, held_out, config, "before NIO")
         gamma = _bound(config, before.grad_norm)
-        loop = _Loop(differentiator, passes, scales, config, before.grad_norm, gamma, collective)
+        loop = _Loop(differentiator, passes, scales, config, before.grad_norm, gamma)
         with scales.substituted() as initial:
             history = loop.run(stream, initial, on_iteration)
             after = _measure(passes, held_out, config, "after NIO")
@@ -167,7 +167,6 @@ class _Loop:
         config: NIOConfig,
         initial_grad_norm: float,
         gamma: float | None,
-        collective: Collective,
     ) -> None:
         scaled = scales.scaled
         self.omega = torch.ones(len(scaled), dtype=scaled[0].dtype, device=scaled[0].device)
@@ -177,7 +176,6 @@ class _Loop:
         self._scales = scales
         self._config = config
         self._gamma = gamma
-        self._collective = collective
         self._objective = make_objective(config, initial_grad_norm)
         self._optimizer = ScaleAdam(self.omega, config)
         self._last_gradient = torch.zeros_like(self.omega)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -62,11 +62,25 @@ class NIOBatchSampler(Sampler[list[_Draw]]):
 
 
 class SeededDataset(Dataset[Any]):
-    """Samples whose augmentation is drawn from (seed, batch number, sample index), in whatever process."""
+    """Samples whose augmentation is drawn from (seed, batch number, sample index), in whatever process.
+
+    Where the data set fetches whole batches and draws no random numbers, it goes on doing so, which is faster.
+    """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self._dataset = dataset
         self._seed = seed
+        self._fetches_batches = hasattr(dataset, "__getitems__")
+
+    def __getitems__(self, draws: list[_Draw]) -> list[Any]:
+        """The samples of a batch."""
+        if self._fetches_batches:
+            before = _random_state()
+            samples: list[Any] = self._dataset.__getitems__([index for _, index in draws])
+            if _random_state() == before:
+                return samples
+            self._fetches_batches = False
+        return [self[draw] for draw in draws]
 
     def __getitem__(self, draw: _Draw) -> Any:
         number, index = draw
@@ -83,6 +97,7 @@ def nio_dataloader(
     iterations: int,
     seed: int,
     num_workers: int = 0,
+    pin_memory: bool = False,
     multiprocessing_context: str | None = None,
 ) -> DataLoader[Any]:
     """A loader of `holdout_batches + iterations` batches that leaves all global random state to its caller.
@@ -94,6 +109,7 @@ def nio_dataloader(
         "collate_fn": collate,
         "generator": torch.Generator().manual_seed(seed),
         "num_workers": num_workers,
+        "pin_memory": pin_memory,
         "multiprocessing_context": multiprocessing_context if num_workers else None,
     }
     if isinstance(dataset, IterableDataset):
@@ -104,6 +120,12 @@ def nio_dataloader(
 
 def _mix(seed: int, number: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, number, index]).generate_state(1, np.uint64)[0] % 2**63)
+
+
+def _random_state() -> tuple[Any, ...]:
+    """What `seed_everything` seeds, to tell whether anything was drawn."""
+    _, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
+    return random.getstate(), bytes(keys), rest, bytes(torch.get_rng_state().numpy())
 
 
 def seed_everything(seed: int) -> None:

@@ -127,7 +127,7 @@ class NIOTrainerMixin(_Base):
             The mean loss over the samples, or (loss_sum, weight) where it is a mean over something else, e.g. tokens:
             with `nio_micro_batch_size` the parts of a sub-batch are combined by that weight.
         """
-        loss = self.compute_loss(model, _float32(self._prepare_inputs(copy.copy(inputs))))
+        loss = self.compute_loss(model, _float32(self._prepare_inputs(inputs)))
         return cast(torch.Tensor, loss)
 
     def get_nio_dataloader(self) -> DataLoader[Any]:
@@ -154,6 +154,7 @@ class NIOTrainerMixin(_Base):
             iterations=config.iterations,
             seed=config.seed,
             num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
         )
 

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from benchmarks.accounting import counted
-from benchmarks.cost_report import ARITHMETIC_BOUNDS, Claim, claims, print_claims, print_tables, save_plot
+from benchmarks.cost_report import (
+    ARITHMETIC_BOUNDS,
+    Claim,
+    claims,
+    markdown_table,
+    print_claims,
+    print_tables,
+    save_plot,
+)
 from benchmarks.workloads import JOINT, MODELS, PATHS, workload
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cost-cpu"
@@ -37,6 +45,11 @@ def test_counting_without_data_is_counting_a_real_run() -> None:
     for result in _committed():
         check = result["errors"]["accounting_check"]
         assert check["without_data"] == check["real_tensors"] == check["allocator"]
+
+
+def test_the_table_of_the_readme_is_drawn_from_the_results() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert markdown_table(sorted(_committed(), key=lambda result: result["model"])) in readme
 
 
 def test_a_claim_that_does_not_hold_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nio_hf import NIOConfig, NIOResult, grad_cosine, initialize
 from nio_hf.core.result import Status
@@ -236,3 +237,33 @@ def _samples_seen(data: list[Any], *, holdout: Any = None, **settings: Any) -> t
     assert all(calls[:2] == calls[2:] for calls in passes)
     others = log[: marks[0] - 4] + log[marks[-1] :]
     return [calls[0] + calls[1] for calls in passes], {sample for call in others for sample in call}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the scalars that the host asks for one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("curvature", ["exact", "exact_kept", "finite_difference_kept"])
+def test_the_host_reads_once_an_iteration(curvature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lists: list[int] = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor.numel()) or tolist(tensor))
+    marks: list[tuple[int, int]] = []
+    made = case("vit")
+    config = NIOConfig(**{**SHORT, "curvature": curvature})
+    with HostReads() as reads:
+
+        def mark(record: Any) -> None:
+            marks.append((len(lists), reads.count))
+
+        initialize(made.model, batches_of("vit", 5), made.loss_fn, config, on_iteration=mark)
+    steps = np.diff(np.array(marks), axis=0)
+    assert steps.tolist() == [[1, 0]] * (SHORT["iterations"] - 1)

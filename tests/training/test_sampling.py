@@ -50,6 +50,32 @@ def test_augmentation_does_not_depend_on_workers_or_global_state(workers: int) -
     assert torch.equal(draw(0, 0), draw(1, workers))
 
 
+class Fetched(Augmented):
+    """The same, fetched in batches; `draws` tells whether it is random."""
+
+    def __init__(self, draws: bool) -> None:
+        self.draws = draws
+        self.fetches: list[int] = []
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return super().__getitem__(index) if self.draws else torch.tensor([index, 0.0, 0.0, 0.0]).double()
+
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        self.fetches.append(len(indices))
+        return [self[index] for index in indices]
+
+
+def test_batches_are_fetched_whole_where_nothing_is_drawn_and_by_sample_where_it_is() -> None:
+    settings = {"batch_size": 8, "holdout_batches": 1, "iterations": 3, "seed": 5}
+    plain, augmented = Fetched(draws=False), Fetched(draws=True)
+    assert len(list(nio_dataloader(plain, list, **settings))) == 4
+    assert plain.fetches == [8] * 4
+    fetched = torch.cat([torch.stack(batch) for batch in nio_dataloader(augmented, list, **settings)])
+    by_sample = torch.cat([torch.stack(batch) for batch in nio_dataloader(Augmented(), list, **settings)])
+    assert torch.equal(fetched, by_sample)
+    assert augmented.fetches == [8]
+
+
 def test_too_little_data_is_refused_with_the_numbers() -> None:
     with pytest.raises(DataError, match="23 samples for 2 held-out batches and one more of 8"):
         NIOBatchSampler(23, 8, 2, 1, seed=0)
