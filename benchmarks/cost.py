@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,15 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.accounting import allocator_bytes, counted, cuda_bytes, median_seconds
-from benchmarks.cost_report import markdown_table, print_claims, print_tables, save_plot
+from benchmarks.cost_report import (
+    WAYS,
+    markdown_errors,
+    markdown_seconds,
+    markdown_table,
+    print_claims,
+    print_tables,
+    save_plot,
+)
 from benchmarks.workloads import JOINT, MODELS, PATHS, Workload, workload
 from nio_hf.core.memory import is_out_of_memory
 from nio_hf.training.checkpoints import versions
@@ -49,6 +57,7 @@ def main() -> int:
     parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS, help="whose wall time is measured")
     options = parser.parse_args()
     folder = RESULTS / f"cost-{options.device}"
     for model in options.models if options.sections else ():
@@ -59,8 +68,9 @@ def main() -> int:
         return 1
     print_tables(results)
     print_claims(results)
-    if all("counts" in result for result in results):
-        sys.stdout.write(f"{markdown_table(results)}\n")
+    if all(set(SECTIONS) <= result.keys() for result in results):
+        for table in (markdown_table(results), markdown_seconds(results), markdown_errors(results)):
+            sys.stdout.write(f"{table}\n\n")
     save_plot(results, folder / "cost.png")
     return 0
 
@@ -72,7 +82,7 @@ def _measure(model: str, options: argparse.Namespace, path: Path) -> None:
     result |= {"model": model, "device": options.device, "seed": 0, "machine": _machine(device), "versions": versions()}
     sections = {
         "counts": lambda: list(_counts(model)),
-        "seconds": lambda: list(_seconds(model, device, options.rounds)),
+        "seconds": lambda: list(_seconds(model, device, options.rounds, options.ways)),
         "errors": lambda: _errors(model, device),
     }
     for section in options.sections:
@@ -105,14 +115,14 @@ def _counts(name: str) -> Iterator[dict[str, Any]]:
     yield {"sample_wise": {"batch_size": one.batch_size, "step_operations": step.operations, **operations}}
 
 
-def _seconds(name: str, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
+def _seconds(name: str, device: torch.device, rounds: int, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Median wall times, interleaved; on CUDA the whole grid, and the peak of the allocator with it."""
     size, all_sub_batches = CPU_SECONDS[name] if device.type == "cpu" else (BATCH_SIZE, SUB_BATCHES)
     base = workload(name, device, batch_size=size)
     for sub_batches in tqdm(all_sub_batches, desc=f"{name}: seconds", unit="cell"):
         cell = dataclasses.replace(base, sub_batches=sub_batches)
         works: dict[str, Any] = {"step": cell.training_step(math_attention=False)}
-        works |= {path: cell.iteration(path, host_read=True) for path in (*PATHS, JOINT)}
+        works |= {way: cell.iteration(way, host_read=True) for way in ways}
         fitting = {way: work for way, work in works.items() if _fits(work)}
         row: dict[str, Any] = {"batch_size": size, "sub_batches": sub_batches, "rounds": rounds}
         row["seconds"] = median_seconds(fitting, rounds, device)
@@ -121,8 +131,8 @@ def _seconds(name: str, device: torch.device, rounds: int) -> Iterator[dict[str,
             row["bytes"] = {way: cuda_bytes(work) for way, work in fitting.items()}
         yield row
     one = dataclasses.replace(base, batch_size=min(size, 16))
-    ways = {"step": one.training_step(False), "at_once": one.sample_wise(True), "loop": one.sample_wise(False)}
-    fitting = {way: work for way, work in ways.items() if _fits(work)}
+    works = {"step": one.training_step(False), "at_once": one.sample_wise(True), "loop": one.sample_wise(False)}
+    fitting = {way: work for way, work in works.items() if _fits(work)}
     yield {"sample_wise": {"batch_size": one.batch_size, "seconds": median_seconds(fitting, rounds, device)}}
 
 

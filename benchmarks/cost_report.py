@@ -133,7 +133,7 @@ def _mebibytes(row: dict[str, Any], way: str) -> str:
 
 def _relative_seconds(row: dict[str, Any], way: str) -> str:
     if way not in row["seconds"]:
-        return "does not fit"
+        return "does not fit" if way in row["does_not_fit"] else "not measured"
     return f"{row['seconds'][way] / row['seconds']['step']:.2f}"
 
 
@@ -154,6 +154,27 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
         arithmetic = "1 + 2 D" if way == JOINT else f"{steps:.2f}"
         shares = [cells[4][way]["bytes"] / cells[4][JOINT]["bytes"] for cells in rows.values()]
         lines.append(f"| {_label(way)} | {arithmetic} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
+    return "\n".join(lines)
+
+
+def markdown_seconds(results: Sequence[dict[str, Any]]) -> str:
+    """The table of the README: wall time of the default path."""
+    lines = ["| model | B | D | default path / joint graph | default path / training step |", "|---|---|---|---|---|"]
+    for result in results:
+        for row in _rows(result, "seconds"):
+            seconds = row["seconds"]
+            shares = [f"{seconds[DEFAULT_PATH] / seconds[way]:.2f}" for way in (JOINT, "step") if way in seconds]
+            place = f"{result['model']} | {row['batch_size']} | {row['sub_batches']}"
+            lines.append(f"| {place} | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
+def markdown_errors(results: Sequence[dict[str, Any]]) -> str:
+    """The table of the README: error of the scale gradient of what is approximate."""
+    lines = ["| model | finite difference, fp32 | exact, bfloat16 autocast |", "|---|---|---|"]
+    for result in results:
+        errors = result["errors"]
+        lines.append(f"| {result['model']} | {errors['finite_difference']:.1e} | {errors['exact_bf16']:.1e} |")
     return "\n".join(lines)
 
 

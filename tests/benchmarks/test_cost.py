@@ -14,6 +14,8 @@ from benchmarks.cost_report import (
     ARITHMETIC_BOUNDS,
     Claim,
     claims,
+    markdown_errors,
+    markdown_seconds,
     markdown_table,
     print_claims,
     print_tables,
@@ -47,9 +49,10 @@ def test_counting_without_data_is_counting_a_real_run() -> None:
         assert check["without_data"] == check["real_tensors"] == check["allocator"]
 
 
-def test_the_table_of_the_readme_is_drawn_from_the_results() -> None:
+@pytest.mark.parametrize("table", [markdown_table, markdown_seconds, markdown_errors])
+def test_the_tables_of_the_readme_are_drawn_from_the_results(table: Any) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert markdown_table(sorted(_committed(), key=lambda result: result["model"])) in readme
+    assert table(sorted(_committed(), key=lambda result: result["model"])) in readme
 
 
 def test_a_claim_that_does_not_hold_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
