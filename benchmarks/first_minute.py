@@ -5,13 +5,16 @@ python -m benchmarks.first_minute
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 RESULT = Path(__file__).parent / "results" / "first-minute.json"
 IMPORTS = (
@@ -52,10 +55,10 @@ def _run() -> dict[str, Any]:
     options = "--max_steps 100 --eval_strategy no --nio_iterations 20 --output_dir outputs/first-minute --disable_tqdm"
     trainer = build_trainer(load_recipe("vit-tiny/digits/nio", options.split()))
     built = time.perf_counter()
-    nio_data = _timed(trainer, "get_nio_dataloader")
-    nio = trainer.run_nio()
-    train_data = _timed(trainer, "get_train_dataloader")
-    training = trainer.train().metrics["train_runtime"]
+    with _waits() as nio_data:
+        nio = trainer.run_nio()
+    with _waits() as train_data:
+        training = trainer.train().metrics["train_runtime"]
     iterations = sum(record.seconds for record in nio.history)
     return {
         "seconds": {
@@ -73,32 +76,24 @@ def _run() -> dict[str, Any]:
     }
 
 
-def _timed(trainer: Any, method: str) -> list[float]:
-    """Seconds that each batch of a loader is waited for."""
-    make: Callable[[], Any] = getattr(trainer, method)
+@contextlib.contextmanager
+def _waits() -> Iterator[list[float]]:
+    """Seconds that each batch of any loader is waited for."""
+    fetch = _BaseDataLoaderIter.__next__
     waits: list[float] = []
 
-    def timed_loader() -> Any:
-        loader = make()
-        iterate = type(loader).__iter__
+    def timed(batches: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return fetch(batches)
+        finally:
+            waits.append(time.perf_counter() - started)
 
-        class Timed(type(loader)):  # type: ignore[misc]
-            def __iter__(self) -> Iterator[Any]:
-                batches = iterate(self)
-                while True:
-                    started = time.perf_counter()
-                    try:
-                        batch = next(batches)
-                    except StopIteration:
-                        return
-                    waits.append(time.perf_counter() - started)
-                    yield batch
-
-        loader.__class__ = Timed
-        return loader
-
-    setattr(trainer, method, timed_loader)
-    return waits
+    _BaseDataLoaderIter.__next__ = timed  # type: ignore[method-assign]
+    try:
+        yield waits
+    finally:
+        _BaseDataLoaderIter.__next__ = fetch  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
