@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import Any
 
 from nio_hf.core.batches import batch_size, tensors_equal, too_many_sub_batches
 from nio_hf.errors import ConfigError, DataError, Problem
@@ -38,7 +38,8 @@ class BatchStream:
         self._ended = False
         self._iterator = self._open()
         self._one_shot = self._iterator is batches
-        self._replays = not self._one_shot and _length(batches) is not None and cast(int, _length(batches)) < needed
+        length = _length(batches)
+        self._replays = not self._one_shot and length is not None and length < needed
 
     def set_aside(self, count: int) -> list[Any]:
         """The first `count` batches, which the stream does not deliver again.

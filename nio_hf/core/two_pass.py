@@ -310,13 +310,10 @@ def located(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except (IndexError, RuntimeError) as error:
-        for text, error_type, found, fix in _KNOWN_ERRORS:
+    except Exception as error:
+        for text, error_type, found, fix in _KNOWN_ERRORS if isinstance(error, IndexError | RuntimeError) else ():
             if text in str(error):
                 raise error_type(Problem(where, f"{found} ({_first_line(error)})", fix)) from error
-        error.add_note(f"raised at {where}")
-        raise
-    except Exception as error:
         error.add_note(f"raised at {where}")
         raise
 
