@@ -27,16 +27,19 @@ class NIOError(Exception):
     """Base of all errors of nio_hf. It carries every problem found, not only the first.
 
     Args:
-        problems: at least one [`Problem`].
+        problems: at least one [`Problem`]. A worker of a data loader hands over the text of its traceback instead,
+            whose last line is the message.
     """
 
-    def __init__(self, *problems: Problem) -> None:
+    def __init__(self, *problems: Problem | str) -> None:
         if not problems:
             raise TypeError(f"{type(self).__name__} needs at least one Problem")
-        self.problems = problems
+        self.problems = tuple(problem for problem in problems if isinstance(problem, Problem))
         super().__init__(*problems)
 
     def __str__(self) -> str:
+        if not self.problems:
+            return str(self.args[0]).strip().splitlines()[-1].partition(": ")[2]
         if len(self.problems) == 1:
             return str(self.problems[0])
         lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
@@ -53,6 +56,10 @@ class ModelError(NIOError, ValueError):
 
 class DataError(NIOError, ValueError):
     """Data that is missing, too small, or not what the model expects."""
+
+
+class BrokenImageError(DataError):
+    """An image that cannot be read."""
 
 
 class NumericsError(NIOError, ArithmeticError):

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import pytest
 
-from nio_hf.core import scales
+# What `datasets` prepares from files of a test is of no use after it. It reads the variable when it is imported.
+_CACHE = tempfile.mkdtemp(prefix="nio-hf-datasets-")
+os.environ["HF_DATASETS_CACHE"] = _CACHE
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+
+from nio_hf.core import scales  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image
 
 from nio_hf.errors import DataError, Problem, one_line
+from nio_hf.vision.columns import (
+    check_labels,
+    classes_of,
+    find_image_column,
+    find_label_column,
+    with_classes,
+    without_decoding,
+)
+from nio_hf.vision.images import image_digest
+from nio_hf.vision.sources import Rows, load_splits
 
-DIGITS = "digits"
+logger = logging.getLogger(__name__)
+
+_VALIDATION_SPLITS = ("validation", "valid", "val")
+_DIGESTS = 2**32
+_MAX_NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,15 +35,15 @@ class ImageData:
     """A data set of labelled images.
 
     Attributes:
-        train: samples to train on.
+        train: samples to train on, images not decoded.
         evaluation: samples to evaluate on; none of them is in `train`.
         image_column: name of the column of images.
-        label_column: name of the column of class labels.
+        label_column: name of the column of class labels, integers from 0.
         class_names: names of the classes, in the order of their labels.
     """
 
-    train: datasets.Dataset
-    evaluation: datasets.Dataset
+    train: Rows
+    evaluation: Rows
     image_column: str
     label_column: str
     class_names: tuple[str, ...]
@@ -36,100 +53,179 @@ def load_image_data(
     name: str,
     *,
     config_name: str | None = None,
+    revision: str | None = None,
+    data_dir: str | None = None,
+    data_files: Any = None,
+    streaming: bool = False,
+    shuffle_buffer_size: int = 1000,
     train_split: str = "train",
     eval_split: str | None = None,
     eval_fraction: float = 0.2,
     image_column: str | None = None,
     label_column: str | None = None,
+    num_classes: int | None = None,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
     seed: int = 0,
 ) -> ImageData:
     """Load a data set of images and class labels.
 
     Args:
-        name: "digits", or what [`datasets.load_dataset`] takes: a Hub name, a local folder.
+        name: "digits", or what [`datasets.load_dataset`] takes.
         config_name: configuration of the data set.
+        revision: of a data set on the Hub.
+        data_dir: folder in the data set, or of the files.
+        data_files: files as a pattern, a list of them, or a mapping from splits.
+        streaming: read while training, without downloading everything.
+        shuffle_buffer_size: samples that the training stream is shuffled over.
         train_split: split to train on.
-        eval_split: split to evaluate on; None sets a part of the training split aside, the same of every class.
+        eval_split: split to evaluate on; None for the validation split, and where there is none a part of the training
+            split: the same of every class, or for a stream a share by digest, which no order or worker changes.
         eval_fraction: size of that part, in (0, 1).
         image_column: None for the only column of images.
         label_column: None for the only column of class labels.
-        seed: of the choice of that part.
+        num_classes: for a stream of integer labels whose classes have no names.
+        max_train_samples: use at most so many samples to train on, a random choice unless they are a stream. Of a
+            stream workers take equal shares of it, so they find fewer where they do not share its files evenly.
+        max_eval_samples: likewise to evaluate on.
+        seed: of all random choices.
 
     Raises:
-        DataError: for a data set that cannot be loaded, a split or column that it does not have, or an empty one.
+        DataError: for a data set that cannot be loaded, a split or column that it does not have, one without samples,
+            classes that are to be evaluated but not trained on, or samples without a label.
     """
-    splits = datasets.DatasetDict(train=digits()) if name == DIGITS else _load(name, config_name)
-    train = _split(splits, train_split, "train_split", name)
-    image_column = image_column or _only_column(train, datasets.Image, "image_column", name)
-    label_column = label_column or _only_column(train, datasets.ClassLabel, "label_column", name)
-    labels = _labels(train, image_column, label_column, name)
-    if eval_split is not None:
-        evaluation = _split(splits, eval_split, "eval_split", name)
-        if _labels(evaluation, image_column, label_column, name).names != labels.names:
-            found = f"the classes of {eval_split!r} are not those of {train_split!r}"
-            raise DataError(Problem(f"dataset {name}", found, "Give two splits of the same classes"))
-    else:
-        train, evaluation = _set_aside(train, eval_fraction, label_column, seed, name)
-    return ImageData(train, evaluation, image_column, label_column, tuple(labels.names))
-
-
-def digits() -> datasets.Dataset:
-    """The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn, as greyscale images."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    features = datasets.Features(
-        image=datasets.Image(), label=datasets.ClassLabel(names=[str(name) for name in bunch.target_names])
+    splits = load_splits(
+        name,
+        config_name=config_name,
+        revision=revision,
+        data_dir=data_dir,
+        data_files=data_files,
+        streaming=streaming,
     )
-    columns = {"image": [Image.fromarray(image) for image in pixels], "label": bunch.target.tolist()}
-    return datasets.Dataset.from_dict(columns, features=features)
+    train = _split(splits, train_split, "train_split", name)
+    image_column = find_image_column(train, image_column, name)
+    label_column = find_label_column(train, label_column, name)
+    if image_column == label_column:
+        raise DataError(Problem("label_column", f"{label_column!r}, the column of images", "Name another column"))
+    class_names = classes_of(train, label_column, num_classes, name)
+    train = _labelled(train, image_column, label_column, class_names, f"{train_split!r} of {name}")
+    validation = next((split for split in _VALIDATION_SPLITS if split in splits and split != train_split), None)
+    eval_split = eval_split or validation
+    if eval_split is None:
+        train, evaluation = _set_aside(train, eval_fraction, image_column, label_column, seed, name)
+    else:
+        rows = _split(splits, eval_split, "eval_split", name)
+        find_image_column(rows, image_column, name)
+        find_label_column(rows, label_column, name)
+        evaluation = _labelled(rows, image_column, label_column, class_names, f"{eval_split!r} of {name}")
+    if isinstance(train, datasets.Dataset) and isinstance(evaluation, datasets.Dataset):
+        _check_classes(train, evaluation, label_column, class_names, name)
+    _report_empty_folders(Path(name if data_dir is None else data_dir))
+    train = _limited(train, max_train_samples, seed)
+    evaluation = _limited(evaluation, max_eval_samples, seed)
+    if isinstance(train, datasets.IterableDataset):
+        train = train.shuffle(seed=seed, buffer_size=shuffle_buffer_size)
+    return ImageData(train, evaluation, image_column, label_column, class_names)
 
 
-def _load(name: str, config_name: str | None) -> datasets.DatasetDict:
-    try:
-        loaded = datasets.load_dataset(name, config_name)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        fix = f"Give {DIGITS!r}, the name of a data set on the Hub, or a local folder"
-        raise DataError(Problem("dataset_name", f"{name!r} cannot be loaded: {one_line(error)}", fix)) from error
-    return loaded
+def _labelled(rows: Rows, image_column: str, label_column: str, class_names: tuple[str, ...], name: str) -> Rows:
+    """The samples of a split with images that are not decoded and labels of these classes."""
+    if isinstance(rows, datasets.Dataset):
+        check_labels(rows, label_column, name)
+    return with_classes(without_decoding(rows, image_column), label_column, class_names, name)
 
 
-def _split(splits: datasets.DatasetDict, split: str, key: str, name: str) -> datasets.Dataset:
+def _split(splits: Mapping[str, Rows], split: str, key: str, name: str) -> Rows:
     if split not in splits:
         raise DataError(Problem(key, f"{split!r} is no split of {name}", f"Choose one of {', '.join(splits)}"))
-    if len(splits[split]) == 0:
+    rows = splits[split]
+    try:
+        is_empty = len(rows) == 0 if isinstance(rows, datasets.Dataset) else not list(rows.take(1))
+    except Exception as error:  # whatever readers of files and networks raise
+        found = f"the split {split!r} of {name} cannot be read: {one_line(error)}"
+        raise DataError(Problem(key, found, "Check its files")) from error
+    if is_empty:
         raise DataError(Problem(key, f"the split {split!r} of {name} is empty", "Give a split with samples"))
-    return splits[split]
-
-
-def _only_column(dataset: datasets.Dataset, feature_type: type, key: str, name: str) -> str:
-    columns: list[str] = [column for column, feature in dataset.features.items() if isinstance(feature, feature_type)]
-    if len(columns) == 1:
-        return columns[0]
-    found = f"{len(columns)} columns of type {feature_type.__name__} in {name}"
-    raise DataError(Problem(key, found, f"Name one of its columns: {', '.join(dataset.column_names)}"))
-
-
-def _labels(dataset: datasets.Dataset, image_column: str, label_column: str, name: str) -> datasets.ClassLabel:
-    """The feature of the label column, where both columns are what they should be."""
-    wanted = {image_column: datasets.Image, label_column: datasets.ClassLabel}
-    for column, feature_type in wanted.items():
-        feature = dataset.features.get(column)
-        if not isinstance(feature, feature_type):
-            found = "no such column" if feature is None else f"a column of type {type(feature).__name__}"
-            fix = f"Name a column of type {feature_type.__name__}; there are {', '.join(dataset.column_names)}"
-            raise DataError(Problem(f"column {column!r} of {name}", found, fix))
-    return dataset.features[label_column]
+    return rows
 
 
 def _set_aside(
-    dataset: datasets.Dataset, fraction: float, label_column: str, seed: int, name: str
-) -> tuple[datasets.Dataset, datasets.Dataset]:
+    rows: Rows, fraction: float, image_column: str, label_column: str, seed: int, name: str
+) -> tuple[Rows, Rows]:
+    """(training part, evaluation part) of a split."""
+    if not 0 < fraction < 1:
+        raise DataError(Problem("eval_fraction", f"{fraction}", "Give a part in (0, 1), or an eval_split"))
+    logger.info("%s has no validation split: %g of the training split is set aside to evaluate on.", name, fraction)
+    if isinstance(rows, datasets.IterableDataset):
+        chosen = _Chosen(image_column, fraction, seed)
+        return rows.filter(_NotChosen(chosen)), rows.filter(chosen)
     try:
-        parts = dataset.train_test_split(fraction, seed=seed, stratify_by_column=label_column)
+        parts = rows.train_test_split(fraction, seed=seed, stratify_by_column=label_column)
     except ValueError as error:
-        found = f"{fraction} of {len(dataset)} samples of {name} cannot be set aside ({error})"
+        found = f"{fraction} of {len(rows)} samples of {name} cannot be set aside ({one_line(error)})"
         fix = "Give a part in (0, 1) that holds a sample of every class, or an eval_split"
         raise DataError(Problem("eval_fraction", found, fix)) from error
     return parts["train"], parts["test"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """Whether a sample of a stream is set aside: a function of its image alone, so copies stay together."""
+
+    image_column: str
+    fraction: float
+    seed: int
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        return image_digest(row[self.image_column], self.seed) < self.fraction * _DIGESTS
+
+
+@dataclasses.dataclass(frozen=True)
+class _NotChosen:
+    chosen: _Chosen
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        return not self.chosen(row)
+
+
+def _limited(rows: Rows, count: int | None, seed: int) -> Rows:
+    if count is None:
+        return rows
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.take(count)
+    return rows.shuffle(seed=seed).select(range(min(count, len(rows))))
+
+
+def _check_classes(
+    train: datasets.Dataset,
+    evaluation: datasets.Dataset,
+    label_column: str,
+    class_names: tuple[str, ...],
+    name: str,
+) -> None:
+    """Report classes without an image, and refuse those that are only evaluated."""
+    counts = []
+    for rows in (train, evaluation):
+        labels = np.asarray(rows.with_format("numpy")[label_column][:])
+        counts.append(np.bincount(labels, minlength=len(class_names)))
+    trained, evaluated = (count > 0 for count in counts)
+    if (evaluated & ~trained).any():
+        found = f"images to evaluate on but none to train on of {_named(class_names, evaluated & ~trained)}"
+        raise DataError(Problem(f"classes of {name}", found, "Give two splits of the same classes"))
+    if not trained.all():
+        logger.warning("%s has no image of %s: the model cannot learn it.", name, _named(class_names, ~trained))
+    if (trained & ~evaluated).any():
+        logger.warning("No image to evaluate on of %s.", _named(class_names, trained & ~evaluated))
+
+
+def _report_empty_folders(data_dir: Path) -> None:
+    """Folders without a file are no class; more often than not something is missing."""
+    empty = [str(path) for path in sorted(data_dir.rglob("*")) if path.is_dir() and not any(path.iterdir())]
+    if empty:
+        logger.warning("No class is made of empty folders: %s.", ", ".join(empty[:_MAX_NAMED]))
+
+
+def _named(class_names: tuple[str, ...], which: Any) -> str:
+    names = [repr(name) for name, chosen in zip(class_names, which, strict=True) if chosen]
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return f"class{'es' * (len(names) > 1)} {', '.join(names[:_MAX_NAMED])}{more}"

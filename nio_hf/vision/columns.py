@@ -1,0 +1,169 @@
+"""Which column holds the images and which the labels, and what the labels mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import numpy as np
+
+from nio_hf.errors import DataError, Problem, one_line
+from nio_hf.vision.sources import Rows
+
+_LABEL_NAMES = ("label", "labels", "cls", "class")
+"""Columns that hold labels by common use, where none has the type; "cls" is that of webdataset."""
+
+_TEXT = ("string", "large_string")
+
+
+def find_image_column(rows: Rows, column: str | None, name: str) -> str:
+    """The column of images: the one that is named, or the only one of that type.
+
+    Raises:
+        DataError: where there is none, or more than one to choose from.
+    """
+    features = _features(rows, name)
+    if column is not None:
+        if column not in features:
+            raise _no_such_column(column, "image_column", features, name)
+        if not isinstance(features[column], datasets.Image) and not _holds_files(features[column]):
+            found = f"{column!r} of {name} holds {_described(features[column])}"
+            raise DataError(Problem("image_column", found, f"Name a column of images: {_listed(features)}"))
+        return column
+    candidates = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+    return _only(candidates, "image_column", "images", features, name)
+
+
+def find_label_column(rows: Rows, column: str | None, name: str) -> str:
+    """The column of labels: the one that is named, the only one of that type, or one that is called so.
+
+    Raises:
+        DataError: where there is none, or more than one to choose from.
+    """
+    features = _features(rows, name)
+    if column is not None:
+        if column not in features:
+            raise _no_such_column(column, "label_column", features, name)
+        if not isinstance(features[column], datasets.ClassLabel) and not _holds_labels(features[column]):
+            found = f"{column!r} of {name} holds {_described(features[column])}"
+            raise DataError(Problem("label_column", found, f"Name a column of class labels: {_listed(features)}"))
+        return column
+    candidates = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    called_so = [key for key in _LABEL_NAMES if key in features and _holds_labels(features[key])]
+    return _only(candidates or called_so, "label_column", "class labels", features, name)
+
+
+def classes_of(rows: Rows, label_column: str, num_classes: int | None, name: str) -> tuple[str, ...]:
+    """Names of the classes, in the order of their labels: as the data set has them, or as its labels are.
+
+    Raises:
+        DataError: where they cannot be known.
+    """
+    feature = _features(rows, name)[label_column]
+    if isinstance(feature, datasets.ClassLabel):
+        return tuple(feature.names)
+    if num_classes is not None:
+        return tuple(map(str, range(num_classes)))
+    if isinstance(rows, datasets.IterableDataset):
+        found = f"{label_column!r} of {name} holds {_described(feature)}, and a stream is not read beforehand"
+        raise DataError(Problem("num_classes", found, "Set num_classes, or turn streaming off"))
+    check_labels(rows, label_column, name)
+    values = rows.unique(label_column)
+    return tuple(sorted(values)) if feature.dtype in _TEXT else tuple(map(str, range(max(values) + 1)))
+
+
+def with_classes(rows: Rows, label_column: str, class_names: tuple[str, ...], name: str) -> Rows:
+    """The samples of a split with labels of these classes.
+
+    Args:
+        rows: the samples.
+        label_column: name of the column of labels.
+        class_names: in the order of their labels.
+        name: of the split and its data set, for messages.
+
+    Raises:
+        DataError: for a label that is none of them.
+    """
+    feature = _features(rows, name)[label_column]
+    wanted = datasets.ClassLabel(names=list(class_names))
+    if isinstance(feature, datasets.ClassLabel):
+        if tuple(feature.names) != class_names:
+            found = "other classes than those of the training split, or in another order"
+            raise DataError(Problem(name, found, "Give two splits of the same classes"))
+        return rows
+    where, fix = f"{label_column} of {name}", "Correct it, or num_classes"
+    if isinstance(rows, datasets.Dataset) and feature.dtype not in _TEXT:
+        largest = max(rows.unique(label_column))
+        if largest >= len(class_names):
+            found = f"a label that is none of the {len(class_names)} classes: {largest}, counted from 0"
+            raise DataError(Problem(where, found, fix))
+    try:
+        return rows.cast_column(label_column, wanted)
+    except (ValueError, KeyError) as error:
+        found = f"a label that is none of the {len(class_names)} classes ({one_line(error)})"
+        raise DataError(Problem(where, found, fix)) from error
+
+
+def check_labels(rows: datasets.Dataset, label_column: str, name: str) -> None:
+    """Refuse samples without a label: none at all, or -1 as test splits often have.
+
+    Raises:
+        DataError: with their number.
+    """
+    labels = np.asarray(rows.with_format("numpy")[label_column][:])
+    # A missing number is NaN, and no comparison holds for it.
+    numeric = labels.dtype.kind in "iuf"
+    missing = np.count_nonzero(~(labels >= 0)) if numeric else sum(label is None for label in labels)
+    if missing:
+        found = f"{missing} of {len(labels)} samples have no label"
+        raise DataError(Problem(f"{label_column} of {name}", found, "Choose a split whose samples have labels"))
+
+
+def without_decoding(rows: Rows, image_column: str) -> Rows:
+    """The samples with images as they are stored, so that a broken one can be told and passed over."""
+    return rows.cast_column(image_column, datasets.Image(decode=False))
+
+
+def _features(rows: Rows, name: str) -> datasets.Features:
+    features = rows.features
+    if features is None and isinstance(rows, datasets.IterableDataset):
+        features = rows._resolve_features().features
+    if not features:
+        raise DataError(Problem("dataset_name", f"{name} has no columns", "Give a data set of images and labels"))
+    return features
+
+
+def _holds_files(feature: Any) -> bool:
+    """Whether a column of another type holds encoded images or their paths."""
+    if isinstance(feature, dict):
+        return {"bytes", "path"} <= feature.keys()
+    return getattr(feature, "dtype", None) in (*_TEXT, "binary", "large_binary")
+
+
+def _holds_labels(feature: Any) -> bool:
+    dtype = str(getattr(feature, "dtype", None))
+    return isinstance(feature, datasets.Value) and (dtype in _TEXT or dtype.startswith(("int", "uint")))
+
+
+def _only(candidates: list[str], key: str, what: str, features: datasets.Features, name: str) -> str:
+    if len(candidates) == 1:
+        return candidates[0]
+    found = f"{len(candidates) or 'no'} columns of {what} in {name}"
+    fix = f"Name one of its columns: {_listed(features)}"
+    if name == "imagefolder" and key == "label_column" and not candidates:
+        fix = "Put the images of each class into a folder of their own"
+    raise DataError(Problem(key, found, fix))
+
+
+def _no_such_column(column: str, key: str, features: datasets.Features, name: str) -> DataError:
+    return DataError(Problem(key, f"{column!r} is no column of {name}", f"Name one of {_listed(features)}"))
+
+
+def _listed(features: datasets.Features) -> str:
+    return ", ".join(f"{column} ({_described(feature)})" for column, feature in features.items())
+
+
+def _described(feature: Any) -> str:
+    if isinstance(feature, datasets.Value):
+        return str(feature.dtype)
+    return type(feature).__name__

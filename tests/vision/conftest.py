@@ -1,0 +1,25 @@
+"""What every test of the images starts from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import datasets
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def heard_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`caplog` hears our logger, also after a command of ours that ended its propagation in this process."""
+    monkeypatch.setattr(logging.getLogger("nio_hf"), "propagate", True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def prompt_ends() -> Iterator[None]:
+    """No waiting of five seconds, as `datasets` does behind a parquet file and torch for workers that are given up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+        yield

@@ -1,0 +1,268 @@
+"""Image files of any kind: read as RGB and upright, or refused with the name of the file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps, PngImagePlugin
+
+from nio_hf.errors import BrokenImageError, DataError
+from nio_hf.vision.images import read_image
+from tests.vision.pictures import BROKEN, encoded, photo, stored
+
+FIX = "Replace or remove it, or set skip_broken_images: true."
+EVERY_BYTE = np.arange(256, dtype=np.uint8).reshape(16, 16)
+ORIENTATION = 0x0112
+
+
+def pixels(content: bytes) -> np.ndarray:
+    image = read_image(stored(content), "image 0")
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    return np.repeat(values[:, :, None], 3, axis=2)
+
+
+def with_orientation(image: Image.Image, orientation: int, file_format: str) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return encoded(image, file_format, exif=exif)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "JPEG", "WEBP", "GIF", "BMP"])
+def test_greyscale_has_its_value_in_each_channel(file_format: str) -> None:
+    image = Image.fromarray(np.repeat(np.repeat(EVERY_BYTE[::4, ::4], 8, 0), 8, 1))
+    found = pixels(encoded(image, file_format)).astype(int)
+    tolerance = 16 if file_format in ("JPEG", "WEBP") else 0
+    assert np.abs(found - grey(np.asarray(image).astype(int))).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("dtype", "file_format"), [("uint16", "PNG"), ("uint16", "TIFF"), (">u2", "TIFF"), ("int32", "TIFF")]
+)
+def test_greyscale_of_sixteen_bits_is_scaled_down_and_not_clipped(dtype: str, file_format: str) -> None:
+    image = Image.fromarray((EVERY_BYTE.astype(np.int64) * 257).astype(dtype))
+    np.testing.assert_array_equal(pixels(encoded(image, file_format)), grey(EVERY_BYTE))
+
+
+def test_every_value_of_sixteen_bits_is_within_one_of_its_share_of_white() -> None:
+    values = np.arange(0, 65536, dtype=np.uint16).reshape(256, 256)
+    found = pixels(encoded(Image.fromarray(values), "PNG"))[..., 0].astype(float)
+    assert np.abs(found - values / 257).max() < 1
+
+
+def test_a_sixteen_bit_image_that_was_decoded_before_is_scaled_likewise() -> None:
+    image = Image.fromarray(EVERY_BYTE.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(np.asarray(read_image(image, "image 0")), grey(EVERY_BYTE))
+
+
+def test_one_bit_is_black_or_white() -> None:
+    image = Image.fromarray(EVERY_BYTE).convert("1")
+    np.testing.assert_array_equal(pixels(encoded(image)), grey(np.asarray(image).astype(np.uint8) * 255))
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "TIFF"])
+def test_cmyk_has_the_colours_that_pillow_gives_it(file_format: str) -> None:
+    solid = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    assert np.abs(pixels(encoded(solid, file_format)).astype(int) - [255, 0, 0]).max() <= 4
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_dropped_and_the_colours_beneath_it_stay(mode: str) -> None:
+    opaque = photo(0, 16, 16).convert(mode[:-1])
+    image = opaque.copy()
+    image.putalpha(Image.fromarray(EVERY_BYTE))
+    np.testing.assert_array_equal(pixels(encoded(image)), np.asarray(opaque.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("file_format", "transparency"),
+    [("PNG", None), ("PNG", 3), ("PNG", bytes(range(256))), ("GIF", None), ("GIF", 3)],
+)
+def test_a_palette_gives_its_colours_with_and_without_transparency(
+    file_format: str, transparency: int | bytes | None
+) -> None:
+    image = photo(1, 16, 16).convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
+    options = {} if transparency is None else {"transparency": transparency}
+    np.testing.assert_array_equal(pixels(encoded(image, file_format, **options)), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_an_exif_orientation_is_applied(file_format: str, orientation: int) -> None:
+    image = photo(2, 3, 5).resize((40, 24), Image.Resampling.NEAREST)
+    content = with_orientation(image, orientation, file_format)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
+    assert upright.shape == ((24, 40, 3) if orientation < 5 else (40, 24, 3))
+    np.testing.assert_array_equal(pixels(content), upright)
+
+
+def test_a_photo_on_its_side_is_turned_to_where_its_camera_says_up_is() -> None:
+    values = np.zeros((8, 16, 3), np.uint8)
+    values[:, :8] = 255
+    turned = pixels(with_orientation(Image.fromarray(values), 6, "PNG"))
+    assert turned.shape == (16, 8, 3)
+    assert turned[:8].min() == 255
+    assert turned[8:].max() == 0
+
+
+def test_the_first_picture_of_an_animation_is_read() -> None:
+    first, second = photo(3), photo(4)
+    content = encoded(first, "PNG", save_all=True, append_images=[second])
+    np.testing.assert_array_equal(pixels(content), np.asarray(first))
+
+
+def test_an_image_of_a_single_pixel_is_an_image() -> None:
+    for mode in ("1", "L", "P", "RGB", "RGBA", "I;16"):
+        assert pixels(encoded(Image.new(mode, (1, 1)))).shape == (1, 1, 3)
+
+
+def test_a_file_is_read_from_its_path_and_closed(tmp_path: Path) -> None:
+    photo(5).save(tmp_path / "a.png")
+    found = read_image(stored(None, str(tmp_path / "a.png")), "image 0")
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(photo(5)))
+
+
+def test_a_file_inside_an_archive_is_read_from_where_datasets_says_it_is(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("cat/0.png", encoded(photo(6)))
+    address = f"zip://cat/0.png::{tmp_path / 'photos.zip'}"
+    np.testing.assert_array_equal(np.asarray(read_image(stored(None, address), "image 0")), np.asarray(photo(6)))
+
+
+def truncated(file_format: str) -> bytes:
+    content = encoded(photo(7, 40, 40), file_format)
+    return content[: len(content) // 2]
+
+
+def png_with_text(key: str, value: str) -> bytes:
+    text = PngImagePlugin.PngInfo()
+    text.add_text(key, value)
+    return encoded(photo(8), pnginfo=text)
+
+
+def png_of_a_wrong_checksum() -> bytes:
+    content = bytearray(encoded(photo(9)))
+    content[content.index(b"IDAT") + 6] ^= 255
+    return bytes(content)
+
+
+def png_that_claims_no_width() -> bytes:
+    content = bytearray(encoded(photo(9)))
+    content[16:20] = struct.pack(">I", 0)
+    content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
+    return bytes(content)
+
+
+def jpeg_with_exif_of_a_wrong_type() -> bytes:
+    """Its orientation is fine, but a text stands where the position of another directory belongs."""
+    orientation = struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0)
+    directory = struct.pack("<HHI4s", 0xA005, 2, 4, b"R98\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + orientation + directory + bytes(4)
+    return encoded(photo(10, 16, 16), "JPEG", exif=exif)
+
+
+BROKEN_FILES: dict[str, Callable[[], bytes]] = {
+    "empty": lambda: b"",
+    "no image": lambda: BROKEN,
+    "a text file": lambda: b"<html>404 not found</html>" * 20,
+    "only a signature": lambda: encoded(photo(0))[:8],
+    "a truncated PNG": lambda: truncated("PNG"),
+    "a truncated JPEG": lambda: truncated("JPEG"),
+    "a truncated WEBP": lambda: truncated("WEBP"),
+    "a truncated TIFF": lambda: truncated("TIFF"),
+    "a truncated GIF": lambda: truncated("GIF"),
+    "a truncated BMP": lambda: truncated("BMP"),
+    "a truncated AVIF": lambda: truncated("AVIF"),
+    "a wrong checksum": png_of_a_wrong_checksum,
+    "no width": png_that_claims_no_width,
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_FILES)
+def test_a_broken_file_is_an_error_that_names_it_and_the_fix(kind: str) -> None:
+    with pytest.raises(BrokenImageError) as raised:
+        read_image(stored(BROKEN_FILES[kind](), "photos/cat/7.jpg"), "image 7 of the train part")
+    message = str(raised.value)
+    assert message.startswith("photos/cat/7.jpg (image 7 of the train part): cannot be read as an image: ")
+    assert message.endswith(FIX)
+    assert "\n" not in message
+    assert "object at 0x" not in message
+    assert isinstance(raised.value, DataError)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(png_with_text("Raw profile type exif", "\nexif\n       4\n4d4d002a"), id="PNG"),
+        pytest.param(jpeg_with_exif_of_a_wrong_type(), id="JPEG"),
+    ],
+)
+def test_metadata_that_cannot_be_read_does_not_end_in_an_error_of_somebody_else(content: bytes) -> None:
+    # Whether it is the image without its orientation or a broken one is left to the reader.
+    with contextlib.suppress(BrokenImageError):
+        assert read_image(stored(content), "image 0").mode == "RGB"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "DDS"])
+def test_no_damage_to_a_file_ends_in_an_error_of_somebody_else(file_format: str) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    exif[0x010F] = "maker"
+    options = {"exif": exif} if file_format in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF") else {}
+    content = encoded(photo(11, 20, 17), file_format, **options)
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(content)
+        for position in generator.integers(0, min(len(damaged), 300), generator.integers(1, 6)):
+            damaged[position] = generator.integers(256)
+        if generator.random() < 0.3:
+            damaged = damaged[: generator.integers(len(damaged))]
+        try:
+            read_image(stored(bytes(damaged)), "image 0")
+        except BrokenImageError:
+            refused += 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize("missing", [None, stored(None), stored(None, "")])
+def test_a_sample_without_an_image_is_broken(missing: object) -> None:
+    with pytest.raises(BrokenImageError, match=re.escape("image 3 of the train part")) as raised:
+        read_image(missing, "image 3 of the train part")
+    assert str(raised.value).endswith(FIX)
+
+
+def test_a_missing_file_and_a_folder_are_broken_images(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.png", tmp_path):
+        with pytest.raises(BrokenImageError, match=re.escape(f"{path} (image 0): cannot be read as an image")):
+            read_image(stored(None, str(path)), "image 0")
+
+
+def test_an_image_of_more_pixels_than_pillow_allows_is_refused_with_their_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    content = encoded(photo(12, 10, 10))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with pytest.raises(BrokenImageError, match=r"bomb.png \(image 0\): too large: Image size \(100 pixels\)") as raised:
+        read_image(stored(content, "bomb.png"), "image 0")
+    assert str(raised.value).endswith(FIX)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_image(stored(content), "image 0").size == (10, 10)
+
+
+def test_a_decoded_image_is_made_upright_rgb_as_a_stored_one() -> None:
+    image = Image.open(io.BytesIO(with_orientation(photo(13, 8, 16), 6, "PNG")))
+    assert read_image(image, "image 0").size == (8, 16)
