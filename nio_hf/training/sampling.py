@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from nio_hf.errors import DataError, Problem
 
@@ -58,13 +60,48 @@ class NIOBatchSampler(Sampler[list[_Draw]]):
             epoch += 1
 
     def _permutation(self, count: int, epoch: int) -> torch.Tensor:
-        return torch.randperm(count, generator=torch.Generator().manual_seed(_mix(self._seed, epoch, 0)))
+        return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(self._seed, epoch, 0)))
+
+
+class EpochSampler(Sampler[_Draw]):
+    """Draws of an epoch of training: (number of the draw, sample index), a new permutation each epoch.
+
+    An epoch is a function of the seed and its number, in whatever process and after whatever resume.
+
+    Args:
+        samples: number of samples in the data set.
+        seed: of the permutations.
+        repeats: how often an epoch draws each of its samples (repeated augmentation, arXiv 1901.09335). An epoch keeps
+            its length, so it sees a `repeats`-th of the samples; copies follow each other.
+    """
+
+    def __init__(self, samples: int, seed: int, repeats: int = 1) -> None:
+        self._samples = samples
+        self._seed = seed
+        self._repeats = repeats
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch; a data loader calls it."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def __iter__(self) -> Iterator[_Draw]:
+        generator = torch.Generator().manual_seed(mixed_seed(self._seed, self._epoch, 0))
+        order = torch.randperm(self._samples, generator=generator)[: -(-self._samples // self._repeats)]
+        draws = (
+            (self._epoch * self._repeats + copy, index) for index in order.tolist() for copy in range(self._repeats)
+        )
+        return itertools.islice(draws, self._samples)
 
 
 class SeededDataset(Dataset[Any]):
-    """Samples whose augmentation is drawn from (seed, batch number, sample index), in whatever process.
+    """Samples whose augmentation is drawn from (seed, number of the draw, sample index), in whatever process.
 
-    Where the data set fetches whole batches and draws no random numbers, it goes on doing so, which is faster.
+    Its keys are pairs of the last two. Where the data set fetches whole batches and draws no random numbers, it goes on
+    doing so, which is faster.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -72,20 +109,53 @@ class SeededDataset(Dataset[Any]):
         self._seed = seed
         self._fetches_batches = hasattr(dataset, "__getitems__")
 
+    def __len__(self) -> int:
+        return len(self._dataset)
+
     def __getitems__(self, draws: list[_Draw]) -> list[Any]:
         """The samples of a batch."""
-        if self._fetches_batches:
-            before = _random_state()
-            samples: list[Any] = self._dataset.__getitems__([index for _, index in draws])
-            if _random_state() == before:
-                return samples
-            self._fetches_batches = False
-        return [self[draw] for draw in draws]
+        with _undisturbed():
+            if self._fetches_batches:
+                before = _random_state()
+                samples: list[Any] = self._dataset.__getitems__([index for _, index in draws])
+                if _random_state() == before:
+                    return samples
+                self._fetches_batches = False
+            return [self[draw] for draw in draws]
 
     def __getitem__(self, draw: _Draw) -> Any:
         number, index = draw
-        seed_everything(_mix(self._seed, number, index))
-        return self._dataset[index]
+        with _undisturbed():
+            seed_everything(mixed_seed(self._seed, number, index))
+            return self._dataset[index]
+
+
+class SeededStream(IterableDataset[Any]):
+    """Samples of a stream whose augmentation is drawn from (seed, epoch, position in the stream of its worker)."""
+
+    def __init__(self, dataset: IterableDataset[Any], seed: int) -> None:
+        self._dataset = dataset
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch; a data loader calls it."""
+        self._epoch = epoch
+        if hasattr(self._dataset, "set_epoch"):
+            self._dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        stream = mixed_seed(self._seed, self._epoch, 0 if worker is None else worker.id)
+        samples = iter(self._dataset)
+        for position in itertools.count():
+            with _undisturbed():
+                seed_everything(mixed_seed(stream, 0, position))
+                try:
+                    sample = next(samples)
+                except StopIteration:
+                    return
+            yield sample
 
 
 def nio_dataloader(
@@ -113,13 +183,31 @@ def nio_dataloader(
         "multiprocessing_context": multiprocessing_context if num_workers else None,
     }
     if isinstance(dataset, IterableDataset):
-        return DataLoader(dataset, batch_size=batch_size, drop_last=True, **common)
+        # Workers would share the stream in an order that depends on how many they are.
+        one_process = {**common, "num_workers": 0, "multiprocessing_context": None}
+        return DataLoader(SeededStream(dataset, seed), batch_size=batch_size, drop_last=True, **one_process)
     sampler = NIOBatchSampler(len(dataset), batch_size, holdout_batches, iterations, seed)
     return DataLoader(SeededDataset(dataset, seed), batch_sampler=sampler, **common)
 
 
-def _mix(seed: int, number: int, index: int) -> int:
+def mixed_seed(seed: int, number: int, index: int) -> int:
+    """A seed of 63 bits for the pair (number, index), unrelated to those of other pairs and seeds."""
     return int(np.random.SeedSequence([seed, number, index]).generate_state(1, np.uint64)[0] % 2**63)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Leave the random state of the main process as it was: what training draws there must not depend on the data."""
+    if get_worker_info() is not None:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def _random_state() -> tuple[Any, ...]:

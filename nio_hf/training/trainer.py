@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -98,7 +98,7 @@ class NIOTrainerMixin(_Base):
             with self._nio_progress(config.iterations) as bar:
                 result = initialize(
                     replica,
-                    _CheckedBatches(self.get_nio_dataloader(), self._classes_of_labels()),
+                    _CheckedBatches(self.get_nio_dataloader(), self._classes_of_labels(), self.prepare_nio_batch),
                     self.compute_nio_loss,
                     config,
                     on_iteration=lambda record: _advance(bar, record),
@@ -130,17 +130,31 @@ class NIOTrainerMixin(_Base):
         loss = self.compute_loss(model, _float32(self._prepare_inputs(inputs)))
         return cast(torch.Tensor, loss)
 
+    def get_nio_dataset(self) -> Any:
+        """The samples of NIO: the training data set. Override it for others, e.g. without augmentation."""
+        return self.train_dataset
+
+    def prepare_nio_batch(self, batch: Any, number: int) -> Any:
+        """A batch of NIO as the loss reads it, once for all passes over it. Override it for augmentation of batches.
+
+        Args:
+            batch: as the collator made it.
+            number: of the batch, from 0; what is drawn must depend on it and the seed alone.
+        """
+        return batch
+
     def get_nio_dataloader(self) -> DataLoader[Any]:
         """The held-out batches of NIO, then one per iteration.
 
         Raises:
             DataError: without training data, or with too little.
         """
-        if self.train_dataset is None:
+        dataset = self.get_nio_dataset()
+        if dataset is None:
             raise DataError(Problem("train_dataset", "None", "Give NIOTrainer a training data set"))
-        _check_has_samples(self.train_dataset)
+        _check_has_samples(dataset)
         # A collator may draw from a generator of its own, which training goes on with.
-        dataset, collate = self.train_dataset, copy.deepcopy(self.data_collator)
+        collate = copy.deepcopy(self.data_collator)
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="NIO")
         else:
@@ -272,17 +286,18 @@ def _advance(bar: Any, record: IterationRecord) -> None:
 
 
 class _CheckedBatches:
-    """Batches whose labels are checked; a re-iterable."""
+    """Prepared batches whose labels are checked; a re-iterable."""
 
-    def __init__(self, batches: DataLoader[Any], classes: int | None) -> None:
+    def __init__(self, batches: DataLoader[Any], classes: int | None, prepare: Callable[[Any, int], Any]) -> None:
         self._batches = batches
         self._classes = classes
+        self._prepare = prepare
 
     def __iter__(self) -> Iterator[Any]:
         for number, batch in enumerate(self._batches):
             if self._classes is not None:
                 _check_labels(batch, self._classes, number)
-            yield batch
+            yield self._prepare(batch, number)
 
 
 def _check_labels(batch: Any, classes: int, number: int) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from nio_hf.errors import DataError
-from nio_hf.training.sampling import NIOBatchSampler, nio_dataloader
+from nio_hf.training.sampling import EpochSampler, NIOBatchSampler, SeededDataset, SeededStream, nio_dataloader
 
 
 class Augmented(Dataset[Any]):
@@ -79,3 +80,84 @@ def test_batches_are_fetched_whole_where_nothing_is_drawn_and_by_sample_where_it
 def test_too_little_data_is_refused_with_the_numbers() -> None:
     with pytest.raises(DataError, match="23 samples for 2 held-out batches and one more of 8"):
         NIOBatchSampler(23, 8, 2, 1, seed=0)
+
+
+def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> None:
+    sampler, again = EpochSampler(20, seed=1), EpochSampler(20, seed=1)
+    first = list(sampler)
+    assert sorted(index for _, index in first) == list(range(20))
+    sampler.set_epoch(3)
+    fourth = list(sampler)
+    assert fourth != first
+    again.set_epoch(3)
+    assert list(again) == fourth
+    assert [index for _, index in EpochSampler(20, seed=2)] != [index for _, index in first]
+    assert {number for number, _ in fourth} == {3}
+
+
+@pytest.mark.parametrize(("samples", "repeats"), [(12, 3), (13, 3), (5, 4)])
+def test_repeated_augmentation_draws_some_samples_several_times_and_no_draw_twice(samples: int, repeats: int) -> None:
+    sampler = EpochSampler(samples, seed=0, repeats=repeats)
+    draws = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        of_epoch = list(sampler)
+        assert len(of_epoch) == len(sampler) == samples
+        counts = np.bincount([index for _, index in of_epoch])
+        assert counts.max() == repeats
+        assert (counts > 0).sum() == -(-samples // repeats)
+        draws += of_epoch
+    assert len(set(draws)) == len(draws)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_draws_of_the_data_leave_those_of_training_alone(workers: int) -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    expected = (float(torch.rand(())), random.random(), float(np.random.rand()))
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    data, sampler = SeededDataset(Augmented(), seed=0), EpochSampler(40, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(data, 8, sampler=sampler, num_workers=workers, generator=generator, collate_fn=list)
+    batches = torch.cat([torch.stack(batch) for batch in loader])
+    assert (float(torch.rand(())), random.random(), float(np.random.rand())) == expected
+    assert len(batches[:, 1].unique()) == 40
+    for (number, index), sample in zip(EpochSampler(40, seed=0), batches, strict=True):
+        assert torch.equal(data[number, index], sample)
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    """Ten random samples, in an order that depends on the epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for index in range(10):
+            yield torch.tensor([(index + self.epoch) % 10, torch.rand(()), random.random()], dtype=torch.float64)
+
+
+def test_a_stream_is_augmented_by_seed_epoch_and_position() -> None:
+    def epoch_of(seed: int, epoch: int) -> torch.Tensor:
+        torch.manual_seed(epoch + 10 * seed)
+        stream = SeededStream(Stream(), seed)
+        stream.set_epoch(epoch)
+        return torch.stack(list(stream))
+
+    assert torch.equal(epoch_of(0, 1), epoch_of(0, 1))
+    assert epoch_of(0, 1)[0, 0] == 1
+    for other in (epoch_of(0, 2), epoch_of(1, 1)):
+        assert not torch.equal(epoch_of(0, 1)[:, 1], other[:, 1])
+
+
+def test_batches_of_nio_from_a_stream_do_not_depend_on_workers() -> None:
+    settings = {"batch_size": 4, "holdout_batches": 1, "iterations": 1, "seed": 5}
+    batches = [list(nio_dataloader(Stream(), torch.stack, num_workers=workers, **settings)) for workers in (0, 2)]
+    assert len(batches[0]) == 2
+    for left, right in zip(*batches, strict=True):
+        assert torch.equal(left, right)
