@@ -2,31 +2,133 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification
+from accelerate.commands.config.config_args import load_config_from_file
 
-from nio_hf.recipe.catalog import recipe_names, recipes_dir
-from nio_hf.recipe.loading import load_recipe
+from nio_hf.image_training.building import build_model
+from nio_hf.recipe.catalog import accelerate_config_names, describe, find_accelerate_config, recipe_names, recipes_dir
+from nio_hf.recipe.loading import known_keys, load_recipe
+from nio_hf.recipe.strict_yaml import read_settings
+from nio_hf.validate import validate_recipe
 
 NAMES = recipe_names()
+CLASSES = {"imagenet-1k": 1000, "cifar10": 10, "cifar100": 100, "imagenette": 10, "imagefolder": 10, "digits": 10}
+MODELS = {
+    "imagenet-1k": {
+        "vit-tiny", "vit-small", "vit-base", "swin-tiny", "swin-small", "swin-base", "resnet-50",
+    },
+    "cifar10": {"vit-tiny", "swin-tiny", "resnet-18"},
+    "cifar100": {"vit-tiny", "swin-tiny", "resnet-18"},
+    "imagenette": {"vit-small", "swin-tiny"},
+    "imagefolder": {"vit-small", "swin-tiny"},
+    "digits": {"vit-tiny"},
+}  # fmt: skip
+PUBLISHED = {
+    # The sizes of the papers, in millions: DeiT (arXiv 2012.12877), table 1; Swin (arXiv 2103.14030), table 1;
+    # ResNet-50 of torchvision.
+    "vit-tiny": 5, "vit-small": 22, "vit-base": 86, "swin-tiny": 29, "swin-small": 50, "swin-base": 88,
+    "resnet-50": 25.6,
+}  # fmt: skip
+NUMBER = re.compile(r"\s*[\w]+: *[\[{\d]")
 
 
-def test_every_yaml_file_of_the_tree_is_a_recipe() -> None:
+def header(name: str) -> str:
+    """The first comment of a recipe, with commands that go over several lines in one."""
+    text = (recipes_dir() / f"{name}.yaml").read_text().split("\n\n")[0]
+    return re.sub(r" \\\n#\s+", " ", text)
+
+
+def test_the_tree_holds_every_model_data_set_and_variant_and_nothing_else() -> None:
+    wanted = {
+        f"{model}/{dataset}/{variant}"
+        for dataset, models in MODELS.items()
+        for model in models
+        for variant in ("nio", "warmup", "no_warmup")
+    }
     files = {path.relative_to(recipes_dir()).with_suffix("").as_posix() for path in recipes_dir().rglob("*.yaml")}
-    assert files == set(NAMES)
-    assert NAMES
+    assert set(NAMES) == wanted
+    assert files == wanted | {f"accelerate_configs/{name}" for name in accelerate_config_names()}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_loads_builds_its_model_and_says_how_it_is_run(name: str) -> None:
-    recipe = load_recipe(name)
-    config = AutoConfig.for_model(recipe.model.model_type, **recipe.model.model_config)
+def test_it_validates_and_builds_its_model_with_the_parameters_of_its_header(name: str) -> None:
+    validation = validate_recipe(name)
+    assert validation.error is None, str(validation.error)
+    recipe = load_recipe(name, ["--use_cpu", "true"])
+    classes = [str(number) for number in range(CLASSES[name.split("/")[1]])]
     with torch.device("meta"):
-        AutoModelForImageClassification.from_config(config)
-    header = recipe.path.read_text().split("\n\n")[0]
-    assert f"nio-hf train {name}" in header
-    assert f"accelerate launch -m nio_hf.train {name}" in header
-    if recipe.path.stem == "nio":
-        assert recipe.training.nio
-        assert recipe.training.warmup_steps == 0
+        model = build_model(recipe.model, tuple(classes))
+    stated = re.search(r"^# Parameters: ([\d,]+) \(.+\)$", header(name), flags=re.MULTILINE)
+    assert stated is not None
+    assert int(stated[1].replace(",", "")) == model.num_parameters()
+    model_name, dataset, _ = name.split("/")
+    if dataset == "imagenet-1k":
+        # Papers round: 28.3 million is "29 M" in the one of Swin, 5.7 million "5 M" in that of DeiT.
+        assert abs(model.num_parameters() / 1e6 - PUBLISHED[model_name]) < 1
+        assert "published" in stated[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_header_says_what_it_is_and_how_it_is_run(name: str) -> None:
+    text = header(name)
+    assert 20 < len(describe(name)) <= 100
+    assert "# Prerequisites: " in text
+    commands = re.findall(r"^#   (.+)$", text, flags=re.MULTILINE)
+    assert f"nio-hf train {name}" in commands
+    assert any(re.fullmatch(rf"nio-hf train {name} --\w+.+", command) for command in commands)
+    launch = [command for command in commands if command.startswith("accelerate launch ")]
+    assert all(command.endswith(f"-m nio_hf.train {name}") for command in launch)
+    assert launch
+    for command in commands:
+        for key in re.findall(r" --([a-z_]+)", command.partition(" -m ")[2] or command):
+            assert key in known_keys(), command
+        for file in re.findall(r"--config_file (\S+)", command):
+            assert (recipes_dir().parent / file).is_file() or Path(file).name in accelerate_config_names()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("/warmup")])
+def test_every_number_of_a_published_training_has_its_source(name: str) -> None:
+    path = recipes_dir() / f"{name}.yaml"
+    section, bare = "", []
+    for line in path.read_text().splitlines():
+        if line.startswith("#") or not line:
+            section = line or section
+        elif NUMBER.match(line) and "#" not in line and not line.startswith("seed"):
+            bare.append((line, section))
+    # Where a whole section is our own choice or one paper's, its comment says so once.
+    unsourced = [line for line, comment in bare if not re.search(r"our choice|arXiv|Lee|[Dd]igits|sizes", comment)]
+    assert unsourced == [], name
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("/warmup")])
+def test_variants_differ_from_the_published_training_in_what_they_are_named_after(name: str) -> None:
+    root, variant = name.rsplit("/", 1)
+    settings = {key: setting.value for key, setting in load_recipe(name, ["--use_cpu", "true"]).settings.items()}
+    published = load_recipe(f"{root}/warmup", ["--use_cpu", "true"]).settings
+    changed = {key for key in settings if key not in published or settings[key] != published[key].value}
+    allowed = {"warmup_steps", "output_dir"} | ({"nio"} if variant == "nio" else set())
+    assert {key for key in changed if not (variant == "nio" and key.startswith("nio_"))} == allowed
+    assert settings["warmup_steps"] == 0
+
+
+def test_no_two_recipes_write_to_the_same_place() -> None:
+    places = [read_settings(recipes_dir() / f"{name}.yaml")["output_dir"].value for name in NAMES]
+    assert len(set(places)) == len(NAMES)
+
+
+@pytest.mark.parametrize("name", accelerate_config_names())
+def test_configurations_of_accelerate_can_be_read_and_do_not_warm_up(name: str) -> None:
+    path = find_accelerate_config(name)
+    config = load_config_from_file(str(path))
+    processes = {"cpu": 1, "one_gpu": 1}
+    assert config.num_processes == processes.get(name, config.num_processes)
+    assert config.use_cpu == name.endswith("cpu")
+    assert config.mixed_precision == "no"
+    assert "scheduler" not in (getattr(config, "deepspeed_config", None) or {})
+    text = path.read_text()
+    assert "accelerate launch" in text
+    assert text.startswith("# ")

@@ -7,9 +7,10 @@ import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
 
-from nio_hf.errors import Problem, RecipeError
+from nio_hf.errors import OutputError, Problem, RecipeError
 
 DEFAULT_RECIPE = "vit-tiny/digits/nio"
+ACCELERATE_CONFIGS = "accelerate_configs"
 
 
 def recipes_dir() -> Path:
@@ -42,6 +43,60 @@ def find_recipe(name_or_path: str) -> Path:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     fix = "Give the path of a YAML file, or one of: " + ", ".join(near or names)
     raise RecipeError(Problem(name_or_path, "no such recipe file", fix))
+
+
+def recipe_name(path: Path) -> str:
+    """The name of a recipe that comes with the package, of another one its file name."""
+    root = recipes_dir().resolve()
+    inside = path.resolve().is_relative_to(root)
+    return path.resolve().relative_to(root).with_suffix("").as_posix() if inside else path.name
+
+
+def accelerate_config_names() -> list[str]:
+    """Names of the configurations for `accelerate launch` that come with the package, sorted."""
+    return sorted(path.stem for path in (recipes_dir() / ACCELERATE_CONFIGS).glob("*.yaml"))
+
+
+def find_accelerate_config(name_or_path: str) -> Path:
+    """A configuration file for `accelerate launch`, by its path or by the name of one that comes with the package.
+
+    Raises:
+        RecipeError: where there is neither.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    names = accelerate_config_names()
+    if name_or_path in names:
+        return recipes_dir() / ACCELERATE_CONFIGS / f"{name_or_path}.yaml"
+    fix = f"Give the path of a file that `accelerate config` wrote, or one of: {', '.join(names)}"
+    raise RecipeError(Problem("config_file", f"{name_or_path!r} is no file", fix))
+
+
+def describe(name: str) -> str:
+    """The first line of a recipe that comes with the package: what it is."""
+    with find_recipe(name).open(encoding="utf-8") as file:
+        return file.readline().removeprefix("#").strip()
+
+
+def copy_recipe(name: str, destination: Path | None, *, replace: bool = False) -> Path:
+    """Copy a recipe to a file, or into a folder as MODEL-DATASET-VARIANT.yaml, and return the file.
+
+    Raises:
+        RecipeError: for a recipe that does not exist, or a file that does and is not to be replaced.
+        OutputError: where the file cannot be written.
+    """
+    source = find_recipe(name)
+    target = Path() if destination is None else destination
+    if target.is_dir():
+        target = target / f"{'-'.join(source.with_suffix('').parts[-3:])}.yaml"
+    if target.exists() and not replace:
+        raise RecipeError(Problem(str(target), "exists already", "Give another file, or --force to replace it"))
+    try:
+        target.write_bytes(source.read_bytes())
+    except OSError as error:
+        raise OutputError(Problem(str(target), str(error), "Give a file that you can write")) from error
+    return target
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-
 from nio_hf.errors import ConfigError, Problem, RecipeError, one_line
 from nio_hf.recipe.catalog import find_recipe
-from nio_hf.recipe.settings import DataSettings, ModelSettings
-from nio_hf.recipe.strict_yaml import Setting, read_overrides, read_settings
+from nio_hf.recipe.layering import merge, read_layers
+from nio_hf.recipe.model_checks import model_problems
+from nio_hf.recipe.ranges import range_problems
+from nio_hf.recipe.settings import AugmentationSettings, DataSettings, ModelSettings, OptimizationSettings
+from nio_hf.recipe.strict_yaml import Setting, read_overrides
 from nio_hf.recipe.values import checked, unknown_key
 from nio_hf.training import NIOTrainingArguments
 
 _DEFAULTS = {"remove_unused_columns": False, "report_to": "none"}
 """Defaults of a recipe that differ from TrainingArguments: the image column is read by a transform, and trackers are
 asked for by name."""
+_GROUPS = (ModelSettings, DataSettings, AugmentationSettings, OptimizationSettings, NIOTrainingArguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +35,23 @@ class Recipe:
         path: the file that it was read from.
         model: what to train.
         data: what to train on.
-        training: how, NIO included.
+        augmentation: what training changes about the images.
+        optimization: what TrainingArguments have no word for.
+        training: the rest, NIO included.
+        settings: every setting with the place that it comes from, defaults left out.
     """
 
     path: Path
     model: ModelSettings
     data: DataSettings
+    augmentation: AugmentationSettings
+    optimization: OptimizationSettings
     training: NIOTrainingArguments
+    settings: dict[str, Setting]
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe; the command line goes before the file, the file before the defaults.
+    """Read and check a recipe; the command line goes before the file, the file before its base and the defaults.
 
     Args:
         name_or_path: a YAML file, or the name of a recipe that comes with the package.
@@ -54,15 +61,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: lists every unknown key, wrong type, missing setting and setting out of range.
     """
     path = find_recipe(name_or_path)
-    settings = _merge(read_settings(path), read_overrides(overrides))
+    settings = merge(read_layers(path), read_overrides(overrides))
     values, problems = _check_types(settings)
     model = ModelSettings(**values[ModelSettings])
-    problems += _model_problems(model, settings, path)
-    if "output_dir" not in settings:
-        problems.append(Problem(f"{path}, output_dir", "nothing", "Say where to write, e.g. output_dir: outputs/run"))
-    if settings.get("remove_unused_columns", Setting(False, "")).value is True:
-        fix = "Leave it out: it would remove the images before they are read"
-        problems.append(Problem(settings["remove_unused_columns"].where, "true", fix))
+    data = DataSettings(**values[DataSettings])
+    for group in _GROUPS:
+        problems += range_problems(values[group], settings)
+    problems += model_problems(model, settings, path)
+    problems += _contradictions(settings, path)
     if problems:
         raise RecipeError(*problems)
     try:
@@ -70,38 +76,54 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     except ConfigError as error:
         raise RecipeError(*(_relocated(problem, settings, path) for problem in error.problems)) from error
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(Problem(str(path), one_line(error), "Correct that setting")) from error
-    return Recipe(path, model, DataSettings(**values[DataSettings]), training)
+        raise RecipeError(_argument_problem(error, settings, path)) from error
+    optimization = OptimizationSettings(**values[OptimizationSettings])
+    if optimization.global_batch_size is not None:
+        training.gradient_accumulation_steps = accumulation_steps(
+            settings["global_batch_size"], training.train_batch_size, training.world_size
+        )
+    augmentation = AugmentationSettings(**values[AugmentationSettings])
+    return Recipe(path, model, data, augmentation, optimization, training, settings)
+
+
+def accumulation_steps(global_batch_size: Setting, process_batch_size: int, world_size: int) -> int:
+    """Batches that each process adds up for one optimiser step.
+
+    Args:
+        global_batch_size: samples of an optimiser step over all processes.
+        process_batch_size: samples of a batch of one process.
+        world_size: number of processes.
+
+    Raises:
+        RecipeError: where the product of the other two does not divide it.
+    """
+    at_once = process_batch_size * world_size
+    if global_batch_size.value % at_once == 0:
+        return int(global_batch_size.value // at_once)
+    processes = "one process" if world_size == 1 else f"each of {world_size} processes"
+    found = f"{global_batch_size.value} is no multiple of {process_batch_size} samples on {processes}"
+    share, rest = divmod(global_batch_size.value, world_size)
+    sizes = [size for size in range(1, process_batch_size + 1) if share % size == 0]
+    fix = f"Set per_device_train_batch_size to {sizes[-1]}, or another divisor of {share}"
+    if rest or not sizes:
+        fix = f"Choose a global_batch_size that {world_size} processes can share"
+    raise RecipeError(Problem(global_batch_size.where, found, fix))
 
 
 @functools.cache
 def known_keys() -> dict[str, tuple[type, Any]]:
     """{key: (its dataclass, its annotation)} of everything that a recipe can set."""
     keys: dict[str, tuple[type, Any]] = {}
-    for group in (ModelSettings, DataSettings, NIOTrainingArguments):
+    for group in _GROUPS:
         hints = typing.get_type_hints(group)
         fields = dataclasses.fields(group)
         keys.update({field.name: (group, hints[field.name]) for field in fields if field.init})
     return keys
 
 
-def _merge(settings: dict[str, Setting], overrides: dict[str, Setting]) -> dict[str, Setting]:
-    """The settings with overrides; `key.part` replaces one entry of a mapping, a loaded model the recipe's own."""
-    replaced = {"model_type", "model_config"} if "model_name_or_path" in overrides else set()
-    merged = {key: setting for key, setting in settings.items() if key not in replaced}
-    for key, override in overrides.items():
-        outer, dot, inner = key.partition(".")
-        if not dot:
-            merged[key] = override
-            continue
-        former = merged[outer].value if outer in merged else {}
-        merged[outer] = Setting({**(former if isinstance(former, dict) else {}), inner: override.value}, override.where)
-    return merged
-
-
 def _check_types(settings: dict[str, Setting]) -> tuple[dict[type, dict[str, Any]], list[Problem]]:
     known = known_keys()
-    values: dict[type, dict[str, Any]] = {ModelSettings: {}, DataSettings: {}, NIOTrainingArguments: {}}
+    values: dict[type, dict[str, Any]] = {group: {} for group in _GROUPS}
     problems = []
     for key, setting in settings.items():
         if key not in known:
@@ -116,40 +138,55 @@ def _check_types(settings: dict[str, Setting]) -> tuple[dict[type, dict[str, Any
     return values, problems
 
 
-def _model_problems(model: ModelSettings, settings: dict[str, Setting], path: Path) -> Iterator[Problem]:
-    given = {"model_type", "model_name_or_path"} & settings.keys()
-    if len(given) != 1:
-        fix = "Give one: model_type builds a model anew, model_name_or_path loads one"
-        yield Problem(f"{path}, model_type and model_name_or_path", "both" if given else "neither", fix)
-        return
-    if model.model_type is None:
-        if model.model_config:
-            fix = "Leave it out: a loaded model brings its own configuration"
-            yield Problem(settings["model_config"].where, "given beside model_name_or_path", fix)
-        return
-    where = settings["model_type"].where
-    architectures = sorted(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
-    if model.model_type not in architectures:
-        problem = unknown_key(where, model.model_type, architectures)
-        fix = problem.fix if problem.fix != "Remove it" else f"Choose one of {', '.join(architectures)}"
-        yield Problem(where, f"{model.model_type!r} is no image classification architecture of transformers", fix)
-        return
-    where = settings["model_config"].where if "model_config" in settings else where
-    yield from _model_config_problems(model, where)
+def _contradictions(settings: dict[str, Setting], path: Path) -> Iterator[Problem]:
+    """Settings that are missing or cannot stand together."""
+
+    def given(key: str) -> Any:
+        return settings[key].value if key in settings else None
+
+    if "output_dir" not in settings:
+        yield Problem(f"{path}, output_dir", "nothing", "Say where to write, e.g. output_dir: outputs/run")
+    if given("remove_unused_columns") is True:
+        fix = "Leave it out: it would remove the images before they are read"
+        yield Problem(settings["remove_unused_columns"].where, "true", fix)
+    if given("global_batch_size") is not None and "gradient_accumulation_steps" in settings:
+        fix = "Give one of them: accumulation follows from global_batch_size"
+        yield Problem(settings["gradient_accumulation_steps"].where, "given beside global_batch_size", fix)
+    yield from _deepspeed_warmup(given("deepspeed"), given("warmup_steps") or 0, settings)
+    if given("streaming") is True:
+        if not isinstance(given("max_steps"), int) or given("max_steps") < 1:
+            fix = "Set max_steps: the length of a stream is not known before it is read"
+            yield Problem(settings["streaming"].where, "without max_steps", fix)
+        if given("repeated_augmentation") not in (None, 1):
+            fix = "Leave one of them out: a stream is drawn in its own order"
+            yield Problem(settings["repeated_augmentation"].where, "given with streaming", fix)
 
 
-def _model_config_problems(model: ModelSettings, where: str) -> Iterator[Problem]:
-    config_class: type[PreTrainedConfig] = CONFIG_MAPPING[typing.cast(str, model.model_type)]
-    known = config_class().to_dict()
-    unknown = [key for key in model.model_config if key not in known]
-    for key in unknown:
-        yield unknown_key(f"{where}.{key}", key, known)
-    if unknown:
-        return
-    try:
-        AutoConfig.for_model(typing.cast(str, model.model_type), **model.model_config)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        yield Problem(where, one_line(error), f"Correct it for {config_class.__name__}")
+def _deepspeed_warmup(deepspeed: Any, warmup_steps: Any, settings: dict[str, Setting]) -> Iterator[Problem]:
+    """A scheduler of DeepSpeed that warms up where the recipe says that nothing does."""
+    if isinstance(deepspeed, str):
+        try:
+            deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            fix = "Give the path of a JSON file, or the settings themselves"
+            yield Problem(settings["deepspeed"].where, f"cannot be read: {one_line(error)}", fix)
+            return
+    scheduler = deepspeed.get("scheduler", {}) if isinstance(deepspeed, dict) else {}
+    steps = scheduler.get("params", {}).get("warmup_num_steps", "auto")
+    if str(scheduler.get("type", "")).startswith("Warmup") and steps not in (0, "auto") and warmup_steps == 0:
+        found = f"its {scheduler['type']} warms up for {steps} steps, but warmup_steps is 0"
+        fix = 'Set its warmup_num_steps to "auto", or leave the scheduler to the recipe'
+        yield Problem(settings["deepspeed"].where, found, fix)
+
+
+def _argument_problem(error: Exception, settings: dict[str, Setting], path: Path) -> Problem:
+    """The problem behind an error of TrainingArguments, at the first setting that its message names."""
+    message = one_line(error)
+    named = next((key for key in settings if re.search(rf"\b{key}\b", message)), None)
+    where = str(path) if named is None else settings[named].where
+    if named in ("bf16", "fp16"):
+        return Problem(where, "this machine has no GPU for it", f"Set {named}: false here")
+    return Problem(where, message, "Correct that setting")
 
 
 def _relocated(problem: Problem, settings: dict[str, Setting], path: Path) -> Problem:

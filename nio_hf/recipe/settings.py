@@ -1,24 +1,42 @@
-"""What a recipe says beside the training arguments: the model and the data."""
+"""What a recipe says beside the training arguments: model, data, augmentation and optimisation."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclasses.dataclass
 class ModelSettings:
-    """The model: built anew from its configuration, or loaded.
+    """The model: built anew from its configuration, or loaded with the image processor that it was saved with.
 
     Attributes:
         model_type: name of a transformers architecture with an image classification head, e.g. "vit" or "swin".
         model_config: fields of its configuration that differ from the defaults, e.g. `{hidden_size: 192}`.
         model_name_or_path: a checkpoint to start from instead, e.g. one that `nio-hf init` wrote.
+        image_size: side of the images in pixels, for architectures whose configuration has none (ResNet).
+        image_mean: mean of each channel over pixels in [0, 1]; None for the published one of the architecture.
+        image_std: standard deviation likewise.
+        interpolation: of resizing; None for the published one.
+        crop_ratio: part of the shorter side that evaluation keeps: images are resized to size / crop_ratio, then
+            cropped from the centre. None for what the published image processor does.
+        drop_path_rate: stochastic depth of the last layer, rising linearly from 0 at the first; None leaves the
+            model as its configuration says.
     """
 
     model_type: str | None = None
     model_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     model_name_or_path: str | None = None
+    image_size: int | None = None
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    crop_ratio: float | None = None
+    drop_path_rate: float | None = None
+
+
+PROCESSOR_KEYS = ("image_size", "image_mean", "image_std", "interpolation", "crop_ratio")
+"""Settings of the image processor, which a loaded model brings itself."""
 
 
 @dataclasses.dataclass
@@ -26,19 +44,98 @@ class DataSettings:
     """The images.
 
     Attributes:
-        dataset_name: "digits", or whatever [`datasets.load_dataset`] takes: a Hub name, a local folder.
+        dataset_name: "digits", or whatever [`datasets.load_dataset`] takes: a Hub name, a local folder, or a format
+            ("imagefolder", "parquet", "webdataset") with `data_dir` or `data_files`.
         dataset_config_name: configuration of the data set.
+        dataset_revision: revision of a data set on the Hub.
+        data_dir: folder in the data set, or of the files.
+        data_files: files as a pattern, a list of them, or a mapping from splits.
+        streaming: read the data while training, without downloading all of it; needs `max_steps`.
+        shuffle_buffer_size: images that a stream is shuffled over.
         train_split: split to train on.
-        eval_split: split to evaluate on; None sets `eval_fraction` of the training split aside.
-        eval_fraction: part of the training split to evaluate on, where there is no `eval_split`.
+        eval_split: split to evaluate on; None for the validation split, where there is none a part of the training.
+        eval_fraction: that part.
         image_column: None for the column of images, where there is one.
         label_column: None for the column of class labels, where there is one.
+        num_classes: needed for a stream of integer labels whose classes have no names.
+        max_train_samples: use at most so many samples to train on.
+        max_eval_samples: likewise to evaluate on.
+        skip_broken_images: count images that cannot be read instead of ending with an error.
     """
 
     dataset_name: str = "digits"
     dataset_config_name: str | None = None
+    dataset_revision: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | dict[str, Any] | None = None
+    streaming: bool = False
+    shuffle_buffer_size: int = 1000
     train_split: str = "train"
     eval_split: str | None = None
     eval_fraction: float = 0.2
     image_column: str | None = None
     label_column: str | None = None
+    num_classes: int | None = None
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    skip_broken_images: bool = False
+
+
+@dataclasses.dataclass
+class AugmentationSettings:
+    """What training changes about the images. Evaluation sees them as the image processor makes them.
+
+    Attributes:
+        random_crop: "resized" (a random part, resized), "padded" (zeros around a small image, a random window), "none".
+        crop_scale: range of the part's area for "resized", as a share of the image.
+        crop_aspect: range of its width / height.
+        crop_padding: pixels around the image for "padded".
+        horizontal_flip: probability.
+        randaugment_magnitude: M of RandAugment out of 10; None for no RandAugment.
+        randaugment_magnitude_std: standard deviation of M.
+        randaugment_layers: N, operations an image.
+        randaugment_prob: probability of each operation.
+        color_jitter: strength of random brightness, contrast and saturation.
+        random_erasing: probability of filling a rectangle with noise.
+        mixup_alpha: of the Beta distribution that MixUp draws from; 0 for no MixUp.
+        cutmix_alpha: likewise for CutMix.
+        mix_prob: probability of mixing a batch.
+        mix_switch_prob: probability of CutMix where both are on.
+        repeated_augmentation: times that an epoch draws each of its images; an epoch keeps its length.
+        nio_augment: images of NIO: "clean" as in evaluation, "augmented" as in training but for mixing, "mixed" with
+            mixing and label smoothing.
+    """
+
+    random_crop: Literal["none", "resized", "padded"] = "none"
+    crop_scale: list[float] = dataclasses.field(default_factory=lambda: [0.08, 1.0])
+    crop_aspect: list[float] = dataclasses.field(default_factory=lambda: [3 / 4, 4 / 3])
+    crop_padding: int = 4
+    horizontal_flip: float = 0.0
+    randaugment_magnitude: float | None = None
+    randaugment_magnitude_std: float = 0.0
+    randaugment_layers: int = 2
+    randaugment_prob: float = 0.5
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    mix_prob: float = 1.0
+    mix_switch_prob: float = 0.5
+    repeated_augmentation: int = 1
+    nio_augment: Literal["clean", "augmented", "mixed"] = "augmented"
+
+
+@dataclasses.dataclass
+class OptimizationSettings:
+    """What TrainingArguments have no word for.
+
+    Attributes:
+        global_batch_size: samples of an optimiser step over all devices; `gradient_accumulation_steps` follows from it.
+        no_weight_decay: parameters without weight decay: "vectors" for all of fewer than two dimensions (biases,
+            normalisation), others by the last part of their name. None for Trainer's choice.
+        ema_decay: of an exponential moving average of the weights, evaluated and saved at the end; None for no average.
+    """
+
+    global_batch_size: int | None = None
+    no_weight_decay: list[str] | None = None
+    ema_decay: float | None = None

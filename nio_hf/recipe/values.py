@@ -30,12 +30,28 @@ def checked(setting: Setting, annotation: Any) -> tuple[Any, Problem | None]:
         if setting.value in choices:
             return setting.value, None
         return None, Problem(setting.where, f"{setting.value!r}", f"Choose one of {', '.join(map(str, choices))}")
+    if isinstance(setting.value, list):
+        return _checked_items(setting, members)
     plain = [get_origin(member) or member for member in members]
     if _is_number(setting.value) and float in plain and int not in plain:
         return float(setting.value), None
     if type(setting.value) in plain:
         return setting.value, None
     return None, Problem(setting.where, _described(setting.value), _advice(setting.value, plain, choices))
+
+
+def _checked_items(setting: Setting, members: list[Any]) -> tuple[Any, Problem | None]:
+    """A list with each of its items checked, where the annotation says what they are."""
+    lists = [member for member in members if (get_origin(member) or member) is list]
+    if not lists:
+        plain = [get_origin(member) or member for member in members]
+        return None, Problem(setting.where, _described(setting.value), _advice(setting.value, plain, []))
+    item_types = get_args(lists[0])
+    if not item_types:
+        return setting.value, None
+    items = [checked(Setting(item, f"{setting.where}[{n}]"), item_types[0]) for n, item in enumerate(setting.value)]
+    problem = next((problem for _, problem in items if problem is not None), None)
+    return (None if problem else [item for item, _ in items]), problem
 
 
 def unknown_key(where: str, key: str, known: Iterable[str]) -> Problem:

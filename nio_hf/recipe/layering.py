@@ -1,0 +1,84 @@
+"""Settings in layers: a recipe over the one that it names as its base, the command line over both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from nio_hf.errors import Problem, RecipeError
+from nio_hf.recipe.catalog import find_recipe
+from nio_hf.recipe.settings import PROCESSOR_KEYS
+from nio_hf.recipe.strict_yaml import Setting, read_settings
+
+BASE_KEY = "base"
+
+
+def read_layers(path: Path) -> dict[str, Setting]:
+    """The settings of a recipe over those of its base, and of the base of that.
+
+    A base is named as one that comes with the package, or by a path relative to the file that names it.
+
+    Raises:
+        RecipeError: for a file that cannot be read, a base that does not exist, or one that leads back to its recipe.
+    """
+    layers: list[dict[str, Setting]] = []
+    seen: list[Path] = []
+    file: Path | None = path
+    while file is not None:
+        settings = read_settings(file)
+        seen.append(file.resolve())
+        base = settings.pop(BASE_KEY, None)
+        layers.append(settings)
+        file = None if base is None else _find_base(base, file)
+        if base is not None and file is not None and file.resolve() in seen:
+            raise RecipeError(Problem(base.where, f"{base.value!r} leads back to this recipe", "Name another base"))
+    merged: dict[str, Setting] = {}
+    for layer in reversed(layers):
+        merged = merge(merged, layer)
+    return merged
+
+
+def resolved_yaml(path: Path) -> str:
+    """A recipe as one file, with the settings of its base and without comments.
+
+    Raises:
+        RecipeError: as [`read_layers`].
+    """
+    values = {key: setting.value for key, setting in read_layers(path).items()}
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def merge(lower: dict[str, Setting], upper: dict[str, Setting]) -> dict[str, Setting]:
+    """The settings of both, those of `upper` first.
+
+    `model_config` is merged entry by entry, `key.part` sets one entry of any mapping. Another `model_type` starts from
+    an empty `model_config`, and a loaded model brings its own with its image processor.
+    """
+    replaced: set[str] = set()
+    if "model_name_or_path" in upper:
+        replaced = {"model_type", "model_config", *PROCESSOR_KEYS}
+    elif "model_type" in upper:
+        replaced = {"model_name_or_path"}
+        if "model_type" in lower and lower["model_type"].value != upper["model_type"].value:
+            replaced.add("model_config")
+    merged = {key: setting for key, setting in lower.items() if key not in replaced}
+    for key, setting in upper.items():
+        outer, dot, inner = key.partition(".")
+        entries = {inner: setting.value} if dot else setting.value
+        if (dot or outer == "model_config") and isinstance(entries, dict):
+            former = merged[outer].value if outer in merged else {}
+            entries = {**(former if isinstance(former, dict) else {}), **entries}
+        merged[outer] = Setting(entries, setting.where)
+    return merged
+
+
+def _find_base(base: Setting, file: Path) -> Path:
+    if not isinstance(base.value, str):
+        raise RecipeError(Problem(base.where, f"{base.value!r}", "Name one recipe"))
+    beside = file.parent / base.value
+    try:
+        return beside if beside.is_file() else find_recipe(base.value)
+    except RecipeError as error:
+        raise RecipeError(*(Problem(base.where, f"{p.where!r} is no recipe", p.fix) for p in error.problems)) from None

@@ -1,0 +1,144 @@
+"""Ranges, sizes that do not fit, and recipes that are not what their name claims."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nio_hf.errors import RecipeError
+from nio_hf.recipe.consistency import consistency_notes, consistency_problems
+from nio_hf.recipe.loading import accumulation_steps, load_recipe
+from nio_hf.recipe.strict_yaml import Setting
+
+MINIMAL = "model_type: vit\nmodel_config: {image_size: 8, patch_size: 2}\noutput_dir: outputs/x\n"
+SWIN = "model_type: swin\noutput_dir: outputs/x\nmodel_config:\n  depths: [1, 1]\n  num_heads: [1, 1]\n"
+
+
+def write(folder: Path, text: str, name: str = "recipe") -> str:
+    (folder / f"{name}.yaml").write_text(text)
+    return str(folder / f"{name}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("horizontal_flip: 1.5", "line 4, horizontal_flip: 1.5. Give a number in [0, 1]"),
+        ("crop_ratio: 0.0", "crop_ratio: 0.0. Give a number in (0, 1]"),
+        ("crop_scale: [0.5, 0.1]", "crop_scale: [0.5, 0.1]. Give two rising numbers in (0, 1]"),
+        ("crop_scale: [0.5]", "Give two rising numbers"),
+        ("image_mean: [0.5, 0.5]", "image_mean: [0.5, 0.5]. Give three numbers"),
+        ("image_std: [0.5, 0.5, 0.0]", "Give three numbers above 0"),
+        ("image_mean: [0.5, a, 0.5]", "line 4, image_mean[1]: 'a', text. Give a number"),
+        ("max_train_samples: 0", "max_train_samples: 0. Give a whole number of at least 1"),
+        ("ema_decay: 1.0", "ema_decay: 1.0. Give a number in (0, 1)"),
+        ("random_crop: centre", "random_crop: 'centre'. Choose one of none, resized, padded"),
+        ("nio_augment: hard", "nio_augment: 'hard'. Choose one of clean, augmented, mixed"),
+        ("no_weight_decay: vectors", "no_weight_decay: 'vectors', text. Give a list"),
+        ("streaming: true", "streaming: without max_steps"),
+        ("streaming: true\nmax_steps: 5\nrepeated_augmentation: 3", "repeated_augmentation: given with streaming"),
+        ("global_batch_size: 8\ngradient_accumulation_steps: 2", "given beside global_batch_size"),
+        ("image_size: 16", "image_size: 16. Set image_size in the model_config: vit has one there"),
+        ("global_batch_size: 12", "12 is no multiple of 8 samples on one process"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_an_error_with_its_place(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(write(tmp_path, f"{MINIMAL}{text}\nuse_cpu: true\n"))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ("image_size: 30\n  patch_size: 4\n  window_size: 7", "image_size 30 is no multiple of patch_size 4"),
+        ("image_size: 20\n  patch_size: 4\n  window_size: 5", "the feature map of stage 2 has no whole side: 5 / 2"),
+        ("image_size: 32\n  patch_size: 4\n  window_size: 3", "windows of 3 do not tile the 8 x 8 feature map"),
+        ("image_size: 32\n  patch_size: 4\n  window_size: 8", "windows of 8 are larger than the 4 x 4 feature map"),
+    ],
+)
+def test_images_that_patches_and_windows_do_not_tile_are_refused(sizes: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(write(tmp_path, f"{SWIN}  {sizes}\n"))
+    assert message in str(raised.value)
+    load_recipe(write(tmp_path, f"{SWIN}  image_size: 32\n  patch_size: 4\n  window_size: 4\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "messages"),
+    [
+        ("nio", "warmup_steps: 10\n", ["10 in a recipe without warmup. Set warmup_steps: 0"]),
+        (
+            "no_warmup",
+            "warmup_steps: 0.1\n",
+            ["0.1 in a recipe without warmup", "true in no_warmup.yaml. Set nio: false"],
+        ),
+        ("warmup", "nio: false\n", ["0 in a recipe with warmup"]),
+        ("nio", "nio: false\n", ["false in nio.yaml. Set nio: true"]),
+        ("nio", "", []),
+        ("mine", "warmup_steps: 10\n", []),
+    ],
+)
+def test_a_recipe_is_what_its_name_claims(name: str, text: str, messages: list[str], tmp_path: Path) -> None:
+    found = list(consistency_problems(load_recipe(write(tmp_path, MINIMAL + text, name)), 1))
+    assert len(found) == len(messages)
+    for problem, message in zip(found, messages, strict=True):
+        assert message in str(problem)
+
+
+def test_what_works_but_may_not_be_meant_is_noted(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL + "warmup_steps: 10\nnio_sub_batches: 4\n"))
+    assert list(consistency_notes(recipe, 1)) == ["NIO and warmup are both on: their effects cannot be told apart"]
+    assert "4 sub-batches on 3 processes: some of them wait" in list(consistency_notes(recipe, 3))[1]
+    assert "4 sub-batches on 8 processes: 4 of them are idle" in list(consistency_notes(recipe, 8))[1]
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_warmup_scheduler_of_deepspeed_is_warmup(as_file: bool, tmp_path: Path) -> None:
+    config = {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 100}}}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(config))
+    setting = str(tmp_path / "deepspeed.json") if as_file else json.dumps(config)
+    with pytest.raises(RecipeError, match="its WarmupDecayLR warms up for 100 steps, but warmup_steps is 0"):
+        load_recipe(write(tmp_path, f"{MINIMAL}deepspeed: {setting}\n"))
+
+
+def test_a_deepspeed_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="line 4, deepspeed: cannot be read"):
+        load_recipe(write(tmp_path, f"{MINIMAL}deepspeed: nowhere.json\n"))
+
+
+@pytest.mark.parametrize(
+    ("total", "size", "processes", "steps"), [(1024, 128, 8, 1), (1024, 128, 2, 4), (1024, 64, 1, 16), (12, 3, 4, 1)]
+)
+def test_accumulation_follows_from_the_global_batch(total: int, size: int, processes: int, steps: int) -> None:
+    assert accumulation_steps(Setting(total, "g"), size, processes) == steps
+
+
+@pytest.mark.parametrize(
+    ("total", "size", "processes", "fix"),
+    [
+        (1024, 128, 3, "Choose a global_batch_size that 3 processes can share"),
+        (1024, 100, 4, "Set per_device_train_batch_size to 64, or another divisor of 256"),
+        (100, 64, 2, "Set per_device_train_batch_size to 50, or another divisor of 50"),
+    ],
+)
+def test_a_global_batch_that_cannot_be_shared_is_an_error(total: int, size: int, processes: int, fix: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        accumulation_steps(Setting(total, "file, line 1, global_batch_size"), size, processes)
+    assert fix in str(raised.value)
+    assert f"{total} is no multiple of {size} samples on each of {processes} processes" in str(raised.value)
+
+
+def test_the_accumulation_of_a_recipe_reaches_the_trainer(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL + "global_batch_size: 32\nuse_cpu: true\n"))
+    assert recipe.training.gradient_accumulation_steps == 4
+
+
+def test_an_argument_that_needs_a_gpu_says_what_to_do(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RecipeError, match=r"line 4, bf16: this machine has no GPU for it\. Set bf16: false here"):
+        load_recipe(write(tmp_path, MINIMAL + "bf16: true\n"))

@@ -1,0 +1,89 @@
+"""A recipe over its base, the command line over both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nio_hf.errors import RecipeError
+from nio_hf.recipe.catalog import find_recipe
+from nio_hf.recipe.layering import merge, read_layers, resolved_yaml
+from nio_hf.recipe.loading import load_recipe
+from nio_hf.recipe.strict_yaml import Setting
+
+BASE = "model_type: vit\nmodel_config: {image_size: 8, patch_size: 2}\noutput_dir: outputs/x\nlearning_rate: 1e-3\n"
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{next(iter(files))}.yaml"
+
+
+def values(settings: dict[str, Setting]) -> dict[str, object]:
+    return {key: setting.value for key, setting in settings.items()}
+
+
+def test_a_recipe_goes_before_its_base_and_model_config_is_merged(tmp_path: Path) -> None:
+    child = "base: parent.yaml\nlearning_rate: 2e-3\nmodel_config: {patch_size: 4}\n"
+    path = write(tmp_path, child=child, parent="base: root.yaml\nseed: 3\n", root=BASE)
+    found = read_layers(path)
+    assert values(found) == {
+        "model_type": "vit",
+        "model_config": {"image_size": 8, "patch_size": 4},
+        "output_dir": "outputs/x",
+        "learning_rate": 2e-3,
+        "seed": 3,
+    }
+    assert found["learning_rate"].where.startswith(str(path))
+    assert str(tmp_path / "parent.yaml") in found["seed"].where
+    recipe = load_recipe(str(path), ["--learning_rate", "3e-3", "--model_config.patch_size", "8"])
+    assert recipe.training.learning_rate == 3e-3
+    assert recipe.model.model_config == {"image_size": 8, "patch_size": 8}
+
+
+def test_a_base_may_be_a_recipe_that_comes_with_the_package(tmp_path: Path) -> None:
+    path = write(tmp_path, mine="base: vit-tiny/digits/nio\nseed: 7\n")
+    own, shipped = read_layers(path), read_layers(find_recipe("vit-tiny/digits/nio"))
+    assert values(own) == {**values(shipped), "seed": 7}
+
+
+def test_another_architecture_starts_from_an_empty_configuration(tmp_path: Path) -> None:
+    path = write(tmp_path, child="base: root.yaml\nmodel_type: swin\nmodel_config: {embed_dim: 8}\n", root=BASE)
+    assert read_layers(path)["model_config"].value == {"embed_dim": 8}
+    same = merge(read_layers(tmp_path / "root.yaml"), {"model_type": Setting("vit", "--model_type")})
+    assert same["model_config"].value == {"image_size": 8, "patch_size": 2}
+
+
+def test_a_loaded_model_brings_its_configuration_and_image_processor(tmp_path: Path) -> None:
+    root = BASE + "image_mean: [0.1, 0.2, 0.3]\ncrop_ratio: 0.9\ndrop_path_rate: 0.1\n"
+    path = write(tmp_path, child="base: root.yaml\nmodel_name_or_path: somewhere\n", root=root)
+    assert set(read_layers(path)) == {"model_name_or_path", "output_dir", "learning_rate", "drop_path_rate"}
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("nowhere.yaml", "line 1, base: 'nowhere.yaml' is no recipe"),
+        ("vit-tny/digits/nio", "vit-tiny/digits/nio"),
+        ("[a, b]", "Name one recipe"),
+        ("mine.yaml", "line 1, base: 'mine.yaml' leads back to this recipe"),
+        ("other.yaml", "other.yaml, line 1, base: 'mine.yaml' leads back"),
+    ],
+)
+def test_a_base_that_cannot_be_one_is_refused(base: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path, mine=f"base: {base}\n" + BASE, other="base: mine.yaml\n")
+    with pytest.raises(RecipeError) as raised:
+        read_layers(path)
+    assert message in str(raised.value)
+
+
+def test_a_resolved_recipe_is_the_same_recipe_in_one_file(tmp_path: Path) -> None:
+    shipped = find_recipe("vit-base/imagenet-1k/nio")
+    text = resolved_yaml(shipped)
+    assert "base:" not in text.splitlines()
+    path = write(tmp_path, resolved=text)
+    assert values(read_layers(path)) == values(read_layers(shipped))
+    assert yaml.safe_load(text)["global_batch_size"] == 1024
