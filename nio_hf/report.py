@@ -53,6 +53,12 @@ _FEW_POINTS = 30
 _FINE_TICKS_UP_TO = 3.0
 _ROUND_STEPS = (1, 2, 5, 10)
 
+_ACCURACIES = {
+    "eval_accuracy": "Evaluation accuracy",
+    "eval_top5_accuracy": "Evaluation accuracy, top 5",
+    "eval_ema_accuracy": "Evaluation accuracy, averaged weights",
+}
+
 SummaryRow = tuple[str, str, str]
 
 
@@ -162,14 +168,14 @@ def summary_rows(result: NIOResult | None, metrics: Mapping[str, float]) -> list
 
     Args:
         result: of NIO; None where it did not run.
-        metrics: of the Trainer; used are `eval_accuracy`, `eval_loss` and `train_runtime`.
+        metrics: of the Trainer; used are `eval_accuracy`, `eval_top5_accuracy`, `eval_ema_accuracy`, `eval_loss` and
+            `train_runtime`.
 
     Returns:
         One row per quantity that is known. What exists only after the run has an empty `before`.
     """
     rows = [] if result is None else _initialisation_rows(result)
-    if "eval_accuracy" in metrics:
-        rows.append(("Evaluation accuracy", "", f"{metrics['eval_accuracy']:.2%}"))
+    rows += [(name, "", f"{metrics[key]:.2%}") for key, name in _ACCURACIES.items() if key in metrics]
     if "eval_loss" in metrics:
         rows.append(("Evaluation loss", "", f"{metrics['eval_loss']:.4f}"))
     if result is not None:

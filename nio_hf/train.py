@@ -8,29 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-import torch
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    PreTrainedModel,
-    set_seed,
-)
-
 from nio_hf import report
-from nio_hf.console import print_run, run_command
+from nio_hf.console import exit_status, print_run
 from nio_hf.core import NIOResult
-from nio_hf.errors import ModelError, Problem, one_line
-from nio_hf.recipe.catalog import DEFAULT_RECIPE, split_arguments
+from nio_hf.image_training.building import build_trainer
+from nio_hf.image_training.trainer import ImageTrainer
+from nio_hf.recipe.catalog import DEFAULT_RECIPE, recipe_name, split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
-from nio_hf.recipe.settings import DataSettings, ModelSettings
-from nio_hf.training import NIOTrainer
-from nio_hf.training.checkpoints import ensure_writable
-from nio_hf.vision.datasets import ImageData, load_image_data
-from nio_hf.vision.transforms import ImageTransform, make_image_processor
 
 PLOTS_DIR_NAME = "plots"
+EMA_DIR_NAME = "ema"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +50,7 @@ def train(recipe: Recipe) -> RunReport:
     trainer = build_trainer(recipe)
     outcome = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
     metrics = {**outcome.metrics, **trainer.evaluate()}
+    metrics |= trainer.evaluate_average(Path(cast(str, recipe.training.output_dir)) / EMA_DIR_NAME)
     trainer.save_model()
     trainer.save_metrics("all", metrics)
     trainer.save_state()
@@ -80,41 +68,16 @@ def initialise(recipe: Recipe) -> RunReport:
     return _report(trainer, recipe, {})
 
 
-def build_trainer(recipe: Recipe) -> NIOTrainer:
-    """Data, image processor, model and Trainer of a recipe.
-
-    Raises:
-        NIOError: for data or a model that cannot be loaded or do not go together, or an output directory that cannot
-            be written.
-    """
-    from nio_hf.vision.metrics import classification_metrics, predicted_classes
-
-    args = recipe.training
-    ensure_writable(Path(cast(str, args.output_dir)))
-    set_seed(args.seed)
-    data = _load_data(recipe.data, args.data_seed if args.data_seed is not None else args.seed)
-    model, processor = _load_model(recipe.model, data)
-    transform = ImageTransform(processor, data.image_column, data.label_column)
-    return NIOTrainer(
-        model=model,
-        args=args,
-        train_dataset=data.train.with_transform(transform),
-        eval_dataset=data.evaluation.with_transform(transform),
-        processing_class=processor,
-        compute_metrics=classification_metrics,
-        preprocess_logits_for_metrics=predicted_classes,
-    )
-
-
 def run_recipe(action: Callable[[Recipe], RunReport], arguments: Sequence[str]) -> int:
     """Do something with the recipe of a command line and show the report; returns the exit status."""
 
-    def command() -> None:
+    def command() -> int:
         run = action(load_recipe(*split_arguments(arguments)))
         if run.is_main_process:
             print_run(run.title, run.rows, run.result.message if run.result else None, run.written)
+        return 0
 
-    return run_command(command)
+    return exit_status(command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,50 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_recipe(train, arguments)
 
 
-def _load_data(settings: DataSettings, seed: int) -> ImageData:
-    return load_image_data(
-        settings.dataset_name,
-        config_name=settings.dataset_config_name,
-        train_split=settings.train_split,
-        eval_split=settings.eval_split,
-        eval_fraction=settings.eval_fraction,
-        image_column=settings.image_column,
-        label_column=settings.label_column,
-        seed=seed,
-    )
-
-
-def _load_model(settings: ModelSettings, data: ImageData) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    if settings.model_name_or_path is None:
-        names = dict(enumerate(data.class_names))
-        config = AutoConfig.for_model(
-            cast(str, settings.model_type),
-            **settings.model_config,
-            id2label=names,
-            label2id={name: index for index, name in names.items()},
-        )
-        model = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
-        return model, make_image_processor(config)
-    source = settings.model_name_or_path
-    try:
-        model = AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32)
-        processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-    except (OSError, ValueError) as error:
-        fix = "Give a folder with an image classification checkpoint, or its name on the Hub"
-        raise ModelError(
-            Problem("model_name_or_path", f"{source!r} cannot be loaded: {one_line(error)}", fix)
-        ) from error
-    if model.config.num_labels != len(data.class_names):
-        found = f"{source!r} has {model.config.num_labels} classes, the data set {len(data.class_names)}"
-        raise ModelError(Problem("model_name_or_path", found, "Give a model or a data set of as many classes"))
-    return model, processor
-
-
-def _report(trainer: NIOTrainer, recipe: Recipe, metrics: dict[str, float]) -> RunReport:
+def _report(trainer: ImageTrainer, recipe: Recipe, metrics: dict[str, float]) -> RunReport:
     """Collect, and on the main process draw, what a run leaves behind."""
     output_dir = Path(cast(str, recipe.training.output_dir))
     result = trainer.nio_result
     rows = report.summary_rows(result, metrics)
+    if trainer.skipped_images:
+        rows.append(("Images skipped, broken", "", str(trainer.skipped_images)))
     written: dict[str, Path] = {}
     if result is not None and recipe.training.nio_save_init:
         written["Initialised checkpoint"] = trainer.nio_init_dir
@@ -185,7 +111,7 @@ def _report(trainer: NIOTrainer, recipe: Recipe, metrics: dict[str, float]) -> R
             history = trainer.state.log_history
             written["Plot of the training"] = report.plot_training(history, plots / "training.png")
     return RunReport(
-        f"{recipe.path.parent.name} / {recipe.path.stem}",
+        recipe_name(recipe.path),
         rows,
         result,
         metrics,

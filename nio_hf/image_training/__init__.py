@@ -1,0 +1,1 @@
+"""Training of image classifiers: where the data of `vision` and the Trainer of `training` meet."""

@@ -1,0 +1,183 @@
+"""`ImageTrainer`: the Trainer of image classifiers, with augmentation on the device and soft labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from nio_hf.errors import ConfigError, Problem
+from nio_hf.image_training.ema import EMACallback
+from nio_hf.image_training.weight_decay import decayed_parameters
+from nio_hf.training import NIOTrainer, NIOTrainingArguments
+from nio_hf.training.sampling import EpochSampler, SeededDataset, SeededStream, mixed_seed
+from nio_hf.vision.augmentation import BatchAugmentation
+from nio_hf.vision.losses import classification_loss
+from nio_hf.vision.metrics import classification_metrics, top_classes
+from nio_hf.vision.samples import ImageSamples, ImageStream, collate_images
+
+NIOAugment = Literal["clean", "augmented", "mixed"]
+Samples = ImageSamples | ImageStream
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTrainingData:
+    """The samples of a training.
+
+    Attributes:
+        train: bytes, cropped and flipped.
+        evaluation: normalised pixel values, as the image processor makes them.
+        nio: those of `train` or, for `nio_augment="clean"`, of the same images as in evaluation.
+    """
+
+    train: Samples
+    evaluation: Samples
+    nio: Samples
+
+
+class ImageTrainer(NIOTrainer):
+    """A [`NIOTrainer`] of image classifiers.
+
+    Crops and flips of training have a seed for each sample, which depends on the epoch and the sample alone; batches
+    are augmented on the device. The loss is the cross-entropy against classes or probabilities, the sum over all
+    accumulated samples of all processes divided by their number; label smoothing counts in training only.
+
+    Args:
+        model: with images as `pixel_values` and `logits` as a result.
+        args: `label_smoothing_factor` is the smoothing.
+        data: the samples.
+        augmentation: of batches of training.
+        nio_augment: batches of NIO: "clean", "augmented" without mixing, or "mixed" with mixing and label smoothing.
+        processing_class: image processor that is saved with the model.
+        no_weight_decay: parameters without weight decay, see [`decayed_parameters`]; None for Trainer's choice.
+        repeats: times that an epoch draws each of its samples.
+        ema_decay: of the average of the weights that `evaluate_average` evaluates; None for no average.
+
+    Raises:
+        ConfigError: for an average of weights that are sharded over devices.
+        ModelError: for a name in `no_weight_decay` that no parameter has.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        args: NIOTrainingArguments,
+        data: ImageTrainingData,
+        augmentation: BatchAugmentation,
+        nio_augment: NIOAugment,
+        processing_class: BaseImageProcessor,
+        no_weight_decay: list[str] | None = None,
+        repeats: int = 1,
+        ema_decay: float | None = None,
+    ) -> None:
+        self._augmentation = augmentation
+        self._nio_augment = nio_augment
+        self._no_weight_decay = no_weight_decay
+        self._repeats = repeats
+        self.data = data
+        seed = args.seed if args.data_seed is None else args.data_seed
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate_images,
+            train_dataset=_seeded(data.train, seed),
+            eval_dataset=data.evaluation,
+            processing_class=processing_class,
+            compute_loss_func=self._training_loss,
+            compute_metrics=classification_metrics,
+            preprocess_logits_for_metrics=top_classes,
+        )
+        self.get_decay_parameter_names(model)
+        self._ema = None if ema_decay is None else EMACallback(self._nio_model, ema_decay)
+        if self._ema is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                found = f"{ema_decay} with weights that are sharded over devices"
+                raise ConfigError(Problem("ema_decay", found, "Leave it out, or train with plain data parallelism"))
+            self.add_callback(self._ema)
+
+    @property
+    def skipped_images(self) -> int:
+        """Images that could not be read and were passed over so far, counted once for each use of the data."""
+        parts = {id(part): part for part in (self.data.train, self.data.evaluation, self.data.nio)}
+        return sum(part.broken.total for part in parts.values())
+
+    def evaluate_average(self, directory: Path) -> dict[str, float]:
+        """Evaluate the average of the weights, as `eval_ema_*`, and save it; nothing where there is none.
+
+        Args:
+            directory: where the model with its averaged weights is saved.
+        """
+        if self._ema is None:
+            return {}
+        with self._ema.swapped_in():
+            metrics: dict[str, float] = self.evaluate(metric_key_prefix="eval_ema")
+            if self.args.should_save:
+                model: Any = self._nio_model()
+                model.save_pretrained(directory)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(directory)
+        return metrics
+
+    # NIO
+
+    def get_nio_dataset(self) -> Samples:
+        """The samples of NIO."""
+        return self.data.nio
+
+    def prepare_nio_batch(self, batch: Any, number: int) -> Any:
+        """The batch, augmented on the device unless it is to be clean."""
+        if self._nio_augment == "clean":
+            return batch
+        # The global generators: NIO leaves them as it found them.
+        torch.manual_seed(mixed_seed(self.args.to_nio_config().seed, number, 0))
+        return self._augmentation(self._prepare_inputs(batch), mix=self._nio_augment == "mixed")
+
+    def compute_nio_loss(self, model: nn.Module, inputs: Any) -> torch.Tensor:
+        """The mean cross-entropy; smoothed where batches are "mixed"."""
+        batch = self._prepare_inputs(inputs)
+        smoothing = self.args.label_smoothing_factor if self._nio_augment == "mixed" else 0.0
+        logits = model(pixel_values=batch["pixel_values"].float()).logits
+        return classification_loss(logits, batch["labels"], label_smoothing=smoothing)
+
+    # What follows overrides Trainer.
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """As in Trainer, on augmented images."""
+        return super().training_step(model, self._augmentation(self._prepare_inputs(inputs)), num_items_in_batch)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters with weight decay."""
+        if self._no_weight_decay is None:
+            names: list[str] = super().get_decay_parameter_names(model)
+            return names
+        return decayed_parameters(model, self._no_weight_decay)
+
+    def _training_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        training = self.model is not None and self.model.training
+        smoothing = self.args.label_smoothing_factor if training else 0.0
+        return classification_loss(outputs["logits"], labels, label_smoothing=smoothing, samples=num_items_in_batch)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
+        if isinstance(self.data.train, ImageStream):
+            return None
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(len(self.data.train), seed, self._repeats)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._ema is not None:
+            self._ema.resume_from(Path(resume_from_checkpoint))
+
+
+def _seeded(samples: Samples, seed: int) -> SeededStream | SeededDataset:
+    return SeededStream(samples, seed) if isinstance(samples, ImageStream) else SeededDataset(samples, seed)

@@ -1,0 +1,219 @@
+"""The trainer of image classifiers: its batches, its loss, its average, and a run that goes on where it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback
+
+from nio_hf.errors import CheckpointError, DataError
+from nio_hf.image_training.building import build_trainer
+from nio_hf.image_training.trainer import ImageTrainer
+from nio_hf.recipe.loading import load_recipe
+from nio_hf.train import train
+from nio_hf.vision.images import read_image
+from tests.image_training.folders import CLASSES, make_folder, write_recipe
+
+PLAIN = ["--randaugment_magnitude", "null", "--color_jitter", "0", "--random_erasing", "0", "--mixup_alpha", "0"]
+PLAIN += ["--cutmix_alpha", "0", "--optim", "sgd", "--learning_rate", "0.5", "--nio", "false"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+def trainer_of(folder: Path, images: Path, *overrides: str, more: str = "") -> ImageTrainer:
+    folder.mkdir(exist_ok=True)
+    return build_trainer(load_recipe(write_recipe(folder, images, more), overrides))
+
+
+def weights(trainer: ImageTrainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+class SoftLabels:
+    """An augmentation that normalises, and softens each label in a way that depends on it alone."""
+
+    def __call__(self, batch: Any, *, mix: bool = True) -> Any:
+        hard = functional.one_hot(batch["labels"], len(CLASSES)).float()
+        return {
+            **batch,
+            "pixel_values": batch["pixel_values"].float() / 255,
+            "labels": 0.7 * hard + 0.3 * hard.roll(1, 1),
+        }
+
+
+@pytest.mark.parametrize("samples", [8, 36])
+def test_a_step_is_the_same_however_its_samples_are_accumulated(samples: int, images: Path, tmp_path: Path) -> None:
+    found = []
+    for size in (samples, samples // 2, samples // 4):
+        options = [*PLAIN, "--max_steps", "1", "--global_batch_size", str(samples)]
+        trainer = trainer_of(tmp_path / str(size), images, *options, "--per_device_train_batch_size", str(size))
+        trainer._augmentation = SoftLabels()
+        before = weights(trainer)
+        trainer.train()
+        found.append((weights(trainer) - before, trainer.state.log_history[0]["loss"]))
+    for change, loss in found[1:]:
+        torch.testing.assert_close(change, found[0][0], rtol=1e-4, atol=1e-7)
+        assert loss == pytest.approx(found[0][1], rel=1e-5)
+
+
+def test_the_last_samples_of_an_epoch_weigh_as_much_as_the_first(images: Path, tmp_path: Path) -> None:
+    # 36 samples: accumulated in batches of 8 the fifth batch has 4, and all 36 make one step.
+    options = [*PLAIN, "--max_steps", "-1", "--num_train_epochs", "1"]
+    whole = trainer_of(tmp_path / "whole", images, *options, "--per_device_train_batch_size", "36")
+    parts = trainer_of(
+        tmp_path / "parts", images, *options, "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "5"
+    )
+    for trainer in (whole, parts):
+        trainer.train()
+        assert trainer.state.global_step == 1
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-4, atol=1e-6)
+
+
+def test_smoothing_and_augmentation_are_of_training_only(images: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, images, "--nio", "false")
+    metrics = trainer.evaluate()
+    losses: list[torch.Tensor] = []
+    with torch.no_grad():
+        for batch in trainer.get_eval_dataloader():
+            logits = trainer.model(pixel_values=batch["pixel_values"]).logits
+            losses += functional.cross_entropy(logits, batch["labels"], reduction="none")
+    assert metrics["eval_loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    assert "eval_top5_accuracy" not in metrics
+
+
+def test_inference_with_the_saved_processor_sees_what_evaluation_saw(images: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, images, "--nio", "false")
+    trainer.save_model()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "output", backend="pil")
+    path = images / "validation" / "bird" / "0.jpg"
+    inferred = processor(read_image({"bytes": None, "path": str(path)}, "it"), return_tensors="pt")["pixel_values"]
+    evaluated = trainer.eval_dataset[0]
+    assert torch.equal(inferred[0], evaluated["pixel_values"])
+    assert trainer.model.config.id2label == dict(enumerate(CLASSES))
+
+
+@pytest.mark.parametrize("nio_augment", ["clean", "augmented", "mixed"])
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_batches_of_nio_are_the_same_in_every_run_and_soft_only_where_asked(
+    nio_augment: str, streaming: str, images: Path, tmp_path: Path
+) -> None:
+    options = ["--nio_augment", nio_augment, "--streaming", streaming]
+    if nio_augment == "mixed":
+        options += ["--mix_prob", "1.0"]
+
+    def batches(workers: int, seed: int) -> list[Any]:
+        trainer = trainer_of(tmp_path / f"{workers}-{seed}", images, *options, "--dataloader_num_workers", str(workers))
+        torch.manual_seed(seed)
+        return [trainer.prepare_nio_batch(batch, n) for n, batch in enumerate(trainer.get_nio_dataloader()) if n < 3]
+
+    first, again = batches(0, 1), batches(2, 2)
+    assert len(first) == 3
+    for left, right in zip(first, again, strict=True):
+        assert torch.equal(left["pixel_values"], right["pixel_values"])
+        assert torch.equal(left["labels"], right["labels"])
+        assert left["pixel_values"].dtype == torch.float32
+        assert left["labels"].is_floating_point() == (nio_augment == "mixed")
+    assert not torch.equal(first[0]["pixel_values"], first[1]["pixel_values"])
+
+
+def test_clean_batches_of_nio_hold_the_images_that_evaluation_would_see(images: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, images, "--nio_augment", "clean")
+    batch = next(iter(trainer.get_nio_dataloader()))
+    clean = torch.stack([trainer.data.nio[index]["pixel_values"] for index in range(36)])
+    for pixels in batch["pixel_values"]:
+        assert (clean == pixels).flatten(1).all(1).any()
+
+
+def test_the_order_and_the_draws_of_training_do_not_depend_on_nio(images: Path, tmp_path: Path) -> None:
+    losses = []
+    for nio, learning_rate in (("true", "0"), ("false", "0")):
+        # With scales that stay 1 the only difference is that NIO ran.
+        options = ["--nio", nio, "--nio_min_scale", "1", "--nio_max_scale", "1", "--learning_rate", learning_rate]
+        trainer = trainer_of(tmp_path / nio, images, *options)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 4
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(
+    streaming: str, workers: str, images: Path, tmp_path: Path
+) -> None:
+    options = ["--save_strategy", "steps", "--save_steps", "3", "--max_steps", "7", "--ema_decay", "0.9"]
+    options += ["--drop_path_rate", "0.3", "--streaming", streaming, "--dataloader_num_workers", workers]
+    whole = trainer_of(tmp_path / "run", images, *options)
+    whole.train()
+    resumed = trainer_of(tmp_path / "run", images, *options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "output" / "checkpoint-3"))
+    assert torch.equal(weights(resumed), weights(whole))
+    averages = [trainer.evaluate_average(tmp_path / "ema") for trainer in (whole, resumed)]
+    assert averages[0]["eval_ema_loss"] == averages[1]["eval_ema_loss"]
+
+
+def test_the_average_is_that_of_the_weights_after_each_step(images: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, images, *PLAIN, "--ema_decay", "0.75", "--max_steps", "3")
+    seen = [weights(trainer)]
+
+    class Record(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(weights(trainer))
+
+    trainer.add_callback(Record())
+    trainer.train()
+    expected = seen[0]
+    for after in seen[1:]:
+        expected = 0.75 * expected + 0.25 * after
+    trained = weights(trainer)
+    metrics = trainer.evaluate_average(tmp_path / "ema")
+    assert torch.equal(weights(trainer), trained)
+    assert "eval_ema_accuracy" in metrics
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path / "ema", dtype=torch.float32)
+    found = torch.cat([parameter.detach().flatten() for parameter in saved.parameters()])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert len(seen) == 4
+
+
+def test_resuming_with_an_average_that_was_not_saved_is_refused(images: Path, tmp_path: Path) -> None:
+    options = ["--nio", "false", "--save_strategy", "steps", "--save_steps", "2", "--max_steps", "2"]
+    trainer_of(tmp_path, images, *options).train()
+    resumed = trainer_of(tmp_path, images, *options[:-2], "--max_steps", "3", "--ema_decay", "0.9")
+    with pytest.raises(CheckpointError, match="no average of the weights"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-2"))
+
+
+def test_weight_decay_of_the_optimiser_is_that_of_the_recipe(images: Path, tmp_path: Path) -> None:
+    more = "weight_decay: 0.05\nno_weight_decay: [vectors, cls_token]\n"
+    trainer = trainer_of(tmp_path, images, more=more)
+    groups = trainer.create_optimizer().param_groups
+    decayed = {id(parameter) for group in groups if group["weight_decay"] == 0.05 for parameter in group["params"]}
+    assert {group["weight_decay"] for group in groups} == {0.05, 0.0}
+    for name, parameter in trainer.model.named_parameters():
+        assert (id(parameter) in decayed) == (parameter.ndim > 1 and "cls_token" not in name), name
+
+
+def test_broken_images_end_the_run_with_their_name_or_are_counted(tmp_path: Path) -> None:
+    images = make_folder(tmp_path / "images")
+    for split in ("train", "validation"):
+        (images / split / "cat" / "3.jpg").write_bytes((images / split / "cat" / "3.jpg").read_bytes()[:200])
+    options = [*PLAIN[:-2], "--max_steps", "6"]
+    for workers in ("0", "1"):
+        trainer = trainer_of(tmp_path / workers, images, *options, "--dataloader_num_workers", workers)
+        with pytest.raises(DataError) as raised:
+            trainer.train()
+        assert "train/cat/3.jpg" in str(raised.value)
+        assert str(raised.value).endswith("Replace or remove it, or set skip_broken_images: true.")
+        assert "\n" not in str(raised.value)
+    options += ["--skip_broken_images", "true", "--nio", "false"]
+    (tmp_path / "skip").mkdir()
+    run = train(load_recipe(write_recipe(tmp_path / "skip", images), options))
+    assert ("Images skipped, broken", "", "2") in run.rows
+    assert run.metrics["eval_accuracy"] * 35 == pytest.approx(round(run.metrics["eval_accuracy"] * 35))
