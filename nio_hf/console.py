@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,19 +17,39 @@ FAILURE, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 """Exit status of a run that failed, of settings that cannot work, and of an interrupted run."""
 
 
-def run_command(action: Callable[[], None]) -> int:
-    """Do what a command does, with our errors as messages on standard error; returns the exit status."""
+def exit_status(action: Callable[[], int]) -> int:
+    """Do what a command does, with our errors as messages on standard error; returns its exit status."""
     errors = Console(stderr=True)
     _show_messages(errors)
     try:
-        action()
+        return action()
     except NIOError as error:
-        errors.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return USAGE_ERROR if isinstance(error, ConfigError | RecipeError) else FAILURE
+        is_usage = isinstance(error, ConfigError | RecipeError)
+        # Every process of a launch finds the same fault in the settings; one message will do.
+        if not is_usage or os.environ.get("RANK", "0") == "0":
+            print_error(error, errors)
+        return USAGE_ERROR if is_usage else FAILURE
     except KeyboardInterrupt:
         errors.print("Interrupted. What was saved before is complete; the same command starts anew.", style="yellow")
         return INTERRUPTED
-    return 0
+
+
+def print_error(error: NIOError, console: Console) -> None:
+    """Print one of our errors with its kind."""
+    console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_recipes(descriptions: Mapping[str, str], accelerate_configs: Sequence[str]) -> None:
+    """Print the names of recipes with a line on each, and the configurations of accelerate."""
+    console = Console()
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column()
+    for name, description in descriptions.items():
+        table.add_row(name, description)
+    console.print(table)
+    names = ", ".join(accelerate_configs)
+    console.print(f"\nFor `nio-hf train --config_file NAME`: {names}", markup=False, highlight=False)
 
 
 def print_run(
@@ -46,6 +67,28 @@ def print_run(
         console.print(f"NIO: {message}", markup=False, highlight=False)
     for what, path in written.items():
         console.print(f"{what}: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_validation(
+    validations: Iterable[tuple[str, str, Sequence[str], NIOError | None]],
+) -> int:
+    """Print what was found about recipes, each as soon as it is known; returns the exit status.
+
+    Args:
+        validations: (name, summary, notes, error or None) of each.
+    """
+    console = Console()
+    failures = 0
+    for name, summary, notes, error in validations:
+        if error is None:
+            console.print(f"[green]ok[/green]  {name}  [dim]{summary}[/dim]", highlight=False, soft_wrap=True)
+        else:
+            failures += 1
+            console.print(f"[red]no[/red]  {name}", highlight=False, soft_wrap=True)
+            print_error(error, console)
+        for note in notes:
+            console.print(f"    Note: {note}.", style="yellow", highlight=False, soft_wrap=True)
+    return FAILURE if failures else 0
 
 
 def _show_messages(console: Console) -> None:

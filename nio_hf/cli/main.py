@@ -5,8 +5,10 @@ from __future__ import annotations
 import typer
 
 import nio_hf
+from nio_hf.cli import recipes
 from nio_hf.cli.init import init
 from nio_hf.cli.train import train
+from nio_hf.cli.validate import validate
 
 _RECIPE_COMMAND = {"ignore_unknown_options": True}
 """Every `--key value` behind the recipe is an override."""
@@ -19,6 +21,8 @@ app = typer.Typer(
 )
 app.command(context_settings=_RECIPE_COMMAND)(train)
 app.command(context_settings=_RECIPE_COMMAND)(init)
+app.command(context_settings=_RECIPE_COMMAND)(validate)
+app.add_typer(recipes.app, name="recipes")
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,61 @@
+"""`nio-hf recipes`: list, show and copy the recipes that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="List, show and copy the recipes that come with the package.")
+
+_Name = Annotated[str, typer.Argument(help="Name of a recipe, e.g. vit-tiny/digits/nio.", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def recipes(context: typer.Context) -> None:
+    """List the recipes, with a line each."""
+    if context.invoked_subcommand is None:
+        from nio_hf.console import print_recipes
+        from nio_hf.recipe.catalog import accelerate_config_names, describe, recipe_names
+
+        print_recipes({name: describe(name) for name in recipe_names()}, accelerate_config_names())
+
+
+@app.command()
+def show(
+    name: _Name,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="With the settings of its base, without comments.")
+    ] = False,
+) -> None:
+    """Print a recipe."""
+    from nio_hf.console import exit_status
+    from nio_hf.recipe.catalog import find_recipe
+    from nio_hf.recipe.layering import resolved_yaml
+
+    def action() -> int:
+        path = find_recipe(name)
+        typer.echo(resolved_yaml(path) if resolved else path.read_text(encoding="utf-8"), nl=False)
+        return 0
+
+    raise typer.Exit(exit_status(action))
+
+
+@app.command()
+def copy(
+    name: _Name,
+    destination: Annotated[
+        Path | None, typer.Argument(help="File or folder; by default MODEL-DATASET-VARIANT.yaml here.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Copy a recipe, to change it."""
+    from nio_hf.console import exit_status
+    from nio_hf.recipe.catalog import copy_recipe
+
+    def action() -> int:
+        typer.echo(f"Copied to {copy_recipe(name, destination, replace=force)}")
+        return 0
+
+    raise typer.Exit(exit_status(action))

@@ -1,0 +1,61 @@
+"""`accelerate launch` around a training, for those who give launch options to `nio-hf train`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate.commands.config.config_args import default_config_file
+
+from nio_hf.console import INTERRUPTED
+from nio_hf.errors import Problem, RecipeError
+from nio_hf.recipe.catalog import find_accelerate_config
+
+_SIGNAL_STATUS = 128
+
+
+def launch_command(options: Mapping[str, str], arguments: Sequence[str]) -> list[str]:
+    """The command line of `accelerate launch -m nio_hf.train`.
+
+    Args:
+        options: of `accelerate launch`, by name; `config_file` may name one that comes with the package.
+        arguments: the recipe and its overrides. They stand behind the module, where `accelerate launch` leaves them
+            alone, so `--gradient_accumulation_steps` is always the recipe's.
+
+    Raises:
+        RecipeError: for a configuration file that does not exist.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    for name, value in options.items():
+        command += [f"--{name}", str(find_accelerate_config(value)) if name == "config_file" else value]
+    return [*command, "-m", "nio_hf.train", *arguments]
+
+
+def launch(options: Mapping[str, str], arguments: Sequence[str]) -> int:
+    """Run `accelerate launch` and return its exit status.
+
+    Raises:
+        RecipeError: for a configuration file that does not exist, or for several processes where `accelerate launch`
+            would run one without a word.
+    """
+    command = launch_command(options, arguments)
+    _check_processes(options)
+    with subprocess.Popen(command) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            # The terminal has interrupted the processes, too: they end by themselves.
+            process.wait()
+            return INTERRUPTED
+    return status if status >= 0 else _SIGNAL_STATUS - status
+
+
+def _check_processes(options: Mapping[str, str]) -> None:
+    """Several processes need several devices, or a configuration that says otherwise."""
+    configured = "config_file" in options or Path(default_config_file).is_file()
+    if options.get("num_processes", "1") != "1" and not configured and not torch.accelerator.is_available():
+        found = f"{options['num_processes']} without a GPU: accelerate would run one process"
+        raise RecipeError(Problem("num_processes", found, "Add --config_file multi_cpu"))

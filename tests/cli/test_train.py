@@ -1,0 +1,116 @@
+"""Launch options of `nio-hf train`, and a training in two processes that is the one of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from nio_hf.cli.main import app
+from nio_hf.errors import RecipeError
+from nio_hf.launch import launch, launch_command
+from nio_hf.recipe.catalog import recipes_dir
+from nio_hf.training.checkpoints import load_state
+from tests.image_training.folders import make_folder, write_recipe
+
+RUNNER = CliRunner()
+
+
+def test_launch_options_wrap_accelerate_launch_and_all_else_is_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def recorded(*call: object) -> int:
+        calls.append(call)
+        return 7
+
+    monkeypatch.setattr("nio_hf.launch.launch", recorded)
+    options = ["--gradient_accumulation_steps", "2", "--seed=1"]
+    arguments = ["vit-tiny/digits/nio", "--num_processes", "2", *options, "--gpu-ids", "0,1", "--config_file", "cpu"]
+    assert RUNNER.invoke(app, ["train", *arguments]).exit_code == 7
+    launch_options = {"config_file": "cpu", "num_processes": "2", "gpu_ids": "0,1"}
+    assert calls == [(launch_options, ["vit-tiny/digits/nio", *options])]
+    assert RUNNER.invoke(app, ["train", "--machine_rank", "1"]).exit_code == 7
+    assert calls[1] == ({"machine_rank": "1"}, ["vit-tiny/digits/nio"])
+
+
+def test_the_command_line_keeps_the_options_of_both_apart() -> None:
+    command = launch_command({"config_file": "cpu", "num_machines": "2"}, ["a.yaml", "--num_processes_of_mine", "1"])
+    config = str(recipes_dir() / "accelerate_configs" / "cpu.yaml")
+    assert command[1:] == [
+        *("-m", "accelerate.commands.launch", "--quiet", "--config_file", config, "--num_machines", "2"),
+        *("-m", "nio_hf.train", "a.yaml", "--num_processes_of_mine", "1"),
+    ]
+    with pytest.raises(RecipeError, match=r"config_file: 'gpus' is no file. Give .* one of: cpu, fsdp2"):
+        launch_command({"config_file": "gpus"}, [])
+
+
+def test_the_exit_status_is_that_of_the_training(tmp_path: Path) -> None:
+    assert launch({"config_file": "cpu"}, ["nowhere.yaml"]) != 0
+    refused = RUNNER.invoke(app, ["train", "--config_file", "gpus"])
+    assert refused.exit_code == 2
+    assert "'gpus' is no file" in refused.output
+
+
+def test_several_processes_without_gpus_or_a_configuration_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # accelerate would run one process, and say nothing.
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("nio_hf.launch.default_config_file", "nowhere.yaml")
+    refused = RUNNER.invoke(app, ["train", "vit-tiny/digits/nio", "--num_processes", "2"])
+    assert refused.exit_code == 2
+    assert "Add --config_file multi_cpu" in refused.output
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The output of the same training in one and in two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    # 48 samples: shares of 4 come out even, so that no process is given some of them again.
+    images = make_folder(folder / "images", images=16)
+    recipe = write_recipe(folder, images, "global_batch_size: 16\noptim: sgd\nlearning_rate: 0.5\n")
+    # What is drawn for a whole batch on its device depends on how the batch is shared; crops and flips do not.
+    plain = ["--randaugment_magnitude", "null", "--color_jitter", "0", "--random_erasing", "0"]
+    plain += ["--mixup_alpha", "0", "--cutmix_alpha", "0", "--per_device_train_batch_size", "4"]
+    launches = {1: [], 2: ["--config_file", "multi_cpu", "--num_processes", "2"]}
+    outputs = {}
+    for processes, options in launches.items():
+        outputs[processes] = folder / f"output-{processes}"
+        command = [sys.executable, "-m", "nio_hf.cli", "train", recipe, *options, *plain]
+        command += ["--output_dir", str(outputs[processes]), "--nio_iterations", "3"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+        finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        (outputs[processes] / "shown.txt").write_text(finished.stdout + finished.stderr)
+    return outputs
+
+
+def test_two_processes_train_the_weights_that_one_process_trains(runs: dict[int, Path]) -> None:
+    states = {processes: json.loads((path / "trainer_state.json").read_text()) for processes, path in runs.items()}
+    losses = {n: [entry["loss"] for entry in state["log_history"] if "loss" in entry] for n, state in states.items()}
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+    one, two = (load_file(path / "model.safetensors") for path in runs.values())
+    initial = load_file(runs[1] / "_nio_init" / "model.safetensors")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=2e-3, atol=2e-5)
+    moved = max(float((one[name] - initial[name]).abs().max()) for name in one)
+    assert moved > 0.01
+    scales = [load_state(path / "_nio_init").scales for path in runs.values()]
+    assert scales[1] == pytest.approx(scales[0], rel=1e-5)
+
+
+def test_two_processes_really_ran_and_reported_once(runs: dict[int, Path]) -> None:
+    accumulated = {n: torch.load(path / "training_args.bin", weights_only=False) for n, path in runs.items()}
+    assert {n: arguments.gradient_accumulation_steps for n, arguments in accumulated.items()} == {1: 4, 2: 2}
+    assert (runs[2] / "shown.txt").read_text().count("Trained model: ") == 1
+
+
+def test_evaluation_counts_every_image_once(runs: dict[int, Path]) -> None:
+    results = [json.loads((path / "all_results.json").read_text()) for path in runs.values()]
+    assert results[1]["eval_accuracy"] == pytest.approx(results[0]["eval_accuracy"], abs=0.03)
+    assert results[1]["eval_loss"] == pytest.approx(results[0]["eval_loss"], rel=5e-3)

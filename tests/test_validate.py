@@ -1,0 +1,87 @@
+"""`nio-hf validate`: what passes, what does not, and what is tried with data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from nio_hf.cli.main import app
+from nio_hf.validate import validate_recipe
+from tests.image_training.folders import make_folder, write_recipe
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+def test_recipes_that_pass_and_recipes_that_do_not_are_all_reported(tmp_path: Path) -> None:
+    wrong = tmp_path / "no_warmup.yaml"
+    wrong.write_text("base: vit-tiny/digits/warmup\nnio: false\nwarmup_steps: 5\n")
+    names = ["vit-tiny/digits/nio", str(wrong), "vit-tiny/nowhere/nio", "swin-tiny/imagenet-1k/warmup"]
+    shown = RUNNER.invoke(app, ["validate", *names, "--num_processes", "8"], env={"COLUMNS": "300"})
+    assert shown.exit_code == 1
+    assert (
+        "ok  vit-tiny/digits/nio  ViTForImageClassification; 512 samples a step: 8 processes x 64 x 1" in shown.output
+    )
+    assert "Note: 4 sub-batches on 8 processes: 4 of them are idle." in shown.output
+    assert f"no  {wrong}" in shown.output
+    assert "5 in a recipe without warmup. Set warmup_steps: 0." in shown.output
+    assert "no  vit-tiny/nowhere/nio" in shown.output
+    assert "1024 samples a step: 8 processes x 128 x 1 accumulated" in shown.output
+    assert RUNNER.invoke(app, ["validate", names[0], names[3], "--nio_lr", "0.1"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["validate"], 2, "Missing argument"),
+        (["validate", "--seed", "1"], 2, "no recipe. Name one, or the path of a YAML file"),
+        (["validate", "vit-tiny/digits/nio", "--sede", "1"], 1, "Did you mean 'seed'?"),
+        (["validate", "vit-tiny/digits/nio", "--use_cpu"], 0, "ok"),
+        (["validate", "vit-base/imagenet-1k/nio", "--num_processes", "3"], 1, "1024 is no multiple of 128 samples on"),
+        (["validate", "vit-base/imagenet-1k/nio", "--model_config.hidden_act", "relux"], 1, "no model can be built"),
+        (["validate", "vit-base/imagenet-1k/nio", "--model_config.patch_size", "0"], 1, "patch_size: 0. Give a whole"),
+        (
+            ["validate", "resnet-50/imagenet-1k/nio", "--drop_path_rate", "0.1"],
+            1,
+            "ResNetForImageClassification has no",
+        ),
+    ],
+)
+def test_the_exit_status_says_whether_all_is_well(arguments: list[str], status: int, message: str) -> None:
+    shown = RUNNER.invoke(app, arguments, env={"COLUMNS": "300"})
+    assert shown.exit_code == status, shown.output
+    assert message in shown.output
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_with_data_a_batch_is_read_an_iteration_run_and_nothing_kept(
+    streaming: str, images: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, images)
+    found = validate_recipe(recipe, ["--streaming", streaming, "--output_dir", str(tmp_path / "mine")], with_data=True)
+    assert found.error is None, str(found.error)
+    assert "8 images of 16x16 read" in found.summary
+    assert "one iteration of NIO at GradCosine" in found.summary
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data_dir", "nowhere"], "data_dir: 'nowhere' cannot be loaded as 'imagefolder'"),
+        (["--label_column", "path"], "label_column: 'path' is no column"),
+        (["--nio_batch_size", "64"], "train_dataset: 36 samples for 1 held-out batches and one more of 64"),
+        (["--model_config.num_labels", "7"], "num_labels"),
+    ],
+)
+def test_data_that_do_not_fit_are_an_error_of_that_recipe(
+    options: list[str], message: str, images: Path, tmp_path: Path
+) -> None:
+    found = validate_recipe(write_recipe(tmp_path, images), options, with_data=True)
+    assert message in str(found.error)
