@@ -47,8 +47,8 @@ def _import_seconds(code: str) -> float:
 
 def _run() -> dict[str, Any]:
     started = time.perf_counter()
+    from nio_hf.image_training.building import build_trainer
     from nio_hf.recipe.loading import load_recipe
-    from nio_hf.train import build_trainer
     from nio_hf.training.checkpoints import versions
 
     imported = time.perf_counter()
