@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class NIOError(Exception):
 
     Args:
         problems: at least one [`Problem`]. A worker of a data loader hands over the text of its traceback instead,
-            whose last line is the message.
+            which ends with the message.
     """
 
     def __init__(self, *problems: Problem | str) -> None:
@@ -39,7 +40,7 @@ class NIOError(Exception):
 
     def __str__(self) -> str:
         if not self.problems:
-            return str(self.args[0]).strip().splitlines()[-1].partition(": ")[2]
+            return re.split(r"^[\w.]+Error: ", str(self.args[0]), flags=re.MULTILINE)[-1].strip()
         if len(self.problems) == 1:
             return str(self.problems[0])
         lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))

@@ -49,7 +49,7 @@ def test_recipes_that_pass_and_recipes_that_do_not_are_all_reported(tmp_path: Pa
         (
             ["validate", "resnet-50/imagenet-1k/nio", "--drop_path_rate", "0.1"],
             1,
-            "ResNetForImageClassification has no",
+            "ResNetForImageClassification has no layers",
         ),
     ],
 )

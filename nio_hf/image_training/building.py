@@ -183,6 +183,8 @@ def make_config(settings: ModelSettings, class_names: tuple[str, ...]) -> PreTra
         id2label=names,
         label2id={name: index for index, name in names.items()},
     )
+    # The auto classes iterate it to choose among the heads of an architecture with several, as DeiT has.
+    config.architectures = config.architectures or []
     _set_drop_path_rate(config, settings.drop_path_rate)
     return config
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -16,22 +18,32 @@ _LABEL_NAMES = ("label", "labels", "cls", "class")
 _TEXT = ("string", "large_string")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What tells a column of images or of labels.
+
+    Attributes:
+        key: setting that names it.
+        what: what it holds, for messages.
+        feature_type: of a column that is known by its type.
+        holds: whether a column of another type can stand for one.
+        usual_names: of such columns that are taken unasked.
+    """
+
+    key: str
+    what: str
+    feature_type: type
+    holds: Callable[[Any], bool]
+    usual_names: tuple[str, ...] = ()
+
+
 def find_image_column(rows: Rows, column: str | None, name: str) -> str:
     """The column of images: the one that is named, or the only one of that type.
 
     Raises:
         DataError: where there is none, or more than one to choose from.
     """
-    features = _features(rows, name)
-    if column is not None:
-        if column not in features:
-            raise _no_such_column(column, "image_column", features, name)
-        if not isinstance(features[column], datasets.Image) and not _holds_files(features[column]):
-            found = f"{column!r} of {name} holds {_described(features[column])}"
-            raise DataError(Problem("image_column", found, f"Name a column of images: {_listed(features)}"))
-        return column
-    candidates = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
-    return _only(candidates, "image_column", "images", features, name)
+    return _find(rows, column, name, _Kind("image_column", "images", datasets.Image, _holds_files))
 
 
 def find_label_column(rows: Rows, column: str | None, name: str) -> str:
@@ -40,17 +52,9 @@ def find_label_column(rows: Rows, column: str | None, name: str) -> str:
     Raises:
         DataError: where there is none, or more than one to choose from.
     """
-    features = _features(rows, name)
-    if column is not None:
-        if column not in features:
-            raise _no_such_column(column, "label_column", features, name)
-        if not isinstance(features[column], datasets.ClassLabel) and not _holds_labels(features[column]):
-            found = f"{column!r} of {name} holds {_described(features[column])}"
-            raise DataError(Problem("label_column", found, f"Name a column of class labels: {_listed(features)}"))
-        return column
-    candidates = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    called_so = [key for key in _LABEL_NAMES if key in features and _holds_labels(features[key])]
-    return _only(candidates or called_so, "label_column", "class labels", features, name)
+    return _find(
+        rows, column, name, _Kind("label_column", "class labels", datasets.ClassLabel, _holds_labels, _LABEL_NAMES)
+    )
 
 
 def classes_of(rows: Rows, label_column: str, num_classes: int | None, name: str) -> tuple[str, ...]:
@@ -66,7 +70,8 @@ def classes_of(rows: Rows, label_column: str, num_classes: int | None, name: str
         return tuple(map(str, range(num_classes)))
     if isinstance(rows, datasets.IterableDataset):
         found = f"{label_column!r} of {name} holds {_described(feature)}, and a stream is not read beforehand"
-        raise DataError(Problem("num_classes", found, "Set num_classes, or turn streaming off"))
+        fix = "Turn streaming off" if feature.dtype in _TEXT else "Set num_classes, or turn streaming off"
+        raise DataError(Problem("num_classes", found, fix))
     check_labels(rows, label_column, name)
     values = rows.unique(label_column)
     return tuple(sorted(values)) if feature.dtype in _TEXT else tuple(map(str, range(max(values) + 1)))
@@ -145,18 +150,29 @@ def _holds_labels(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and (dtype in _TEXT or dtype.startswith(("int", "uint")))
 
 
-def _only(candidates: list[str], key: str, what: str, features: datasets.Features, name: str) -> str:
+def _find(rows: Rows, column: str | None, name: str, kind: _Kind) -> str:
+    """The column of a kind: the one that is named, or the only one that can be meant."""
+    features = _features(rows, name)
+    if column is not None:
+        return _checked(column, features, name, kind)
+    of_type = [key for key, feature in features.items() if isinstance(feature, kind.feature_type)]
+    called_so = [key for key in kind.usual_names if key in features and kind.holds(features[key])]
+    candidates = of_type or called_so
     if len(candidates) == 1:
         return candidates[0]
-    found = f"{len(candidates) or 'no'} columns of {what} in {name}"
     fix = f"Name one of its columns: {_listed(features)}"
-    if name == "imagefolder" and key == "label_column" and not candidates:
+    if name == "imagefolder" and kind.feature_type is datasets.ClassLabel and not candidates:
         fix = "Put the images of each class into a folder of their own"
-    raise DataError(Problem(key, found, fix))
+    raise DataError(Problem(kind.key, f"{len(candidates) or 'no'} columns of {kind.what} in {name}", fix))
 
 
-def _no_such_column(column: str, key: str, features: datasets.Features, name: str) -> DataError:
-    return DataError(Problem(key, f"{column!r} is no column of {name}", f"Name one of {_listed(features)}"))
+def _checked(column: str, features: datasets.Features, name: str, kind: _Kind) -> str:
+    if column not in features:
+        raise DataError(Problem(kind.key, f"{column!r} is no column of {name}", f"Name one of {_listed(features)}"))
+    if not isinstance(features[column], kind.feature_type) and not kind.holds(features[column]):
+        found = f"{column!r} of {name} holds {_described(features[column])}"
+        raise DataError(Problem(kind.key, found, f"Name a column of {kind.what}: {_listed(features)}"))
+    return column
 
 
 def _listed(features: datasets.Features) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class ImageData:
 
     Attributes:
         train: samples to train on, images not decoded.
-        evaluation: samples to evaluate on; none of them is in `train`.
+        evaluation: samples to evaluate on; none of them is in `train`, unless both splits are the same by request.
         image_column: name of the column of images.
         label_column: name of the column of class labels, integers from 0.
         class_names: names of the classes, in the order of their labels.
@@ -120,7 +121,7 @@ def load_image_data(
         evaluation = _labelled(rows, image_column, label_column, class_names, f"{eval_split!r} of {name}")
     if isinstance(train, datasets.Dataset) and isinstance(evaluation, datasets.Dataset):
         _check_classes(train, evaluation, label_column, class_names, name)
-    _report_empty_folders(Path(name if data_dir is None else data_dir))
+    _report_empty_folders(Path(data_dir if name == "imagefolder" and data_dir is not None else name))
     train = _limited(train, max_train_samples, seed)
     evaluation = _limited(evaluation, max_eval_samples, seed)
     if isinstance(train, datasets.IterableDataset):
@@ -220,7 +221,7 @@ def _check_classes(
 
 def _report_empty_folders(data_dir: Path) -> None:
     """Folders without a file are no class; more often than not something is missing."""
-    empty = [str(path) for path in sorted(data_dir.rglob("*")) if path.is_dir() and not any(path.iterdir())]
+    empty = sorted(folder for folder, folders, files in os.walk(data_dir) if not folders and not files)
     if empty:
         logger.warning("No class is made of empty folders: %s.", ", ".join(empty[:_MAX_NAMED]))
 

@@ -40,7 +40,8 @@ def read_image(stored: Any, name: str) -> Image.Image:
     try:
         if isinstance(stored, Image.Image):
             return _to_rgb(ImageOps.exif_transpose(stored))
-        return _to_rgb(_FEATURE.decode_example(stored))
+        with _FEATURE.decode_example(stored) as image:  # a file of several pictures stays open
+            return _to_rgb(image)
     except Image.DecompressionBombError as error:
         raise BrokenImageError(Problem(where, f"too large: {one_line(error)}", _FIX)) from error
     except Exception as error:  # Pillow's decoders raise nearly every kind for a damaged file

@@ -48,7 +48,7 @@ def add_stochastic_depth(model: PreTrainedModel, rate: float) -> None:
     """
     layers = [module for module in model.modules() if isinstance(module, ViTLayer | DeiTLayer)]
     if not layers:
-        found = f"{type(model).__name__} has no stochastic depth"
+        found = f"{type(model).__name__} has no layers of a ViT or DeiT to put it behind"
         raise ModelError(Problem(CONFIG_FIELD, found, "Leave it out, or choose an architecture that has it"))
     for depth, layer in enumerate(layers):
         probability = rate * depth / max(len(layers) - 1, 1)

@@ -90,3 +90,8 @@ def test_a_configuration_that_no_model_can_be_built_from_is_our_error() -> None:
     broken = dataclasses.replace(VIT, model_config={**VIT.model_config, "hidden_act": "relux"})
     with pytest.raises(ModelError, match=r"model_config: no model can be built from it: .*relux"):
         build_model(broken, CLASSES)
+
+
+def test_an_architecture_with_several_heads_gets_the_plain_one() -> None:
+    settings = dataclasses.replace(VIT, model_type="deit")
+    assert type(build_model(settings, CLASSES)).__name__ == "DeiTForImageClassification"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import warnings
 from collections.abc import Iterator
 
 import datasets
@@ -23,3 +25,12 @@ def prompt_ends() -> Iterator[None]:
         patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
         patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
         yield
+
+
+@pytest.fixture
+def given_up_files() -> Iterator[None]:
+    """Files that `datasets` leaves open where reading ends with an error are closed in silence."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()

@@ -223,6 +223,7 @@ def test_a_format_alone_is_refused_whatever_files_lie_where_one_happens_to_be(
     assert refused(name) == f"dataset_name: '{name}' without data_dir or data_files. Give one of them with it."
 
 
+@pytest.mark.usefixtures("given_up_files")
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("content", [b"", b"PAR1 but nothing more", b"\x00" * 1024, b"text" * 500])
 @pytest.mark.parametrize("name", ["parquet", "webdataset"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -132,6 +134,19 @@ def test_a_file_is_read_from_its_path_and_closed(tmp_path: Path) -> None:
     photo(5).save(tmp_path / "a.png")
     found = read_image(stored(None, str(tmp_path / "a.png")), "image 0")
     np.testing.assert_array_equal(np.asarray(found), np.asarray(photo(5)))
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "TIFF", "PNG", "WEBP"])
+def test_a_file_of_several_pictures_is_closed_too(file_format: str, tmp_path: Path) -> None:
+    path = tmp_path / f"several.{file_format.lower()}"
+    photo(3).save(path, file_format, save_all=True, append_images=[photo(4)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        image = read_image(stored(None, str(path)), "image 0")
+        assert getattr(image, "fp", None) is None
+        del image
+        gc.collect()
+    assert not caught
 
 
 def test_a_file_inside_an_archive_is_read_from_where_datasets_says_it_is(tmp_path: Path) -> None:

@@ -196,6 +196,6 @@ def test_an_architecture_without_stochastic_depth_is_refused() -> None:
     with pytest.raises(ModelError) as raised:
         add_stochastic_depth(model, 0.1)
     assert str(raised.value) == (
-        "drop_path_rate: ResNetForImageClassification has no stochastic depth. "
+        "drop_path_rate: ResNetForImageClassification has no layers of a ViT or DeiT to put it behind. "
         "Leave it out, or choose an architecture that has it."
     )
