@@ -13,6 +13,7 @@ from accelerate.commands.config.config_args import default_config_file
 from nio_hf.console import INTERRUPTED
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.catalog import find_accelerate_config
+from nio_hf.recipe.loading import load_recipe
 
 _SIGNAL_STATUS = 128
 
@@ -38,11 +39,12 @@ def launch(options: Mapping[str, str], arguments: Sequence[str]) -> int:
     """Run `accelerate launch` and return its exit status.
 
     Raises:
-        RecipeError: for a configuration file that does not exist, or for several processes where `accelerate launch`
-            would run one without a word.
+        RecipeError: for a configuration file that does not exist, for several processes where `accelerate launch` would
+            run one without a word, or for a recipe that does not validate.
     """
     command = launch_command(options, arguments)
     _check_processes(options)
+    load_recipe(arguments[0], arguments[1:], world_size=int(options.get("num_processes", "1")))
     with subprocess.Popen(command) as process:
         try:
             status = process.wait()

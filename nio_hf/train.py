@@ -11,6 +11,7 @@ from typing import cast
 from nio_hf import report
 from nio_hf.console import exit_status, print_run
 from nio_hf.core import NIOResult
+from nio_hf.errors import CheckpointError, Problem
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.catalog import DEFAULT_RECIPE, recipe_name, split_arguments
@@ -48,7 +49,11 @@ def train(recipe: Recipe) -> RunReport:
         NIOError: for data or a model that cannot be loaded or do not go together; see also [`NIOTrainer`].
     """
     trainer = build_trainer(recipe)
-    outcome = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    checkpoint = recipe.training.resume_from_checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        found = f"{checkpoint!r} is no folder"
+        raise CheckpointError(Problem("resume_from_checkpoint", found, "Give a folder OUTPUT_DIR/checkpoint-N"))
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = {**outcome.metrics, **trainer.evaluate()}
     metrics |= trainer.evaluate_average(Path(cast(str, recipe.training.output_dir)) / EMA_DIR_NAME)
     trainer.save_model()

@@ -13,9 +13,9 @@ import torch
 
 from nio_hf.console import exit_status, print_validation
 from nio_hf.errors import NIOError, Problem, RecipeError
-from nio_hf.image_training.building import build_model, build_trainer
+from nio_hf.image_training.building import build_trainer, check_buildable
 from nio_hf.recipe.consistency import consistency_notes, consistency_problems
-from nio_hf.recipe.loading import Recipe, accumulation_steps, load_recipe
+from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import read_overrides
 
 _TRIAL = {"nio_iterations": 1, "nio_holdout_batches": 1, "nio_save_init": False, "report_to": "none"}
@@ -53,15 +53,14 @@ def validate_recipe(
         if not torch.accelerator.is_available():
             # A recipe is checked for the machine that it is meant for: settings that need a GPU are no fault of it.
             overrides = _replaced(overrides, {"use_cpu": True})
-        recipe = load_recipe(name, overrides)
+        recipe = load_recipe(name, overrides, world_size=num_processes)
         world_size = num_processes or recipe.training.world_size
         problems = list(consistency_problems(recipe, world_size))
         if problems:
             raise RecipeError(*problems)
         parts = [_described_batch(recipe, world_size)]
         if recipe.model.model_name_or_path is None:
-            with torch.device("meta"):
-                parts.insert(0, type(build_model(recipe.model, ("a", "b"))).__name__)
+            parts.insert(0, check_buildable(recipe))
         if with_data:
             parts.append(_try_data(name, overrides))
         return Validation(name, "; ".join(parts), tuple(consistency_notes(recipe, world_size)))
@@ -72,9 +71,7 @@ def validate_recipe(
 def _described_batch(recipe: Recipe, world_size: int) -> str:
     """The samples of an optimiser step, as they are shared."""
     processes = f"{world_size} process{'es' if world_size > 1 else ''}"
-    size, steps = recipe.training.train_batch_size, recipe.training.gradient_accumulation_steps
-    if recipe.optimization.global_batch_size is not None:
-        steps = accumulation_steps(recipe.settings["global_batch_size"], size, world_size)
+    size, steps = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
     return f"{world_size * size * steps} samples a step: {processes} x {size} x {steps} accumulated"
 
 

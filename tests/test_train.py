@@ -111,6 +111,8 @@ def test_the_same_seed_gives_the_same_model_and_another_another(tmp_path: Path) 
         (["--dataset_name", "no/such/place"], 1, "DataError: dataset_name: 'no/such/place' cannot be loaded"),
         (["--model_name_or_path", "no/such/place"], 1, "ModelError: model_name_or_path: 'no/such/place'"),
         (["--output_dir", "/dev/null/run"], 1, "OutputError: /dev/null/run"),
+        (["--resume_from_checkpoint", "nowhere"], 1, "CheckpointError: resume_from_checkpoint: 'nowhere' is no folder"),
+        (["--report_to", "foo"], 2, "ConfigError"),
     ],
 )
 def test_user_errors_are_messages_with_an_exit_status(
@@ -119,6 +121,15 @@ def test_user_errors_are_messages_with_an_exit_status(
     output = [] if "--output_dir" in arguments else ["--output_dir", str(tmp_path)]
     assert main([*arguments, *output]) == status
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_one_process_of_a_launch_reports_what_is_wrong_with_the_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, reports in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["--nio_gama", "3"]) == 2
+        assert ("Did you mean 'nio_gamma'?" in capsys.readouterr().err) == reports
 
 
 def test_an_interrupt_is_no_traceback(

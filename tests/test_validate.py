@@ -46,6 +46,8 @@ def test_recipes_that_pass_and_recipes_that_do_not_are_all_reported(tmp_path: Pa
         (["validate", "vit-base/imagenet-1k/nio", "--num_processes", "3"], 1, "1024 is no multiple of 128 samples on"),
         (["validate", "vit-base/imagenet-1k/nio", "--model_config.hidden_act", "relux"], 1, "no model can be built"),
         (["validate", "vit-base/imagenet-1k/nio", "--model_config.patch_size", "0"], 1, "patch_size: 0. Give a whole"),
+        (["validate", "vit-tiny/digits/nio", "--no_weight_decay", "[foo]"], 1, "has no parameter 'foo'"),
+        (["validate", "vit-tiny/digits/nio", "--model_type", "efficientnet", "--image_size", "8"], 1, "image_size"),
         (
             ["validate", "resnet-50/imagenet-1k/nio", "--drop_path_rate", "0.1"],
             1,

@@ -11,8 +11,8 @@ from nio_hf.cli.arguments import RecipeArguments
 _PANEL = "Options of accelerate launch: with one of them, training runs in its processes"
 
 
-def _launch_option(name: str, text: str) -> object:
-    return typer.Option(f"--{name}", f"--{name.replace('_', '-')}", help=text, rich_help_panel=_PANEL)
+def _launch_option(name: str, text: str, least: int | None = None) -> object:
+    return typer.Option(f"--{name}", f"--{name.replace('_', '-')}", help=text, rich_help_panel=_PANEL, min=least)
 
 
 def train(
@@ -20,9 +20,11 @@ def train(
     config_file: Annotated[
         str | None, _launch_option("config_file", "A configuration of accelerate, or the name of one in `recipes`.")
     ] = None,
-    num_processes: Annotated[int | None, _launch_option("num_processes", "Processes on all machines together.")] = None,
-    num_machines: Annotated[int | None, _launch_option("num_machines", "Machines.")] = None,
-    machine_rank: Annotated[int | None, _launch_option("machine_rank", "Number of this machine, from 0.")] = None,
+    num_processes: Annotated[
+        int | None, _launch_option("num_processes", "Processes on all machines together.", 1)
+    ] = None,
+    num_machines: Annotated[int | None, _launch_option("num_machines", "Machines.", 1)] = None,
+    machine_rank: Annotated[int | None, _launch_option("machine_rank", "Number of this machine, from 0.", 0)] = None,
     main_process_ip: Annotated[str | None, _launch_option("main_process_ip", "Address of machine 0.")] = None,
     main_process_port: Annotated[int | None, _launch_option("main_process_port", "Port on machine 0.")] = None,
     gpu_ids: Annotated[str | None, _launch_option("gpu_ids", "GPUs of this machine, e.g. 0,1 or all.")] = None,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -19,8 +21,9 @@ from transformers import (
     set_seed,
 )
 
-from nio_hf.errors import ModelError, Problem, one_line
+from nio_hf.errors import ConfigError, ModelError, NIOError, Problem, one_line
 from nio_hf.image_training.trainer import ImageTrainer, ImageTrainingData, Samples
+from nio_hf.image_training.weight_decay import decayed_parameters
 from nio_hf.recipe.loading import Recipe
 from nio_hf.recipe.settings import PROCESSOR_KEYS, AugmentationSettings, ModelSettings
 from nio_hf.training.checkpoints import ensure_writable
@@ -32,6 +35,8 @@ from nio_hf.vision.rand_augment import RandAugment
 from nio_hf.vision.samples import ImageSamples, ImageStream, Transform
 from nio_hf.vision.stochastic_depth import CONFIG_FIELD, add_stochastic_depth
 from nio_hf.vision.transforms import EvaluationTransform, TrainingTransform
+
+logger = logging.getLogger(__name__)
 
 _BYTE = 255
 
@@ -50,17 +55,38 @@ def build_trainer(recipe: Recipe) -> ImageTrainer:
     with args.main_process_first(desc="preparing the data"):
         data = load_data(recipe)
     model, processor = load_model(recipe.model, data.class_names)
-    return ImageTrainer(
-        model=model,
-        args=args,
-        data=make_samples(recipe, data, processor),
-        augmentation=make_augmentation(recipe.augmentation, processor, len(data.class_names)),
-        nio_augment=recipe.augmentation.nio_augment,
-        processing_class=processor,
-        no_weight_decay=recipe.optimization.no_weight_decay,
-        repeats=recipe.augmentation.repeated_augmentation,
-        ema_decay=recipe.optimization.ema_decay,
-    )
+    try:
+        return ImageTrainer(
+            model=model,
+            args=args,
+            data=make_samples(recipe, data, processor),
+            augmentation=make_augmentation(recipe.augmentation, processor, len(data.class_names)),
+            nio_augment=recipe.augmentation.nio_augment,
+            processing_class=processor,
+            no_weight_decay=recipe.optimization.no_weight_decay,
+            repeats=recipe.augmentation.repeated_augmentation,
+            ema_decay=recipe.optimization.ema_decay,
+        )
+    except (ValueError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, NIOError):
+            raise
+        fix = "Correct the training argument that it is about"
+        raise ConfigError(Problem(str(recipe.path), one_line(error), fix)) from error
+
+
+def check_buildable(recipe: Recipe) -> str:
+    """Build what a recipe describes but for its data, without memory for weights, and return the name of the model.
+
+    Raises:
+        ModelError: for a model that cannot be built, has no image processor that can be augmented for, or lacks a
+            parameter that is named in `no_weight_decay`.
+    """
+    with torch.device("meta"):
+        model = build_model(recipe.model, ("a", "b"))
+    if recipe.optimization.no_weight_decay is not None:
+        decayed_parameters(model, recipe.optimization.no_weight_decay)
+    pixel_format(_make_processor(recipe.model, model.config))
+    return type(model).__name__
 
 
 def load_data(recipe: Recipe) -> ImageData:
@@ -155,7 +181,11 @@ def load_model(settings: ModelSettings, class_names: tuple[str, ...]) -> tuple[P
     if settings.model_name_or_path is not None:
         return _load_pretrained(settings.model_name_or_path, settings.drop_path_rate, class_names)
     model = build_model(settings, class_names)
-    return model, make_image_processor(model.config, **{key: getattr(settings, key) for key in PROCESSOR_KEYS})
+    return model, _make_processor(settings, model.config)
+
+
+def _make_processor(settings: ModelSettings, config: PreTrainedConfig) -> BaseImageProcessor:
+    return make_image_processor(config, **{key: getattr(settings, key) for key in PROCESSOR_KEYS})
 
 
 def build_model(settings: ModelSettings, class_names: tuple[str, ...]) -> PreTrainedModel:
@@ -164,11 +194,11 @@ def build_model(settings: ModelSettings, class_names: tuple[str, ...]) -> PreTra
     Raises:
         ModelError: for a configuration that no model can be built from.
     """
-    config = make_config(settings, class_names)
     try:
+        config = make_config(settings, class_names)
         model: PreTrainedModel = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        fix = f"Correct it for {type(config).__name__}"
+    except (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, ImportError) as error:
+        fix = f"Correct it for {settings.model_type}"
         raise ModelError(Problem("model_config", f"no model can be built from it: {one_line(error)}", fix)) from error
     _add_stochastic_depth(model, settings.drop_path_rate)
     return model
@@ -197,7 +227,7 @@ def _load_pretrained(
         _set_drop_path_rate(config, drop_path_rate)
         model = AutoModelForImageClassification.from_pretrained(source, config=config, dtype=torch.float32)
         processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         fix = "Give a folder with an image classification checkpoint, or its name on the Hub"
         raise ModelError(
             Problem("model_name_or_path", f"{source!r} cannot be loaded: {one_line(error)}", fix)
@@ -205,8 +235,20 @@ def _load_pretrained(
     if model.config.num_labels != len(class_names):
         found = f"{source!r} has {model.config.num_labels} classes, the data set {len(class_names)}"
         raise ModelError(Problem("model_name_or_path", found, "Give a model or a data set of as many classes"))
+    _name_classes(model.config, class_names, source)
     _add_stochastic_depth(model, drop_path_rate)
     return model, processor
+
+
+def _name_classes(config: PreTrainedConfig, class_names: tuple[str, ...], source: str) -> None:
+    """Name the classes of a loaded model as the data set does, and say so where that changes what a name stands for."""
+    names = dict(enumerate(class_names))
+    former = {int(label): name for label, name in (config.id2label or {}).items()}
+    if former != names:
+        if not all(name == f"LABEL_{label}" for label, name in former.items()):
+            logger.warning("The classes of %s have other names than those of the data set, which replace them.", source)
+        config.id2label = names
+        config.label2id = {name: label for label, name in names.items()}
 
 
 def _add_stochastic_depth(model: PreTrainedModel, rate: float | None) -> None:

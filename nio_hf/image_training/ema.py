@@ -20,7 +20,7 @@ EMA_NAME = "ema.safetensors"
 
 
 class EMACallback(TrainerCallback):
-    """Averages parameters and buffers after each optimiser step: a <- decay a + (1 - decay) theta.
+    """Averages the parameters after each optimiser step: a <- decay a + (1 - decay) theta; buffers are the model's.
 
     The average starts at the weights of the first step, is saved with each checkpoint and restored on resume.
 
@@ -48,7 +48,7 @@ class EMACallback(TrainerCallback):
             CheckpointError: for a checkpoint without an average.
         """
         model = self._current_model()
-        self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self._decay), use_buffers=True)
+        self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self._decay))
         self._average.requires_grad_(False)
         self._average.n_averaged += 1  # the first update averages instead of copying
         if self._checkpoint is not None and state.global_step > 0:

@@ -18,7 +18,7 @@ from nio_hf.training import NIOTrainer, NIOTrainingArguments
 from nio_hf.training.sampling import EpochSampler, SeededDataset, SeededStream, mixed_seed
 from nio_hf.vision.augmentation import BatchAugmentation
 from nio_hf.vision.losses import classification_loss
-from nio_hf.vision.metrics import classification_metrics, top_classes
+from nio_hf.vision.metrics import classification_metrics, predictions_and_losses
 from nio_hf.vision.samples import ImageSamples, ImageStream, collate_images
 
 NIOAugment = Literal["clean", "augmented", "mixed"]
@@ -91,7 +91,7 @@ class ImageTrainer(NIOTrainer):
             processing_class=processing_class,
             compute_loss_func=self._training_loss,
             compute_metrics=classification_metrics,
-            preprocess_logits_for_metrics=top_classes,
+            preprocess_logits_for_metrics=predictions_and_losses,
         )
         self.get_decay_parameter_names(model)
         self._ema = None if ema_decay is None else EMACallback(self._nio_model, ema_decay)
@@ -180,4 +180,6 @@ class ImageTrainer(NIOTrainer):
 
 
 def _seeded(samples: Samples, seed: int) -> SeededStream | SeededDataset:
-    return SeededStream(samples, seed) if isinstance(samples, ImageStream) else SeededDataset(samples, seed)
+    if isinstance(samples, ImageStream):
+        return SeededStream(samples, seed, endless=True)
+    return SeededDataset(samples, seed)

@@ -28,7 +28,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name_or_path: str) -> Path:
-    """The file of a recipe, given by its path or by the name of one that comes with the package.
+    """The file of a recipe or accelerate configuration, by its path or by the name of one that comes with the package.
 
     Raises:
         RecipeError: where there is neither.
@@ -36,12 +36,13 @@ def find_recipe(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    names = recipe_names()
+    names = [*recipe_names(), *(f"{ACCELERATE_CONFIGS}/{config}" for config in accelerate_config_names())]
     name = name_or_path.removesuffix(".yaml").removeprefix("recipes/")
     if name in names:
         return recipes_dir() / f"{name}.yaml"
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    fix = "Give the path of a YAML file, or one of: " + ", ".join(near or names)
+    other = near[0] if near else "one that `nio-hf recipes` lists"
+    fix = f"Give the path of a YAML file, or {other}"
     raise RecipeError(Problem(name_or_path, "no such recipe file", fix))
 
 

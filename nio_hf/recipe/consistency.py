@@ -26,7 +26,7 @@ def consistency_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
         yield Problem(_where(recipe, "nio"), f"{str(training.nio).lower()} in {recipe.path.name}", fix)
     if recipe.optimization.global_batch_size is not None:
         try:
-            accumulation_steps(recipe.settings["global_batch_size"], training.train_batch_size, world_size)
+            accumulation_steps(recipe.settings["global_batch_size"], training.per_device_train_batch_size, world_size)
         except RecipeError as error:
             yield from error.problems
 

@@ -12,6 +12,8 @@ from nio_hf.recipe.settings import PROCESSOR_KEYS
 from nio_hf.recipe.strict_yaml import Setting, read_settings
 
 BASE_KEY = "base"
+_OWNED = {"model_type": "model_config", "optim": "optim_args", "lr_scheduler_type": "lr_scheduler_kwargs"}
+"""Settings that say what to build, and those that are arguments of it."""
 
 
 def read_layers(path: Path) -> dict[str, Setting]:
@@ -54,15 +56,14 @@ def merge(lower: dict[str, Setting], upper: dict[str, Setting]) -> dict[str, Set
     """The settings of both, those of `upper` first.
 
     `model_config` is merged entry by entry, `key.part` sets one entry of any mapping. Another `model_type` starts from
-    an empty `model_config`, and a loaded model brings its own with its image processor.
+    an empty `model_config`, another optimiser or schedule without the arguments of the former, and a loaded model
+    brings its configuration with its image processor.
     """
-    replaced: set[str] = set()
-    if "model_name_or_path" in upper:
-        replaced = {"model_type", "model_config", *PROCESSOR_KEYS}
-    elif "model_type" in upper:
-        replaced = {"model_name_or_path"}
-        if "model_type" in lower and lower["model_type"].value != upper["model_type"].value:
-            replaced.add("model_config")
+    replaced = {owned for owner, owned in _OWNED.items() if _is_changed(owner, lower, upper)}
+    if _given("model_name_or_path", upper):
+        replaced |= {"model_type", "model_config", *PROCESSOR_KEYS}
+    elif _given("model_type", upper):
+        replaced.add("model_name_or_path")
     merged = {key: setting for key, setting in lower.items() if key not in replaced}
     for key, setting in upper.items():
         outer, dot, inner = key.partition(".")
@@ -72,6 +73,14 @@ def merge(lower: dict[str, Setting], upper: dict[str, Setting]) -> dict[str, Set
             entries = {**(former if isinstance(former, dict) else {}), **entries}
         merged[outer] = Setting(entries, setting.where)
     return merged
+
+
+def _given(key: str, settings: dict[str, Setting]) -> bool:
+    return key in settings and settings[key].value is not None
+
+
+def _is_changed(key: str, lower: dict[str, Setting], upper: dict[str, Setting]) -> bool:
+    return key in lower and key in upper and lower[key].value != upper[key].value
 
 
 def _find_base(base: Setting, file: Path) -> Path:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nio_hf.errors import ConfigError, Problem, RecipeError, one_line
 from nio_hf.recipe.catalog import find_recipe
 from nio_hf.recipe.layering import merge, read_layers
 from nio_hf.recipe.model_checks import model_problems
+from nio_hf.recipe.optimizer_checks import optimizer_problems
 from nio_hf.recipe.ranges import range_problems
 from nio_hf.recipe.settings import AugmentationSettings, DataSettings, ModelSettings, OptimizationSettings
 from nio_hf.recipe.strict_yaml import Setting, read_overrides
@@ -50,12 +54,13 @@ class Recipe:
     settings: dict[str, Setting]
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Recipe:
     """Read and check a recipe; the command line goes before the file, the file before its base and the defaults.
 
     Args:
         name_or_path: a YAML file, or the name of a recipe that comes with the package.
         overrides: options as `["--learning_rate", "1e-3", "--model_config.hidden_size=192"]`.
+        world_size: processes with one device each that will run it, where they are not those of this run.
 
     Raises:
         RecipeError: lists every unknown key, wrong type, missing setting and setting out of range.
@@ -72,16 +77,22 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise RecipeError(*problems)
     try:
-        training = NIOTrainingArguments(**{**_DEFAULTS, **values[NIOTrainingArguments]})
+        training = NIOTrainingArguments(**{**_DEFAULTS, **_cpu_default(), **values[NIOTrainingArguments]})
     except ConfigError as error:
         raise RecipeError(*(_relocated(problem, settings, path) for problem in error.problems)) from error
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, KeyError) as error:
         raise RecipeError(_argument_problem(error, settings, path)) from error
+    problems = list(optimizer_problems(training, settings, path))
+    if problems:
+        raise RecipeError(*problems)
+    if world_size is None:
+        check_world_size(training.world_size)
     optimization = OptimizationSettings(**values[OptimizationSettings])
     if optimization.global_batch_size is not None:
-        training.gradient_accumulation_steps = accumulation_steps(
-            settings["global_batch_size"], training.train_batch_size, training.world_size
-        )
+        at_once = (training.train_batch_size, training.world_size)
+        if world_size is not None:
+            at_once = (training.per_device_train_batch_size, world_size)
+        training.gradient_accumulation_steps = accumulation_steps(settings["global_batch_size"], *at_once)
     augmentation = AugmentationSettings(**values[AugmentationSettings])
     return Recipe(path, model, data, augmentation, optimization, training, settings)
 
@@ -146,6 +157,11 @@ def _contradictions(settings: dict[str, Setting], path: Path) -> Iterator[Proble
 
     if "output_dir" not in settings:
         yield Problem(f"{path}, output_dir", "nothing", "Say where to write, e.g. output_dir: outputs/run")
+    if given("global_batch_size") is not None and given("auto_find_batch_size") is True:
+        fix = "Leave it out: a smaller batch would make smaller steps than global_batch_size says"
+        yield Problem(settings["auto_find_batch_size"].where, "given beside global_batch_size", fix)
+    for key in {"label_names", "batch_eval_metrics"} & settings.keys():
+        yield Problem(settings[key].where, "is decided by the training of images", "Leave it out")
     if given("remove_unused_columns") is True:
         fix = "Leave it out: it would remove the images before they are read"
         yield Problem(settings["remove_unused_columns"].where, "true", fix)
@@ -162,6 +178,27 @@ def _contradictions(settings: dict[str, Setting], path: Path) -> Iterator[Proble
             yield Problem(settings["repeated_augmentation"].where, "given with streaming", fix)
 
 
+def _launched_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _cpu_default() -> dict[str, bool]:
+    """Several processes without an accelerator can only mean the CPU, which accelerate does not tell Trainer."""
+    return {"use_cpu": True} if _launched_processes() > 1 and not torch.accelerator.is_available() else {}
+
+
+def check_world_size(world_size: int) -> None:
+    """Refuse to train the same model several times over: processes that do not know of each other.
+
+    Raises:
+        RecipeError: where more processes were launched than `world_size`, those that take part.
+    """
+    launched = _launched_processes()
+    if launched > 1 and world_size != launched:
+        found = f"{launched} processes, of which each would train alone"
+        raise RecipeError(Problem("accelerate launch", found, "Give each a device, or set use_cpu: true"))
+
+
 def _deepspeed_warmup(deepspeed: Any, warmup_steps: Any, settings: dict[str, Setting]) -> Iterator[Problem]:
     """A scheduler of DeepSpeed that warms up where the recipe says that nothing does."""
     if isinstance(deepspeed, str):
@@ -171,8 +208,8 @@ def _deepspeed_warmup(deepspeed: Any, warmup_steps: Any, settings: dict[str, Set
             fix = "Give the path of a JSON file, or the settings themselves"
             yield Problem(settings["deepspeed"].where, f"cannot be read: {one_line(error)}", fix)
             return
-    scheduler = deepspeed.get("scheduler", {}) if isinstance(deepspeed, dict) else {}
-    steps = scheduler.get("params", {}).get("warmup_num_steps", "auto")
+    scheduler = (deepspeed.get("scheduler") if isinstance(deepspeed, dict) else None) or {}
+    steps = (scheduler.get("params") or {}).get("warmup_num_steps", "auto")
     if str(scheduler.get("type", "")).startswith("Warmup") and steps not in (0, "auto") and warmup_steps == 0:
         found = f"its {scheduler['type']} warms up for {steps} steps, but warmup_steps is 0"
         fix = 'Set its warmup_num_steps to "auto", or leave the scheduler to the recipe'

@@ -17,10 +17,12 @@ from nio_hf.recipe.settings import PROCESSOR_KEYS, ModelSettings
 from nio_hf.recipe.strict_yaml import Setting
 from nio_hf.recipe.values import unknown_key
 
+_OURS = {"num_labels", "id2label", "label2id"}
+
 
 def model_problems(model: ModelSettings, settings: dict[str, Setting], path: Path) -> Iterator[Problem]:
     """What is wrong with the model of a recipe: its name, its configuration, or its sizes."""
-    given = {"model_type", "model_name_or_path"} & settings.keys()
+    given = [key for key in ("model_type", "model_name_or_path") if getattr(model, key) is not None]
     if len(given) != 1:
         fix = "Give one: model_type builds a model anew, model_name_or_path loads one"
         yield Problem(f"{path}, model_type and model_name_or_path", "both" if given else "neither", fix)
@@ -44,9 +46,16 @@ def model_problems(model: ModelSettings, settings: dict[str, Setting], path: Pat
 def _config_problems(model: ModelSettings, settings: dict[str, Setting], where: str) -> Iterator[Problem]:
     config_class: type[PreTrainedConfig] = CONFIG_MAPPING[typing.cast(str, model.model_type)]
     known = config_class().to_dict()
+    for key in _OURS & model.model_config.keys():
+        yield Problem(_entry(where, key), "is decided by the data set", "Leave it out")
+        return
+    channels = model.model_config.get("num_channels", 3)
+    if channels != 3:
+        yield Problem(_entry(where, "num_channels"), f"{channels}", "Give 3: all images become RGB")
+        return
     unknown = [key for key in model.model_config if key not in known]
     for key in unknown:
-        yield unknown_key(where if where.endswith(f".{key}") else f"{where}.{key}", key, known)
+        yield unknown_key(_entry(where, key), key, known)
     if unknown:
         return
     try:
@@ -61,6 +70,11 @@ def _config_problems(model: ModelSettings, settings: dict[str, Setting], where: 
     yield from _size_problems(config, where)
 
 
+def _entry(where: str, key: str) -> str:
+    """The place of an entry of model_config, which an override may name already."""
+    return where if where.endswith(f".{key}") else f"{where}.{key}"
+
+
 def _size_problems(config: PreTrainedConfig, where: str) -> Iterator[Problem]:
     """Images that patches do not tile, and feature maps that windows do not tile."""
     image_size: Any = getattr(config, "image_size", None)
@@ -69,7 +83,7 @@ def _size_problems(config: PreTrainedConfig, where: str) -> Iterator[Problem]:
         return
     for key, size in (("image_size", image_size), ("patch_size", patch_size)):
         if size < 1:
-            yield Problem(f"{where}.{key}", f"{size}", "Give a whole number of at least 1")
+            yield Problem(_entry(where, key), f"{size}", "Give a whole number of at least 1")
             return
     if image_size % patch_size:
         found = f"image_size {image_size} is no multiple of patch_size {patch_size}"
@@ -79,6 +93,9 @@ def _size_problems(config: PreTrainedConfig, where: str) -> Iterator[Problem]:
     window: Any = getattr(config, "window_size", None)
     depths: Any = getattr(config, "depths", None)
     if not isinstance(window, int) or not isinstance(depths, list | tuple):
+        return
+    if window < 1:
+        yield Problem(_entry(where, "window_size"), f"{window}", "Give a whole number of at least 1")
         return
     for stage in range(len(depths)):
         side, odd = divmod(image_size // patch_size, 2**stage)

@@ -1,4 +1,4 @@
-"""Whether the settings of a recipe that are not training arguments are in range."""
+"""Whether the settings of a recipe are in range."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ _COUNT: _Rule = (_positive, "Give a whole number of at least 1")
 _STRENGTH: _Rule = (_not_negative, "Give a finite number of at least 0")
 _CHANNELS: _Rule = (lambda values: len(values) == 3, "Give three numbers, one for each of red, green and blue")
 
+_SEED: _Rule = (lambda value: 0 <= value < 2**32, "Give a whole number in [0, 2^32)")
+
 _RULES: dict[str, _Rule] = {
     "image_size": _COUNT,
     "image_mean": _CHANNELS,
@@ -62,6 +64,23 @@ _RULES: dict[str, _Rule] = {
     "mix_switch_prob": _PROBABILITY,
     "repeated_augmentation": _COUNT,
     "global_batch_size": _COUNT,
+    "eval_fraction": (lambda value: 0 < value < 1, "Give a number in (0, 1)"),
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "num_train_epochs": (_positive, "Give a number above 0"),
+    "dataloader_num_workers": (_not_negative, "Give a whole number of at least 0"),
+    "learning_rate": _STRENGTH,
+    "weight_decay": _STRENGTH,
+    "warmup_steps": _STRENGTH,
+    "max_grad_norm": _STRENGTH,
+    "adam_beta1": (lambda value: 0 <= value < 1, "Give a number in [0, 1)"),
+    "adam_beta2": (lambda value: 0 <= value < 1, "Give a number in [0, 1)"),
+    "adam_epsilon": _STRENGTH,
+    "label_smoothing_factor": (lambda value: 0 <= value < 1, "Give a number in [0, 1)"),
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "nio_seed": _SEED,
     "ema_decay": (lambda value: 0 < value < 1, "Give a number in (0, 1), or null for no average"),
 }
 

@@ -131,22 +131,39 @@ class SeededDataset(Dataset[Any]):
 
 
 class SeededStream(IterableDataset[Any]):
-    """Samples of a stream whose augmentation is drawn from (seed, epoch, position in the stream of its worker)."""
+    """Samples of a stream whose augmentation is drawn from (seed, pass, position in the stream of its worker).
 
-    def __init__(self, dataset: IterableDataset[Any], seed: int) -> None:
+    Args:
+        dataset: the stream; `set_epoch`, where it has that, is told the number of each pass.
+        seed: of the augmentation.
+        endless: begin another pass where one ends. A training then is one epoch, in which a resumed run finds its
+            place whatever the number of passes.
+    """
+
+    def __init__(self, dataset: IterableDataset[Any], seed: int, *, endless: bool = False) -> None:
         self._dataset = dataset
         self._seed = seed
+        self._endless = endless
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch; a data loader calls it."""
         self._epoch = epoch
-        if hasattr(self._dataset, "set_epoch"):
-            self._dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
+        for number in itertools.count(self._epoch):
+            if hasattr(self._dataset, "set_epoch"):
+                self._dataset.set_epoch(number)
+            delivered = False
+            for sample in self._one_pass(number):
+                delivered = True
+                yield sample
+            if not self._endless or not delivered:
+                return
+
+    def _one_pass(self, number: int) -> Iterator[Any]:
         worker = get_worker_info()
-        stream = mixed_seed(self._seed, self._epoch, 0 if worker is None else worker.id)
+        stream = mixed_seed(self._seed, number, 0 if worker is None else worker.id)
         samples = iter(self._dataset)
         for position in itertools.count():
             with _undisturbed():

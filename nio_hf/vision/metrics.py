@@ -8,6 +8,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from torch.nn import functional
 from transformers import EvalPrediction
 
 from nio_hf.vision.samples import IGNORED_LABEL
@@ -45,26 +46,34 @@ class TopKAccuracy(evaluate.Metric):  # type: ignore[misc]
         return {f"top{classes.shape[1]}_accuracy": float(hits.mean())}
 
 
-def top_classes(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """The classes (B, k) of the k largest logits, largest first, for `Trainer(preprocess_logits_for_metrics=...)`.
+def predictions_and_losses(logits: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the metrics need of each sample, for `Trainer(preprocess_logits_for_metrics=...)`.
 
-    k is 5, or 1 where there are no more than 5 classes.
+    Returns:
+        The classes (B, k) of the k largest logits, largest first, where k is 5, or 1 where there are no more than 5
+        classes; and the cross-entropy (B,), 0 for samples with [`IGNORED_LABEL`].
     """
     scores: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
-    return scores.topk(TOP_K if scores.shape[-1] > TOP_K else 1, dim=-1).indices
+    classes = scores.topk(TOP_K if scores.shape[-1] > TOP_K else 1, dim=-1).indices
+    return classes, functional.cross_entropy(scores.float(), labels, ignore_index=IGNORED_LABEL, reduction="none")
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, and top-5 accuracy where there are more than 5 classes, for `Trainer(compute_metrics=...)`.
+    """Loss, accuracy, and top-5 accuracy where there are more than 5 classes, for `Trainer(compute_metrics=...)`.
+
+    The loss is the mean over the samples. That of Trainer is one over batches, in which samples count twice that fill
+    the last batch of several processes, and samples that do not count have a share.
 
     Args:
-        prediction: of [`top_classes`]; samples with [`IGNORED_LABEL`] do not count.
+        prediction: of [`predictions_and_losses`]; samples with [`IGNORED_LABEL`] do not count.
     """
     counted = np.asarray(prediction.label_ids) != IGNORED_LABEL
-    classes, labels = np.asarray(prediction.predictions)[counted], np.asarray(prediction.label_ids)[counted]
+    labels = np.asarray(prediction.label_ids)[counted]
+    classes, losses = (np.asarray(values)[counted] for values in prediction.predictions)
     if not len(labels):
         return {}
-    computed = dict(Accuracy(keep_in_memory=True).compute(predictions=classes[:, 0], references=labels) or {})
+    computed = {"loss": float(losses.mean(dtype=np.float64))}
+    computed |= dict(Accuracy(keep_in_memory=True).compute(predictions=classes[:, 0], references=labels) or {})
     if classes.shape[1] > 1:
         computed.update(TopKAccuracy(keep_in_memory=True).compute(predictions=classes, references=labels) or {})
     return computed

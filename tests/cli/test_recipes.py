@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from nio_hf.cli.main import app
-from nio_hf.recipe.catalog import accelerate_config_names, describe, find_recipe, recipe_names
+from nio_hf.recipe.catalog import accelerate_config_names, describe, find_accelerate_config, find_recipe, recipe_names
 from nio_hf.recipe.layering import read_layers
 
 RUNNER = CliRunner()
@@ -21,6 +21,8 @@ def test_every_recipe_is_listed_with_what_it_is() -> None:
     for name in recipe_names():
         assert any(line.split()[0] == name and describe(name) in line for line in shown.splitlines() if line), name
     assert ", ".join(accelerate_config_names()) in shown
+    config = RUNNER.invoke(app, ["recipes", "show", "accelerate_configs/multi_gpu"]).output
+    assert config == find_accelerate_config("multi_gpu").read_text()
 
 
 def test_a_recipe_is_shown_as_it_is_and_with_the_settings_of_its_base() -> None:

@@ -148,12 +148,12 @@ def test_the_order_and_the_draws_of_training_do_not_depend_on_nio(images: Path, 
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(
     streaming: str, workers: str, images: Path, tmp_path: Path
 ) -> None:
-    options = ["--save_strategy", "steps", "--save_steps", "3", "--max_steps", "7", "--ema_decay", "0.9"]
+    options = ["--save_strategy", "steps", "--save_steps", "6", "--max_steps", "8", "--ema_decay", "0.9"]
     options += ["--drop_path_rate", "0.3", "--streaming", streaming, "--dataloader_num_workers", workers]
     whole = trainer_of(tmp_path / "run", images, *options)
     whole.train()
     resumed = trainer_of(tmp_path / "run", images, *options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "output" / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "output" / "checkpoint-6"))
     assert torch.equal(weights(resumed), weights(whole))
     averages = [trainer.evaluate_average(tmp_path / "ema") for trainer in (whole, resumed)]
     assert averages[0]["eval_ema_loss"] == averages[1]["eval_ema_loss"]
@@ -217,3 +217,10 @@ def test_broken_images_end_the_run_with_their_name_or_are_counted(tmp_path: Path
     run = train(load_recipe(write_recipe(tmp_path / "skip", images), options))
     assert ("Images skipped, broken", "", "2") in run.rows
     assert run.metrics["eval_accuracy"] * 35 == pytest.approx(round(run.metrics["eval_accuracy"] * 35))
+    losses = []
+    for size in ("1", "7", "36"):
+        (tmp_path / f"eval-{size}").mkdir()
+        recipe = write_recipe(tmp_path / f"eval-{size}", images)
+        trainer = build_trainer(load_recipe(recipe, [*options, "--per_device_eval_batch_size", size]))
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)

@@ -9,7 +9,7 @@ import pytest
 
 from nio_hf.errors import RecipeError
 from nio_hf.recipe.consistency import consistency_notes, consistency_problems
-from nio_hf.recipe.loading import accumulation_steps, load_recipe
+from nio_hf.recipe.loading import accumulation_steps, check_world_size, load_recipe
 from nio_hf.recipe.strict_yaml import Setting
 
 MINIMAL = "model_type: vit\nmodel_config: {image_size: 8, patch_size: 2}\noutput_dir: outputs/x\n"
@@ -40,6 +40,14 @@ def write(folder: Path, text: str, name: str = "recipe") -> str:
         ("streaming: true\nmax_steps: 5\nrepeated_augmentation: 3", "repeated_augmentation: given with streaming"),
         ("global_batch_size: 8\ngradient_accumulation_steps: 2", "given beside global_batch_size"),
         ("image_size: 16", "image_size: 16. Set image_size in the model_config: vit has one there"),
+        ("global_batch_size: 8\nauto_find_batch_size: true", "auto_find_batch_size: given beside global_batch_size"),
+        ("per_device_train_batch_size: 0", "per_device_train_batch_size: 0. Give a whole number of at least 1"),
+        ("learning_rate: -1", "learning_rate: -1.0. Give a finite number of at least 0"),
+        ("seed: -1", "line 4, seed: -1. Give a whole number in [0, 2^32)"),
+        ("label_names: [labels]", "label_names: is decided by the training of images"),
+        ("optim_args: momentum", "line 4, optim_args: "),
+        ("lr_scheduler_kwargs: {foo: 1}", "line 4, lr_scheduler_kwargs: "),
+        ("lr_scheduler_type: cosine_with_min_lr", "line 4, lr_scheduler_type: "),
         ("global_batch_size: 12", "12 is no multiple of 8 samples on one process"),
     ],
 )
@@ -101,6 +109,28 @@ def test_a_warmup_scheduler_of_deepspeed_is_warmup(as_file: bool, tmp_path: Path
     setting = str(tmp_path / "deepspeed.json") if as_file else json.dumps(config)
     with pytest.raises(RecipeError, match="its WarmupDecayLR warms up for 100 steps, but warmup_steps is 0"):
         load_recipe(write(tmp_path, f"{MINIMAL}deepspeed: {setting}\n"))
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    check_world_size(3)
+    with pytest.raises(RecipeError, match="3 processes, of which each would train alone"):
+        check_world_size(1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("--model_config.num_channels 1", ".num_channels: 1. Give 3: all images become RGB"),
+        ("--model_config.num_labels 7", ".num_labels: is decided by the data set"),
+        ("--model_type null", "model_type and model_name_or_path: neither"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_images_is_refused(overrides: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(write(tmp_path, MINIMAL), overrides.split())
+    assert message in str(raised.value)
+    load_recipe(write(tmp_path, MINIMAL), ["--model_name_or_path", "null"])
 
 
 def test_a_deepspeed_file_that_is_missing_is_named(tmp_path: Path) -> None:

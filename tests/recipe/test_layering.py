@@ -57,6 +57,16 @@ def test_another_architecture_starts_from_an_empty_configuration(tmp_path: Path)
     assert same["model_config"].value == {"image_size": 8, "patch_size": 2}
 
 
+def test_another_optimiser_or_schedule_starts_without_the_arguments_of_the_former(tmp_path: Path) -> None:
+    root = BASE + "optim: sgd\noptim_args: momentum=0.9\nlr_scheduler_type: cosine_with_min_lr\n"
+    path = write(tmp_path, root=root + "lr_scheduler_kwargs: {min_lr: 1e-5}\n")
+    recipe = load_recipe(str(path), ["--lr_scheduler_type", "linear", "--optim", "adamw_torch"])
+    assert recipe.training.lr_scheduler_kwargs in (None, {})
+    assert recipe.training.optim_args is None
+    kept = load_recipe(str(path), ["--lr_scheduler_type", "cosine_with_min_lr"])
+    assert kept.training.lr_scheduler_kwargs == {"min_lr": 1e-5}
+
+
 def test_a_loaded_model_brings_its_configuration_and_image_processor(tmp_path: Path) -> None:
     root = BASE + "image_mean: [0.1, 0.2, 0.3]\ncrop_ratio: 0.9\ndrop_path_rate: 0.1\n"
     path = write(tmp_path, child="base: root.yaml\nmodel_name_or_path: somewhere\n", root=root)

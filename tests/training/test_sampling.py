@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -153,6 +154,16 @@ def test_a_stream_is_augmented_by_seed_epoch_and_position() -> None:
     assert epoch_of(0, 1)[0, 0] == 1
     for other in (epoch_of(0, 2), epoch_of(1, 1)):
         assert not torch.equal(epoch_of(0, 1)[:, 1], other[:, 1])
+
+
+def test_an_endless_stream_begins_anew_in_the_order_and_with_the_draws_of_the_next_pass() -> None:
+    endless = list(itertools.islice(SeededStream(Stream(), 0, endless=True), 25))
+    passes = []
+    for number in range(3):
+        stream = SeededStream(Stream(), 0)
+        stream.set_epoch(number)
+        passes += list(stream)
+    assert torch.equal(torch.stack(endless), torch.stack(passes[:25]))
 
 
 def test_batches_of_nio_from_a_stream_do_not_depend_on_workers() -> None:

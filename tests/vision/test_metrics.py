@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from transformers import EvalPrediction
 
-from nio_hf.vision.metrics import Accuracy, TopKAccuracy, classification_metrics, top_classes
+from nio_hf.vision.metrics import Accuracy, TopKAccuracy, classification_metrics, predictions_and_losses
 from nio_hf.vision.samples import IGNORED_LABEL
 
 
@@ -32,8 +32,19 @@ def drawn(samples: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, np.n
 
 
 def metrics_of(logits: torch.Tensor, labels: np.ndarray) -> dict[str, float]:
-    predictions = top_classes(logits, torch.from_numpy(labels)).numpy()
-    return classification_metrics(EvalPrediction(predictions, labels))
+    made = predictions_and_losses(logits, torch.from_numpy(labels))
+    return classification_metrics(EvalPrediction(tuple(part.numpy() for part in made), labels))
+
+
+def top_classes(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    return predictions_and_losses(logits, labels.long())[0]
+
+
+def test_the_loss_is_the_mean_over_the_samples_that_count() -> None:
+    logits, labels = drawn(50, 8)
+    labels[::3] = IGNORED_LABEL
+    expected = torch.nn.functional.cross_entropy(logits.double(), torch.from_numpy(labels), ignore_index=IGNORED_LABEL)
+    assert metrics_of(logits, labels)["loss"] == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_they_are_metrics_of_evaluate() -> None:
@@ -71,13 +82,15 @@ def test_both_accuracies_are_given_where_there_are_more_than_five_classes(classe
         "accuracy": accuracy_score(labels, logits.argmax(1)),
         "top5_accuracy": top_k_accuracy_score(labels, logits.numpy(), k=5, labels=range(classes)),
     }
-    assert metrics_of(logits, labels) == scores
+    found = metrics_of(logits, labels)
+    assert {name: found[name] for name in found if name != "loss"} == scores
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_the_top_five_of_no_more_than_five_classes_are_not_given(classes: int) -> None:
     logits, labels = drawn(100, classes)
-    assert metrics_of(logits, labels) == {"accuracy": accuracy_score(labels, logits.argmax(1))}
+    assert metrics_of(logits, labels)["accuracy"] == accuracy_score(labels, logits.argmax(1))
+    assert set(metrics_of(logits, labels)) == {"loss", "accuracy"}
 
 
 def test_the_largest_logits_come_first_whatever_else_a_model_returns() -> None:
