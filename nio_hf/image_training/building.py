@@ -102,8 +102,7 @@ def load_data(recipe: Recipe) -> ImageData:
         "revision": settings.pop("dataset_revision"),
     }
     settings.pop("skip_broken_images")
-    args = recipe.training
-    return load_image_data(**renamed, **settings, seed=args.seed if args.data_seed is None else args.data_seed)
+    return load_image_data(**renamed, **settings, seed=recipe.training.order_seed)
 
 
 def make_samples(recipe: Recipe, data: ImageData, processor: BaseImageProcessor) -> ImageTrainingData:

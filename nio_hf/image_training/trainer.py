@@ -81,12 +81,11 @@ class ImageTrainer(NIOTrainer):
         self._no_weight_decay = no_weight_decay
         self._repeats = repeats
         self.data = data
-        seed = args.seed if args.data_seed is None else args.data_seed
         super().__init__(
             model=model,
             args=args,
             data_collator=collate_images,
-            train_dataset=_seeded(data.train, seed),
+            train_dataset=_seeded(data.train, args.order_seed),
             eval_dataset=data.evaluation,
             processing_class=processing_class,
             compute_loss_func=self._training_loss,
@@ -170,8 +169,7 @@ class ImageTrainer(NIOTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
         if isinstance(self.data.train, ImageStream):
             return None
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler(len(self.data.train), seed, self._repeats)
+        return EpochSampler(len(self.data.train), self.args.order_seed, self._repeats)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -64,6 +64,11 @@ class NIOTrainingArguments(TrainingArguments):
         super().__post_init__()
         self.to_nio_config()
 
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of the training data: `data_seed`, else `seed`."""
+        return self.seed if self.data_seed is None else self.data_seed
+
     def to_nio_config(self) -> NIOConfig:
         """The settings of NIO.
 
@@ -88,7 +93,7 @@ class NIOTrainingArguments(TrainingArguments):
             yield dataclasses.replace(too_many_sub_batches(self.nio_sub_batches, size), where="nio_sub_batches")
 
     def _nio_config(self) -> NIOConfig:
-        seed = next(seed for seed in (self.nio_seed, self.data_seed, self.seed) if seed is not None)
+        seed = self.order_seed if self.nio_seed is None else self.nio_seed
         return NIOConfig(
             iterations=self.nio_iterations,
             sub_batches=self.nio_sub_batches,
