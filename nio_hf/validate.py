@@ -55,7 +55,7 @@ def validate_recipe(
             overrides = _replaced(overrides, {"use_cpu": True})
         recipe = load_recipe(name, overrides, world_size=num_processes)
         world_size = num_processes or recipe.training.world_size
-        problems = list(consistency_problems(recipe, world_size))
+        problems = list(consistency_problems(recipe))
         if problems:
             raise RecipeError(*problems)
         parts = [_described_batch(recipe, world_size)]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nio_hf.errors import Problem, RecipeError
-from nio_hf.recipe.loading import Recipe, accumulation_steps
+from nio_hf.errors import Problem
+from nio_hf.recipe.loading import Recipe
 
 NIO, WARMUP, NO_WARMUP = "nio", "warmup", "no_warmup"
 """Variants that say by their name what they are."""
 
 
-def consistency_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
-    """What contradicts the name of the recipe or cannot run on so many processes."""
+def consistency_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What contradicts the name of the recipe."""
     variant, training = recipe.path.stem, recipe.training
     if variant in (NIO, NO_WARMUP) and training.warmup_steps > 0:
         found = f"{training.warmup_steps:g} in a recipe without warmup"
@@ -24,11 +24,6 @@ def consistency_problems(recipe: Recipe, world_size: int) -> Iterator[Problem]:
     if variant in (NIO, NO_WARMUP, WARMUP) and training.nio != (variant == NIO):
         fix = f"Set nio: {str(variant == NIO).lower()}"
         yield Problem(_where(recipe, "nio"), f"{str(training.nio).lower()} in {recipe.path.name}", fix)
-    if recipe.optimization.global_batch_size is not None:
-        try:
-            accumulation_steps(recipe.settings["global_batch_size"], training.per_device_train_batch_size, world_size)
-        except RecipeError as error:
-            yield from error.problems
 
 
 def consistency_notes(recipe: Recipe, world_size: int) -> Iterator[str]:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from nio_hf.errors import DataError, Problem
+from nio_hf.training.isolation import isolated_random_state
 
 _Draw = tuple[int, int]
 
@@ -41,7 +42,7 @@ class NIOBatchSampler(Sampler[list[_Draw]]):
         self._batch_size = batch_size
         self._batches = holdout_batches + iterations
         self._seed = seed
-        order = self._permutation(samples, 0)
+        order = _permutation(samples, seed, 0)
         self._held_out, self._pool = order[: batch_size * holdout_batches], order[batch_size * holdout_batches :]
 
     def __len__(self) -> int:
@@ -56,11 +57,8 @@ class NIOBatchSampler(Sampler[list[_Draw]]):
         yield from self._held_out.tolist()
         epoch = 1
         while True:
-            yield from self._pool[self._permutation(len(self._pool), epoch)].tolist()
+            yield from self._pool[_permutation(len(self._pool), self._seed, epoch)].tolist()
             epoch += 1
-
-    def _permutation(self, count: int, epoch: int) -> torch.Tensor:
-        return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(self._seed, epoch, 0)))
 
 
 class EpochSampler(Sampler[_Draw]):
@@ -89,8 +87,7 @@ class EpochSampler(Sampler[_Draw]):
         return self._samples
 
     def __iter__(self) -> Iterator[_Draw]:
-        generator = torch.Generator().manual_seed(mixed_seed(self._seed, self._epoch, 0))
-        order = torch.randperm(self._samples, generator=generator)[: -(-self._samples // self._repeats)]
+        order = _permutation(self._samples, self._seed, self._epoch)[: -(-self._samples // self._repeats)]
         draws = (
             (self._epoch * self._repeats + copy, index) for index in order.tolist() for copy in range(self._repeats)
         )
@@ -121,13 +118,16 @@ class SeededDataset(Dataset[Any]):
                 if _random_state() == before:
                     return samples
                 self._fetches_batches = False
-            return [self[draw] for draw in draws]
+            return [self._sample(draw) for draw in draws]
 
     def __getitem__(self, draw: _Draw) -> Any:
-        number, index = draw
         with _undisturbed():
-            seed_everything(mixed_seed(self._seed, number, index))
-            return self._dataset[index]
+            return self._sample(draw)
+
+    def _sample(self, draw: _Draw) -> Any:
+        number, index = draw
+        seed_everything(mixed_seed(self._seed, number, index))
+        return self._dataset[index]
 
 
 class SeededStream(IterableDataset[Any]):
@@ -212,19 +212,14 @@ def mixed_seed(seed: int, number: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, number, index]).generate_state(1, np.uint64)[0] % 2**63)
 
 
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def _permutation(count: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch, 0)))
+
+
+def _undisturbed() -> contextlib.AbstractContextManager[None]:
     """Leave the random state of the main process as it was: what training draws there must not depend on the data."""
-    if get_worker_info() is not None:
-        yield
-        return
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+    is_worker = get_worker_info() is not None
+    return contextlib.nullcontext() if is_worker else isolated_random_state(torch.device("cpu"))
 
 
 def _random_state() -> tuple[Any, ...]:

@@ -72,7 +72,6 @@ def classes_of(rows: Rows, label_column: str, num_classes: int | None, name: str
         found = f"{label_column!r} of {name} holds {_described(feature)}, and a stream is not read beforehand"
         fix = "Turn streaming off" if feature.dtype in _TEXT else "Set num_classes, or turn streaming off"
         raise DataError(Problem("num_classes", found, fix))
-    check_labels(rows, label_column, name)
     values = rows.unique(label_column)
     return tuple(sorted(values)) if feature.dtype in _TEXT else tuple(map(str, range(max(values) + 1)))
 
@@ -109,12 +108,14 @@ def with_classes(rows: Rows, label_column: str, class_names: tuple[str, ...], na
         raise DataError(Problem(where, found, fix)) from error
 
 
-def check_labels(rows: datasets.Dataset, label_column: str, name: str) -> None:
-    """Refuse samples without a label: none at all, or -1 as test splits often have.
+def check_labels(rows: Rows, label_column: str, name: str) -> None:
+    """Refuse samples without a label: none at all, or -1 as test splits often have. A stream shows them as it is read.
 
     Raises:
         DataError: with their number.
     """
+    if isinstance(rows, datasets.IterableDataset):
+        return
     labels = np.asarray(rows.with_format("numpy")[label_column][:])
     # A missing number is NaN, and no comparison holds for it.
     numeric = labels.dtype.kind in "iuf"

@@ -108,6 +108,7 @@ def load_image_data(
     label_column = find_label_column(train, label_column, name)
     if image_column == label_column:
         raise DataError(Problem("label_column", f"{label_column!r}, the column of images", "Name another column"))
+    check_labels(train, label_column, f"{train_split!r} of {name}")
     class_names = classes_of(train, label_column, num_classes, name)
     train = _labelled(train, image_column, label_column, class_names, f"{train_split!r} of {name}")
     validation = next((split for split in _VALIDATION_SPLITS if split in splits and split != train_split), None)
@@ -118,6 +119,7 @@ def load_image_data(
         rows = _split(splits, eval_split, "eval_split", name)
         find_image_column(rows, image_column, name)
         find_label_column(rows, label_column, name)
+        check_labels(rows, label_column, f"{eval_split!r} of {name}")
         evaluation = _labelled(rows, image_column, label_column, class_names, f"{eval_split!r} of {name}")
     if isinstance(train, datasets.Dataset) and isinstance(evaluation, datasets.Dataset):
         _check_classes(train, evaluation, label_column, class_names, name)
@@ -131,8 +133,6 @@ def load_image_data(
 
 def _labelled(rows: Rows, image_column: str, label_column: str, class_names: tuple[str, ...], name: str) -> Rows:
     """The samples of a split with images that are not decoded and labels of these classes."""
-    if isinstance(rows, datasets.Dataset):
-        check_labels(rows, label_column, name)
     return with_classes(without_decoding(rows, image_column), label_column, class_names, name)
 
 

@@ -89,7 +89,7 @@ def test_images_that_patches_and_windows_do_not_tile_are_refused(sizes: str, mes
     ],
 )
 def test_a_recipe_is_what_its_name_claims(name: str, text: str, messages: list[str], tmp_path: Path) -> None:
-    found = list(consistency_problems(load_recipe(write(tmp_path, MINIMAL + text, name)), 1))
+    found = list(consistency_problems(load_recipe(write(tmp_path, MINIMAL + text, name))))
     assert len(found) == len(messages)
     for problem, message in zip(found, messages, strict=True):
         assert message in str(problem)
