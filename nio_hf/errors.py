@@ -30,7 +30,13 @@ class NIOError(Exception):
     Args:
         problems: at least one [`Problem`]. A worker of a data loader hands over the text of its traceback instead,
             which ends with the message.
+
+    Attributes:
+        problems: as given.
+        everywhere: whether all processes of a run raise this error.
     """
+
+    everywhere = False
 
     def __init__(self, *problems: Problem | str) -> None:
         if not problems:
@@ -69,6 +75,14 @@ class NumericsError(NIOError, ArithmeticError):
 
 class NIOMemoryError(NIOError, MemoryError):
     """NIO does not fit in the memory of the device."""
+
+
+class RankError(NIOError, RuntimeError):
+    """An error of one process of several, which stops all of them."""
+
+
+class StoppedError(NIOError, RuntimeError):
+    """A run that was asked to stop, and has saved what it takes to go on."""
 
 
 class RecipeError(NIOError, ValueError):

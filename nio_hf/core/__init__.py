@@ -5,6 +5,7 @@ from nio_hf.core.config import NIOConfig
 from nio_hf.core.initializer import grad_cosine, initialize
 from nio_hf.core.result import GradCosine, IterationRecord, NIOResult, TensorScale
 from nio_hf.core.scales import LayerScales, register_gradient_module
+from nio_hf.core.state import NIOState, Resumption
 
 __all__ = [
     "Collective",
@@ -13,6 +14,8 @@ __all__ = [
     "LayerScales",
     "NIOConfig",
     "NIOResult",
+    "NIOState",
+    "Resumption",
     "TensorScale",
     "grad_cosine",
     "initialize",

@@ -181,7 +181,7 @@ def make_path(curvature: CurvatureName, differentiator: Differentiator, batch: A
     Args:
         curvature: as in [`NIOConfig`].
         differentiator: gives losses and gradients.
-        batch: a sub-batch of usual size, to measure the memory of its graph on.
+        batch: a sub-batch of usual size, to measure the memory of its graph on; None for a process without any.
         sub_batches: number of graphs to keep, that of the sub-batches of this process.
     """
     match curvature:
@@ -196,7 +196,7 @@ def make_path(curvature: CurvatureName, differentiator: Differentiator, batch: A
 def _graphs_fit(differentiator: Differentiator, batch: Any, count: int) -> bool:
     """Whether the graphs of `count` sub-batches, and as much again as one for its product, fit into what is free."""
     available = available_memory(differentiator.device)
-    if available is None or differentiator.splits(batch):
+    if batch is None or available is None or differentiator.splits(batch):
         return False
     try:
         with graph_bytes(list(differentiator.parameters())) as counted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,21 @@ from nio_hf.core.config import NIOConfig
 from nio_hf.core.result import Branch
 
 BETA1, BETA2, EPS, CLIP = 0.9, 0.999, 1e-8, 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamState:
+    """The moments of [`ScaleAdam`], (m,) each, and the steps behind them.
+
+    Attributes:
+        first: {branch: first moment}.
+        steps: {branch: its steps}.
+        second: the shared second moment.
+    """
+
+    first: dict[Branch, list[float]]
+    steps: dict[Branch, int]
+    second: list[float]
 
 
 class ScaleAdam:
@@ -49,3 +66,14 @@ class ScaleAdam:
         denominator = (self._second / second_correction).sqrt_().add_(EPS)
         self.omega.addcdiv_(first, denominator, value=-self._config.lr / first_correction)
         self.omega.clamp_(self._config.min_scale, self._config.max_scale)
+
+    def state(self) -> AdamState:
+        """The moments so far."""
+        first = {branch: moment.tolist() for branch, moment in self._first.items()}
+        return AdamState(first, dict(self._steps), self._second.tolist())
+
+    def load(self, state: AdamState) -> None:
+        """Go on from moments that `state` gave."""
+        self._first = {branch: self.omega.new_tensor(moment) for branch, moment in state.first.items()}
+        self._steps = dict(state.steps)
+        self._second = self.omega.new_tensor(state.second)

@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,7 @@ class TwoPass:
 
     Attributes:
         back_off: makes room where memory runs out.
+        collective, differentiator: as given.
     """
 
     def __init__(
@@ -124,12 +125,13 @@ class TwoPass:
         batch_norm: BatchNormMode,
     ) -> None:
         self._model = model
-        self._differentiator = differentiator
+        self.differentiator = differentiator
         self._scales = scales
-        self._collective = collective
+        self.collective = collective
         self._batch_norm = batch_norm
         splittable = batch_norm == "frozen" or not mode.batch_norms(model)
         self.back_off = BackOff(differentiator, splittable)
+        self._own_share = torch.zeros(0)
 
     def split(
         self, batch: Any, sub_batches: int, *, overlap: float = 0.0, order: Tensor | None = None, seed: int = 0
@@ -142,19 +144,19 @@ class TwoPass:
         size = batch_size(batch)
         windows = sub_batch_windows(size, sub_batches, overlap)
         if self._batch_norm == "batch":
-            check_batch_norm(self._model, min(map(len, windows)), self._differentiator.micro_batch_size)
+            check_batch_norm(self._model, min(map(len, windows)), self.differentiator.micro_batch_size)
         order = torch.arange(size) if order is None else order
-        owned = {d: take(batch, order[windows[d]]) for d in self._collective.owned(sub_batches)}
+        owned = {d: take(batch, order[windows[d]]) for d in self.collective.owned(sub_batches)}
         return SubBatches(
-            sub_batches, {d: to_device(part, self._differentiator.device) for d, part in owned.items()}, seed
+            sub_batches, {d: to_device(part, self.differentiator.device) for d, part in owned.items()}, seed
         )
 
     def first_sub_batch(self, batch: Any, sub_batches: int) -> Any:
-        """Sub-batch 0 of a batch at overlap 0, whatever process it belongs to."""
+        """Sub-batch 0 of a batch at overlap 0."""
         window = sub_batch_windows(batch_size(batch), sub_batches)[0]
         if self._batch_norm == "batch":
-            check_batch_norm(self._model, len(window), self._differentiator.micro_batch_size)
-        return to_device(take(batch, window), self._differentiator.device)
+            check_batch_norm(self._model, len(window), self.differentiator.micro_batch_size)
+        return to_device(take(batch, window), self.differentiator.device)
 
     @contextlib.contextmanager
     def statistics(self, batch: Any) -> Iterator[None]:
@@ -162,8 +164,8 @@ class TwoPass:
         if self._batch_norm == "batch" or not mode.batch_norms(self._model):
             yield
             return
-        whole = to_device(batch, self._differentiator.device)
-        with mode.frozen_statistics(self._model, lambda: self._differentiator.loss_sum(whole)):
+        whole = to_device(batch, self.differentiator.device)
+        with mode.frozen_statistics(self._model, lambda: self.differentiator.loss_sum(whole)):
             yield
 
     def first_pass(
@@ -185,14 +187,15 @@ class TwoPass:
         Returns:
             The sums over all D sub-batches; nothing is read by the host.
         """
-        sums = GradientSums(self._differentiator.gradient_tensors, parts.count, with_gradient_sum)
-        for index, part in parts.owned.items():
-            with self._sub_batch(parts, index, where):
-                gradient, loss = self.back_off.run(functools.partial(path.first, part), part, where, path)
-                sums.add(index, gradient, loss)
-                del gradient
-        self._collective.sum_(sums.buffer)
-        self._collective.sum_(sums.norms_and_losses)
+        with self.collective.together():
+            sums = GradientSums(self.differentiator.gradient_tensors, parts.count, with_gradient_sum)
+            for index, part in parts.owned.items():
+                with self._sub_batch(parts, index, where):
+                    gradient, loss = self.back_off.run(functools.partial(path.first, part), part, where, path)
+                    sums.add(index, gradient, loss)
+                    del gradient
+        self.collective.sum_(sums.buffer)
+        self.collective.sum_(sums.norms_and_losses)
         return sums
 
     def second_pass(
@@ -217,13 +220,15 @@ class TwoPass:
         Returns:
             (m,) dJ/domega_l = sum_d <W_l, (H_d v_d)_l>.
         """
-        total = initial[0].new_zeros(len(initial))
-        for kept, (index, part) in enumerate(parts.owned.items()):
-            cotangent = functools.partial(objective.cotangent, gradient_norm=sums.norms[index], sums=sums)
-            with self._sub_batch(parts, index, where):
-                second = functools.partial(path.second, kept, part, cotangent)
-                total += dots(initial, self.back_off.run(second, part, where, path))
-        self._collective.sum_(total)
+        with self.collective.together():
+            total = initial[0].new_zeros(len(initial))
+            for kept, (index, part) in enumerate(parts.owned.items()):
+                cotangent = functools.partial(objective.cotangent, gradient_norm=sums.norms[index], sums=sums)
+                with self._sub_batch(parts, index, where):
+                    second = functools.partial(path.second, kept, part, cotangent)
+                    total += dots(initial, self.back_off.run(second, part, where, path))
+        self._own_share = total.clone()
+        self.collective.sum_(total)
         return total
 
     def grad_cosine(self, batch: Any, sub_batches: int, where: str, seed: int = 0) -> GradCosine:
@@ -231,18 +236,18 @@ class TwoPass:
         parts = self.split(batch, sub_batches, seed=seed)
         with self.statistics(batch):
             sums = self._sample_wise_sums(batch, where, seed) if sub_batches == batch_size(batch) else None
-            reading = Reading.of(sums or self.first_pass(Exact(self._differentiator), parts, where))
+            reading = Reading.of(sums or self.first_pass(Exact(self.differentiator), parts, where))
             self.check(reading, parts, where)
         return GradCosine(reading.grad_cosine, reading.grad_norm, reading.norms, reading.loss, batch_size(batch))
 
     def _sample_wise_sums(self, batch: Any, where: str, seed: int) -> GradientSums | None:
         """Pass 1 for D = B at once; None where the loss has to be computed sample by sample."""
-        if self._collective.size > 1:
+        if self.collective.size > 1:
             return None
-        whole = to_device(batch, self._differentiator.device)
-        self._differentiator.seed = seed
+        whole = to_device(batch, self.differentiator.device)
+        self.differentiator.seed = seed
         try:
-            return self.back_off.run(lambda: sample_wise_sums(self._model, self._differentiator, whole), whole, where)
+            return self.back_off.run(lambda: sample_wise_sums(self._model, self.differentiator, whole), whole, where)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             logger.info("%s: computed sample by sample, since it cannot be vectorised (%s).", where, one_line(error))
             return None
@@ -251,34 +256,53 @@ class TwoPass:
         """Refuse losses and gradients that are not finite, and gradients that are zero.
 
         Raises:
-            NumericsError: names the first such sub-batch and, where this process owns it, the tensor.
+            NumericsError: names the first such sub-batch, the tensor and, of several, the rank that computed it.
         """
         if not any(reading.norms):
             fix = "Check that the loss depends on the trainable tensors and the inputs are not constant"
             raise NumericsError(Problem(where, "the gradients of all sub-batches are zero", fix))
         for index, (gradient_norm, loss) in enumerate(zip(reading.norms, reading.losses, strict=True)):
-            place = f"{where}, sub-batch {index}"
-            if not math.isfinite(loss):
-                fix = "Check inputs, labels and the initial weights"
-                raise NumericsError(Problem(place, f"the loss is {loss}", fix))
-            if not math.isfinite(gradient_norm):
-                tensor = self._first_non_finite(parts.owned[index]) if index in parts.owned else "a tensor"
-                fix = "Lower lr, or set gamma or max_scale, if the model was sound at the start"
-                raise NumericsError(Problem(place, f"the gradient of {tensor} is not finite", fix))
-            if gradient_norm == 0:
-                fix = "Use fewer sub-batches, or check the samples of the batch"
-                raise NumericsError(Problem(place, "the gradient is zero, so it has no direction", fix))
+            if not math.isfinite(loss) or not math.isfinite(gradient_norm) or gradient_norm == 0:
+                with self.collective.together():
+                    if index in parts.owned:
+                        self._refuse(gradient_norm, loss, f"{where}, sub-batch {index}", parts.owned[index])
+
+    def check_scale_gradient(self, gradient: Tensor, where: str) -> None:
+        """Refuse a scale gradient of `second_pass` that is not finite; to be called where it is known not to be.
+
+        Raises:
+            NumericsError: names the tensor and, of several, the rank that it came from.
+        """
+        name = self._scales.name_of(self._scales.scaled[int((~gradient.isfinite()).nonzero()[0])])
+        fix = "Lower lr, set gamma or max_scale, or try another curvature path"
+        error = NumericsError(Problem(where, f"the scale gradient of {name} is not finite", fix))
+        with self.collective.together():
+            if not self._own_share.isfinite().all():
+                raise error
+        raise error
+
+    def _refuse(self, gradient_norm: float, loss: float, place: str, part: Any) -> NoReturn:
+        """Say what is wrong with a sub-batch of this process."""
+        if not math.isfinite(loss):
+            fix = "Check inputs, labels and the initial weights"
+            raise NumericsError(Problem(place, f"the loss is {loss}", fix))
+        if not math.isfinite(gradient_norm):
+            fix = "Lower lr, or set gamma or max_scale, if the model was sound at the start"
+            found = f"the gradient of {self._first_non_finite(part)} is not finite"
+            raise NumericsError(Problem(place, found, fix))
+        fix = "Use fewer sub-batches, or check the samples of the batch"
+        raise NumericsError(Problem(place, "the gradient is zero, so it has no direction", fix))
 
     @contextlib.contextmanager
     def _sub_batch(self, parts: SubBatches, index: int, where: str) -> Iterator[None]:
         """Errors of a sub-batch say which it is, and its random numbers are its own."""
-        self._differentiator.seed = parts.seed * parts.count + index
+        self.differentiator.seed = parts.seed * parts.count + index
         with located(f"{where}, sub-batch {index}"):
             yield
 
     def _first_non_finite(self, part: Any) -> str:
-        tensors = self._differentiator.gradient_tensors
-        grads, _ = self._differentiator.dense_gradient(part, tensors)
+        tensors = self.differentiator.gradient_tensors
+        grads, _ = self.differentiator.dense_gradient(part, tensors)
         for parameter, grad in zip(self._scales.gradient, grads, strict=True):
             if not grad.isfinite().all():
                 return self._scales.name_of(parameter)

@@ -1,0 +1,67 @@
+"""What a NIO run has to keep so that another one can go on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from nio_hf.core.optimizer import AdamState
+from nio_hf.core.result import GradCosine, IterationRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class NIOState:
+    """A run after some of its iterations, in numbers that JSON keeps exactly.
+
+    Attributes:
+        omega: (m,) scales.
+        optimizer: of the scales.
+        before: GradCosine on the held-out batches at omega = 1.
+        history: one record per iteration so far.
+        seconds: wall time so far.
+    """
+
+    omega: tuple[float, ...]
+    optimizer: AdamState
+    before: GradCosine
+    history: tuple[IterationRecord, ...]
+    seconds: float
+
+    @property
+    def iterations(self) -> int:
+        """The iterations that it has behind it."""
+        return len(self.history)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> NIOState:
+        """Inverse of `to_dict`, after a trip through JSON."""
+        return cls(
+            omega=tuple(fields["omega"]),
+            optimizer=AdamState(**fields["optimizer"]),
+            before=GradCosine.from_dict(fields["before"]),
+            history=tuple(IterationRecord(**record) for record in fields["history"]),
+            seconds=fields["seconds"],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumption:
+    """How a run goes on where another one stopped, and how it lets itself be stopped.
+
+    Attributes:
+        state: of the run that stopped, with the same model, batches and settings; None to begin.
+        save: called with the state of the run, every `every` iterations, after the last one, and when it is stopped.
+        every: iterations from one call of `save` to the next.
+        should_stop: asked once per iteration; where it says yes on any process, the run is saved and ends with
+            [`StoppedError`].
+    """
+
+    state: NIOState | None = None
+    save: Callable[[NIOState], None] = lambda state: None
+    every: int = 10
+    should_stop: Callable[[], bool] = lambda: False

@@ -1,0 +1,83 @@
+"""Functions run by several processes of one gloo group."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# The server imports once what the processes, which it forks, then have at once. It has computed nothing, so autograd
+# works in them.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "nio_hf", "nio_hf.training", "tests.core.cases"])
+
+TIME_LIMIT = 60.0
+
+
+class RankFailedError(AssertionError):
+    """What a process ended with."""
+
+
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, seconds: float = TIME_LIMIT) -> list[Any]:
+    """The values that `function(*args)` returns on each of `size` ranks, from rank 0 on.
+
+    What it raises is returned in its place.
+
+    Raises:
+        RankFailedError: where not all ranks have ended in time.
+    """
+    results: Any = _CONTEXT.Queue()
+    port = free_port()
+    processes = [
+        _CONTEXT.Process(target=_enter, args=(rank, size, port, results, function, args)) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[int, Any] = {}
+    deadline = time.monotonic() + seconds
+    try:
+        while len(found) < size:
+            try:
+                rank, value = results.get(timeout=max(deadline - time.monotonic(), 0.01))
+            except queue.Empty:
+                missing = sorted(set(range(size)) - set(found))
+                raise RankFailedError(f"ranks {missing} have not ended after {seconds} s; others: {found}") from None
+            found[rank] = value
+    finally:
+        for process in processes:
+            process.join(1)
+            process.kill()
+    return [found[rank] for rank in range(size)]
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _enter(rank: int, size: int, port: int, results: Any, function: Callable[..., Any], args: Any) -> None:
+    torch.set_num_threads(1)
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    try:
+        value = function(*args)
+    except BaseException as error:
+        error.add_note(traceback.format_exc())
+        value = error
+    results.put((rank, value))
+    results.close()
+    results.join_thread()
+    dist.destroy_process_group()
