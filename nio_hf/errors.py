@@ -97,6 +97,22 @@ class OutputError(NIOError, OSError):
     """An output directory that cannot be written."""
 
 
+class Preempted(SystemExit):
+    """A run that SIGTERM ended after it had saved. A script that lets it pass exits with status 75.
+
+    That is EX_TEMPFAIL of sysexits.h: try again later.
+    """
+
+    STATUS = 75
+
+    def __init__(self, message: str) -> None:
+        super().__init__(self.STATUS)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
 def one_line(error: BaseException) -> str:
     """The message of somebody else's error, for use inside one of ours."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from torch import Tensor
 import nio_hf.errors
 from nio_hf.core.memory import is_out_of_memory
 from nio_hf.errors import NIOError, NIOMemoryError, NumericsError, Problem, RankError, one_line
+
+T = TypeVar("T")
 
 SIGNALS = 3
 """Numbers in which processes tell each other how it goes."""
@@ -59,6 +62,13 @@ class Collective:
             if sent is not tensor:
                 tensor.copy_(sent)
 
+    def broadcast_object(self, value: T) -> T:
+        """That of rank 0; it follows on the end of a block of [`together`]."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, 0)
+        return values[0]
+
     def any(self, *flags: bool) -> list[bool]:
         """For each of at most two flags, whether it is set on any process.
 
@@ -66,6 +76,14 @@ class Collective:
             NIOError: where another process has failed, as [`together`].
         """
         return self._exchange(None, flags)
+
+    def wait(self) -> None:
+        """Wait until all processes are here.
+
+        Raises:
+            NIOError: where another process has failed, as [`together`].
+        """
+        self._exchange(None, ())
 
     def first(self, flag: bool) -> bool:
         """The flag of rank 0."""
@@ -97,7 +115,7 @@ class Collective:
         Raises:
             NumericsError: names the ranks that differ from rank 0.
         """
-        self._exchange(None, ())
+        self.wait()
         if self.size == 1:
             return
         values: list[object] = [None] * self.size

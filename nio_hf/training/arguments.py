@@ -27,6 +27,9 @@ class NIOTrainingArguments(TrainingArguments):
     # When NIO runs
     nio: bool = _option(True, "Run NIO before training. It is skipped on resume and for an initialised model.")
     nio_save_init: bool = _option(True, "Save the initialised checkpoint in OUTPUT_DIR/_nio_init.")
+    nio_save_steps: int = _option(
+        10, "Iterations from one saved state of NIO to the next, from which an interrupted run goes on; 0 for none."
+    )
 
     # Data
     nio_batch_size: int = _option(64, "B, samples of a NIO batch over all devices.")
@@ -75,7 +78,7 @@ class NIOTrainingArguments(TrainingArguments):
         Raises:
             ConfigError: lists every `nio_*` setting that is out of range.
         """
-        problems = list(self._batch_size_problems())
+        problems = [*self._batch_size_problems(), *self._save_steps_problems()]
         try:
             config = self._nio_config()
         except ConfigError as error:
@@ -91,6 +94,11 @@ class NIOTrainingArguments(TrainingArguments):
             yield Problem("nio_batch_size", f"{size!r}", "Give a whole number of at least 2")
         elif isinstance(self.nio_sub_batches, int) and self.nio_sub_batches > size:
             yield dataclasses.replace(too_many_sub_batches(self.nio_sub_batches, size), where="nio_sub_batches")
+
+    def _save_steps_problems(self) -> Iterator[Problem]:
+        steps = self.nio_save_steps
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            yield Problem("nio_save_steps", f"{steps!r}", "Give a whole number, 0 for none")
 
     def _nio_config(self) -> NIOConfig:
         seed = self.order_seed if self.nio_seed is None else self.nio_seed

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import shutil
 import tempfile
@@ -16,19 +16,22 @@ from typing import Any, cast
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import nio_hf
-from nio_hf.core.result import NIOResult
-from nio_hf.errors import CheckpointError, OutputError, Problem
+from nio_hf.core import NIOConfig, NIOResult, NIOState
+from nio_hf.errors import CheckpointError, OutputError, Problem, one_line
+from nio_hf.training.manifest import fault_of, write_atomically, write_manifest
 
 logger = logging.getLogger(__name__)
 
 INIT_DIR_NAME = "_nio_init"
 """Its leading underscore keeps the initialised checkpoint out of `Trainer.push_to_hub`."""
 STATE_NAME = "nio_state.json"
+PROGRESS_NAME = "_nio_progress.json"
 MARK_KEY = "nio"
 STATE_FORMAT = 1
 
@@ -66,7 +69,9 @@ def remove_mark(model: nn.Module) -> None:
         delattr(config, MARK_KEY)
 
 
-def save_initialised(model: nn.Module, result: NIOResult, directory: Path, processing_class: Any | None) -> None:
+def save_initialised(
+    model: nn.Module, result: NIOResult, directory: Path, processing_class: Any | None, origin: str
+) -> None:
     """Write weights, config with the mark, processor and `nio_state.json`, all or nothing.
 
     Args:
@@ -74,14 +79,17 @@ def save_initialised(model: nn.Module, result: NIOResult, directory: Path, proce
         result: of the run that scaled them.
         directory: replaced where it exists.
         processing_class: image processor or tokenizer, saved beside the weights.
+        origin: fingerprint of the weights before they were scaled.
 
     Raises:
         OutputError: where the directory cannot be written.
     """
     mark = {"version": nio_hf.__version__, "fingerprint": fingerprint(model)}
     ensure_writable(directory.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
+    temporary = directory.with_name(f"{directory.name}.partial")
     try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(temporary)
             _add_mark(temporary / CONFIG_NAME, mark)
@@ -89,15 +97,52 @@ def save_initialised(model: nn.Module, result: NIOResult, directory: Path, proce
             safetensors.torch.save_model(model, str(temporary / SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
         if processing_class is not None:
             processing_class.save_pretrained(temporary)
-        state = {"format": STATE_FORMAT, "mark": mark, "versions": versions(), "result": result.to_dict()}
+        state = {
+            "format": STATE_FORMAT,
+            "mark": mark,
+            "origin": origin,
+            "versions": versions(),
+            "result": result.to_dict(),
+        }
         (temporary / STATE_NAME).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        temporary.chmod(0o777 & ~_umask())
+        write_manifest(temporary)
         shutil.rmtree(directory, ignore_errors=True)
         temporary.replace(directory)
-    except OSError as error:
-        raise OutputError(Problem(str(directory), str(error), "Free space or choose another output_dir")) from error
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OutputError):
+            raise
+        fix = "Free space or choose another output_dir"
+        raise OutputError(Problem(str(directory), one_line(error), fix)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_initialised(directory: Path, model: nn.Module, config: NIOConfig) -> NIOResult | None:
+    """Take over what `save_initialised` wrote, where it is whole and was made of this model with these settings.
+
+    Args:
+        directory: that was written.
+        model: as it was before NIO; its weights become those of the directory.
+        config: settings of NIO.
+
+    Returns:
+        The result of that run; None, with the model as it was, where there is nothing that fits.
+    """
+    if not directory.is_dir():
+        return None
+    fault = fault_of(directory)
+    if fault is not None:
+        logger.warning("%s is passed over: %s.", directory, fault)
+        return None
+    result = load_state(directory)
+    if result.config != config or _read_state(directory).get("origin") != fingerprint(model):
+        logger.warning("%s is passed over: it was made of other weights or with other settings.", directory)
+        return None
+    if isinstance(model, PreTrainedModel):
+        reload(directory, model)
+    else:
+        safetensors.torch.load_model(model, directory / SAFE_WEIGHTS_NAME)
+    return result
 
 
 def load_state(directory: Path) -> NIOResult:
@@ -108,7 +153,7 @@ def load_state(directory: Path) -> NIOResult:
     """
     path = directory / STATE_NAME
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = _read_state(directory)
         found = f"format {state['format']}, known is {STATE_FORMAT}"
         if state["format"] == STATE_FORMAT:
             return NIOResult.from_dict(state["result"])
@@ -117,19 +162,68 @@ def load_state(directory: Path) -> NIOResult:
     raise CheckpointError(Problem(str(path), found, "Initialise again, or use the nio_hf version that wrote it"))
 
 
-def ensure_writable(directory: Path) -> None:
-    """Create a directory and try to write into it.
+def save_progress(state: NIOState, directory: Path, origin: str, config: NIOConfig) -> None:
+    """Write what a NIO run has learned so far into a directory, in place of what is there.
+
+    Args:
+        state: of the run.
+        directory: of the training.
+        origin: fingerprint of the weights that it scales.
+        config: settings of the run.
 
     Raises:
-        OutputError: where that fails.
+        OutputError: where it cannot be written.
     """
+    content = {
+        "format": STATE_FORMAT,
+        "origin": origin,
+        "config": dataclasses.asdict(config),
+        "state": state.to_dict(),
+    }
+    try:
+        write_atomically(directory / PROGRESS_NAME, json.dumps(content) + "\n")
+    except OSError as error:
+        fix = "Free space or choose another output_dir"
+        raise OutputError(Problem(str(directory / PROGRESS_NAME), str(error), fix)) from error
+
+
+def load_progress(directory: Path, origin: str, config: NIOConfig) -> NIOState | None:
+    """What `save_progress` wrote, where it is of the same weights and settings; else None."""
+    path = directory / PROGRESS_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = {"format": STATE_FORMAT, "origin": origin, "config": dataclasses.asdict(config)}
+        if all(content[key] == value for key, value in known.items()):
+            return NIOState.from_dict(content["state"])
+        logger.warning("%s is passed over: it is of other weights or settings.", path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is passed over: %s.", path, one_line(error))
+    return None
+
+
+def ensure_writable(directory: Path, needed: int = 0) -> None:
+    """Create a directory and try to write into it.
+
+    Args:
+        directory: to create.
+        needed: bytes that are going to be written.
+
+    Raises:
+        OutputError: where that fails, or there is less room than needed.
+    """
+    fix = "Choose an output_dir that you can write to"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
+        free = shutil.disk_usage(directory).free
     except OSError as error:
-        fix = "Choose an output_dir that you can write to"
         raise OutputError(Problem(str(directory), str(error), fix)) from error
+    if free < needed:
+        found = f"{free / 2**20:,.0f} MiB are free, a run needs at least {needed / 2**20:,.0f} MiB for its checkpoints"
+        raise OutputError(Problem(str(directory), found, "Free space or choose another output_dir"))
 
 
 def can_reload(checkpoint: Path, model: nn.Module) -> bool:
@@ -172,6 +266,11 @@ def versions() -> dict[str, str]:
     return {"nio_hf": nio_hf.__version__, "python": platform.python_version(), **installed}
 
 
+def _read_state(directory: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
+    return state
+
+
 def _digest(parameter: nn.Parameter) -> bytes:
     values = parameter.detach().cpu().contiguous()
     header = f"{values.dtype} {tuple(values.shape)}".encode()
@@ -181,9 +280,3 @@ def _digest(parameter: nn.Parameter) -> bytes:
 def _add_mark(config_file: Path, mark: dict[str, str]) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config_file.write_text(json.dumps({**config, MARK_KEY: mark}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

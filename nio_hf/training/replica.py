@@ -1,21 +1,29 @@
-"""The fp32 copy of a model that NIO works on, and the way of the scales back to the model."""
+"""The fp32 copy of a model that NIO works on, and the way of its weights back to the model."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from nio_hf.core.collective import Collective
+from nio_hf.core import Collective
+from nio_hf.core.memory import available_memory
 from nio_hf.core.scales import check_storage
+from nio_hf.errors import ModelError, NIOMemoryError, Problem
 
+COPIES = 4
+"""Vectors of the size of the model that NIO holds at least: theta, W, one gradient and the sum u."""
 _DIFFERENTIABLE_ATTENTION = ("eager", "sdpa")
+_GIB = 2**30
 
 
 def make_replica(model: nn.Module, device: torch.device, collective: Collective) -> nn.Module:
-    """A copy of a model on a device, the same on every process.
+    """A copy of a model on a device, whole and the same on every process.
 
     Args:
         model: unwrapped; it is not changed.
@@ -23,31 +31,111 @@ def make_replica(model: nn.Module, device: torch.device, collective: Collective)
         collective: its rank 0 gives the weights.
 
     Raises:
-        ModelError: for parameters without data, sharded ones, and half precision.
+        ModelError: for parameters without data, sharded at load or in half precision, and for adapters.
+        NIOMemoryError: where NIO cannot fit into the memory of the device.
     """
-    check_storage(model)
-    replica = copy.deepcopy(model).to(device)
-    if hasattr(replica, "_original_forward"):
-        # Accelerate patches `forward` on the instance, bound to the model that was copied.
-        replica.__dict__.pop("forward", None)
-    if isinstance(replica, PreTrainedModel) and replica.config._attn_implementation not in _DIFFERENTIABLE_ATTENTION:
-        replica.set_attn_implementation("eager")
-    for tensor in (*replica.parameters(), *replica.buffers()):
-        collective.broadcast_(tensor.data)
+    with collective.together():
+        _check_no_adapters(model)
+        check_memory(model, device)
+        with gathered(model):
+            if not _is_partitioned(model):
+                check_storage(model)
+            replica = copy.deepcopy(model)
+        replica = replica.to(device)
+        check_storage(replica)
+        if hasattr(replica, "_original_forward"):
+            # Accelerate patches `forward` on the instance, bound to the model that was copied.
+            replica.__dict__.pop("forward", None)
+        if (
+            isinstance(replica, PreTrainedModel)
+            and replica.config._attn_implementation not in _DIFFERENTIABLE_ATTENTION
+        ):
+            replica.set_attn_implementation("eager")
+    broadcast(replica, collective)
     return replica
 
 
-@torch.no_grad()
-def copy_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Copy parameters into a model of the same class, in place and at once: optimizers keep their references."""
-    values = dict(source.named_parameters())
-    names, tensors = zip(*target.named_parameters(), strict=True)
-    torch._foreach_copy_([tensor.data for tensor in tensors], [values[name].data for name in names])
+def broadcast(replica: nn.Module, collective: Collective) -> None:
+    """Give all processes the parameters and buffers of rank 0; it follows on a block of `together`."""
+    for tensor in (*replica.parameters(), *replica.buffers()):
+        collective.broadcast_(tensor.data)
 
 
 @torch.no_grad()
-def copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Copy buffers into a model of the same class, in place."""
-    values = dict(source.named_buffers())
-    for name, buffer in target.named_buffers():
-        buffer.copy_(values[name])
+def take_over(replica: nn.Module, model: nn.Module, collective: Collective) -> None:
+    """Copy the weights of a replica into its model, in place: optimizers keep their references.
+
+    With several processes buffers are copied, too, since those of the model may have been others on each.
+    """
+    values = dict(replica.named_parameters())
+    if _is_partitioned(model):
+        _copy_partitioned(values, model)
+    else:
+        names, tensors = zip(*model.named_parameters(), strict=True)
+        torch._foreach_copy_([tensor.data for tensor in tensors], [values[name].data for name in names])
+    if collective.size > 1:
+        buffers = dict(replica.named_buffers())
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+
+
+def replica_bytes(model: nn.Module) -> int:
+    """Bytes of a copy of the model, of which ZeRO-3 may have spread the original over the processes."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(getattr(tensor, "ds_numel", tensor.numel()) * max(tensor.element_size(), 4) for tensor in tensors)
+
+
+def check_memory(model: nn.Module, device: torch.device) -> None:
+    """Refuse a model that NIO cannot fit beside into the memory of a device, activations not counted.
+
+    Raises:
+        NIOMemoryError: with what it needs, what is free, and what to do.
+    """
+    available = available_memory(device)
+    if available is None:
+        return
+    if device.type == "cpu":
+        available //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = COPIES * replica_bytes(model)
+    if needed > available:
+        numbers = replica_bytes(model) // 4
+        found = (
+            f"needs {needed / _GIB:.1f} GiB of {device} and the activations of a sub-batch: {COPIES} copies of "
+            f"{numbers:,} numbers in fp32; {available / _GIB:.1f} GiB are free"
+        )
+        fix = (
+            "Initialise once where there is more memory, e.g. with `nio-hf init RECIPE --device cpu`, then train from "
+            "that checkpoint: model_name_or_path: OUTPUT_DIR/_nio_init"
+        )
+        raise NIOMemoryError(Problem("NIO", found, fix))
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """The parameters of a model, whole on every process where DeepSpeed ZeRO-3 has spread them, within the context."""
+    if not _is_partitioned(model):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        yield
+
+
+def _is_partitioned(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _copy_partitioned(values: dict[str, nn.Parameter], model: nn.Module) -> None:
+    """Write whole tensors into a model of ZeRO-3, of which each process then keeps its part."""
+    import deepspeed
+
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(values[name].data)
+
+
+def _check_no_adapters(model: nn.Module) -> None:
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        fix = "Initialise the base model with run_nio() before adapters are added, or set nio=False"
+        raise ModelError(Problem(type(model).__name__, "has adapters (PEFT), which NIO does not scale", fix))

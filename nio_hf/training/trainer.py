@@ -6,36 +6,42 @@ import contextlib
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import datasets
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
-from nio_hf.core import Collective, IterationRecord, NIOResult, initialize
+from nio_hf.core import Collective, IterationRecord, NIOResult, NIOState, Resumption, initialize
 from nio_hf.core.batches import map_tensors
 from nio_hf.core.memory import is_out_of_memory
 from nio_hf.core.scales import check_storage
-from nio_hf.errors import DataError, NIOMemoryError, Problem
+from nio_hf.errors import DataError, NIOMemoryError, Problem, StoppedError
 from nio_hf.training.arguments import NIOTrainingArguments, with_nio_settings
 from nio_hf.training.checkpoints import (
     INIT_DIR_NAME,
-    can_reload,
+    PROGRESS_NAME,
     ensure_writable,
+    fingerprint,
     is_marked,
-    reload,
+    load_initialised,
+    load_progress,
     remove_mark,
     save_initialised,
+    save_progress,
 )
+from nio_hf.training.durable import DurableTrainerMixin
 from nio_hf.training.isolation import isolated_random_state
+from nio_hf.training.labels import CheckedBatches
 from nio_hf.training.layers import register_transformers_layers
 from nio_hf.training.losses import ignores_num_items
-from nio_hf.training.replica import copy_buffers, copy_parameters, make_replica
+from nio_hf.training.replica import broadcast, gathered, make_replica, replica_bytes, take_over
 from nio_hf.training.reporting import NIOReportCallback
 from nio_hf.training.sampling import nio_dataloader, seed_everything
 
@@ -44,13 +50,8 @@ logger = logging.getLogger(__name__)
 _INITIALISED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """The models that this process has initialised."""
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class NIOTrainerMixin(_Base):
+class NIOTrainerMixin(DurableTrainerMixin):
     """NIO for any subclass of [`~transformers.Trainer`]: `class MyNIOTrainer(NIOTrainerMixin, MyTrainer)`.
 
     NIO runs once, after the data loader is built and before optimizer and wrapping. It is skipped on resume, for a
@@ -58,8 +59,8 @@ class NIOTrainerMixin(_Base):
     Trainer's own `compute_loss`, collator and data set; batches and random numbers of the training are the same as
     without it.
 
-    Besides, `resume_from_checkpoint` and `load_best_model_at_end` restore every tensor, and the loss of models that
-    ignore `num_items_in_batch` is not inflated under gradient accumulation.
+    Besides, nothing is lost, see [`DurableTrainerMixin`], and the loss of models that ignore `num_items_in_batch` is
+    not inflated under gradient accumulation.
 
     Attributes:
         nio_result: of the last NIO run of this trainer; None before.
@@ -76,49 +77,107 @@ class NIOTrainerMixin(_Base):
         self._nio_report = NIOReportCallback(self)
         self.add_callback(self._nio_report)
 
-    def run_nio(self) -> NIOResult:
+    def run_nio(self, *, resume: bool = False) -> NIOResult:
         """Initialise the model now, and save the initialised checkpoint where `nio_save_init` is set.
+
+        Args:
+            resume: go on where an earlier run in the same `output_dir` stopped, with the same model and settings; or
+                take over what it has finished.
 
         Returns:
             What was learned, also kept as `nio_result`.
 
         Raises:
             NIOError: in every case with the model as it was, see [`initialize`].
+            NIOMemoryError: also where NIO cannot fit into memory, before it starts.
+            OutputError: where the disk is full or cannot be written, before NIO starts where that can be known.
+            Preempted: where SIGTERM ended it, with `enable_jit_checkpoint`.
         """
-        config = self.args.to_nio_config()
-        if self.args.nio_save_init and self.args.should_save:
-            ensure_writable(self.nio_init_dir.parent)
-        self._warn_of_warmup()
-        model = self._nio_model()
         collective = Collective.current()
+        self._warn_of_warmup()
         register_transformers_layers()
-        with isolated_random_state(self.args.device, self.train_dataset), _memory_errors():
-            seed_everything(config.seed)
-            replica = make_replica(model, self.args.device, collective)
-            with self._nio_progress(config.iterations) as bar:
-                result = initialize(
-                    replica,
-                    _CheckedBatches(self.get_nio_dataloader(), self._classes_of_labels(), self.prepare_nio_batch),
-                    self.compute_nio_loss,
-                    config,
-                    on_iteration=lambda record: _advance(bar, record),
-                    collective=collective,
-                )
-            if self.args.nio_save_init and self.args.should_save:
-                save_initialised(replica, result, self.nio_init_dir, self.processing_class)
-            copy_parameters(replica, model)
-            if collective.size > 1:
-                copy_buffers(replica, model)
+        model = self._nio_model()
+        if self._preemption is not None:
+            self._preemption.listen()
+        try:
+            with collective.together(), isolated_random_state(self.args.device, self.train_dataset), _memory_errors():
+                self._check_output(model)
+                replica = make_replica(model, self.args.device, collective)
+                result = self._initialised(replica, collective) if resume else None
+                if result is None:
+                    result = self._initialise(replica, collective, resume)
+                collective.check_equal("the initialised weights", fingerprint(replica))
+                take_over(replica, model, collective)
+        except StoppedError as error:
+            raise self._preempted(f"during NIO ({error.problems[0].found})") from error
         _INITIALISED.add(model)
         self.nio_result = result
         self._nio_report.report_later(result)
-        self.accelerator.wait_for_everyone()
         return result
+
+    def _initialised(self, replica: nn.Module, collective: Collective) -> NIOResult | None:
+        """The result of an earlier run, with its weights in the replica; None where there is none that fits."""
+        config, result = self.args.to_nio_config(), None
+        with collective.together():
+            if collective.rank == 0:
+                result = load_initialised(self.nio_init_dir, replica, config)
+        result = collective.broadcast_object(result)
+        if result is not None:
+            broadcast(replica, collective)
+            self._tell("NIO is finished: taking over %s.", self.nio_init_dir)
+        return result
+
+    def _initialise(self, replica: nn.Module, collective: Collective, resume: bool) -> NIOResult:
+        """Run NIO on the replica and save what comes of it."""
+        config = self.args.to_nio_config()
+        directory = self.nio_init_dir.parent
+        origin = fingerprint(replica)
+        with collective.together():
+            state = load_progress(directory, origin, config) if resume and collective.rank == 0 else None
+        state = collective.broadcast_object(state)
+        if state is not None:
+            self._tell("NIO goes on after %d iterations.", state.iterations)
+
+        def save(state: NIOState) -> None:
+            if self.args.should_save:
+                save_progress(state, directory, origin, config)
+
+        resumption = Resumption(
+            state=state,
+            save=save if self.args.nio_save_steps > 0 else lambda state: None,
+            every=self.args.nio_save_steps or config.iterations,
+            should_stop=lambda: self._preemption is not None and self._preemption.requested,
+        )
+        seed_everything(config.seed)
+        with self._nio_progress(config.iterations, 0 if state is None else state.iterations) as bar:
+            result = initialize(
+                replica,
+                CheckedBatches(self.get_nio_dataloader(), self._classes_of_labels(), self.prepare_nio_batch),
+                self.compute_nio_loss,
+                config,
+                on_iteration=lambda record: _advance(bar, record),
+                collective=collective,
+                resumption=resumption,
+            )
+        with collective.together():
+            if self.args.nio_save_init and self.args.should_save:
+                save_initialised(replica, result, self.nio_init_dir, self.processing_class, origin)
+                (directory / PROGRESS_NAME).unlink(missing_ok=True)
+        return result
+
+    def _check_output(self, model: nn.Module) -> None:
+        """Find out before NIO starts whether there is room for what this run is going to save."""
+        if not self.args.should_save:
+            return
+        copies = float(self.args.nio_save_init)
+        if self.is_in_train and self.args.save_strategy != SaveStrategy.NO:
+            copies += 1 if self.args.save_only_model or "adam" not in self.args.optim else 3
+        ensure_writable(self.nio_init_dir.parent, round(copies * replica_bytes(model)))
 
     @property
     def nio_init_dir(self) -> Path:
         """Where the initialised checkpoint is saved; each trial of a hyper-parameter search has its own."""
-        return Path(self._get_output_dir(getattr(self, "_trial", None))) / INIT_DIR_NAME
+        return self._run_dir / INIT_DIR_NAME
 
     def compute_nio_loss(self, model: nn.Module, inputs: Any) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Loss of a batch for NIO: the Trainer's own, on fp32 inputs. Override it for another one.
@@ -196,22 +255,29 @@ class NIOTrainerMixin(_Base):
                 self.args.warmup_steps,
             )
 
-    def _nio_progress(self, iterations: int) -> Any:
+    def _nio_progress(self, iterations: int, behind: int) -> Any:
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        return tqdm(total=iterations, desc="NIO", unit="iteration", disable=hidden)
+        return tqdm(total=iterations, initial=behind, desc="NIO", unit="iteration", disable=hidden)
+
+    def _tell(self, message: str, *values: Any) -> None:
+        if self.is_world_process_zero():
+            logger.info(message, *values)
 
     def _nio_is_due(self, resume_from_checkpoint: str | None) -> bool:
-        model = self._nio_model()
+        """Whether NIO has something to do, which rank 0 decides."""
         if not self.args.nio:
             return False
         if resume_from_checkpoint is not None:
-            logger.info("NIO is skipped: training resumes from %s.", resume_from_checkpoint)
+            self._tell("NIO is skipped: training resumes from %s.", resume_from_checkpoint)
             return False
-        if model in _INITIALISED:
-            logger.warning("NIO is skipped: it has initialised this model already. Call run_nio() to run it again.")
+        model, collective = self._nio_model(), Collective.current()
+        if collective.first(model in _INITIALISED):
+            self._tell("NIO is skipped: it has initialised this model already. Call run_nio() to run it again.")
             return False
-        if is_marked(model):
-            logger.info("NIO is skipped: the model was loaded from an initialised checkpoint.")
+        with collective.together(), gathered(model):
+            marked = self.is_world_process_zero() and is_marked(model)
+        if collective.first(marked):
+            self._tell("NIO is skipped: the model was loaded from an initialised checkpoint.")
             remove_mark(model)
             _INITIALISED.add(model)
             return False
@@ -232,27 +298,11 @@ class NIOTrainerMixin(_Base):
         self, max_steps: int, train_dataloader: DataLoader[Any], resume_from_checkpoint: str | None
     ) -> Any:
         if self._nio_is_due(resume_from_checkpoint):
-            self.run_nio()
+            self.run_nio(resume=self._going_on)
         # Trackers that were added later must have opened their run before NIO is reported.
         self.remove_callback(self._nio_report)
         self.add_callback(self._nio_report)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._nio_reload(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if not self._nio_reload(cast(str, self.state.best_model_checkpoint)):
-            super()._load_best_model()
-
-    def _nio_reload(self, checkpoint: str) -> bool:
-        """Restore a checkpoint strictly where that is possible."""
-        model = self._nio_model()
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not can_reload(Path(checkpoint), model):
-            return False
-        reload(Path(checkpoint), cast(PreTrainedModel, model))
-        return True
 
 
 class NIOTrainer(NIOTrainerMixin, Trainer):
@@ -283,32 +333,6 @@ def _checked_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
 def _advance(bar: Any, record: IterationRecord) -> None:
     bar.set_postfix(GC=f"{record.grad_cosine:.3f}", GN=f"{record.grad_norm:.3g}", step=record.branch, refresh=False)
     bar.update()
-
-
-class _CheckedBatches:
-    """Prepared batches whose labels are checked; a re-iterable."""
-
-    def __init__(self, batches: DataLoader[Any], classes: int | None, prepare: Callable[[Any, int], Any]) -> None:
-        self._batches = batches
-        self._classes = classes
-        self._prepare = prepare
-
-    def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self._batches):
-            if self._classes is not None:
-                _check_labels(batch, self._classes, number)
-            yield self._prepare(batch, number)
-
-
-def _check_labels(batch: Any, classes: int, number: int) -> None:
-    labels = batch.get("labels") if hasattr(batch, "get") else None
-    if not isinstance(labels, torch.Tensor) or labels.ndim != 1 or labels.is_floating_point():
-        return
-    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != -100)]
-    if len(wrong):
-        found = f"label {int(wrong[0])} for a model of {classes} classes"
-        fix = "Set num_labels in the model config to the number of classes, counted from 0"
-        raise DataError(Problem(f"labels of NIO batch {number}", found, fix))
 
 
 def _check_has_samples(dataset: Any) -> None:

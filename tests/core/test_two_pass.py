@@ -52,18 +52,6 @@ def test_two_passes_equal_the_joint_graph(
     assert not differences(before, state(made.model))
 
 
-def test_the_sums_of_two_processes_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = double_case("mlp")
-    monkeypatch.setattr(Collective, "sum_", lambda self, tensor: None)
-    monkeypatch.setattr(Collective, "any", lambda self, *flags: list(flags))
-    totals = []
-    for group in ([Collective()], [Collective(0, 2), Collective(1, 2)]):
-        steps = [Step(made, 3, 0.0, "variance", "objective", collective=collective) for collective in group]
-        sums = [step.first_pass("exact") for step in steps]
-        totals.append([sum(s.buffer for s in sums), sum(s.norms_and_losses for s in sums)])
-    torch.testing.assert_close(totals[0], totals[1], rtol=1e-12, atol=1e-14)
-
-
 def test_samples_are_put_in_order_before_they_are_split() -> None:
     made = double_case("mlp", 5)
     passes = Step(made, 2, 0.0, "gc", "objective").passes()

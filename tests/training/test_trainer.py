@@ -67,7 +67,9 @@ def test_training_sees_the_same_batches_and_random_numbers_with_and_without_nio(
         if nio:
             original = trainer.run_nio
 
-            def run_nio(data: Recording = data, original: Any = original, asked: list[int] = nio_asked) -> Any:
+            def run_nio(
+                data: Recording = data, original: Any = original, asked: list[int] = nio_asked, **kwargs: Any
+            ) -> Any:
                 result = original()
                 asked += data.asked
                 data.asked.clear()
@@ -364,7 +366,7 @@ def _count_runs(trainer: NIOTrainer) -> list[int]:
     runs: list[int] = []
     original = trainer.run_nio
 
-    def run_nio() -> Any:
+    def run_nio(**kwargs: Any) -> Any:
         runs.append(1)
         return original()
 

@@ -154,7 +154,7 @@ def test_buffers_and_weights_stay_when_copying_back_fails(tmp_path: Path, monkey
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nio_hf.training.trainer.copy_parameters", interrupted)
+    monkeypatch.setattr("nio_hf.training.trainer.take_over", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer.run_nio()
     assert unchanged(before, snapshot(model))

@@ -1,0 +1,221 @@
+"""A Trainer from which nothing is lost: checkpoints that are known to be whole, resumed in every tensor, on SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from nio_hf.core import Collective
+from nio_hf.errors import CheckpointError, ConfigError, OutputError, Preempted, Problem, one_line
+from nio_hf.training.checkpoints import can_reload, ensure_writable, reload
+from nio_hf.training.manifest import fault_of, has_manifest, newest_verified, rotate, write_manifest
+from nio_hf.training.preemption import PreemptionCallback
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class DurableTrainerMixin(_Base):
+    """Checkpoints that survive whatever ends the training, for any subclass of [`~transformers.Trainer`].
+
+    `train(resume_from_checkpoint="auto")` goes on from the newest checkpoint that is whole, or begins. Every checkpoint
+    gets a manifest of its files when all of them are written; one without it, or with other files, is never used. With
+    `enable_jit_checkpoint`, SIGTERM saves a checkpoint at the end of a step and ends with [`Preempted`].
+    `resume_from_checkpoint` and `load_best_model_at_end` restore every tensor.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._going_on = False
+        self._held_limit: int | None = None
+        former = self.pop_callback(JITCheckpointCallback)
+        self._preemption = None if former is None else PreemptionCallback(cast(JITCheckpointCallback, former))
+        if self._preemption is not None:
+            self.add_callback(self._preemption)
+        self._sealing = _SealingCallback(self)
+        self.add_callback(self._sealing)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As in Trainer.
+
+        Args:
+            resume_from_checkpoint: a folder; True for the newest whole checkpoint in `output_dir`; "auto" for the
+                same, or for the start where there is none.
+            trial: as in Trainer.
+            ignore_keys_for_eval: as in Trainer.
+
+        Raises:
+            CheckpointError: for a checkpoint that is missing or not whole.
+            OutputError: where `output_dir` cannot be written.
+            Preempted: where SIGTERM ended it; it is a SystemExit.
+        """
+        collective = Collective.current()
+        self._going_on = resume_from_checkpoint == AUTO
+        with collective.together():
+            if self.args.should_save:
+                ensure_writable(self._run_dir)
+            checkpoint = self._checkpoint_for(resume_from_checkpoint, collective)
+        if self._preemption is not None:
+            self._preemption.stopped = False
+            self._preemption.listen()
+        output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        if self._preemption is not None and self._preemption.stopped:
+            collective.wait()
+            raise self._preempted(f"at step {self.state.global_step}")
+        return output
+
+    @property
+    def _run_dir(self) -> Path:
+        """Where checkpoints are saved; each trial of a hyper-parameter search has its own."""
+        return Path(self._get_output_dir(getattr(self, "_trial", None)))
+
+    def _durable_model(self) -> nn.Module:
+        return cast(nn.Module, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+
+    def _preempted(self, where: str) -> Preempted:
+        message = f"SIGTERM: saved and stopped {where}. Start again with resume_from_checkpoint=auto to go on."
+        if self.is_world_process_zero():
+            logger.warning(message)
+        return Preempted(message)
+
+    def _checkpoint_for(self, asked: str | bool | None, collective: Collective) -> str | None:
+        """The folder to resume from, the same on all processes; None to begin."""
+        if asked is None or asked is False:
+            return None
+        if asked != AUTO and asked is not True:
+            return self._checked(Path(asked))
+        if self.args.save_only_model:
+            fix = "Set save_only_model to false: without the state of the optimizer a training cannot go on"
+            raise ConfigError(Problem("resume_from_checkpoint", f"{asked!r} with save_only_model", fix))
+        with collective.together():
+            newest = newest_verified(self._run_dir) if collective.rank == 0 else None
+        found = collective.broadcast_object(None if newest is None else str(newest))
+        if found is None and asked is True:
+            fix = f"Start without it, or with {AUTO!r}, which begins where there is none"
+            raise CheckpointError(Problem(str(self._run_dir), "no checkpoint that is whole", fix))
+        if found is not None and collective.rank > 0:
+            # Machines without a shared disk have a copy each (`save_on_each_node`).
+            self._checked(Path(found))
+        if self.is_world_process_zero():
+            logger.info("Resuming from %s." if found else "No checkpoint to resume from%s: beginning.", found or "")
+        return found
+
+    def _checked(self, directory: Path) -> str:
+        """A folder that was asked for, where it is a checkpoint that is whole as far as can be known."""
+        fix = f"Give a folder OUTPUT_DIR/{PREFIX_CHECKPOINT_DIR}-N, or {AUTO!r} for the newest that is whole"
+        if not directory.is_dir():
+            raise CheckpointError(Problem("resume_from_checkpoint", f"{str(directory)!r} is no folder", fix))
+        fault = fault_of(directory) if has_manifest(directory) and self.args.should_save else None
+        if fault is not None:
+            raise CheckpointError(Problem(str(directory), fault, fix))
+        return str(directory)
+
+    def _complete_checkpoint(self) -> None:
+        """Seal the checkpoint of this step once all processes and callbacks have written theirs; delete old ones."""
+        Collective.current().wait()
+        if self.args.should_save:
+            directory = self._run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            write_manifest(directory)
+            best = self.state.best_model_checkpoint
+            rotate(self._run_dir, self.args.save_total_limit, [directory] if best is None else [directory, Path(best)])
+
+    # What follows overrides Trainer.
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        # Other callbacks write into a checkpoint, too.
+        self.remove_callback(self._sealing)
+        self.add_callback(self._sealing)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        directory = self._run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with _output_errors(directory, self.args.should_save):
+            if self.args.should_save:
+                shutil.rmtree(directory, ignore_errors=True)
+            Collective.current().wait()
+            # Trainer would delete old checkpoints before this one is known to be whole.
+            self._held_limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit, self._held_limit = self._held_limit, None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # It saves the arguments, too, which are to be as the user gave them.
+        held = self.args.save_total_limit is None
+        if held:
+            self.args.save_total_limit = self._held_limit
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            if held:
+                self.args.save_total_limit = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._reload(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._reload(cast(str, self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    def _reload(self, checkpoint: str) -> bool:
+        """Restore a checkpoint strictly where that is possible."""
+        model = self._durable_model()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not can_reload(Path(checkpoint), model):
+            return False
+        reload(Path(checkpoint), cast(PreTrainedModel, model))
+        return True
+
+
+class _SealingCallback(TrainerCallback):
+    """Completes each checkpoint; it must come after all callbacks that write into one."""
+
+    def __init__(self, trainer: DurableTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        """Complete the checkpoint of this step."""
+        self._trainer._complete_checkpoint()
+
+
+@contextlib.contextmanager
+def _output_errors(directory: Path, writes: bool) -> Iterator[None]:
+    """Turn what a full disk, or one that cannot be written, makes of a save into an error of ours.
+
+    What was written of the checkpoint is deleted, which makes room.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch reports a failed write as a RuntimeError of its file format.
+        is_write = (
+            not isinstance(error, RuntimeError) or "inline_container" in str(error) or "PytorchStream" in str(error)
+        )
+        if isinstance(error, OutputError) or not is_write:
+            raise
+        if writes:
+            shutil.rmtree(directory, ignore_errors=True)
+        fix = "Free space or choose another output_dir, then start again: checkpoints saved before are whole"
+        raise OutputError(Problem(str(directory), one_line(error), fix)) from error
