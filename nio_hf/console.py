@@ -11,27 +11,45 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from nio_hf.errors import ConfigError, NIOError, RecipeError
+from nio_hf.core.collective import is_shared
+from nio_hf.errors import ConfigError, NIOError, Preempted, RecipeError
 
-FAILURE, USAGE_ERROR, INTERRUPTED = 1, 2, 130
-"""Exit status of a run that failed, of settings that cannot work, and of an interrupted run."""
+FAILURE, USAGE_ERROR, PREEMPTED, INTERRUPTED = 1, 2, Preempted.STATUS, 130
+"""Exit status of a run that failed, of settings that cannot work, of a run that SIGTERM ended after it had saved, and
+of an interrupted run."""
+STATUS_FILE = "NIO_HF_STATUS_FILE"
+"""Environment variable: where a run writes its exit status, which launchers replace by their own."""
 
 
 def exit_status(action: Callable[[], int]) -> int:
     """Do what a command does, with our errors as messages on standard error; returns its exit status."""
+    status = _status_of(action)
+    if STATUS_FILE in os.environ and _is_first("LOCAL_RANK"):
+        Path(os.environ[STATUS_FILE]).write_text(str(status), encoding="ascii")
+    return status
+
+
+def _status_of(action: Callable[[], int]) -> int:
     errors = Console(stderr=True)
     _show_messages(errors)
     try:
         return action()
     except NIOError as error:
         is_usage = isinstance(error, ConfigError | RecipeError)
-        # Every process of a launch finds the same fault in the settings; one message will do.
-        if not is_usage or os.environ.get("RANK", "0") == "0":
+        # One message will do for what every process of a launch finds, or was told.
+        if not (is_usage or is_shared(error)) or _is_first("RANK"):
             print_error(error, errors)
         return USAGE_ERROR if is_usage else FAILURE
+    except Preempted:
+        return PREEMPTED
     except KeyboardInterrupt:
-        errors.print("Interrupted. What was saved before is complete; the same command starts anew.", style="yellow")
+        again = "The same command with --resume_from_checkpoint auto goes on from what was saved, without it begins."
+        errors.print(f"Interrupted. {again}", style="yellow", highlight=False)
         return INTERRUPTED
+
+
+def _is_first(rank: str) -> bool:
+    return os.environ.get(rank, "0") == "0"
 
 
 def print_error(error: NIOError, console: Console) -> None:

@@ -30,13 +30,7 @@ class NIOError(Exception):
     Args:
         problems: at least one [`Problem`]. A worker of a data loader hands over the text of its traceback instead,
             which ends with the message.
-
-    Attributes:
-        problems: as given.
-        everywhere: whether all processes of a run raise this error.
     """
-
-    everywhere = False
 
     def __init__(self, *problems: Problem | str) -> None:
         if not problems:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from accelerate.commands.config.config_args import default_config_file
 
-from nio_hf.console import INTERRUPTED
+from nio_hf.console import STATUS_FILE
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.catalog import find_accelerate_config
 from nio_hf.recipe.loading import load_recipe
@@ -36,7 +40,7 @@ def launch_command(options: Mapping[str, str], arguments: Sequence[str]) -> list
 
 
 def launch(options: Mapping[str, str], arguments: Sequence[str]) -> int:
-    """Run `accelerate launch` and return its exit status.
+    """Run `accelerate launch` and return the exit status of the training, signals handed on to it.
 
     Raises:
         RecipeError: for a configuration file that does not exist, for several processes where `accelerate launch` would
@@ -45,14 +49,35 @@ def launch(options: Mapping[str, str], arguments: Sequence[str]) -> int:
     command = launch_command(options, arguments)
     _check_processes(options)
     load_recipe(arguments[0], arguments[1:], world_size=int(options.get("num_processes", "1")))
-    with subprocess.Popen(command) as process:
-        try:
+    with tempfile.TemporaryDirectory() as folder:
+        status_file = Path(folder) / "status"
+        # In a session of its own, so that a signal reaches the launcher and the training alike.
+        environment = {**os.environ, STATUS_FILE: str(status_file)}
+        with (
+            subprocess.Popen(command, env=environment, start_new_session=True) as process,
+            _forwarded(process, signal.SIGINT, signal.SIGTERM),
+        ):
             status = process.wait()
-        except KeyboardInterrupt:
-            # The terminal has interrupted the processes, too: they end by themselves.
-            process.wait()
-            return INTERRUPTED
+        own = int(status_file.read_text(encoding="ascii")) if status_file.is_file() else 0
+    if status != 0 and own != 0:
+        return own
     return status if status >= 0 else _SIGNAL_STATUS - status
+
+
+@contextlib.contextmanager
+def _forwarded(process: subprocess.Popen[bytes], *signals: signal.Signals) -> Iterator[None]:
+    """Hand signals on to all that a process has started, and wait for how it ends."""
+
+    def forward(number: int, frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    former = {number: signal.signal(number, forward) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _check_processes(options: Mapping[str, str]) -> None:

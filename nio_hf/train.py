@@ -11,11 +11,11 @@ from typing import cast
 from nio_hf import report
 from nio_hf.console import exit_status, print_run
 from nio_hf.core import NIOResult
-from nio_hf.errors import CheckpointError, Problem
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.catalog import DEFAULT_RECIPE, recipe_name, split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
+from nio_hf.training.durable import AUTO
 
 PLOTS_DIR_NAME = "plots"
 EMA_DIR_NAME = "ema"
@@ -47,13 +47,10 @@ def train(recipe: Recipe) -> RunReport:
 
     Raises:
         NIOError: for data or a model that cannot be loaded or do not go together; see also [`NIOTrainer`].
+        Preempted: where SIGTERM ended it after a save.
     """
     trainer = build_trainer(recipe)
-    checkpoint = recipe.training.resume_from_checkpoint
-    if checkpoint is not None and not Path(checkpoint).is_dir():
-        found = f"{checkpoint!r} is no folder"
-        raise CheckpointError(Problem("resume_from_checkpoint", found, "Give a folder OUTPUT_DIR/checkpoint-N"))
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    outcome = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
     metrics = {**outcome.metrics, **trainer.evaluate()}
     metrics |= trainer.evaluate_average(Path(cast(str, recipe.training.output_dir)) / EMA_DIR_NAME)
     trainer.save_model()
@@ -69,7 +66,7 @@ def initialise(recipe: Recipe) -> RunReport:
         NIOError: as [`train`].
     """
     trainer = build_trainer(recipe)
-    trainer.run_nio()
+    trainer.run_nio(resume=recipe.training.resume_from_checkpoint == AUTO)
     return _report(trainer, recipe, {})
 
 

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import enum
+from typing import Annotated
+
 import typer
 
 from nio_hf.cli.arguments import RecipeArguments
 
 
-def init(arguments: RecipeArguments = None) -> None:
+class Device(enum.StrEnum):
+    """Where NIO computes."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+
+
+def init(
+    arguments: RecipeArguments = None,
+    device: Annotated[
+        Device,
+        typer.Option("--device", help="auto: an accelerator where there is one; cpu: for a model too large for it."),
+    ] = Device.AUTO,
+) -> None:
     """Initialise with NIO and save the initialised checkpoint, without training."""
+    from nio_hf.recipe.catalog import split_arguments
     from nio_hf.train import initialise, run_recipe
 
-    raise typer.Exit(run_recipe(initialise, arguments or []))
+    recipe, overrides = split_arguments(arguments or [])
+    on_cpu = ["--use_cpu", "true"] if device is Device.CPU else []
+    raise typer.Exit(run_recipe(initialise, [recipe, *on_cpu, *overrides]))

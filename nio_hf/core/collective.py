@@ -104,7 +104,7 @@ class Collective:
         try:
             yield
         except Exception as error:
-            if self.size == 1 or getattr(error, _EVERYWHERE, False):
+            if self.size == 1 or is_shared(error):
                 raise
             failure = error
         self._exchange(failure, ())
@@ -150,6 +150,11 @@ class Collective:
         problems = [_at_rank(rank, problem) for rank, report in reports.items() for problem in report[1]]
         error: NIOError = getattr(nio_hf.errors, reports[first][0])(*problems)
         raise _marked(error) from failure
+
+
+def is_shared(error: Exception) -> bool:
+    """Whether all processes raise this error."""
+    return getattr(error, _EVERYWHERE, False)
 
 
 def _device() -> torch.device:

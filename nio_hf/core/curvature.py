@@ -133,7 +133,7 @@ class FiniteDifference(_Keeping):
     """Central difference of first-order gradients, (g_d(theta + e v) - g_d(theta - e v)) / 2e.
 
     4 training steps of arithmetic, or 3 where pass 1 keeps g_d. Needs first-order gradients only, so any attention
-    kernel, activation checkpointing or compiled model works.
+    kernel, compiled model or activation checkpointing but the reentrant one works.
     """
 
     def __init__(self, differentiator: Differentiator, keep_gradients: bool = False) -> None:

@@ -178,7 +178,7 @@ def load_model(settings: ModelSettings, class_names: tuple[str, ...]) -> tuple[P
         ModelError: for one that cannot be loaded, or has another number of classes.
     """
     if settings.model_name_or_path is not None:
-        return _load_pretrained(settings.model_name_or_path, settings.drop_path_rate, class_names)
+        return _load_pretrained(settings, settings.model_name_or_path, class_names)
     model = build_model(settings, class_names)
     return model, _make_processor(settings, model.config)
 
@@ -219,13 +219,14 @@ def make_config(settings: ModelSettings, class_names: tuple[str, ...]) -> PreTra
 
 
 def _load_pretrained(
-    source: str, drop_path_rate: float | None, class_names: tuple[str, ...]
+    settings: ModelSettings, source: str, class_names: tuple[str, ...]
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    trust = {"trust_remote_code": settings.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(source)
-        _set_drop_path_rate(config, drop_path_rate)
-        model = AutoModelForImageClassification.from_pretrained(source, config=config, dtype=torch.float32)
-        processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        config = AutoConfig.from_pretrained(source, **trust)
+        _set_drop_path_rate(config, settings.drop_path_rate)
+        model = AutoModelForImageClassification.from_pretrained(source, config=config, dtype=torch.float32, **trust)
+        processor = AutoImageProcessor.from_pretrained(source, backend="pil", **trust)
     except (OSError, ValueError, SafetensorError) as error:
         fix = "Give a folder with an image classification checkpoint, or its name on the Hub"
         raise ModelError(
@@ -235,7 +236,7 @@ def _load_pretrained(
         found = f"{source!r} has {model.config.num_labels} classes, the data set {len(class_names)}"
         raise ModelError(Problem("model_name_or_path", found, "Give a model or a data set of as many classes"))
     _name_classes(model.config, class_names, source)
-    _add_stochastic_depth(model, drop_path_rate)
+    _add_stochastic_depth(model, settings.drop_path_rate)
     return model, processor
 
 

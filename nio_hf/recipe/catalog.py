@@ -34,8 +34,15 @@ def find_recipe(name_or_path: str) -> Path:
         RecipeError: where there is neither.
     """
     path = Path(name_or_path)
-    if path.is_file():
-        return path
+    return path if path.is_file() else find_packaged(name_or_path)
+
+
+def find_packaged(name_or_path: str) -> Path:
+    """The file of a recipe or accelerate configuration that comes with the package.
+
+    Raises:
+        RecipeError: where there is none of that name.
+    """
     names = [*recipe_names(), *(f"{ACCELERATE_CONFIGS}/{config}" for config in accelerate_config_names())]
     name = name_or_path.removesuffix(".yaml").removeprefix("recipes/")
     if name in names:

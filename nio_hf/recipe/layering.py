@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from nio_hf.errors import Problem, RecipeError
-from nio_hf.recipe.catalog import find_recipe
+from nio_hf.recipe.catalog import find_packaged
 from nio_hf.recipe.settings import PROCESSOR_KEYS
 from nio_hf.recipe.strict_yaml import Setting, read_settings
 
@@ -19,10 +19,11 @@ _OWNED = {"model_type": "model_config", "optim": "optim_args", "lr_scheduler_typ
 def read_layers(path: Path) -> dict[str, Setting]:
     """The settings of a recipe over those of its base, and of the base of that.
 
-    A base is named as one that comes with the package, or by a path relative to the file that names it.
+    A base is named as one that comes with the package, or by a path inside of the folder of the file that names it.
 
     Raises:
-        RecipeError: for a file that cannot be read, a base that does not exist, or one that leads back to its recipe.
+        RecipeError: for a file that cannot be read, a base that does not exist or lies elsewhere, or one that leads
+            back to its recipe.
     """
     layers: list[dict[str, Setting]] = []
     seen: list[Path] = []
@@ -84,10 +85,14 @@ def _is_changed(key: str, lower: dict[str, Setting], upper: dict[str, Setting]) 
 
 
 def _find_base(base: Setting, file: Path) -> Path:
+    """The file of a base: a recipe that comes with the package, or one in the folder of the recipe that names it."""
     if not isinstance(base.value, str):
         raise RecipeError(Problem(base.where, f"{base.value!r}", "Name one recipe"))
     beside = file.parent / base.value
+    if beside.is_file() and Path(base.value).is_absolute() | (".." in Path(base.value).parts):
+        fix = "Put the base into the folder of the recipe, or name one that comes with the package"
+        raise RecipeError(Problem(base.where, f"{base.value!r} leads out of the folder of the recipe", fix))
     try:
-        return beside if beside.is_file() else find_recipe(base.value)
+        return beside if beside.is_file() else find_packaged(base.value)
     except RecipeError as error:
         raise RecipeError(*(Problem(base.where, f"{p.where!r} is no recipe", p.fix) for p in error.problems)) from None

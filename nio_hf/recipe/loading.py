@@ -25,9 +25,9 @@ from nio_hf.recipe.strict_yaml import Setting, read_overrides
 from nio_hf.recipe.values import checked, unknown_key
 from nio_hf.training import NIOTrainingArguments
 
-_DEFAULTS = {"remove_unused_columns": False, "report_to": "none"}
-"""Defaults of a recipe that differ from TrainingArguments: the image column is read by a transform, and trackers are
-asked for by name."""
+_DEFAULTS = {"remove_unused_columns": False, "report_to": "none", "enable_jit_checkpoint": True}
+"""Defaults of a recipe that differ from TrainingArguments: the image column is read by a transform, trackers are asked
+for by name, and SIGTERM saves."""
 _GROUPS = (ModelSettings, DataSettings, AugmentationSettings, OptimizationSettings, NIOTrainingArguments)
 
 

@@ -20,6 +20,7 @@ from nio_hf.errors import CheckpointError, ConfigError, OutputError, Preempted, 
 from nio_hf.training.checkpoints import can_reload, ensure_writable, reload
 from nio_hf.training.manifest import fault_of, has_manifest, newest_verified, rotate, write_manifest
 from nio_hf.training.preemption import PreemptionCallback
+from nio_hf.training.unpickling import weights_only
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,12 @@ class DurableTrainerMixin(_Base):
             ignore_keys_for_eval: as in Trainer.
 
         Raises:
+            ConfigError: for settings of checkpoints that cannot be resumed from.
             CheckpointError: for a checkpoint that is missing or not whole.
             OutputError: where `output_dir` cannot be written.
             Preempted: where SIGTERM ended it; it is a SystemExit.
         """
+        self._check_state_dict_type()
         collective = Collective.current()
         self._going_on = resume_from_checkpoint == AUTO
         with collective.together():
@@ -83,12 +86,28 @@ class DurableTrainerMixin(_Base):
         if self._preemption is not None and self._preemption.stopped:
             collective.wait()
             raise self._preempted(f"at step {self.state.global_step}")
+        if (
+            checkpoint is not None
+            and self._initial_global_step == self.state.max_steps
+            and self.is_world_process_zero()
+        ):
+            logger.warning("%s is the end of that training: it was loaded, nothing was trained.", checkpoint)
         return output
 
     @property
     def _run_dir(self) -> Path:
         """Where checkpoints are saved; each trial of a hyper-parameter search has its own."""
         return Path(self._get_output_dir(getattr(self, "_trial", None)))
+
+    def _safe_loading(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing is unpickled but tensors and plain values."""
+        return weights_only() if self.is_deepspeed_enabled else contextlib.nullcontext()
+
+    def _check_state_dict_type(self) -> None:
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and "SHARDED" in str(plugin.state_dict_type):
+            found = "SHARDED_STATE_DICT: such checkpoints are unpickled when they are read, and hold no model to load"
+            raise ConfigError(Problem("fsdp_state_dict_type", found, "Set it to FULL_STATE_DICT"))
 
     def _durable_model(self) -> nn.Module:
         return cast(nn.Module, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
@@ -146,7 +165,8 @@ class DurableTrainerMixin(_Base):
         # Other callbacks write into a checkpoint, too.
         self.remove_callback(self._sealing)
         self.add_callback(self._sealing)
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        with self._safe_loading() if resume_from_checkpoint is not None else contextlib.nullcontext():
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         directory = self._run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -178,7 +198,8 @@ class DurableTrainerMixin(_Base):
 
     def _load_best_model(self) -> None:
         if not self._reload(cast(str, self.state.best_model_checkpoint)):
-            super()._load_best_model()
+            with self._safe_loading():
+                super()._load_best_model()
 
     def _reload(self, checkpoint: str) -> bool:
         """Restore a checkpoint strictly where that is possible."""

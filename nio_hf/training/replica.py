@@ -37,12 +37,13 @@ def make_replica(model: nn.Module, device: torch.device, collective: Collective)
     with collective.together():
         _check_no_adapters(model)
         check_memory(model, device)
+        if not _is_partitioned(model):
+            check_storage(model)
+    with collective.together():
         with gathered(model):
-            if not _is_partitioned(model):
-                check_storage(model)
             replica = copy.deepcopy(model)
-        replica = replica.to(device)
-        check_storage(replica)
+        # DeepSpeed rounds what it partitions to the precision of the training.
+        replica = replica.float().to(device) if _is_partitioned(model) else replica.to(device)
         if hasattr(replica, "_original_forward"):
             # Accelerate patches `forward` on the instance, bound to the model that was copied.
             replica.__dict__.pop("forward", None)

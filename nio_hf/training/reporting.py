@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
@@ -28,10 +29,19 @@ class NIOReportCallback(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._pending: NIOResult | None = None
+        self._model: nn.Module | None = None
 
-    def report_later(self, result: NIOResult) -> None:
-        """Keep a result until the next training ends."""
-        self._pending = result
+    def report_later(self, result: NIOResult, model: nn.Module) -> None:
+        """Keep the result of a model until its next training ends."""
+        self._pending, self._model = result, model
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether what is pending is of this model."""
+        return self._model is model
+
+    def forget(self) -> None:
+        """Keep nothing: what is pending belongs to a training that did not come to its end."""
+        self._pending = self._model = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -50,7 +60,7 @@ class NIOReportCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Forget what was reported; a training that begins again after an out-of-memory reports again."""
-        self._pending = None
+        self.forget()
 
 
 def summary(result: NIOResult) -> dict[str, float]:

@@ -22,7 +22,7 @@ from nio_hf.core import Collective, IterationRecord, NIOResult, NIOState, Resump
 from nio_hf.core.batches import map_tensors
 from nio_hf.core.memory import is_out_of_memory
 from nio_hf.core.scales import check_storage
-from nio_hf.errors import DataError, NIOMemoryError, Problem, StoppedError
+from nio_hf.errors import DataError, ModelError, NIOMemoryError, Problem, StoppedError
 from nio_hf.training.arguments import NIOTrainingArguments, with_nio_settings
 from nio_hf.training.checkpoints import (
     INIT_DIR_NAME,
@@ -102,6 +102,7 @@ class NIOTrainerMixin(DurableTrainerMixin):
         try:
             with collective.together(), isolated_random_state(self.args.device, self.train_dataset), _memory_errors():
                 self._check_output(model)
+                self._check_not_wrapped()
                 replica = make_replica(model, self.args.device, collective)
                 result = self._initialised(replica, collective) if resume else None
                 if result is None:
@@ -112,7 +113,7 @@ class NIOTrainerMixin(DurableTrainerMixin):
             raise self._preempted(f"during NIO ({error.problems[0].found})") from error
         _INITIALISED.add(model)
         self.nio_result = result
-        self._nio_report.report_later(result)
+        self._nio_report.report_later(result, model)
         return result
 
     def _initialised(self, replica: nn.Module, collective: Collective) -> NIOResult | None:
@@ -165,6 +166,11 @@ class NIOTrainerMixin(DurableTrainerMixin):
                 (directory / PROGRESS_NAME).unlink(missing_ok=True)
         return result
 
+    def _check_not_wrapped(self) -> None:
+        if getattr(self, "deepspeed", None) is not None:
+            fix = "Call run_nio() before train(), or leave it to train()"
+            raise ModelError(Problem("model", "DeepSpeed holds a copy of its weights already", fix))
+
     def _check_output(self, model: nn.Module) -> None:
         """Find out before NIO starts whether there is room for what this run is going to save."""
         if not self.args.should_save:
@@ -186,8 +192,14 @@ class NIOTrainerMixin(DurableTrainerMixin):
             The mean loss over the samples, or (loss_sum, weight) where it is a mean over something else, e.g. tokens:
             with `nio_micro_batch_size` the parts of a sub-batch are combined by that weight.
         """
-        loss = self.compute_loss(model, _float32(self._prepare_inputs(inputs)))
-        return cast(torch.Tensor, loss)
+        inputs = _float32(self._prepare_inputs(inputs))
+        function = self.compute_loss_func
+        if function is None or type(self).compute_loss is not Trainer.compute_loss or "labels" not in inputs:
+            return cast(torch.Tensor, self.compute_loss(model, inputs))
+        # Trainer always tells such a function the number of labels, by which it may divide.
+        labels = inputs.pop("labels")
+        loss: torch.Tensor = function(model(**inputs), labels, num_items_in_batch=(labels != -100).sum())
+        return loss
 
     def get_nio_dataset(self) -> Any:
         """The samples of NIO: the training data set. Override it for others, e.g. without augmentation."""
@@ -299,6 +311,12 @@ class NIOTrainerMixin(DurableTrainerMixin):
     ) -> Any:
         if self._nio_is_due(resume_from_checkpoint):
             self.run_nio(resume=self._going_on)
+        elif (
+            resume_from_checkpoint is not None
+            or self.nio_result is None
+            or not self._nio_report.is_of(self._nio_model())
+        ):
+            self._nio_report.forget()
         # Trackers that were added later must have opened their run before NIO is reported.
         self.remove_callback(self._nio_report)
         self.add_callback(self._nio_report)

@@ -1,0 +1,127 @@
+"""A training for `accelerate launch`: `launched.py SETTINGS.json`, which writes one report per rank.
+
+Settings: strategy, model_dir, output_dir, arguments (of NIOTrainingArguments), and what goes wrong on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageClassification, TrainerCallback
+
+from nio_hf import NIOTrainer, NIOTrainingArguments
+from nio_hf.console import exit_status
+from nio_hf.core import Collective
+from nio_hf.training.checkpoints import fingerprint
+from nio_hf.training.replica import gathered
+from tests.distributed import cpu_backends
+from tests.training.toys import ToyImages
+
+COMMON: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "learning_rate": 1e-3,
+    "nio_iterations": 4,
+    "nio_batch_size": 12,
+    "nio_sub_batches": 3,
+    "nio_holdout_batches": 2,
+    "nio_curvature": "exact",
+    "nio_save_steps": 1,
+}
+
+
+class _Reporting(NIOTrainer):
+    """Writes down the weights after NIO, as they are in the model."""
+
+    initialised = ""
+
+    def run_nio(self, **kwargs: Any) -> Any:
+        result = super().run_nio(**kwargs)
+        self.initialised = weights(self)
+        return result
+
+
+class Signal(TrainerCallback):
+    """Sends a signal to this process, or to the whole session, at a step."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def weights(trainer: NIOTrainer) -> str:
+    """Digest of the weights of the model, whole."""
+    model = trainer._nio_model()
+    whole = torch.nn.ParameterDict()
+    with gathered(model):
+        for name, parameter in model.named_parameters():
+            values = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            whole[name.replace(".", "/")] = torch.nn.Parameter(values.detach().float().clone())
+    return fingerprint(whole)
+
+
+def make_trainer(settings: dict[str, Any]) -> NIOTrainer:
+    """The trainer of some settings; the ranks start from different weights where they can."""
+    arguments = NIOTrainingArguments(output_dir=settings["output_dir"], **{**COMMON, **settings.get("arguments", {})})
+    model = AutoModelForImageClassification.from_pretrained(settings["model_dir"], dtype=torch.float32)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0 and settings["strategy"] != "zero3":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * rank
+    trainer = _Reporting(model=model, args=arguments, train_dataset=ToyImages(settings.get("samples", 64)))
+    if "sigterm" in settings and rank == settings["sigterm"]["rank"]:
+        trainer.add_callback(Signal(settings["sigterm"]["step"], signal.SIGTERM))
+    return trainer
+
+
+def run(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train, and report."""
+    trainer = make_trainer(settings)
+    trainer.train(settings.get("resume"))
+    result = trainer.nio_result
+    report = {
+        "num_processes": trainer.accelerator.num_processes,
+        "distributed_type": str(trainer.accelerator.distributed_type),
+        "scales": None if result is None else [tensor.omega for tensor in result.tensors],
+        "initialised": trainer.initialised,
+        "trained": weights(trainer),
+        "step": trainer.state.global_step,
+    }
+    trainer.save_model()
+    return report
+
+
+def main() -> int:
+    settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
+    if settings["strategy"] == "fsdp2":
+        cpu_backends.enable_fsdp()
+    if settings["strategy"].startswith("zero"):
+        cpu_backends.enable_deepspeed()
+
+    def action() -> int:
+        report = run(settings)
+        file = Path(settings["output_dir"]) / f"report-{Collective.current().rank}.json"
+        file.write_text(json.dumps(report), encoding="utf-8")
+        return 0
+
+    return exit_status(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Launches `launched.py` as users launch their scripts, on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.distributed.ranks import free_port
+from tests.training.toys import build
+
+ROOT = Path(__file__).parents[2]
+TIME_LIMIT = 240.0
+DISTRIBUTED_TYPES = {
+    "single": "NO",
+    "ddp": "MULTI_CPU",
+    "fsdp2": "FSDP",
+    "zero1": "DEEPSPEED",
+    "zero2": "DEEPSPEED",
+    "zero3": "DEEPSPEED",
+}
+_FSDP = {
+    "fsdp_version": 2,
+    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "fsdp_transformer_layer_cls_to_wrap": "ViTLayer",
+    "fsdp_state_dict_type": "FULL_STATE_DICT",
+    "fsdp_reshard_after_forward": True,
+    "fsdp_offload_params": False,
+    "fsdp_cpu_ram_efficient_loading": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a launch ended.
+
+    Attributes:
+        status: exit status of the launcher.
+        reports: of the ranks that got that far.
+        output: what it printed.
+    """
+
+    status: int
+    reports: list[dict[str, Any]]
+    output: str
+
+
+def launch(folder: Path, strategy: str, processes: int, **settings: Any) -> Outcome:
+    """Run `launched.py` and wait for it; `folder` holds the model and the output of one training."""
+    with start(folder, strategy, processes, **settings) as process:
+        try:
+            output, _ = process.communicate(timeout=TIME_LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            raise AssertionError(f"not ended after {TIME_LIMIT} s:\n{output}") from None
+    files = sorted((folder / "output").glob("report-*.json"))
+    reports = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return Outcome(process.returncode, reports, output)
+
+
+def start(folder: Path, strategy: str, processes: int, **settings: Any) -> subprocess.Popen[str]:
+    """Start `launched.py` in a session of its own."""
+    save_model(folder)
+    output_dir = folder / "output"
+    for report in output_dir.glob("report-*.json"):
+        report.unlink()
+    everything = {
+        "strategy": strategy,
+        "model_dir": str(folder / "model"),
+        "output_dir": str(output_dir),
+        **settings,
+    }
+    file = folder / "settings.json"
+    file.write_text(json.dumps(everything), encoding="utf-8")
+    command = [sys.executable, "-m", "tests.distributed.launched", str(file)]
+    if strategy != "single":
+        config = folder / "accelerate.yaml"
+        config.write_text(yaml.safe_dump(_config(strategy, processes)), encoding="utf-8")
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+        command = [*launcher, "-m", *command[2:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **pipes)
+
+
+def save_model(folder: Path) -> None:
+    """The model that every training of these tests starts from."""
+    if not (folder / "model").is_dir():
+        build("vit").save_pretrained(folder / "model")
+
+
+def _config(strategy: str, processes: int) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}.get(strategy, "DEEPSPEED"),
+        "use_cpu": strategy == "ddp",
+        "num_machines": 1,
+        "num_processes": processes,
+        "machine_rank": 0,
+        "main_process_port": free_port(),
+        "mixed_precision": "no",
+    }
+    if strategy == "fsdp2":
+        config["fsdp_config"] = _FSDP
+    if strategy.startswith("zero"):
+        stage = int(strategy[-1])
+        config["deepspeed_config"] = {
+            "zero_stage": stage,
+            "gradient_accumulation_steps": 1,
+            "offload_optimizer_device": "none",
+            "offload_param_device": "none",
+            "zero3_init_flag": stage == 3,
+            "zero3_save_16bit_model": stage == 3,
+        }
+    return config

@@ -1,0 +1,59 @@
+"""Trainings under each strategy of Accelerate, in real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification
+
+from nio_hf.training.checkpoints import INIT_DIR_NAME, load_state
+from tests.distributed.launched import make_trainer
+from tests.distributed.launching import DISTRIBUTED_TYPES, launch, save_model
+
+STRATEGIES = ["ddp", "fsdp2", "zero2", "zero3"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """NIO in this process: its scales, and the weights that it makes."""
+    folder = tmp_path_factory.mktemp("alone")
+    save_model(folder)
+    settings = {"strategy": "single", "model_dir": str(folder / "model"), "output_dir": str(folder / "output")}
+    trainer = make_trainer(settings)
+    return [tensor.omega for tensor in trainer.run_nio().tensors], trainer.model.state_dict()
+
+
+def _check(folder: Path, strategy: str, processes: int, alone: Any) -> None:
+    outcome = launch(folder, strategy, processes)
+    assert outcome.status == 0, outcome.output[-3000:]
+    scales, expected = alone
+    assert len(outcome.reports) == processes
+    for report in outcome.reports:
+        assert report["num_processes"] == processes
+        assert report["distributed_type"].endswith(DISTRIBUTED_TYPES[strategy])
+        assert report["scales"] == outcome.reports[0]["scales"]
+        assert report["scales"] == pytest.approx(scales, rel=1e-5)
+        assert report["initialised"] == outcome.reports[0]["initialised"]
+        assert report["trained"] == outcome.reports[0]["trained"] != report["initialised"]
+
+    initialised = folder / "output" / INIT_DIR_NAME
+    assert [tensor.omega for tensor in load_state(initialised).tensors] == outcome.reports[0]["scales"]
+    loaded = AutoModelForImageClassification.from_pretrained(initialised).state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
+    trained = AutoModelForImageClassification.from_pretrained(folder / "output").state_dict()
+    assert any(not torch.equal(trained[name], loaded[name]) for name in loaded)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_find_the_scales_of_one_and_train(strategy: str, tmp_path: Path, alone: Any) -> None:
+    _check(tmp_path, strategy, 2, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "zero1"])
+def test_three_processes_find_the_scales_of_one_and_train(strategy: str, tmp_path: Path, alone: Any) -> None:
+    _check(tmp_path, strategy, 3, alone)
