@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageClassification, TrainerCallback
+from transformers import AutoModelForImageClassification
 
 from nio_hf import NIOTrainer, NIOTrainingArguments
 from nio_hf.console import exit_status
 from nio_hf.core import Collective
+from nio_hf.training import checkpoints
 from nio_hf.training.checkpoints import fingerprint
 from nio_hf.training.replica import gathered
 from tests.distributed import cpu_backends
@@ -42,25 +43,54 @@ COMMON: dict[str, Any] = {
 
 
 class _Reporting(NIOTrainer):
-    """Writes down the weights after NIO, as they are in the model."""
+    """Writes down the weights after NIO, and is killed or asked to stop where the settings say so."""
 
     initialised = ""
+    partitioned = False
+    faults: dict[str, Any]
 
     def run_nio(self, **kwargs: Any) -> Any:
+        self.partitioned = any(hasattr(parameter, "ds_id") for parameter in self._nio_model().parameters())
         result = super().run_nio(**kwargs)
         self.initialised = weights(self)
         return result
 
+    def prepare_nio_batch(self, batch: Any, number: int) -> Any:
+        self._fault("nio", number)
+        if self.faults.get("nan") == [Collective.current().rank, number]:
+            batch["pixel_values"][:] = float("nan")
+        return batch
 
-class Signal(TrainerCallback):
-    """Sends a signal to this process, or to the whole session, at a step."""
+    def _save_rng_state(self, output_dir: str) -> None:
+        self._fault("checkpoint", self.state.global_step)
+        super()._save_rng_state(output_dir)
 
-    def __init__(self, step: int, number: int) -> None:
-        self.step, self.number = step, number
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._fault("step", self.state.global_step)
+        return super().training_step(*args, **kwargs)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            os.kill(os.getpid(), self.number)
+    def _fault(self, place: str, number: int) -> None:
+        """Send the signal that the settings name, at `place` the first time that its number is reached."""
+        fault = self.faults.get(place)
+        once = Path(self.args.output_dir) / f"fault-{place}"
+        rank = Collective.current().rank
+        if fault is not None and fault["number"] == number and fault.get("rank", 0) == rank and not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.Signals[fault["signal"]])
+
+
+def _killed_in_save(output_dir: str) -> None:
+    """Let the first save of an initialised checkpoint be killed before its manifest is written."""
+    original = checkpoints.write_manifest
+
+    def write_manifest(directory: Path) -> None:
+        once = Path(output_dir) / "fault-save"
+        if not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(directory)
+
+    checkpoints.write_manifest = write_manifest
 
 
 def weights(trainer: NIOTrainer) -> str:
@@ -84,14 +114,16 @@ def make_trainer(settings: dict[str, Any]) -> NIOTrainer:
             for parameter in model.parameters():
                 parameter += 0.1 * rank
     trainer = _Reporting(model=model, args=arguments, train_dataset=ToyImages(settings.get("samples", 64)))
-    if "sigterm" in settings and rank == settings["sigterm"]["rank"]:
-        trainer.add_callback(Signal(settings["sigterm"]["step"], signal.SIGTERM))
+    trainer.faults = settings.get("faults", {})
+    if "save" in trainer.faults:
+        _killed_in_save(settings["output_dir"])
     return trainer
 
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
     """Train, and report."""
     trainer = make_trainer(settings)
+    print("ready", flush=True)  # noqa: T201
     trainer.train(settings.get("resume"))
     result = trainer.nio_result
     report = {
@@ -99,6 +131,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         "distributed_type": str(trainer.accelerator.distributed_type),
         "scales": None if result is None else [tensor.omega for tensor in result.tensors],
         "initialised": trainer.initialised,
+        "partitioned": trainer.partitioned,
         "trained": weights(trainer),
         "step": trainer.state.global_step,
     }

@@ -87,6 +87,8 @@ def start(folder: Path, strategy: str, processes: int, **settings: Any) -> subpr
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
         command = [*launcher, "-m", *command[2:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    # Messages are not broken into lines.
+    environment["COLUMNS"] = "1000"
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **pipes)
 
@@ -94,7 +96,7 @@ def start(folder: Path, strategy: str, processes: int, **settings: Any) -> subpr
 def save_model(folder: Path) -> None:
     """The model that every training of these tests starts from."""
     if not (folder / "model").is_dir():
-        build("vit").save_pretrained(folder / "model")
+        build("vit", hidden_dropout_prob=0.1).save_pretrained(folder / "model")
 
 
 def _config(strategy: str, processes: int) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def _check(folder: Path, strategy: str, processes: int, alone: Any) -> None:
     for report in outcome.reports:
         assert report["num_processes"] == processes
         assert report["distributed_type"].endswith(DISTRIBUTED_TYPES[strategy])
+        assert report["partitioned"] == (strategy == "zero3")
         assert report["scales"] == outcome.reports[0]["scales"]
         assert report["scales"] == pytest.approx(scales, rel=1e-5)
         assert report["initialised"] == outcome.reports[0]["initialised"]

@@ -1,0 +1,202 @@
+"""Trainings that are killed or asked to stop, and started again with the same command."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nio_hf.errors import Preempted
+from nio_hf.training.checkpoints import INIT_DIR_NAME, PROGRESS_NAME
+from nio_hf.training.manifest import fault_of, has_manifest
+from tests.distributed.launching import Outcome, launch, start
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "kills.json"
+SETTINGS: dict[str, Any] = {
+    "resume": "auto",
+    "arguments": {
+        "max_steps": 8,
+        "save_total_limit": 2,
+        "nio_iterations": 6,
+        "nio_save_steps": 2,
+        "enable_jit_checkpoint": True,
+    },
+}
+HELD_OUT = 2
+"""Batches in front of those that NIO learns from."""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(strategy, processes) -> digest of the weights of a training that nothing happened to."""
+    digests: dict[tuple[str, int], str] = {}
+
+    def digest(strategy: str, processes: int) -> str:
+        key = (strategy, processes)
+        if key not in digests:
+            outcome = launch(tmp_path_factory.mktemp("whole"), strategy, processes, **SETTINGS)
+            assert outcome.status == 0, outcome.output[-3000:]
+            digests[key] = outcome.reports[0]["trained"]
+        return digests[key]
+
+    return digest
+
+
+def _started_again(folder: Path, strategy: str, processes: int, faults: dict[str, Any]) -> tuple[Outcome, Outcome]:
+    """A training with a fault, and the same command once more."""
+    first = launch(folder, strategy, processes, **SETTINGS, faults=faults)
+    assert first.status != 0
+    assert not first.reports
+    second = launch(folder, strategy, processes, **SETTINGS, faults=faults)
+    assert second.status == 0, second.output[-3000:]
+    return first, second
+
+
+def test_killed_in_nio(tmp_path: Path, uninterrupted: Any) -> None:
+    faults = {"nio": {"number": HELD_OUT + 4, "signal": "SIGKILL"}}
+    first, second = _started_again(tmp_path, "single", 1, faults)
+    assert first.status == -signal.SIGKILL
+    assert "NIO goes on after 4 iterations" in second.output
+    assert second.reports[0]["trained"] == uninterrupted("single", 1)
+    assert not (tmp_path / "output" / PROGRESS_NAME).exists()
+
+
+def test_killed_in_the_save_of_the_initialised_checkpoint(tmp_path: Path, uninterrupted: Any) -> None:
+    _, second = _started_again(tmp_path, "ddp", 2, {"save": True})
+    assert "NIO goes on after 6 iterations" in second.output
+    assert [report["trained"] for report in second.reports] == [uninterrupted("ddp", 2)] * 2
+    initialised = tmp_path / "output" / INIT_DIR_NAME
+    assert fault_of(initialised) is None
+    assert [path.name for path in initialised.parent.glob(f"{INIT_DIR_NAME}*")] == [INIT_DIR_NAME]
+
+
+def test_killed_in_the_save_of_a_checkpoint(tmp_path: Path, uninterrupted: Any) -> None:
+    faults = {"checkpoint": {"number": 4, "signal": "SIGKILL"}}
+    first, second = _started_again(tmp_path, "single", 1, faults)
+    assert first.status == -signal.SIGKILL
+    assert "checkpoint-4 is passed over: nio_manifest.json is missing" in second.output
+    assert "Resuming from" in second.output
+    assert "NIO goes on" not in second.output
+    assert second.reports[0]["trained"] == uninterrupted("single", 1)
+    kept = sorted(path.name for path in (tmp_path / "output").glob("checkpoint-*"))
+    assert kept == ["checkpoint-6", "checkpoint-8"]
+    assert all(fault_of(tmp_path / "output" / name) is None for name in kept)
+
+
+def test_killed_after_nio_it_is_not_run_again(tmp_path: Path, uninterrupted: Any) -> None:
+    _, second = _started_again(tmp_path, "single", 1, {"step": {"number": 1, "signal": "SIGKILL"}})
+    assert "NIO is finished: taking over" in second.output
+    assert second.reports[0]["trained"] == uninterrupted("single", 1)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_one_process_saves_and_stops_all(rank: int, tmp_path: Path, uninterrupted: Any) -> None:
+    faults = {"step": {"number": 4, "signal": "SIGTERM", "rank": rank}}
+    first, second = _started_again(tmp_path, "ddp", 2, faults)
+    assert "SIGTERM: saved and stopped at step 5" in first.output
+    assert f"exitcode  : {Preempted.STATUS}" in first.output
+    assert "checkpoint-5" in second.output
+    assert [report["trained"] for report in second.reports] == [uninterrupted("ddp", 2)] * 2
+
+
+def test_sigterm_in_nio_saves_and_exits_with_its_status(tmp_path: Path, uninterrupted: Any) -> None:
+    faults = {"nio": {"number": HELD_OUT + 2, "signal": "SIGTERM"}}
+    first, second = _started_again(tmp_path, "single", 1, faults)
+    assert first.status == Preempted.STATUS
+    assert "SIGTERM: saved and stopped during NIO" in first.output
+    assert "NIO goes on after" in second.output
+    assert second.reports[0]["trained"] == uninterrupted("single", 1)
+
+
+def test_a_rank_that_fails_stops_the_launch_within_seconds(tmp_path: Path) -> None:
+    process = start(tmp_path, "ddp", 2, **SETTINGS, faults={"nan": [1, HELD_OUT + 1]})
+    try:
+        output = _read_until(process, "ready")
+        began = time.monotonic()
+        rest, _ = process.communicate(timeout=30)
+    finally:
+        _kill(process)
+    assert time.monotonic() - began < 30
+    assert process.returncode != 0
+    errors = [
+        line for line in (output + rest).splitlines() if line.startswith("NumericsError: rank 1, NIO iteration 2")
+    ]
+    assert len(errors) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3"])
+def test_killed_in_a_checkpoint_under_each_strategy(strategy: str, tmp_path: Path, uninterrupted: Any) -> None:
+    faults = {"checkpoint": {"number": 4, "signal": "SIGKILL", "rank": 1}}
+    _, second = _started_again(tmp_path, strategy, 2, faults)
+    assert "checkpoint-4 is passed over" in second.output
+    assert {report["trained"] for report in second.reports} == {uninterrupted(strategy, 2)}
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(tmp_path_factory: pytest.TempPathFactory, uninterrupted: Any) -> None:
+    """Ten trainings of one process and ten of two, each killed once between its start and its usual end."""
+    moments = random.Random(20)
+    runs = []
+    for number in range(20):
+        strategy, processes = ("single", 1) if number % 2 == 0 else ("ddp", 2)
+        folder = tmp_path_factory.mktemp(f"random{number}")
+        expected = uninterrupted(strategy, processes)
+        fraction = moments.random()
+        run = {
+            "processes": processes,
+            "fraction": round(fraction, 3),
+            **_kill_at(folder, strategy, processes, fraction),
+        }
+        second = launch(folder, strategy, processes, **SETTINGS)
+        assert second.status == 0, second.output[-3000:]
+        run["same_weights"] = all(report["trained"] == expected for report in second.reports)
+        runs.append(run)
+    if "NIO_HF_WRITE_RESULTS" in os.environ:
+        RESULTS.write_text(json.dumps({"seed": 20, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+    assert all(run["same_weights"] for run in runs)
+    assert len({run["found"] for run in runs}) > 2
+
+
+def _kill_at(folder: Path, strategy: str, processes: int, fraction: float) -> dict[str, Any]:
+    """Kill a training, launcher and all, at a part of the seconds that it takes; says what it left behind."""
+    seconds = {"single": 3.0, "ddp": 4.0}[strategy]
+    process = start(folder, strategy, processes, **SETTINGS)
+    _read_until(process, "ready")
+    time.sleep(fraction * seconds)
+    running = process.poll() is None
+    _kill(process)
+    output = folder / "output"
+    checkpoints = sorted(output.glob("checkpoint-*"))
+    partial = [path.name for path in checkpoints if not has_manifest(path)]
+    if (output / "report-0.json").exists() or not running:
+        found = "finished"
+    elif checkpoints:
+        found = "training"
+    elif (output / INIT_DIR_NAME).is_dir():
+        found = "initialised"
+    else:
+        found = "nio" if (output / PROGRESS_NAME).exists() else "nothing"
+    return {"found": found, "checkpoints": [path.name for path in checkpoints], "half_written": partial}
+
+
+def _read_until(process: Any, text: str) -> str:
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            break
+    return "".join(lines)
+
+
+def _kill(process: Any) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
