@@ -62,7 +62,10 @@ def has_manifest(directory: Path) -> bool:
 
 def newest_verified(run_dir: Path) -> Path | None:
     """The checkpoint of a run that was written last and is as it was written."""
-    for directory in sorted(_checkpoints(run_dir), key=_saved, reverse=True):
+    # What has no manifest may be older, too, but is worth a word.
+    for directory in sorted(
+        _checkpoints(run_dir), key=lambda path: (not has_manifest(path), _saved(path)), reverse=True
+    ):
         fault = fault_of(directory)
         if fault is None:
             return directory

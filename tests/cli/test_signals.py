@@ -1,0 +1,115 @@
+"""SIGTERM and Ctrl-C reach a training through the launcher, and its exit status comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from nio_hf.errors import Preempted
+from nio_hf.training.manifest import newest_verified
+
+COMMAND = [sys.executable, "-m", "nio_hf.cli", "train", "vit-tiny/digits/nio"]
+SETTINGS = {
+    "max_steps": "12",
+    "nio_iterations": "2",
+    "eval_strategy": "no",
+    "logging_steps": "1",
+    "disable_tqdm": "true",
+    "save_strategy": "steps",
+    "save_steps": "6",
+    "resume_from_checkpoint": "auto",
+}
+LAUNCHES = {"alone": [], "launched": ["--config_file", "multi_cpu"]}
+
+
+def _command(output_dir: Path, how: str, **changes: str) -> list[str]:
+    settings = {**SETTINGS, **changes, "output_dir": str(output_dir)}
+    return [*COMMAND, *LAUNCHES[how], *(part for key, value in settings.items() for part in (f"--{key}", value))]
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=240)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
+
+
+def _stopped_after_a_step(command: list[str], number: int) -> tuple[int, str]:
+    """Send a signal to the command when it has logged a step; its status, and what it printed."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment(), start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "'loss'" in line:
+                break
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        rest, _ = process.communicate(timeout=60)
+        assert not psutil.wait_procs(children, timeout=10)[1], "processes outlive the command"
+        return process.returncode, "".join(lines) + rest
+
+
+@pytest.mark.parametrize("how", list(LAUNCHES))
+def test_sigterm_saves_and_the_same_command_goes_on(how: str, tmp_path: Path) -> None:
+    whole = _run(_command(tmp_path / "whole", how))
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    command = _command(tmp_path / "stopped", how)
+    status, output = _stopped_after_a_step(command, signal.SIGTERM)
+    assert status == Preempted.STATUS, output
+    assert output.count("SIGTERM: saved and stopped at step") == 1
+    assert newest_verified(tmp_path / "stopped") is not None
+    again = _run(command)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "Resuming from" in again.stdout + again.stderr
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(bool((one[name] == two[name]).all()) for name in one)
+
+
+@pytest.mark.parametrize("how", list(LAUNCHES))
+def test_an_interrupt_ends_all_processes_and_says_how_to_go_on(how: str, tmp_path: Path) -> None:
+    status, output = _stopped_after_a_step(_command(tmp_path, how), signal.SIGINT)
+    assert status == 130, output
+    assert "--resume_from_checkpoint auto goes on" in output
+
+
+def test_a_training_that_is_finished_says_so(tmp_path: Path) -> None:
+    command = _command(tmp_path, "alone", max_steps="2", save_steps="2")
+    assert _run(command).returncode == 0
+    before = load_file(tmp_path / "model.safetensors")
+    again = _run(command)
+    assert again.returncode == 0
+    assert "is the end of that training" in again.stdout + again.stderr
+    after = load_file(tmp_path / "model.safetensors")
+    assert all(bool((before[name] == after[name]).all()) for name in before)
+
+
+def test_an_initialisation_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    command = [part if part != "train" else "init" for part in _command(tmp_path, "alone", nio_iterations="3")]
+    finished = _run([*command, "--device", "cpu"])
+    assert finished.returncode == 0, finished.stderr
+    state = json.loads((tmp_path / "_nio_init" / "nio_state.json").read_text())
+    again = _run([*command, "--device", "cpu"])
+    assert "NIO is finished: taking over" in again.stdout + again.stderr
+    assert json.loads((tmp_path / "_nio_init" / "nio_state.json").read_text()) == state
+
+
+def test_another_device_is_a_usage_error(tmp_path: Path) -> None:
+    refused: Any = _run(
+        [part if part != "train" else "init" for part in _command(tmp_path, "alone")] + ["--device", "x"]
+    )
+    assert refused.returncode == 2
+    assert "auto" in refused.stderr
+    assert "cpu" in refused.stderr
