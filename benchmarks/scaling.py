@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ BATCH_SIZE = 32
 PROCESSES = (1, 2, 3, 4)
 SUB_BATCHES = (2, 4, 8)
 PATHS: tuple[CurvatureName, ...] = ("exact", "exact_kept")
+STEPS = {"exact": 4, "exact_kept": 3}
+"""Training steps of arithmetic of an iteration on one process."""
 BYTES = 4
 
 
@@ -50,6 +52,34 @@ def share_of_work(sub_batches: int, processes: int) -> float:
     return -(-sub_batches // processes) / sub_batches
 
 
+def samples_at_once(batch_size: int, sub_batches: int, processes: int, path: str) -> int:
+    """The model: samples whose graph a process holds, one sub-batch or, where graphs are kept, all of its own.
+
+    The peak of an iteration is about 4 P numbers, and what the graphs of so many samples hold.
+    """
+    own = -(-sub_batches // processes) if path == "exact_kept" else 1
+    return own * -(-batch_size // sub_batches)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table of Markdown, measured numbers beside those of the models."""
+    lines = [
+        "| processes | D | path | MB summed | model | training steps of the busiest | model | peak / P | samples held |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        processes, sub_batches, path = row["processes"], row["sub_batches"], row["path"]
+        summed = bytes_summed(row["gradient_numbers"], row["scaled_tensors"], sub_batches, processes)
+        steps = STEPS[path] * share_of_work(sub_batches, processes)
+        lines.append(
+            f"| {processes} | {sub_batches} | {path.replace('_', ' ')} | {row['bytes_summed'] / 1e6:.3f} "
+            f"| {summed / 1e6:.3f} | {row['training_steps']:.2f} | {steps:.2f} "
+            f"| {row['peak_bytes'] / row['parameter_bytes']:.1f} "
+            f"| {samples_at_once(BATCH_SIZE, sub_batches, processes, path)} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, print and write."""
     rows = []
@@ -60,7 +90,7 @@ def main() -> None:
         rows += [_busiest(measured) for measured in zip(*ranks, strict=True)]
     result = {"model": MODEL, "batch_size": BATCH_SIZE, "device": "cpu", "versions": versions(), "rows": rows}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    sys.stdout.write(RESULT.read_text())
+    sys.stdout.write(table(rows) + "\n")
 
 
 def _busiest(ranks: tuple[dict[str, Any], ...]) -> dict[str, Any]:

@@ -125,6 +125,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     trainer = make_trainer(settings)
     print("ready", flush=True)  # noqa: T201
     trainer.train(settings.get("resume"))
+    if settings.get("nio_again"):
+        trainer.run_nio()
     result = trainer.nio_result
     report = {
         "num_processes": trainer.accelerator.num_processes,

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nio_hf.errors import NIOError
+
 # The server imports once what the processes, which it forks, then have at once. It has computed nothing, so autograd
 # works in them.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -29,7 +31,7 @@ class RankFailedError(AssertionError):
 def run_ranks(size: int, function: Callable[..., Any], *args: Any, seconds: float = TIME_LIMIT) -> list[Any]:
     """The values that `function(*args)` returns on each of `size` ranks, from rank 0 on.
 
-    What it raises is returned in its place.
+    An error of ours that it raises is returned in its place, anything else as a [`RankFailedError`] with the traceback.
 
     Raises:
         RankFailedError: where not all ranks have ended in time.
@@ -74,9 +76,11 @@ def _enter(rank: int, size: int, port: int, results: Any, function: Callable[...
     dist.init_process_group("gloo", rank=rank, world_size=size)
     try:
         value = function(*args)
-    except BaseException as error:
-        error.add_note(traceback.format_exc())
+    except NIOError as error:
         value = error
+    except BaseException:
+        # Not every exception can be sent.
+        value = RankFailedError(traceback.format_exc())
     results.put((rank, value))
     results.close()
     results.join_thread()

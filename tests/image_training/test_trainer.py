@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback
 
-from nio_hf.errors import CheckpointError, DataError
+from nio_hf.errors import CheckpointError, ConfigError, DataError
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.loading import load_recipe
@@ -224,3 +224,17 @@ def test_broken_images_end_the_run_with_their_name_or_are_counted(tmp_path: Path
         trainer = build_trainer(load_recipe(recipe, [*options, "--per_device_eval_batch_size", size]))
         losses.append(trainer.evaluate()["eval_loss"])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_an_average_of_sharded_weights_is_refused(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = ImageTrainer.create_accelerator_and_postprocess
+
+    def sharded(trainer: ImageTrainer) -> None:
+        original(trainer)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(ImageTrainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(ConfigError, match=r"0\.9 with weights that are sharded over devices"):
+        trainer_of(tmp_path, images, *PLAIN, "--ema_decay", "0.9")

@@ -202,7 +202,8 @@ def test_other_names_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "left"), [(None, [1, 2, 3, 4]), (0, [1, 2, 3, 4]), (-1, [1, 2, 3, 4]), (1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])]
+    ("limit", "left"),
+    [(None, [1, 2, 3, 4]), (0, [1, 2, 3, 4]), (-1, [1, 2, 3, 4]), (1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])],
 )
 def test_the_oldest_are_deleted_down_to_the_limit(limit: int | None, left: list[int], tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
