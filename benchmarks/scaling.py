@@ -64,7 +64,7 @@ def samples_at_once(batch_size: int, sub_batches: int, processes: int, path: str
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a table of Markdown, measured numbers beside those of the models."""
     lines = [
-        "| processes | D | path | MB summed | model | training steps of the busiest | model | peak / P | samples held |",
+        "| processes | D | path | MB summed | model | training steps, busiest | model | peak / P | samples held |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
