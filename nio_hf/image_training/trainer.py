@@ -15,6 +15,7 @@ from nio_hf.errors import ConfigError, Problem
 from nio_hf.image_training.ema import EMACallback
 from nio_hf.image_training.weight_decay import decayed_parameters
 from nio_hf.training import NIOTrainer, NIOTrainingArguments
+from nio_hf.training.checkpoints import Task
 from nio_hf.training.sampling import EpochSampler, SeededDataset, SeededStream, mixed_seed
 from nio_hf.vision.augmentation import BatchAugmentation
 from nio_hf.vision.losses import classification_loss
@@ -128,6 +129,9 @@ class ImageTrainer(NIOTrainer):
     def get_nio_dataset(self) -> Samples:
         """The samples of NIO."""
         return self.data.nio
+
+    def _nio_task(self, replica: nn.Module) -> Task:
+        return {**super()._nio_task(replica), "augment": self._nio_augment}
 
     def prepare_nio_batch(self, batch: Any, number: int) -> Any:
         """The batch, augmented on the device unless it is to be clean."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import nio_hf
-from nio_hf.core import NIOConfig, NIOResult, NIOState
+from nio_hf.core import NIOResult, NIOState
 from nio_hf.errors import CheckpointError, OutputError, Problem, one_line
 from nio_hf.training.manifest import fault_of, write_atomically, write_manifest
 
@@ -34,6 +33,8 @@ STATE_NAME = "nio_state.json"
 PROGRESS_NAME = "_nio_progress.json"
 MARK_KEY = "nio"
 STATE_FORMAT = 1
+Task = dict[str, Any]
+"""What a NIO run was given, in plain values: the same task gives the same scales."""
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -70,7 +71,7 @@ def remove_mark(model: nn.Module) -> None:
 
 
 def save_initialised(
-    model: nn.Module, result: NIOResult, directory: Path, processing_class: Any | None, origin: str
+    model: nn.Module, result: NIOResult, directory: Path, processing_class: Any | None, task: Task
 ) -> None:
     """Write weights, config with the mark, processor and `nio_state.json`, all or nothing.
 
@@ -79,7 +80,7 @@ def save_initialised(
         result: of the run that scaled them.
         directory: replaced where it exists.
         processing_class: image processor or tokenizer, saved beside the weights.
-        origin: fingerprint of the weights before they were scaled.
+        task: that the run was given, by which `load_initialised` knows it again.
 
     Raises:
         OutputError: where the directory cannot be written.
@@ -100,7 +101,7 @@ def save_initialised(
         state = {
             "format": STATE_FORMAT,
             "mark": mark,
-            "origin": origin,
+            "task": task,
             "versions": versions(),
             "result": result.to_dict(),
         }
@@ -117,13 +118,13 @@ def save_initialised(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_initialised(directory: Path, model: nn.Module, config: NIOConfig) -> NIOResult | None:
-    """Take over what `save_initialised` wrote, where it is whole and was made of this model with these settings.
+def load_initialised(directory: Path, model: nn.Module, task: Task) -> NIOResult | None:
+    """Take over what `save_initialised` wrote, where it is whole and was made of the same model by the same task.
 
     Args:
         directory: that was written.
         model: as it was before NIO; its weights become those of the directory.
-        config: settings of NIO.
+        task: of the run that would have to be made.
 
     Returns:
         The result of that run; None, with the model as it was, where there is nothing that fits.
@@ -135,8 +136,8 @@ def load_initialised(directory: Path, model: nn.Module, config: NIOConfig) -> NI
         logger.warning("%s is passed over: %s.", directory, fault)
         return None
     result = load_state(directory)
-    if result.config != config or _read_state(directory).get("origin") != fingerprint(model):
-        logger.warning("%s is passed over: it was made of other weights or with other settings.", directory)
+    if _read_state(directory).get("task") != task:
+        logger.warning("%s is passed over: it was made of other weights or data, or with other settings.", directory)
         return None
     if isinstance(model, PreTrainedModel):
         reload(directory, model)
@@ -162,24 +163,18 @@ def load_state(directory: Path) -> NIOResult:
     raise CheckpointError(Problem(str(path), found, "Initialise again, or use the nio_hf version that wrote it"))
 
 
-def save_progress(state: NIOState, directory: Path, origin: str, config: NIOConfig) -> None:
+def save_progress(state: NIOState, directory: Path, task: Task) -> None:
     """Write what a NIO run has learned so far into a directory, in place of what is there.
 
     Args:
         state: of the run.
         directory: of the training.
-        origin: fingerprint of the weights that it scales.
-        config: settings of the run.
+        task: that the run was given, by which `load_progress` knows it again.
 
     Raises:
         OutputError: where it cannot be written.
     """
-    content = {
-        "format": STATE_FORMAT,
-        "origin": origin,
-        "config": dataclasses.asdict(config),
-        "state": state.to_dict(),
-    }
+    content = {"format": STATE_FORMAT, "task": task, "state": state.to_dict()}
     try:
         write_atomically(directory / PROGRESS_NAME, json.dumps(content) + "\n")
     except OSError as error:
@@ -187,15 +182,14 @@ def save_progress(state: NIOState, directory: Path, origin: str, config: NIOConf
         raise OutputError(Problem(str(directory / PROGRESS_NAME), str(error), fix)) from error
 
 
-def load_progress(directory: Path, origin: str, config: NIOConfig) -> NIOState | None:
-    """What `save_progress` wrote, where it is of the same weights and settings; else None."""
+def load_progress(directory: Path, task: Task) -> NIOState | None:
+    """What `save_progress` wrote, where it is of the same task; else None."""
     path = directory / PROGRESS_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        known = {"format": STATE_FORMAT, "origin": origin, "config": dataclasses.asdict(config)}
-        if all(content[key] == value for key, value in known.items()):
+        if content["format"] == STATE_FORMAT and content["task"] == task:
             return NIOState.from_dict(content["state"])
-        logger.warning("%s is passed over: it is of other weights or settings.", path)
+        logger.warning("%s is passed over: it is of other weights, data or settings.", path)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -86,12 +86,10 @@ class DurableTrainerMixin(_Base):
         if self._preemption is not None and self._preemption.stopped:
             collective.wait()
             raise self._preempted(f"at step {self.state.global_step}")
-        if (
-            checkpoint is not None
-            and self._initial_global_step == self.state.max_steps
-            and self.is_world_process_zero()
-        ):
-            logger.warning("%s is the end of that training: it was loaded, nothing was trained.", checkpoint)
+        if checkpoint is not None and self._initial_global_step == self.state.max_steps:
+            self._tell(
+                "%s is the end of that training: it was loaded, nothing was trained.", checkpoint, level=logging.WARNING
+            )
         return output
 
     @property
@@ -109,13 +107,17 @@ class DurableTrainerMixin(_Base):
             found = "SHARDED_STATE_DICT: such checkpoints are unpickled when they are read, and hold no model to load"
             raise ConfigError(Problem("fsdp_state_dict_type", found, "Set it to FULL_STATE_DICT"))
 
-    def _durable_model(self) -> nn.Module:
+    def _nio_model(self) -> nn.Module:
         return cast(nn.Module, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+
+    def _tell(self, message: str, *values: Any, level: int = logging.INFO) -> None:
+        """Log a message, on the main process only."""
+        if self.is_world_process_zero():
+            logger.log(level, message, *values)
 
     def _preempted(self, where: str) -> Preempted:
         message = f"SIGTERM: saved and stopped {where}. Start again with resume_from_checkpoint=auto to go on."
-        if self.is_world_process_zero():
-            logger.warning(message)
+        self._tell(message, level=logging.WARNING)
         return Preempted(message)
 
     def _checkpoint_for(self, asked: str | bool | None, collective: Collective) -> str | None:
@@ -136,8 +138,7 @@ class DurableTrainerMixin(_Base):
         if found is not None and collective.rank > 0:
             # Machines without a shared disk have a copy each (`save_on_each_node`).
             self._checked(Path(found))
-        if self.is_world_process_zero():
-            logger.info("Resuming from %s." if found else "No checkpoint to resume from%s: beginning.", found or "")
+        self._tell("Resuming from %s." if found else "No whole checkpoint in %s: beginning.", found or self._run_dir)
         return found
 
     def _checked(self, directory: Path) -> str:
@@ -203,7 +204,7 @@ class DurableTrainerMixin(_Base):
 
     def _reload(self, checkpoint: str) -> bool:
         """Restore a checkpoint strictly where that is possible."""
-        model = self._durable_model()
+        model = self._nio_model()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not can_reload(Path(checkpoint), model):
             return False
         reload(Path(checkpoint), cast(PreTrainedModel, model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import weakref
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from nio_hf.training.arguments import NIOTrainingArguments, with_nio_settings
 from nio_hf.training.checkpoints import (
     INIT_DIR_NAME,
     PROGRESS_NAME,
+    Task,
     ensure_writable,
     fingerprint,
     is_marked,
@@ -118,10 +120,10 @@ class NIOTrainerMixin(DurableTrainerMixin):
 
     def _initialised(self, replica: nn.Module, collective: Collective) -> NIOResult | None:
         """The result of an earlier run, with its weights in the replica; None where there is none that fits."""
-        config, result = self.args.to_nio_config(), None
+        task, result = self._nio_task(replica), None
         with collective.together():
             if collective.rank == 0:
-                result = load_initialised(self.nio_init_dir, replica, config)
+                result = load_initialised(self.nio_init_dir, replica, task)
         result = collective.broadcast_object(result)
         if result is not None:
             broadcast(replica, collective)
@@ -132,16 +134,16 @@ class NIOTrainerMixin(DurableTrainerMixin):
         """Run NIO on the replica and save what comes of it."""
         config = self.args.to_nio_config()
         directory = self.nio_init_dir.parent
-        origin = fingerprint(replica)
+        task = self._nio_task(replica)
         with collective.together():
-            state = load_progress(directory, origin, config) if resume and collective.rank == 0 else None
+            state = load_progress(directory, task) if resume and collective.rank == 0 else None
         state = collective.broadcast_object(state)
         if state is not None:
             self._tell("NIO goes on after %d iterations.", state.iterations)
 
         def save(state: NIOState) -> None:
             if self.args.should_save:
-                save_progress(state, directory, origin, config)
+                save_progress(state, directory, task)
 
         resumption = Resumption(
             state=state,
@@ -162,9 +164,20 @@ class NIOTrainerMixin(DurableTrainerMixin):
             )
         with collective.together():
             if self.args.nio_save_init and self.args.should_save:
-                save_initialised(replica, result, self.nio_init_dir, self.processing_class, origin)
+                save_initialised(replica, result, self.nio_init_dir, self.processing_class, task)
                 (directory / PROGRESS_NAME).unlink(missing_ok=True)
         return result
+
+    def _nio_task(self, replica: nn.Module) -> Task:
+        """What NIO is given: weights, settings, and of the data their number."""
+        dataset = self.get_nio_dataset()
+        return {
+            "weights": fingerprint(replica),
+            "settings": dataclasses.asdict(self.args.to_nio_config()),
+            "batch_size": self.args.nio_batch_size,
+            "label_smoothing_factor": self.args.label_smoothing_factor,
+            "samples": len(dataset) if hasattr(dataset, "__len__") else None,
+        }
 
     def _check_not_wrapped(self) -> None:
         if getattr(self, "deepspeed", None) is not None:
@@ -243,9 +256,6 @@ class NIOTrainerMixin(DurableTrainerMixin):
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
         )
 
-    def _nio_model(self) -> nn.Module:
-        return cast(nn.Module, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
-
     def _has_own_loss(self) -> bool:
         """Whether the loss is not the model's own."""
         return self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
@@ -270,10 +280,6 @@ class NIOTrainerMixin(DurableTrainerMixin):
     def _nio_progress(self, iterations: int, behind: int) -> Any:
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
         return tqdm(total=iterations, initial=behind, desc="NIO", unit="iteration", disable=hidden)
-
-    def _tell(self, message: str, *values: Any) -> None:
-        if self.is_world_process_zero():
-            logger.info(message, *values)
 
     def _nio_is_due(self, resume_from_checkpoint: str | None) -> bool:
         """Whether NIO has something to do, which rank 0 decides."""
@@ -311,11 +317,7 @@ class NIOTrainerMixin(DurableTrainerMixin):
     ) -> Any:
         if self._nio_is_due(resume_from_checkpoint):
             self.run_nio(resume=self._going_on)
-        elif (
-            resume_from_checkpoint is not None
-            or self.nio_result is None
-            or not self._nio_report.is_of(self._nio_model())
-        ):
+        elif resume_from_checkpoint is not None or not self._nio_report.is_of(self._nio_model()):
             self._nio_report.forget()
         # Trackers that were added later must have opened their run before NIO is reported.
         self.remove_callback(self._nio_report)

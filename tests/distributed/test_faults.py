@@ -144,17 +144,16 @@ def test_killed_in_a_checkpoint_under_each_strategy(strategy: str, tmp_path: Pat
 def test_killed_at_twenty_random_moments(tmp_path_factory: pytest.TempPathFactory, uninterrupted: Any) -> None:
     """Ten trainings of one process and ten of two, each killed once between its start and its usual end."""
     moments = random.Random(20)
+    launches = [("single", 1), ("ddp", 2)]
+    seconds = {launched: _seconds(tmp_path_factory.mktemp("timed"), *launched) for launched in launches}
     runs = []
     for number in range(20):
-        strategy, processes = ("single", 1) if number % 2 == 0 else ("ddp", 2)
+        strategy, processes = launches[number % 2]
         folder = tmp_path_factory.mktemp(f"random{number}")
         expected = uninterrupted(strategy, processes)
         fraction = moments.random()
-        run = {
-            "processes": processes,
-            "fraction": round(fraction, 3),
-            **_kill_at(folder, strategy, processes, fraction),
-        }
+        left = _killed_after(fraction * seconds[strategy, processes], folder, strategy, processes)
+        run = {"processes": processes, "fraction": round(fraction, 3), **left}
         second = launch(folder, strategy, processes, **SETTINGS)
         assert second.status == 0, second.output[-3000:]
         run["same_weights"] = all(report["trained"] == expected for report in second.reports)
@@ -165,12 +164,20 @@ def test_killed_at_twenty_random_moments(tmp_path_factory: pytest.TempPathFactor
     assert len({run["found"] for run in runs}) > 2
 
 
-def _kill_at(folder: Path, strategy: str, processes: int, fraction: float) -> dict[str, Any]:
-    """Kill a training, launcher and all, at a part of the seconds that it takes; says what it left behind."""
-    seconds = {"single": 3.0, "ddp": 4.0}[strategy]
+def _seconds(folder: Path, strategy: str, processes: int) -> float:
+    """What a training takes from the moment that it is set up."""
     process = start(folder, strategy, processes, **SETTINGS)
     _read_until(process, "ready")
-    time.sleep(fraction * seconds)
+    began = time.monotonic()
+    process.communicate()
+    return time.monotonic() - began
+
+
+def _killed_after(seconds: float, folder: Path, strategy: str, processes: int) -> dict[str, Any]:
+    """Kill a training, launcher and all, some time after it is set up; says what it left behind."""
+    process = start(folder, strategy, processes, **SETTINGS)
+    _read_until(process, "ready")
+    time.sleep(seconds)
     running = process.poll() is None
     _kill(process)
     output = folder / "output"

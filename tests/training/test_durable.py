@@ -207,7 +207,7 @@ def test_a_checkpoint_of_trainer_may_be_given_by_its_path_only(whole: Path, tmp_
 @pytest.mark.parametrize("asked", [True, "auto"])
 def test_checkpoints_without_an_optimizer_cannot_be_gone_on_from(asked: str | bool, tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, **SAVING, save_only_model=True)
-    with pytest.raises(ConfigError, match="save_only_model.*without the state of the optimizer"):
+    with pytest.raises(ConfigError, match=r"save_only_model.*without the state of the optimizer"):
         trainer.train(resume_from_checkpoint=asked)
 
 
@@ -332,7 +332,7 @@ def test_an_error_that_is_not_of_the_disk_stays_as_it_is(tmp_path: Path, monkeyp
         raise RuntimeError("CUDA error")
 
     trainer = _trainer(tmp_path, callbacks=[_At(2, lambda: monkeypatch.setattr(torch, "save", failing))], **SAVING)
-    with pytest.raises(RuntimeError, match="^CUDA error$"):
+    with pytest.raises(RuntimeError, match=r"^CUDA error$"):
         trainer.train()
 
 

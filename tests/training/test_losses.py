@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor, nn
 
 from nio_hf import NIOResult, NIOTrainer
+from nio_hf.errors import ConfigError
 from tests.training.toys import ToyImages, arguments, build
 
 
@@ -54,12 +55,18 @@ def test_a_loss_is_told_the_labels_of_a_sub_batch_that_count(tmp_path: Path) -> 
     assert len({given for _, given in told}) > 1
 
 
-@pytest.mark.parametrize("data", [ToyImages, Ignoring])
-def test_batches_computed_in_parts_give_the_same_scales(data: type[ToyImages], tmp_path: Path) -> None:
-    whole, parts = (_initialised(tmp_path / str(size), divided, data, nio_micro_batch_size=size) for size in (None, 4))
+def test_batches_computed_in_parts_give_the_same_scales(tmp_path: Path) -> None:
+    whole, parts = (
+        _initialised(tmp_path / str(size), divided, ToyImages, nio_micro_batch_size=size) for size in (None, 4)
+    )
     assert whole.before.value == pytest.approx(parts.before.value, abs=1e-5)
     for name, omega in whole.scales.items():
         assert parts.scales[name] == pytest.approx(omega, rel=1e-3), name
+
+
+def test_parts_whose_labels_do_not_count_alike_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"compute_nio_loss.* in parts, .* together.*Return \(loss_sum, weight\)"):
+        _initialised(tmp_path, divided, Ignoring, nio_micro_batch_size=4)
 
 
 def test_such_a_loss_is_trained_with_after_nio(tmp_path: Path) -> None:
