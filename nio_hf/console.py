@@ -110,8 +110,8 @@ def print_validation(
 
 
 def _show_messages(console: Console) -> None:
-    """Show the messages of nio_hf from INFO on."""
+    """Show the messages of nio_hf from INFO on, of other processes than the first one the warnings only."""
     logger = logging.getLogger("nio_hf")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if _is_first("RANK") else logging.WARNING)
     logger.propagate = False
     logger.handlers = [RichHandler(console=console, show_time=False, show_path=False, markup=False)]

@@ -89,7 +89,7 @@ def _find_base(base: Setting, file: Path) -> Path:
     if not isinstance(base.value, str):
         raise RecipeError(Problem(base.where, f"{base.value!r}", "Name one recipe"))
     beside = file.parent / base.value
-    if beside.is_file() and Path(base.value).is_absolute() | (".." in Path(base.value).parts):
+    if beside.is_file() and not beside.resolve().is_relative_to(file.parent.resolve()):
         fix = "Put the base into the folder of the recipe, or name one that comes with the package"
         raise RecipeError(Problem(base.where, f"{base.value!r} leads out of the folder of the recipe", fix))
     try:

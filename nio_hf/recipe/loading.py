@@ -28,6 +28,8 @@ from nio_hf.training import NIOTrainingArguments
 _DEFAULTS = {"remove_unused_columns": False, "report_to": "none", "enable_jit_checkpoint": True}
 """Defaults of a recipe that differ from TrainingArguments: the image column is read by a transform, trackers are asked
 for by name, and SIGTERM saves."""
+_FIXES = {"resume_from_checkpoint": "Give auto, a folder OUTPUT_DIR/checkpoint-N, or null"}
+"""What to do about values of the wrong type, where their type says too little."""
 _GROUPS = (ModelSettings, DataSettings, AugmentationSettings, OptimizationSettings, NIOTrainingArguments)
 
 
@@ -145,7 +147,7 @@ def _check_types(settings: dict[str, Setting]) -> tuple[dict[type, dict[str, Any
         if problem is None:
             values[group][key] = value
         else:
-            problems.append(problem)
+            problems.append(dataclasses.replace(problem, fix=_FIXES.get(key, problem.fix)))
     return values, problems
 
 

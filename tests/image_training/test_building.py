@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,23 @@ def test_a_configuration_that_no_model_can_be_built_from_is_our_error() -> None:
 def test_an_architecture_with_several_heads_gets_the_plain_one() -> None:
     settings = dataclasses.replace(VIT, model_type="deit")
     assert type(build_model(settings, CLASSES)).__name__ == "DeiTForImageClassification"
+
+
+def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, processor = load_model(VIT, CLASSES)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForImageClassification": "mine.M"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        load_model(ModelSettings(model_name_or_path=str(tmp_path)), CLASSES)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises((ModelError, AttributeError)):
+        load_model(ModelSettings(model_name_or_path=str(tmp_path), trust_remote_code=True), CLASSES)
+    assert (tmp_path / "ran").exists()

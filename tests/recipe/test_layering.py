@@ -97,3 +97,29 @@ def test_a_resolved_recipe_is_the_same_recipe_in_one_file(tmp_path: Path) -> Non
     path = write(tmp_path, resolved=text)
     assert values(read_layers(path)) == values(read_layers(shipped))
     assert yaml.safe_load(text)["global_batch_size"] == 1024
+
+
+def test_a_base_cannot_lead_out_of_the_folder_of_its_recipe(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.yaml"
+    outside.write_text(BASE)
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "root.yaml").write_text(BASE)
+    (folder / "link.yaml").symlink_to(outside)
+    recipe = folder / "recipe.yaml"
+    for base in ("../outside.yaml", "inner/../../outside.yaml", str(outside), "link.yaml"):
+        recipe.write_text(f"base: {base}\n")
+        with pytest.raises(RecipeError, match=r"line 1, base: .* leads out of the folder of the recipe\. Put the base"):
+            read_layers(recipe)
+    recipe.write_text("base: inner/../inner/root.yaml\n")
+    assert read_layers(recipe)
+
+
+def test_a_base_is_not_looked_for_where_the_command_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "root.yaml").write_text(BASE)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("base: root.yaml\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(RecipeError, match="is no recipe"):
+        read_layers(recipe)

@@ -92,3 +92,11 @@ def test_the_recipe_stands_first_or_is_the_default() -> None:
 
 def test_no_key_stands_for_two_things() -> None:
     assert {"model_type", "dataset_name", "nio_gamma", "learning_rate"} <= known_keys().keys()
+
+
+def test_what_can_be_resumed_from_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"resume_from_checkpoint: True, true or false\. Give auto, a folder"):
+        load_recipe("vit-tiny/digits/nio", ["--resume_from_checkpoint", "true"])
+    recipe = load_recipe("vit-tiny/digits/nio", ["--resume_from_checkpoint", "auto"])
+    assert recipe.training.resume_from_checkpoint == "auto"
+    assert recipe.training.enable_jit_checkpoint
