@@ -1,8 +1,8 @@
-"""The initialised checkpoint, its mark, and the strict reload of checkpoints."""
+"""The initialised checkpoint with its mark, and what NIO has learned on the way to it."""
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -11,19 +11,20 @@ import platform
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 import nio_hf
 from nio_hf.core import NIOResult, NIOState
 from nio_hf.errors import CheckpointError, OutputError, Problem, one_line
 from nio_hf.training.manifest import fault_of, write_atomically, write_manifest
+from nio_hf.training.resuming import reload
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ def save_initialised(
             "mark": mark,
             "task": task,
             "versions": versions(),
+            "positions": _positions(model, result),
             "result": result.to_dict(),
         }
         (temporary / STATE_NAME).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
@@ -135,15 +137,22 @@ def load_initialised(directory: Path, model: nn.Module, task: Task) -> NIOResult
     if fault is not None:
         logger.warning("%s is passed over: %s.", directory, fault)
         return None
-    result = load_state(directory)
-    if _read_state(directory).get("task") != task:
-        logger.warning("%s is passed over: it was made of other weights or data, or with other settings.", directory)
+    try:
+        result = load_state(directory)
+        state = _read_state(directory)
+        if state.get("task") != task:
+            logger.warning(
+                "%s is passed over: it was made of other weights or data, or with other settings.", directory
+            )
+            return None
+        if isinstance(model, PreTrainedModel):
+            reload(directory, model)
+        else:
+            safetensors.torch.load_model(model, directory / SAFE_WEIGHTS_NAME)
+        return _named(result, model, state["positions"])
+    except CheckpointError as error:
+        logger.warning("%s is passed over: %s", directory, error)
         return None
-    if isinstance(model, PreTrainedModel):
-        reload(directory, model)
-    else:
-        safetensors.torch.load_model(model, directory / SAFE_WEIGHTS_NAME)
-    return result
 
 
 def load_state(directory: Path) -> NIOResult:
@@ -220,39 +229,6 @@ def ensure_writable(directory: Path, needed: int = 0) -> None:
         raise OutputError(Problem(str(directory), found, "Free space or choose another output_dir"))
 
 
-def can_reload(checkpoint: Path, model: nn.Module) -> bool:
-    """Whether `reload` can restore this checkpoint of a transformers model."""
-    weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    has_weights = any((checkpoint / name).is_file() for name in weights)
-    return isinstance(model, PreTrainedModel) and (checkpoint / CONFIG_NAME).is_file() and has_weights
-
-
-def reload(checkpoint: Path, model: PreTrainedModel) -> None:
-    """Restore every tensor of a checkpoint, in place.
-
-    Trainer loads with strict=False and without the conversion of key names that `from_pretrained` makes, which leaves
-    most tensors of ViT, DeiT, BEiT, DINOv2 and Swin as they were.
-
-    Raises:
-        CheckpointError: where a tensor is missing, unexpected or of another shape, or the model class cannot be built
-            from its config.
-    """
-    settings = {"config": copy.deepcopy(model.config), "dtype": model.dtype, "local_files_only": True}
-    model_class = cast(Any, type(model))
-    with torch.random.fork_rng(devices=[]):
-        try:
-            loaded, info = model_class.from_pretrained(checkpoint, output_loading_info=True, **settings)
-        except TypeError as error:
-            found = f"cannot be loaded into {model_class.__name__}: {error}"
-            fix = "Give the arguments of its constructor beside config default values"
-            raise CheckpointError(Problem(str(checkpoint), found, fix)) from error
-    differences = {kind: keys for kind, keys in info.items() if keys}
-    if differences:
-        fix = "Resume with the model that wrote the checkpoint"
-        raise CheckpointError(Problem(str(checkpoint), f"does not match {type(model).__name__}: {differences}", fix))
-    model.load_state_dict(loaded.state_dict(), strict=True)
-
-
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     packages = ("torch", "transformers", "accelerate", "datasets")
@@ -263,6 +239,25 @@ def versions() -> dict[str, str]:
 def _read_state(directory: Path) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
     return state
+
+
+def _positions(model: nn.Module, result: NIOResult) -> dict[str, list[int]]:
+    """Where the tensors of a result stand among the parameters of the model, which says more than a name elsewhere."""
+    order = {name: position for position, (name, _) in enumerate(model.named_parameters())}
+    return {key: [order[tensor.name] for tensor in getattr(result, key)] for key in ("tensors", "excluded")}
+
+
+def _named(result: NIOResult, model: nn.Module, positions: dict[str, list[int]]) -> NIOResult:
+    """A result that was read, with the names that its tensors have in the model."""
+    names = [name for name, _ in model.named_parameters()]
+    changes: dict[str, Any] = {
+        key: tuple(
+            dataclasses.replace(tensor, name=names[position])
+            for tensor, position in zip(getattr(result, key), places, strict=True)
+        )
+        for key, places in positions.items()
+    }
+    return dataclasses.replace(result, **changes)
 
 
 def _digest(parameter: nn.Parameter) -> bytes:

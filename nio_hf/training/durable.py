@@ -17,9 +17,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nio_hf.core import Collective
 from nio_hf.errors import CheckpointError, ConfigError, OutputError, Preempted, Problem, one_line
-from nio_hf.training.checkpoints import can_reload, ensure_writable, reload
-from nio_hf.training.manifest import fault_of, has_manifest, newest_verified, rotate, write_manifest
+from nio_hf.training.checkpoints import ensure_writable
+from nio_hf.training.isolation import isolated_random_state
+from nio_hf.training.manifest import newest_verified, rotate, write_manifest
 from nio_hf.training.preemption import PreemptionCallback
+from nio_hf.training.resuming import can_reload, check_checkpoint, plain_values_only, reload
 from nio_hf.training.unpickling import weights_only
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class DurableTrainerMixin(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._going_on = False
+        self._trial: Any = None
         self._held_limit: int | None = None
         former = self.pop_callback(JITCheckpointCallback)
         self._preemption = None if former is None else PreemptionCallback(cast(JITCheckpointCallback, former))
@@ -75,18 +78,17 @@ class DurableTrainerMixin(_Base):
         self._check_state_dict_type()
         collective = Collective.current()
         self._going_on = resume_from_checkpoint == AUTO
-        with collective.together():
-            if self.args.should_save:
-                ensure_writable(self._run_dir)
-            checkpoint = self._checkpoint_for(resume_from_checkpoint, collective)
-        if self._preemption is not None:
-            self._preemption.stopped = False
-            self._preemption.listen()
-        output = super().train(checkpoint, trial, ignore_keys_for_eval)
-        if self._preemption is not None and self._preemption.stopped:
-            collective.wait()
-            raise self._preempted(f"at step {self.state.global_step}")
-        if checkpoint is not None and self._initial_global_step == self.state.max_steps:
+        self._trial = trial
+        with self._listening():
+            with collective.together():
+                if self.args.should_save:
+                    ensure_writable(self._run_dir)
+                checkpoint = self._checkpoint_for(resume_from_checkpoint, collective)
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            if self._stopped:
+                collective.wait()
+                raise self._preempted(f"at step {self.state.global_step}")
+        if checkpoint is not None and self._initial_global_step >= self.state.max_steps:
             self._tell(
                 "%s is the end of that training: it was loaded, nothing was trained.", checkpoint, level=logging.WARNING
             )
@@ -95,7 +97,7 @@ class DurableTrainerMixin(_Base):
     @property
     def _run_dir(self) -> Path:
         """Where checkpoints are saved; each trial of a hyper-parameter search has its own."""
-        return Path(self._get_output_dir(getattr(self, "_trial", None)))
+        return Path(self._get_output_dir(self._trial))
 
     def _safe_loading(self) -> contextlib.AbstractContextManager[None]:
         """Nothing is unpickled but tensors and plain values."""
@@ -115,6 +117,15 @@ class DurableTrainerMixin(_Base):
         if self.is_world_process_zero():
             logger.log(level, message, *values)
 
+    def _listening(self) -> contextlib.AbstractContextManager[None]:
+        """Wait for SIGTERM, where that is asked for."""
+        return contextlib.nullcontext() if self._preemption is None else self._preemption.listening()
+
+    @property
+    def _stopped(self) -> bool:
+        """Whether SIGTERM has stopped this training."""
+        return self._preemption is not None and self._preemption.stopped
+
     def _preempted(self, where: str) -> Preempted:
         message = f"SIGTERM: saved and stopped {where}. Start again with resume_from_checkpoint=auto to go on."
         self._tell(message, level=logging.WARNING)
@@ -125,7 +136,8 @@ class DurableTrainerMixin(_Base):
         if asked is None or asked is False:
             return None
         if asked != AUTO and asked is not True:
-            return self._checked(Path(asked))
+            check_checkpoint(Path(asked), verify=self.args.should_save)
+            return str(asked)
         if self.args.save_only_model:
             fix = "Set save_only_model to false: without the state of the optimizer a training cannot go on"
             raise ConfigError(Problem("resume_from_checkpoint", f"{asked!r} with save_only_model", fix))
@@ -137,28 +149,31 @@ class DurableTrainerMixin(_Base):
             raise CheckpointError(Problem(str(self._run_dir), "no checkpoint that is whole", fix))
         if found is not None and collective.rank > 0:
             # Machines without a shared disk have a copy each (`save_on_each_node`).
-            self._checked(Path(found))
+            check_checkpoint(Path(found), verify=self.args.should_save)
         self._tell("Resuming from %s." if found else "No whole checkpoint in %s: beginning.", found or self._run_dir)
         return found
-
-    def _checked(self, directory: Path) -> str:
-        """A folder that was asked for, where it is a checkpoint that is whole as far as can be known."""
-        fix = f"Give a folder OUTPUT_DIR/{PREFIX_CHECKPOINT_DIR}-N, or {AUTO!r} for the newest that is whole"
-        if not directory.is_dir():
-            raise CheckpointError(Problem("resume_from_checkpoint", f"{str(directory)!r} is no folder", fix))
-        fault = fault_of(directory) if has_manifest(directory) and self.args.should_save else None
-        if fault is not None:
-            raise CheckpointError(Problem(str(directory), fault, fix))
-        return str(directory)
 
     def _complete_checkpoint(self) -> None:
         """Seal the checkpoint of this step once all processes and callbacks have written theirs; delete old ones."""
         Collective.current().wait()
+        directory = self._run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            directory = self._run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            write_manifest(directory)
+            with _output_errors(directory, self.args.should_save):
+                write_manifest(directory)
             best = self.state.best_model_checkpoint
             rotate(self._run_dir, self.args.save_total_limit, [directory] if best is None else [directory, Path(best)])
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(directory))
+
+    @contextlib.contextmanager
+    def _keeping_all(self) -> Iterator[None]:
+        """Let Trainer delete no checkpoint within the context."""
+        held = self.args.save_total_limit
+        self._held_limit, self.args.save_total_limit = held, None
+        try:
+            yield
+        finally:
+            self._held_limit, self.args.save_total_limit = None, held
 
     # What follows overrides Trainer.
 
@@ -176,11 +191,11 @@ class DurableTrainerMixin(_Base):
                 shutil.rmtree(directory, ignore_errors=True)
             Collective.current().wait()
             # Trainer would delete old checkpoints before this one is known to be whole.
-            self._held_limit, self.args.save_total_limit = self.args.save_total_limit, None
-            try:
+            with self._keeping_all():
                 super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit, self._held_limit = self._held_limit, None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not here: a checkpoint is pushed when it is complete."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # It saves the arguments, too, which are to be as the user gave them.
@@ -193,13 +208,45 @@ class DurableTrainerMixin(_Base):
             if held:
                 self.args.save_total_limit = None
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer finds out that it has arrived only after another step.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        # One that is left out for SIGTERM must not have been part of the randomness of the training.
+        with contextlib.nullcontext() if self._preemption is None else isolated_random_state(self.args.device):
+            return super()._evaluate(*args, **kwargs)
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        # It decides whether `save_strategy="best"` saves.
+        is_best: bool = super()._determine_best_metric(*args, **kwargs)
+        return is_best or self._stopped
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # It deletes all checkpoints but the best, where one is to be kept, and with them the one to go on from.
+        with self._keeping_all() if self._stopped else contextlib.nullcontext():
+            return super()._finalize_training(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._reload(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with plain_values_only(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with plain_values_only(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with plain_values_only(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
-        if not self._reload(cast(str, self.state.best_model_checkpoint)):
-            with self._safe_loading():
+        best = cast(str, self.state.best_model_checkpoint)
+        if not self._reload(best):
+            with self._safe_loading(), plain_values_only(best):
                 super()._load_best_model()
 
     def _reload(self, checkpoint: str) -> bool:
@@ -232,12 +279,11 @@ def _output_errors(directory: Path, writes: bool) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch reports a failed write as a RuntimeError of its file format.
-        is_write = (
-            not isinstance(error, RuntimeError) or "inline_container" in str(error) or "PytorchStream" in str(error)
-        )
-        if isinstance(error, OutputError) or not is_write:
+        is_torch = "inline_container" in str(error) or "PytorchStream" in str(error)
+        if isinstance(error, RuntimeError) and not is_torch:
             raise
         if writes:
             shutil.rmtree(directory, ignore_errors=True)
+        found = error.problems[0].found if isinstance(error, OutputError) else one_line(error)
         fix = "Free space or choose another output_dir, then start again: checkpoints saved before are whole"
-        raise OutputError(Problem(str(directory), one_line(error), fix)) from error
+        raise OutputError(Problem(str(directory), found, fix)) from error

@@ -85,19 +85,23 @@ def rotate(run_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
         return
     protected = {path.resolve() for path in keep}
     checkpoints = sorted(_checkpoints(run_dir), key=_saved)
-    surplus = len(checkpoints) - max(limit, len(protected))
-    for directory in [path for path in checkpoints if path.resolve() not in protected][: max(surplus, 0)]:
+    surplus = max(len(checkpoints) - limit, 0)
+    for directory in [path for path in checkpoints if path.resolve() not in protected][:surplus]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def write_atomically(file: Path, text: str) -> None:
     """Write a file so that it holds either what it held or all of the text, whatever happens."""
     temporary = file.with_name(f"{file.name}.partial")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_directory(file.parent)
 
 
@@ -119,7 +123,7 @@ def _read(directory: Path) -> tuple[float, dict[str, tuple[int, str]]] | None:
             return None
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in content["files"].items()}
         return float(content["saved"]), files
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.optimization import GreedyLR
+from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
+from transformers.trainer_utils import SaveStrategy
 
 from nio_hf.core import Collective
+
+_SCHEDULED_BY_EVALUATION = (ReduceLROnPlateau, GreedyLR)
 
 
 class PreemptionCallback(JITCheckpointCallback):
@@ -16,10 +23,11 @@ class PreemptionCallback(JITCheckpointCallback):
 
     Trainer's own saves wherever it happens to be, each process by itself. This one saves at the end of a step, the
     same step on all processes as soon as one of them got the signal, by Trainer's usual way of saving a checkpoint,
-    callbacks included. An evaluation that is due then is left out unless the best checkpoint depends on it.
+    callbacks included. An evaluation that is due then is left out unless the weights depend on it: by the choice of
+    the best checkpoint, or of the learning rate.
 
     Args:
-        former: the callback that Trainer made, whose signal handler stays.
+        former: the callback that Trainer made; its signal handler is used.
 
     Attributes:
         stopped: whether this training has been stopped.
@@ -28,22 +36,31 @@ class PreemptionCallback(JITCheckpointCallback):
     def __init__(self, former: JITCheckpointCallback) -> None:
         super().__init__()
         self.trainer = former.trainer
-        self.jit_manager = former.jit_manager
         self.stopped = False
-        if self.jit_manager is not None:
-            # A half-written checkpoint does no harm, so there is no need to wait and see whether SIGKILL follows.
-            self.jit_manager.kill_wait = 0
+        self._manager = cast(CheckpointManager, former.jit_manager)
+        # A half-written checkpoint does no harm, so there is no need to wait and see whether SIGKILL follows.
+        self._manager.kill_wait = 0
+        # Trainer listens from the moment that it is made, long before it can save anything.
+        signal.signal(signal.SIGTERM, self._manager._original_sigterm_handler or signal.SIG_DFL)
 
     @property
     def requested(self) -> bool:
         """Whether this process got the signal."""
-        return self.jit_manager is not None and self.jit_manager.is_checkpoint_requested
+        return self._manager.is_checkpoint_requested
 
-    def listen(self) -> None:
-        """Wait for the signal, also after a training at whose end its handler was taken away."""
-        manager = self.jit_manager
-        if manager is not None and signal.getsignal(signal.SIGTERM) != manager._sigterm_handler:
-            manager.setup_signal_handler()
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Wait for the signal within the context; the handler that was there before is put back."""
+        former = signal.getsignal(signal.SIGTERM)
+        if former == self._manager._sigterm_handler:
+            yield
+            return
+        self.stopped = self._manager.is_checkpoint_requested = False
+        self._manager.setup_signal_handler()
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, former)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Have a checkpoint saved and the training stopped, on all processes at once."""
@@ -51,14 +68,17 @@ class PreemptionCallback(JITCheckpointCallback):
             self.stopped = True
             control.should_training_stop = True
             control.should_save = True
-            control.should_evaluate = control.should_evaluate and args.load_best_model_at_end
+            scheduled = isinstance(kwargs.get("lr_scheduler"), _SCHEDULED_BY_EVALUATION)
+            needed = scheduled or args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST
+            control.should_evaluate = control.should_evaluate and needed
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Do nothing that belongs to the end of an epoch that was not reached."""
-        reached = args.load_best_model_at_end and float(state.epoch or 0.0).is_integer()
-        if self.stopped and not reached:
+        scheduled = isinstance(kwargs.get("lr_scheduler"), _SCHEDULED_BY_EVALUATION)
+        reached = float(state.epoch or 0.0).is_integer()
+        if self.stopped and not (reached and (scheduled or args.load_best_model_at_end)):
             control.should_save = control.should_evaluate = control.should_log = False
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -66,3 +86,6 @@ class PreemptionCallback(JITCheckpointCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Not here: the batch of this step is drawn already."""
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Not here: `listening` puts the handler back."""

@@ -99,17 +99,22 @@ class NIOTrainerMixin(DurableTrainerMixin):
         self._warn_of_warmup()
         register_transformers_layers()
         model = self._nio_model()
-        if self._preemption is not None:
-            self._preemption.listen()
         try:
-            with collective.together(), isolated_random_state(self.args.device, self.train_dataset), _memory_errors():
+            with (
+                self._listening(),
+                collective.together(),
+                isolated_random_state(self.args.device, self.train_dataset),
+                _memory_errors(),
+            ):
                 self._check_output(model)
                 self._check_not_wrapped()
                 replica = make_replica(model, self.args.device, collective)
-                result = self._initialised(replica, collective) if resume else None
+                task = self._nio_task(replica)
+                result = self._initialised(replica, task, collective) if resume else None
                 if result is None:
-                    result = self._initialise(replica, collective, resume)
-                collective.check_equal("the initialised weights", fingerprint(replica))
+                    result = self._initialise(replica, task, collective, resume)
+                if collective.size > 1:
+                    collective.check_equal("the initialised weights", fingerprint(replica))
                 take_over(replica, model, collective)
         except StoppedError as error:
             raise self._preempted(f"during NIO ({error.problems[0].found})") from error
@@ -118,9 +123,9 @@ class NIOTrainerMixin(DurableTrainerMixin):
         self._nio_report.report_later(result, model)
         return result
 
-    def _initialised(self, replica: nn.Module, collective: Collective) -> NIOResult | None:
+    def _initialised(self, replica: nn.Module, task: Task, collective: Collective) -> NIOResult | None:
         """The result of an earlier run, with its weights in the replica; None where there is none that fits."""
-        task, result = self._nio_task(replica), None
+        result = None
         with collective.together():
             if collective.rank == 0:
                 result = load_initialised(self.nio_init_dir, replica, task)
@@ -130,11 +135,10 @@ class NIOTrainerMixin(DurableTrainerMixin):
             self._tell("NIO is finished: taking over %s.", self.nio_init_dir)
         return result
 
-    def _initialise(self, replica: nn.Module, collective: Collective, resume: bool) -> NIOResult:
+    def _initialise(self, replica: nn.Module, task: Task, collective: Collective, resume: bool) -> NIOResult:
         """Run NIO on the replica and save what comes of it."""
         config = self.args.to_nio_config()
         directory = self.nio_init_dir.parent
-        task = self._nio_task(replica)
         with collective.together():
             state = load_progress(directory, task) if resume and collective.rank == 0 else None
         state = collective.broadcast_object(state)

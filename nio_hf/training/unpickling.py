@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_FORBID = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 @contextlib.contextmanager
@@ -21,13 +22,11 @@ def weights_only() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    former = os.environ.get(_FORCE)
+    former = {name: os.environ.pop(name, None) for name in (_FORCE, _FORBID)}
     os.environ[_FORCE] = "1"
     try:
         with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]):
             yield
     finally:
-        if former is None:
-            del os.environ[_FORCE]
-        else:
-            os.environ[_FORCE] = former
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in former.items() if value is not None})

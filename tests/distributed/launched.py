@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class _Reporting(NIOTrainer):
 
     initialised = ""
     partitioned = False
+    pace = 0.0
+    """Seconds that each batch takes longer."""
     faults: dict[str, Any]
 
     def run_nio(self, **kwargs: Any) -> Any:
@@ -56,6 +59,7 @@ class _Reporting(NIOTrainer):
         return result
 
     def prepare_nio_batch(self, batch: Any, number: int) -> Any:
+        time.sleep(self.pace)
         self._fault("nio", number)
         if self.faults.get("nan") == [Collective.current().rank, number]:
             batch["pixel_values"][:] = float("nan")
@@ -66,6 +70,7 @@ class _Reporting(NIOTrainer):
         super()._save_rng_state(output_dir)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(self.pace)
         self._fault("step", self.state.global_step)
         return super().training_step(*args, **kwargs)
 
@@ -115,6 +120,7 @@ def make_trainer(settings: dict[str, Any]) -> NIOTrainer:
                 parameter += 0.1 * rank
     trainer = _Reporting(model=model, args=arguments, train_dataset=ToyImages(settings.get("samples", 64)))
     trainer.faults = settings.get("faults", {})
+    trainer.pace = settings.get("pace", 0.0)
     if "save" in trainer.faults:
         _killed_in_save(settings["output_dir"])
     return trainer
@@ -125,6 +131,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     trainer = make_trainer(settings)
     print("ready", flush=True)  # noqa: T201
     trainer.train(settings.get("resume"))
+    print("trained", flush=True)  # noqa: T201
     if settings.get("nio_again"):
         trainer.run_nio()
     result = trainer.nio_result

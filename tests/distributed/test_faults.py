@@ -29,6 +29,8 @@ SETTINGS: dict[str, Any] = {
         "enable_jit_checkpoint": True,
     },
 }
+PACE = 0.1
+"""Seconds that each batch takes longer where moments are random, or most of them would lie after the end."""
 HELD_OUT = 2
 """Batches in front of those that NIO learns from."""
 
@@ -166,16 +168,18 @@ def test_killed_at_twenty_random_moments(tmp_path_factory: pytest.TempPathFactor
 
 def _seconds(folder: Path, strategy: str, processes: int) -> float:
     """What a training takes from the moment that it is set up."""
-    process = start(folder, strategy, processes, **SETTINGS)
+    process = start(folder, strategy, processes, **SETTINGS, pace=PACE)
     _read_until(process, "ready")
     began = time.monotonic()
+    _read_until(process, "trained")
+    seconds = time.monotonic() - began
     process.communicate()
-    return time.monotonic() - began
+    return seconds
 
 
 def _killed_after(seconds: float, folder: Path, strategy: str, processes: int) -> dict[str, Any]:
     """Kill a training, launcher and all, some time after it is set up; says what it left behind."""
-    process = start(folder, strategy, processes, **SETTINGS)
+    process = start(folder, strategy, processes, **SETTINGS, pace=PACE)
     _read_until(process, "ready")
     time.sleep(seconds)
     running = process.poll() is None
