@@ -319,7 +319,8 @@ def test_a_full_disk_in_a_save_leaves_the_earlier_checkpoint(
 def test_a_full_disk_at_the_manifest_leaves_the_earlier_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = _trainer(tmp_path, callbacks=[_At(4, lambda: monkeypatch.setattr(os, "fsync", _full_file))], **SAVING)
+    full_from = _At(4, lambda: monkeypatch.setattr(os, "fsync", _full_file))
+    trainer = _trainer(tmp_path, callbacks=[full_from], **SAVING, save_total_limit=1)
     with pytest.raises(OutputError, match=r"checkpoint-4: .*No space left"):
         trainer.train()
     monkeypatch.undo()
