@@ -20,6 +20,7 @@ from nio_hf.recipe.catalog import find_accelerate_config
 from nio_hf.recipe.loading import load_recipe
 
 _SIGNAL_STATUS = 128
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def launch_command(options: Mapping[str, str], arguments: Sequence[str]) -> list[str]:
@@ -53,10 +54,8 @@ def launch(options: Mapping[str, str], arguments: Sequence[str]) -> int:
         status_file = Path(folder) / "status"
         # In a session of its own, so that a signal reaches the launcher and the training alike.
         environment = {**os.environ, STATUS_FILE: str(status_file)}
-        with (
-            subprocess.Popen(command, env=environment, start_new_session=True) as process,
-            _forwarded(process, signal.SIGINT, signal.SIGTERM),
-        ):
+        with _forwarding() as receivers, subprocess.Popen(command, env=environment, start_new_session=True) as process:
+            receivers.append(process)
             status = process.wait()
         own = int(status_file.read_text(encoding="ascii")) if status_file.is_file() else 0
     if status != 0 and own != 0:
@@ -65,16 +64,22 @@ def launch(options: Mapping[str, str], arguments: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def _forwarded(process: subprocess.Popen[bytes], *signals: signal.Signals) -> Iterator[None]:
-    """Hand signals on to all that a process has started, and wait for how it ends."""
+def _forwarding() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Hand signals on to all that some processes have started, and wait for how they end.
+
+    Yields:
+        The processes, none at first.
+    """
+    receivers: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+        for process in receivers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
-    former = {number: signal.signal(number, forward) for number in signals}
+    former = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
-        yield
+        yield receivers
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

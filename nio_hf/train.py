@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.catalog import DEFAULT_RECIPE, recipe_name, split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.training.durable import AUTO
+from nio_hf.training.preemption import preempted_at_once
+from nio_hf.training.saving import output_errors
 
 PLOTS_DIR_NAME = "plots"
 EMA_DIR_NAME = "ema"
@@ -51,12 +54,22 @@ def train(recipe: Recipe) -> RunReport:
     """
     trainer = build_trainer(recipe)
     outcome = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
-    metrics = {**outcome.metrics, **trainer.evaluate()}
-    metrics |= trainer.evaluate_average(Path(cast(str, recipe.training.output_dir)) / EMA_DIR_NAME)
-    trainer.save_model()
-    trainer.save_metrics("all", metrics)
-    trainer.save_state()
-    return _report(trainer, recipe, metrics)
+    output_dir = Path(cast(str, recipe.training.output_dir))
+    with output_errors(output_dir), _stopping_at_once(recipe):
+        trainer.save_model()
+        trainer.save_state()
+        metrics = {**outcome.metrics, **trainer.evaluate()}
+        metrics |= trainer.evaluate_average(output_dir / EMA_DIR_NAME)
+        trainer.save_metrics("all", metrics)
+        trainer.save_state()
+        return _report(trainer, recipe, metrics)
+
+
+def _stopping_at_once(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+    """Let SIGTERM end the evaluation: what was trained is saved first."""
+    if not recipe.training.enable_jit_checkpoint:
+        return contextlib.nullcontext()
+    return preempted_at_once("SIGTERM: stopped in the last evaluation; the trained model is saved.")
 
 
 def initialise(recipe: Recipe) -> RunReport:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -159,8 +159,10 @@ def is_shared(error: Exception) -> bool:
 
 def _device() -> torch.device:
     """Where small numbers are exchanged: the CPU where the group has a backend for it."""
-    on_cpu = "cpu:" in dist.get_backend_config()
-    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    if "cpu:" in dist.get_backend_config():
+        return torch.device("cpu")
+    accelerator = cast(torch.device, torch.accelerator.current_accelerator())
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def _marked(error: Exception) -> Exception:
@@ -173,7 +175,8 @@ def _description(error: Exception) -> tuple[str, list[Problem]]:
     """The class of our errors that stands for an error, and its problems."""
     if isinstance(error, NIOError):
         problems = list(error.problems) or [Problem("", str(error), "The traceback is that of this rank")]
-        return type(error).__name__, problems
+        known = next(base for base in type(error).__mro__ if base.__module__ == NIOError.__module__)
+        return known.__name__, problems
     found = f"{type(error).__name__}: {one_line(error)}"
     if is_out_of_memory(error):
         fix = "Set micro_batch_size, or give smaller batches"

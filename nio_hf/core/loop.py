@@ -111,10 +111,11 @@ class Loop:
             self._history.append(record)
             if on_iteration is not None:
                 on_iteration(record)
-            if iteration % self._resumption.every == 0:
+            if self._resumption.every is not None and iteration % self._resumption.every == 0:
                 self._save()
         self._check_last_gradient(len(self._history), float(self._last_gradient.abs().max()))
-        self._save()
+        if self._resumption.every is not None:
+            self._save()
         return self._history
 
     def _step(self, iteration: int, batch: Any, initial: list[Tensor]) -> tuple[Branch, Reading]:
@@ -176,7 +177,7 @@ class Loop:
 
     def _stop(self) -> None:
         self._save()
-        found = f"stopped after {len(self._history)} of {self._config.iterations} iterations, as asked"
+        found = f"stopped after {len(self._history)} of {self._config.iterations} iterations, which are saved"
         raise StoppedError(Problem("NIO", found, "Start again to go on from there"))
 
     def _check_last_gradient(self, iteration: int, largest: float) -> None:

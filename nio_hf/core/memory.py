@@ -44,13 +44,15 @@ def _machine_memory() -> int:
 
 
 def _control_group_memory() -> int:
-    """What the limit of a container leaves; without one, any amount."""
+    """What the limit of a container leaves, files that the system only keeps at hand not counted; any without one."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = ((folder / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:
         return sys.maxsize
-    return sys.maxsize if limit == "max" else max(int(limit) - int(used), 0)
+    kept = sum(int(line.split()[1]) for line in lines if line.split()[0] in ("active_file", "inactive_file"))
+    return sys.maxsize if limit == "max" else max(int(limit) - int(used) + kept, 0)
 
 
 @contextlib.contextmanager

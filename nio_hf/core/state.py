@@ -56,12 +56,12 @@ class Resumption:
     Attributes:
         state: of the run that stopped, with the same model, batches and settings; None to begin.
         save: called with the state of the run, every `every` iterations, after the last one, and when it is stopped.
-        every: iterations from one call of `save` to the next.
+        every: iterations from one call of `save` to the next; None to save only when it is stopped.
         should_stop: asked once per iteration; where it says yes on any process, the run is saved and ends with
             [`StoppedError`].
     """
 
     state: NIOState | None = None
     save: Callable[[NIOState], None] = lambda state: None
-    every: int = 10
+    every: int | None = 10
     should_stop: Callable[[], bool] = lambda: False

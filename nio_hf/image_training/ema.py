@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nio_hf.errors import CheckpointError, Problem
+from nio_hf.training.saving import output_errors
 
 EMA_NAME = "ema.safetensors"
 
@@ -67,7 +68,8 @@ class EMACallback(TrainerCallback):
         """Save the average into the checkpoint of this step."""
         if self._average is not None and args.should_save and args.output_dir is not None:
             checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            safetensors.torch.save_model(self._average.module, str(checkpoint / EMA_NAME))
+            with output_errors(checkpoint / EMA_NAME):
+                safetensors.torch.save_model(self._average.module, str(checkpoint / EMA_NAME))
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:

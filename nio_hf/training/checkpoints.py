@@ -23,7 +23,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 import nio_hf
 from nio_hf.core import NIOResult, NIOState
 from nio_hf.errors import CheckpointError, OutputError, Problem, one_line
-from nio_hf.training.manifest import fault_of, write_atomically, write_manifest
+from nio_hf.training.manifest import fault_of, sync_directory, write_atomically, write_manifest
 from nio_hf.training.resuming import reload
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ def save_initialised(
         write_manifest(temporary)
         shutil.rmtree(directory, ignore_errors=True)
         temporary.replace(directory)
+        sync_directory(directory.parent)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OutputError):
             raise

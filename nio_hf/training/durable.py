@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nio_hf.core import Collective
-from nio_hf.errors import CheckpointError, ConfigError, OutputError, Preempted, Problem, one_line
+from nio_hf.errors import CheckpointError, ConfigError, Preempted, Problem
 from nio_hf.training.checkpoints import ensure_writable
 from nio_hf.training.isolation import isolated_random_state
-from nio_hf.training.manifest import newest_verified, rotate, write_manifest
-from nio_hf.training.preemption import PreemptionCallback
+from nio_hf.training.manifest import (
+    begin,
+    candidates,
+    fault_of,
+    foreign,
+    newest_verified,
+    rotate,
+    write_manifest,
+)
+from nio_hf.training.preemption import PreemptionCallback, SpareWorkers
 from nio_hf.training.resuming import can_reload, check_checkpoint, plain_values_only, reload
+from nio_hf.training.saving import only_writer, output_errors
 from nio_hf.training.unpickling import weights_only
 
 logger = logging.getLogger(__name__)
@@ -38,7 +45,7 @@ class DurableTrainerMixin(_Base):
     """Checkpoints that survive whatever ends the training, for any subclass of [`~transformers.Trainer`].
 
     `train(resume_from_checkpoint="auto")` goes on from the newest checkpoint that is whole, or begins. Every checkpoint
-    gets a manifest of its files when all of them are written; one without it, or with other files, is never used. With
+    gets a manifest of its files when all of them are written; one whose files do not match it is never used. With
     `enable_jit_checkpoint`, SIGTERM saves a checkpoint at the end of a step and ends with [`Preempted`].
     `resume_from_checkpoint` and `load_best_model_at_end` restore every tensor.
     """
@@ -79,15 +86,17 @@ class DurableTrainerMixin(_Base):
         collective = Collective.current()
         self._going_on = resume_from_checkpoint == AUTO
         self._trial = trial
-        with self._listening():
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._listening())
             with collective.together():
                 if self.args.should_save:
                     ensure_writable(self._run_dir)
+                    held.enter_context(only_writer(self._run_dir))
                 checkpoint = self._checkpoint_for(resume_from_checkpoint, collective)
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
             if self._stopped:
                 collective.wait()
-                raise self._preempted(f"at step {self.state.global_step}")
+                raise self._preempted(f"saved and stopped at step {self.state.global_step}")
         if checkpoint is not None and self._initial_global_step >= self.state.max_steps:
             self._tell(
                 "%s is the end of that training: it was loaded, nothing was trained.", checkpoint, level=logging.WARNING
@@ -126,10 +135,15 @@ class DurableTrainerMixin(_Base):
         """Whether SIGTERM has stopped this training."""
         return self._preemption is not None and self._preemption.stopped
 
-    def _preempted(self, where: str) -> Preempted:
-        message = f"SIGTERM: saved and stopped {where}. Start again with resume_from_checkpoint=auto to go on."
+    def _preempted(self, what: str) -> Preempted:
+        message = f"SIGTERM: {what}. Start again with resume_from_checkpoint=auto to go on."
         self._tell(message, level=logging.WARNING)
         return Preempted(message)
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Let an error of one process stop all, where Trainer does not let the processes talk within the context."""
+        talks = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.state.best_global_step
+        return contextlib.nullcontext() if talks else Collective.current().together()
 
     def _checkpoint_for(self, asked: str | bool | None, collective: Collective) -> str | None:
         """The folder to resume from, the same on all processes; None to begin."""
@@ -142,26 +156,42 @@ class DurableTrainerMixin(_Base):
             fix = "Set save_only_model to false: without the state of the optimizer a training cannot go on"
             raise ConfigError(Problem("resume_from_checkpoint", f"{asked!r} with save_only_model", fix))
         with collective.together():
-            newest = newest_verified(self._run_dir) if collective.rank == 0 else None
-        found = collective.broadcast_object(None if newest is None else str(newest))
+            listed = candidates(self._run_dir) if collective.rank == 0 else []
+
+        def fault_anywhere(directory: Path) -> str | None:
+            """Machines without a shared disk have a checkpoint each (`save_on_each_node`)."""
+            with collective.together():
+                fault = fault_of(directory) if self.args.should_save else None
+            return fault or ("it is not whole on another machine" if collective.any(fault is not None)[0] else None)
+
+        newest = newest_verified(collective.broadcast_object(listed), fault_anywhere)
+        found = None if newest is None else str(newest)
+        others = foreign(self._run_dir) if found is None and self.args.should_save else []
+        if others:
+            fix = (
+                f"Give its path to go on from it, or another output_dir to begin; {AUTO!r} takes checkpoints of nio_hf"
+            )
+            raise CheckpointError(Problem(str(others[0]), "a checkpoint without a manifest, as Trainer writes it", fix))
         if found is None and asked is True:
             fix = f"Start without it, or with {AUTO!r}, which begins where there is none"
             raise CheckpointError(Problem(str(self._run_dir), "no checkpoint that is whole", fix))
-        if found is not None and collective.rank > 0:
-            # Machines without a shared disk have a copy each (`save_on_each_node`).
-            check_checkpoint(Path(found), verify=self.args.should_save)
         self._tell("Resuming from %s." if found else "No whole checkpoint in %s: beginning.", found or self._run_dir)
         return found
 
     def _complete_checkpoint(self) -> None:
         """Seal the checkpoint of this step once all processes and callbacks have written theirs; delete old ones."""
-        Collective.current().wait()
+        collective = Collective.current()
         directory = self._run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            with _output_errors(directory, self.args.should_save):
-                write_manifest(directory)
-            best = self.state.best_model_checkpoint
-            rotate(self._run_dir, self.args.save_total_limit, [directory] if best is None else [directory, Path(best)])
+        collective.wait()
+        with collective.together():
+            if self.args.should_save:
+                with output_errors(directory, delete=True):
+                    write_manifest(directory)
+        with collective.together():
+            if self.args.should_save:
+                best = self.state.best_model_checkpoint
+                keep = [directory] if best is None else [directory, Path(best)]
+                rotate(self._run_dir, self.args.save_total_limit, keep)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(directory))
 
@@ -186,13 +216,19 @@ class DurableTrainerMixin(_Base):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         directory = self._run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with _output_errors(directory, self.args.should_save):
-            if self.args.should_save:
-                shutil.rmtree(directory, ignore_errors=True)
-            Collective.current().wait()
+        with self._alone(), output_errors(directory, delete=self.args.should_save):
+            with Collective.current().together():
+                if self.args.should_save:
+                    begin(directory)
             # Trainer would delete old checkpoints before this one is known to be whole.
             with self._keeping_all():
                 super()._save_checkpoint(model, trial)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        if self._preemption is not None and getattr(loader, "num_workers", 0) > 0:
+            loader.worker_init_fn = SpareWorkers(loader.worker_init_fn)
+        return loader
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Not here: a checkpoint is pushed when it is complete."""
@@ -245,6 +281,8 @@ class DurableTrainerMixin(_Base):
 
     def _load_best_model(self) -> None:
         best = cast(str, self.state.best_model_checkpoint)
+        with Collective.current().together():
+            check_checkpoint(Path(best), verify=self.args.should_save)
         if not self._reload(best):
             with self._safe_loading(), plain_values_only(best):
                 super()._load_best_model()
@@ -254,7 +292,8 @@ class DurableTrainerMixin(_Base):
         model = self._nio_model()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not can_reload(Path(checkpoint), model):
             return False
-        reload(Path(checkpoint), cast(PreTrainedModel, model))
+        with Collective.current().together():
+            reload(Path(checkpoint), cast(PreTrainedModel, model))
         return True
 
 
@@ -267,23 +306,3 @@ class _SealingCallback(TrainerCallback):
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         """Complete the checkpoint of this step."""
         self._trainer._complete_checkpoint()
-
-
-@contextlib.contextmanager
-def _output_errors(directory: Path, writes: bool) -> Iterator[None]:
-    """Turn what a full disk, or one that cannot be written, makes of a save into an error of ours.
-
-    What was written of the checkpoint is deleted, which makes room.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch reports a failed write as a RuntimeError of its file format.
-        is_torch = "inline_container" in str(error) or "PytorchStream" in str(error)
-        if isinstance(error, RuntimeError) and not is_torch:
-            raise
-        if writes:
-            shutil.rmtree(directory, ignore_errors=True)
-        found = error.problems[0].found if isinstance(error, OutputError) else one_line(error)
-        fix = "Free space or choose another output_dir, then start again: checkpoints saved before are whole"
-        raise OutputError(Problem(str(directory), found, fix)) from error

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -20,19 +20,32 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "nio_manifest.json"
 MANIFEST_FORMAT = 1
+UNFINISHED_NAME = "nio_unfinished"
+"""In a checkpoint that is being written."""
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
-def write_manifest(directory: Path) -> None:
-    """Seal a checkpoint: from here on it is used, and known to be broken where a file of it changes.
+def begin(directory: Path) -> None:
+    """Begin to write a checkpoint, in the place of what there is of that name."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    (directory / UNFINISHED_NAME).touch()
 
-    Everything is on the disk, not only handed to the system, before the manifest is.
+
+def write_manifest(directory: Path) -> None:
+    """Seal a checkpoint: from here on it is used, and known to be broken where a file of it is missing or changed.
+
+    Everything is on the disk, not only handed to the system, before the manifest is. That and the digests take about
+    two seconds for a GiB.
 
     Raises:
         OutputError: where it cannot be written.
     """
     try:
+        (directory / UNFINISHED_NAME).unlink(missing_ok=True)
         files = {file.relative_to(directory).as_posix(): _entry(file) for file in _files(directory)}
+        for folder in (directory.parent, directory, *(path for path in directory.rglob("*") if path.is_dir())):
+            sync_directory(folder)
         content = {"format": MANIFEST_FORMAT, "saved": time.time(), "files": files}
         write_atomically(directory / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
     except OSError as error:
@@ -46,12 +59,15 @@ def fault_of(directory: Path) -> str | None:
         return f"{MANIFEST_NAME} is missing or cannot be read: it was not written to its end"
     for name, (size, digest) in manifest[1].items():
         file = directory / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size:,} bytes, not {size:,}"
-        if _digest(file) != digest:
-            return f"{name} has been changed: its SHA-256 is another one"
+        try:
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size:,} bytes, not {size:,}"
+            if _digest(file) != digest:
+                return f"{name} has been changed: its SHA-256 is another one"
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
     return None
 
 
@@ -60,17 +76,29 @@ def has_manifest(directory: Path) -> bool:
     return (directory / MANIFEST_NAME).is_file()
 
 
-def newest_verified(run_dir: Path) -> Path | None:
-    """The checkpoint of a run that was written last and is as it was written."""
-    # What has no manifest may be older, too, but is worth a word.
-    for directory in sorted(
-        _checkpoints(run_dir), key=lambda path: (not has_manifest(path), _saved(path)), reverse=True
-    ):
-        fault = fault_of(directory)
-        if fault is None:
+def candidates(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, the one written last first; before them those without manifest, to be told of."""
+    return sorted(_checkpoints(run_dir), key=lambda path: (not has_manifest(path), _saved(path)), reverse=True)
+
+
+def newest_verified(directories: Iterable[Path], fault: Callable[[Path], str | None] = fault_of) -> Path | None:
+    """The first of some checkpoints that is as it was written; of the others it is said why they are not used.
+
+    Args:
+        directories: as [`candidates`] gives them.
+        fault: says what makes one unusable.
+    """
+    for directory in directories:
+        found = fault(directory)
+        if found is None:
             return directory
-        logger.warning("%s is passed over: %s.", directory, fault)
+        logger.warning("%s is passed over: %s.", directory, found)
     return None
+
+
+def foreign(run_dir: Path) -> list[Path]:
+    """Checkpoints that were written by something that knows no manifest, such as Trainer itself."""
+    return [path for path in candidates(run_dir) if not has_manifest(path) and not (path / UNFINISHED_NAME).exists()]
 
 
 def rotate(run_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
@@ -102,7 +130,7 @@ def write_atomically(file: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(file.parent)
+    sync_directory(file.parent)
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
@@ -142,7 +170,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Make a rename last; systems that cannot open directories do so by themselves."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

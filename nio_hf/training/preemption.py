@@ -4,18 +4,57 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.optimization import GreedyLR
 from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from nio_hf.core import Collective
+from nio_hf.errors import Preempted
 
 _SCHEDULED_BY_EVALUATION = (ReduceLROnPlateau, GreedyLR)
+
+
+class SpareWorkers:
+    """`worker_init_fn` that lets a worker of a data loader survive the first SIGTERM.
+
+    Schedulers send it to every process of a job. The main process then goes on to the end of the step, for which it may
+    need what the worker is loading; it ends its workers itself, and a second signal ends one that does not hear.
+
+    Args:
+        then: called afterwards, with the number of the worker.
+    """
+
+    def __init__(self, then: Callable[[int], Any] | None) -> None:
+        self._then = then
+
+    def __call__(self, worker: int) -> None:
+        """Called in the worker as it starts."""
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        if self._then is not None:
+            self._then(worker)
+
+
+@contextlib.contextmanager
+def preempted_at_once(message: str) -> Iterator[None]:
+    """Let SIGTERM end what is done within the context, when all is saved already.
+
+    Raises:
+        Preempted: when the signal comes.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        raise Preempted(message)
+
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 class PreemptionCallback(JITCheckpointCallback):
@@ -67,19 +106,17 @@ class PreemptionCallback(JITCheckpointCallback):
         if Collective.current().any(self.requested)[0]:
             self.stopped = True
             control.should_training_stop = True
-            control.should_save = True
-            scheduled = isinstance(kwargs.get("lr_scheduler"), _SCHEDULED_BY_EVALUATION)
-            needed = scheduled or args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST
-            control.should_evaluate = control.should_evaluate and needed
+            control.should_evaluate = control.should_evaluate and _needs_evaluation(args, kwargs)
+            control.should_save = not _saved_at_epoch_end(args, state, kwargs)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Do nothing that belongs to the end of an epoch that was not reached."""
-        scheduled = isinstance(kwargs.get("lr_scheduler"), _SCHEDULED_BY_EVALUATION)
-        reached = float(state.epoch or 0.0).is_integer()
-        if self.stopped and not (reached and (scheduled or args.load_best_model_at_end)):
-            control.should_save = control.should_evaluate = control.should_log = False
+        if self.stopped:
+            control.should_save = _saved_at_epoch_end(args, state, kwargs)
+            control.should_evaluate = control.should_evaluate and control.should_save
+            control.should_log = False
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Not here: half a step cannot be resumed from."""
@@ -89,3 +126,18 @@ class PreemptionCallback(JITCheckpointCallback):
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Not here: `listening` puts the handler back."""
+
+
+def _needs_evaluation(args: TrainingArguments, objects: dict[str, Any]) -> bool:
+    """Whether the weights depend on evaluations."""
+    scheduled = isinstance(objects.get("lr_scheduler"), _SCHEDULED_BY_EVALUATION)
+    return scheduled or args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST
+
+
+def _saved_at_epoch_end(args: TrainingArguments, state: TrainerState, objects: dict[str, Any]) -> bool:
+    """Whether this step ends an epoch with an evaluation that the checkpoint has to know of.
+
+    It is then saved once, behind it: to save it twice would delete the first one for a moment.
+    """
+    ends_epoch = float(state.epoch or 0.0).is_integer()
+    return ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH and _needs_evaluation(args, objects)

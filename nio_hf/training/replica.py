@@ -104,10 +104,8 @@ def check_memory(model: nn.Module, device: torch.device) -> None:
             f"needs {needed / _GIB:.1f} GiB of {device} and the activations of a sub-batch: {COPIES} copies of "
             f"{numbers:,} numbers in fp32; {available / _GIB:.1f} GiB are free"
         )
-        fix = (
-            "Initialise once where there is more memory, e.g. with `nio-hf init RECIPE --device cpu`, then train from "
-            "that checkpoint: model_name_or_path: OUTPUT_DIR/_nio_init"
-        )
+        where = "on a machine with more memory" if device.type == "cpu" else "with `nio-hf init RECIPE --device cpu`"
+        fix = f"Initialise once {where}, then train from that checkpoint: model_name_or_path: OUTPUT_DIR/_nio_init"
         raise NIOMemoryError(Problem("NIO", found, fix))
 
 

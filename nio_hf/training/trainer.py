@@ -117,7 +117,7 @@ class NIOTrainerMixin(DurableTrainerMixin):
                     collective.check_equal("the initialised weights", fingerprint(replica))
                 take_over(replica, model, collective)
         except StoppedError as error:
-            raise self._preempted(f"during NIO ({error.problems[0].found})") from error
+            raise self._preempted(f"during NIO, {error.problems[0].found}") from error
         _INITIALISED.add(model)
         self.nio_result = result
         self._nio_report.report_later(result, model)
@@ -151,8 +151,8 @@ class NIOTrainerMixin(DurableTrainerMixin):
 
         resumption = Resumption(
             state=state,
-            save=save if self.args.nio_save_steps > 0 else lambda state: None,
-            every=self.args.nio_save_steps or config.iterations,
+            save=save,
+            every=self.args.nio_save_steps or None,
             should_stop=lambda: self._preemption is not None and self._preemption.requested,
         )
         seed_everything(config.seed)

@@ -131,7 +131,6 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     trainer = make_trainer(settings)
     print("ready", flush=True)  # noqa: T201
     trainer.train(settings.get("resume"))
-    print("trained", flush=True)  # noqa: T201
     if settings.get("nio_again"):
         trainer.run_nio()
     result = trainer.nio_result

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from nio_hf import NIOResult, NIOTrainer
 from nio_hf.errors import CheckpointError, ConfigError, OutputError
 from nio_hf.training.checkpoints import INIT_DIR_NAME, PROGRESS_NAME, STATE_NAME, fingerprint
-from nio_hf.training.manifest import MANIFEST_NAME, fault_of, has_manifest, write_manifest
+from nio_hf.training.manifest import MANIFEST_NAME, UNFINISHED_NAME, fault_of, has_manifest, write_manifest
 from tests.training.toys import ToyImages, arguments, build, snapshot, unchanged
 
 Weights = dict[str, torch.Tensor]
@@ -164,6 +164,7 @@ def test_true_needs_a_checkpoint_that_is_whole(run: Path, tmp_path: Path) -> Non
         _trainer(tmp_path / "empty", **SAVING).train(resume_from_checkpoint=True)
     for step in (2, 4):
         _cut_off(run / f"checkpoint-{step}")
+        (run / f"checkpoint-{step}" / UNFINISHED_NAME).touch()
     with pytest.raises(CheckpointError, match="no checkpoint that is whole"):
         _trainer(run, **SAVING).train(resume_from_checkpoint=True)
 
@@ -200,7 +201,7 @@ def test_a_checkpoint_of_trainer_may_be_given_by_its_path_only(whole: Path, tmp_
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert unchanged(_saved(whole / "checkpoint-4"), snapshot(resumed.model))
     shutil.rmtree(tmp_path / "checkpoint-4")
-    with pytest.raises(CheckpointError, match="no checkpoint that is whole"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-2: a checkpoint without a manifest.*Give its path"):
         _trainer(tmp_path, **SAVING).train(resume_from_checkpoint=True)
 
 

@@ -17,6 +17,7 @@ import pytest
 from nio_hf.errors import OutputError
 from nio_hf.training.manifest import (
     MANIFEST_NAME,
+    candidates,
     fault_of,
     has_manifest,
     newest_verified,
@@ -133,7 +134,7 @@ def test_a_manifest_that_cannot_be_read_is_as_good_as_none(content: bytes | None
     if content is not None:
         (checkpoint / MANIFEST_NAME).write_bytes(content)
     assert f"{MANIFEST_NAME} is missing or cannot be read" in str(fault_of(checkpoint))
-    assert newest_verified(tmp_path) is None
+    assert newest_verified(candidates(tmp_path)) is None
 
 
 def test_the_manifest_names_files_of_sub_folders_and_not_itself(tmp_path: Path) -> None:
@@ -152,15 +153,15 @@ def test_a_checkpoint_can_be_moved(tmp_path: Path) -> None:
 def test_the_newest_is_the_one_written_last_not_the_one_of_the_largest_number(tmp_path: Path) -> None:
     for step in (10, 9, 3):
         _sealed(tmp_path / f"checkpoint-{step}")
-    assert newest_verified(tmp_path) == tmp_path / "checkpoint-3"
+    assert newest_verified(candidates(tmp_path)) == tmp_path / "checkpoint-3"
     write_manifest(tmp_path / "checkpoint-9")
-    assert newest_verified(tmp_path) == tmp_path / "checkpoint-9"
+    assert newest_verified(candidates(tmp_path)) == tmp_path / "checkpoint-9"
 
 
 def test_of_checkpoints_written_at_once_the_newest_has_the_largest_number(tmp_path: Path) -> None:
     for step in (9, 10, 2):
         _saved_at(_sealed(tmp_path / f"checkpoint-{step}"), 5.0)
-    assert newest_verified(tmp_path) == tmp_path / "checkpoint-10"
+    assert newest_verified(candidates(tmp_path)) == tmp_path / "checkpoint-10"
 
 
 def test_broken_ones_are_passed_over_and_it_is_said_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -171,7 +172,7 @@ def test_broken_ones_are_passed_over_and_it_is_said_why(tmp_path: Path, caplog: 
     _remove(tmp_path / "checkpoint-3")
     _change(tmp_path / "checkpoint-1")
     with caplog.at_level(logging.WARNING):
-        assert newest_verified(tmp_path) == tmp_path / "checkpoint-2"
+        assert newest_verified(candidates(tmp_path)) == tmp_path / "checkpoint-2"
     messages = [record.getMessage() for record in caplog.records]
     assert sorted(messages) == [
         f"{tmp_path / 'checkpoint-3'} is passed over: model.bin is missing.",
@@ -185,7 +186,11 @@ def test_a_folder_without_checkpoints_has_no_newest(tmp_path: Path, caplog: pyte
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
-        assert [newest_verified(tmp_path / name) for name in ("empty", "missing", "file")] == [None, None, None]
+        assert [newest_verified(candidates(tmp_path / name)) for name in ("empty", "missing", "file")] == [
+            None,
+            None,
+            None,
+        ]
     assert not caplog.records
 
 
@@ -194,10 +199,10 @@ def test_other_names_are_left_alone(tmp_path: Path) -> None:
     for name in others:
         _sealed(tmp_path / name)
     (tmp_path / "checkpoint-3").write_text("a file")
-    assert newest_verified(tmp_path) is None
+    assert newest_verified(candidates(tmp_path)) is None
     kept = _sealed(tmp_path / "checkpoint-4")
     rotate(tmp_path, 1, [kept])
-    assert newest_verified(tmp_path) == kept
+    assert newest_verified(candidates(tmp_path)) == kept
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "checkpoint-3", "checkpoint-4"])
 
 
@@ -258,7 +263,7 @@ def test_the_last_one_known_to_be_whole_is_never_deleted(tmp_path: Path) -> None
     for step in (2, 3):
         _sealed(tmp_path / f"checkpoint-{step}")
     rotate(tmp_path, 1, [whole])
-    assert newest_verified(tmp_path) == whole
+    assert newest_verified(candidates(tmp_path)) == whole
 
 
 def test_a_clock_that_was_put_back_does_not_delete_the_newest(tmp_path: Path) -> None:

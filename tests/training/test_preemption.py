@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from nio_hf import NIOTrainer
 from nio_hf.errors import Preempted
 from nio_hf.training.checkpoints import INIT_DIR_NAME, PROGRESS_NAME
-from nio_hf.training.manifest import fault_of, newest_verified
+from nio_hf.training.manifest import candidates, fault_of, newest_verified
 from tests.training.toys import ToyImages, arguments, build, snapshot, unchanged
 
 Weights = dict[str, torch.Tensor]
@@ -182,14 +182,14 @@ def test_the_end_of_a_stopped_training_does_not_delete_its_checkpoint(tmp_path: 
     settings: dict[str, Any] = {**_BEST, "eval_strategy": "steps", "save_strategy": "steps", "save_total_limit": 1}
     stopped = _stopped(tmp_path, Sigterm(3), **settings)
     assert str(stopped.state.best_model_checkpoint).endswith("checkpoint-2")
-    assert newest_verified(tmp_path) == tmp_path / "checkpoint-3"
+    assert newest_verified(candidates(tmp_path)) == tmp_path / "checkpoint-3"
 
 
 @pytest.mark.parametrize("load_best", [True, False])
 def test_it_saves_also_where_only_the_best_is_saved(load_best: bool, tmp_path: Path) -> None:
     settings = {**_BEST, "eval_strategy": "steps", "save_strategy": "best", "load_best_model_at_end": load_best}
     _stopped(tmp_path, Sigterm(4), worse=True, **settings)
-    assert newest_verified(tmp_path) == tmp_path / "checkpoint-4"
+    assert newest_verified(candidates(tmp_path)) == tmp_path / "checkpoint-4"
 
 
 def test_a_signal_that_comes_after_the_last_step_leaves_the_training_finished(tmp_path: Path) -> None:

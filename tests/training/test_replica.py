@@ -53,9 +53,11 @@ def test_the_message_has_the_numbers_and_the_remedy(monkeypatch: pytest.MonkeyPa
         check_memory(model, CPU)
     assert str(raised.value) == (
         "NIO: needs 4.0 GiB of cpu and the activations of a sub-batch: 4 copies of 268,435,456 numbers in fp32; 1.5 "
-        "GiB are free. Initialise once where there is more memory, e.g. with `nio-hf init RECIPE --device cpu`, then "
-        "train from that checkpoint: model_name_or_path: OUTPUT_DIR/_nio_init."
+        "GiB are free. Initialise once on a machine with more memory, then train from that checkpoint: "
+        "model_name_or_path: OUTPUT_DIR/_nio_init."
     )
+    with pytest.raises(NIOMemoryError, match=r"Initialise once with `nio-hf init RECIPE --device cpu`, then train"):
+        check_memory(model, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(("processes", "refused"), [(None, False), ("1", False), ("2", False), ("3", True)])
