@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -45,10 +46,11 @@ def _machine_memory() -> int:
 
 def _control_group_memory() -> int:
     """What the limit of a container leaves, files that the system only keeps at hand not counted; any without one."""
-    folder = Path("/sys/fs/cgroup")
     try:
-        limit, used = ((folder / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
-        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        limit, used = (
+            (_CONTROL_GROUP / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current")
+        )
+        lines = (_CONTROL_GROUP / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:
         return sys.maxsize
     kept = sum(int(line.split()[1]) for line in lines if line.split()[0] in ("active_file", "inactive_file"))

@@ -130,8 +130,8 @@ class ImageTrainer(NIOTrainer):
         """The samples of NIO."""
         return self.data.nio
 
-    def _nio_task(self, replica: nn.Module) -> Task:
-        return {**super()._nio_task(replica), "augment": self._nio_augment}
+    def _nio_task(self, replica: nn.Module, resume: bool) -> Task:
+        return {**super()._nio_task(replica, resume), "augment": self._nio_augment}
 
     def prepare_nio_batch(self, batch: Any, number: int) -> Any:
         """The batch, augmented on the device unless it is to be clean."""

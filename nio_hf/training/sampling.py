@@ -186,6 +186,7 @@ def nio_dataloader(
     num_workers: int = 0,
     pin_memory: bool = False,
     multiprocessing_context: str | None = None,
+    worker_init_fn: Callable[[int], Any] | None = None,
 ) -> DataLoader[Any]:
     """A loader of `holdout_batches + iterations` batches that leaves all global random state to its caller.
 
@@ -198,6 +199,7 @@ def nio_dataloader(
         "num_workers": num_workers,
         "pin_memory": pin_memory,
         "multiprocessing_context": multiprocessing_context if num_workers else None,
+        "worker_init_fn": worker_init_fn,
     }
     if isinstance(dataset, IterableDataset):
         # Workers would share the stream in an order that depends on how many they are.

@@ -40,9 +40,10 @@ from nio_hf.training.checkpoints import (
 )
 from nio_hf.training.durable import DurableTrainerMixin
 from nio_hf.training.isolation import isolated_random_state
-from nio_hf.training.labels import CheckedBatches
 from nio_hf.training.layers import register_transformers_layers
 from nio_hf.training.losses import ignores_num_items
+from nio_hf.training.nio_batches import CheckedBatches, digest
+from nio_hf.training.preemption import SpareWorkers
 from nio_hf.training.replica import broadcast, gathered, make_replica, replica_bytes, take_over
 from nio_hf.training.reporting import NIOReportCallback
 from nio_hf.training.sampling import nio_dataloader, seed_everything
@@ -109,7 +110,7 @@ class NIOTrainerMixin(DurableTrainerMixin):
                 self._check_output(model)
                 self._check_not_wrapped()
                 replica = make_replica(model, self.args.device, collective)
-                task = self._nio_task(replica)
+                task = self._nio_task(replica, resume)
                 result = self._initialised(replica, task, collective) if resume else None
                 if result is None:
                     result = self._initialise(replica, task, collective, resume)
@@ -145,9 +146,11 @@ class NIOTrainerMixin(DurableTrainerMixin):
         if state is not None:
             self._tell("NIO goes on after %d iterations.", state.iterations)
 
+        batches = CheckedBatches(self.get_nio_dataloader(), self._classes_of_labels(), self.prepare_nio_batch)
+
         def save(state: NIOState) -> None:
             if self.args.should_save:
-                save_progress(state, directory, task)
+                save_progress(state, directory, {**task, "data": batches.digest})
 
         resumption = Resumption(
             state=state,
@@ -159,7 +162,7 @@ class NIOTrainerMixin(DurableTrainerMixin):
         with self._nio_progress(config.iterations, 0 if state is None else state.iterations) as bar:
             result = initialize(
                 replica,
-                CheckedBatches(self.get_nio_dataloader(), self._classes_of_labels(), self.prepare_nio_batch),
+                batches,
                 self.compute_nio_loss,
                 config,
                 on_iteration=lambda record: _advance(bar, record),
@@ -168,19 +171,23 @@ class NIOTrainerMixin(DurableTrainerMixin):
             )
         with collective.together():
             if self.args.nio_save_init and self.args.should_save:
+                task = {**task, "data": batches.digest}
                 save_initialised(replica, result, self.nio_init_dir, self.processing_class, task)
                 (directory / PROGRESS_NAME).unlink(missing_ok=True)
         return result
 
-    def _nio_task(self, replica: nn.Module) -> Task:
-        """What NIO is given: weights, settings, and of the data their number."""
-        dataset = self.get_nio_dataset()
+    def _nio_task(self, replica: nn.Module, resume: bool) -> Task:
+        """What NIO is given: weights, settings, and the first batch, which is read beforehand where it is to resume."""
+        config, first = self.args.to_nio_config(), None
+        if resume and self.is_world_process_zero():
+            seed_everything(config.seed)
+            first = digest(next(iter(self.get_nio_dataloader())))
         return {
             "weights": fingerprint(replica),
-            "settings": dataclasses.asdict(self.args.to_nio_config()),
+            "settings": dataclasses.asdict(config),
             "batch_size": self.args.nio_batch_size,
             "label_smoothing_factor": self.args.label_smoothing_factor,
-            "samples": len(dataset) if hasattr(dataset, "__len__") else None,
+            "data": first,
         }
 
     def _check_not_wrapped(self) -> None:
@@ -258,6 +265,7 @@ class NIOTrainerMixin(DurableTrainerMixin):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            worker_init_fn=None if self._preemption is None else SpareWorkers(None),
         )
 
     def _has_own_loss(self) -> bool:

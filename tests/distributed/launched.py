@@ -81,7 +81,8 @@ class _Reporting(NIOTrainer):
         rank = Collective.current().rank
         if fault is not None and fault["number"] == number and fault.get("rank", 0) == rank and not once.exists():
             once.touch()
-            os.kill(os.getpid(), signal.Signals[fault["signal"]])
+            send = os.killpg if fault.get("group") else os.kill
+            send(os.getpid(), signal.Signals[fault["signal"]])
 
 
 def _killed_in_save(output_dir: str) -> None:

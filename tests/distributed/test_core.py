@@ -19,6 +19,7 @@ from nio_hf.errors import (
     NIOError,
     NIOMemoryError,
     NumericsError,
+    Problem,
     RankError,
     StoppedError,
 )
@@ -142,6 +143,10 @@ def test_an_iteration_sums_the_gradients_once_and_the_scales_once(sub_batches: i
         assert len(large) == iterations
 
 
+class _MyDataError(DataError):
+    """An error that only its user knows."""
+
+
 class _FailingLoss:
     """A loss that fails on one rank, at its n-th call."""
 
@@ -163,6 +168,8 @@ class _FailingLoss:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             case "data":
                 raise DataError("a worker's traceback\nnio_hf.errors.DataError: image 7: broken. Replace it.")
+            case "mine":
+                raise _MyDataError(Problem("my set", "is of mine", "Mend it"))
             case _:
                 raise KeyError("pixels")
 
@@ -180,6 +187,7 @@ def _fail(failure: str, rank: int, call: int) -> None:
         ("memory", NIOMemoryError, "out of memory"),
         ("data", DataError, "image 7: broken"),
         ("other", RankError, "KeyError: 'pixels'"),
+        ("mine", DataError, "my set: is of mine"),
     ],
 )
 @pytest.mark.parametrize(("rank", "call"), [(1, 1), (2, 9), (0, 10), (1, 6)])

@@ -117,6 +117,31 @@ def test_sigterm_in_nio_saves_and_exits_with_its_status(tmp_path: Path, uninterr
     assert second.reports[0]["trained"] == uninterrupted("single", 1)
 
 
+@pytest.mark.parametrize("phase", ["nio", "step"])
+def test_sigterm_to_every_process_of_a_job_spares_the_workers_that_load_data(
+    phase: str, tmp_path: Path, uninterrupted: Any
+) -> None:
+    arguments = {**SETTINGS["arguments"], "dataloader_num_workers": 2}
+    faults = {phase: {"number": HELD_OUT + 2, "signal": "SIGTERM", "group": True}}
+    settings = {**SETTINGS, "arguments": arguments, "faults": faults}
+    first = launch(tmp_path, "single", 1, **settings)
+    assert first.status == Preempted.STATUS, first.output[-3000:]
+    second = launch(tmp_path, "single", 1, **settings)
+    assert second.reports[0]["trained"] == uninterrupted("single", 1)
+
+
+def test_a_second_training_into_the_same_folder_is_refused(tmp_path: Path) -> None:
+    process = start(tmp_path, "single", 1, **SETTINGS, pace=1.0)
+    try:
+        _read_until(process, "ready")
+        time.sleep(2)
+        second = launch(tmp_path, "single", 1, **SETTINGS)
+    finally:
+        _kill(process)
+    assert second.status == 1
+    assert "output: another training writes here. Wait for it to end" in second.output
+
+
 def test_a_rank_that_fails_stops_the_launch_within_seconds(tmp_path: Path) -> None:
     process = start(tmp_path, "ddp", 2, **SETTINGS, faults={"nan": [1, HELD_OUT + 1]})
     try:

@@ -536,6 +536,18 @@ def _its_model_another(trainer: Any, directory: Path) -> None:
         trainer.model.classifier.bias[0] += 1
 
 
+def test_a_finished_nio_of_other_data_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _trainer(tmp_path).run_nio()
+    other = _trainer(tmp_path)
+    other.train_dataset.images += 1
+    with caplog.at_level(logging.WARNING):
+        result = other.run_nio(resume=True)
+    assert "_nio_init is passed over: it was made of other weights or data" in caplog.text
+    fresh = _trainer(tmp_path / "fresh")
+    fresh.train_dataset.images += 1
+    assert result.scales == fresh.run_nio().scales
+
+
 @pytest.mark.parametrize(
     "change",
     [

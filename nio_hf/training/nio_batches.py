@@ -1,29 +1,51 @@
-"""Labels that a model has no class for, found before they are computed on."""
+"""The batches of NIO: their labels checked before they are computed on, and the first one known again."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
+from nio_hf.core.batches import map_tensors
 from nio_hf.errors import DataError, Problem
 
 
 class CheckedBatches:
-    """Prepared batches whose labels are checked; a re-iterable."""
+    """Prepared batches whose labels are checked; a re-iterable.
+
+    Attributes:
+        digest: of the first batch, before it was prepared; None until it was drawn.
+    """
 
     def __init__(self, batches: DataLoader[Any], classes: int | None, prepare: Callable[[Any, int], Any]) -> None:
         self._batches = batches
         self._classes = classes
         self._prepare = prepare
+        self.digest: str | None = None
 
     def __iter__(self) -> Iterator[Any]:
         for number, batch in enumerate(self._batches):
+            if self.digest is None:
+                self.digest = digest(batch)
             if self._classes is not None:
                 _check_labels(batch, self._classes, number)
             yield self._prepare(batch, number)
+
+
+def digest(batch: Any) -> str:
+    """SHA-256 of the tensors of a batch, in their order."""
+    found = hashlib.sha256()
+
+    def update(tensor: torch.Tensor) -> torch.Tensor:
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return tensor
+
+    map_tensors(update, batch)
+    return found.hexdigest()
 
 
 def _check_labels(batch: Any, classes: int, number: int) -> None:
