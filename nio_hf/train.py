@@ -55,11 +55,13 @@ def train(recipe: Recipe) -> RunReport:
     trainer = build_trainer(recipe)
     outcome = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
     output_dir = Path(cast(str, recipe.training.output_dir))
-    with output_errors(output_dir), _stopping_at_once(recipe):
+    with output_errors(output_dir):
         trainer.save_model()
         trainer.save_state()
+    with _stopping_at_once(recipe):
         metrics = {**outcome.metrics, **trainer.evaluate()}
         metrics |= trainer.evaluate_average(output_dir / EMA_DIR_NAME)
+    with output_errors(output_dir):
         trainer.save_metrics("all", metrics)
         trainer.save_state()
         return _report(trainer, recipe, metrics)

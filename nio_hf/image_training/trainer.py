@@ -17,6 +17,7 @@ from nio_hf.image_training.weight_decay import decayed_parameters
 from nio_hf.training import NIOTrainer, NIOTrainingArguments
 from nio_hf.training.checkpoints import Task
 from nio_hf.training.sampling import EpochSampler, SeededDataset, SeededStream, mixed_seed
+from nio_hf.training.saving import output_errors
 from nio_hf.vision.augmentation import BatchAugmentation
 from nio_hf.vision.losses import classification_loss
 from nio_hf.vision.metrics import classification_metrics, predictions_and_losses
@@ -119,9 +120,10 @@ class ImageTrainer(NIOTrainer):
             metrics: dict[str, float] = self.evaluate(metric_key_prefix="eval_ema")
             if self.args.should_save:
                 model: Any = self._nio_model()
-                model.save_pretrained(directory)
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(directory)
+                with output_errors(directory):
+                    model.save_pretrained(directory)
+                    if self.processing_class is not None:
+                        self.processing_class.save_pretrained(directory)
         return metrics
 
     # NIO

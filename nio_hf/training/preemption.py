@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -15,6 +16,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from nio_hf.core import Collective
 from nio_hf.errors import Preempted
+
+logger = logging.getLogger(__name__)
 
 _SCHEDULED_BY_EVALUATION = (ReduceLROnPlateau, GreedyLR)
 
@@ -48,6 +51,7 @@ def preempted_at_once(message: str) -> Iterator[None]:
     """
 
     def stop(number: int, frame: object) -> None:
+        logger.warning(message)
         raise Preempted(message)
 
     former = signal.signal(signal.SIGTERM, stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ from nio_hf import NIOTrainer
 from nio_hf.errors import Preempted
 from nio_hf.training.checkpoints import INIT_DIR_NAME, PROGRESS_NAME
 from nio_hf.training.manifest import candidates, fault_of, newest_verified
+from nio_hf.training.preemption import SpareWorkers, preempted_at_once
 from tests.training.toys import ToyImages, arguments, build, snapshot, unchanged
 
 Weights = dict[str, torch.Tensor]
@@ -393,3 +395,24 @@ def _checkpoints(output_dir: Path) -> list[str]:
 
 def _rates(trainer: Any) -> list[float]:
     return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+
+
+def test_a_signal_when_all_is_saved_ends_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    former = signal.getsignal(signal.SIGTERM)
+    with caplog.at_level(logging.WARNING), pytest.raises(Preempted) as raised, preempted_at_once("all is saved"):
+        signal.raise_signal(signal.SIGTERM)
+    assert raised.value.code == Preempted.STATUS
+    assert "all is saved" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) == former
+
+
+def test_a_worker_survives_one_signal_and_no_second_one() -> None:
+    former = signal.getsignal(signal.SIGTERM)
+    numbers: list[int] = []
+    try:
+        SpareWorkers(numbers.append)(3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert numbers == [3]
