@@ -62,7 +62,7 @@ def _stopped_after_a_step(command: list[str], number: int) -> tuple[int, str]:
         return process.returncode, "".join(lines) + rest
 
 
-@pytest.mark.parametrize("how", list(LAUNCHES))
+@pytest.mark.parametrize("how", [pytest.param("alone", marks=pytest.mark.slow), "launched"])
 def test_sigterm_saves_and_the_same_command_goes_on(how: str, tmp_path: Path) -> None:
     whole = _run(_command(tmp_path / "whole", how))
     assert whole.returncode == 0, whole.stdout + whole.stderr
@@ -78,13 +78,14 @@ def test_sigterm_saves_and_the_same_command_goes_on(how: str, tmp_path: Path) ->
     assert all(bool((one[name] == two[name]).all()) for name in one)
 
 
-@pytest.mark.parametrize("how", list(LAUNCHES))
+@pytest.mark.parametrize("how", [pytest.param("alone", marks=pytest.mark.slow), "launched"])
 def test_an_interrupt_ends_all_processes_and_says_how_to_go_on(how: str, tmp_path: Path) -> None:
     status, output = _stopped_after_a_step(_command(tmp_path, how), signal.SIGINT)
     assert status == 130, output
     assert "--resume_from_checkpoint auto goes on" in output
 
 
+@pytest.mark.slow
 def test_a_training_that_is_finished_says_so(tmp_path: Path) -> None:
     command = _command(tmp_path, "alone", max_steps="2", save_steps="2")
     assert _run(command).returncode == 0
@@ -96,6 +97,7 @@ def test_a_training_that_is_finished_says_so(tmp_path: Path) -> None:
     assert all(bool((before[name] == after[name]).all()) for name in before)
 
 
+@pytest.mark.slow
 def test_an_initialisation_that_was_stopped_goes_on(tmp_path: Path) -> None:
     command = [part if part != "train" else "init" for part in _command(tmp_path, "alone", nio_iterations="3")]
     finished = _run([*command, "--device", "cpu"])

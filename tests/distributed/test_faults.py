@@ -92,13 +92,14 @@ def test_killed_in_the_save_of_a_checkpoint(tmp_path: Path, uninterrupted: Any) 
     assert all(fault_of(tmp_path / "output" / name) is None for name in kept)
 
 
+@pytest.mark.slow
 def test_killed_after_nio_it_is_not_run_again(tmp_path: Path, uninterrupted: Any) -> None:
     _, second = _started_again(tmp_path, "single", 1, {"step": {"number": 1, "signal": "SIGKILL"}})
     assert "NIO is finished: taking over" in second.output
     assert second.reports[0]["trained"] == uninterrupted("single", 1)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_sigterm_to_one_process_saves_and_stops_all(rank: int, tmp_path: Path, uninterrupted: Any) -> None:
     faults = {"step": {"number": 4, "signal": "SIGTERM", "rank": rank}}
     first, second = _started_again(tmp_path, "ddp", 2, faults)
@@ -117,7 +118,7 @@ def test_sigterm_in_nio_saves_and_exits_with_its_status(tmp_path: Path, uninterr
     assert second.reports[0]["trained"] == uninterrupted("single", 1)
 
 
-@pytest.mark.parametrize("phase", ["nio", "step"])
+@pytest.mark.parametrize("phase", [pytest.param("nio", marks=pytest.mark.slow), "step"])
 def test_sigterm_to_every_process_of_a_job_spares_the_workers_that_load_data(
     phase: str, tmp_path: Path, uninterrupted: Any
 ) -> None:
@@ -130,6 +131,7 @@ def test_sigterm_to_every_process_of_a_job_spares_the_workers_that_load_data(
     assert second.reports[0]["trained"] == uninterrupted("single", 1)
 
 
+@pytest.mark.slow
 def test_a_second_training_into_the_same_folder_is_refused(tmp_path: Path) -> None:
     process = start(tmp_path, "single", 1, **SETTINGS, pace=1.0)
     try:
