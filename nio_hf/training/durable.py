@@ -159,10 +159,11 @@ class DurableTrainerMixin(_Base):
             listed = candidates(self._run_dir) if collective.rank == 0 else []
 
         def fault_anywhere(directory: Path) -> str | None:
-            """Machines without a shared disk have a checkpoint each (`save_on_each_node`)."""
+            """Machines without a shared disk have a copy each (`save_on_each_node`); who finds a fault says so."""
             with collective.together():
                 fault = fault_of(directory) if self.args.should_save else None
-            return fault or ("it is not whole on another machine" if collective.any(fault is not None)[0] else None)
+            anywhere = collective.any(fault is not None)[0]
+            return (fault or "") if anywhere else None
 
         newest = newest_verified(collective.broadcast_object(listed), fault_anywhere)
         found = None if newest is None else str(newest)
@@ -282,7 +283,8 @@ class DurableTrainerMixin(_Base):
     def _load_best_model(self) -> None:
         best = cast(str, self.state.best_model_checkpoint)
         with Collective.current().together():
-            check_checkpoint(Path(best), verify=self.args.should_save)
+            if self.args.should_save:
+                check_checkpoint(Path(best), verify=True)
         if not self._reload(best):
             with self._safe_loading(), plain_values_only(best):
                 super()._load_best_model()

@@ -86,13 +86,14 @@ def newest_verified(directories: Iterable[Path], fault: Callable[[Path], str | N
 
     Args:
         directories: as [`candidates`] gives them.
-        fault: says what makes one unusable.
+        fault: says what makes one unusable, in an empty text where another process says so.
     """
     for directory in directories:
         found = fault(directory)
         if found is None:
             return directory
-        logger.warning("%s is passed over: %s.", directory, found)
+        if found:
+            logger.warning("%s is passed over: %s.", directory, found)
     return None
 
 
