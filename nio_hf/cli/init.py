@@ -25,9 +25,7 @@ def init(
     ] = Device.AUTO,
 ) -> None:
     """Initialise with NIO and save the initialised checkpoint, without training."""
-    from nio_hf.recipe.catalog import split_arguments
     from nio_hf.train import initialise, run_recipe
 
-    recipe, overrides = split_arguments(arguments or [])
     on_cpu = ["--use_cpu", "true"] if device is Device.CPU else []
-    raise typer.Exit(run_recipe(initialise, [recipe, *on_cpu, *overrides]))
+    raise typer.Exit(run_recipe(initialise, [*(arguments or []), *on_cpu]))

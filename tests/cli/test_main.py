@@ -35,6 +35,14 @@ def test_commands_pass_the_recipe_and_its_overrides_on(
     assert calls == [(action, options), (action, ["--seed", "1"]), (action, [])]
 
 
+def test_init_on_the_cpu_is_an_override_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("nio_hf.train.run_recipe", lambda *call: calls.append(call) or 0)
+    for device in ("cpu", "auto"):
+        assert RUNNER.invoke(app, ["init", "--seed", "1", "--device", device]).exit_code == 0
+    assert [options for _, options in calls] == [["--seed", "1", "--use_cpu", "true"], ["--seed", "1"]]
+
+
 def test_help_and_version() -> None:
     text = RUNNER.invoke(app, ["--help"]).output
     assert "train" in text
