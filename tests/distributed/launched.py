@@ -130,7 +130,9 @@ def make_trainer(settings: dict[str, Any]) -> NIOTrainer:
 def run(settings: dict[str, Any]) -> dict[str, Any]:
     """Train, and report."""
     trainer = make_trainer(settings)
-    print("ready", flush=True)  # noqa: T201
+    # In one piece, which lines of two processes do not cut into.
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     trainer.train(settings.get("resume"))
     if settings.get("nio_again"):
         trainer.run_nio()

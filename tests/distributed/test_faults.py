@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from nio_hf.errors import Preempted
@@ -223,6 +224,11 @@ def _read_until(process: Any, text: str) -> str:
 
 
 def _kill(process: Any) -> None:
+    """Kill a launch with all that it has started; the processes of a launcher have sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
