@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
@@ -23,8 +20,10 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 import nio_hf
 from nio_hf.core import NIOResult, NIOState
 from nio_hf.errors import CheckpointError, OutputError, Problem, one_line
+from nio_hf.training.digests import fingerprint
 from nio_hf.training.manifest import fault_of, sync_directory, write_atomically, write_manifest
 from nio_hf.training.resuming import reload
+from nio_hf.training.saving import output_errors
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +35,6 @@ MARK_KEY = "nio"
 STATE_FORMAT = 1
 Task = dict[str, Any]
 """What a NIO run was given, in plain values: the same task gives the same scales."""
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Digest of the parameters, whatever their names and order; tied ones count once.
-
-    The SHA-256 of the sorted SHA-256 digests of dtype, shape and bytes of each parameter.
-    """
-    digests = sorted(_digest(parameter) for parameter in model.parameters())
-    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def is_marked(model: nn.Module) -> bool:
@@ -90,33 +80,29 @@ def save_initialised(
     ensure_writable(directory.parent)
     temporary = directory.with_name(f"{directory.name}.partial")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        if isinstance(model, PreTrainedModel):
-            model.save_pretrained(temporary)
-            _add_mark(temporary / CONFIG_NAME, mark)
-        else:
-            safetensors.torch.save_model(model, str(temporary / SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
-        if processing_class is not None:
-            processing_class.save_pretrained(temporary)
-        state = {
-            "format": STATE_FORMAT,
-            "mark": mark,
-            "task": task,
-            "versions": versions(),
-            "positions": _positions(model, result),
-            "result": result.to_dict(),
-        }
-        (temporary / STATE_NAME).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        write_manifest(temporary)
-        shutil.rmtree(directory, ignore_errors=True)
-        temporary.replace(directory)
-        sync_directory(directory.parent)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OutputError):
-            raise
-        fix = "Free space or choose another output_dir"
-        raise OutputError(Problem(str(directory), one_line(error), fix)) from error
+        with output_errors(directory, trained=False):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            if isinstance(model, PreTrainedModel):
+                model.save_pretrained(temporary)
+                _add_mark(temporary / CONFIG_NAME, mark)
+            else:
+                safetensors.torch.save_model(model, str(temporary / SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+            if processing_class is not None:
+                processing_class.save_pretrained(temporary)
+            state = {
+                "format": STATE_FORMAT,
+                "mark": mark,
+                "task": task,
+                "versions": versions(),
+                "positions": _positions(model, result),
+                "result": result.to_dict(),
+            }
+            (temporary / STATE_NAME).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            write_manifest(temporary)
+            shutil.rmtree(directory, ignore_errors=True)
+            temporary.replace(directory)
+            sync_directory(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -139,8 +125,7 @@ def load_initialised(directory: Path, model: nn.Module, task: Task) -> NIOResult
         logger.warning("%s is passed over: %s.", directory, fault)
         return None
     try:
-        result = load_state(directory)
-        state = _read_state(directory)
+        state, result = _read_state(directory)
         if state.get("task") != task:
             logger.warning(
                 "%s is passed over: it was made of other weights or data, or with other settings.", directory
@@ -162,15 +147,7 @@ def load_state(directory: Path) -> NIOResult:
     Raises:
         CheckpointError: for a file that is missing, is not JSON, or has another format.
     """
-    path = directory / STATE_NAME
-    try:
-        state = _read_state(directory)
-        found = f"format {state['format']}, known is {STATE_FORMAT}"
-        if state["format"] == STATE_FORMAT:
-            return NIOResult.from_dict(state["result"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        found = f"{type(error).__name__}: {error}"
-    raise CheckpointError(Problem(str(path), found, "Initialise again, or use the nio_hf version that wrote it"))
+    return _read_state(directory)[1]
 
 
 def save_progress(state: NIOState, directory: Path, task: Task) -> None:
@@ -185,11 +162,8 @@ def save_progress(state: NIOState, directory: Path, task: Task) -> None:
         OutputError: where it cannot be written.
     """
     content = {"format": STATE_FORMAT, "task": task, "state": state.to_dict()}
-    try:
+    with output_errors(directory / PROGRESS_NAME, trained=False):
         write_atomically(directory / PROGRESS_NAME, json.dumps(content) + "\n")
-    except OSError as error:
-        fix = "Free space or choose another output_dir"
-        raise OutputError(Problem(str(directory / PROGRESS_NAME), str(error), fix)) from error
 
 
 def load_progress(directory: Path, task: Task) -> NIOState | None:
@@ -237,9 +211,17 @@ def versions() -> dict[str, str]:
     return {"nio_hf": nio_hf.__version__, "python": platform.python_version(), **installed}
 
 
-def _read_state(directory: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
-    return state
+def _read_state(directory: Path) -> tuple[dict[str, Any], NIOResult]:
+    """All of what `save_initialised` wrote beside the model, and the result in it."""
+    path = directory / STATE_NAME
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = f"format {state['format']}, known is {STATE_FORMAT}"
+        if state["format"] == STATE_FORMAT:
+            return state, NIOResult.from_dict(state["result"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = f"{type(error).__name__}: {error}"
+    raise CheckpointError(Problem(str(path), found, "Initialise again, or use the nio_hf version that wrote it"))
 
 
 def _positions(model: nn.Module, result: NIOResult) -> dict[str, list[int]]:
@@ -259,12 +241,6 @@ def _named(result: NIOResult, model: nn.Module, positions: dict[str, list[int]])
         for key, places in positions.items()
     }
     return dataclasses.replace(result, **changes)
-
-
-def _digest(parameter: nn.Parameter) -> bytes:
-    values = parameter.detach().cpu().contiguous()
-    header = f"{values.dtype} {tuple(values.shape)}".encode()
-    return hashlib.sha256(header + values.reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
 
 
 def _add_mark(config_file: Path, mark: dict[str, str]) -> None:

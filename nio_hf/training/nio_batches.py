@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from nio_hf.core.batches import map_tensors
 from nio_hf.errors import DataError, Problem
+from nio_hf.training.digests import batch_digest
 
 
 class CheckedBatches:
@@ -29,23 +28,10 @@ class CheckedBatches:
     def __iter__(self) -> Iterator[Any]:
         for number, batch in enumerate(self._batches):
             if self.digest is None:
-                self.digest = digest(batch)
+                self.digest = batch_digest(batch)
             if self._classes is not None:
                 _check_labels(batch, self._classes, number)
             yield self._prepare(batch, number)
-
-
-def digest(batch: Any) -> str:
-    """SHA-256 of the tensors of a batch, in their order."""
-    found = hashlib.sha256()
-
-    def update(tensor: torch.Tensor) -> torch.Tensor:
-        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return tensor
-
-    map_tensors(update, batch)
-    return found.hexdigest()
 
 
 def _check_labels(batch: Any, classes: int, number: int) -> None:

@@ -97,12 +97,12 @@ def check_memory(model: nn.Module, device: torch.device) -> None:
         return
     if device.type == "cpu":
         available //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed = COPIES * replica_bytes(model)
+    size = replica_bytes(model)
+    needed = COPIES * size
     if needed > available:
-        numbers = replica_bytes(model) // 4
         found = (
             f"needs {needed / _GIB:.1f} GiB of {device} and the activations of a sub-batch: {COPIES} copies of "
-            f"{numbers:,} numbers in fp32; {available / _GIB:.1f} GiB are free"
+            f"{size // 4:,} numbers in fp32; {available / _GIB:.1f} GiB are free"
         )
         where = "on a machine with more memory" if device.type == "cpu" else "with `nio-hf init RECIPE --device cpu`"
         fix = f"Initialise once {where}, then train from that checkpoint: model_name_or_path: OUTPUT_DIR/_nio_init"

@@ -12,16 +12,18 @@ from safetensors import SafetensorError
 from nio_hf.errors import OutputError, Problem, one_line
 
 LOCK_NAME = "_nio_lock"
-_FIX = "Free space or choose another output_dir, then start again: checkpoints saved before are whole"
+_CHOOSE = "Free space or choose another output_dir"
+_START_AGAIN = f"{_CHOOSE}, then start again: checkpoints saved before are whole"
 
 
 @contextlib.contextmanager
-def output_errors(target: Path, *, delete: bool = False) -> Iterator[None]:
+def output_errors(target: Path, *, delete: bool = False, trained: bool = True) -> Iterator[None]:
     """Turn what a full disk, or one that cannot be written, makes of a save into an error of ours.
 
     Args:
         target: what is written.
         delete: remove what was written of it, which makes room.
+        trained: whether there may be checkpoints of the training already.
 
     Raises:
         OutputError: with the target and the reason.
@@ -36,7 +38,7 @@ def output_errors(target: Path, *, delete: bool = False) -> Iterator[None]:
         if delete:
             shutil.rmtree(target, ignore_errors=True)
         found = error.problems[0].found if isinstance(error, OutputError) else one_line(error)
-        raise OutputError(Problem(str(target), found, _FIX)) from error
+        raise OutputError(Problem(str(target), found, _START_AGAIN if trained else _CHOOSE)) from error
 
 
 @contextlib.contextmanager

@@ -30,7 +30,6 @@ from nio_hf.training.checkpoints import (
     PROGRESS_NAME,
     Task,
     ensure_writable,
-    fingerprint,
     is_marked,
     load_initialised,
     load_progress,
@@ -38,11 +37,12 @@ from nio_hf.training.checkpoints import (
     save_initialised,
     save_progress,
 )
+from nio_hf.training.digests import batch_digest, fingerprint
 from nio_hf.training.durable import DurableTrainerMixin
 from nio_hf.training.isolation import isolated_random_state
 from nio_hf.training.layers import register_transformers_layers
 from nio_hf.training.losses import ignores_num_items
-from nio_hf.training.nio_batches import CheckedBatches, digest
+from nio_hf.training.nio_batches import CheckedBatches
 from nio_hf.training.preemption import SpareWorkers
 from nio_hf.training.replica import broadcast, gathered, make_replica, replica_bytes, take_over
 from nio_hf.training.reporting import NIOReportCallback
@@ -181,7 +181,7 @@ class NIOTrainerMixin(DurableTrainerMixin):
         config, first = self.args.to_nio_config(), None
         if resume and self.is_world_process_zero():
             seed_everything(config.seed)
-            first = digest(next(iter(self.get_nio_dataloader())))
+            first = batch_digest(next(iter(self.get_nio_dataloader())))
         return {
             "weights": fingerprint(replica),
             "settings": dataclasses.asdict(config),

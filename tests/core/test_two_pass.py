@@ -73,17 +73,16 @@ class Step:
         objective: Any,
         branch: Any,
         batch_norm: Any = "batch",
-        collective: Collective = Collective(),  # noqa: B008
     ) -> None:
         self.made, self.sub_batches, self.overlap, self.branch = made, sub_batches, overlap, branch
-        self.batch_norm, self.collective = batch_norm, collective
+        self.batch_norm = batch_norm
         self.scales = LayerScales(made.model)
         self.config = NIOConfig(objective=objective, beta=BETA, sub_batches=sub_batches)
         self.target = NormConstraint() if branch == "constraint" else make_objective(self.config, GN_0)
 
     def passes(self, micro_batch_size: int | None = None) -> TwoPass:
         self.differentiator = Differentiator(self.made.model, self.made.loss_fn, self.scales, micro_batch_size)
-        return TwoPass(self.made.model, self.differentiator, self.scales, self.collective, self.batch_norm)
+        return TwoPass(self.made.model, self.differentiator, self.scales, Collective(), self.batch_norm)
 
     def first_pass(self, curvature: Any, micro_batch_size: int | None = None) -> Any:
         passes = self.passes(micro_batch_size)

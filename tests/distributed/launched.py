@@ -20,7 +20,7 @@ from nio_hf import NIOTrainer, NIOTrainingArguments
 from nio_hf.console import exit_status
 from nio_hf.core import Collective
 from nio_hf.training import checkpoints
-from nio_hf.training.checkpoints import fingerprint
+from nio_hf.training.digests import fingerprint
 from nio_hf.training.replica import gathered
 from tests.distributed import cpu_backends
 from tests.training.toys import ToyImages
@@ -119,7 +119,7 @@ def make_trainer(settings: dict[str, Any]) -> NIOTrainer:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.1 * rank
-    trainer = _Reporting(model=model, args=arguments, train_dataset=ToyImages(settings.get("samples", 64)))
+    trainer = _Reporting(model=model, args=arguments, train_dataset=ToyImages())
     trainer.faults = settings.get("faults", {})
     trainer.pace = settings.get("pace", 0.0)
     if "save" in trainer.faults:

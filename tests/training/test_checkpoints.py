@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from nio_hf.errors import CheckpointError, OutputError
-from nio_hf.training.checkpoints import STATE_NAME, ensure_writable, fingerprint, load_state
+from nio_hf.training.checkpoints import STATE_NAME, ensure_writable, load_state
+from nio_hf.training.digests import fingerprint
 from nio_hf.training.losses import ignores_num_items
 from tests.training.toys import build
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-import gc
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,8 @@ from transformers import Trainer, TrainerCallback
 
 from nio_hf import NIOResult, NIOTrainer
 from nio_hf.errors import CheckpointError, ConfigError, OutputError
-from nio_hf.training.checkpoints import INIT_DIR_NAME, PROGRESS_NAME, STATE_NAME, fingerprint
+from nio_hf.training.checkpoints import INIT_DIR_NAME, PROGRESS_NAME, STATE_NAME
+from nio_hf.training.digests import fingerprint
 from nio_hf.training.manifest import MANIFEST_NAME, UNFINISHED_NAME, fault_of, has_manifest, write_manifest
 from tests.training.toys import ToyImages, arguments, build, snapshot, unchanged
 
@@ -69,15 +69,6 @@ class Counting(NIOTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         return {**super().evaluate(*args, **kwargs), "eval_step": float(abs(self.state.global_step - 1))}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection() -> Iterator[None]:
-    """Trainer collects garbage often; what is imported takes it half a second to go through, and is none."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from transformers import AutoModelForImageClassification, Trainer, TrainerCallba
 
 from nio_hf import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments
 from nio_hf.errors import DataError, ModelError, NIOMemoryError, NumericsError, OutputError
-from nio_hf.training.checkpoints import STATE_NAME, fingerprint, load_state
+from nio_hf.training.checkpoints import STATE_NAME, load_state
+from nio_hf.training.digests import fingerprint
 from tests.training.toys import ToyImages, arguments, build, snapshot, unchanged
 
 

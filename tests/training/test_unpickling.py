@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import builtins
-import gc
 import io
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +76,6 @@ class Recorder:
         monkeypatch.setattr(torch, "load", recorded_load)
         monkeypatch.setattr(builtins, "open", recorded_open)
         monkeypatch.setattr(pickle, "load", recorded_unpickle)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection() -> Iterator[None]:
-    """Trainer collects garbage often; what is imported takes it half a second to go through, and is none."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
