@@ -3,6 +3,7 @@
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.initializer import grad_cosine, initialize
+from nio_hf.core.layerwise import GradientInspection, LayerGradient, inspect_gradients
 from nio_hf.core.result import GradCosine, IterationRecord, NIOResult, TensorScale
 from nio_hf.core.scales import LayerScales, register_gradient_module
 from nio_hf.core.state import NIOState, Resumption
@@ -10,7 +11,9 @@ from nio_hf.core.state import NIOState, Resumption
 __all__ = [
     "Collective",
     "GradCosine",
+    "GradientInspection",
     "IterationRecord",
+    "LayerGradient",
     "LayerScales",
     "NIOConfig",
     "NIOResult",
@@ -19,5 +22,6 @@ __all__ = [
     "TensorScale",
     "grad_cosine",
     "initialize",
+    "inspect_gradients",
     "register_gradient_module",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from nio_hf.core.batches import batch_size, too_many_sub_batches
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import BatchNormMode, NIOConfig
 from nio_hf.core.differentiator import Differentiator, LossFn
-from nio_hf.core.loop import Loop, iteration_seed
+from nio_hf.core.loop import Loop, held_out_seed
 from nio_hf.core.memory import peak_memory, reset_peak_memory
 from nio_hf.core.result import GradCosine, IterationRecord, NIOResult, paired_standard_error
 from nio_hf.core.scales import LayerScales
@@ -31,7 +31,6 @@ from nio_hf.errors import CheckpointError, ConfigError, DataError, Problem
 
 logger = logging.getLogger(__name__)
 
-_HELD_OUT = 500_000
 _SINGLE_PROCESS = Collective()
 
 
@@ -91,7 +90,7 @@ def initialize(
         scales = LayerScales(model)
         device = scales.scaled[0].device
         reset_peak_memory(device)
-        stack.enter_context(_isolated(model, device, config.batch_norm))
+        stack.enter_context(mode.isolated(model, device, config.batch_norm))
         set_aside = config.holdout_batches if holdout is None else 0
         stream = BatchStream(batches, config.sub_batches, set_aside + config.iterations)
         held_out = stream.set_aside(set_aside) if holdout is None else _as_batches(holdout)
@@ -163,16 +162,8 @@ def grad_cosine(
     scales = LayerScales(model)
     differentiator = Differentiator(model, loss_fn, scales, micro_batch_size)
     passes = TwoPass(model, differentiator, scales, _SINGLE_PROCESS, batch_norm)
-    with _isolated(model, scales.scaled[0].device, batch_norm):
+    with mode.isolated(model, scales.scaled[0].device, batch_norm):
         return passes.grad_cosine(batch, count, "batch")
-
-
-@contextlib.contextmanager
-def _isolated(model: nn.Module, device: torch.device, batch_norm: BatchNormMode) -> Iterator[None]:
-    """The model in the state it is measured in, with torch's random number generators forked."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), mode.measuring(model, batch_norm):
-        yield
 
 
 def _check_alike(collective: Collective, config: NIOConfig, scales: LayerScales, held_out: Sequence[Any]) -> None:
@@ -244,6 +235,6 @@ def _as_batches(holdout: Sequence[Any]) -> list[Any]:
 def _measure(passes: TwoPass, held_out: Sequence[Any], config: NIOConfig, when: str) -> GradCosine:
     readings = []
     for index, batch in enumerate(held_out):
-        where, seed = f"held-out batch {index} {when}", iteration_seed(config.seed, _HELD_OUT + index)
+        where, seed = f"held-out batch {index} {when}", held_out_seed(config.seed, index)
         readings.append(passes.grad_cosine(batch, config.sub_batches, where, seed))
     return GradCosine.mean(readings)

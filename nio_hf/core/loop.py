@@ -23,6 +23,9 @@ from nio_hf.core.two_pass import Reading, SubBatches, TwoPass
 from nio_hf.errors import Problem, StoppedError
 
 
+_HELD_OUT = 500_000
+
+
 class Loop:
     """The iterations of a run, from the start or from the state of one that stopped.
 
@@ -189,6 +192,11 @@ class Loop:
 def iteration_seed(seed: int, number: int) -> int:
     """Seed of what iteration `number` draws."""
     return (seed * 1_000_003 + number) % 2**40
+
+
+def held_out_seed(seed: int, index: int) -> int:
+    """Seed of what a measurement on held-out batch `index` draws."""
+    return iteration_seed(seed, _HELD_OUT + index)
 
 
 def _scale(theta: list[Tensor], initial: list[Tensor], omega: Tensor) -> None:

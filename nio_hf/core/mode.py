@@ -20,6 +20,14 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 @contextlib.contextmanager
+def isolated(model: nn.Module, device: torch.device, batch_norm: BatchNormMode) -> Iterator[None]:
+    """The model as in [`measuring`], with torch's random number generators forked."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), measuring(model, batch_norm):
+        yield
+
+
+@contextlib.contextmanager
 def measuring(model: nn.Module, batch_norm: BatchNormMode = "batch") -> Iterator[None]:
     """Put a model and the kernels in the state that gradients of its initialisation are measured in, and back.
 

@@ -43,7 +43,7 @@ def register_gradient_module(module_type: type[nn.Module], kind: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
+class TensorPlace:
     """A parameter with its place in the model."""
 
     name: str
@@ -96,6 +96,11 @@ class LayerScales:
     def trainable(self) -> list[nn.Parameter]:
         """Scaled and gradient tensors together, each once."""
         return list(dict.fromkeys([*self.scaled, *self.gradient]))
+
+    def gradient_places(self) -> list[TensorPlace]:
+        """The gradient tensors with their places in the model, in the order of `gradient`."""
+        places = {id(tensor.parameter): tensor for tensor in self._tensors}
+        return [places[id(parameter)] for parameter in self.gradient]
 
     def name_of(self, parameter: nn.Parameter) -> str:
         """Name of a parameter in memory, for messages."""
@@ -188,7 +193,7 @@ def check_storage(model: nn.Module) -> None:
         raise ModelError(problems[0], *more)
 
 
-def _locate_tensors(model: nn.Module) -> list[_Tensor]:
+def _locate_tensors(model: nn.Module) -> list[TensorPlace]:
     owners: dict[int, list[tuple[str, nn.Module]]] = collections.defaultdict(list)
     for module_name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -202,7 +207,7 @@ def _locate_tensors(model: nn.Module) -> list[_Tensor]:
         if depths or block is not None:
             depths.setdefault(block, len(depths) + 1)
         tensors.append(
-            _Tensor(
+            TensorPlace(
                 name=name,
                 parameter=parameter,
                 kind=_kind(first_owner, parameter),
@@ -242,7 +247,7 @@ def _enclosing_blocks(model: nn.Module) -> dict[str, str | None]:
     return blocks
 
 
-def _excluded(tensor: _Tensor, reason: str) -> ExcludedTensor:
+def _excluded(tensor: TensorPlace, reason: str) -> ExcludedTensor:
     return ExcludedTensor(tensor.name, tensor.kind, tuple(tensor.parameter.shape), reason)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -175,6 +175,7 @@ class TwoPass:
         where: str,
         *,
         with_gradient_sum: bool = False,
+        observe: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> GradientSums:
         """Pass 1 over the sub-batches of all processes.
 
@@ -183,6 +184,7 @@ class TwoPass:
             parts: the sub-batches of this process.
             where: names the batch in errors.
             with_gradient_sum: also sum g_d.
+            observe: called with each g_d of this process, tensor by tensor.
 
         Returns:
             The sums over all D sub-batches; nothing is read by the host.
@@ -193,6 +195,8 @@ class TwoPass:
                 with self._sub_batch(parts, index, where):
                     gradient, loss = self.back_off.run(functools.partial(path.first, part), part, where, path)
                     sums.add(index, gradient, loss)
+                    if observe is not None:
+                        observe(gradient)
                     del gradient
         self.collective.sum_(sums.buffer)
         self.collective.sum_(sums.norms_and_losses)

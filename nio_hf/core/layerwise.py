@@ -1,0 +1,169 @@
+"""Which layers agree between sub-batches: GradCosine and gradient norm, tensor by tensor.
+
+Letters: D sub-batches, h_d the unit gradient of sub-batch d, h_{d,l} its slice in gradient tensor l. With
+u_l = sum_d h_{d,l} and E_l = sum_d ||h_{d,l}||^2,
+
+    share          s_l = E_l / D                            sum_l s_l = 1
+    contribution   c_l = (||u_l||^2 - E_l) / (D (D - 1))    sum_l c_l = GC
+    agreement      a_l = c_l / s_l                          GC = sum_l s_l a_l
+
+a_l is the cosine between the slices of two sub-batches, weighted by their norms, in [-1 / (D - 1), 1]. All are sums over
+tensors, so groups of tensors add up likewise.
+
+Source: our choice, from the definition of GradCosine in Yang et al., NeurIPS 2022, section 4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nio_hf.core import mode
+from nio_hf.core.batches import batch_size
+from nio_hf.core.collective import Collective
+from nio_hf.core.config import NIOConfig
+from nio_hf.core.curvature import Exact
+from nio_hf.core.differentiator import Differentiator, LossFn
+from nio_hf.core.loop import held_out_seed
+from nio_hf.core.result import GradCosine
+from nio_hf.core.scales import LayerScales
+from nio_hf.core.two_pass import Reading, TwoPass
+from nio_hf.errors import DataError, Problem
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerGradient:
+    """The gradient of one tensor, or of a group of tensors, over D sub-batches.
+
+    Attributes:
+        name: of the tensor in memory, or of the group.
+        kind: as in [`TensorScale`].
+        depth: as in [`TensorScale`].
+        parameters: number of its elements.
+        share: s_l, its part of the squared norm of the unit gradients; over all tensors they sum to 1.
+        contribution: c_l, its part of GC; over all tensors they sum to GC.
+        grad_norm: root mean square over the sub-batches of the norm of its gradient.
+    """
+
+    name: str
+    kind: str
+    depth: int
+    parameters: int
+    share: float
+    contribution: float
+    grad_norm: float
+
+    @property
+    def agreement(self) -> float:
+        """a_l, the cosine between its gradients of two sub-batches; NaN where the gradient is zero."""
+        return self.contribution / self.share if self.share > 0 else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientInspection:
+    """What [`inspect_gradients`] measured.
+
+    Attributes:
+        measured: GC, GN and loss of the whole gradient, the mean over the batches.
+        layers: the gradient tensors in parameter order, each the mean over the batches.
+    """
+
+    measured: GradCosine
+    layers: tuple[LayerGradient, ...]
+
+    def grouped(self, key: Callable[[LayerGradient], Key]) -> dict[Key, LayerGradient]:
+        """Groups of tensors, by what `key` gives for each, in the order of their first tensors."""
+        groups: dict[Key, list[LayerGradient]] = {}
+        for layer in self.layers:
+            groups.setdefault(key(layer), []).append(layer)
+        return {value: _together(str(value), members) for value, members in groups.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; the agreement of a tensor whose gradient is zero is None."""
+        layers = [
+            {**dataclasses.asdict(layer), "agreement": layer.agreement if layer.share > 0 else None}
+            for layer in self.layers
+        ]
+        return {"measured": dataclasses.asdict(self.measured), "layers": layers}
+
+
+def inspect_gradients(
+    model: nn.Module, batches: Iterable[Any], loss_fn: LossFn, config: NIOConfig | None = None
+) -> GradientInspection:
+    """Measure where in a model the gradients of sub-batches agree; the model is left as it is.
+
+    Works at any point of a training. At the same settings, on the held-out batches of [`initialize`], `measured` is
+    what that gives as `before` and, with the learned scales, as `after`.
+
+    Args:
+        model: a module with fp32 or fp64 parameters.
+        batches: at least one batch: mappings, tuples or tensors, samples along dimension 0.
+        loss_fn: (model, batch) -> mean loss, or (loss_sum, weight).
+        config: `sub_batches`, `micro_batch_size`, `precision`, `batch_norm` and `seed` are used; None for the defaults.
+
+    Returns:
+        GC, GN and loss, and what each gradient tensor has in them, at overlap 0.
+
+    Raises:
+        DataError: without a batch.
+        ConfigError, ModelError, NumericsError: as in [`initialize`].
+    """
+    config = NIOConfig() if config is None else config
+    scales = LayerScales(model)
+    autocast = torch.bfloat16 if config.precision == "bf16" else None
+    differentiator = Differentiator(model, loss_fn, scales, config.micro_batch_size, autocast)
+    passes = TwoPass(model, differentiator, scales, Collective(), config.batch_norm)
+    with mode.isolated(model, scales.scaled[0].device, config.batch_norm):
+        readings = [_inspect(passes, batch, index, config) for index, batch in enumerate(batches)]
+    if not readings:
+        raise DataError(Problem("batches", "none", "Give at least one batch"))
+    shares, contributions, squared_norms = (torch.stack(column).mean(0) for column in zip(*[r[1:] for r in readings]))
+    layers = (
+        LayerGradient(
+            place.name, place.kind, place.depth, place.parameter.numel(), share, contribution, math.sqrt(squared_norm)
+        )
+        for place, share, contribution, squared_norm in zip(
+            scales.gradient_places(), shares.tolist(), contributions.tolist(), squared_norms.tolist(), strict=True
+        )
+    )
+    return GradientInspection(GradCosine.mean([reading[0] for reading in readings]), tuple(layers))
+
+
+def _inspect(passes: TwoPass, batch: Any, index: int, config: NIOConfig) -> tuple[GradCosine, Tensor, Tensor, Tensor]:
+    """GC of a batch; of each gradient tensor share, contribution and mean squared norm, each of shape (tensors,)."""
+    where, count = f"batch {index}", config.sub_batches
+    parts = passes.split(batch, count, seed=held_out_seed(config.seed, index))
+    squared_norms: list[Tensor] = []
+
+    def observe(gradient: Sequence[Tensor]) -> None:
+        squared_norms.append(torch.stack(torch._foreach_norm(list(gradient))).square())
+
+    with passes.statistics(batch):
+        sums = passes.first_pass(Exact(passes.differentiator), parts, where, observe=observe)
+        reading = Reading.of(sums)
+        passes.check(reading, parts, where)
+    per_part = torch.stack(squared_norms).double()
+    energies = (per_part / per_part.sum(1, keepdim=True)).sum(0)
+    unit_sums = torch.stack(torch._foreach_norm(sums.unit_sum)).double().square()
+    measured = GradCosine(reading.grad_cosine, reading.grad_norm, reading.norms, reading.loss, batch_size(batch))
+    return measured, energies / count, (unit_sums - energies) / (count * (count - 1)), per_part.mean(0)
+
+
+def _together(name: str, members: Sequence[LayerGradient]) -> LayerGradient:
+    kinds = {member.kind for member in members}
+    return LayerGradient(
+        name=name,
+        kind=kinds.pop() if len(kinds) == 1 else "several",
+        depth=min(member.depth for member in members),
+        parameters=sum(member.parameters for member in members),
+        share=math.fsum(member.share for member in members),
+        contribution=math.fsum(member.contribution for member in members),
+        grad_norm=math.hypot(*(member.grad_norm for member in members)),
+    )
