@@ -7,8 +7,8 @@ u_l = sum_d h_{d,l} and E_l = sum_d ||h_{d,l}||^2,
     contribution   c_l = (||u_l||^2 - E_l) / (D (D - 1))    sum_l c_l = GC
     agreement      a_l = c_l / s_l                          GC = sum_l s_l a_l
 
-a_l is the cosine between the slices of two sub-batches, weighted by their norms, in [-1 / (D - 1), 1]. All are sums over
-tensors, so groups of tensors add up likewise.
+a_l is the cosine between the slices of two sub-batches, weighted by their norms, in [-1 / (D - 1), 1]. Shares and
+contributions are sums over tensors, so groups of tensors add up likewise.
 
 Source: our choice, from the definition of GradCosine in Yang et al., NeurIPS 2022, section 4.
 """
@@ -124,14 +124,12 @@ def inspect_gradients(
         readings = [_inspect(passes, batch, index, config) for index, batch in enumerate(batches)]
     if not readings:
         raise DataError(Problem("batches", "none", "Give at least one batch"))
-    shares, contributions, squared_norms = (torch.stack(column).mean(0) for column in zip(*[r[1:] for r in readings]))
+    by_tensor = torch.stack([torch.stack(reading[1:]) for reading in readings]).mean(0)
     layers = (
         LayerGradient(
             place.name, place.kind, place.depth, place.parameter.numel(), share, contribution, math.sqrt(squared_norm)
         )
-        for place, share, contribution, squared_norm in zip(
-            scales.gradient_places(), shares.tolist(), contributions.tolist(), squared_norms.tolist(), strict=True
-        )
+        for place, share, contribution, squared_norm in zip(scales.gradient_places(), *by_tensor.tolist(), strict=True)
     )
     return GradientInspection(GradCosine.mean([reading[0] for reading in readings]), tuple(layers))
 

@@ -22,7 +22,6 @@ from nio_hf.core.stream import BatchStream
 from nio_hf.core.two_pass import Reading, SubBatches, TwoPass
 from nio_hf.errors import Problem, StoppedError
 
-
 _HELD_OUT = 500_000
 
 

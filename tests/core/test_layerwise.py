@@ -132,7 +132,7 @@ def test_it_is_json_even_where_a_gradient_is_zero() -> None:
 
 def test_refusals() -> None:
     made = case("mlp")
-    with pytest.raises(DataError, match="batches: none. Give at least one"):
+    with pytest.raises(DataError, match=r"batches: none\. Give at least one"):
         inspect_gradients(made.model, [], made.loss_fn)
     with pytest.raises(ConfigError, match="sub_batches"):
         inspect_gradients(made.model, [made.batch], made.loss_fn, NIOConfig(sub_batches=9))
