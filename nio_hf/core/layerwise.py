@@ -93,6 +93,12 @@ class GradientInspection:
         ]
         return {"measured": dataclasses.asdict(self.measured), "layers": layers}
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> GradientInspection:
+        """Inverse of `to_dict`."""
+        layers = [{key: value for key, value in layer.items() if key != "agreement"} for layer in fields["layers"]]
+        return cls(GradCosine.from_dict(fields["measured"]), tuple(LayerGradient(**layer) for layer in layers))
+
 
 def inspect_gradients(
     model: nn.Module, batches: Iterable[Any], loss_fn: LossFn, config: NIOConfig | None = None

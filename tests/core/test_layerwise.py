@@ -128,6 +128,7 @@ def test_it_is_json_even_where_a_gradient_is_zero() -> None:
     written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert written["layers"][2]["agreement"] is None
     assert written["measured"]["value"] == found.measured.value
+    assert GradientInspection.from_dict(written) == found
 
 
 def test_refusals() -> None:

@@ -1,0 +1,294 @@
+"""The plots of a run."""
+
+from __future__ import annotations
+
+import collections
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nio_hf.core.layerwise import GradientInspection, LayerGradient
+from nio_hf.core.result import GradCosine, NIOResult, TensorScale
+from nio_hf.report.run import Run
+from nio_hf.report.style import (
+    BLUE,
+    DARK,
+    ROUND_STEPS,
+    VERMILLION,
+    Target,
+    figure,
+    integer_ticks,
+    is_bias,
+    kind_order,
+    legend_below,
+    mark_blocks,
+    marker,
+)
+from nio_hf.report.tables import shape_of_sub_batches
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_BLOCK_WIDTH = 0.8
+_FEW_POINTS = 30
+_FINE_TICKS_UP_TO = 3.0
+
+
+def plot_scales(result: NIOResult, target: Target) -> None:
+    """Draw the learned scale of each tensor against the depth of its block, by kind.
+
+    Filled markers are weights, open ones biases. The y axis is logarithmic and symmetric around 1, so that a scale
+    and its inverse are equally far from the line.
+
+    Args:
+        result: of `initialize`.
+        target: PNG file to write.
+
+    Raises:
+        OutputError: where the file cannot be written.
+    """
+    blocks = sorted({tensor.depth for tensor in result.tensors})
+    with figure(target, width=min(max(6.5, 0.34 * len(blocks) + 2), 16), height=4.4) as drawn:
+        axes = drawn.subplots()
+        for kind, points in _place(result.tensors).items():
+            positions, scales = zip(*points, strict=True)
+            axes.plot(positions, scales, linestyle="none", label=kind, **marker(kind))
+        axes.axhline(1, color=DARK, linewidth=0.8, zorder=1)
+        _symmetric_log_scale(axes, [tensor.omega for tensor in result.tensors])
+        mark_blocks(axes, blocks)
+        axes.set_ylabel("learned scale (omega)")
+        axes.set_title(f"Scales learned by NIO: {len(result.tensors)} tensors, {len(result.history)} iterations")
+        legend_below(drawn, axes)
+
+
+def plot_history(result: NIOResult, target: Target) -> None:
+    """Draw GradCosine, gradient norm and loss by iteration, with the held-out values before and after.
+
+    The curves are measured on the batches that NIO optimises on, at its overlap; the held-out values are at overlap
+    0, with one standard error over the held-out batches.
+
+    Args:
+        result: of `initialize`.
+        target: PNG file to write.
+
+    Raises:
+        OutputError: where the file cannot be written.
+    """
+    with figure(target, width=7, height=7.5) as drawn:
+        cosine, norm, loss = drawn.subplots(3, sharex=True)
+        _draw_quantity(cosine, result, "grad_cosine", lambda measured: measured.value)
+        _draw_quantity(norm, result, "grad_norm", lambda measured: measured.grad_norm)
+        _draw_quantity(loss, result, "loss", lambda measured: measured.loss)
+        _draw_constraint(norm, result)
+        cosine.set_title(
+            f"NIO on batches with {shape_of_sub_batches(result.before)}, overlap {result.config.overlap:g}"
+        )
+        cosine.set_ylabel("GradCosine")
+        norm.set_ylabel("gradient norm")
+        loss.set_ylabel("loss")
+        loss.set_xlabel("NIO iteration")
+        integer_ticks(loss)
+        drawn.align_ylabels()
+        legend_below(drawn, cosine, norm, columns=2)
+
+
+def plot_training(log_history: Sequence[Mapping[str, Any]], target: Target) -> None:
+    """Draw training loss, evaluation loss and evaluation accuracy by step.
+
+    Args:
+        log_history: of [`~transformers.TrainerState`]; entries without these quantities are passed over.
+        target: PNG file to write.
+
+    Raises:
+        OutputError: where the file cannot be written.
+    """
+    training, evaluation, accuracy = (_series(log_history, key) for key in ("loss", "eval_loss", "eval_accuracy"))
+    with figure(target, width=7, height=5.5 if accuracy else 3.8) as drawn:
+        panels = drawn.subplots(1 + bool(accuracy), sharex=True, squeeze=False)[:, 0]
+        _draw_series(
+            panels[0], training, color=BLUE, label="training", marker="." if len(training) < _FEW_POINTS else ""
+        )
+        _draw_series(panels[0], evaluation, color=VERMILLION, label="evaluation", marker="o")
+        panels[0].set_ylabel("loss")
+        panels[0].set_title("Training")
+        if accuracy:
+            percent = [(step, 100 * value) for step, value in accuracy]
+            _draw_series(panels[1], percent, color=VERMILLION, label="evaluation", marker="o")
+            panels[1].set_ylabel("accuracy (%)")
+        if not (training or evaluation):
+            panels[0].set_title("Training: no loss was logged, lower logging_steps to see it")
+        panels[-1].set_xlabel("training step")
+        integer_ticks(panels[-1])
+        drawn.align_ylabels()
+        legend_below(drawn, *panels)
+
+
+def draw_run(run: Run, directory: Path) -> dict[str, Path]:
+    """Draw all that a run has to show into a directory.
+
+    Returns:
+        {what: PNG file}.
+
+    Raises:
+        OutputError: where a file cannot be written.
+    """
+    drawn: dict[str, Path] = {}
+    if run.result is not None:
+        drawn["Plot of the scales"] = directory / "nio_scales.png"
+        plot_scales(run.result, drawn["Plot of the scales"])
+        drawn["Plot of NIO by iteration"] = directory / "nio_history.png"
+        plot_history(run.result, drawn["Plot of NIO by iteration"])
+    if run.is_trained:
+        drawn["Plot of the training"] = directory / "training.png"
+        plot_training(run.log_history, drawn["Plot of the training"])
+    if run.inspection is not None:
+        drawn["Plot by layer"] = directory / "inspection.png"
+        plot_inspection(run.inspection, drawn["Plot by layer"])
+    return drawn
+
+
+def plot_inspection(inspection: GradientInspection, target: Target) -> None:
+    """Draw where in a model the gradients of sub-batches agree, and where the gradient is, by block and kind.
+
+    The upper panel has the agreement a_l, the lower one the share s_l of the squared norm; GC is the sum of s_l a_l.
+
+    Args:
+        inspection: of `inspect_gradients`.
+        target: PNG file to write.
+
+    Raises:
+        OutputError: where the file cannot be written.
+    """
+    groups = inspection.grouped(lambda layer: (layer.kind, layer.depth))
+    kinds = sorted({kind for kind, _ in groups}, key=kind_order)
+    blocks = sorted({depth for _, depth in groups})
+    measured = inspection.measured
+    with figure(target, width=min(max(7.5, 0.4 * len(blocks) + 2), 16), height=7) as drawn:
+        agreement, share = drawn.subplots(2, sharex=True)
+        _draw_agreement(agreement, groups, kinds)
+        agreement.axhline(measured.value, color=DARK, linestyle="--", label=f"whole gradient: {measured.value:.3g}")
+        agreement.axhline(0, color=DARK, linewidth=0.8)
+        agreement.set_ylabel("agreement of sub-batches")
+        agreement.set_title(
+            f"GradCosine {measured.value:.4g}, gradient norm {measured.grad_norm:.4g}, loss {measured.loss:.4g} "
+            f"({shape_of_sub_batches(measured)})"
+        )
+        _draw_shares(share, groups, kinds)
+        share.set_ylabel("share of the squared norm (%)")
+        mark_blocks(agreement, blocks)
+        agreement.set_xlabel("")
+        mark_blocks(share, blocks)
+        drawn.align_ylabels()
+        legend_below(drawn, agreement, columns=4)
+
+
+def _draw_agreement(axes: Axes, groups: Mapping[tuple[str, int], LayerGradient], kinds: Sequence[str]) -> None:
+    for position, kind in enumerate(kinds):
+        offset = _BLOCK_WIDTH * ((position + 0.5) / len(kinds) - 0.5)
+        points = [(depth + offset, group.agreement) for (own, depth), group in groups.items() if own == kind]
+        places, values = zip(*points, strict=True)
+        axes.plot(places, values, linestyle="none", label=kind, **marker(kind))
+
+
+def _draw_shares(axes: Axes, groups: Mapping[tuple[str, int], LayerGradient], kinds: Sequence[str]) -> None:
+    """Stacked bars, those of biases hatched."""
+    heights: dict[int, float] = collections.defaultdict(float)
+    for kind in kinds:
+        color = marker(kind)["markeredgecolor"]
+        for (own, depth), group in groups.items():
+            if own == kind:
+                axes.bar(
+                    depth,
+                    100 * group.share,
+                    width=_BLOCK_WIDTH,
+                    bottom=heights[depth],
+                    color="white" if is_bias(kind) else color,
+                    edgecolor=color,
+                    hatch="///" if is_bias(kind) else None,
+                    linewidth=0.8,
+                )
+                heights[depth] += 100 * group.share
+
+
+def _place(tensors: Sequence[TensorScale]) -> dict[str, list[tuple[float, float]]]:
+    """(x, omega) of each tensor by kind: the tensors of a block stand side by side, grouped by kind."""
+    blocks = collections.defaultdict(list)
+    for tensor in tensors:
+        blocks[tensor.depth].append(tensor)
+    points = collections.defaultdict(list)
+    for depth, members in blocks.items():
+        for position, tensor in enumerate(sorted(members, key=lambda member: kind_order(member.kind))):
+            offset = _BLOCK_WIDTH * ((position + 0.5) / len(members) - 0.5)
+            points[tensor.kind].append((depth + offset, tensor.omega))
+    return {kind: points[kind] for kind in sorted(points, key=kind_order)}
+
+
+def _symmetric_log_scale(axes: Axes, scales: Sequence[float]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+    axes.set_yscale("log")
+    reach = max((abs(math.log(scale)) for scale in scales), default=0.0)
+    limit = math.exp(max(1.12 * reach, 0.02))
+    axes.set_ylim(1 / limit, limit)
+    fine = limit < _FINE_TICKS_UP_TO
+    axes.yaxis.set_major_locator(MaxNLocator(9, steps=ROUND_STEPS) if fine else LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_quantity(axes: Axes, result: NIOResult, field: str, measure: Callable[[GradCosine], float]) -> None:
+    iterations = [record.iteration for record in result.history]
+    values = [getattr(record, field) for record in result.history]
+    axes.plot(iterations, values, color=BLUE, label="NIO batches")
+    held_out = {"before": (0, result.before), "after": (len(result.history) + 1, result.after)}
+    for (when, (position, measured)), face in zip(held_out.items(), ("white", DARK), strict=True):
+        axes.errorbar(
+            position,
+            measure(measured),
+            yerr=_error_over_batches(measured, measure),
+            color=DARK,
+            linestyle="none",
+            marker="o",
+            markersize=5,
+            markerfacecolor=face,
+            capsize=3,
+            zorder=3,
+            label=f"held-out {when} (overlap 0, ± standard error)",
+        )
+
+
+def _error_over_batches(measured: GradCosine, measure: Callable[[GradCosine], float]) -> float | None:
+    values = [measure(part) for part in measured.parts]
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _draw_constraint(axes: Axes, result: NIOResult) -> None:
+    """Draw gamma, and a rug of the iterations that lowered the gradient norm instead of the objective."""
+    if result.gamma is not None:
+        axes.axhline(result.gamma, color=VERMILLION, linestyle="--", label=f"gamma = {result.gamma:.4g}")
+    constrained = [record.iteration for record in result.history if record.branch == "constraint"]
+    if constrained:
+        axes.plot(
+            constrained,
+            [1.0] * len(constrained),
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+            color=VERMILLION,
+            linestyle="none",
+            marker="|",
+            markersize=8,
+            label=f"constraint steps ({len(constrained)} of {len(result.history)})",
+        )
+
+
+def _series(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[key]) for entry in log_history if key in entry]
+
+
+def _draw_series(axes: Axes, series: Sequence[tuple[int, float]], color: str, label: str, marker: str) -> None:
+    if series:
+        steps, values = zip(*series, strict=True)
+        axes.plot(steps, values, color=color, label=label, marker=marker, markersize=4)

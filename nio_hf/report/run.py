@@ -1,0 +1,97 @@
+"""What is known of a run, from which page and model card are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nio_hf.core.layerwise import GradientInspection
+from nio_hf.core.result import NIOResult
+
+_BEFORE_NAME = "For"
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What weights and logs do not tell of a run.
+
+    Attributes:
+        model: name of the model's class.
+        model_type: name of the architecture in transformers; None for a module of the user's own.
+        parameters: number of all parameters.
+        classes: of a classifier.
+        dataset: name of the data set, as it is loaded.
+        dataset_config: its configuration.
+        dataset_split: that is evaluated on.
+        recipe: name of the recipe; None without one.
+        arguments: the training arguments that differ from their defaults.
+        processes: that trained together.
+        device: kind of device.
+        started_from: the initialised checkpoint that was loaded; None for a model that was built anew.
+    """
+
+    model: str
+    model_type: str | None = None
+    parameters: int = 0
+    classes: int | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+    recipe: str | None = None
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    processes: int = 1
+    device: str = "cpu"
+    started_from: str | None = None
+
+    @property
+    def architecture(self) -> str:
+        """The model's class without its task, e.g. "ViT"."""
+        return self.model.partition(_BEFORE_NAME)[0] or self.model
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run as its folder holds it.
+
+    Attributes:
+        name: of the folder, or of the repository.
+        facts: what it was made from.
+        result: of NIO; None where it did not run.
+        versions: of the libraries.
+        steps: optimiser steps that were trained; 0 for an initialised checkpoint.
+        max_steps: that were meant to be trained.
+        metrics: of the Trainer, the final ones.
+        log_history: of the Trainer.
+        recipe: the recipe as YAML, with the overrides of the run; None without one.
+        inspection: by layer, where the folder has one.
+    """
+
+    name: str
+    facts: Facts
+    result: NIOResult | None = None
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    steps: int = 0
+    max_steps: int = 0
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    log_history: Sequence[Mapping[str, Any]] = ()
+    recipe: str | None = None
+    inspection: GradientInspection | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it holds more than an initialisation."""
+        return self.steps > 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its training came to its end."""
+        return self.steps >= self.max_steps
+
+    @property
+    def nio_share(self) -> float | None:
+        """Seconds of NIO as a share of the seconds of NIO and training together; None where one is not known."""
+        training = self.metrics.get("train_runtime")
+        if self.result is None or training is None:
+            return None
+        return self.result.seconds / (self.result.seconds + training)

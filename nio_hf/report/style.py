@@ -1,0 +1,121 @@
+"""One style for all plots: readable in print and by people with any form of colour blindness."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from nio_hf.errors import OutputError, Problem
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The palette of Okabe and Ito, which people with any form of colour blindness can tell apart.
+ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
+DARK, GREY = "#333333", "#999999"
+
+_LAYER_STYLES = {
+    "linear": (BLUE, "o"),
+    "convolution": (ORANGE, "s"),
+    "norm": (GREEN, "^"),
+    "embedding": (VERMILLION, "D"),
+    "parameter": (PURPLE, "P"),
+}
+_OTHER_STYLE = (GREY, "X")
+_MAX_BLOCK_LABELS = 30
+ROUND_STEPS = (1, 2, 5, 10)
+"""Distances of ticks."""
+Target = Path | BinaryIO
+"""A PNG file, whose folder is made, or an open binary file."""
+
+_STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.labelsize": 10,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "font.size": 9,
+    "grid.alpha": 0.6,
+    "grid.color": "#DDDDDD",
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.3,
+    "lines.markeredgewidth": 1.1,
+    "savefig.dpi": 160,
+}
+
+
+@contextlib.contextmanager
+def figure(target: Target, width: float, height: float) -> Iterator[Figure]:
+    """A figure in one style, written when the block ends. It needs no display and touches no global figure."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        drawn = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(drawn)
+        yield drawn
+        try:
+            if isinstance(target, Path):
+                target.parent.mkdir(parents=True, exist_ok=True)
+            drawn.savefig(target, format="png")
+        except OSError as error:
+            raise OutputError(Problem(str(target), str(error), "Free space or choose another output_dir")) from error
+
+
+def kind_order(kind: str) -> tuple[int, str, bool]:
+    """Sorts kinds of tensors: by layer, a weight before its bias."""
+    layer = kind.split()[0]
+    known = list(_LAYER_STYLES)
+    return (known.index(layer) if layer in known else len(known), layer, is_bias(kind))
+
+
+def is_bias(kind: str) -> bool:
+    """Whether a kind of tensors is that of biases."""
+    return kind.endswith("bias")
+
+
+def marker(kind: str) -> dict[str, Any]:
+    """How a kind of tensors is drawn: filled markers are weights, open ones biases."""
+    color, shape = _LAYER_STYLES.get(kind.split()[0], _OTHER_STYLE)
+    return {
+        "marker": shape,
+        "markersize": 5,
+        "markeredgecolor": color,
+        "markerfacecolor": "white" if is_bias(kind) else color,
+    }
+
+
+def mark_blocks(axes: Axes, blocks: Sequence[int]) -> None:
+    """Name the blocks on the x axis and shade every other one."""
+    every = math.ceil(len(blocks) / _MAX_BLOCK_LABELS)
+    axes.set_xticks(blocks[::every])
+    axes.set_xlim(min(blocks) - 0.6, max(blocks) + 0.6)
+    axes.grid(visible=False, axis="x")
+    for block in blocks[1::2]:
+        axes.axvspan(block - 0.5, block + 0.5, color="#F4F4F4", linewidth=0, zorder=0)
+    axes.set_xlabel("block, by depth (0: before the first)")
+
+
+def integer_ticks(axes: Axes) -> None:
+    """Whole numbers on the x axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=ROUND_STEPS))
+
+
+def legend_below(figure: Figure, *panels: Axes, columns: int = 3) -> None:
+    """One legend under all panels, each label once."""
+    entries: dict[str, Any] = {}
+    for panel in panels:
+        handles, labels = panel.get_legend_handles_labels()
+        entries = dict(zip(labels, handles, strict=True)) | entries
+    if entries:
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
