@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -71,7 +72,7 @@ def print_recipes(descriptions: Mapping[str, str], accelerate_configs: Sequence[
 
 
 def print_run(
-    title: str, rows: Sequence[tuple[str, str, str]], message: str | None, written: Mapping[str, Path]
+    title: str, rows: Sequence[tuple[str, str, str]], message: str | None, written: Mapping[str, Path | str]
 ) -> None:
     """Print a run: its table of (quantity, before, after), what NIO says of itself, and what was written."""
     console = Console()
@@ -83,6 +84,40 @@ def print_run(
     console.print(table)
     if message is not None:
         console.print(f"NIO: {message}", markup=False, highlight=False)
+    for what, path in written.items():
+        console.print(f"{what}: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_inspection(
+    title: str,
+    rows: Sequence[tuple[str, str]],
+    columns: Sequence[str],
+    tables: Mapping[str, Sequence[Sequence[str]]],
+    written: Mapping[str, Path],
+) -> None:
+    """Print an inspection: the whole gradient, its groups, and what was written.
+
+    Args:
+        title: names the model.
+        rows: (quantity, value) of the whole gradient.
+        columns: of the tables.
+        tables: {what they are grouped by: rows}.
+        written: {what: path}.
+    """
+    console = Console()
+    whole = Table(title=title, title_justify="left", show_header=False)
+    whole.add_column()
+    whole.add_column(justify="right")
+    for row in rows:
+        whole.add_row(*row)
+    console.print(whole)
+    for name, members in tables.items():
+        table = Table(title=name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="right" if index else "left", no_wrap=True)
+        for member in members:
+            table.add_row(*member)
+        console.print(table)
     for what, path in written.items():
         console.print(f"{what}: {path}", markup=False, highlight=False, soft_wrap=True)
 

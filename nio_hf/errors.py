@@ -91,6 +91,10 @@ class OutputError(NIOError, OSError):
     """An output directory that cannot be written."""
 
 
+class HubError(NIOError, RuntimeError):
+    """Something that the Hugging Face Hub refuses, or a Hub that cannot be reached."""
+
+
 class Preempted(SystemExit):
     """A run that SIGTERM ended after it had saved. A script that lets it pass exits with status 75.
 

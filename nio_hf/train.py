@@ -9,18 +9,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-from nio_hf import report
 from nio_hf.console import exit_status, print_run
 from nio_hf.core import NIOResult
+from nio_hf.errors import HubError
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.catalog import DEFAULT_RECIPE, recipe_name, split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
+from nio_hf.report import SummaryRow, draw_run, summary_rows
+from nio_hf.report.run import Run
 from nio_hf.training.durable import AUTO
 from nio_hf.training.preemption import preempted_at_once
+from nio_hf.training.publishing import PLOTS_DIR_NAME
+from nio_hf.training.run_folder import read_run
 from nio_hf.training.saving import output_errors
 
-PLOTS_DIR_NAME = "plots"
 EMA_DIR_NAME = "ema"
 
 
@@ -33,16 +36,18 @@ class RunReport:
         rows: the summary table, (quantity, before, after).
         result: of NIO; None where it did not run.
         metrics: of the Trainer.
-        written: {what: path} of all that was written.
+        written: {what: path or address} of all that was written.
         is_main_process: whether this process is the one that reports.
+        push_error: why it was not pushed; None where it was, or was not to be.
     """
 
     title: str
-    rows: list[report.SummaryRow]
+    rows: list[SummaryRow]
     result: NIOResult | None
     metrics: dict[str, float]
-    written: dict[str, Path]
+    written: dict[str, Path | str]
     is_main_process: bool
+    push_error: HubError | None = None
 
 
 def train(recipe: Recipe) -> RunReport:
@@ -56,7 +61,7 @@ def train(recipe: Recipe) -> RunReport:
     outcome = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
     output_dir = Path(cast(str, recipe.training.output_dir))
     with output_errors(output_dir):
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)
         trainer.save_state()
     with _stopping_at_once(recipe):
         metrics = {**outcome.metrics, **trainer.evaluate()}
@@ -64,14 +69,16 @@ def train(recipe: Recipe) -> RunReport:
     with output_errors(output_dir):
         trainer.save_metrics("all", metrics)
         trainer.save_state()
-        return _report(trainer, recipe, metrics)
+        run = _report(trainer, recipe, metrics)
+    with _stopping_at_once(recipe):
+        return _pushed(run, trainer)
 
 
 def _stopping_at_once(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
-    """Let SIGTERM end the evaluation: what was trained is saved first."""
+    """Let SIGTERM end what follows on the training: what was trained is saved first."""
     if not recipe.training.enable_jit_checkpoint:
         return contextlib.nullcontext()
-    return preempted_at_once("SIGTERM: stopped in the last evaluation; the trained model is saved.")
+    return preempted_at_once("SIGTERM: stopped after the training; the trained model is saved.")
 
 
 def initialise(recipe: Recipe) -> RunReport:
@@ -82,7 +89,7 @@ def initialise(recipe: Recipe) -> RunReport:
     """
     trainer = build_trainer(recipe)
     trainer.run_nio(resume=recipe.training.resume_from_checkpoint == AUTO)
-    return _report(trainer, recipe, {})
+    return _pushed(_report(trainer, recipe, {}), trainer)
 
 
 def run_recipe(action: Callable[[Recipe], RunReport], arguments: Sequence[str]) -> int:
@@ -92,6 +99,8 @@ def run_recipe(action: Callable[[Recipe], RunReport], arguments: Sequence[str]) 
         run = action(load_recipe(*split_arguments(arguments)))
         if run.is_main_process:
             print_run(run.title, run.rows, run.result.message if run.result else None, run.written)
+        if run.push_error is not None:
+            raise run.push_error
         return 0
 
     return exit_status(command)
@@ -110,31 +119,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(trainer: ImageTrainer, recipe: Recipe, metrics: dict[str, float]) -> RunReport:
     """Collect, and on the main process draw, what a run leaves behind."""
     output_dir = Path(cast(str, recipe.training.output_dir))
-    result = trainer.nio_result
-    rows = report.summary_rows(result, metrics)
-    if trainer.skipped_images:
-        rows.append(("Images skipped, broken", "", str(trainer.skipped_images)))
-    written: dict[str, Path] = {}
+    result, written = trainer.nio_result, dict[str, Path | str]()
     if result is not None and recipe.training.nio_save_init:
         written["Initialised checkpoint"] = trainer.nio_init_dir
     if metrics:
         written["Trained model"] = output_dir
     if trainer.is_world_process_zero():
-        plots = output_dir / PLOTS_DIR_NAME
-        if result is not None:
-            written["Plot of the scales"] = report.plot_scales(result, plots / "nio_scales.png")
-            written["Plot of NIO by iteration"] = report.plot_history(result, plots / "nio_history.png")
-        if metrics:
-            history = trainer.state.log_history
-            written["Plot of the training"] = report.plot_training(history, plots / "training.png")
-    return RunReport(
-        recipe_name(recipe.path),
-        rows,
-        result,
-        metrics,
-        written,
-        trainer.is_world_process_zero(),
-    )
+        run = read_run(output_dir) if metrics else Run(output_dir.name, trainer.run_facts(), result)
+        # A training that was resumed has not run NIO itself.
+        result = result or run.result
+        written |= draw_run(run, output_dir / PLOTS_DIR_NAME)
+    rows = summary_rows(result, metrics)
+    if trainer.skipped_images:
+        rows.append(("Images skipped, broken", "", str(trainer.skipped_images)))
+    return RunReport(recipe_name(recipe.path), rows, result, metrics, written, trainer.is_world_process_zero())
+
+
+def _pushed(run: RunReport, trainer: ImageTrainer) -> RunReport:
+    """Push what a run has made, where that is asked for; all of it is saved."""
+    if not trainer.args.push_to_hub:
+        return run
+    try:
+        commit = trainer.push_to_hub()
+    except HubError as error:
+        return dataclasses.replace(run, push_error=error)
+    return run if commit is None else dataclasses.replace(run, written={**run.written, "On the Hub": commit.repo_url})
 
 
 if __name__ == "__main__":

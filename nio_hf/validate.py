@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from nio_hf.errors import NIOError, Problem, RecipeError
 from nio_hf.image_training.building import build_trainer, check_buildable
 from nio_hf.recipe.consistency import consistency_notes, consistency_problems
 from nio_hf.recipe.loading import Recipe, load_recipe
-from nio_hf.recipe.strict_yaml import read_overrides
+from nio_hf.recipe.strict_yaml import with_values
 
 _TRIAL = {"nio_iterations": 1, "nio_holdout_batches": 1, "nio_save_init": False, "report_to": "none"}
 
@@ -52,7 +51,7 @@ def validate_recipe(
     try:
         if not torch.accelerator.is_available():
             # A recipe is checked for the machine that it is meant for: settings that need a GPU are no fault of it.
-            overrides = _replaced(overrides, {"use_cpu": True})
+            overrides = with_values(overrides, {"use_cpu": True})
         recipe = load_recipe(name, overrides, world_size=num_processes)
         world_size = num_processes or recipe.training.world_size
         problems = list(consistency_problems(recipe))
@@ -78,7 +77,7 @@ def _described_batch(recipe: Recipe, world_size: int) -> str:
 def _try_data(name: str, overrides: Sequence[str]) -> str:
     """Load a batch of each part and run one iteration of NIO, in a folder that is thrown away; say what happened."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer: Any = build_trainer(load_recipe(name, _replaced(overrides, {**_TRIAL, "output_dir": folder})))
+        trainer: Any = build_trainer(load_recipe(name, with_values(overrides, {**_TRIAL, "output_dir": folder})))
         batch = next(iter(trainer.get_train_dataloader()))
         next(iter(trainer.get_eval_dataloader()))
         after = trainer.run_nio().history[0]
@@ -88,12 +87,6 @@ def _try_data(name: str, overrides: Sequence[str]) -> str:
         f"{len(batch['labels'])} images of {size} read, {parameters:,} parameters, "
         f"one iteration of NIO at GradCosine {after.grad_cosine:.3f}, gradient norm {after.grad_norm:.3g}"
     )
-
-
-def _replaced(overrides: Sequence[str], values: dict[str, Any]) -> list[str]:
-    """The overrides with others in the place of those for the same keys."""
-    merged = {key: setting.value for key, setting in read_overrides(overrides).items()} | values
-    return [part for key, value in merged.items() for part in (f"--{key}", json.dumps(value))]
 
 
 def run_validation(arguments: Sequence[str], *, with_data: bool, num_processes: int | None) -> int:

@@ -8,6 +8,9 @@ import typer
 
 from nio_hf.recipe.catalog import DEFAULT_RECIPE
 
+Private = Annotated[
+    bool, typer.Option("--private", help="With --push_to_hub USER/NAME: make the repository a private one.")
+]
 RecipeArguments = Annotated[
     list[str] | None,
     typer.Argument(

@@ -7,6 +7,9 @@ import typer
 import nio_hf
 from nio_hf.cli import recipes
 from nio_hf.cli.init import init
+from nio_hf.cli.inspect import inspect
+from nio_hf.cli.push import push
+from nio_hf.cli.report import report
 from nio_hf.cli.train import train
 from nio_hf.cli.validate import validate
 
@@ -22,6 +25,9 @@ app = typer.Typer(
 app.command(context_settings=_RECIPE_COMMAND)(train)
 app.command(context_settings=_RECIPE_COMMAND)(init)
 app.command(context_settings=_RECIPE_COMMAND)(validate)
+app.command(context_settings=_RECIPE_COMMAND)(inspect)
+app.command()(report)
+app.command()(push)
 app.add_typer(recipes.app, name="recipes")
 
 

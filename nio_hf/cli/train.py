@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from nio_hf.cli.arguments import RecipeArguments
+from nio_hf.cli.arguments import Private, RecipeArguments
 
 _PANEL = "Options of accelerate launch: with one of them, training runs in its processes"
 
@@ -28,6 +28,7 @@ def train(
     main_process_ip: Annotated[str | None, _launch_option("main_process_ip", "Address of machine 0.")] = None,
     main_process_port: Annotated[int | None, _launch_option("main_process_port", "Port on machine 0.")] = None,
     gpu_ids: Annotated[str | None, _launch_option("gpu_ids", "GPUs of this machine, e.g. 0,1 or all.")] = None,
+    private: Private = False,
 ) -> None:
     """Initialise with NIO, train, evaluate and save, as a recipe says."""
     given = {
@@ -39,16 +40,17 @@ def train(
         "main_process_port": main_process_port,
         "gpu_ids": gpu_ids,
     }
+    arguments = [*(arguments or []), *(["--hub_private_repo", "true"] if private else [])]
     options = {name: str(value) for name, value in given.items() if value is not None}
     if options:
         from nio_hf.console import exit_status
         from nio_hf.launch import launch
         from nio_hf.recipe.catalog import split_arguments
 
-        recipe, overrides = split_arguments(arguments or [])
+        recipe, overrides = split_arguments(arguments)
         raise typer.Exit(exit_status(lambda: launch(options, [recipe, *overrides])))
 
     from nio_hf.train import run_recipe
     from nio_hf.train import train as train_recipe
 
-    raise typer.Exit(run_recipe(train_recipe, arguments or []))
+    raise typer.Exit(run_recipe(train_recipe, arguments))

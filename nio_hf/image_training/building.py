@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from nio_hf.errors import ConfigError, ModelError, NIOError, Problem, one_line
-from nio_hf.image_training.trainer import ImageTrainer, ImageTrainingData, Samples
+from nio_hf.image_training.trainer import ImageTrainer, ImageTrainingData, Samples, Source
 from nio_hf.image_training.weight_decay import decayed_parameters
-from nio_hf.recipe.loading import Recipe
+from nio_hf.recipe.catalog import recipe_name
+from nio_hf.recipe.loading import Recipe, recipe_yaml
 from nio_hf.recipe.settings import PROCESSOR_KEYS, AugmentationSettings, ModelSettings
 from nio_hf.training.checkpoints import ensure_writable
 from nio_hf.vision.augmentation import BatchAugmentation
@@ -65,6 +66,7 @@ def build_trainer(recipe: Recipe) -> ImageTrainer:
             processing_class=processor,
             no_weight_decay=recipe.optimization.no_weight_decay,
             repeats=recipe.augmentation.repeated_augmentation,
+            source=_source(recipe),
             ema_decay=recipe.optimization.ema_decay,
         )
     except (ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -72,6 +74,16 @@ def build_trainer(recipe: Recipe) -> ImageTrainer:
             raise
         fix = "Correct the training argument that it is about"
         raise ConfigError(Problem(str(recipe.path), one_line(error), fix)) from error
+
+
+def _source(recipe: Recipe) -> Source:
+    return Source(
+        recipe=recipe_name(recipe.path),
+        recipe_text=recipe_yaml(recipe),
+        dataset=recipe.data.dataset_name,
+        dataset_config=recipe.data.dataset_config_name,
+        dataset_split=recipe.data.eval_split,
+    )
 
 
 def check_buildable(recipe: Recipe) -> str:
@@ -221,12 +233,12 @@ def make_config(settings: ModelSettings, class_names: tuple[str, ...]) -> PreTra
 def _load_pretrained(
     settings: ModelSettings, source: str, class_names: tuple[str, ...]
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    trust = {"trust_remote_code": settings.trust_remote_code}
+    options = {"trust_remote_code": settings.trust_remote_code, "revision": settings.model_revision}
     try:
-        config = AutoConfig.from_pretrained(source, **trust)
+        config = AutoConfig.from_pretrained(source, **options)
         _set_drop_path_rate(config, settings.drop_path_rate)
-        model = AutoModelForImageClassification.from_pretrained(source, config=config, dtype=torch.float32, **trust)
-        processor = AutoImageProcessor.from_pretrained(source, backend="pil", **trust)
+        model = AutoModelForImageClassification.from_pretrained(source, config=config, dtype=torch.float32, **options)
+        processor = AutoImageProcessor.from_pretrained(source, backend="pil", **options)
     except (OSError, ValueError, SafetensorError) as error:
         fix = "Give a folder with an image classification checkpoint, or its name on the Hub"
         raise ModelError(
@@ -234,7 +246,8 @@ def _load_pretrained(
         ) from error
     if model.config.num_labels != len(class_names):
         found = f"{source!r} has {model.config.num_labels} classes, the data set {len(class_names)}"
-        raise ModelError(Problem("model_name_or_path", found, "Give a model or a data set of as many classes"))
+        fix = "Give a data set of as many classes, or initialise a model for this one: nio-hf init RECIPE"
+        raise ModelError(Problem("model_name_or_path", found, fix))
     _name_classes(model.config, class_names, source)
     _add_stochastic_depth(model, settings.drop_path_rate)
     return model, processor

@@ -14,6 +14,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from nio_hf.errors import ConfigError, Problem
 from nio_hf.image_training.ema import EMACallback
 from nio_hf.image_training.weight_decay import decayed_parameters
+from nio_hf.report.run import Facts
 from nio_hf.training import NIOTrainer, NIOTrainingArguments
 from nio_hf.training.checkpoints import Task
 from nio_hf.training.sampling import EpochSampler, SeededDataset, SeededStream, mixed_seed
@@ -42,6 +43,25 @@ class ImageTrainingData:
     nio: Samples
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a training is made from, by the names of [`Facts`].
+
+    Attributes:
+        recipe: name of the recipe.
+        recipe_text: the recipe as YAML, with the overrides of the run.
+        dataset: name of the data set, as it is loaded.
+        dataset_config: its configuration.
+        dataset_split: that is evaluated on.
+    """
+
+    recipe: str
+    recipe_text: str
+    dataset: str
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+
+
 class ImageTrainer(NIOTrainer):
     """A [`NIOTrainer`] of image classifiers.
 
@@ -58,6 +78,7 @@ class ImageTrainer(NIOTrainer):
         processing_class: image processor that is saved with the model.
         no_weight_decay: parameters without weight decay, see [`decayed_parameters`]; None for Trainer's choice.
         repeats: times that an epoch draws each of its samples.
+        source: what the training is made from, saved with the model.
         ema_decay: of the average of the weights that `evaluate_average` evaluates; None for no average.
 
     Raises:
@@ -76,12 +97,14 @@ class ImageTrainer(NIOTrainer):
         processing_class: BaseImageProcessor,
         no_weight_decay: list[str] | None = None,
         repeats: int = 1,
+        source: Source | None = None,
         ema_decay: float | None = None,
     ) -> None:
         self._augmentation = augmentation
         self._nio_augment = nio_augment
         self._no_weight_decay = no_weight_decay
         self._repeats = repeats
+        self._source = source
         self.data = data
         super().__init__(
             model=model,
@@ -101,6 +124,19 @@ class ImageTrainer(NIOTrainer):
                 found = f"{ema_decay} with weights that are sharded over devices"
                 raise ConfigError(Problem("ema_decay", found, "Leave it out, or train with plain data parallelism"))
             self.add_callback(self._ema)
+
+    @property
+    def recipe_text(self) -> str | None:
+        """The recipe as YAML."""
+        return None if self._source is None else self._source.recipe_text
+
+    def run_facts(self) -> Facts:
+        """As in [`NIOTrainer`], with recipe and data set."""
+        facts = super().run_facts()
+        if self._source is None:
+            return facts
+        known = {name: value for name, value in vars(self._source).items() if name != "recipe_text"}
+        return dataclasses.replace(facts, **known)
 
     @property
     def skipped_images(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -48,7 +49,12 @@ def resolved_yaml(path: Path) -> str:
     Raises:
         RecipeError: as [`read_layers`].
     """
-    values = {key: setting.value for key, setting in read_layers(path).items()}
+    return settings_yaml(read_layers(path))
+
+
+def settings_yaml(settings: Mapping[str, Setting]) -> str:
+    """Settings as the text of a recipe."""
+    values = {key: setting.value for key, setting in settings.items()}
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
 

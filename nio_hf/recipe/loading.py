@@ -16,7 +16,7 @@ import torch
 
 from nio_hf.errors import ConfigError, Problem, RecipeError, one_line
 from nio_hf.recipe.catalog import find_recipe
-from nio_hf.recipe.layering import merge, read_layers
+from nio_hf.recipe.layering import merge, read_layers, settings_yaml
 from nio_hf.recipe.model_checks import model_problems
 from nio_hf.recipe.optimizer_checks import optimizer_problems
 from nio_hf.recipe.ranges import range_problems
@@ -68,7 +68,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, world_size:
         RecipeError: lists every unknown key, wrong type, missing setting and setting out of range.
     """
     path = find_recipe(name_or_path)
-    settings = merge(read_layers(path), read_overrides(overrides))
+    settings = _with_repository(merge(read_layers(path), read_overrides(overrides)))
     values, problems = _check_types(settings)
     model = ModelSettings(**values[ModelSettings])
     data = DataSettings(**values[DataSettings])
@@ -99,6 +99,19 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, world_size:
     return Recipe(path, model, data, augmentation, optimization, training, settings)
 
 
+def recipe_yaml(recipe: Recipe) -> str:
+    """A recipe as it was run, in one file with its base and the overrides, for somebody else to run.
+
+    The token, and where the run was pushed to and resumed from, are left out; an absolute `output_dir` keeps its name.
+    """
+    private = ("hub_", "push_to_hub", "resume_from_checkpoint")
+    settings = {key: setting for key, setting in recipe.settings.items() if not key.startswith(private)}
+    written = settings["output_dir"]
+    if Path(written.value).is_absolute():
+        settings["output_dir"] = Setting(f"outputs/{Path(written.value).name}", written.where)
+    return settings_yaml(settings)
+
+
 def accumulation_steps(global_batch_size: Setting, process_batch_size: int, world_size: int) -> int:
     """Batches that each process adds up for one optimiser step.
 
@@ -121,6 +134,14 @@ def accumulation_steps(global_batch_size: Setting, process_batch_size: int, worl
     if rest or not sizes:
         fix = f"Choose a global_batch_size that {world_size} processes can share"
     raise RecipeError(Problem(global_batch_size.where, found, fix))
+
+
+def _with_repository(settings: dict[str, Setting]) -> dict[str, Setting]:
+    """Settings in which `push_to_hub: USER/NAME` is what it means."""
+    push = settings.get("push_to_hub")
+    if push is None or not isinstance(push.value, str):
+        return settings
+    return {**settings, "push_to_hub": Setting(True, push.where), "hub_model_id": push}
 
 
 @functools.cache

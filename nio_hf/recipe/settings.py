@@ -14,6 +14,7 @@ class ModelSettings:
         model_type: name of a transformers architecture with an image classification head, e.g. "vit" or "swin".
         model_config: fields of its configuration that differ from the defaults, e.g. `{hidden_size: 192}`.
         model_name_or_path: a checkpoint to start from instead, e.g. one that `nio-hf init` wrote.
+        model_revision: branch, tag or commit of that checkpoint, where it is on the Hub.
         trust_remote_code: run Python code that this checkpoint brings with it; only for one whose author you trust.
         image_size: side of the images in pixels, for architectures whose configuration has none (ResNet).
         image_mean: mean of each channel over pixels in [0, 1]; None for the published one of the architecture.
@@ -28,6 +29,7 @@ class ModelSettings:
     model_type: str | None = None
     model_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     model_name_or_path: str | None = None
+    model_revision: str | None = None
     trust_remote_code: bool = False
     image_size: int | None = None
     image_mean: list[float] | None = None

@@ -6,8 +6,9 @@ PyYAML follows YAML 1.1, in which `1e-3` is a string and `no` is false: both are
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,12 @@ def read_overrides(options: Sequence[str]) -> dict[str, Setting]:
             raise RecipeError(Problem(where, "given twice", "Give it once"))
         settings[key] = Setting(parse_scalar(text, where), where)
     return settings
+
+
+def with_values(options: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+    """Command line options with other values for some keys."""
+    merged = {key: setting.value for key, setting in read_overrides(options).items()} | dict(values)
+    return [part for key, value in merged.items() for part in (f"--{key}", json.dumps(value))]
 
 
 def _located(path: Path, error: yaml.YAMLError) -> tuple[str, str]:

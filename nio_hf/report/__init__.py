@@ -1,10 +1,11 @@
 """What a run has to show: tables, plots, and one page with all of them."""
 
-from nio_hf.report.plots import plot_history, plot_inspection, plot_scales, plot_training
+from nio_hf.report.plots import draw_run, plot_history, plot_inspection, plot_scales, plot_training
 from nio_hf.report.tables import SummaryRow, summary_rows
 
 __all__ = [
     "SummaryRow",
+    "draw_run",
     "plot_history",
     "plot_inspection",
     "plot_scales",

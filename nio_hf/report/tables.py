@@ -19,6 +19,8 @@ _ACCURACIES = {
 SummaryRow = tuple[str, str, str]
 ScaleRow = tuple[str, str, str, str, str, str]
 LayerRow = tuple[str, str, str, str, str, str]
+SCALE_COLUMNS: ScaleRow = ("kind", "tensors", "parameters", "smallest", "median", "largest")
+LAYER_COLUMNS: LayerRow = ("", "parameters", "gradient norm", "share", "agreement", "contribution")
 
 
 def summary_rows(result: NIOResult | None, metrics: Mapping[str, float]) -> list[SummaryRow]:
@@ -66,7 +68,7 @@ def shape_of_sub_batches(measured: GradCosine) -> str:
 
 
 def scale_rows(result: NIOResult) -> list[ScaleRow]:
-    """The learned scales by kind of tensor, as (kind, tensors, parameters, smallest, median, largest)."""
+    """The learned scales by kind of tensor, as `SCALE_COLUMNS`."""
     rows = []
     for kind in sorted({tensor.kind for tensor in result.tensors}, key=kind_order):
         members = [tensor for tensor in result.tensors if tensor.kind == kind]
@@ -88,7 +90,7 @@ def excluded_text(result: NIOResult) -> str:
 
 
 def layer_rows(inspection: GradientInspection, by: str) -> list[LayerRow]:
-    """An inspection by "kind" or "depth", as (group, parameters, norm, share, agreement, contribution)."""
+    """An inspection by "kind" or "depth", as `LAYER_COLUMNS`."""
     groups = inspection.grouped(lambda layer: getattr(layer, by))
     order = sorted(groups, key=kind_order if by == "kind" else None)
     return [_layer_row(groups[key]) for key in order]

@@ -9,13 +9,14 @@ import logging
 import platform
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 import nio_hf
 from nio_hf.core import NIOResult, NIOState
@@ -35,6 +36,8 @@ MARK_KEY = "nio"
 STATE_FORMAT = 1
 Task = dict[str, Any]
 """What a NIO run was given, in plain values: the same task gives the same scales."""
+State = dict[str, Any]
+"""What is written of a NIO run, in plain values."""
 
 
 def is_marked(model: nn.Module) -> bool:
@@ -54,6 +57,23 @@ def is_marked(model: nn.Module) -> bool:
     return False
 
 
+def origin_of(model: nn.Module) -> tuple[str | None, State | None]:
+    """Where a marked model was loaded from: its name on the Hub, and the state of the NIO run that is beside it.
+
+    Either is None where it is not known.
+    """
+    source = str(getattr(model, "name_or_path", "") or "")
+    if not source:
+        return None, None
+    is_local = Path(source).is_dir()
+    try:
+        revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+        file = cached_file(source, STATE_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        file = None
+    return None if is_local else source, None if file is None else find_state(Path(file).parent)
+
+
 def remove_mark(model: nn.Module) -> None:
     """Forget the mark: weights that are trained from here on are not the ones that it describes."""
     config = getattr(model, "config", None)
@@ -61,22 +81,39 @@ def remove_mark(model: nn.Module) -> None:
         delattr(config, MARK_KEY)
 
 
+def describe_state(model: nn.Module, result: NIOResult, task: Task) -> State:
+    """What `nio_state.json` holds of a NIO run.
+
+    Args:
+        model: with the scaled weights.
+        result: of the run that scaled them.
+        task: that the run was given, by which `load_initialised` knows it again.
+    """
+    return {
+        "format": STATE_FORMAT,
+        "mark": {"version": nio_hf.__version__, "fingerprint": fingerprint(model)},
+        "task": task,
+        "versions": versions(),
+        "positions": _positions(model, result),
+        "result": result.to_dict(),
+    }
+
+
 def save_initialised(
-    model: nn.Module, result: NIOResult, directory: Path, processing_class: Any | None, task: Task
+    model: nn.Module, state: State, directory: Path, processing_class: Any | None, describe: Callable[[Path], None]
 ) -> None:
     """Write weights, config with the mark, processor and `nio_state.json`, all or nothing.
 
     Args:
         model: with the scaled weights.
-        result: of the run that scaled them.
+        state: of the run that scaled them.
         directory: replaced where it exists.
         processing_class: image processor or tokenizer, saved beside the weights.
-        task: that the run was given, by which `load_initialised` knows it again.
+        describe: writes `nio_state.json`, and what else is to be told of the run, into a directory.
 
     Raises:
         OutputError: where the directory cannot be written.
     """
-    mark = {"version": nio_hf.__version__, "fingerprint": fingerprint(model)}
     ensure_writable(directory.parent)
     temporary = directory.with_name(f"{directory.name}.partial")
     try:
@@ -85,26 +122,23 @@ def save_initialised(
             temporary.mkdir()
             if isinstance(model, PreTrainedModel):
                 model.save_pretrained(temporary)
-                _add_mark(temporary / CONFIG_NAME, mark)
+                _add_mark(temporary / CONFIG_NAME, state["mark"])
             else:
                 safetensors.torch.save_model(model, str(temporary / SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
             if processing_class is not None:
                 processing_class.save_pretrained(temporary)
-            state = {
-                "format": STATE_FORMAT,
-                "mark": mark,
-                "task": task,
-                "versions": versions(),
-                "positions": _positions(model, result),
-                "result": result.to_dict(),
-            }
-            (temporary / STATE_NAME).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            describe(temporary)
             write_manifest(temporary)
             shutil.rmtree(directory, ignore_errors=True)
             temporary.replace(directory)
             sync_directory(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_state(state: State, directory: Path) -> None:
+    """Write `nio_state.json` into a directory."""
+    (directory / STATE_NAME).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
 
 def load_initialised(directory: Path, model: nn.Module, task: Task) -> NIOResult | None:
@@ -125,7 +159,7 @@ def load_initialised(directory: Path, model: nn.Module, task: Task) -> NIOResult
         logger.warning("%s is passed over: %s.", directory, fault)
         return None
     try:
-        state, result = _read_state(directory)
+        state = read_state(directory)
         if state.get("task") != task:
             logger.warning(
                 "%s is passed over: it was made of other weights or data, or with other settings.", directory
@@ -135,7 +169,7 @@ def load_initialised(directory: Path, model: nn.Module, task: Task) -> NIOResult
             reload(directory, model)
         else:
             safetensors.torch.load_model(model, directory / SAFE_WEIGHTS_NAME)
-        return _named(result, model, state["positions"])
+        return _named(NIOResult.from_dict(state["result"]), model, state["positions"])
     except CheckpointError as error:
         logger.warning("%s is passed over: %s", directory, error)
         return None
@@ -147,7 +181,7 @@ def load_state(directory: Path) -> NIOResult:
     Raises:
         CheckpointError: for a file that is missing, is not JSON, or has another format.
     """
-    return _read_state(directory)[1]
+    return NIOResult.from_dict(read_state(directory)["result"])
 
 
 def save_progress(state: NIOState, directory: Path, task: Task) -> None:
@@ -211,14 +245,30 @@ def versions() -> dict[str, str]:
     return {"nio_hf": nio_hf.__version__, "python": platform.python_version(), **installed}
 
 
-def _read_state(directory: Path) -> tuple[dict[str, Any], NIOResult]:
-    """All of what `save_initialised` wrote beside the model, and the result in it."""
+def find_state(directory: Path) -> State | None:
+    """As [`read_state`]; None where there is none that can be read."""
+    if not (directory / STATE_NAME).is_file():
+        return None
+    try:
+        return read_state(directory)
+    except CheckpointError as error:
+        logger.warning("What NIO did is not known here: %s", error)
+        return None
+
+
+def read_state(directory: Path) -> State:
+    """All of `nio_state.json` in a directory; its result can be read.
+
+    Raises:
+        CheckpointError: for a file that is missing, is not JSON, or has another format.
+    """
     path = directory / STATE_NAME
     try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        state: State = json.loads(path.read_text(encoding="utf-8"))
         found = f"format {state['format']}, known is {STATE_FORMAT}"
         if state["format"] == STATE_FORMAT:
-            return state, NIOResult.from_dict(state["result"])
+            NIOResult.from_dict(state["result"])
+            return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"{type(error).__name__}: {error}"
     raise CheckpointError(Problem(str(path), found, "Initialise again, or use the nio_hf version that wrote it"))

@@ -1,4 +1,4 @@
-"""How NIO reaches the log history, TensorBoard and Weights & Biases."""
+"""How NIO reaches the log history and the trackers."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from nio_hf.core.result import IterationRecord, NIOResult
+from nio_hf.training.trackers import report_to_tracker
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-_CURVES = ("grad_cosine", "grad_norm", "loss")
 
 
 class NIOReportCallback(TrainerCallback):
     """Reports a finished NIO run when training begins, since trackers open their run only then.
 
-    It must be the last callback, which [`NIOTrainerMixin`] sees to. Curves stand under `nio/` against the iteration.
+    It must be the last callback, which [`NIOTrainerMixin`] sees to.
 
     Args:
         trainer: its log and callbacks are reported to.
@@ -53,7 +51,7 @@ class NIOReportCallback(TrainerCallback):
         state.log_history += [_history_entry(record) for record in result.history]
         if state.is_world_process_zero:
             for callback in self._trainer.callback_handler.callbacks:
-                _report_curves(callback, result)
+                report_to_tracker(callback, result)
         self._trainer.log(summary(result))
 
     def on_train_end(
@@ -81,16 +79,3 @@ def summary(result: NIOResult) -> dict[str, float]:
 def _history_entry(record: IterationRecord) -> dict[str, Any]:
     fields = {f"nio_{name}": value for name, value in dataclasses.asdict(record).items()}
     return {**fields, "epoch": 0.0, "step": 0}
-
-
-def _report_curves(callback: TrainerCallback, result: NIOResult) -> None:
-    if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-        for record in result.history:
-            for name in _CURVES:
-                callback.tb_writer.add_scalar(f"nio/{name}", getattr(record, name), record.iteration)
-    elif isinstance(callback, WandbCallback) and callback._wandb is not None and callback._wandb.run is not None:
-        callback._wandb.define_metric("nio/iteration")
-        callback._wandb.define_metric("nio/*", step_metric="nio/iteration")
-        for record in result.history:
-            values = {f"nio/{name}": getattr(record, name) for name in _CURVES}
-            callback._wandb.log({"nio/iteration": record.iteration, **values})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import logging
 import weakref
 from collections.abc import Iterator
@@ -19,31 +20,43 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from nio_hf.core import Collective, IterationRecord, NIOResult, NIOState, Resumption, initialize
+from nio_hf.core import (
+    Collective,
+    GradientInspection,
+    IterationRecord,
+    NIOResult,
+    NIOState,
+    Resumption,
+    initialize,
+    inspect_gradients,
+)
 from nio_hf.core.batches import map_tensors
 from nio_hf.core.memory import is_out_of_memory
 from nio_hf.core.scales import check_storage
 from nio_hf.errors import DataError, ModelError, NIOMemoryError, Problem, StoppedError
 from nio_hf.training.arguments import NIOTrainingArguments, with_nio_settings
 from nio_hf.training.checkpoints import (
-    INIT_DIR_NAME,
     PROGRESS_NAME,
     Task,
+    describe_state,
     ensure_writable,
+    find_state,
     is_marked,
     load_initialised,
     load_progress,
+    origin_of,
+    read_state,
     remove_mark,
     save_initialised,
     save_progress,
 )
 from nio_hf.training.digests import batch_digest, fingerprint
-from nio_hf.training.durable import DurableTrainerMixin
 from nio_hf.training.isolation import isolated_random_state
 from nio_hf.training.layers import register_transformers_layers
 from nio_hf.training.losses import ignores_num_items
 from nio_hf.training.nio_batches import CheckedBatches
 from nio_hf.training.preemption import SpareWorkers
+from nio_hf.training.publishing import PublishingTrainerMixin
 from nio_hf.training.replica import broadcast, gathered, make_replica, replica_bytes, take_over
 from nio_hf.training.reporting import NIOReportCallback
 from nio_hf.training.sampling import nio_dataloader, seed_everything
@@ -54,7 +67,7 @@ _INITIALISED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """The models that this process has initialised."""
 
 
-class NIOTrainerMixin(DurableTrainerMixin):
+class NIOTrainerMixin(PublishingTrainerMixin):
     """NIO for any subclass of [`~transformers.Trainer`]: `class MyNIOTrainer(NIOTrainerMixin, MyTrainer)`.
 
     NIO runs once, after the data loader is built and before optimizer and wrapping. It is skipped on resume, for a
@@ -124,12 +137,32 @@ class NIOTrainerMixin(DurableTrainerMixin):
         self._nio_report.report_later(result, model)
         return result
 
+    def inspect(self) -> GradientInspection:
+        """Measure where in the model the gradients of sub-batches agree, on the batches that NIO sets aside.
+
+        The model is left as it is, trained or not. On the model before and after NIO, it gives what NIO measured.
+
+        Raises:
+            NIOError: as in [`inspect_gradients`].
+        """
+        register_transformers_layers()
+        config, count = self.args.to_nio_config(), max(self.args.nio_holdout_batches, 1)
+        with isolated_random_state(self.args.device, self.train_dataset), _memory_errors():
+            seed_everything(config.seed)
+            batches = CheckedBatches(self.get_nio_dataloader(), self._classes_of_labels(), self.prepare_nio_batch)
+            hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+            held_out = tqdm(
+                itertools.islice(batches, count), total=count, desc="Inspecting", unit="batch", disable=hidden
+            )
+            return inspect_gradients(self._nio_model(), held_out, self.compute_nio_loss, config)
+
     def _initialised(self, replica: nn.Module, task: Task, collective: Collective) -> NIOResult | None:
         """The result of an earlier run, with its weights in the replica; None where there is none that fits."""
         result = None
         with collective.together():
             if collective.rank == 0:
                 result = load_initialised(self.nio_init_dir, replica, task)
+                self._nio_state = None if result is None else read_state(self.nio_init_dir)
         result = collective.broadcast_object(result)
         if result is not None:
             broadcast(replica, collective)
@@ -170,9 +203,10 @@ class NIOTrainerMixin(DurableTrainerMixin):
                 resumption=resumption,
             )
         with collective.together():
-            if self.args.nio_save_init and self.args.should_save:
-                task = {**task, "data": batches.digest}
-                save_initialised(replica, result, self.nio_init_dir, self.processing_class, task)
+            if self.args.should_save:
+                self._nio_state = describe_state(replica, result, {**task, "data": batches.digest})
+            if self._nio_state is not None and self.args.nio_save_init:
+                save_initialised(replica, self._nio_state, self.nio_init_dir, self.processing_class, self._describe)
                 (directory / PROGRESS_NAME).unlink(missing_ok=True)
         return result
 
@@ -203,11 +237,6 @@ class NIOTrainerMixin(DurableTrainerMixin):
         if self.is_in_train and self.args.save_strategy != SaveStrategy.NO:
             copies += 1 if self.args.save_only_model or "adam" not in self.args.optim else 3
         ensure_writable(self.nio_init_dir.parent, round(copies * replica_bytes(model)))
-
-    @property
-    def nio_init_dir(self) -> Path:
-        """Where the initialised checkpoint is saved; each trial of a hyper-parameter search has its own."""
-        return self._run_dir / INIT_DIR_NAME
 
     def compute_nio_loss(self, model: nn.Module, inputs: Any) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Loss of a batch for NIO: the Trainer's own, on fp32 inputs. Override it for another one.
@@ -308,6 +337,8 @@ class NIOTrainerMixin(DurableTrainerMixin):
             marked = self.is_world_process_zero() and is_marked(model)
         if collective.first(marked):
             self._tell("NIO is skipped: the model was loaded from an initialised checkpoint.")
+            if self.is_world_process_zero():
+                self._started_from, self._nio_state = origin_of(model)
             remove_mark(model)
             _INITIALISED.add(model)
             return False
@@ -331,6 +362,8 @@ class NIOTrainerMixin(DurableTrainerMixin):
             self.run_nio(resume=self._going_on)
         elif resume_from_checkpoint is not None or not self._nio_report.is_of(self._nio_model()):
             self._nio_report.forget()
+        if resume_from_checkpoint is not None:
+            self._nio_state = find_state(Path(resume_from_checkpoint))
         # Trackers that were added later must have opened their run before NIO is reported.
         self.remove_callback(self._nio_report)
         self.add_callback(self._nio_report)

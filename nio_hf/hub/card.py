@@ -1,0 +1,185 @@
+"""The model card of a run: what the Hub reads of it, and what people do."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+
+from nio_hf.errors import OutputError, Problem, one_line
+from nio_hf.hub.access import Destination, hub
+from nio_hf.report.run import Run
+from nio_hf.report.tables import excluded_text, initialisation_rows, scale_rows
+from nio_hf.report.templating import render
+
+logger = logging.getLogger(__name__)
+
+CARD_NAME = "README.md"
+NO_LICENCE_YET = "unknown"
+"""What the card says until the owner of the model has chosen a licence."""
+MARKER = "<!-- Written by nio_hf, which writes it anew with each push. Delete this line to keep your changes. -->"
+_TASKS = {
+    "ForImageClassification": "image-classification",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForSemanticSegmentation": "image-segmentation",
+    "ForObjectDetection": "object-detection",
+}
+_METRIC_NAMES = {"accuracy": "Accuracy", "top5_accuracy": "Accuracy, top 5", "loss": "Loss"}
+_NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+_FORMATS = {"digits", "imagefolder", "parquet", "webdataset", "json", "csv", "text", "arrow", "generator"}
+"""Names of data sets that are none on the Hub."""
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def write_card(
+    run: Run,
+    directory: Path,
+    plots: Mapping[str, Path],
+    destination: Destination | None = None,
+    *,
+    license_id: str | None = None,
+    tags: Sequence[str] = (),
+) -> None:
+    """Write the model card into the folder of a model, unless there is one that somebody has made their own.
+
+    Args:
+        run: that made the model.
+        directory: of the model.
+        plots: {what: PNG file in the directory}.
+        destination: repository that the card is for, whose licence is kept; None where it is not known.
+        license_id: identifier of the licence on the Hub; None for what the card on the Hub says.
+        tags: to add.
+
+    Raises:
+        OutputError: where it cannot be written.
+    """
+    path = directory / CARD_NAME
+    try:
+        if path.is_file() and MARKER not in path.read_text(encoding="utf-8"):
+            logger.info("%s is not changed: it is your own.", path)
+            return
+        former = None if destination is None else _card_on_hub(destination)
+        if former is not None and MARKER not in former.content:
+            path.write_text(former.content, encoding="utf-8")
+            logger.info("The card of the repository is kept: it is your own.")
+            return
+        license_id = license_id or (former and former.data.get("license")) or NO_LICENCE_YET
+        repo_id = None if destination is None else destination.repo_id
+        content = card_text(run, directory, plots, repo_id, license_id, tags)
+        path.write_text(content, encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(Problem(str(path), one_line(error), "Free space or choose another output_dir")) from error
+
+
+def card_text(
+    run: Run,
+    directory: Path,
+    plots: Mapping[str, Path],
+    repo_id: str | None,
+    license_id: str,
+    tags: Sequence[str] = (),
+) -> str:
+    """The card as Markdown with the metadata of the Hub in front; see [`write_card`]."""
+    result = run.result
+    return render(
+        "model_card.md.j2",
+        metadata=card_metadata(run, license_id, tags).to_yaml(),
+        run=run,
+        facts=run.facts,
+        result=result,
+        repo_id=repo_id or "USER/NAME",
+        title=(repo_id or run.name).rpartition("/")[2],
+        headline=_headline(run),
+        before_after=() if result is None else initialisation_rows(result),
+        scales=() if result is None else scale_rows(result),
+        excluded="" if result is None else excluded_text(result),
+        metrics=evaluation_metrics(run),
+        plots={what: path.relative_to(directory).as_posix() for what, path in plots.items()},
+        licence=None if license_id == NO_LICENCE_YET else license_id,
+        task=_task(run),
+        marker=MARKER,
+    )
+
+
+def card_metadata(run: Run, license_id: str, tags: Sequence[str] = ()) -> ModelCardData:
+    """What the Hub reads: library, task, tags, data set, licence, and of a trained model its evaluation."""
+    facts, trained = run.facts, run.is_trained
+    task = _task(run)
+    own_tags = ["nio", "initialization", *([] if trained else ["untrained"]), facts.model_type, *tags]
+    return ModelCardData(
+        library_name="transformers" if facts.model_type is not None else None,
+        license=license_id,
+        # An untrained model is nothing to try on a web page.
+        pipeline_tag=task if trained else None,
+        tags=list(dict.fromkeys(tag for tag in own_tags if tag is not None)),
+        datasets=[facts.dataset] if facts.dataset and _is_on_hub(facts.dataset) else None,
+        metrics=["accuracy"] if trained and "accuracy" in evaluation_metrics(run) else None,
+        model_name=run.name.rpartition("/")[2] if trained else None,
+        eval_results=_eval_results(run, task) or None,
+    )
+
+
+def evaluation_metrics(run: Run) -> dict[str, float]:
+    """The metrics of the evaluation, by their names without `eval_`; empty for a model that is not trained."""
+    metrics = {key.removeprefix("eval_"): value for key, value in run.metrics.items() if key.startswith("eval_")}
+    return {key: value for key, value in metrics.items() if not key.endswith(_NOT_MEASURED)} if run.is_trained else {}
+
+
+def _eval_results(run: Run, task: str | None) -> list[EvalResult]:
+    facts = run.facts
+    return [
+        EvalResult(
+            task_type=task or "other",
+            dataset_type=facts.dataset or "unknown",
+            dataset_name=facts.dataset or "unknown",
+            dataset_config=facts.dataset_config,
+            dataset_split=facts.dataset_split,
+            metric_type="accuracy" if key.endswith("accuracy") else key,
+            metric_name=_METRIC_NAMES.get(key, key),
+            metric_value=round(value, 6),
+        )
+        for key, value in evaluation_metrics(run).items()
+    ]
+
+
+def _headline(run: Run) -> str:
+    data = f" on `{run.facts.dataset}`" if run.facts.dataset else ""
+    if not run.is_trained:
+        return "This is an initialised checkpoint, not a trained model. Its predictions mean nothing yet."
+    if not run.is_finished:
+        return f"This training is not finished: step {run.steps:,} of {run.max_steps:,}{data}."
+    if run.result is None:
+        return f"This model was trained for {run.steps:,} steps{data}."
+    return f"This model was trained for {run.steps:,} steps{data}, from an initialisation by NIO."
+
+
+def _task(run: Run) -> str | None:
+    return next((task for suffix, task in _TASKS.items() if run.facts.model.endswith(suffix)), None)
+
+
+def _is_on_hub(dataset: str) -> bool:
+    return dataset not in _FORMATS and _HUB_NAME.fullmatch(dataset) is not None and not Path(dataset).exists()
+
+
+def _card_on_hub(destination: Destination) -> ModelCard | None:
+    """The card that the repository has; None where there is none, or none that can be read now."""
+    try:
+        path = hub().hf_hub_download(
+            destination.repo_id, CARD_NAME, token=destination.token, revision=destination.revision
+        )
+        card: ModelCard = ModelCard.load(path, ignore_metadata_errors=True)
+        return card
+    except (HfHubHTTPError, OSError, ValueError):
+        return None
+    except Exception as error:
+        logger.debug("The card of %s cannot be read: %s", destination.repo_id, one_line(error))
+        return None

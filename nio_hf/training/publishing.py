@@ -1,0 +1,309 @@
+"""A Trainer whose pushes to the Hub say what the model is, and cannot end a training."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from transformers import PreTrainedModel
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import PushInProgress
+
+from nio_hf.core import Collective, NIOResult
+from nio_hf.errors import ConfigError, HubError, NIOError, Problem
+from nio_hf.hub import WAITS, Destination, check_destination, ensure_repository, push_folder, write_card
+from nio_hf.report import draw_run
+from nio_hf.report.run import Facts
+from nio_hf.training.checkpoints import INIT_DIR_NAME, STATE_NAME, State
+from nio_hf.training.durable import DurableTrainerMixin
+from nio_hf.training.run_folder import changed_arguments, describe_run, read_run
+
+logger = logging.getLogger(__name__)
+
+PLOTS_DIR_NAME = "plots"
+_STAGING_DIR_NAME = "_nio_push"
+_CLASSIFIERS = ("ForImageClassification", "ForSequenceClassification", "ForTokenClassification")
+_ONLY_TO_RESUME = ("*.bin", "*.pt", "*.pth", "global_step*", "latest", "zero_to_fp32.py")
+"""Files of a checkpoint that are no part of the model."""
+_ONE_MORE_TRY = (1.0,)
+"""For a push in the middle of a training: the next checkpoint is another try."""
+
+
+def publish(
+    directory: Path,
+    destination: Destination,
+    *,
+    message: str | None = None,
+    license_id: str | None = None,
+    tags: Sequence[str] = (),
+    name: str | None = None,
+    later: Path | None = None,
+    waits: Sequence[float] = WAITS,
+) -> CommitInfo:
+    """Draw the plots and write the model card of a model's folder, and push it.
+
+    Args:
+        directory: of the model.
+        destination: where to.
+        message: of the commit; None for one that says what the model is.
+        license_id: identifier of the model's licence on the Hub; None for the one that the card there has.
+        tags: to add to the card.
+        name: of the model; None for that of the repository.
+        later: folder that `nio-hf push` would push later; None for `directory`.
+        waits: seconds before each further try.
+
+    Raises:
+        CheckpointError: for a folder that is not of a run.
+        HubError: where the push was refused, or failed to the last try.
+        OutputError: where plots or card cannot be written.
+    """
+    run = read_run(directory, name or destination.repo_id)
+    plots = draw_run(run, directory / PLOTS_DIR_NAME)
+    write_card(run, directory, plots, destination, license_id=license_id, tags=tags)
+    default = f"Trained for {run.steps} steps" if run.is_trained else "Initialised by NIO"
+    return push_folder(directory, destination, message=message or default, later=str(later or directory), waits=waits)
+
+
+class PublishingTrainerMixin(DurableTrainerMixin):
+    """Describes each model that it saves, and pushes it with a card of what it is.
+
+    Token, name and permission are checked when the Trainer is made. A push in the middle of a training that fails is
+    a warning; the training goes on. Before the training, `push_to_hub` pushes the initialised checkpoint.
+    """
+
+    nio_result: NIOResult | None
+    hub_model_id: Any
+    push_in_progress: Any
+    _nio_state: State | None = None
+    _started_from: str | None = None
+
+    @property
+    def nio_init_dir(self) -> Path:
+        """Where the initialised checkpoint is saved; each trial of a hyper-parameter search has its own."""
+        return self._run_dir / INIT_DIR_NAME
+
+    @property
+    def recipe_text(self) -> str | None:
+        """The recipe as YAML, saved with the model; None without one. Override it where there is one."""
+        return None
+
+    def run_facts(self) -> Facts:
+        """What is saved with the model of how it came about. Override it where more is known, e.g. of the data."""
+        model: Any = self._nio_model()
+        config = model.config if isinstance(model, PreTrainedModel) else None
+        info = getattr(self.train_dataset, "info", None)
+        return Facts(
+            model=type(model).__name__,
+            model_type=None if config is None else config.model_type,
+            parameters=sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()),
+            classes=config.num_labels if config is not None and type(model).__name__.endswith(_CLASSIFIERS) else None,
+            dataset=getattr(info, "dataset_name", None),
+            dataset_config=getattr(info, "config_name", None),
+            arguments=changed_arguments(self.args),
+            processes=self.args.world_size,
+            device=self.args.device.type,
+            started_from=self._started_from,
+        )
+
+    def _describe(self, directory: Path) -> None:
+        describe_run(directory, self.run_facts(), self.recipe_text, self._nio_state)
+
+    def _destination(self, token: str | None = None, private: bool | None = None) -> Destination:
+        name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        return Destination(
+            repo_id=name,
+            token=self.args.hub_token if token is None else token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=self.args.hub_revision,
+        )
+
+    def _initialised_folder(self) -> Path:
+        if not (self.nio_init_dir / STATE_NAME).is_file():
+            fix = "Set nio_save_init=True, or push after the training"
+            raise ConfigError(Problem("push_to_hub", "the initialised checkpoint is not saved", fix))
+        return self.nio_init_dir
+
+    # What follows overrides Trainer.
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As in Trainer, all that can be wrong checked first.
+
+        Raises:
+            HubError: for a name, token or permission that will not do.
+        """
+        collective = Collective.current()
+        with collective.together():
+            repo_id = None
+            if self.is_world_process_zero():
+                destination = check_destination(self._destination(token, private))
+                ensure_repository(destination)
+                repo_id = destination.repo_id
+        self.hub_model_id = collective.broadcast_object(repo_id)
+        self.push_in_progress = None
+
+    def create_model_card(  # type: ignore[override]
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the model card of what was saved in `output_dir`, unless the one there is your own.
+
+        Args:
+            language: ignored, like all further arguments of Trainer, which describe fine-tuned models.
+            license: identifier of the licence on the Hub.
+            tags: to add.
+            model_name: None for the name of `output_dir`.
+            **kwargs: ignored.
+        """
+        if self.is_world_process_zero():
+            directory = Path(str(self.args.output_dir))
+            run = read_run(directory, model_name)
+            plots = draw_run(run, directory / PLOTS_DIR_NAME)
+            write_card(run, directory, plots, license_id=license, tags=self._tags(tags))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Push the model with its card: once it is trained `output_dir`, before that the initialised checkpoint.
+
+        Args:
+            commit_message: None for one that says what the model is.
+            blocking: return when the push is done.
+            token: None for `hub_token`, or the one that is logged in.
+            revision: branch; None for `hub_revision`.
+            private: whether a repository that is made is private; None for `hub_private_repo`.
+            **kwargs: `license`, `tags` and `model_name`, as in `create_model_card`.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], or the future of it; None on other processes than the first.
+
+        Raises:
+            HubError: where the push was refused, or failed to the last try; what was saved is whole, and the message
+                has the command that pushes it later.
+            ConfigError: before a training, with `nio_save_init=False`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        untrained = self.state.global_step == 0 and self.nio_result is not None
+        if not untrained:
+            self.save_model(_internal_call=True)
+            self.save_state()
+        if not self.is_world_process_zero():
+            return None
+        destination = self._destination(token, private)
+        if revision is not None:
+            destination = dataclasses.replace(destination, revision=revision)
+        directory = self._initialised_folder() if untrained else Path(str(self.args.output_dir))
+        self._finish_current_push()
+
+        def push() -> CommitInfo:
+            return publish(
+                directory,
+                destination,
+                message=commit_message,
+                license_id=kwargs.get("license"),
+                tags=self._tags(kwargs.get("tags")),
+                name=kwargs.get("model_name"),
+            )
+
+        return push() if blocking else self._in_background(push)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer; a push that fails is an error in the log, for the model is saved."""
+        super().save_model(output_dir, _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
+            try:
+                self.push_to_hub()
+            except HubError as error:
+                logger.error("The model is saved, but not pushed. %s", error)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        self._describe(Path(str(output_dir or self.args.output_dir)))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        checkpoint = Path(checkpoint_folder)
+        if not any((checkpoint / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+            logger.warning("%s is not pushed: it holds the model in shards. The trained model will be.", checkpoint)
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # Rotation may delete the checkpoint while it is pushed.
+        staged = self._run_dir / _STAGING_DIR_NAME / checkpoint.name
+        for_resuming = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+        _link_files(checkpoint, staged / "model", leave_out=_ONLY_TO_RESUME)
+        if for_resuming:
+            _link_files(checkpoint, staged / "checkpoint")
+        jobs: Any = [self._in_background(lambda: self._push_staged(staged, checkpoint))]
+        self.push_in_progress = PushInProgress(jobs)
+
+    def _push_staged(self, staged: Path, checkpoint: Path) -> None:
+        """Push a checkpoint that was set aside; what fails is a warning."""
+        by_steps = self.args.save_strategy == SaveStrategy.STEPS
+        when = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
+        message, destination = f"Training in progress, {when}", self._destination()
+        try:
+            publish(staged / "model", destination, message=message, later=checkpoint, waits=_ONE_MORE_TRY)
+            if (staged / "checkpoint").is_dir():
+                keeps_all = self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
+                push_folder(
+                    staged / "checkpoint",
+                    destination,
+                    message=f"{message}, checkpoint",
+                    path_in_repo=checkpoint.name if keeps_all else "last-checkpoint",
+                    later=str(checkpoint),
+                    waits=_ONE_MORE_TRY,
+                )
+        except (NIOError, OSError) as error:
+            logger.warning("%s is not pushed; the training goes on. %s", checkpoint, error)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def _tags(self, tags: str | Sequence[str] | None) -> list[str]:
+        """Tags that were given, and those that callbacks gave the model."""
+        given = [tags] if isinstance(tags, str) else list(tags or [])
+        return [*given, *(getattr(self.model, "model_tags", None) or [])]
+
+    @staticmethod
+    def _in_background(action: Any) -> Future[Any]:
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nio-push")
+        future = executor.submit(action)
+        executor.shutdown(wait=False)
+        return future
+
+
+def _link_files(source: Path, target: Path, leave_out: Sequence[str] = ()) -> None:
+    """Put the files of a folder into another one, as links to the same data where the disk can."""
+    shutil.rmtree(target, ignore_errors=True)
+    ignore = shutil.ignore_patterns(*leave_out) if leave_out else None
+    shutil.copytree(source, target, ignore=ignore, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target

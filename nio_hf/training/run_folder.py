@@ -1,0 +1,197 @@
+"""What a run writes about itself into its folders, and how it is read from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from nio_hf.core import GradientInspection, NIOResult
+from nio_hf.errors import CheckpointError, Problem, one_line
+from nio_hf.report.run import Facts, Run
+from nio_hf.training.checkpoints import INIT_DIR_NAME, STATE_NAME, State, read_state, versions, write_state
+
+RUN_NAME = "nio_run.json"
+RECIPE_NAME = "recipe.yaml"
+INSPECTION_DIR_NAME = "inspect"
+INSPECTION_NAME = "inspection.json"
+RUN_FORMAT = 1
+
+_LEFT_OUT = {"output_dir", "run_name", "report_to", "hub_token", "push_to_hub", "hub_model_id", "logging_dir"}
+"""Arguments that say where a run was written, not what it computed, and what is nobody's business."""
+
+
+def describe_run(directory: Path, facts: Facts, recipe: str | None, state: State | None) -> None:
+    """Write beside a model what it takes to tell how it came about.
+
+    Args:
+        directory: of the model.
+        facts: of the run.
+        recipe: as YAML, where there is one.
+        state: of the NIO run that the model started from, where there is one.
+    """
+    content = {"format": RUN_FORMAT, "facts": dataclasses.asdict(facts), "versions": versions()}
+    (directory / RUN_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if recipe is not None:
+        (directory / RECIPE_NAME).write_text(recipe, encoding="utf-8")
+    if state is not None:
+        write_state(state, directory)
+
+
+def inspection_json(inspection: GradientInspection, steps: int) -> str:
+    """An inspection as the text of its file, with the steps that the model was trained for."""
+    return json.dumps({"steps": steps, **inspection.to_dict()}, indent=1, allow_nan=False) + "\n"
+
+
+def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The training arguments that differ from their defaults, as plain values; paths and tokens are left out."""
+    changed = {}
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name, None)
+        value = value.value if isinstance(value, enum.Enum) else value
+        default = field.default.value if isinstance(field.default, enum.Enum) else field.default
+        plain = isinstance(value, str | int | float | bool | list)
+        # Trainer itself turns None into these.
+        same = value == default or (default is None and value is False) or value == []
+        if field.init and plain and not same and field.name not in _LEFT_OUT and "token" not in field.name:
+            changed[field.name] = value
+    return changed
+
+
+def model_folder(directory: Path) -> Path:
+    """Where in the folder of a run its model is: there, or in the initialised checkpoint.
+
+    Raises:
+        CheckpointError: where there is none.
+    """
+    for folder in (directory, directory / INIT_DIR_NAME):
+        if any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+            return folder
+    raise CheckpointError(Problem(str(directory), _missing(directory, "model"), _GIVE))
+
+
+def read_run(directory: Path, name: str | None = None) -> Run:
+    """What a folder holds of a run: an output directory, a checkpoint, or an initialised checkpoint.
+
+    Of an output directory whose training has not come to its end, that is its last checkpoint.
+
+    Args:
+        directory: that was written.
+        name: of the run; None for that of the directory.
+
+    Raises:
+        CheckpointError: where there is nothing of a run, or a file of it cannot be read.
+    """
+    folder = _described_folder(directory)
+    state = read_state(folder) if (folder / STATE_NAME).is_file() else None
+    about = _read_json(folder / RUN_NAME) or {}
+    progress = _read_progress(folder / TRAINER_STATE_NAME)
+    inspection = _read_json(directory / INSPECTION_DIR_NAME / INSPECTION_NAME)
+    recipe = folder / RECIPE_NAME
+    try:
+        facts = Facts(**about["facts"]) if about else _facts_of_config(folder / CONFIG_NAME)
+        keeps_best = bool(facts.arguments.get("load_best_model_at_end"))
+        return Run(
+            name=name or directory.resolve().name,
+            facts=facts,
+            result=None if state is None else NIOResult.from_dict(state["result"]),
+            versions=about.get("versions") or (state or {}).get("versions", {}),
+            steps=progress.global_step,
+            max_steps=progress.max_steps,
+            metrics=final_metrics(progress.log_history, progress.best_global_step if keeps_best else None),
+            log_history=progress.log_history,
+            recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+            # One of a model that was trained for another number of steps is of another run in the same folder.
+            inspection=GradientInspection.from_dict(inspection)
+            if inspection is not None and inspection["steps"] == progress.global_step
+            else None,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = f"cannot be read: {type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(Problem(str(folder), found, "Use the nio_hf version that wrote it")) from error
+
+
+def final_metrics(log_history: Sequence[Mapping[str, Any]], best_step: int | None) -> dict[str, float]:
+    """The metrics of the model that a training ends with.
+
+    Args:
+        log_history: of the Trainer.
+        best_step: where the model was loaded from at the end; None for the last step.
+
+    Returns:
+        `eval_*` and `train_*`: those of evaluations after the training, and what they lack of the evaluation at
+        `best_step`, or else the last one.
+    """
+    end = next((index for index, entry in enumerate(log_history) if "train_runtime" in entry), len(log_history))
+    evaluations = [entry for entry in log_history[:end] if any(key.startswith("eval_") for key in entry)]
+    kept = [entry for entry in evaluations if best_step is not None and entry.get("step") == best_step]
+    chosen = [*(kept or evaluations)[-1:], *log_history[end:]]
+    return {
+        key: float(value)
+        for entry in chosen
+        for key, value in entry.items()
+        if key.startswith(("eval_", "train_")) and isinstance(value, int | float)
+    }
+
+
+_GIVE = f"Give an output_dir of `nio-hf train` or `nio-hf init`, or its {INIT_DIR_NAME}"
+
+
+def _missing(directory: Path, what: str) -> str:
+    return f"no {what} in it" if directory.is_dir() else "no such folder"
+
+
+def _described_folder(directory: Path) -> Path:
+    """Where a run tells of itself: in its folder, else in its last checkpoint, else in the initialised one."""
+    checkpoints = sorted(directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"), key=_step)
+    folders = [directory, *(path.parent for path in reversed(checkpoints)), directory / INIT_DIR_NAME]
+    for folder in folders:
+        if any((folder / name).is_file() for name in (STATE_NAME, RUN_NAME, TRAINER_STATE_NAME)):
+            return folder
+    raise CheckpointError(Problem(str(directory), _missing(directory, "run"), _GIVE))
+
+
+def _step(path: Path) -> int:
+    number = path.parent.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content
+    except (OSError, ValueError) as error:
+        found = f"cannot be read: {one_line(error)}"
+        raise CheckpointError(Problem(str(path), found, "Run the command again that wrote it")) from error
+
+
+def _read_progress(path: Path) -> TrainerState:
+    if not path.is_file():
+        return TrainerState()
+    try:
+        progress: TrainerState = TrainerState.load_from_json(str(path))
+        return progress
+    except (OSError, ValueError, TypeError) as error:
+        found = f"cannot be read: {one_line(error)}"
+        raise CheckpointError(Problem(str(path), found, "Give the folder of a checkpoint that is whole")) from error
+
+
+def _facts_of_config(path: Path) -> Facts:
+    """What the configuration of a model tells, where nothing else does."""
+    config = _read_json(path) or {}
+    classes = config.get("id2label")
+    return Facts(
+        model=(config.get("architectures") or ["model"])[0],
+        model_type=config.get("model_type"),
+        classes=None if classes is None else len(classes),
+    )
