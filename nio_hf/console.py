@@ -112,7 +112,7 @@ def print_inspection(
         whole.add_row(*row)
     console.print(whole)
     for name, members in tables.items():
-        table = Table(title=name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for index, column in enumerate(columns):
             table.add_column(column, justify="right" if index else "left", no_wrap=True)
         for member in members:

@@ -34,7 +34,7 @@ class RunReport:
     Attributes:
         title: names the run.
         rows: the summary table, (quantity, before, after).
-        result: of NIO; None where it did not run.
+        result: of the NIO run that the model started from; None where there was none.
         metrics: of the Trainer.
         written: {what: path or address} of all that was written.
         is_main_process: whether this process is the one that reports.
@@ -126,7 +126,7 @@ def _report(trainer: ImageTrainer, recipe: Recipe, metrics: dict[str, float]) ->
         written["Trained model"] = output_dir
     if trainer.is_world_process_zero():
         run = read_run(output_dir) if metrics else Run(output_dir.name, trainer.run_facts(), result)
-        # A training that was resumed has not run NIO itself.
+        # A training that was resumed, or loaded an initialised checkpoint, has not run NIO itself.
         result = result or run.result
         written |= draw_run(run, output_dir / PLOTS_DIR_NAME)
     rows = summary_rows(result, metrics)

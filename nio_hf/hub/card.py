@@ -153,6 +153,8 @@ def _eval_results(run: Run, task: str | None) -> list[EvalResult]:
 
 def _headline(run: Run) -> str:
     data = f" on `{run.facts.dataset}`" if run.facts.dataset else ""
+    if not run.is_trained and run.result is None:
+        return "This model is not trained. Its predictions mean nothing yet."
     if not run.is_trained:
         return "This is an initialised checkpoint, not a trained model. Its predictions mean nothing yet."
     if not run.is_finished:

@@ -20,7 +20,7 @@ SummaryRow = tuple[str, str, str]
 ScaleRow = tuple[str, str, str, str, str, str]
 LayerRow = tuple[str, str, str, str, str, str]
 SCALE_COLUMNS: ScaleRow = ("kind", "tensors", "parameters", "smallest", "median", "largest")
-LAYER_COLUMNS: LayerRow = ("", "parameters", "gradient norm", "share", "agreement", "contribution")
+LAYER_COLUMNS: LayerRow = ("", "parameters", "gradient norm", "share", "agreement", "part of GC")
 
 
 def summary_rows(result: NIOResult | None, metrics: Mapping[str, float]) -> list[SummaryRow]:

@@ -194,7 +194,11 @@ class DurableTrainerMixin(_Base):
                 keep = [directory] if best is None else [directory, Path(best)]
                 rotate(self._run_dir, self.args.save_total_limit, keep)
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(directory))
+            self._push_checkpoint(directory)
+
+    def _push_checkpoint(self, directory: Path) -> None:
+        """Push a checkpoint that is whole to the Hub."""
+        super()._push_from_checkpoint(str(directory))
 
     @contextlib.contextmanager
     def _keeping_all(self) -> Iterator[None]:

@@ -45,10 +45,11 @@ def publish(
     license_id: str | None = None,
     tags: Sequence[str] = (),
     name: str | None = None,
+    plots: bool = True,
     later: Path | None = None,
     waits: Sequence[float] = WAITS,
 ) -> CommitInfo:
-    """Draw the plots and write the model card of a model's folder, and push it.
+    """Draw the plots of a model's folder, write its model card, and push it.
 
     Args:
         directory: of the model.
@@ -57,6 +58,7 @@ def publish(
         license_id: identifier of the model's licence on the Hub; None for the one that the card there has.
         tags: to add to the card.
         name: of the model; None for that of the repository.
+        plots: whether to draw them.
         later: folder that `nio-hf push` would push later; None for `directory`.
         waits: seconds before each further try.
 
@@ -66,8 +68,8 @@ def publish(
         OutputError: where plots or card cannot be written.
     """
     run = read_run(directory, name or destination.repo_id)
-    plots = draw_run(run, directory / PLOTS_DIR_NAME)
-    write_card(run, directory, plots, destination, license_id=license_id, tags=tags)
+    drawn = draw_run(run, directory / PLOTS_DIR_NAME) if plots else {}
+    write_card(run, directory, drawn, destination, license_id=license_id, tags=tags)
     default = f"Trained for {run.steps} steps" if run.is_trained else "Initialised by NIO"
     return push_folder(directory, destination, message=message or default, later=str(later or directory), waits=waits)
 
@@ -130,6 +132,61 @@ class PublishingTrainerMixin(DurableTrainerMixin):
             fix = "Set nio_save_init=True, or push after the training"
             raise ConfigError(Problem("push_to_hub", "the initialised checkpoint is not saved", fix))
         return self.nio_init_dir
+
+    def _push_checkpoint(self, directory: Path) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        if not any((directory / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+            logger.warning("%s is not pushed: it holds the model in shards. The trained model will be.", directory)
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # Rotation may delete the checkpoint while it is pushed.
+        staged = self._run_dir / _STAGING_DIR_NAME / directory.name
+        for_resuming = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+        _link_files(directory, staged / "model", leave_out=_ONLY_TO_RESUME)
+        if for_resuming:
+            _link_files(directory, staged / "checkpoint")
+        by_steps = self.args.save_strategy == SaveStrategy.STEPS
+        when = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
+        message = f"Training in progress, {when}"
+        jobs: Any = [self._in_background(lambda: self._push_staged(staged, directory, message))]
+        self.push_in_progress = PushInProgress(jobs)
+
+    def _push_staged(self, staged: Path, checkpoint: Path, message: str) -> None:
+        """Push a checkpoint that was set aside; what fails is a warning."""
+        destination = self._destination()
+        try:
+            # Without plots: matplotlib is not made for several threads.
+            publish(staged / "model", destination, message=message, plots=False, later=checkpoint, waits=_ONE_MORE_TRY)
+            if (staged / "checkpoint").is_dir():
+                keeps_all = self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
+                push_folder(
+                    staged / "checkpoint",
+                    destination,
+                    message=f"{message}, checkpoint",
+                    path_in_repo=checkpoint.name if keeps_all else "last-checkpoint",
+                    later=str(checkpoint),
+                    waits=_ONE_MORE_TRY,
+                )
+        except (NIOError, OSError) as error:
+            logger.warning("%s is not pushed; the training goes on. %s", checkpoint, error)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def _tags(self, tags: str | Sequence[str] | None) -> list[str]:
+        """Tags that were given, and those that callbacks gave the model."""
+        given = [tags] if isinstance(tags, str) else list(tags or [])
+        return [*given, *(getattr(self.model, "model_tags", None) or [])]
+
+    @staticmethod
+    def _in_background(action: Any) -> Future[Any]:
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nio-push")
+        future = executor.submit(action)
+        executor.shutdown(wait=False)
+        return future
 
     # What follows overrides Trainer.
 
@@ -238,60 +295,6 @@ class PublishingTrainerMixin(DurableTrainerMixin):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         self._describe(Path(str(output_dir or self.args.output_dir)))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
-            return
-        checkpoint = Path(checkpoint_folder)
-        if not any((checkpoint / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-            logger.warning("%s is not pushed: it holds the model in shards. The trained model will be.", checkpoint)
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        # Rotation may delete the checkpoint while it is pushed.
-        staged = self._run_dir / _STAGING_DIR_NAME / checkpoint.name
-        for_resuming = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-        _link_files(checkpoint, staged / "model", leave_out=_ONLY_TO_RESUME)
-        if for_resuming:
-            _link_files(checkpoint, staged / "checkpoint")
-        jobs: Any = [self._in_background(lambda: self._push_staged(staged, checkpoint))]
-        self.push_in_progress = PushInProgress(jobs)
-
-    def _push_staged(self, staged: Path, checkpoint: Path) -> None:
-        """Push a checkpoint that was set aside; what fails is a warning."""
-        by_steps = self.args.save_strategy == SaveStrategy.STEPS
-        when = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
-        message, destination = f"Training in progress, {when}", self._destination()
-        try:
-            publish(staged / "model", destination, message=message, later=checkpoint, waits=_ONE_MORE_TRY)
-            if (staged / "checkpoint").is_dir():
-                keeps_all = self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
-                push_folder(
-                    staged / "checkpoint",
-                    destination,
-                    message=f"{message}, checkpoint",
-                    path_in_repo=checkpoint.name if keeps_all else "last-checkpoint",
-                    later=str(checkpoint),
-                    waits=_ONE_MORE_TRY,
-                )
-        except (NIOError, OSError) as error:
-            logger.warning("%s is not pushed; the training goes on. %s", checkpoint, error)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-
-    def _tags(self, tags: str | Sequence[str] | None) -> list[str]:
-        """Tags that were given, and those that callbacks gave the model."""
-        given = [tags] if isinstance(tags, str) else list(tags or [])
-        return [*given, *(getattr(self.model, "model_tags", None) or [])]
-
-    @staticmethod
-    def _in_background(action: Any) -> Future[Any]:
-        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nio-push")
-        future = executor.submit(action)
-        executor.shutdown(wait=False)
-        return future
 
 
 def _link_files(source: Path, target: Path, leave_out: Sequence[str] = ()) -> None:

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from nio_hf import NIOResult, NIOTrainer
 from nio_hf.errors import CheckpointError, ConfigError, OutputError
+from nio_hf.training import publishing
 from nio_hf.training.checkpoints import INIT_DIR_NAME, PROGRESS_NAME, STATE_NAME
 from nio_hf.training.digests import fingerprint
 from nio_hf.training.manifest import MANIFEST_NAME, UNFINISHED_NAME, fault_of, has_manifest, write_manifest
@@ -329,16 +330,22 @@ def test_an_error_that_is_not_of_the_disk_stays_as_it_is(tmp_path: Path, monkeyp
         trainer.train()
 
 
-def test_a_failed_upload_does_not_delete_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(self: Trainer, folder: str) -> None:
+def test_a_failed_upload_does_not_delete_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreachable(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("the hub is not there")
 
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", unreachable)
+    monkeypatch.setattr(publishing, "publish", unreachable)
     trainer = _trainer(tmp_path, **SAVING)
+    trainer.push_in_progress = None
     trainer.add_callback(_At(1, lambda: setattr(trainer.args, "push_to_hub", True)))
-    with pytest.raises(ConnectionError, match="the hub is not there"):
+    with caplog.at_level("WARNING", logger="nio_hf"):
         trainer.train()
+    assert "checkpoint-2 is not pushed; the training goes on. the hub is not there" in caplog.text
+    assert trainer.state.global_step == trainer.state.max_steps
     assert (tmp_path / "checkpoint-2" / "optimizer.pt").is_file()
+    assert not list((tmp_path / "_nio_push").iterdir())
 
 
 def test_too_little_room_is_found_before_nio_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

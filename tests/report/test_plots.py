@@ -47,7 +47,8 @@ def _result(tensors: int = 12, iterations: int = 5, parts: int = 4, omega: float
 )
 def test_results_of_any_size_are_drawn(result: NIOResult, tmp_path: Path) -> None:
     for draw in (plot_scales, plot_history):
-        path = draw(result, tmp_path / "plots" / f"{draw.__name__}.png")
+        path = tmp_path / "plots" / f"{draw.__name__}.png"
+        draw(result, path)
         with Image.open(path) as image:
             assert min(image.size) > 400
             assert len(set(image.convert("L").resize((64, 64)).get_flattened_data())) > 5, "nothing is drawn"
@@ -67,7 +68,8 @@ def test_an_unbounded_run_without_gamma_is_drawn(tmp_path: Path) -> None:
     ],
 )
 def test_training_is_drawn_from_whatever_was_logged(history: list[dict[str, float]], tmp_path: Path) -> None:
-    assert plot_training(history, tmp_path / "training.png").stat().st_size > 0
+    plot_training(history, tmp_path / "training.png")
+    assert (tmp_path / "training.png").stat().st_size > 0
 
 
 def test_a_plot_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:

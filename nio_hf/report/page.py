@@ -1,0 +1,182 @@
+"""One HTML page with all that is known of a run."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nio_hf.core.result import GradCosine, NIOResult, Status
+from nio_hf.errors import OutputError, Problem, one_line
+from nio_hf.report.plots import plot_history, plot_inspection, plot_scales, plot_training
+from nio_hf.report.run import Run
+from nio_hf.report.style import Target
+from nio_hf.report.tables import (
+    LAYER_COLUMNS,
+    SCALE_COLUMNS,
+    excluded_text,
+    layer_rows,
+    scale_rows,
+    shape_of_sub_batches,
+    summary_rows,
+)
+from nio_hf.report.templating import render
+
+_CSS_PIXELS_PER_INCH = 96
+_DRAWN = ("loss", "eval_loss", "eval_accuracy")
+"""What `plot_training` draws of a log."""
+_TONES: dict[Status, tuple[str, str]] = {
+    "improved": ("good", "✓"),
+    "no_improvement": ("neutral", "="),
+    "constraint_violated": ("warning", "!"),
+    "data_exhausted": ("warning", "!"),
+    "collapse_suspected": ("bad", "✕"),
+}
+"""{status: (class in the style sheet, sign)}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Image:
+    """A plot in the page.
+
+    Attributes:
+        uri: the PNG as a data URI.
+        width: in CSS pixels, at which text has the size that it was drawn for.
+        height: likewise.
+    """
+
+    uri: str
+    width: int
+    height: int
+
+
+def render_page(run: Run) -> str:
+    """The page of a run: HTML with everything in it, nothing is loaded from elsewhere.
+
+    Args:
+        run: of which any part may be missing; its section is left out.
+    """
+    result, inspection = run.result, run.inspection
+    logged = [entry[key] for entry in run.log_history for key in _DRAWN if key in entry]
+    return render(
+        "report.html.j2",
+        run=run,
+        result=result,
+        headline=_headline(run),
+        facts=_facts(run),
+        summary=summary_rows(result, run.metrics),
+        tone=None if result is None else _TONES[result.status],
+        nio_facts=() if result is None else _nio_facts(result),
+        history_plot=_drawn(plot_history, result) if result is not None and result.history else None,
+        scales_plot=_drawn(plot_scales, result) if result is not None and result.tensors else None,
+        scale_columns=SCALE_COLUMNS,
+        scales=() if result is None else scale_rows(result),
+        excluded="" if result is None else excluded_text(result),
+        settings={} if result is None else dataclasses.asdict(result.config),
+        training_plot=_drawn(plot_training, run.log_history) if logged else None,
+        not_finite=sum(not math.isfinite(value) for value in logged),
+        metrics={name: _readable(name, value) for name, value in run.metrics.items()},
+        measured=None if inspection is None else inspection.measured,
+        measured_on=None if inspection is None else shape_of_sub_batches(inspection.measured),
+        inspection_plot=_drawn(plot_inspection, inspection) if inspection is not None and inspection.layers else None,
+        layer_columns=LAYER_COLUMNS[1:],
+        kinds=() if inspection is None else layer_rows(inspection, "kind"),
+        blocks=() if inspection is None else layer_rows(inspection, "depth"),
+    )
+
+
+def write_page(run: Run, path: Path) -> None:
+    """Write the page of a run, so that the file holds either what it held or all of the page.
+
+    Args:
+        run: as of [`render_page`].
+        path: HTML file, whose folder is made.
+
+    Raises:
+        OutputError: where it cannot be written.
+    """
+    page = render_page(run)
+    temporary = path.parent / f"{path.name}.{os.getpid()}.partial"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Names of folders that are not UTF-8 have characters that UTF-8 does not.
+            temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(Problem(str(path), one_line(error), "Free space or choose another --output")) from error
+
+
+def _headline(run: Run) -> str:
+    if not run.is_trained:
+        return "An initialised checkpoint, not a trained model."
+    if not run.is_finished:
+        return f"Stopped at step {run.steps:,} of {run.max_steps:,}."
+    return f"Trained for {run.steps:,} step{'s' if run.steps > 1 else ''}."
+
+
+def _facts(run: Run) -> dict[str, str]:
+    facts = run.facts
+    details = ", ".join(
+        filter(
+            None,
+            (
+                facts.dataset_config and f"configuration {facts.dataset_config}",
+                facts.dataset_split and f"evaluated on {facts.dataset_split}",
+            ),
+        )
+    )
+    known = {
+        "Model": f"{facts.model} ({facts.model_type})" if facts.model_type else facts.model,
+        "Parameters": f"{facts.parameters:,}" if facts.parameters else None,
+        "Classes": f"{facts.classes:,}" if facts.classes else None,
+        "Data set": (f"{facts.dataset} ({details})" if details else facts.dataset) if facts.dataset else None,
+        "Device": f"{facts.device}, {facts.processes} process{'es' if facts.processes > 1 else ''}",
+        "Recipe": facts.recipe,
+        "Started from": facts.started_from,
+    }
+    return {name: value for name, value in known.items() if value}
+
+
+def _nio_facts(result: NIOResult) -> dict[str, str]:
+    held_out: GradCosine = result.before
+    batches = len(held_out.parts) or 1
+    return {
+        "Iterations": f"{len(result.history):,} of {result.config.iterations:,}",
+        "Scaled tensors": f"{len(result.tensors):,}",
+        "Held out": f"{batches} batch{'es' if batches > 1 else ''} of {held_out.batch_size} samples",
+        "Gamma (bound on the gradient norm)": "none" if result.gamma is None else f"{result.gamma:.4g}",
+        "Curvature": result.curvature,
+        "Peak memory": f"{result.peak_memory / 2**30:.2f} GiB",
+    }
+
+
+def _readable(name: str, value: float) -> str:
+    """A metric as text: an accuracy in %, a time in seconds, a fraction with four significant digits."""
+    if name.endswith("accuracy"):
+        return f"{value:.2%}"
+    if not math.isfinite(value):
+        return f"{value}"
+    if float(value).is_integer() or abs(value) >= 1000:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:#.4g}"
+    return f"{text} s" if name.endswith(("_runtime", "_time")) else text
+
+
+def _drawn(draw: Callable[[Any, Target], object], what: Any) -> _Image:
+    from PIL import Image
+
+    target = io.BytesIO()
+    draw(what, target)
+    with Image.open(target) as image:
+        scale = _CSS_PIXELS_PER_INCH / float(image.info["dpi"][0])
+        width, height = (round(scale * pixels) for pixels in image.size)
+    return _Image(f"data:image/png;base64,{base64.b64encode(target.getvalue()).decode()}", width, height)
