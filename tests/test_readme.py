@@ -17,7 +17,7 @@ from tests.training.toys import ToyImages
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = sorted(ROOT.glob("*.md"))
-OPTIONS = {"resolved", "data", "num_processes", "config_file", "device"}
+OPTIONS = {"resolved", "data", "num_processes", "config_file", "device", "private", "license", "revision"}
 COMPATIBILITY = "training/test_compatibility.py"
 ROWS = {
     "DDP": "distributed/test_strategies.py::test_two_processes_find_the_scales_of_one_and_train",

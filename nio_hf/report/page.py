@@ -159,15 +159,13 @@ def _nio_facts(result: NIOResult) -> dict[str, str]:
 
 
 def _readable(name: str, value: float) -> str:
-    """A metric as text: an accuracy in %, a time in seconds, a fraction with four significant digits."""
+    """A metric as text: an accuracy in %, a time in seconds, small numbers with four significant digits."""
     if name.endswith("accuracy"):
         return f"{value:.2%}"
     if not math.isfinite(value):
         return f"{value}"
-    if float(value).is_integer() or abs(value) >= 1000:
-        text = f"{value:,.0f}"
-    else:
-        text = f"{value:#.4g}"
+    is_whole = float(value).is_integer() or abs(value) >= 1000
+    text = f"{value:,.0f}" if is_whole else f"{value:#.4g}"
     return f"{text} s" if name.endswith(("_runtime", "_time")) else text
 
 

@@ -169,7 +169,8 @@ def plot_inspection(inspection: GradientInspection, target: Target) -> None:
         agreement, share = drawn.subplots(2, sharex=True)
         _draw_agreement(agreement, groups, kinds)
         agreement.axhline(measured.value, color=DARK, linestyle="--", label=f"whole gradient: {measured.value:.3g}")
-        agreement.axhline(0, color=DARK, linewidth=0.8)
+        if any(group.agreement < 0 for group in groups.values()):
+            agreement.axhline(0, color=DARK, linewidth=0.8)
         agreement.set_ylabel("agreement of sub-batches")
         agreement.set_title(
             f"GradCosine {measured.value:.4g}, gradient norm {measured.grad_norm:.4g}, loss {measured.loss:.4g} "
@@ -177,6 +178,7 @@ def plot_inspection(inspection: GradientInspection, target: Target) -> None:
         )
         _draw_shares(share, groups, kinds)
         share.set_ylabel("share of the squared norm (%)")
+        share.set_title("Where the gradient is, in the same colours; hatched: biases")
         mark_blocks(agreement, blocks)
         agreement.set_xlabel("")
         mark_blocks(share, blocks)
@@ -273,9 +275,8 @@ def _draw_constraint(axes: Axes, result: NIOResult) -> None:
     if constrained:
         axes.plot(
             constrained,
-            [1.0] * len(constrained),
+            [0.96] * len(constrained),
             transform=axes.get_xaxis_transform(),
-            clip_on=False,
             color=VERMILLION,
             linestyle="none",
             marker="|",

@@ -116,6 +116,6 @@ def legend_below(figure: Figure, *panels: Axes, columns: int = 3) -> None:
     entries: dict[str, Any] = {}
     for panel in panels:
         handles, labels = panel.get_legend_handles_labels()
-        entries = dict(zip(labels, handles, strict=True)) | entries
+        entries |= {label: handle for label, handle in zip(labels, handles, strict=True) if label not in entries}
     if entries:
         figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)

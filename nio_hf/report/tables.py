@@ -20,7 +20,8 @@ SummaryRow = tuple[str, str, str]
 ScaleRow = tuple[str, str, str, str, str, str]
 LayerRow = tuple[str, str, str, str, str, str]
 SCALE_COLUMNS: ScaleRow = ("kind", "tensors", "parameters", "smallest", "median", "largest")
-LAYER_COLUMNS: LayerRow = ("", "parameters", "gradient norm", "share", "agreement", "part of GC")
+LAYER_COLUMNS: LayerRow = ("", "parameters", "gradient norm", "share", "agreement", "contribution")
+_SMALL_SHARE = 0.001
 
 
 def summary_rows(result: NIOResult | None, metrics: Mapping[str, float]) -> list[SummaryRow]:
@@ -50,7 +51,7 @@ def initialisation_rows(result: NIOResult) -> list[SummaryRow]:
     before, after = result.before, result.after
     return [
         (f"GradCosine ({shape_of_sub_batches(before)})", cosine_with_error(before), cosine_with_error(after)),
-        ("Gradient norm", f"{before.grad_norm:.4g}", f"{after.grad_norm:.4g}"),
+        ("Gradient norm", f"{before.grad_norm:#.4g}", f"{after.grad_norm:#.4g}"),
         ("Loss at init", f"{before.loss:.4f}", f"{after.loss:.4f}"),
     ]
 
@@ -76,7 +77,7 @@ def scale_rows(result: NIOResult) -> list[ScaleRow]:
         parameters = sum(math.prod(tensor.shape) for tensor in members)
         middle = statistics.median(scales)
         rows.append(
-            (kind, f"{len(members)}", f"{parameters:,}", f"{min(scales):.4g}", f"{middle:.4g}", f"{max(scales):.4g}")
+            (kind, f"{len(members)}", f"{parameters:,}", f"{min(scales):#.4g}", f"{middle:#.4g}", f"{max(scales):#.4g}")
         )
     return rows
 
@@ -101,8 +102,8 @@ def _layer_row(group: LayerGradient) -> LayerRow:
     return (
         group.name,
         f"{group.parameters:,}",
-        f"{group.grad_norm:.4g}",
-        f"{group.share:.1%}",
+        f"{group.grad_norm:#.4g}",
+        f"{group.share:.1%}" if group.share >= _SMALL_SHARE or group.share == 0 else f"<{_SMALL_SHARE:.1%}",
         agreement,
         f"{group.contribution:.4f}",
     )

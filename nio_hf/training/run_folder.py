@@ -168,11 +168,13 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return content
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        found = f"a {type(content).__name__}, not an object"
     except (OSError, ValueError) as error:
         found = f"cannot be read: {one_line(error)}"
-        raise CheckpointError(Problem(str(path), found, "Run the command again that wrote it")) from error
+    raise CheckpointError(Problem(str(path), found, "Run the command again that wrote it"))
 
 
 def _read_progress(path: Path) -> TrainerState:

@@ -1,0 +1,196 @@
+"""The model card: what the Hub reads, and what people do."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from nio_hf.errors import OutputError
+from nio_hf.hub import CARD_NAME, Destination, ensure_repository, push_folder, write_card
+from nio_hf.hub.card import MARKER, card_text
+from nio_hf.report import draw_run
+from nio_hf.report.run import Facts, Run
+from tests.hub.loopback import LoopbackHub
+from tests.report.test_plots import _result
+
+FACTS = Facts(
+    model="ViTForImageClassification",
+    model_type="vit",
+    parameters=1_234_567,
+    classes=10,
+    dataset="uoft-cs/cifar10",
+    dataset_config="plain_text",
+    dataset_split="test",
+    recipe="vit-tiny/cifar10/nio",
+    processes=2,
+)
+METRICS = {"eval_accuracy": 0.8765432, "eval_loss": 0.5, "eval_runtime": 3.0, "train_runtime": 321.0}
+INITIALISED = Run("my-vit", FACTS, _result(), {"nio_hf": "0.1.0", "torch": "2.13.0"}, recipe="learning_rate: 0.001\n")
+TRAINED = dataclasses.replace(INITIALISED, steps=90, max_steps=90, metrics=METRICS)
+
+
+def text(run: Run, **options: Any) -> str:
+    return card_text(run, Path("/run"), {}, **{"repo_id": "user/my-vit", "license_id": "unknown", **options})
+
+
+def parsed(run: Run, **options: Any) -> ModelCard:
+    return ModelCard(text(run, **options))
+
+
+def test_the_first_line_says_that_an_initialised_checkpoint_is_not_trained() -> None:
+    first = parsed(INITIALISED).text.strip().splitlines()[0]
+    assert first.startswith("**This is an initialised checkpoint, not a trained model.")
+    assert "trained for 90 steps on `uoft-cs/cifar10`" in parsed(TRAINED).text.strip().splitlines()[0]
+    unfinished = parsed(dataclasses.replace(TRAINED, steps=30)).text.strip().splitlines()[0]
+    assert "not finished: step 30 of 90" in unfinished
+    untrained = parsed(dataclasses.replace(INITIALISED, result=None)).text.strip().splitlines()[0]
+    assert untrained.startswith("**This model is not trained.")
+
+
+def test_the_metadata_of_an_initialised_checkpoint() -> None:
+    data = parsed(INITIALISED, tags=["mine", "nio"]).data
+    assert data.library_name == "transformers"
+    assert data.tags == ["nio", "initialization", "untrained", "vit", "mine"]
+    assert data.datasets == ["uoft-cs/cifar10"]
+    assert data.license == "unknown"
+    assert data.eval_results is None
+    assert data.get("pipeline_tag") is None, "there is nothing to try"
+    assert data.get("base_model") is None
+
+
+def test_the_metadata_of_a_trained_model_has_its_evaluation() -> None:
+    card = parsed(TRAINED, license_id="apache-2.0")
+    data = card.data
+    assert (data.license, data.pipeline_tag, data.metrics) == ("apache-2.0", "image-classification", ["accuracy"])
+    assert "untrained" not in data.tags
+    results = {result.metric_name: result for result in data.eval_results}
+    accuracy = results["Accuracy"]
+    assert (accuracy.metric_value, accuracy.metric_type) == (0.876543, "accuracy")
+    assert (accuracy.dataset_name, accuracy.dataset_config, accuracy.dataset_split) == (
+        "uoft-cs/cifar10",
+        "plain_text",
+        "test",
+    )
+    assert set(results) == {"Accuracy", "Loss"}, "seconds are no result"
+    raw = yaml.safe_load(card.content.split("---")[1])
+    assert raw["model-index"][0]["name"] == "my-vit"
+
+
+def test_the_numbers_are_those_of_the_run() -> None:
+    content = text(TRAINED)
+    result = TRAINED.result
+    assert result is not None
+    assert f"| GradCosine (D = 2, B/D = 32) | {result.before.value:.4f}" in content
+    assert f"| {result.after.value:.4f} ±" in content
+    assert f"{result.seconds:.1f} seconds, {100 * 3.21 / (3.21 + 321):.1f}% of those of NIO and training" in content
+    assert "| linear weight | 2 | 8 |" in content
+    assert "1,234,567 parameters, 10 classes, data set `uoft-cs/cifar10` (plain_text)" in content
+    assert "| accuracy | 0.8765 |" in content
+    assert result.message in content
+    assert "On 4 held-out batches of 64 samples" in content
+
+
+@pytest.mark.parametrize("run", [INITIALISED, TRAINED])
+def test_it_says_how_to_load_reproduce_and_cite(run: Run) -> None:
+    content = text(run)
+    assert 'AutoModelForImageClassification.from_pretrained("user/my-vit")' in content
+    assert "learning_rate: 0.001" in content
+    assert f"nio-hf {'train' if run.is_trained else 'init'} recipe.yaml" in content
+    assert "nio_hf 0.1.0, torch 2.13.0." in content
+    assert "arXiv:2210.05956" in content
+    assert "{{The nio_hf developers}}" in content
+    for heading in ("Limitations", "Licence", "Citation", "How to load it", "How to reproduce it"):
+        assert f"\n## {heading}\n" in content
+    assert "Not chosen yet" in content
+    assert "Not chosen yet" not in text(run, license_id="mit")
+
+
+@pytest.mark.parametrize("run", [INITIALISED, TRAINED, dataclasses.replace(TRAINED, result=None, recipe=None)])
+def test_it_is_clean_markdown_without_talk_of_fine_tuning(run: Run) -> None:
+    content = text(run)
+    assert "fine-tuned" not in content.lower()
+    assert "[]()" not in content
+    assert "\n\n\n" not in content
+    assert "None" not in content
+    assert all(line == line.rstrip() for line in content.splitlines())
+    lines = content.splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("|") and not lines[number - 1].startswith("|"):
+            assert lines[number - 1] == "", f"a table without an empty line before it: {line}"
+
+
+def test_other_models_are_loaded_in_their_own_way() -> None:
+    language = dataclasses.replace(FACTS, model="BertForMaskedLM", model_type="bert", classes=None, dataset=None)
+    content = text(dataclasses.replace(TRAINED, facts=language, metrics={"eval_loss": 2.5}))
+    assert "from transformers import BertForMaskedLM" in content
+    assert ModelCard(content).data.pipeline_tag == "fill-mask"
+    assert ModelCard(content).data.eval_results[0].dataset_name == "unknown"
+    own = dataclasses.replace(FACTS, model="MyNet", model_type=None)
+    content = text(dataclasses.replace(INITIALISED, facts=own))
+    assert ModelCard(content).data.library_name is None
+    assert "safetensors.torch.load_model(model" in content
+
+
+@pytest.mark.parametrize("dataset", ["digits", "imagefolder", "/data/images", "./images", None])
+def test_only_data_sets_of_the_hub_are_linked(dataset: str | None) -> None:
+    run = dataclasses.replace(TRAINED, facts=dataclasses.replace(FACTS, dataset=dataset))
+    assert parsed(run).data.datasets is None
+
+
+def test_plots_are_embedded_by_a_path_in_the_repository(tmp_path: Path) -> None:
+    run = dataclasses.replace(TRAINED, log_history=[{"step": 1, "loss": 2.0}])
+    write_card(run, tmp_path, draw_run(run, tmp_path / "plots"))
+    content = (tmp_path / CARD_NAME).read_text()
+    for name in ("nio_history", "nio_scales", "training"):
+        assert f"](plots/{name}.png)" in content
+        assert (tmp_path / "plots" / f"{name}.png").is_file()
+
+
+def test_the_hub_accepts_every_card(hub: LoopbackHub, tmp_path: Path) -> None:
+    for number, run in enumerate([INITIALISED, TRAINED, dataclasses.replace(TRAINED, result=None, recipe=None)]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_card(run, folder, {}, Destination("user/model"), license_id="apache-2.0")
+        push_folder(folder, Destination("user/model"), message="Card", waits=())
+    loaded = ModelCard.load(tmp_path / "1" / CARD_NAME)
+    assert hub.repositories["user/model"].files()[CARD_NAME].decode() == (tmp_path / "2" / CARD_NAME).read_text()
+    assert loaded.data.eval_results
+
+
+def test_a_card_of_your_own_is_left_alone(hub: LoopbackHub, tmp_path: Path) -> None:
+    destination = Destination("user/model")
+    write_card(INITIALISED, tmp_path, {}, destination, license_id="mit")
+    push_folder(tmp_path, destination, message="1", waits=())
+    write_card(TRAINED, tmp_path, {}, destination)
+    assert ModelCard.load(tmp_path / CARD_NAME).data.license == "mit", "the licence is that of the card on the Hub"
+    own = (tmp_path / CARD_NAME).read_text().replace(MARKER, "").replace("# model", "# My own words")
+    (tmp_path / CARD_NAME).write_text(own)
+    write_card(INITIALISED, tmp_path, {}, destination)
+    assert (tmp_path / CARD_NAME).read_text() == own
+    push_folder(tmp_path, destination, message="2", waits=())
+    (tmp_path / CARD_NAME).unlink()
+    write_card(INITIALISED, tmp_path, {}, destination)
+    assert (tmp_path / CARD_NAME).read_text() == own, "what was written on the Hub is not lost"
+
+
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_anything_is_sent(
+    hub: LoopbackHub, tmp_path: Path
+) -> None:
+    from nio_hf.errors import HubError
+
+    ensure_repository(Destination("user/model"))
+    write_card(INITIALISED, tmp_path, {}, license_id="my-licence")
+    with pytest.raises(HubError, match="license"):
+        push_folder(tmp_path, Destination("user/model"), message="Card", waits=())
+    assert CARD_NAME not in hub.repositories["user/model"].files()
+
+
+def test_a_card_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / CARD_NAME).mkdir()
+    with pytest.raises(OutputError, match=CARD_NAME):
+        write_card(INITIALISED, tmp_path, {})

@@ -1,0 +1,216 @@
+"""The commands against a Hub, each in a process of its own: push, load back, train from it, and all that can fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from nio_hf.hub import CARD_NAME
+from tests.hub.loopback import LoopbackHub
+
+NIO = [sys.executable, "-m", "nio_hf.cli"]
+RECIPE = "vit-tiny/digits/nio"
+SMALL = ["--use_cpu", "true", "--nio_iterations", "2", "--max_steps", "3", "--disable_tqdm", "true"]
+LOAD = """
+import sys
+from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+from nio_hf.training.digests import fingerprint
+set_seed(3)
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1], revision=sys.argv[2])
+AutoImageProcessor.from_pretrained(sys.argv[1], revision=sys.argv[2], backend="pil")
+print(model.config.nio["fingerprint"] == fingerprint(model), model.config.nio["fingerprint"])
+"""
+OTHER_CLASSES = """
+import sys
+from transformers import AutoModelForImageClassification
+from tests.training.toys import ToyImages, arguments
+from nio_hf import NIOTrainer
+model = AutoModelForImageClassification.from_pretrained(
+    sys.argv[1], num_labels=5, image_size=32, ignore_mismatched_sizes=True
+)
+trainer = NIOTrainer(model=model, args=arguments(sys.argv[2]), train_dataset=ToyImages())
+trainer.train()
+print("NIO ran:", trainer.nio_result is not None)
+"""
+
+
+class Desk:
+    """A folder with a Hub, and commands that run in it."""
+
+    def __init__(self, hub: LoopbackHub, folder: Path) -> None:
+        self.hub, self.folder = hub, folder
+
+    def start(self, *command: str, token: str | None = "hf_write", **variables: str) -> subprocess.Popen[str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        environment |= self.hub.environment(self.folder / "home", token=token)
+        environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(Path.cwd()), **variables}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, *command: str, status: int = 0, token: str | None = "hf_write", **variables: str) -> str:
+        process = self.start(*command, token=token, **variables)
+        out, errors = process.communicate(timeout=240)
+        assert process.returncode == status, errors[-3000:]
+        assert "Traceback" not in errors
+        return out + errors
+
+    def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
+        return self.hub.repositories[repo].files(revision)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    with LoopbackHub() as hub:
+        yield Desk(hub, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    """A Hub with `user/init`, which `nio-hf init` pushed."""
+    with LoopbackHub() as hub:
+        desk = Desk(hub, tmp_path_factory.mktemp("desk"))
+        shown = desk.run(*NIO, "init", RECIPE, *SMALL, "--push_to_hub", "user/init", "--private")
+        assert f"On the Hub: {hub.endpoint}/user/init" in shown
+        yield desk
+
+
+def test_init_pushes_all_that_belongs_to_an_initialised_checkpoint(shared: Desk) -> None:
+    files = shared.files("user/init")
+    local = shared.folder / "outputs" / "vit-tiny-digits-nio" / "_nio_init"
+    expected = {
+        "model.safetensors",
+        "config.json",
+        "preprocessor_config.json",
+        "nio_state.json",
+        "nio_run.json",
+        "recipe.yaml",
+        "plots/nio_history.png",
+        "plots/nio_scales.png",
+        CARD_NAME,
+    }
+    assert files.keys() - {".gitattributes"} == expected
+    assert all(files[name] == (local / name).read_bytes() for name in expected)
+    assert shared.hub.repositories["user/init"].private
+    card = ModelCard(files[CARD_NAME].decode())
+    assert "not a trained model" in card.text
+    assert card.data.tags == ["nio", "initialization", "untrained", "vit"]
+    for name in re.findall(r"\]\((plots/[^)]+)\)", card.text):
+        assert name in files
+
+
+def test_it_is_loaded_back_bit_for_bit_by_who_may_see_it(shared: Desk) -> None:
+    loaded = shared.run(sys.executable, "-c", LOAD, "user/init", "main")
+    state = json.loads(shared.files("user/init")["nio_state.json"])
+    assert f"True {state['mark']['fingerprint']}" in loaded
+    process = shared.start(sys.executable, "-c", LOAD, "user/init", "main", token=None, HF_HOME=str(shared.folder / "x"))
+    assert "user/init" in process.communicate(timeout=100)[1]
+    assert process.returncode != 0
+
+
+def test_a_training_starts_from_it_and_is_pushed_with_its_evaluation(shared: Desk) -> None:
+    start = ["--model_name_or_path", "user/init", "--output_dir", "trained", "--push_to_hub", "user/trained"]
+    shown = shared.run(*NIO, "train", RECIPE, *SMALL, *start)
+    assert "NIO is skipped: the model was loaded from an initialised checkpoint." in shown
+    card = ModelCard(shared.files("user/trained")[CARD_NAME].decode())
+    results = json.loads((shared.folder / "trained" / "all_results.json").read_text())
+    accuracy = next(r for r in card.data.eval_results if r.metric_name == "Accuracy")
+    assert accuracy.metric_value == pytest.approx(results["eval_accuracy"], abs=1e-6)
+    assert "started from the initialised checkpoint `user/init`" in card.text
+    assert "trained for 3 steps on `digits`" in card.text
+    before = re.search(r"\| GradCosine \(D = 4, B/D = 16\) \|.*", card.text)
+    assert before is not None
+    assert before[0] in shared.files("user/init")[CARD_NAME].decode()
+    assert "nio" not in json.loads(shared.files("user/trained")["config.json"]), "trained weights are not marked"
+
+
+def test_it_is_inspected_by_its_name(shared: Desk) -> None:
+    shown = shared.run(*NIO, "inspect", "user/init", "--use_cpu", "true")
+    written = json.loads((shared.folder / "outputs/inspect/init/inspect/inspection.json").read_text())
+    after = json.loads(shared.files("user/init")["nio_state.json"])["result"]["after"]
+    assert written["measured"]["value"] == pytest.approx(after["value"], abs=1e-6)
+    assert "By kind" in shown
+
+
+def test_another_number_of_classes_is_refused_or_initialised_anew(shared: Desk) -> None:
+    folder = ["--dataset_name", "parquet", "--data_files", "images.parquet", "--label_column", "label"]
+    make = (
+        "import datasets, PIL.Image as I; f = datasets.Features(image=datasets.Image(), "
+        "label=datasets.ClassLabel(names=['a', 'b'])); datasets.Dataset.from_dict({'image': "
+        "[I.new('RGB', (8, 8))] * 100, 'label': [0, 1] * 50}, features=f).to_parquet('images.parquet')"
+    )
+    shared.run(sys.executable, "-c", make)
+    start = ["--model_name_or_path", "user/init", "--output_dir", "two"]
+    shown = shared.run(*NIO, "train", RECIPE, *SMALL, *folder, *start, status=1)
+    assert "'user/init' has 10 classes, the data set 2. Give a data set of as many classes, or initialise" in shown
+    shown = shared.run(sys.executable, "-c", OTHER_CLASSES, "user/init", str(shared.folder / "five"))
+    assert "NIO ran: True" in shown
+    assert "but the weights are others: NIO runs again" in shown
+
+
+def test_push_by_hand_again_and_to_a_branch(shared: Desk) -> None:
+    push = [*NIO, "push", "outputs/vit-tiny-digits-nio", "user/by-hand"]
+    shown = shared.run(*push, "--license", "apache-2.0", "--tag", "mine")
+    assert f"Pushed outputs/vit-tiny-digits-nio/_nio_init to {shared.hub.endpoint}/user/by-hand" in shown
+    shared.run(*push, "--revision", "v2", "--commit_message", "Second")
+    repository = shared.hub.repositories["user/by-hand"]
+    assert repository.commits[-1].title == "Second"
+    assert ModelCard(repository.files()[CARD_NAME].decode()).data.license == "apache-2.0"
+    loaded = shared.run(sys.executable, "-c", LOAD, "user/by-hand", "v2")
+    assert loaded.startswith("True")
+
+
+@pytest.mark.parametrize(
+    ("destination", "token", "said"),
+    [
+        ("user/model", None, "no token to push with. Log in with `hf auth login`"),
+        ("user/model", "hf_wrong", "the token is not valid"),
+        ("user/model", "hf_read", "the token of user may only read"),
+        ("stranger/model", "hf_write", "may not write into the namespace 'stranger'"),
+        ("user/bad--name..", "hf_write", "Give USER/NAME"),
+    ],
+)
+def test_what_is_wrong_is_said_before_nio_starts(desk: Desk, destination: str, token: str | None, said: str) -> None:
+    shown = desk.run(*NIO, "init", RECIPE, *SMALL, "--push_to_hub", destination, token=token, status=1)
+    assert said in shown
+    assert "HubError" in shown
+    assert desk.hub.repositories == {}
+    assert not (desk.folder / "outputs" / "vit-tiny-digits-nio" / "_nio_init").exists()
+
+
+def test_a_training_whose_push_fails_is_saved_and_its_command_pushes_it(desk: Desk) -> None:
+    desk.hub.fail("POST /api/models/*/commit/*", status=403, times=None)
+    shown = desk.run(*NIO, "train", RECIPE, *SMALL, "--push_to_hub", "user/model", status=1)
+    assert "Evaluation accuracy" in shown, "the report comes first"
+    command = re.search(r"push it later: nio-hf (push .*)\.$", shown, re.MULTILINE)
+    assert command is not None
+    desk.hub.clear()
+    desk.run(*NIO, *shlex.split(command[1]))
+    assert "trained for 3 steps" in desk.files("user/model")[CARD_NAME].decode()
+
+
+def test_an_interrupted_upload_leaves_all_here(desk: Desk) -> None:
+    desk.run(*NIO, "init", RECIPE, *SMALL)
+    desk.hub.delay("PUT /_lfs/*", seconds=30, times=1)
+    process = desk.start(*NIO, "push", "outputs/vit-tiny-digits-nio", "user/model")
+    deadline = time.monotonic() + 60
+    while not any("objects/batch" in call.path for call in desk.hub.calls) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Push it later: nio-hf push outputs/vit-tiny-digits-nio/_nio_init user/model" in errors
+    assert CARD_NAME not in desk.files("user/model")
+    desk.run(*NIO, "push", "outputs/vit-tiny-digits-nio/_nio_init", "user/model")
+    assert "model.safetensors" in desk.files("user/model")

@@ -1,0 +1,154 @@
+"""Pushes of the Trainer: what arrives, when, and that none can end a training."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from huggingface_hub import ModelCard
+
+from nio_hf import NIOTrainer
+from nio_hf.errors import ConfigError, HubError
+from nio_hf.hub import CARD_NAME
+from nio_hf.training import publishing
+from nio_hf.training.checkpoints import MARK_KEY
+from tests.hub.loopback import LoopbackHub
+from tests.training.toys import ToyImages, arguments, build, snapshot, unchanged
+
+SAVING: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+
+
+def make(output_dir: Path, **changes: Any) -> NIOTrainer:
+    settings = {"push_to_hub": True, "hub_model_id": "user/model", **changes}
+    return NIOTrainer(model=build("vit"), args=arguments(output_dir, **settings), train_dataset=ToyImages())
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publishing, "_ONE_MORE_TRY", (0.01,))
+    monkeypatch.setattr("nio_hf.training.publishing.publish.__kwdefaults__", {**publishing.publish.__kwdefaults__, "waits": (0.01,)})
+
+
+def files(hub: LoopbackHub, revision: str = "main") -> dict[str, bytes]:
+    return hub.repositories["user/model"].files(revision)
+
+
+def test_a_training_pushes_what_it_saves_and_nothing_else(hub: LoopbackHub, tmp_path: Path) -> None:
+    trainer = make(tmp_path, hub_token="hf_write", hub_strategy="every_save", hub_always_push=True, **SAVING)
+    trainer.train()
+    trainer.push_to_hub()
+    found = files(hub)
+    assert safetensors.torch.load(found["model.safetensors"]).keys()
+    assert found["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
+    assert {"config.json", "nio_state.json", "nio_run.json", CARD_NAME, "plots/nio_scales.png"} <= found.keys()
+    assert not [name for name in found if name.endswith((".bin", ".pt", ".pth")) or name.startswith(("_", "checkpoint"))]
+    assert not [name for name, content in found.items() if b"hf_write" in content]
+    titles = [commit.title for commit in hub.repositories["user/model"].commits]
+    assert [title for title in titles if "progress" in title] == [f"Training in progress, step {n}" for n in (1, 2, 3)]
+    assert titles[-1] == "Trained for 3 steps"
+    assert not list((tmp_path / "_nio_push").iterdir())
+
+
+def test_a_checkpoint_to_resume_from_is_pushed_where_asked_for(hub: LoopbackHub, tmp_path: Path) -> None:
+    trainer = make(tmp_path / "first", hub_strategy="checkpoint", hub_always_push=True, save_total_limit=1, **SAVING)
+    trainer.train()
+    pushed = {name: content for name, content in files(hub).items() if name.startswith("last-checkpoint/")}
+    assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= pushed.keys()
+    checkpoint = tmp_path / "second" / "checkpoint-3"
+    for name, content in pushed.items():
+        path = checkpoint / name.removeprefix("last-checkpoint/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    further = make(tmp_path / "second", push_to_hub=False, **{**SAVING, "max_steps": 4})
+    further.train(resume_from_checkpoint=str(checkpoint))
+    assert further.state.global_step == 4
+
+
+def test_before_the_training_it_is_the_initialised_checkpoint(hub: LoopbackHub, tmp_path: Path) -> None:
+    trainer = make(tmp_path, hub_private_repo=True)
+    trainer.run_nio()
+    commit = trainer.push_to_hub(tags=["mine"], license="mit")
+    assert commit.repo_url.repo_id == "user/model"
+    assert hub.repositories["user/model"].private
+    found = files(hub)
+    assert found["model.safetensors"] == (trainer.nio_init_dir / "model.safetensors").read_bytes()
+    assert MARK_KEY.encode() in found["config.json"]
+    card = ModelCard(found[CARD_NAME].decode())
+    assert "not a trained model" in card.text
+    assert (card.data.license, "mine" in card.data.tags) == ("mit", True)
+    unsaved = make(tmp_path / "unsaved", nio_save_init=False)
+    unsaved.run_nio()
+    with pytest.raises(ConfigError, match="nio_save_init=True"):
+        unsaved.push_to_hub()
+
+
+def test_a_push_in_the_background_and_to_a_branch(hub: LoopbackHub, tmp_path: Path) -> None:
+    trainer = make(tmp_path, hub_strategy="end")
+    trainer.train()
+    future = trainer.push_to_hub("My words", blocking=False, revision="v1")
+    assert future.result(60).commit_url
+    assert "model.safetensors" in files(hub, "v1")
+    assert "model.safetensors" not in files(hub)
+    assert hub.repositories["user/model"].commits[-1].title == "My words"
+
+
+@pytest.mark.parametrize("token", ["hf_read", "hf_wrong"])
+def test_what_cannot_be_pushed_is_refused_before_nio(hub: LoopbackHub, tmp_path: Path, token: str) -> None:
+    with pytest.raises(HubError):
+        make(tmp_path, hub_token=token)
+    assert hub.repositories == {}
+    assert not (tmp_path / "_nio_init").exists()
+
+
+def test_no_push_that_fails_ends_or_changes_a_training(
+    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = make(tmp_path / "plain", push_to_hub=False, **SAVING)
+    plain.train()
+    trainer = make(tmp_path / "pushed", hub_always_push=True, **SAVING)
+    hub.fail("POST /api/models/*/commit/*", status=503, times=None)
+    with caplog.at_level(logging.WARNING, logger="nio_hf"):
+        trainer.train()
+        trainer._finish_current_push()
+        trainer.save_model()
+    assert unchanged(snapshot(plain.model), snapshot(trainer.model))
+    assert "is not pushed; the training goes on" in caplog.text
+    assert "The model is saved, but not pushed." in caplog.text
+    assert (tmp_path / "pushed" / "checkpoint-3" / "nio_manifest.json").is_file()
+    with pytest.raises(HubError, match=r"push it later: nio-hf push .* user/model"):
+        trainer.push_to_hub()
+    hub.clear()
+    trainer.push_to_hub()
+    assert "model.safetensors" in files(hub)
+
+
+def test_a_hub_that_is_down_at_the_start_is_asked_again_at_the_end(
+    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.fail("* /api/*", status=503, times=None)
+    with caplog.at_level(logging.WARNING, logger="nio_hf"):
+        trainer = make(tmp_path, hub_strategy="end")
+    assert "The Hub does not answer" in caplog.text
+    trainer.train()
+    hub.clear()
+    trainer.push_to_hub()
+    assert "model.safetensors" in files(hub)
+
+
+def test_weights_come_back_bit_for_bit_and_nio_is_skipped(hub: LoopbackHub, tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.run_nio()
+    trainer.push_to_hub()
+    folder = tmp_path / "downloaded"
+    for name in ("config.json", "model.safetensors", "nio_state.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(files(hub)[name])
+    loaded = type(trainer.model).from_pretrained(folder)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), trainer.model.parameters(), strict=True))
+    again = NIOTrainer(model=loaded, args=arguments(tmp_path / "again"), train_dataset=ToyImages())
+    again.train()
+    assert again.nio_result is None

@@ -1,0 +1,125 @@
+"""Runs of every shape, of plausible numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from nio_hf.core.config import NIOConfig
+from nio_hf.core.layerwise import GradientInspection, LayerGradient
+from nio_hf.core.result import ExcludedTensor, GradCosine, IterationRecord, NIOResult, Status, TensorScale
+from nio_hf.report.run import Facts, Run
+
+KINDS = ("linear weight", "linear bias", "norm weight", "norm bias")
+METRICS = {
+    "eval_loss": 1.26041,
+    "eval_accuracy": 0.4937,
+    "eval_runtime": 0.41,
+    "train_runtime": 61.24,
+    "train_samples_per_second": 12_345.6,
+    "epoch": 27.0,
+}
+RECIPE = "# An example.\nmodel_type: vit\nnio: true\n"
+VERSIONS = {"nio_hf": "1.2.3", "torch": "2.13.0"}
+LOG: tuple[dict[str, Any], ...] = (
+    *({"step": step, "loss": 2.3 / (1 + 0.02 * step), "epoch": 0.1 * step} for step in range(10, 601, 10)),
+    *({"step": step, "eval_loss": 2.0 - 0.001 * step, "eval_accuracy": 0.0008 * step} for step in range(100, 601, 100)),
+)
+BROKEN_LOG: tuple[dict[str, Any], ...] = (
+    {"step": 1, "loss": math.nan},
+    {"step": 2, "loss": math.inf, "grad_norm": math.nan},
+    {"step": 3, "loss": 2.0},
+    {"step": 3, "eval_loss": math.nan, "eval_accuracy": 0.1},
+)
+
+
+def measured(value: float, parts: int = 4) -> GradCosine:
+    """GradCosine over held-out batches; of a single one the standard error is NaN."""
+    spread = [0.02 * (index - (parts - 1) / 2) for index in range(parts)]
+    return GradCosine.mean([GradCosine(value + off, 6.0 + value, (5.0, 6.0, 7.0, 8.0), 2.31, 64) for off in spread])
+
+
+def result(
+    blocks: int = 2, iterations: int = 5, parts: int = 4, status: Status = "improved", gamma: float | None = 12.0
+) -> NIOResult:
+    """An outcome of NIO with 12 tensors in each block."""
+    return NIOResult(
+        config=NIOConfig(iterations=max(iterations, 1)),
+        tensors=tuple(
+            TensorScale(f"t{i}", KINDS[i % len(KINDS)], 1 + i // 12, (48, 4), math.exp(0.4 * math.sin(7 * i)))
+            for i in range(12 * blocks)
+        ),
+        excluded=(ExcludedTensor("frozen", "linear weight", (4,), "frozen"),),
+        history=tuple(
+            IterationRecord(
+                i + 1, 0.3 * math.sin(i) + 0.004 * i, 6 + 0.05 * i, 2.3, "constraint" if i % 9 == 8 else "objective",
+                0.1, "exact", None,
+            )
+            for i in range(iterations)
+        ),
+        before=measured(0.0123, parts),
+        after=measured(0.2176, parts),
+        gamma=gamma,
+        curvature="exact",
+        seconds=7.25,
+        peak_memory=3 * 2**29,
+        status=status,
+        message="GradCosine 0.0123 -> 0.2176 on held-out batches.",
+    )  # fmt: skip
+
+
+def inspection(blocks: int = 3) -> GradientInspection:
+    """An inspection with one tensor of each kind in each block; the gradient of the last is zero."""
+    count = blocks * len(KINDS)
+    layers = [
+        LayerGradient(f"t{i}", KINDS[i % len(KINDS)], i // len(KINDS), 1200, 1 / (count - 1), 0.3 / (count - 1), 2.0)
+        for i in range(count - 1)
+    ]
+    layers.append(LayerGradient("last", KINDS[-1], blocks - 1, 48, 0.0, 0.0, 0.0))
+    return GradientInspection(measured(0.3), tuple(layers))
+
+
+def run(
+    name: str = "vit-digits",
+    *,
+    facts: Facts | None = None,
+    result: NIOResult | None = None,
+    versions: dict[str, str] | None = None,
+    steps: tuple[int, int] = (0, 0),
+    metrics: dict[str, float] | None = None,
+    log: Sequence[dict[str, Any]] = (),
+    recipe: str | None = None,
+    inspection: GradientInspection | None = None,
+) -> Run:
+    """A run that has nothing but what is given; steps are those that were trained, and those that were to be."""
+    facts = facts or Facts("ViTForImageClassification")
+    return Run(name, facts, result, versions or {}, *steps, metrics or {}, log, recipe, inspection)
+
+
+def full_run(blocks: int = 12, iterations: int = 100) -> Run:
+    """A run that has everything."""
+    facts = Facts(
+        model="ViTForImageClassification",
+        model_type="vit",
+        parameters=340_954,
+        classes=10,
+        dataset="uoft-cs/cifar10",
+        dataset_config="plain_text",
+        dataset_split="test",
+        recipe="vit-tiny/cifar10/nio",
+        arguments={"learning_rate": 0.001, "max_steps": 600, "label_names": ["labels"]},
+        processes=2,
+        device="cuda",
+        started_from="outputs/init/nio_init",
+    )
+    return run(
+        facts=facts,
+        result=result(blocks, iterations),
+        versions=VERSIONS,
+        steps=(600, 600),
+        metrics=METRICS,
+        log=LOG,
+        recipe=RECIPE,
+        inspection=inspection(blocks),
+    )

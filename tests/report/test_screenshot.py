@@ -1,0 +1,89 @@
+"""The page in a browser: it shows, and fits a phone."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nio_hf.report.page import render_page
+from tests.report.runs import full_run
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars"
+)
+PHONES, DESKTOP = (360, 390), 1280
+HEIGHT = 2400
+
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render_page(full_run(blocks=6, iterations=30))
+
+
+def browse(content: str, folder: Path, *flags: str) -> str:
+    """Open a page; returns what the browser prints."""
+    (folder / "page.html").write_text(content, encoding="utf-8")
+    command = [str(BROWSER), *FLAGS.split(), f"--user-data-dir={folder / 'profile'}", *flags]
+    done = subprocess.run(
+        [*command, (folder / "page.html").as_uri()], capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout
+
+
+def framed(page: str, *widths: int) -> str:
+    """The page in frames of these widths, since a window cannot be as narrow as a phone."""
+    frames = (
+        f'<iframe srcdoc="{html.escape(page)}" style="border:0;width:{width}px;height:{HEIGHT}px"></iframe>'
+        for width in widths
+    )
+    return f'<!DOCTYPE html><meta charset="utf-8"><body style="margin:0;background:red">{"".join(frames)}'
+
+
+def screenshot(content: str, folder: Path, width: int) -> Image.Image:
+    file = folder / "page.png"
+    browse(content, folder, f"--screenshot={file}", f"--window-size={width},{HEIGHT}")
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
+def test_nothing_is_wider_than_the_window(page: str, tmp_path: Path) -> None:
+    widths = (*PHONES, 768, DESKTOP)
+    script = """
+        <script>
+        addEventListener("load", () => {
+          const roots = [...document.querySelectorAll("iframe")].map(frame => frame.contentDocument.documentElement);
+          const broken = roots.map(root => [...root.querySelectorAll("img")].filter(img => !img.naturalWidth).length);
+          const found = {widths: roots.map(root => root.scrollWidth), broken: broken};
+          document.body.innerHTML = "<pre>" + JSON.stringify(found) + "</pre>";
+        });
+        </script>"""
+    printed = browse(framed(page, *widths) + script, tmp_path, "--dump-dom")
+    found = re.search(r"<pre>(.*?)</pre>", printed)
+    assert found is not None, printed[-500:]
+    assert json.loads(found[1]) == {"widths": list(widths), "broken": [0] * len(widths)}
+
+
+@pytest.mark.parametrize("width", [PHONES[1], DESKTOP])
+def test_the_page_shows(page: str, width: int, tmp_path: Path) -> None:
+    is_phone = width in PHONES
+    image = screenshot(framed(page, width) if is_phone else page, tmp_path, 500 if is_phone else width)
+    image = image.crop((0, 0, width, image.height))
+    assert image.height > HEIGHT / 2
+    colors = image.getcolors(image.width * image.height) or []
+    assert len(colors) > 50, "the page is blank"
+    background = max(colors)[1]
+    assert background == (255, 255, 255)
+    margin = image.crop((width - 8, 0, width, image.height)).getcolors()
+    assert margin is not None
+    assert [color for _, color in margin] == [background], "something reaches to the right edge"
