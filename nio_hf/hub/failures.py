@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 
@@ -17,11 +19,20 @@ _LATER = "To push later, leave out push_to_hub now, and call `nio-hf push` then"
 
 def is_passing(error: Exception) -> bool:
     """Whether it may help to try again later."""
+    error = _cause(error)
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _PASSING
-    return isinstance(error, TransportError | ConnectionError | TimeoutError) and not isinstance(
+    # A server error whose text is not the JSON that was expected.
+    return isinstance(error, json.JSONDecodeError | TransportError | ConnectionError | TimeoutError) and not isinstance(
         error, OfflineModeIsEnabled
     )
+
+
+def _cause(error: Exception) -> Exception:
+    """What is behind an error of an upload, which huggingface_hub wraps."""
+    while type(error) is RuntimeError and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
 
 
 def as_hub_error(error: Exception, where: str, fix: str = _LATER) -> HubError:
@@ -34,6 +45,7 @@ def as_hub_error(error: Exception, where: str, fix: str = _LATER) -> HubError:
     """
     if isinstance(error, HubError):
         return error
+    error = _cause(error)
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     text = getattr(error, "server_message", None) or one_line(error)
     if isinstance(error, LocalTokenNotFoundError):

@@ -60,6 +60,9 @@ def push_folder(
         OutputError: for a file that cannot be read.
     """
     command = push_command(later or str(directory), destination)
+    names = files_to_push(directory)
+    if not names:
+        raise OutputError(Problem(str(directory), "no file to push", "Give the folder of a model"))
 
     def push() -> CommitInfo:
         api, repo_id, token = hub(), destination.repo_id, destination.token
@@ -67,7 +70,7 @@ def push_folder(
         if destination.revision is not None:
             _make_branch(destination)
         prefix = f"{path_in_repo.rstrip('/')}/" if path_in_repo else ""
-        operations = [CommitOperationAdd(f"{prefix}{name}", directory / name) for name in files_to_push(directory)]
+        operations = [CommitOperationAdd(f"{prefix}{name}", directory / name) for name in names]
         return api.create_commit(
             repo_id, operations, commit_message=message, token=token, revision=destination.revision
         )

@@ -113,7 +113,9 @@ def test_it_is_loaded_back_bit_for_bit_by_who_may_see_it(shared: Desk) -> None:
     loaded = shared.run(sys.executable, "-c", LOAD, "user/init", "main")
     state = json.loads(shared.files("user/init")["nio_state.json"])
     assert f"True {state['mark']['fingerprint']}" in loaded
-    process = shared.start(sys.executable, "-c", LOAD, "user/init", "main", token=None, HF_HOME=str(shared.folder / "x"))
+    process = shared.start(
+        sys.executable, "-c", LOAD, "user/init", "main", token=None, HF_HOME=str(shared.folder / "x")
+    )
     assert "user/init" in process.communicate(timeout=100)[1]
     assert process.returncode != 0
 

@@ -30,7 +30,9 @@ def make(output_dir: Path, **changes: Any) -> NIOTrainer:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publishing, "_ONE_MORE_TRY", (0.01,))
-    monkeypatch.setattr("nio_hf.training.publishing.publish.__kwdefaults__", {**publishing.publish.__kwdefaults__, "waits": (0.01,)})
+    monkeypatch.setattr(
+        "nio_hf.training.publishing.publish.__kwdefaults__", {**publishing.publish.__kwdefaults__, "waits": (0.01,)}
+    )
 
 
 def files(hub: LoopbackHub, revision: str = "main") -> dict[str, bytes]:
@@ -45,7 +47,9 @@ def test_a_training_pushes_what_it_saves_and_nothing_else(hub: LoopbackHub, tmp_
     assert safetensors.torch.load(found["model.safetensors"]).keys()
     assert found["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
     assert {"config.json", "nio_state.json", "nio_run.json", CARD_NAME, "plots/nio_scales.png"} <= found.keys()
-    assert not [name for name in found if name.endswith((".bin", ".pt", ".pth")) or name.startswith(("_", "checkpoint"))]
+    assert not [
+        name for name in found if name.endswith((".bin", ".pt", ".pth")) or name.startswith(("_", "checkpoint"))
+    ]
     assert not [name for name, content in found.items() if b"hf_write" in content]
     titles = [commit.title for commit in hub.repositories["user/model"].commits]
     assert [title for title in titles if "progress" in title] == [f"Training in progress, step {n}" for n in (1, 2, 3)]
