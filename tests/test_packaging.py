@@ -31,11 +31,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_holds_every_module_and_recipe(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_template_and_recipe(wheel: Path) -> None:
     packed = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nio_hf").rglob("*.py")}
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nio_hf" / "templates").iterdir()}
     recipes = {f"nio_hf/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").rglob("*.yaml")}
-    assert modules | recipes | {"nio_hf/py.typed"} <= packed
+    assert modules | templates | recipes | {"nio_hf/py.typed"} <= packed
     assert not [name for name in packed if name.startswith(("tests", "recipes"))]
 
 

@@ -273,6 +273,7 @@ def _draw_constraint(axes: Axes, result: NIOResult) -> None:
         axes.axhline(result.gamma, color=VERMILLION, linestyle="--", label=f"gamma = {result.gamma:.4g}")
     constrained = [record.iteration for record in result.history if record.branch == "constraint"]
     if constrained:
+        axes.margins(y=0.15)
         axes.plot(
             constrained,
             [0.96] * len(constrained),

@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 
 from nio_hf.core.batches import too_many_sub_batches
 from nio_hf.core.config import NIOConfig
+from nio_hf.core.scales import check_storage
 from nio_hf.errors import ConfigError, Problem
 
 
@@ -120,6 +122,23 @@ class NIOTrainingArguments(TrainingArguments):
             holdout_batches=self.nio_holdout_batches,
             seed=seed,
         )
+
+
+def checked_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of Trainer, its `args` with the settings of NIO beside them.
+
+    Raises:
+        ConfigError: where `args` are no TrainingArguments.
+        ModelError: for a model without data, on the meta device.
+    """
+    model = args[0] if args else kwargs.get("model")
+    if isinstance(model, nn.Module) and any(parameter.is_meta for parameter in model.parameters()):
+        check_storage(model)
+    given = args[1] if len(args) > 1 else kwargs.get("args")
+    settings = with_nio_settings(TrainingArguments(output_dir="tmp_trainer") if given is None else given)
+    if len(args) > 1:
+        return (args[0], settings, *args[2:]), kwargs
+    return args, {**kwargs, "args": settings}
 
 
 def with_nio_settings(args: Any) -> NIOTrainingArguments:

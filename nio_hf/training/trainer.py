@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
 from nio_hf.core import (
@@ -32,9 +32,8 @@ from nio_hf.core import (
 )
 from nio_hf.core.batches import map_tensors
 from nio_hf.core.memory import is_out_of_memory
-from nio_hf.core.scales import check_storage
 from nio_hf.errors import DataError, ModelError, NIOMemoryError, Problem, StoppedError
-from nio_hf.training.arguments import NIOTrainingArguments, with_nio_settings
+from nio_hf.training.arguments import NIOTrainingArguments, checked_arguments
 from nio_hf.training.checkpoints import (
     PROGRESS_NAME,
     Task,
@@ -85,7 +84,7 @@ class NIOTrainerMixin(PublishingTrainerMixin):
     args: NIOTrainingArguments
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        args, kwargs = _checked_arguments(args, kwargs)
+        args, kwargs = checked_arguments(args, kwargs)
         super().__init__(*args, **kwargs)
         self.nio_result: NIOResult | None = None
         if not self._has_own_loss() and ignores_num_items(self._nio_model()):
@@ -376,23 +375,6 @@ class NIOTrainer(NIOTrainerMixin, Trainer):
     It takes the arguments of Trainer, with [`NIOTrainingArguments`] for the settings of NIO; plain
     `TrainingArguments` mean the default settings.
     """
-
-
-def _checked_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of Trainer, its `args` with the settings of NIO beside them.
-
-    Raises:
-        ConfigError: where `args` are no TrainingArguments.
-        ModelError: for a model without data, on the meta device.
-    """
-    model = args[0] if args else kwargs.get("model")
-    if isinstance(model, nn.Module) and any(parameter.is_meta for parameter in model.parameters()):
-        check_storage(model)
-    given = args[1] if len(args) > 1 else kwargs.get("args")
-    settings = with_nio_settings(TrainingArguments(output_dir="tmp_trainer") if given is None else given)
-    if len(args) > 1:
-        return (args[0], settings, *args[2:]), kwargs
-    return args, {**kwargs, "args": settings}
 
 
 def _advance(bar: Any, record: IterationRecord) -> None:

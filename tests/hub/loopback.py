@@ -291,6 +291,13 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return repository
 
+    def commit_at(self, repository: Repository | None, revision: str) -> Commit | None:
+        """A commit of a repository; without one the request is answered."""
+        commit = None if repository is None else repository.at(revision)
+        if repository is not None and commit is None:
+            self.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return commit
+
     def may_write(self, repo_id: str) -> bool:
         """Whether the user may write into a repository; where not, the request is answered."""
         if self.user is None:
@@ -335,12 +342,9 @@ def _create(request: _Handler, body: bytes) -> None:
 
 def _info(request: _Handler, body: bytes, repo_id: str, revision: str | None = None) -> None:
     repository = request.readable(repo_id)
-    if repository is not None:
-        commit = repository.at(revision or "main")
-        if commit is None:
-            request.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        else:
-            request.answer(repository.described(commit))
+    commit = request.commit_at(repository, revision or "main")
+    if repository is not None and commit is not None:
+        request.answer(repository.described(commit))
 
 
 def _auth_check(request: _Handler, body: bytes, repo_id: str, write: str | None) -> None:
@@ -349,12 +353,8 @@ def _auth_check(request: _Handler, body: bytes, repo_id: str, write: str | None)
 
 
 def _preupload(request: _Handler, body: bytes, repo_id: str, revision: str) -> None:
-    repository = request.writable(repo_id)
-    if repository is None:
-        return
-    commit = repository.at(revision)
+    commit = request.commit_at(request.writable(repo_id), revision)
     if commit is None:
-        request.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return
     answers = []
     for file in json.loads(body)["files"]:
@@ -419,12 +419,8 @@ def _branch(request: _Handler, body: bytes, repo_id: str, branch: str) -> None:
 
 
 def _tree(request: _Handler, body: bytes, repo_id: str, revision: str, folder: str | None) -> None:
-    repository = request.readable(repo_id)
-    if repository is None:
-        return
-    commit = repository.at(revision)
+    commit = request.commit_at(request.readable(repo_id), revision)
     if commit is None:
-        request.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return
     prefix = f"{folder}/" if folder else ""
     found = {path: file for path, file in sorted(commit.contents.items()) if path.startswith(prefix)}
@@ -432,12 +428,8 @@ def _tree(request: _Handler, body: bytes, repo_id: str, revision: str, folder: s
 
 
 def _resolve(request: _Handler, body: bytes, repo_id: str, revision: str, path: str) -> None:
-    repository = request.readable(repo_id)
-    if repository is None:
-        return
-    commit = repository.at(revision)
+    commit = request.commit_at(request.readable(repo_id), revision)
     if commit is None:
-        request.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return
     headers = {"X-Repo-Commit": commit.sha}
     file = commit.contents.get(path)
