@@ -16,7 +16,7 @@ RecipeArguments = Annotated[
     typer.Argument(
         metavar="[RECIPE] [--KEY VALUE]...",
         help=f"A YAML file or the name of a recipe that comes with the package (default: {DEFAULT_RECIPE}), and "
-        "settings that override it.",
+        "settings that override it, e.g. --learning_rate 1e-3, or --push_to_hub USER/NAME.",
         show_default=False,
     ),
 ]

@@ -36,6 +36,7 @@ def push_folder(
     *,
     message: str,
     path_in_repo: str = "",
+    leave_out: Sequence[str] = (),
     later: str | None = None,
     waits: Sequence[float] = WAITS,
 ) -> CommitInfo:
@@ -45,10 +46,11 @@ def push_folder(
     again, so another try goes on where the last one stopped.
 
     Args:
-        directory: to push, all but what begins with `_`, checkpoints, and pickled arguments.
+        directory: to push, but for what [`files_to_push`] leaves out.
         destination: where to.
         message: of the commit.
         path_in_repo: folder to push into; the root by default.
+        leave_out: patterns of names of files and folders that are not pushed, beside those that never are.
         later: folder that `nio-hf push` would push later, for the message; None for `directory`.
         waits: seconds before each further try.
 
@@ -60,7 +62,7 @@ def push_folder(
         OutputError: for a file that cannot be read.
     """
     command = push_command(later or str(directory), destination)
-    names = files_to_push(directory)
+    names = files_to_push(directory, leave_out)
     if not names:
         raise OutputError(Problem(str(directory), "no file to push", "Give the folder of a model"))
 
@@ -88,12 +90,15 @@ def push_folder(
         raise as_hub_error(error, destination.repo_id, f"{directory} is whole; push it later: {command}") from error
 
 
-def files_to_push(directory: Path) -> list[str]:
-    """Paths of the files of a folder that are pushed, relative to it."""
-    found = []
+def files_to_push(directory: Path, leave_out: Sequence[str] = ()) -> list[str]:
+    """Paths of the files of a folder that are pushed, relative to it.
+
+    Left out are what begins with `_` or a dot, checkpoints, and pickled arguments.
+    """
+    patterns, found = (*_LEFT_OUT, *leave_out), []
     for path in sorted(directory.rglob("*")):
         parts = path.relative_to(directory).parts
-        if path.is_file() and not any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in _LEFT_OUT):
+        if path.is_file() and not any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in patterns):
             found.append("/".join(parts))
     return found
 

@@ -19,7 +19,7 @@ from transformers.utils.hub import PushInProgress
 
 from nio_hf.core import Collective, NIOResult
 from nio_hf.errors import ConfigError, HubError, NIOError, Problem
-from nio_hf.hub import WAITS, Destination, check_destination, ensure_repository, push_folder, write_card
+from nio_hf.hub import CARD_NAME, WAITS, Destination, check_destination, ensure_repository, push_folder, write_card
 from nio_hf.report import draw_run
 from nio_hf.report.run import Facts
 from nio_hf.training.checkpoints import INIT_DIR_NAME, STATE_NAME, State
@@ -71,7 +71,14 @@ def publish(
     drawn = draw_run(run, directory / PLOTS_DIR_NAME) if plots else {}
     write_card(run, directory, drawn, destination, license_id=license_id, tags=tags)
     default = f"Trained for {run.steps} steps" if run.is_trained else "Initialised by NIO"
-    return push_folder(directory, destination, message=message or default, later=str(later or directory), waits=waits)
+    return push_folder(
+        directory,
+        destination,
+        message=message or default,
+        leave_out=_ONLY_TO_RESUME,
+        later=str(later or directory),
+        waits=waits,
+    )
 
 
 class PublishingTrainerMixin(DurableTrainerMixin):
@@ -145,10 +152,7 @@ class PublishingTrainerMixin(DurableTrainerMixin):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         # Rotation may delete the checkpoint while it is pushed.
         staged = self._run_dir / _STAGING_DIR_NAME / directory.name
-        for_resuming = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-        _link_files(directory, staged / "model", leave_out=_ONLY_TO_RESUME)
-        if for_resuming:
-            _link_files(directory, staged / "checkpoint")
+        _link_files(directory, staged)
         by_steps = self.args.save_strategy == SaveStrategy.STEPS
         when = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
         message = f"Training in progress, {when}"
@@ -160,13 +164,14 @@ class PublishingTrainerMixin(DurableTrainerMixin):
         destination = self._destination()
         try:
             # Without plots: matplotlib is not made for several threads.
-            publish(staged / "model", destination, message=message, plots=False, later=checkpoint, waits=_ONE_MORE_TRY)
-            if (staged / "checkpoint").is_dir():
+            publish(staged, destination, message=message, plots=False, later=checkpoint, waits=_ONE_MORE_TRY)
+            if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 keeps_all = self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
                 push_folder(
-                    staged / "checkpoint",
+                    staged,
                     destination,
                     message=f"{message}, checkpoint",
+                    leave_out=(CARD_NAME,),
                     path_in_repo=checkpoint.name if keeps_all else "last-checkpoint",
                     later=str(checkpoint),
                     waits=_ONE_MORE_TRY,
@@ -297,11 +302,10 @@ class PublishingTrainerMixin(DurableTrainerMixin):
         self._describe(Path(str(output_dir or self.args.output_dir)))
 
 
-def _link_files(source: Path, target: Path, leave_out: Sequence[str] = ()) -> None:
+def _link_files(source: Path, target: Path) -> None:
     """Put the files of a folder into another one, as links to the same data where the disk can."""
     shutil.rmtree(target, ignore_errors=True)
-    ignore = shutil.ignore_patterns(*leave_out) if leave_out else None
-    shutil.copytree(source, target, ignore=ignore, copy_function=_link_or_copy)
+    shutil.copytree(source, target, copy_function=_link_or_copy)
 
 
 def _link_or_copy(source: str, target: str) -> str:

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from nio_hf import NIOTrainer
 from nio_hf.errors import ConfigError, HubError
-from nio_hf.hub import CARD_NAME
+from nio_hf.hub import CARD_NAME, Destination
 from nio_hf.training import publishing
 from nio_hf.training.checkpoints import MARK_KEY
 from tests.hub.loopback import LoopbackHub
@@ -156,3 +156,13 @@ def test_weights_come_back_bit_for_bit_and_nio_is_skipped(hub: LoopbackHub, tmp_
     again = NIOTrainer(model=loaded, args=arguments(tmp_path / "again"), train_dataset=ToyImages())
     again.train()
     assert again.nio_result is None
+
+
+def test_a_checkpoint_pushed_by_hand_is_a_model(hub: LoopbackHub, tmp_path: Path) -> None:
+    trainer = make(tmp_path, push_to_hub=False, **SAVING)
+    trainer.train()
+    publishing.publish(tmp_path / "checkpoint-2", Destination("user/by-hand"))
+    found = hub.repositories["user/by-hand"].files()
+    assert {"model.safetensors", "nio_state.json", "trainer_state.json", "plots/training.png"} <= found.keys()
+    assert not [name for name in found if name.endswith((".bin", ".pt", ".pth"))]
+    assert "not finished: step 2 of 3" in found[CARD_NAME].decode()
