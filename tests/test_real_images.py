@@ -56,7 +56,8 @@ def test_a_recipe_runs_from_real_images_to_a_model_and_goes_on_where_it_was(name
     resumed = train(
         load_recipe(name, [*options_for(name, tmp_path / "resumed"), "--resume_from_checkpoint", str(checkpoint)])
     )
-    assert resumed.result is None
+    assert resumed.result is not None, "the NIO run that the checkpoint started from"
+    assert resumed.result.before == run.result.before
     whole, again = (load_file(tmp_path / kind / "model.safetensors") for kind in ("whole", "resumed"))
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     assert resumed.metrics["eval_accuracy"] == run.metrics["eval_accuracy"]
