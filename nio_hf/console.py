@@ -22,15 +22,26 @@ STATUS_FILE = "NIO_HF_STATUS_FILE"
 """Environment variable: where a run writes its exit status, which launchers replace by their own."""
 
 
-def exit_status(action: Callable[[], int]) -> int:
-    """Do what a command does, with our errors as messages on standard error; returns its exit status."""
-    status = _status_of(action)
+_GO_ON = "The same command with --resume_from_checkpoint auto goes on from what was saved, without it begins."
+
+
+def exit_status(action: Callable[[], int], interrupted: str = _GO_ON) -> int:
+    """Do what a command does, with our errors as messages on standard error.
+
+    Args:
+        action: what it does; returns the exit status.
+        interrupted: how to go on after Ctrl-C.
+
+    Returns:
+        The exit status.
+    """
+    status = _status_of(action, interrupted)
     if STATUS_FILE in os.environ and _is_first("LOCAL_RANK"):
         Path(os.environ[STATUS_FILE]).write_text(str(status), encoding="ascii")
     return status
 
 
-def _status_of(action: Callable[[], int]) -> int:
+def _status_of(action: Callable[[], int], interrupted: str) -> int:
     errors = Console(stderr=True)
     _show_messages(errors)
     try:
@@ -44,8 +55,7 @@ def _status_of(action: Callable[[], int]) -> int:
     except Preempted:
         return PREEMPTED
     except KeyboardInterrupt:
-        again = "The same command with --resume_from_checkpoint auto goes on from what was saved, without it begins."
-        errors.print(f"Interrupted. {again}", style="yellow", highlight=False)
+        errors.print(f"Interrupted. {interrupted}".strip(), style="yellow", highlight=False)
         return INTERRUPTED
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import yaml
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import cached_file
 
 from nio_hf.console import exit_status, print_inspection
 from nio_hf.core import GradientInspection
-from nio_hf.errors import CheckpointError, Problem, RecipeError
+from nio_hf.errors import ModelError, Problem, RecipeError, one_line
+from nio_hf.hub import is_repo_id
 from nio_hf.image_training.building import build_trainer
 from nio_hf.recipe.catalog import find_recipe, split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
@@ -35,7 +36,6 @@ from nio_hf.training.saving import output_errors
 AT_INIT_DIR_NAME = "inspect-init"
 """Where the inspection of a recipe's model is written, as it is before NIO and training."""
 _QUIET = {"report_to": "none", "push_to_hub": False, "nio": False}
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def inspect_recipe(recipe: Recipe, directory: Path, steps: int) -> tuple[GradientInspection, dict[str, Path]]:
@@ -79,7 +79,7 @@ def run_inspection(arguments: Sequence[str]) -> int:
         print_inspection(name, rows, LAYER_COLUMNS, tables, written)
         return 0
 
-    return exit_status(command)
+    return exit_status(command, interrupted="")
 
 
 def _is_model(name: str) -> bool:
@@ -89,7 +89,7 @@ def _is_model(name: str) -> bool:
     try:
         find_recipe(name)
     except RecipeError:
-        return _HUB_NAME.fullmatch(name) is not None
+        return name.count("/") == 1 and is_repo_id(name)
     return False
 
 
@@ -115,7 +115,8 @@ def _model_of(name: str, overrides: Sequence[str]) -> Iterator[tuple[Recipe, Pat
     if "output_dir" not in given:
         settings["output_dir"] = output_dir
     with tempfile.TemporaryDirectory() as folder:
-        file = _find_recipe_beside(source, given.get("model_revision"))
+        revision = given["model_revision"].value if "model_revision" in given else None
+        file = _find_beside(source, RECIPE_NAME, revision)
         if file is None:
             if "dataset_name" not in given:
                 fix = "Say what to measure it on, e.g. --dataset_name imagefolder --data_dir path/to/images"
@@ -123,26 +124,24 @@ def _model_of(name: str, overrides: Sequence[str]) -> Iterator[tuple[Recipe, Pat
             file = Path(folder) / RECIPE_NAME
             file.write_text(yaml.safe_dump(settings), encoding="utf-8")
         recipe = load_recipe(str(file), with_values(overrides, settings))
-        yield recipe, Path(cast(str, recipe.training.output_dir)) / INSPECTION_DIR_NAME, _steps(source)
+        yield recipe, Path(cast(str, recipe.training.output_dir)) / INSPECTION_DIR_NAME, _steps(source, revision)
 
 
-def _find_recipe_beside(source: str, revision: Any) -> Path | None:
+def _find_beside(source: str, name: str, revision: str | None) -> Path | None:
+    """A file that was saved with a model, in a folder or on the Hub; None where there is none of that name.
+
+    Raises:
+        ModelError: for a model that is not there, or not to be reached.
+    """
     try:
-        file = cached_file(
-            source,
-            RECIPE_NAME,
-            revision=None if revision is None else revision.value,
-            _raise_exceptions_for_missing_entries=False,
-        )
-    except OSError:
-        # It says what is wrong with the name when the model is loaded.
-        return None
+        file = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        fix = "Give a folder with a model, its name on the Hub, or a recipe"
+        raise ModelError(Problem(source, f"cannot be loaded: {one_line(error)}", fix)) from error
     return None if file is None else Path(file)
 
 
-def _steps(source: str) -> int:
-    """Steps that a model in a folder was trained for."""
-    try:
-        return read_run(Path(source)).steps
-    except CheckpointError:
-        return 0
+def _steps(source: str, revision: str | None) -> int:
+    """Steps that a model was trained for."""
+    file = _find_beside(source, TRAINER_STATE_NAME, revision)
+    return 0 if file is None else read_run(file.parent).steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ from nio_hf.training.run_folder import read_run
 from nio_hf.training.saving import output_errors
 
 EMA_DIR_NAME = "ema"
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +133,8 @@ def _report(trainer: ImageTrainer, recipe: Recipe, metrics: dict[str, float]) ->
         # A training that was resumed, or loaded an initialised checkpoint, has not run NIO itself.
         result = result or run.result
         written |= draw_run(run, output_dir / PLOTS_DIR_NAME)
+        # Of all sessions, where the training was resumed.
+        metrics = {**metrics, **{key: run.metrics[key] for key in ("train_runtime",) if key in run.metrics}}
     rows = summary_rows(result, metrics)
     if trainer.skipped_images:
         rows.append(("Images skipped, broken", "", str(trainer.skipped_images)))
@@ -138,6 +144,8 @@ def _report(trainer: ImageTrainer, recipe: Recipe, metrics: dict[str, float]) ->
 def _pushed(run: RunReport, trainer: ImageTrainer) -> RunReport:
     """Push what a run has made, where that is asked for; all of it is saved."""
     if not trainer.args.push_to_hub:
+        if trainer.args.hub_private_repo and trainer.is_world_process_zero():
+            logger.warning("Nothing is pushed: --private needs --push_to_hub USER/NAME beside it.")
         return run
     try:
         commit = trainer.push_to_hub()

@@ -17,7 +17,13 @@ from nio_hf.recipe.consistency import consistency_notes, consistency_problems
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import with_values
 
-_TRIAL = {"nio_iterations": 1, "nio_holdout_batches": 1, "nio_save_init": False, "report_to": "none"}
+_TRIAL = {
+    "nio_iterations": 1,
+    "nio_holdout_batches": 1,
+    "nio_save_init": False,
+    "report_to": "none",
+    "push_to_hub": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from nio_hf import NIOTrainer
 from nio_hf.cli.main import app
+from nio_hf.errors import RecipeError
 from nio_hf.inspection import run_inspection
 from nio_hf.recipe.loading import load_recipe, recipe_yaml
 from nio_hf.train import initialise, train
@@ -110,6 +111,15 @@ def test_what_cannot_be_found(name: str, said: str, capfd: pytest.CaptureFixture
 def test_a_folder_without_a_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_inspection([str(tmp_path)]) == 1
     assert "no model in it. Give an output_dir" in capfd.readouterr().err
+
+
+def test_two_names_of_a_repository_are_refused(tmp_path: Path) -> None:
+    given = ["--push_to_hub", "user/one", "--hub_model_id", "user/two"]
+    with pytest.raises(RecipeError, match=r"'user/one' beside hub_model_id 'user/two'\. Name one"):
+        load_recipe(RECIPE, options(tmp_path, *given))
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"base: {RECIPE}\npush_to_hub: true\nhub_model_id: user/one\n")
+    assert load_recipe(str(recipe), ["--push_to_hub", "user/two"]).training.hub_model_id == "user/two"
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "resnet"])

@@ -34,9 +34,10 @@ def push(
 
     def action() -> int:
         folder = model_folder(directory)
-        destination = check_destination(Destination(repo_id, token, private or None, revision))
+        asked = Destination(repo_id, token, private or None, revision)
+        destination = check_destination(asked, fix="Then push again")
         commit = publish(folder, destination, message=commit_message, license_id=license_id, tags=tag or [])
         typer.echo(f"Pushed {folder} to {commit.repo_url}: {commit.commit_url}")
         return 0
 
-    raise typer.Exit(exit_status(action))
+    raise typer.Exit(exit_status(action, interrupted=""))

@@ -23,4 +23,4 @@ def report(
         typer.echo(f"Report: {path}")
         return 0
 
-    raise typer.Exit(exit_status(action))
+    raise typer.Exit(exit_status(action, interrupted=""))

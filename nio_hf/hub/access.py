@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 import nio_hf
 from nio_hf.errors import HubError, Problem, one_line
-from nio_hf.hub.failures import as_hub_error, is_passing
+from nio_hf.hub.failures import LATER, as_hub_error, is_passing
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +41,12 @@ def hub() -> HfApi:
     return HfApi(library_name="nio_hf", library_version=nio_hf.__version__)
 
 
-def check_destination(destination: Destination) -> Destination:
+def check_destination(destination: Destination, fix: str = LATER) -> Destination:
     """Find out whether a push will be possible: name, token, permission. Nothing is changed on the Hub.
 
     Args:
         destination: to check.
+        fix: what to do where it is not, beside what is wrong.
 
     Returns:
         The destination with its whole name. What cannot be found out now, for a Hub that cannot be reached, is left
@@ -63,26 +64,18 @@ def check_destination(destination: Destination) -> Destination:
         _check_existing(destination)
     except Exception as error:
         if not is_passing(error):
-            raise as_hub_error(error, destination.repo_id) from error
-        logger.warning(
-            "The Hub does not answer (%s). The run goes on, and the push to %s is tried at its end.",
-            one_line(error),
-            destination.repo_id,
-        )
+            raise as_hub_error(error, destination.repo_id, fix) from error
+        logger.warning("The Hub does not answer (%s): %s is not checked.", one_line(error), destination.repo_id)
     return destination
 
 
-def ensure_repository(destination: Destination) -> None:
-    """Make a repository where there is none; a Hub that cannot be reached is left to the push.
-
-    Raises:
-        HubError: where it may not be made.
-    """
+def is_repo_id(name: str) -> bool:
+    """Whether a repository may have this name."""
     try:
-        hub().create_repo(destination.repo_id, token=destination.token, private=destination.private, exist_ok=True)
-    except Exception as error:
-        if not is_passing(error):
-            raise as_hub_error(error, destination.repo_id) from error
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _check_name(repo_id: str) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from nio_hf.errors import OutputError, Problem, one_line
-from nio_hf.hub.access import Destination, hub
+from nio_hf.hub.access import Destination, hub, is_repo_id
 from nio_hf.report.run import Run
 from nio_hf.report.tables import excluded_text, initialisation_rows, scale_rows
 from nio_hf.report.templating import render
@@ -37,27 +43,31 @@ _METRIC_NAMES = {"accuracy": "Accuracy", "top5_accuracy": "Accuracy, top 5", "lo
 _NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 _FORMATS = {"digits", "imagefolder", "parquet", "webdataset", "json", "csv", "text", "arrow", "generator"}
 """Names of data sets that are none on the Hub."""
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def write_card(
     run: Run,
     directory: Path,
     plots: Mapping[str, Path],
-    destination: Destination | None = None,
+    repo_id: str | None = None,
+    former: ModelCard | None = None,
     *,
     license_id: str | None = None,
     tags: Sequence[str] = (),
-) -> None:
+) -> bool:
     """Write the model card into the folder of a model, unless there is one that somebody has made their own.
 
     Args:
         run: that made the model.
         directory: of the model.
         plots: {what: PNG file in the directory}.
-        destination: repository that the card is for, whose licence is kept; None where it is not known.
-        license_id: identifier of the licence on the Hub; None for what the card on the Hub says.
+        repo_id: of the repository that the card is for; None where it is not known.
+        former: card that the repository has, whose licence is kept.
+        license_id: identifier of the licence on the Hub; None for that of the former card.
         tags: to add.
+
+    Returns:
+        Whether the card of the folder is to be pushed: not where that on the Hub is somebody's own.
 
     Raises:
         OutputError: where it cannot be written.
@@ -65,19 +75,36 @@ def write_card(
     path = directory / CARD_NAME
     try:
         if path.is_file() and MARKER not in path.read_text(encoding="utf-8"):
-            logger.info("%s is not changed: it is your own.", path)
-            return
-        former = None if destination is None else _card_on_hub(destination)
+            logger.info("%s is pushed as it is: it is your own.", path)
+            return True
         if former is not None and MARKER not in former.content:
-            path.write_text(former.content, encoding="utf-8")
-            logger.info("The card of the repository is kept: it is your own.")
-            return
+            logger.info("The card of %s is kept: it is your own.", repo_id)
+            return False
         license_id = license_id or (former and former.data.get("license")) or NO_LICENCE_YET
-        repo_id = None if destination is None else destination.repo_id
-        content = card_text(run, directory, plots, repo_id, license_id, tags)
-        path.write_text(content, encoding="utf-8")
+        path.write_text(card_text(run, directory, plots, repo_id, license_id, tags), encoding="utf-8")
+        return True
     except (OSError, UnicodeDecodeError) as error:
         raise OutputError(Problem(str(path), one_line(error), "Free space or choose another output_dir")) from error
+
+
+def card_on_hub(destination: Destination) -> ModelCard | None:
+    """The card that a repository has, for a branch that is not made yet that of main; None where there is none.
+
+    Raises:
+        HfHubHTTPError: where that cannot be found out.
+    """
+    for revision in (destination.revision, None):
+        try:
+            path = hub().hf_hub_download(destination.repo_id, CARD_NAME, token=destination.token, revision=revision)
+            card: ModelCard = ModelCard.load(path, ignore_metadata_errors=True)
+            return card
+        except RevisionNotFoundError:
+            continue
+        except LocalEntryNotFoundError:
+            raise
+        except (EntryNotFoundError, RepositoryNotFoundError):
+            return None
+    return None
 
 
 def card_text(
@@ -103,6 +130,7 @@ def card_text(
         scales=() if result is None else scale_rows(result),
         excluded="" if result is None else excluded_text(result),
         metrics=evaluation_metrics(run),
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", run.recipe or "")), default=0)),
         plots={what: path.relative_to(directory).as_posix() for what, path in plots.items()},
         licence=None if license_id == NO_LICENCE_YET else license_id,
         task=_task(run),
@@ -143,25 +171,26 @@ def _eval_results(run: Run, task: str | None) -> list[EvalResult]:
             dataset_name=facts.dataset or "unknown",
             dataset_config=facts.dataset_config,
             dataset_split=facts.dataset_split,
-            metric_type="accuracy" if key.endswith("accuracy") else key,
+            metric_type=key,
             metric_name=_METRIC_NAMES.get(key, key),
             metric_value=round(value, 6),
         )
         for key, value in evaluation_metrics(run).items()
+        if math.isfinite(value)
     ]
 
 
 def _headline(run: Run) -> str:
     data = f" on `{run.facts.dataset}`" if run.facts.dataset else ""
-    if not run.is_trained and run.result is None:
-        return "This model is not trained. Its predictions mean nothing yet."
     if not run.is_trained:
-        return "This is an initialised checkpoint, not a trained model. Its predictions mean nothing yet."
+        what = "model is not trained" if run.result is None else "is an initialised checkpoint, not a trained model"
+        return f"This {what}. Its predictions mean nothing yet."
     if not run.is_finished:
         return f"This training is not finished: step {run.steps:,} of {run.max_steps:,}{data}."
-    if run.result is None:
-        return f"This model was trained for {run.steps:,} steps{data}."
-    return f"This model was trained for {run.steps:,} steps{data}, from an initialisation by NIO."
+    steps = f"{run.steps:,} steps" if run.steps >= run.max_steps else f"{run.steps:,} of {run.max_steps:,} steps"
+    start = "" if run.result is None else ", from an initialisation by NIO"
+    kept = "" if run.kept_step is None else f" The weights are those of step {run.kept_step:,}, the best evaluation."
+    return f"This model was trained for {steps}{data}{start}.{kept}"
 
 
 def _task(run: Run) -> str | None:
@@ -169,19 +198,4 @@ def _task(run: Run) -> str | None:
 
 
 def _is_on_hub(dataset: str) -> bool:
-    return dataset not in _FORMATS and _HUB_NAME.fullmatch(dataset) is not None and not Path(dataset).exists()
-
-
-def _card_on_hub(destination: Destination) -> ModelCard | None:
-    """The card that the repository has; None where there is none, or none that can be read now."""
-    try:
-        path = hub().hf_hub_download(
-            destination.repo_id, CARD_NAME, token=destination.token, revision=destination.revision
-        )
-        card: ModelCard = ModelCard.load(path, ignore_metadata_errors=True)
-        return card
-    except (HfHubHTTPError, OSError, ValueError):
-        return None
-    except Exception as error:
-        logger.debug("The card of %s cannot be read: %s", destination.repo_id, one_line(error))
-        return None
+    return dataset not in _FORMATS and is_repo_id(dataset) and not Path(dataset).exists()

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 
 from nio_hf.errors import HubError, Problem, one_line
 
 LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token with write permission"
+LATER = "To push later, leave out push_to_hub now, and call `nio-hf push` then"
 _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 """Statuses after which the same request may succeed; 409 and 412 where somebody else pushes at the same time."""
-
-
-_LATER = "To push later, leave out push_to_hub now, and call `nio-hf push` then"
 
 
 def is_passing(error: Exception) -> bool:
     """Whether it may help to try again later."""
     error = _cause(error)
+    if isinstance(error, LocalEntryNotFoundError):
+        return True
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _PASSING
     # A server error whose text is not the JSON that was expected.
@@ -35,7 +41,7 @@ def _cause(error: Exception) -> Exception:
     return error
 
 
-def as_hub_error(error: Exception, where: str, fix: str = _LATER) -> HubError:
+def as_hub_error(error: Exception, where: str, fix: str = LATER) -> HubError:
     """An error of ours that says what one of the Hub means.
 
     Args:
@@ -46,11 +52,13 @@ def as_hub_error(error: Exception, where: str, fix: str = _LATER) -> HubError:
     if isinstance(error, HubError):
         return error
     error = _cause(error)
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    status = None
+    if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
+        status = error.response.status_code
     text = getattr(error, "server_message", None) or one_line(error)
     if isinstance(error, LocalTokenNotFoundError):
         return HubError(Problem(where, "no token to push with", f"{LOG_IN}. {fix}"))
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return HubError(Problem(where, "HF_HUB_OFFLINE is set, so nothing can be pushed", f"Unset it. {fix}"))
     if status == 401:
         return HubError(Problem(where, f"the token is not valid ({text})", f"{LOG_IN}. {fix}"))

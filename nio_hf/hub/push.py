@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import logging
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,9 +26,19 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each further try of what may pass."""
 _OF_THE_HUB = (HfHubHTTPError, LocalTokenNotFoundError, ConnectionError, TimeoutError)
 """Errors that are an OSError, but not about a file."""
-_LEFT_OUT = ("_*", ".*", "checkpoint-*", "*.partial", "training_args.bin", "nio_manifest.json", "wandb", "mlruns")
-"""Files and folders that stay here: what is private to a machine, what is pickled (`training_args.bin` holds the token,
-if one was given as an argument), and what the Hub has in another form."""
+_LEFT_OUT = (
+    "_*",
+    ".*",
+    "checkpoint-*",
+    "*.partial",
+    "training_args.bin",
+    "nio_manifest.json",
+    "runs",
+    "wandb",
+    "mlruns",
+)
+"""Files and folders that stay here: what is pickled (`training_args.bin` holds the token, where one was given as an
+argument), and what names the machine and its folders, as the logs of trackers do."""
 
 
 def push_folder(
@@ -37,6 +48,7 @@ def push_folder(
     message: str,
     path_in_repo: str = "",
     leave_out: Sequence[str] = (),
+    replaced: Mapping[str, bytes] | None = None,
     later: str | None = None,
     waits: Sequence[float] = WAITS,
 ) -> CommitInfo:
@@ -51,7 +63,8 @@ def push_folder(
         message: of the commit.
         path_in_repo: folder to push into; the root by default.
         leave_out: patterns of names of files and folders that are not pushed, beside those that never are.
-        later: folder that `nio-hf push` would push later, for the message; None for `directory`.
+        replaced: {path in the folder: what is pushed in the place of that file}.
+        later: the command that would push it later; None for `nio-hf push` with the same destination.
         waits: seconds before each further try.
 
     Returns:
@@ -61,39 +74,49 @@ def push_folder(
         HubError: where it was refused, or failed to the last try; the folder is as it was.
         OutputError: for a file that cannot be read.
     """
-    command = push_command(later or str(directory), destination)
-    names = files_to_push(directory, leave_out)
-    if not names:
+    contents: dict[str, Path | bytes] = {name: directory / name for name in files_to_push(directory, leave_out)}
+    if not contents:
         raise OutputError(Problem(str(directory), "no file to push", "Give the folder of a model"))
+    contents |= {name: content for name, content in (replaced or {}).items() if name in contents}
+    prefix = f"{path_in_repo.rstrip('/')}/" if path_in_repo else ""
 
     def push() -> CommitInfo:
-        api, repo_id, token = hub(), destination.repo_id, destination.token
-        api.create_repo(repo_id, token=token, private=destination.private, exist_ok=True)
-        if destination.revision is not None:
-            _make_branch(destination)
-        prefix = f"{path_in_repo.rstrip('/')}/" if path_in_repo else ""
-        operations = [CommitOperationAdd(f"{prefix}{name}", directory / name) for name in names]
-        return api.create_commit(
-            repo_id, operations, commit_message=message, token=token, revision=destination.revision
-        )
+        token, revision = destination.token, destination.revision
+        made = hub().create_repo(destination.repo_id, token=token, private=destination.private, exist_ok=True)
+        if revision is not None:
+            hub().create_branch(made.repo_id, branch=revision, token=token, exist_ok=True)
+        operations = [CommitOperationAdd(prefix + name, content) for name, content in contents.items()]
+        return hub().create_commit(made.repo_id, operations, commit_message=message, token=token, revision=revision)
 
+    with push_errors(directory, destination, later or push_command(directory, destination)):
+        return tried(push, destination.repo_id, waits)
+
+
+@contextlib.contextmanager
+def push_errors(directory: Path, destination: Destination, later: str) -> Iterator[None]:
+    """Turn what can go wrong with a push into errors of ours, which say how to push the folder later.
+
+    Raises:
+        HubError: for what the Hub refuses, or for one that does not answer.
+        OutputError: for a file that cannot be read.
+    """
     try:
-        return _tried(push, destination.repo_id, waits)
+        yield
     except KeyboardInterrupt:
-        logger.warning("The push was interrupted; %s is whole. Push it later: %s", directory, command)
+        logger.warning("The push was interrupted; %s is whole. Push it later: %s", directory, later)
         raise
     except Exception as error:
-        if isinstance(error, OSError) and not isinstance(error, _OF_THE_HUB):
-            raise OutputError(Problem(str(directory), one_line(error), f"Then push it: {command}")) from error
         if isinstance(error, NIOError):
             raise
-        raise as_hub_error(error, destination.repo_id, f"{directory} is whole; push it later: {command}") from error
+        if isinstance(error, OSError) and not isinstance(error, _OF_THE_HUB):
+            raise OutputError(Problem(str(directory), one_line(error), f"Then push it: {later}")) from error
+        raise as_hub_error(error, destination.repo_id, f"{directory} is whole; push it later: {later}") from error
 
 
 def files_to_push(directory: Path, leave_out: Sequence[str] = ()) -> list[str]:
     """Paths of the files of a folder that are pushed, relative to it.
 
-    Left out are what begins with `_` or a dot, checkpoints, and pickled arguments.
+    Left out are what begins with `_` or a dot, checkpoints, logs of trackers, and pickled arguments.
     """
     patterns, found = (*_LEFT_OUT, *leave_out), []
     for path in sorted(directory.rglob("*")):
@@ -103,32 +126,36 @@ def files_to_push(directory: Path, leave_out: Sequence[str] = ()) -> list[str]:
     return found
 
 
-def push_command(directory: str, destination: Destination) -> str:
-    """The command that pushes a folder."""
-    command = f"nio-hf push {shlex.quote(directory)} {destination.repo_id}"
-    private = " --private" if destination.private else ""
-    return command + private + (f" --revision {destination.revision}" if destination.revision else "")
+def push_command(directory: Path, destination: Destination, **options: str | Sequence[str] | None) -> str:
+    """The command that pushes a folder.
+
+    Args:
+        directory: to push.
+        destination: where to.
+        **options: further ones of `nio-hf push`, those that are not None; one with several values is repeated.
+    """
+    words = ["nio-hf", "push", str(directory), destination.repo_id, *(["--private"] if destination.private else [])]
+    for name, value in {"revision": destination.revision, **options}.items():
+        for single in [value] if isinstance(value, str) else value or ():
+            words += [f"--{name}", single]
+    return shlex.join(words)
 
 
-def _make_branch(destination: Destination) -> None:
-    hub().create_branch(destination.repo_id, branch=str(destination.revision), token=destination.token, exist_ok=True)
+def tried(action: Callable[[], T], where: str, waits: Sequence[float]) -> T:
+    """Do something again while that may help.
 
-
-def _tried(action: Callable[[], T], where: str, waits: Sequence[float]) -> T:
-    """Do something again while that may help."""
+    Args:
+        action: to do.
+        where: what it is about, for the log.
+        waits: seconds before each further try.
+    """
     for number, wait in enumerate(waits, 1):
         try:
             return action()
         except Exception as error:
             if not is_passing(error):
                 raise
-            logger.warning(
-                "Push to %s, try %d of %d: %s. Trying again in %g s.",
-                where,
-                number,
-                len(waits) + 1,
-                one_line(error),
-                wait,
-            )
+            tries = f"{number} of {len(waits) + 1}"
+            logger.warning("Push to %s, try %s: %s. Trying again in %g s.", where, tries, one_line(error), wait)
             time.sleep(wait)
     return action()

@@ -24,6 +24,7 @@ from nio_hf.recipe.settings import AugmentationSettings, DataSettings, ModelSett
 from nio_hf.recipe.strict_yaml import Setting, read_overrides
 from nio_hf.recipe.values import checked, unknown_key
 from nio_hf.training import NIOTrainingArguments
+from nio_hf.training.run_folder import shareable
 
 _DEFAULTS = {"remove_unused_columns": False, "report_to": "none", "enable_jit_checkpoint": True}
 """Defaults of a recipe that differ from TrainingArguments: the image column is read by a transform, trackers are asked
@@ -102,14 +103,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, world_size:
 def recipe_yaml(recipe: Recipe) -> str:
     """A recipe as it was run, in one file with its base and the overrides, for somebody else to run.
 
-    The token, and where the run was pushed to and resumed from, are left out; an absolute `output_dir` keeps its name.
+    The token, and where the run was pushed to and resumed from, are left out; absolute paths are cut to their names.
     """
     private = ("hub_", "push_to_hub", "resume_from_checkpoint")
     settings = {key: setting for key, setting in recipe.settings.items() if not key.startswith(private)}
     written = settings["output_dir"]
     if Path(written.value).is_absolute():
         settings["output_dir"] = Setting(f"outputs/{Path(written.value).name}", written.where)
-    return settings_yaml(settings)
+    return settings_yaml({key: Setting(shareable(setting.value), setting.where) for key, setting in settings.items()})
 
 
 def accumulation_steps(global_batch_size: Setting, process_batch_size: int, world_size: int) -> int:
@@ -141,6 +142,11 @@ def _with_repository(settings: dict[str, Setting]) -> dict[str, Setting]:
     push = settings.get("push_to_hub")
     if push is None or not isinstance(push.value, str):
         return settings
+    named = settings.get("hub_model_id", push)
+    both_on_the_command_line = named.where.startswith("--") and push.where.startswith("--")
+    if named.value != push.value and (both_on_the_command_line or not push.where.startswith("--")):
+        found = f"{push.value!r} beside hub_model_id {named.value!r}"
+        raise RecipeError(Problem(push.where, found, "Name one repository"))
     return {**settings, "push_to_hub": Setting(True, push.where), "hub_model_id": push}
 
 

@@ -116,10 +116,13 @@ def write_page(run: Run, path: Path) -> None:
 
 def _headline(run: Run) -> str:
     if not run.is_trained:
-        return "An initialised checkpoint, not a trained model."
+        what = "A model that is not trained" if run.result is None else "An initialised checkpoint, not a trained model"
+        return f"{what}."
     if not run.is_finished:
         return f"Stopped at step {run.steps:,} of {run.max_steps:,}."
-    return f"Trained for {run.steps:,} step{'s' if run.steps > 1 else ''}."
+    steps = f"{run.steps:,}" if run.steps >= run.max_steps else f"{run.steps:,} of {run.max_steps:,}"
+    kept = "" if run.kept_step is None else f" The weights are those of step {run.kept_step:,}, the best evaluation."
+    return f"Trained for {steps} step{'s' if run.steps > 1 else ''}.{kept}"
 
 
 def _facts(run: Run) -> dict[str, str]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _BLOCK_WIDTH = 0.8
 _FEW_POINTS = 30
+_PLOT_NAMES = ("nio_scales.png", "nio_history.png", "training.png", "inspection.png")
 _FINE_TICKS_UP_TO = 3.0
 
 
@@ -126,7 +127,7 @@ def plot_training(log_history: Sequence[Mapping[str, Any]], target: Target) -> N
 
 
 def draw_run(run: Run, directory: Path) -> dict[str, Path]:
-    """Draw all that a run has to show into a directory.
+    """Draw all that a run has to show into a directory, in the place of what an earlier run has drawn there.
 
     Returns:
         {what: PNG file}.
@@ -134,6 +135,8 @@ def draw_run(run: Run, directory: Path) -> dict[str, Path]:
     Raises:
         OutputError: where a file cannot be written.
     """
+    for stale in _PLOT_NAMES:
+        (directory / stale).unlink(missing_ok=True)
     drawn: dict[str, Path] = {}
     if run.result is not None:
         drawn["Plot of the scales"] = directory / "nio_scales.png"

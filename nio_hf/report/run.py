@@ -61,10 +61,12 @@ class Run:
         versions: of the libraries.
         steps: optimiser steps that were trained; 0 for an initialised checkpoint.
         max_steps: that were meant to be trained.
-        metrics: of the Trainer, the final ones.
+        metrics: of the Trainer, for the weights that the folder holds; `train_runtime` is that of all sessions.
         log_history: of the Trainer.
         recipe: the recipe as YAML, with the overrides of the run; None without one.
         inspection: by layer, where the folder has one.
+        has_ended: whether the training came to an end, be it before `max_steps`.
+        kept_step: step that the weights are of, where that is not the last one.
     """
 
     name: str
@@ -77,6 +79,8 @@ class Run:
     log_history: Sequence[Mapping[str, Any]] = ()
     recipe: str | None = None
     inspection: GradientInspection | None = None
+    has_ended: bool = False
+    kept_step: int | None = None
 
     @property
     def is_trained(self) -> bool:
@@ -86,7 +90,7 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether its training came to its end."""
-        return self.steps >= self.max_steps
+        return self.has_ended or self.steps >= self.max_steps
 
     @property
     def nio_share(self) -> float | None:

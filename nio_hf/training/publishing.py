@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +22,25 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import PushInProgress
 
 from nio_hf.core import Collective, NIOResult
-from nio_hf.errors import ConfigError, HubError, NIOError, Problem
-from nio_hf.hub import CARD_NAME, WAITS, Destination, check_destination, ensure_repository, push_folder, write_card
+from nio_hf.errors import ConfigError, HubError, Problem, one_line
+from nio_hf.hub import (
+    CARD_NAME,
+    WAITS,
+    Destination,
+    card_on_hub,
+    check_destination,
+    push_command,
+    push_errors,
+    push_folder,
+    tried,
+    write_card,
+)
 from nio_hf.report import draw_run
 from nio_hf.report.run import Facts
+from nio_hf.training.background import Background
 from nio_hf.training.checkpoints import INIT_DIR_NAME, STATE_NAME, State
 from nio_hf.training.durable import DurableTrainerMixin
-from nio_hf.training.run_folder import changed_arguments, describe_run, read_run
+from nio_hf.training.run_folder import changed_arguments, describe_run, read_run, shareable_files, training_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +84,20 @@ def publish(
         OutputError: where plots or card cannot be written.
     """
     run = read_run(directory, name or destination.repo_id)
+    options = {"license": license_id, "tag": tags, "commit_message": message}
+    command = push_command(later or directory, destination, **options)
+    with push_errors(directory, destination, command):
+        former = tried(lambda: card_on_hub(destination), destination.repo_id, waits)
     drawn = draw_run(run, directory / PLOTS_DIR_NAME) if plots else {}
-    write_card(run, directory, drawn, destination, license_id=license_id, tags=tags)
+    is_ours = write_card(run, directory, drawn, destination.repo_id, former, license_id=license_id, tags=tags)
     default = f"Trained for {run.steps} steps" if run.is_trained else "Initialised by NIO"
     return push_folder(
         directory,
         destination,
         message=message or default,
-        leave_out=_ONLY_TO_RESUME,
-        later=str(later or directory),
+        leave_out=_ONLY_TO_RESUME if is_ours else (*_ONLY_TO_RESUME, CARD_NAME),
+        replaced=shareable_files(directory),
+        later=command,
         waits=waits,
     )
 
@@ -93,6 +114,13 @@ class PublishingTrainerMixin(DurableTrainerMixin):
     push_in_progress: Any
     _nio_state: State | None = None
     _started_from: str | None = None
+    _former_seconds = 0.0
+    _session_began: float | None = None
+    _session_ended: float | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._background = Background("nio-push")
+        super().__init__(*args, **kwargs)
 
     @property
     def nio_init_dir(self) -> Path:
@@ -123,7 +151,7 @@ class PublishingTrainerMixin(DurableTrainerMixin):
         )
 
     def _describe(self, directory: Path) -> None:
-        describe_run(directory, self.run_facts(), self.recipe_text, self._nio_state)
+        describe_run(directory, self.run_facts(), self.recipe_text, self._nio_state, self._training_seconds)
 
     def _destination(self, token: str | None = None, private: bool | None = None) -> Destination:
         name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
@@ -143,8 +171,7 @@ class PublishingTrainerMixin(DurableTrainerMixin):
     def _push_checkpoint(self, directory: Path) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
+        if self._pushes and not self.args.hub_always_push:
             return
         if not any((directory / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
             logger.warning("%s is not pushed: it holds the model in shards. The trained model will be.", directory)
@@ -152,12 +179,14 @@ class PublishingTrainerMixin(DurableTrainerMixin):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         # Rotation may delete the checkpoint while it is pushed.
         staged = self._run_dir / _STAGING_DIR_NAME / directory.name
-        _link_files(directory, staged)
+        try:
+            _link_files(directory, staged)
+        except OSError as error:
+            logger.warning("%s is not pushed; the training goes on. %s", directory, one_line(error))
+            return
         by_steps = self.args.save_strategy == SaveStrategy.STEPS
         when = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
-        message = f"Training in progress, {when}"
-        jobs: Any = [self._in_background(lambda: self._push_staged(staged, directory, message))]
-        self.push_in_progress = PushInProgress(jobs)
+        self._in_background(lambda: self._push_staged(staged, directory, f"Training in progress, {when}"))
 
     def _push_staged(self, staged: Path, checkpoint: Path, message: str) -> None:
         """Push a checkpoint that was set aside; what fails is a warning."""
@@ -171,32 +200,53 @@ class PublishingTrainerMixin(DurableTrainerMixin):
                     staged,
                     destination,
                     message=f"{message}, checkpoint",
-                    leave_out=(CARD_NAME,),
                     path_in_repo=checkpoint.name if keeps_all else "last-checkpoint",
-                    later=str(checkpoint),
+                    leave_out=(CARD_NAME,),
+                    replaced=shareable_files(staged),
+                    later=push_command(checkpoint, destination),
                     waits=_ONE_MORE_TRY,
                 )
-        except (NIOError, OSError) as error:
-            logger.warning("%s is not pushed; the training goes on. %s", checkpoint, error)
+        except Exception as error:
+            # Nobody asks the thread how it went.
+            logger.warning("%s is not pushed; the training goes on. %s", checkpoint, one_line(error))
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                staged.parent.rmdir()
+
+    @property
+    def _pushes(self) -> list[Future[Any]]:
+        """The pushes that are not done."""
+        in_progress = getattr(self, "push_in_progress", None)
+        return [] if in_progress is None else [job for job in in_progress.jobs if not job.done()]
+
+    def _in_background(self, action: Callable[[], Any]) -> Future[Any]:
+        future = self._background.submit(action)
+        jobs: Any = [*self._pushes, future]
+        self.push_in_progress = PushInProgress(jobs)
+        return future
 
     def _tags(self, tags: str | Sequence[str] | None) -> list[str]:
         """Tags that were given, and those that callbacks gave the model."""
         given = [tags] if isinstance(tags, str) else list(tags or [])
         return [*given, *(getattr(self.model, "model_tags", None) or [])]
 
-    @staticmethod
-    def _in_background(action: Any) -> Future[Any]:
-        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nio-push")
-        future = executor.submit(action)
-        executor.shutdown(wait=False)
-        return future
+    @property
+    def _training_seconds(self) -> float | None:
+        """Of all sessions of this training so far; None before it."""
+        if self._session_began is None:
+            return None
+        now = time.perf_counter() if self._session_ended is None else self._session_ended
+        return self._former_seconds + now - self._session_began
 
     # What follows overrides Trainer.
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As in Trainer, all that can be wrong checked first.
+        """Check that the repository can be pushed to; it is made by the first push.
+
+        Args:
+            token: None for `hub_token`.
+            private: None for `hub_private_repo`.
 
         Raises:
             HubError: for a name, token or permission that will not do.
@@ -205,11 +255,10 @@ class PublishingTrainerMixin(DurableTrainerMixin):
         with collective.together():
             repo_id = None
             if self.is_world_process_zero():
-                destination = check_destination(self._destination(token, private))
-                ensure_repository(destination)
-                repo_id = destination.repo_id
+                repo_id = check_destination(self._destination(token, private)).repo_id
         self.hub_model_id = collective.broadcast_object(repo_id)
-        self.push_in_progress = None
+        if not hasattr(self, "push_in_progress"):
+            self.push_in_progress = None
 
     def create_model_card(  # type: ignore[override]
         self,
@@ -262,7 +311,7 @@ class PublishingTrainerMixin(DurableTrainerMixin):
             ConfigError: before a training, with `nio_save_init=False`.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
+        if self.hub_model_id is None or token is not None or private is not None:
             self.init_hf_repo(token=token, private=private)
         untrained = self.state.global_step == 0 and self.nio_result is not None
         if not untrained:
@@ -286,7 +335,11 @@ class PublishingTrainerMixin(DurableTrainerMixin):
                 name=kwargs.get("model_name"),
             )
 
-        return push() if blocking else self._in_background(push)
+        if blocking:
+            return push()
+        future = self._in_background(push)
+        atexit.register(futures.wait, [future])
+        return future
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer; a push that fails is an error in the log, for the model is saved."""
@@ -296,6 +349,16 @@ class PublishingTrainerMixin(DurableTrainerMixin):
                 self.push_to_hub()
             except HubError as error:
                 logger.error("The model is saved, but not pushed. %s", error)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        checkpoint = resume_from_checkpoint
+        self._former_seconds = 0.0 if checkpoint is None else training_seconds(Path(checkpoint))
+        self._session_began, self._session_ended = time.perf_counter(), None
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._session_ended = time.perf_counter()
+        return super()._finalize_training(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

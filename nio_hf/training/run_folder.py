@@ -18,32 +18,72 @@ from nio_hf.core import GradientInspection, NIOResult
 from nio_hf.errors import CheckpointError, Problem, one_line
 from nio_hf.report.run import Facts, Run
 from nio_hf.training.checkpoints import INIT_DIR_NAME, STATE_NAME, State, read_state, versions, write_state
+from nio_hf.training.manifest import fault_of, has_manifest
 
 RUN_NAME = "nio_run.json"
 RECIPE_NAME = "recipe.yaml"
 INSPECTION_DIR_NAME = "inspect"
 INSPECTION_NAME = "inspection.json"
 RUN_FORMAT = 1
+_GIVE = f"Give an output_dir of `nio-hf train` or `nio-hf init`, or its {INIT_DIR_NAME}"
 
 _LEFT_OUT = {"output_dir", "run_name", "report_to", "hub_token", "push_to_hub", "hub_model_id", "logging_dir"}
 """Arguments that say where a run was written, not what it computed, and what is nobody's business."""
 
 
-def describe_run(directory: Path, facts: Facts, recipe: str | None, state: State | None) -> None:
-    """Write beside a model what it takes to tell how it came about.
+def describe_run(
+    directory: Path, facts: Facts, recipe: str | None, state: State | None, training_seconds: float | None = None
+) -> None:
+    """Write beside a model what it takes to tell how it came about, in the place of what an earlier run has written.
 
     Args:
         directory: of the model.
         facts: of the run.
         recipe: as YAML, where there is one.
         state: of the NIO run that the model started from, where there is one.
+        training_seconds: of all sessions of the training so far.
     """
-    content = {"format": RUN_FORMAT, "facts": dataclasses.asdict(facts), "versions": versions()}
+    content = {
+        "format": RUN_FORMAT,
+        "facts": dataclasses.asdict(facts),
+        "versions": versions(),
+        "training_seconds": training_seconds,
+    }
     (directory / RUN_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for name in (RECIPE_NAME, STATE_NAME):
+        (directory / name).unlink(missing_ok=True)
     if recipe is not None:
         (directory / RECIPE_NAME).write_text(recipe, encoding="utf-8")
     if state is not None:
         write_state(state, directory)
+
+
+def training_seconds(directory: Path) -> float:
+    """Seconds of all sessions of a training up to a checkpoint; 0 where that is not known."""
+    try:
+        return float((_read_json(directory / RUN_NAME) or {}).get("training_seconds") or 0.0)
+    except (CheckpointError, ValueError, TypeError):
+        return 0.0
+
+
+def shareable(value: Any) -> Any:
+    """A value with absolute paths in it cut down to their names: the folders of a machine are nobody's business."""
+    if isinstance(value, Mapping):
+        return {key: shareable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [shareable(entry) for entry in value]
+    if isinstance(value, str) and len(value) > 1 and Path(value).is_absolute():
+        return Path(value).name
+    return value
+
+
+def shareable_files(directory: Path) -> dict[str, bytes]:
+    """{file name: content} of the files of a model's folder that hold absolute paths, without them."""
+    progress = directory / TRAINER_STATE_NAME
+    content = _read_json(progress)
+    if content is None:
+        return {}
+    return {TRAINER_STATE_NAME: (json.dumps(shareable(content), indent=2, sort_keys=True) + "\n").encode()}
 
 
 def inspection_json(inspection: GradientInspection, steps: int) -> str:
@@ -62,19 +102,24 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
         # Trainer itself turns None into these.
         same = value == default or (default is None and value is False) or value == []
         if field.init and plain and not same and field.name not in _LEFT_OUT and "token" not in field.name:
-            changed[field.name] = value
+            changed[field.name] = shareable(value)
     return changed
 
 
 def model_folder(directory: Path) -> Path:
-    """Where in the folder of a run its model is: there, or in the initialised checkpoint.
+    """Where in the folder of a run its model is: there, else in the last whole checkpoint, else the initialised one.
 
     Raises:
-        CheckpointError: where there is none.
+        CheckpointError: where there is none, or the folder itself is a checkpoint that is not whole.
     """
-    for folder in (directory, directory / INIT_DIR_NAME):
-        if any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+    for folder in _folders(directory):
+        if not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+            continue
+        fault = fault_of(folder) if has_manifest(folder) else None
+        if fault is None:
             return folder
+        if folder == directory:
+            raise CheckpointError(Problem(str(folder), fault, "Give a checkpoint that is whole"))
     raise CheckpointError(Problem(str(directory), _missing(directory, "model"), _GIVE))
 
 
@@ -98,15 +143,22 @@ def read_run(directory: Path, name: str | None = None) -> Run:
     recipe = folder / RECIPE_NAME
     try:
         facts = Facts(**about["facts"]) if about else _facts_of_config(folder / CONFIG_NAME)
-        keeps_best = bool(facts.arguments.get("load_best_model_at_end"))
+        best = progress.best_global_step if facts.arguments.get("load_best_model_at_end") else None
+        has_ended = any("train_runtime" in entry for entry in progress.log_history)
+        kept = best if has_ended and best is not None else progress.global_step
+        metrics = final_metrics(progress.log_history, kept)
+        if about.get("training_seconds"):
+            metrics["train_runtime"] = about["training_seconds"]
         return Run(
             name=name or directory.resolve().name,
             facts=facts,
+            has_ended=has_ended,
+            kept_step=None if kept == progress.global_step else kept,
             result=None if state is None else NIOResult.from_dict(state["result"]),
             versions=about.get("versions") or (state or {}).get("versions", {}),
             steps=progress.global_step,
             max_steps=progress.max_steps,
-            metrics=final_metrics(progress.log_history, progress.best_global_step if keeps_best else None),
+            metrics=metrics,
             log_history=progress.log_history,
             recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
             # One of a model that was trained for another number of steps is of another run in the same folder.
@@ -119,21 +171,18 @@ def read_run(directory: Path, name: str | None = None) -> Run:
         raise CheckpointError(Problem(str(folder), found, "Use the nio_hf version that wrote it")) from error
 
 
-def final_metrics(log_history: Sequence[Mapping[str, Any]], best_step: int | None) -> dict[str, float]:
-    """The metrics of the model that a training ends with.
+def final_metrics(log_history: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
+    """The metrics of the weights that a training, or a checkpoint of it, holds.
 
     Args:
         log_history: of the Trainer.
-        best_step: where the model was loaded from at the end; None for the last step.
+        step: that the weights are of.
 
     Returns:
-        `eval_*` and `train_*`: those of evaluations after the training, and what they lack of the evaluation at
-        `best_step`, or else the last one.
+        `eval_*` and `train_*`: those of evaluations after the training, and what they lack of that at `step`.
     """
     end = next((index for index, entry in enumerate(log_history) if "train_runtime" in entry), len(log_history))
-    evaluations = [entry for entry in log_history[:end] if any(key.startswith("eval_") for key in entry)]
-    kept = [entry for entry in evaluations if best_step is not None and entry.get("step") == best_step]
-    chosen = [*(kept or evaluations)[-1:], *log_history[end:]]
+    chosen = [entry for entry in log_history[:end] if entry.get("step") == step] + list(log_history[end:])
     return {
         key: float(value)
         for entry in chosen
@@ -142,18 +191,20 @@ def final_metrics(log_history: Sequence[Mapping[str, Any]], best_step: int | Non
     }
 
 
-_GIVE = f"Give an output_dir of `nio-hf train` or `nio-hf init`, or its {INIT_DIR_NAME}"
-
-
 def _missing(directory: Path, what: str) -> str:
-    return f"no {what} in it" if directory.is_dir() else "no such folder"
+    if directory.is_dir():
+        return f"no {what} in it"
+    return "a file, not a folder" if directory.exists() else "no such folder"
+
+
+def _folders(directory: Path) -> list[Path]:
+    """Where a run may be: in its folder, else in its last checkpoint, else in the initialised one."""
+    checkpoints = sorted(directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"), key=_step, reverse=True)
+    return [directory, *(path.parent for path in checkpoints), directory / INIT_DIR_NAME]
 
 
 def _described_folder(directory: Path) -> Path:
-    """Where a run tells of itself: in its folder, else in its last checkpoint, else in the initialised one."""
-    checkpoints = sorted(directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"), key=_step)
-    folders = [directory, *(path.parent for path in reversed(checkpoints)), directory / INIT_DIR_NAME]
-    for folder in folders:
+    for folder in _folders(directory):
         if any((folder / name).is_file() for name in (STATE_NAME, RUN_NAME, TRAINER_STATE_NAME)):
             return folder
     raise CheckpointError(Problem(str(directory), _missing(directory, "run"), _GIVE))

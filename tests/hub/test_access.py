@@ -10,8 +10,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from nio_hf.errors import HubError
-from nio_hf.hub import Destination, access, check_destination, ensure_repository
-from tests.hub.loopback import LoopbackHub
+from nio_hf.hub import Destination, access, check_destination
+from tests.hub.loopback import LoopbackHub, Repository
 
 
 def refused(repo_id: str = "user/model", **fields: Any) -> str:
@@ -59,15 +59,15 @@ def test_a_namespace_that_is_not_yours(hub: LoopbackHub) -> None:
 
 
 def test_a_fine_grained_token_may_write_where_it_may(hub: LoopbackHub) -> None:
-    destination = check_destination(Destination("user/model", token="hf_fine"))
-    ensure_repository(destination)
-    assert "user/model" in hub.repositories
+    assert check_destination(Destination("user/model", token="hf_fine")).repo_id == "user/model"
+    hub.repositories["lab/model"] = Repository("lab/model", private=False)
+    assert "no permission to write there" in refused("lab/model", token="hf_fine")
 
 
 def test_a_public_repository_is_no_place_for_a_private_push(hub: LoopbackHub) -> None:
-    ensure_repository(Destination("user/open"))
+    hub.repositories["user/open"] = Repository("user/open", private=False)
+    hub.repositories["user/closed"] = Repository("user/closed", private=True)
     assert "exists and is public" in refused("user/open", private=True)
-    ensure_repository(Destination("user/closed", private=True))
     assert check_destination(Destination("user/closed", private=True)).repo_id == "user/closed"
 
 
@@ -88,8 +88,8 @@ def test_a_network_that_is_down_is_left_to_the_push(
     monkeypatch.setattr(access, "hub", lambda: client)
     with caplog.at_level(logging.WARNING, logger="nio_hf"):
         check_destination(Destination("user/model"))
-        ensure_repository(Destination("user/model"))
-    assert "the push to user/model is tried at its end" in caplog.text
+    assert "The Hub does not answer" in caplog.text
+    assert "user/model is not checked" in caplog.text
 
 
 def test_offline_mode_is_said_at_once(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from nio_hf.errors import OutputError
-from nio_hf.hub import CARD_NAME, Destination, ensure_repository, push_folder, write_card
+from nio_hf.hub import CARD_NAME, Destination, card_on_hub, push_folder, write_card
 from nio_hf.hub.card import MARKER, card_text
 from nio_hf.report import draw_run
 from nio_hf.report.run import Facts, Run
@@ -46,8 +47,12 @@ def test_the_first_line_says_that_an_initialised_checkpoint_is_not_trained() -> 
     first = parsed(INITIALISED).text.strip().splitlines()[0]
     assert first.startswith("**This is an initialised checkpoint, not a trained model.")
     assert "trained for 90 steps on `uoft-cs/cifar10`" in parsed(TRAINED).text.strip().splitlines()[0]
-    unfinished = parsed(dataclasses.replace(TRAINED, steps=30)).text.strip().splitlines()[0]
-    assert "not finished: step 30 of 90" in unfinished
+    for changes, said in (
+        ({"steps": 30}, "not finished: step 30 of 90"),
+        ({"steps": 30, "has_ended": True}, "was trained for 30 of 90 steps"),
+        ({"kept_step": 60}, "The weights are those of step 60, the best evaluation."),
+    ):
+        assert said in parsed(dataclasses.replace(TRAINED, **changes)).text.strip().splitlines()[0]
     untrained = parsed(dataclasses.replace(INITIALISED, result=None)).text.strip().splitlines()[0]
     assert untrained.startswith("**This model is not trained.")
 
@@ -77,6 +82,8 @@ def test_the_metadata_of_a_trained_model_has_its_evaluation() -> None:
         "test",
     )
     assert set(results) == {"Accuracy", "Loss"}, "seconds are no result"
+    diverged = parsed(dataclasses.replace(TRAINED, metrics={**METRICS, "eval_loss": math.nan}))
+    assert [result.metric_name for result in diverged.data.eval_results] == ["Accuracy"]
     raw = yaml.safe_load(card.content.split("---")[1])
     assert raw["model-index"][0]["name"] == "my-vit"
 
@@ -155,7 +162,7 @@ def test_the_hub_accepts_every_card(hub: LoopbackHub, tmp_path: Path) -> None:
     for number, run in enumerate([INITIALISED, TRAINED, dataclasses.replace(TRAINED, result=None, recipe=None)]):
         folder = tmp_path / str(number)
         folder.mkdir()
-        write_card(run, folder, {}, Destination("user/model"), license_id="apache-2.0")
+        write_card(run, folder, {}, "user/model", license_id="apache-2.0")
         push_folder(folder, Destination("user/model"), message="Card", waits=())
     loaded = ModelCard.load(tmp_path / "1" / CARD_NAME)
     assert hub.repositories["user/model"].files()[CARD_NAME].decode() == (tmp_path / "2" / CARD_NAME).read_text()
@@ -164,18 +171,19 @@ def test_the_hub_accepts_every_card(hub: LoopbackHub, tmp_path: Path) -> None:
 
 def test_a_card_of_your_own_is_left_alone(hub: LoopbackHub, tmp_path: Path) -> None:
     destination = Destination("user/model")
-    write_card(INITIALISED, tmp_path, {}, destination, license_id="mit")
+    assert card_on_hub(destination) is None
+    assert write_card(INITIALISED, tmp_path, {}, "user/model", license_id="mit")
     push_folder(tmp_path, destination, message="1", waits=())
-    write_card(TRAINED, tmp_path, {}, destination)
+    assert write_card(TRAINED, tmp_path, {}, "user/model", card_on_hub(Destination("user/model", revision="new")))
     assert ModelCard.load(tmp_path / CARD_NAME).data.license == "mit", "the licence is that of the card on the Hub"
     own = (tmp_path / CARD_NAME).read_text().replace(MARKER, "").replace("# model", "# My own words")
     (tmp_path / CARD_NAME).write_text(own)
-    write_card(INITIALISED, tmp_path, {}, destination)
+    assert write_card(INITIALISED, tmp_path, {}, "user/model", card_on_hub(destination))
     assert (tmp_path / CARD_NAME).read_text() == own
     push_folder(tmp_path, destination, message="2", waits=())
     (tmp_path / CARD_NAME).unlink()
-    write_card(INITIALISED, tmp_path, {}, destination)
-    assert (tmp_path / CARD_NAME).read_text() == own, "what was written on the Hub is not lost"
+    assert not write_card(INITIALISED, tmp_path, {}, "user/model", card_on_hub(destination))
+    assert not (tmp_path / CARD_NAME).exists(), "what was written on the Hub stays there"
 
 
 def test_a_licence_that_the_hub_does_not_know_is_refused_before_anything_is_sent(
@@ -183,11 +191,16 @@ def test_a_licence_that_the_hub_does_not_know_is_refused_before_anything_is_sent
 ) -> None:
     from nio_hf.errors import HubError
 
-    ensure_repository(Destination("user/model"))
     write_card(INITIALISED, tmp_path, {}, license_id="my-licence")
     with pytest.raises(HubError, match="license"):
         push_folder(tmp_path, Destination("user/model"), message="Card", waits=())
     assert CARD_NAME not in hub.repositories["user/model"].files()
+
+
+def test_a_recipe_cannot_end_its_block() -> None:
+    recipe = "run_name: |\n  a\n  ```\n  {{ 7*7 }}\n"
+    content = text(dataclasses.replace(INITIALISED, recipe=recipe))
+    assert f"````yaml\n{recipe.strip()}\n````\n" in content
 
 
 def test_a_card_that_cannot_be_written(tmp_path: Path) -> None:

@@ -144,6 +144,14 @@ def test_it_is_inspected_by_its_name(shared: Desk) -> None:
     assert "By kind" in shown
 
 
+def test_a_trained_model_is_inspected_and_one_that_is_not_there_is_named(shared: Desk) -> None:
+    shown = shared.run(*NIO, "inspect", "user/nothing", "--use_cpu", "true", status=1)
+    assert "user/nothing: cannot be loaded" in shown
+    assert "recipe.yaml" not in shown
+    shared.run(*NIO, "inspect", "user/trained", "--use_cpu", "true")
+    assert json.loads((shared.folder / "outputs/inspect/trained/inspect/inspection.json").read_text())["steps"] == 3
+
+
 def test_another_number_of_classes_is_refused_or_initialised_anew(shared: Desk) -> None:
     folder = ["--dataset_name", "parquet", "--data_files", "images.parquet", "--label_column", "label"]
     make = (

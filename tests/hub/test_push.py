@@ -138,8 +138,21 @@ def test_a_folder_without_files_is_no_fault_of_the_hub(hub: LoopbackHub, folder:
 
 
 def test_the_command_can_be_pasted() -> None:
-    destination = Destination("user/model", private=True, revision="v1")
-    assert push_command("my run", destination) == "nio-hf push 'my run' user/model --private --revision v1"
+    destination = Destination("user/model", private=True, revision="v 1")
+    command = push_command(Path("my run"), destination, license="mit", tag=["a", "b"], commit_message=None)
+    assert command == "nio-hf push 'my run' user/model --private --revision 'v 1' --license mit --tag a --tag b"
+
+
+def test_a_name_without_namespace_is_pushed_where_the_hub_puts_it(hub: LoopbackHub, folder: Path) -> None:
+    push(folder, Destination("model"))
+    assert pushed(hub)["config.json"] == b"{}"
+
+
+def test_files_can_be_replaced_on_their_way(hub: LoopbackHub, folder: Path) -> None:
+    push(folder, replaced={"config.json": b"other", "nowhere.json": b"no"})
+    assert pushed(hub)["config.json"] == b"other"
+    assert "nowhere.json" not in pushed(hub)
+    assert (folder / "config.json").read_bytes() == b"{}"
 
 
 def test_an_interrupt_says_how_to_go_on(

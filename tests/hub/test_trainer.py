@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from huggingface_hub import ModelCard
 
 from nio_hf import NIOTrainer
 from nio_hf.errors import ConfigError, HubError
-from nio_hf.hub import CARD_NAME, Destination
+from nio_hf.hub import CARD_NAME, Destination, push_folder
+from nio_hf.hub.card import MARKER
 from nio_hf.training import publishing
 from nio_hf.training.checkpoints import MARK_KEY
 from tests.hub.loopback import LoopbackHub
@@ -54,7 +56,7 @@ def test_a_training_pushes_what_it_saves_and_nothing_else(hub: LoopbackHub, tmp_
     titles = [commit.title for commit in hub.repositories["user/model"].commits]
     assert [title for title in titles if "progress" in title] == [f"Training in progress, step {n}" for n in (1, 2, 3)]
     assert titles[-1] == "Trained for 3 steps"
-    assert not list((tmp_path / "_nio_push").iterdir())
+    assert not (tmp_path / "_nio_push").exists()
 
 
 def test_a_checkpoint_to_resume_from_is_pushed_where_asked_for(hub: LoopbackHub, tmp_path: Path) -> None:
@@ -166,3 +168,81 @@ def test_a_checkpoint_pushed_by_hand_is_a_model(hub: LoopbackHub, tmp_path: Path
     assert {"model.safetensors", "nio_state.json", "trainer_state.json", "plots/training.png"} <= found.keys()
     assert not [name for name in found if name.endswith((".bin", ".pt", ".pth"))]
     assert "not finished: step 2 of 3" in found[CARD_NAME].decode()
+
+
+def test_slow_pushes_arrive_in_their_order(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.delay("POST /api/models/*/preupload/*", seconds=1, times=2)
+    trainer = make(tmp_path, hub_always_push=True, save_total_limit=1, **SAVING)
+    trainer.train()
+    trainer.push_to_hub()
+    titles = [commit.title for commit in hub.repositories["user/model"].commits[1:]]
+    assert titles == [*(f"Training in progress, step {number}" for number in (1, 2, 3)), "Trained for 3 steps"]
+    assert files(hub)["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_a_push_that_cannot_be_set_aside_ends_no_training(
+    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make(tmp_path, **SAVING)
+    (tmp_path / "_nio_push").touch()
+    with caplog.at_level(logging.WARNING, logger="nio_hf"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    assert "is not pushed; the training goes on" in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["drop", "fail"])
+def test_your_own_card_survives_a_fault_of_the_hub(hub: LoopbackHub, tmp_path: Path, fault: str) -> None:
+    trainer = make(tmp_path, hub_strategy="end")
+    trainer.train()
+    trainer.push_to_hub()
+    own = Path(tmp_path / CARD_NAME).read_text().replace(MARKER, "Mine.")
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / CARD_NAME).write_text(own)
+    push_folder(folder, Destination("user/model"), message="My card")
+    if fault == "drop":
+        hub.drop("* */resolve/*/README.md", times=1)
+    else:
+        hub.fail("* */resolve/*/README.md", status=500, times=1)
+    trainer.push_to_hub()
+    assert files(hub)[CARD_NAME].decode() == own
+    trainer.push_to_hub(revision="v2")
+    assert files(hub, "v2")[CARD_NAME].decode() == own
+
+
+def test_no_path_of_the_machine_is_pushed(hub: LoopbackHub, tmp_path: Path) -> None:
+    samples = ToyImages()
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+    args = arguments(
+        tmp_path,
+        push_to_hub=True,
+        hub_model_id="user/model",
+        hub_strategy="all_checkpoints",
+        hub_always_push=True,
+        report_to=["tensorboard"],
+        **best,
+        **SAVING,
+    )
+    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=samples, eval_dataset=samples)
+    trainer.train()
+    trainer.push_to_hub()
+    found = files(hub)
+    assert "checkpoint-3/trainer_state.json" in found
+    for name, content in found.items():
+        assert str(tmp_path).encode() not in content, name
+        assert socket.gethostname() not in name
+    assert str(tmp_path) in (tmp_path / "trainer_state.json").read_text(), "here it stays"
+
+
+def test_a_public_repository_is_no_place_for_a_private_push(hub: LoopbackHub, tmp_path: Path) -> None:
+    trainer = make(tmp_path, hub_strategy="end")
+    trainer.train()
+    trainer.push_to_hub()
+    with pytest.raises(HubError, match="exists and is public"):
+        trainer.push_to_hub(private=True)
+
+
+def test_nothing_is_made_on_the_hub_before_there_is_something_to_push(hub: LoopbackHub, tmp_path: Path) -> None:
+    make(tmp_path)
+    assert hub.repositories == {}

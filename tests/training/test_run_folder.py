@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import EarlyStoppingCallback
 
 from nio_hf import NIOTrainer, NIOTrainingArguments
 from nio_hf.core import GradientInspection
 from nio_hf.errors import CheckpointError
+from nio_hf.report import draw_run
+from nio_hf.training.manifest import write_manifest
 from nio_hf.training.run_folder import (
     INSPECTION_DIR_NAME,
     INSPECTION_NAME,
@@ -21,6 +24,7 @@ from nio_hf.training.run_folder import (
     inspection_json,
     model_folder,
     read_run,
+    shareable,
 )
 from tests.training.toys import ToyImages, arguments, build
 
@@ -79,7 +83,12 @@ def test_of_an_interrupted_training_it_is_the_last_checkpoint(folder: Path, tmp_
     for name in ("checkpoint-1", "checkpoint-2", "_nio_init"):
         shutil.copytree(folder / name, tmp_path / name)
     assert read_run(tmp_path).steps == 2
-    assert model_folder(tmp_path) == tmp_path / "_nio_init"
+    assert model_folder(tmp_path) == tmp_path / "checkpoint-2"
+    with (tmp_path / "checkpoint-2" / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    assert model_folder(tmp_path) == tmp_path / "checkpoint-1"
+    with pytest.raises(CheckpointError, match=r"model.safetensors has 1,000 bytes, not [\d,]+\. Give a checkpoint"):
+        model_folder(tmp_path / "checkpoint-2")
     for name in ("checkpoint-1", "checkpoint-2"):
         shutil.rmtree(tmp_path / name)
     assert read_run(tmp_path).steps == 0
@@ -115,16 +124,81 @@ def test_without_nio_there_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("history", "best", "loss"),
+    ("history", "step", "loss"),
     [
-        ([*EVALUATED, {"step": 2, "train_runtime": 3.0}], None, 0.7),
+        ([*EVALUATED, {"step": 2, "train_runtime": 3.0}], 2, 0.7),
         ([*EVALUATED, {"step": 2, "train_runtime": 3.0}], 1, 0.5),
-        ([*EVALUATED, {"step": 2, "train_runtime": 3.0}, {"step": 2, "eval_loss": 0.4}], None, 0.4),
-        (EVALUATED, None, 0.7),
+        ([*EVALUATED, {"step": 2, "train_runtime": 3.0}, {"step": 2, "eval_loss": 0.4}], 2, 0.4),
+        (EVALUATED, 2, 0.7),
+        (EVALUATED, 3, None),
     ],
 )
-def test_the_metrics_are_those_of_the_final_model(history: Any, best: int | None, loss: float) -> None:
-    assert final_metrics(history, best)["eval_loss"] == loss
+def test_the_metrics_are_those_of_the_weights(history: Any, step: int, loss: float | None) -> None:
+    assert final_metrics(history, step).get("eval_loss") == loss
+
+
+@pytest.fixture(scope="module")
+def best_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a training that ends with the weights of its first evaluation, and stops early."""
+    output_dir = tmp_path_factory.mktemp("best")
+    settings = {"max_steps": 5, "learning_rate": 1.0, "eval_strategy": "steps", "eval_steps": 1}
+    keeping = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    args = arguments(output_dir, **settings, **keeping)
+    stopping = [EarlyStoppingCallback(early_stopping_patience=2)]
+    samples = ToyImages()
+    model = build("vit")
+    trainer = NIOTrainer(model=model, args=args, train_dataset=samples, eval_dataset=samples, callbacks=stopping)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    return output_dir
+
+
+def test_of_a_training_that_keeps_its_best_the_metrics_are_those_of_the_best(best_kept: Path) -> None:
+    run = read_run(best_kept)
+    assert run.is_finished
+    assert run.steps < run.max_steps
+    best = min((entry for entry in run.log_history if "eval_loss" in entry), key=lambda entry: entry["eval_loss"])
+    assert run.kept_step == best["step"] < run.steps
+    assert run.metrics["eval_loss"] == best["eval_loss"]
+
+
+def test_of_a_checkpoint_the_metrics_are_its_own(best_kept: Path) -> None:
+    last = read_run(best_kept).steps
+    run = read_run(best_kept / f"checkpoint-{last}")
+    own = next(entry for entry in run.log_history if entry.get("step") == last and "eval_loss" in entry)
+    assert run.metrics["eval_loss"] == own["eval_loss"]
+    assert (run.kept_step, run.is_finished) == (None, False)
+
+
+def test_the_seconds_are_those_of_all_sessions(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    file = tmp_path / "checkpoint-2" / RUN_NAME
+    file.write_text(json.dumps({**json.loads(file.read_text()), "training_seconds": 1000.0}))
+    write_manifest(tmp_path / "checkpoint-2")
+    for _ in range(2):
+        args = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
+        trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+        trainer.train(resume_from_checkpoint=True)
+        trainer.save_model()
+        trainer.save_state()
+        run = read_run(tmp_path)
+        assert 1000 < run.metrics["train_runtime"] < 1200
+        assert run.nio_share is not None
+        assert run.nio_share < 0.1
+
+
+def test_nothing_is_left_of_an_earlier_run_in_the_same_folder(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    draw_run(read_run(tmp_path), tmp_path / "plots")
+    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path, nio=False), train_dataset=ToyImages())
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    run = read_run(tmp_path)
+    assert (run.result, run.inspection) == (None, None)
+    assert [path.name for path in draw_run(run, tmp_path / "plots").values()] == ["training.png"]
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["training.png"]
 
 
 def test_no_token_and_no_path_is_written(tmp_path: Path) -> None:
@@ -149,6 +223,15 @@ def test_folders_that_hold_nothing(tmp_path: Path) -> None:
             read(tmp_path)
         with pytest.raises(CheckpointError, match="no such folder"):
             read(tmp_path / "nowhere")
+        (tmp_path / "file").touch()
+        with pytest.raises(CheckpointError, match="a file, not a folder"):
+            read(tmp_path / "file")
+        (tmp_path / "file").unlink()
+
+
+def test_paths_are_cut_to_their_names() -> None:
+    given = {"a": "/data/mine/images", "b": ["/x/y.parquet", "relative/z"], "c": {"d": "/e/*.png"}, "f": 3, "g": "/"}
+    assert shareable(given) == {"a": "images", "b": ["y.parquet", "relative/z"], "c": {"d": "*.png"}, "f": 3, "g": "/"}
 
 
 @pytest.mark.parametrize("text", ["{", '{"format": 1, "facts": {"model": "A", "new": 1}}', '{"format": 1}', "[]"])
