@@ -90,7 +90,7 @@ def test_a_model_without_a_recipe_needs_a_data_set(
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         shutil.copy(trained / name, tmp_path / name)
     assert run_inspection([str(tmp_path), "--use_cpu", "true"]) == 2
-    assert "there is no recipe.yaml beside the model. Say what to measure it on" in capfd.readouterr().err
+    assert "there is no nio_recipe.yaml beside the model. Say what to measure it on" in capfd.readouterr().err
     assert run_inspection([str(tmp_path), "--use_cpu", "true", "--dataset_name", "digits"]) == 0
     assert inspected(tmp_path / "inspect")["steps"] == 0
 

@@ -21,7 +21,7 @@ from nio_hf.training.checkpoints import INIT_DIR_NAME, STATE_NAME, State, read_s
 from nio_hf.training.manifest import fault_of, has_manifest
 
 RUN_NAME = "nio_run.json"
-RECIPE_NAME = "recipe.yaml"
+RECIPE_NAME = "nio_recipe.yaml"
 INSPECTION_DIR_NAME = "inspect"
 INSPECTION_NAME = "inspection.json"
 RUN_FORMAT = 1
@@ -34,7 +34,9 @@ _LEFT_OUT = {"output_dir", "run_name", "report_to", "hub_token", "push_to_hub", 
 def describe_run(
     directory: Path, facts: Facts, recipe: str | None, state: State | None, training_seconds: float | None = None
 ) -> None:
-    """Write beside a model what it takes to tell how it came about, in the place of what an earlier run has written.
+    """Write beside a model what it takes to tell how it came about.
+
+    What an earlier run has written there is replaced, or removed where this one has nothing of the kind.
 
     Args:
         directory: of the model.

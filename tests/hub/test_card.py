@@ -107,7 +107,7 @@ def test_it_says_how_to_load_reproduce_and_cite(run: Run) -> None:
     content = text(run)
     assert 'AutoModelForImageClassification.from_pretrained("user/my-vit")' in content
     assert "learning_rate: 0.001" in content
-    assert f"nio-hf {'train' if run.is_trained else 'init'} recipe.yaml" in content
+    assert f"nio-hf {'train' if run.is_trained else 'init'} nio_recipe.yaml" in content
     assert "nio_hf 0.1.0, torch 2.13.0." in content
     assert "arXiv:2210.05956" in content
     assert "{{The nio_hf developers}}" in content

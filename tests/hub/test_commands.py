@@ -94,7 +94,7 @@ def test_init_pushes_all_that_belongs_to_an_initialised_checkpoint(shared: Desk)
         "preprocessor_config.json",
         "nio_state.json",
         "nio_run.json",
-        "recipe.yaml",
+        "nio_recipe.yaml",
         "plots/nio_history.png",
         "plots/nio_scales.png",
         CARD_NAME,
@@ -147,7 +147,7 @@ def test_it_is_inspected_by_its_name(shared: Desk) -> None:
 def test_a_trained_model_is_inspected_and_one_that_is_not_there_is_named(shared: Desk) -> None:
     shown = shared.run(*NIO, "inspect", "user/nothing", "--use_cpu", "true", status=1)
     assert "user/nothing: cannot be loaded" in shown
-    assert "recipe.yaml" not in shown
+    assert "nio_recipe.yaml" not in shown
     shared.run(*NIO, "inspect", "user/trained", "--use_cpu", "true")
     assert json.loads((shared.folder / "outputs/inspect/trained/inspect/inspection.json").read_text())["steps"] == 3
 

@@ -229,6 +229,17 @@ def test_folders_that_hold_nothing(tmp_path: Path) -> None:
         (tmp_path / "file").unlink()
 
 
+def test_files_of_the_user_are_left_alone(tmp_path: Path) -> None:
+    own = {name: tmp_path / name for name in ("recipe.yaml", "README.md", "report.html")}
+    for file in own.values():
+        file.write_text("mine")
+    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path), train_dataset=ToyImages())
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert all(file.read_text() == "mine" for file in own.values())
+
+
 def test_paths_are_cut_to_their_names() -> None:
     given = {"a": "/data/mine/images", "b": ["/x/y.parquet", "relative/z"], "c": {"d": "/e/*.png"}, "f": 3, "g": "/"}
     assert shareable(given) == {"a": "images", "b": ["y.parquet", "relative/z"], "c": {"d": "*.png"}, "f": 3, "g": "/"}
