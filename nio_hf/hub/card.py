@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 
 from nio_hf.errors import OutputError, Problem, one_line
 from nio_hf.hub.access import Destination, hub, is_repo_id
+from nio_hf.hub.sharing import shareable_run
 from nio_hf.report.run import Run
 from nio_hf.report.tables import excluded_text, initialisation_rows, scale_rows
 from nio_hf.report.templating import render
@@ -116,10 +117,11 @@ def card_text(
     tags: Sequence[str] = (),
 ) -> str:
     """The card as Markdown with the metadata of the Hub in front; see [`write_card`]."""
+    metadata, run = card_metadata(run, license_id, tags), shareable_run(run)
     result = run.result
     return render(
         "model_card.md.j2",
-        metadata=card_metadata(run, license_id, tags).to_yaml(),
+        metadata=metadata.to_yaml(),
         run=run,
         facts=run.facts,
         result=result,
@@ -140,6 +142,8 @@ def card_text(
 
 def card_metadata(run: Run, license_id: str, tags: Sequence[str] = ()) -> ModelCardData:
     """What the Hub reads: library, task, tags, data set, licence, and of a trained model its evaluation."""
+    is_on_hub = _is_on_hub(run.facts.dataset or "")
+    run = shareable_run(run)
     facts, trained = run.facts, run.is_trained
     task = _task(run)
     own_tags = ["nio", "initialization", *([] if trained else ["untrained"]), facts.model_type, *tags]
@@ -149,7 +153,7 @@ def card_metadata(run: Run, license_id: str, tags: Sequence[str] = ()) -> ModelC
         # An untrained model is nothing to try on a web page.
         pipeline_tag=task if trained else None,
         tags=list(dict.fromkeys(tag for tag in own_tags if tag is not None)),
-        datasets=[facts.dataset] if facts.dataset and _is_on_hub(facts.dataset) else None,
+        datasets=[facts.dataset] if is_on_hub and facts.dataset is not None else None,
         metrics=["accuracy"] if trained and "accuracy" in evaluation_metrics(run) else None,
         model_name=run.name.rpartition("/")[2] if trained else None,
         eval_results=_eval_results(run, task) or None,

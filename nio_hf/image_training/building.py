@@ -28,7 +28,6 @@ from nio_hf.recipe.catalog import recipe_name
 from nio_hf.recipe.loading import Recipe, recipe_yaml
 from nio_hf.recipe.settings import PROCESSOR_KEYS, AugmentationSettings, ModelSettings
 from nio_hf.training.checkpoints import ensure_writable
-from nio_hf.training.run_folder import shareable
 from nio_hf.vision.augmentation import BatchAugmentation
 from nio_hf.vision.datasets import ImageData, load_image_data
 from nio_hf.vision.mixing import Mixing
@@ -81,7 +80,7 @@ def _source(recipe: Recipe) -> Source:
     return Source(
         recipe=recipe_name(recipe.path),
         recipe_text=recipe_yaml(recipe),
-        dataset=shareable(recipe.data.dataset_name),
+        dataset=recipe.data.dataset_name,
         dataset_config=recipe.data.dataset_config_name,
         dataset_split=recipe.data.eval_split,
     )

@@ -24,7 +24,6 @@ from nio_hf.recipe.settings import AugmentationSettings, DataSettings, ModelSett
 from nio_hf.recipe.strict_yaml import Setting, read_overrides
 from nio_hf.recipe.values import checked, unknown_key
 from nio_hf.training import NIOTrainingArguments
-from nio_hf.training.run_folder import shareable
 
 _DEFAULTS = {"remove_unused_columns": False, "report_to": "none", "enable_jit_checkpoint": True}
 """Defaults of a recipe that differ from TrainingArguments: the image column is read by a transform, trackers are asked
@@ -101,16 +100,13 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, world_size:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """A recipe as it was run, in one file with its base and the overrides, for somebody else to run.
+    """A recipe as it was run, in one file with its base and the overrides.
 
-    The token, and where the run was pushed to and resumed from, are left out; absolute paths are cut to their names.
+    The token, and where the run was pushed to and resumed from, are left out.
     """
     private = ("hub_", "push_to_hub", "resume_from_checkpoint")
     settings = {key: setting for key, setting in recipe.settings.items() if not key.startswith(private)}
-    written = settings["output_dir"]
-    if Path(written.value).is_absolute():
-        settings["output_dir"] = Setting(f"outputs/{Path(written.value).name}", written.where)
-    return settings_yaml({key: Setting(shareable(setting.value), setting.where) for key, setting in settings.items()})
+    return settings_yaml(settings)
 
 
 def accumulation_steps(global_batch_size: Setting, process_batch_size: int, world_size: int) -> int:

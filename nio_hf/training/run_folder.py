@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from nio_hf.core import GradientInspection, NIOResult
 from nio_hf.errors import CheckpointError, Problem, one_line
+from nio_hf.hub import shareable, shareable_recipe
 from nio_hf.report.run import Facts, Run
 from nio_hf.training.checkpoints import INIT_DIR_NAME, STATE_NAME, State, read_state, versions, write_state
 from nio_hf.training.manifest import fault_of, has_manifest
@@ -68,24 +69,17 @@ def training_seconds(directory: Path) -> float:
         return 0.0
 
 
-def shareable(value: Any) -> Any:
-    """A value with absolute paths in it cut down to their names: the folders of a machine are nobody's business."""
-    if isinstance(value, Mapping):
-        return {key: shareable(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [shareable(entry) for entry in value]
-    if isinstance(value, str) and len(value) > 1 and Path(value).is_absolute():
-        return Path(value).name
-    return value
-
-
 def shareable_files(directory: Path) -> dict[str, bytes]:
-    """{file name: content} of the files of a model's folder that hold absolute paths, without them."""
-    progress = directory / TRAINER_STATE_NAME
-    content = _read_json(progress)
-    if content is None:
-        return {}
-    return {TRAINER_STATE_NAME: (json.dumps(shareable(content), indent=2, sort_keys=True) + "\n").encode()}
+    """{file name: content} of the files of a model's folder that may hold absolute paths, with them cut down."""
+    files = {}
+    for name in (TRAINER_STATE_NAME, RUN_NAME):
+        content = _read_json(directory / name)
+        if content is not None:
+            files[name] = (json.dumps(shareable(content), indent=1) + "\n").encode()
+    recipe = directory / RECIPE_NAME
+    if recipe.is_file():
+        files[RECIPE_NAME] = shareable_recipe(recipe.read_text(encoding="utf-8")).encode()
+    return files
 
 
 def inspection_json(inspection: GradientInspection, steps: int) -> str:
@@ -94,7 +88,7 @@ def inspection_json(inspection: GradientInspection, steps: int) -> str:
 
 
 def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """The training arguments that differ from their defaults, as plain values; paths and tokens are left out."""
+    """The training arguments that differ from their defaults, as plain values without tokens."""
     changed = {}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name, None)
@@ -104,7 +98,7 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
         # Trainer itself turns None into these.
         same = value == default or (default is None and value is False) or value == []
         if field.init and plain and not same and field.name not in _LEFT_OUT and "token" not in field.name:
-            changed[field.name] = shareable(value)
+            changed[field.name] = value
     return changed
 
 

@@ -31,6 +31,13 @@ model = AutoModelForImageClassification.from_pretrained(sys.argv[1], revision=sy
 AutoImageProcessor.from_pretrained(sys.argv[1], revision=sys.argv[2], backend="pil")
 print(model.config.nio["fingerprint"] == fingerprint(model), model.config.nio["fingerprint"])
 """
+IMAGES = """
+import datasets, numpy, PIL.Image
+features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+pixels = numpy.random.default_rng(0).integers(0, 255, (100, 8, 8, 3), dtype="uint8")
+columns = {"image": [PIL.Image.fromarray(image) for image in pixels], "label": [0, 1] * 50}
+datasets.Dataset.from_dict(columns, features=features).to_parquet("images.parquet")
+"""
 OTHER_CLASSES = """
 import sys
 from transformers import AutoModelForImageClassification
@@ -154,18 +161,33 @@ def test_a_trained_model_is_inspected_and_one_that_is_not_there_is_named(shared:
 
 def test_another_number_of_classes_is_refused_or_initialised_anew(shared: Desk) -> None:
     folder = ["--dataset_name", "parquet", "--data_files", "images.parquet", "--label_column", "label"]
-    make = (
-        "import datasets, PIL.Image as I; f = datasets.Features(image=datasets.Image(), "
-        "label=datasets.ClassLabel(names=['a', 'b'])); datasets.Dataset.from_dict({'image': "
-        "[I.new('RGB', (8, 8))] * 100, 'label': [0, 1] * 50}, features=f).to_parquet('images.parquet')"
-    )
-    shared.run(sys.executable, "-c", make)
+    shared.run(sys.executable, "-c", IMAGES)
     start = ["--model_name_or_path", "user/init", "--output_dir", "two"]
     shown = shared.run(*NIO, "train", RECIPE, *SMALL, *folder, *start, status=1)
     assert "'user/init' has 10 classes, the data set 2. Give a data set of as many classes, or initialise" in shown
     shown = shared.run(sys.executable, "-c", OTHER_CLASSES, "user/init", str(shared.folder / "five"))
     assert "NIO ran: True" in shown
     assert "but the weights are others: NIO runs again" in shown
+
+
+def test_no_folder_of_the_machine_is_pushed_but_they_are_known_here(shared: Desk) -> None:
+    shared.run(sys.executable, "-c", IMAGES)
+    data = [
+        "--dataset_name",
+        "parquet",
+        "--data_files",
+        str(shared.folder / "images.parquet"),
+        "--label_column",
+        "label",
+    ]
+    start = ["--output_dir", str(shared.folder / "here"), "--model_config.hidden_size", "32", "--nio_batch_size", "16"]
+    shared.run(*NIO, "init", RECIPE, *SMALL, *data, *start)
+    trained = ["--model_name_or_path", str(shared.folder / "here" / "_nio_init"), "--push_to_hub", "user/paths"]
+    shared.run(*NIO, "train", RECIPE, *SMALL, *data, *start[:2], *start[4:], *trained)
+    for name, content in shared.files("user/paths").items():
+        assert str(shared.folder).encode() not in content, name
+    assert "data_files: images.parquet" in shared.files("user/paths")[CARD_NAME].decode()
+    shared.run(*NIO, "inspect", "here", "--use_cpu", "true")
 
 
 def test_push_by_hand_again_and_to_a_branch(shared: Desk) -> None:

@@ -24,7 +24,6 @@ from nio_hf.training.run_folder import (
     inspection_json,
     model_folder,
     read_run,
-    shareable,
 )
 from tests.training.toys import ToyImages, arguments, build
 
@@ -213,7 +212,6 @@ def test_no_token_and_no_path_is_written(tmp_path: Path) -> None:
     changed = changed_arguments(args)
     assert changed["nio_lr"] == 0.5
     assert "hf_secret" not in str(changed)
-    assert str(tmp_path) not in str(changed)
     assert not {"hub_token", "output_dir", "run_name", "report_to"} & changed.keys()
 
 
@@ -238,11 +236,6 @@ def test_files_of_the_user_are_left_alone(tmp_path: Path) -> None:
     trainer.save_model()
     trainer.create_model_card()
     assert all(file.read_text() == "mine" for file in own.values())
-
-
-def test_paths_are_cut_to_their_names() -> None:
-    given = {"a": "/data/mine/images", "b": ["/x/y.parquet", "relative/z"], "c": {"d": "/e/*.png"}, "f": 3, "g": "/"}
-    assert shareable(given) == {"a": "images", "b": ["y.parquet", "relative/z"], "c": {"d": "*.png"}, "f": 3, "g": "/"}
 
 
 @pytest.mark.parametrize("text", ["{", '{"format": 1, "facts": {"model": "A", "new": 1}}', '{"format": 1}', "[]"])
