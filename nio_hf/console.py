@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 
 from nio_hf.core.collective import is_shared
@@ -159,4 +158,18 @@ def _show_messages(console: Console) -> None:
     logger = logging.getLogger("nio_hf")
     logger.setLevel(logging.INFO if _is_first("RANK") else logging.WARNING)
     logger.propagate = False
-    logger.handlers = [RichHandler(console=console, show_time=False, show_path=False, markup=False)]
+    logger.handlers = [_MessageHandler(console)]
+
+
+class _MessageHandler(logging.Handler):
+    """Shows a message in one line, so that a command in it can be copied."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message behind its level."""
+        style = {logging.WARNING: "yellow", logging.ERROR: "red"}.get(record.levelno)
+        text = f"{record.levelname:<8} {record.getMessage()}"
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from typing import cast
 
 from nio_hf.console import exit_status, print_run
 from nio_hf.core import NIOResult
-from nio_hf.errors import HubError
+from nio_hf.errors import ConfigError, HubError, Problem
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.catalog import DEFAULT_RECIPE, recipe_name, split_arguments
@@ -69,6 +69,8 @@ def train(recipe: Recipe) -> RunReport:
         trainer.save_state()
     with _stopping_at_once(recipe):
         metrics = {**outcome.metrics, **trainer.evaluate()}
+        # Of all sessions, where the training was resumed.
+        metrics["train_runtime"] = trainer.training_seconds
         metrics |= trainer.evaluate_average(output_dir / EMA_DIR_NAME)
     with output_errors(output_dir):
         trainer.save_metrics("all", metrics)
@@ -91,6 +93,9 @@ def initialise(recipe: Recipe) -> RunReport:
     Raises:
         NIOError: as [`train`].
     """
+    if recipe.training.push_to_hub and not recipe.training.nio_save_init:
+        fix = "Leave out nio_save_init: what is pushed is the initialised checkpoint that it saves"
+        raise ConfigError(Problem("push_to_hub", "with nio_save_init: false", fix))
     trainer = build_trainer(recipe)
     trainer.run_nio(resume=recipe.training.resume_from_checkpoint == AUTO)
     return _pushed(_report(trainer, recipe, {}), trainer)
@@ -133,8 +138,6 @@ def _report(trainer: ImageTrainer, recipe: Recipe, metrics: dict[str, float]) ->
         # A training that was resumed, or loaded an initialised checkpoint, has not run NIO itself.
         result = result or run.result
         written |= draw_run(run, output_dir / PLOTS_DIR_NAME)
-        # Of all sessions, where the training was resumed.
-        metrics = {**metrics, **{key: run.metrics[key] for key in ("train_runtime",) if key in run.metrics}}
     rows = summary_rows(result, metrics)
     if trainer.skipped_images:
         rows.append(("Images skipped, broken", "", str(trainer.skipped_images)))

@@ -63,7 +63,7 @@ def write_card(
         directory: of the model.
         plots: {what: PNG file in the directory}.
         repo_id: of the repository that the card is for; None where it is not known.
-        former: card that the repository has, whose licence is kept.
+        former: card that the repository has, whose licence and tags are kept.
         license_id: identifier of the licence on the Hub; None for that of the former card.
         tags: to add.
 
@@ -82,6 +82,9 @@ def write_card(
             logger.info("The card of %s is kept: it is your own.", repo_id)
             return False
         license_id = license_id or (former and former.data.get("license")) or NO_LICENCE_YET
+        tags = [*tags, *(() if former is None else _kept_tags(former))]
+        # Not into a file that a checkpoint shares.
+        path.unlink(missing_ok=True)
         path.write_text(card_text(run, directory, plots, repo_id, license_id, tags), encoding="utf-8")
         return True
     except (OSError, UnicodeDecodeError) as error:
@@ -182,6 +185,10 @@ def _eval_results(run: Run, task: str | None) -> list[EvalResult]:
         for key, value in evaluation_metrics(run).items()
         if math.isfinite(value)
     ]
+
+
+def _kept_tags(former: ModelCard) -> list[str]:
+    return [tag for tag in former.data.get("tags") or [] if tag not in ("untrained", former.data.get("pipeline_tag"))]
 
 
 def _headline(run: Run) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitInfo, CommitOperationAdd
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from nio_hf.errors import NIOError, OutputError, Problem, one_line
@@ -36,9 +36,10 @@ _LEFT_OUT = (
     "runs",
     "wandb",
     "mlruns",
+    "report.html",
 )
 """Files and folders that stay here: what is pickled (`training_args.bin` holds the token, where one was given as an
-argument), and what names the machine and its folders, as the logs of trackers do."""
+argument), and what names the machine and its folders, as the logs of trackers and the report do."""
 
 
 def push_folder(
@@ -49,6 +50,7 @@ def push_folder(
     path_in_repo: str = "",
     leave_out: Sequence[str] = (),
     replaced: Mapping[str, bytes] | None = None,
+    stale: Sequence[str] = (),
     later: str | None = None,
     waits: Sequence[float] = WAITS,
 ) -> CommitInfo:
@@ -64,6 +66,7 @@ def push_folder(
         path_in_repo: folder to push into; the root by default.
         leave_out: patterns of names of files and folders that are not pushed, beside those that never are.
         replaced: {path in the folder: what is pushed in the place of that file}.
+        stale: patterns of paths that are deleted in the repository where the folder has no such file.
         later: the command that would push it later; None for `nio-hf push` with the same destination.
         waits: seconds before each further try.
 
@@ -85,7 +88,12 @@ def push_folder(
         made = hub().create_repo(destination.repo_id, token=token, private=destination.private, exist_ok=True)
         if revision is not None:
             hub().create_branch(made.repo_id, branch=revision, token=token, exist_ok=True)
-        operations = [CommitOperationAdd(prefix + name, content) for name, content in contents.items()]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationAdd(prefix + name, content) for name, content in contents.items()
+        ]
+        present = hub().list_repo_files(made.repo_id, revision=revision, token=token) if stale else []
+        left_over = [path for path in present if path not in contents and _fits(path, stale)]
+        operations += [CommitOperationDelete(path) for path in left_over]
         return hub().create_commit(made.repo_id, operations, commit_message=message, token=token, revision=revision)
 
     with push_errors(directory, destination, later or push_command(directory, destination)):
@@ -102,7 +110,7 @@ def push_errors(directory: Path, destination: Destination, later: str) -> Iterat
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         logger.warning("The push was interrupted; %s is whole. Push it later: %s", directory, later)
         raise
     except Exception as error:
@@ -121,9 +129,13 @@ def files_to_push(directory: Path, leave_out: Sequence[str] = ()) -> list[str]:
     patterns, found = (*_LEFT_OUT, *leave_out), []
     for path in sorted(directory.rglob("*")):
         parts = path.relative_to(directory).parts
-        if path.is_file() and not any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in patterns):
+        if path.is_file() and not any(_fits(part, patterns) for part in parts):
             found.append("/".join(parts))
     return found
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def push_command(directory: Path, destination: Destination, **options: str | Sequence[str] | None) -> str:

@@ -18,7 +18,7 @@ def shareable(value: Any) -> Any:
         return {key: shareable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [shareable(entry) for entry in value]
-    if isinstance(value, str) and len(value) > 1 and Path(value).is_absolute():
+    if isinstance(value, str) and len(value) > 1 and Path(value.removeprefix("file://")).is_absolute():
         return Path(value).name
     return value
 

@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -49,6 +50,19 @@ _STAGING_DIR_NAME = "_nio_push"
 _CLASSIFIERS = ("ForImageClassification", "ForSequenceClassification", "ForTokenClassification")
 _ONLY_TO_RESUME = ("*.bin", "*.pt", "*.pth", "global_step*", "latest", "zero_to_fp32.py")
 """Files of a checkpoint that are no part of the model."""
+_OF_A_RUN = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "trainer_state.json",
+    "all_results.json",
+    "nio_*.json",
+    "nio_*.yaml",
+    "plots/nio_*.png",
+    "plots/training.png",
+    "plots/inspection.png",
+    "inspect/*",
+)
+"""Files that belong to a run: those of an earlier one would be taken for this one's."""
 _ONE_MORE_TRY = (1.0,)
 """For a push in the middle of a training: the next checkpoint is another try."""
 
@@ -97,6 +111,7 @@ def publish(
         message=message or default,
         leave_out=_ONLY_TO_RESUME if is_ours else (*_ONLY_TO_RESUME, CARD_NAME),
         replaced=shareable_files(directory),
+        stale=_OF_A_RUN,
         later=command,
         waits=waits,
     )
@@ -151,7 +166,7 @@ class PublishingTrainerMixin(DurableTrainerMixin):
         )
 
     def _describe(self, directory: Path) -> None:
-        describe_run(directory, self.run_facts(), self.recipe_text, self._nio_state, self._training_seconds)
+        describe_run(directory, self.run_facts(), self.recipe_text, self._nio_state, self.training_seconds)
 
     def _destination(self, token: str | None = None, private: bool | None = None) -> Destination:
         name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
@@ -232,8 +247,8 @@ class PublishingTrainerMixin(DurableTrainerMixin):
         return [*given, *(getattr(self.model, "model_tags", None) or [])]
 
     @property
-    def _training_seconds(self) -> float | None:
-        """Of all sessions of this training so far; None before it."""
+    def training_seconds(self) -> float | None:
+        """Seconds of all sessions of this training so far, those before it was resumed included; None before it."""
         if self._session_began is None:
             return None
         now = time.perf_counter() if self._session_ended is None else self._session_ended
@@ -310,6 +325,8 @@ class PublishingTrainerMixin(DurableTrainerMixin):
                 has the command that pushes it later.
             ConfigError: before a training, with `nio_save_init=False`.
         """
+        if self.model is None:
+            raise ConfigError(Problem("push_to_hub", "a search leaves no model", "Train the best trial, then push it"))
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None or token is not None or private is not None:
             self.init_hf_repo(token=token, private=private)
@@ -338,7 +355,9 @@ class PublishingTrainerMixin(DurableTrainerMixin):
         if blocking:
             return push()
         future = self._in_background(push)
-        atexit.register(futures.wait, [future])
+        future.add_done_callback(_log_failure)
+        # An atexit function is too late: huggingface_hub cannot start its threads then.
+        getattr(threading, "_register_atexit", atexit.register)(futures.wait, [future])
         return future
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -354,15 +373,29 @@ class PublishingTrainerMixin(DurableTrainerMixin):
         checkpoint = resume_from_checkpoint
         self._former_seconds = 0.0 if checkpoint is None else training_seconds(Path(checkpoint))
         self._session_began, self._session_ended = time.perf_counter(), None
+        if self.is_world_process_zero() and not self._pushes:
+            # What was set aside by a training that was killed.
+            shutil.rmtree(self._run_dir / _STAGING_DIR_NAME, ignore_errors=True)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._session_ended = time.perf_counter()
         return super()._finalize_training(*args, **kwargs)
 
+    def _finish_current_push(self) -> None:
+        # A scheduler that ends the training does not wait for the Hub.
+        if not self._stopped:
+            super()._finish_current_push()
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         self._describe(Path(str(output_dir or self.args.output_dir)))
+
+
+def _log_failure(future: Future[Any]) -> None:
+    """Say what went wrong with a push that nobody may ask about."""
+    if not future.cancelled() and future.exception() is not None:
+        logger.error("The model is saved, but not pushed. %s", future.exception())
 
 
 def _link_files(source: Path, target: Path) -> None:

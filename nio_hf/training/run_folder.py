@@ -188,6 +188,9 @@ def final_metrics(log_history: Sequence[Mapping[str, Any]], step: int) -> dict[s
 
 
 def _missing(directory: Path, what: str) -> str:
+    trials = sorted(path.name for path in directory.glob("run-*") if path.is_dir())
+    if trials:
+        return f"no {what} in it, but those of a search: {', '.join(trials)}"
     if directory.is_dir():
         return f"no {what} in it"
     return "a file, not a folder" if directory.exists() else "no such folder"

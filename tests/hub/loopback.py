@@ -397,6 +397,8 @@ def _commit(request: _Handler, body: bytes, repo_id: str, revision: str) -> None
             title = value["summary"]
         elif operation["key"] == "file":
             contents[value["path"]] = File(base64.b64decode(value["content"]), is_lfs=False)
+        elif operation["key"] == "deletedFile":
+            del contents[value["path"]]
         elif operation["key"] != "lfsFile":
             request.refuse(400, f"{operation['key']} is not spoken here")
             return

@@ -194,7 +194,7 @@ def test_push_by_hand_again_and_to_a_branch(shared: Desk) -> None:
     push = [*NIO, "push", "outputs/vit-tiny-digits-nio", "user/by-hand"]
     shown = shared.run(*push, "--license", "apache-2.0", "--tag", "mine")
     assert f"Pushed outputs/vit-tiny-digits-nio/_nio_init to {shared.hub.endpoint}/user/by-hand" in shown
-    shared.run(*push, "--revision", "v2", "--commit_message", "Second")
+    shared.run(*push, "--revision", "v2", "--commit_message", "Second", "--tag", "other")
     repository = shared.hub.repositories["user/by-hand"]
     assert repository.commits[-1].title == "Second"
     assert ModelCard(repository.files()[CARD_NAME].decode()).data.license == "apache-2.0"
@@ -220,10 +220,28 @@ def test_what_is_wrong_is_said_before_nio_starts(desk: Desk, destination: str, t
     assert not (desk.folder / "outputs" / "vit-tiny-digits-nio" / "_nio_init").exists()
 
 
+def test_the_end_of_a_script_waits_for_its_push(desk: Desk) -> None:
+    script = (
+        "import sys, safetensors.torch, torch\n"
+        "from tests.training.toys import ToyImages, arguments, build\n"
+        "from nio_hf import NIOTrainer\n"
+        "args = arguments('out', push_to_hub=True, hub_model_id='user/model', hub_strategy='end')\n"
+        "trainer = NIOTrainer(model=build('vit'), args=args, train_dataset=ToyImages())\n"
+        "trainer.train()\n"
+        "for name in 'ab':\n"
+        "    safetensors.torch.save_file({'x': torch.rand(9)}, f'out/{name}.safetensors')\n"
+        "trainer.push_to_hub(blocking=False)\n"
+    )
+    desk.hub.delay("POST /api/models/*/preupload/*", seconds=2, times=1)
+    desk.run(sys.executable, "-c", script)
+    assert {"a.safetensors", "b.safetensors", "model.safetensors"} <= desk.files("user/model").keys()
+
+
 def test_a_training_whose_push_fails_is_saved_and_its_command_pushes_it(desk: Desk) -> None:
     desk.hub.fail("POST /api/models/*/commit/*", status=403, times=None)
     shown = desk.run(*NIO, "train", RECIPE, *SMALL, "--push_to_hub", "user/model", status=1)
     assert "Evaluation accuracy" in shown, "the report comes first"
+    assert not [line for line in shown.splitlines() if line.endswith("nio-hf push")], "a command stays in one line"
     command = re.search(r"push it later: nio-hf (push .*)\.$", shown, re.MULTILINE)
     assert command is not None
     desk.hub.clear()

@@ -246,3 +246,42 @@ def test_a_public_repository_is_no_place_for_a_private_push(hub: LoopbackHub, tm
 def test_nothing_is_made_on_the_hub_before_there_is_something_to_push(hub: LoopbackHub, tmp_path: Path) -> None:
     make(tmp_path)
     assert hub.repositories == {}
+
+
+def test_what_an_earlier_run_left_on_the_hub_is_no_part_of_this_one(hub: LoopbackHub, tmp_path: Path) -> None:
+    trainer = make(tmp_path, hub_strategy="end")
+    trainer.train()
+    trainer.push_to_hub(tags=["mine"])
+    others = tmp_path / "others"
+    others.mkdir()
+    for name in ("tokenizer.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (others / name).write_text("{}")
+    push_folder(others, Destination("user/model"), message="Others")
+    publishing.publish(trainer.nio_init_dir, Destination("user/model"))
+    found = files(hub)
+    gone = {"trainer_state.json", "plots/training.png", "model.safetensors.index.json"}
+    assert not gone & found.keys()
+    assert "model-00001-of-00002.safetensors" not in found
+    assert {"tokenizer.json", "model.safetensors", "plots/nio_scales.png"} <= found.keys()
+    card = ModelCard(found[CARD_NAME].decode())
+    assert "not a trained model" in card.text
+    assert "mine" in card.data.tags
+
+
+def test_a_background_push_that_fails_says_so(
+    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make(tmp_path, hub_strategy="end")
+    trainer.train()
+    hub.fail("POST /api/models/*/commit/*", status=403, times=None)
+    with caplog.at_level(logging.ERROR, logger="nio_hf"), pytest.raises(HubError):
+        trainer.push_to_hub(blocking=False).result(60)
+    assert "The model is saved, but not pushed." in caplog.text
+    assert "nio-hf push" in caplog.text
+
+
+def test_what_a_killed_training_had_set_aside_is_removed(hub: LoopbackHub, tmp_path: Path) -> None:
+    left = tmp_path / "_nio_push" / "checkpoint-1"
+    left.mkdir(parents=True)
+    make(tmp_path, hub_strategy="end").train()
+    assert not left.exists()

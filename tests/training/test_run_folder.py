@@ -225,6 +225,9 @@ def test_folders_that_hold_nothing(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="a file, not a folder"):
             read(tmp_path / "file")
         (tmp_path / "file").unlink()
+    (tmp_path / "run-0").mkdir()
+    with pytest.raises(CheckpointError, match="no run in it, but those of a search: run-0"):
+        read_run(tmp_path)
 
 
 def test_files_of_the_user_are_left_alone(tmp_path: Path) -> None:
