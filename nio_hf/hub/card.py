@@ -20,7 +20,7 @@ from nio_hf.errors import OutputError, Problem, one_line
 from nio_hf.hub.access import Destination, hub, is_repo_id
 from nio_hf.hub.sharing import shareable_run
 from nio_hf.report.run import Run
-from nio_hf.report.tables import excluded_text, initialisation_rows, scale_rows
+from nio_hf.report.tables import excluded_text, initialisation_rows, kept_text, scale_rows
 from nio_hf.report.templating import render
 
 logger = logging.getLogger(__name__)
@@ -200,8 +200,7 @@ def _headline(run: Run) -> str:
         return f"This training is not finished: step {run.steps:,} of {run.max_steps:,}{data}."
     steps = f"{run.steps:,} steps" if run.steps >= run.max_steps else f"{run.steps:,} of {run.max_steps:,} steps"
     start = "" if run.result is None else ", from an initialisation by NIO"
-    kept = "" if run.kept_step is None else f" The weights are those of step {run.kept_step:,}, the best evaluation."
-    return f"This model was trained for {steps}{data}{start}.{kept}"
+    return f"This model was trained for {steps}{data}{start}.{kept_text(run)}"
 
 
 def _task(run: Run) -> str | None:

@@ -20,6 +20,7 @@ from nio_hf.report.tables import (
     LAYER_COLUMNS,
     SCALE_COLUMNS,
     excluded_text,
+    kept_text,
     layer_rows,
     scale_rows,
     shape_of_sub_batches,
@@ -121,8 +122,7 @@ def _headline(run: Run) -> str:
     if not run.is_finished:
         return f"Stopped at step {run.steps:,} of {run.max_steps:,}."
     steps = f"{run.steps:,}" if run.steps >= run.max_steps else f"{run.steps:,} of {run.max_steps:,}"
-    kept = "" if run.kept_step is None else f" The weights are those of step {run.kept_step:,}, the best evaluation."
-    return f"Trained for {steps} step{'s' if run.steps > 1 else ''}.{kept}"
+    return f"Trained for {steps} step{'s' if run.steps > 1 else ''}.{kept_text(run)}"
 
 
 def _facts(run: Run) -> dict[str, str]:

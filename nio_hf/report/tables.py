@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from nio_hf.core.layerwise import GradientInspection, LayerGradient
 from nio_hf.core.result import GradCosine, NIOResult
+from nio_hf.report.run import Run
 from nio_hf.report.style import kind_order
 
 _ACCURACIES = {
@@ -88,6 +89,11 @@ def excluded_text(result: NIOResult) -> str:
     meanings = {"zero": "all zero", "frozen": "frozen", "unused": "without a gradient"}
     parts = [f"{reasons.count(reason)} {meanings.get(reason, reason)}" for reason in dict.fromkeys(reasons)]
     return f"Left as they were: {', '.join(parts)}." if parts else ""
+
+
+def kept_text(run: Run) -> str:
+    """Which step the weights are of, as a sentence behind another one; empty where it is the last."""
+    return "" if run.kept_step is None else f" The weights are those of step {run.kept_step:,}, the best evaluation."
 
 
 def layer_rows(inspection: GradientInspection, by: str) -> list[LayerRow]:

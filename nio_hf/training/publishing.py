@@ -19,7 +19,6 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import PushInProgress
 
 from nio_hf.core import Collective, NIOResult
@@ -41,7 +40,14 @@ from nio_hf.report.run import Facts
 from nio_hf.training.background import Background
 from nio_hf.training.checkpoints import INIT_DIR_NAME, STATE_NAME, State
 from nio_hf.training.durable import DurableTrainerMixin
-from nio_hf.training.run_folder import changed_arguments, describe_run, read_run, shareable_files, training_seconds
+from nio_hf.training.run_folder import (
+    changed_arguments,
+    describe_run,
+    has_weights,
+    read_run,
+    shareable_files,
+    training_seconds,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +194,7 @@ class PublishingTrainerMixin(DurableTrainerMixin):
             return
         if self._pushes and not self.args.hub_always_push:
             return
-        if not any((directory / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        if not has_weights(directory):
             logger.warning("%s is not pushed: it holds the model in shards. The trained model will be.", directory)
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)

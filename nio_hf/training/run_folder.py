@@ -102,6 +102,11 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
     return changed
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a whole model as safetensors."""
+    return any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+
+
 def model_folder(directory: Path) -> Path:
     """Where in the folder of a run its model is: there, else in the last whole checkpoint, else the initialised one.
 
@@ -109,7 +114,7 @@ def model_folder(directory: Path) -> Path:
         CheckpointError: where there is none, or the folder itself is a checkpoint that is not whole.
     """
     for folder in _folders(directory):
-        if not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        if not has_weights(folder):
             continue
         fault = fault_of(folder) if has_manifest(folder) else None
         if fault is None:
