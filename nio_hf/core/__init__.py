@@ -4,7 +4,7 @@ from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.initializer import grad_cosine, initialize
 from nio_hf.core.layerwise import GradientInspection, LayerGradient, inspect_gradients
-from nio_hf.core.result import GradCosine, IterationRecord, NIOResult, TensorScale
+from nio_hf.core.result import GradCosine, InitResult, IterationRecord, NIOResult, TensorScale
 from nio_hf.core.scales import LayerScales, register_gradient_module
 from nio_hf.core.state import NIOState, Resumption
 
@@ -12,6 +12,7 @@ __all__ = [
     "Collective",
     "GradCosine",
     "GradientInspection",
+    "InitResult",
     "IterationRecord",
     "LayerGradient",
     "LayerScales",

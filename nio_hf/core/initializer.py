@@ -5,33 +5,24 @@ Source: Yang et al., "Towards Theoretically Inspired Neural Initialization Optim
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import nn
 
 from nio_hf.core import mode
 from nio_hf.core.batches import batch_size, too_many_sub_batches
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import BatchNormMode, NIOConfig
+from nio_hf.core.cosine_steps import CosineSteps
 from nio_hf.core.differentiator import Differentiator, LossFn
-from nio_hf.core.loop import Loop, held_out_seed
-from nio_hf.core.memory import peak_memory, reset_peak_memory
-from nio_hf.core.result import GradCosine, IterationRecord, NIOResult, paired_standard_error
+from nio_hf.core.loop import Loop
+from nio_hf.core.method import NIO, SINGLE_PROCESS, Learned, Workspace, absolute_gamma, run_method
+from nio_hf.core.result import GradCosine, InitResult, IterationRecord
 from nio_hf.core.scales import LayerScales
 from nio_hf.core.state import NIOState, Resumption
-from nio_hf.core.stream import BatchStream
-from nio_hf.core.two_pass import TwoPass, located
-from nio_hf.core.verdict import judge
-from nio_hf.errors import CheckpointError, ConfigError, DataError, Problem
-
-logger = logging.getLogger(__name__)
-
-_SINGLE_PROCESS = Collective()
+from nio_hf.core.two_pass import TwoPass
+from nio_hf.errors import CheckpointError, ConfigError, Problem
 
 
 def initialize(
@@ -42,9 +33,9 @@ def initialize(
     *,
     holdout: Sequence[Any] | None = None,
     on_iteration: Callable[[IterationRecord], None] | None = None,
-    collective: Collective = _SINGLE_PROCESS,
+    collective: Collective = SINGLE_PROCESS,
     resumption: Resumption | None = None,
-) -> NIOResult:
+) -> InitResult:
     """Learn a scale omega_l per tensor and multiply the weights of the model by them.
 
     One iteration measures GC and GN of a batch split into D sub-batches. While GN exceeds gamma it takes a step on
@@ -81,49 +72,37 @@ def initialize(
         StoppedError: where `resumption` asked for it.
         CheckpointError: where its state belongs to another model.
     """
-    started = time.perf_counter()
-    config = NIOConfig() if config is None else config
-    if not isinstance(config, NIOConfig):
-        raise ConfigError(Problem("config", f"a {type(config).__name__}", "Give an NIOConfig"))
     resumption = Resumption() if resumption is None else resumption
-    with collective.together(), contextlib.ExitStack() as stack:
-        scales = LayerScales(model)
-        device = scales.scaled[0].device
-        reset_peak_memory(device)
-        stack.enter_context(mode.isolated(model, device, config.batch_norm))
-        set_aside = config.holdout_batches if holdout is None else 0
-        stream = BatchStream(batches, config.sub_batches, set_aside + config.iterations)
-        held_out = stream.set_aside(set_aside) if holdout is None else _as_batches(holdout)
-        autocast = torch.bfloat16 if config.precision == "bf16" else None
-        differentiator = Differentiator(model, loss_fn, scales, config.micro_batch_size, autocast)
-        passes = TwoPass(model, differentiator, scales, collective, config.batch_norm)
-        _check_alike(collective, config, scales, held_out)
-        _probe(differentiator, passes, scales, model, collective, held_out[0], config.sub_batches)
+
+    def learn(workspace: Workspace) -> Learned:
+        gamma = absolute_gamma(workspace.config, workspace.before.grad_norm)
+        loop = Loop(
+            workspace.passes,
+            workspace.scales,
+            workspace.config,
+            workspace.before,
+            resumption,
+            workspace.started,
+        )
+        steps = CosineSteps(workspace, loop, gamma)
+        history = loop.run(steps, workspace.stream, workspace.initial, workspace.on_iteration)
+        return Learned(loop.omega, history, gamma, history[-1].curvature, loop.seconds())
+
+    def measured_before(scales: LayerScales) -> GradCosine | None:
         state = _fitting(resumption.state, scales)
-        before = _measure(passes, held_out, config, "before NIO") if state is None else state.before
-        gamma = _bound(config, before.grad_norm)
-        loop = Loop(passes, scales, config, before, gamma, resumption, started)
-        with scales.substituted() as initial:
-            history = loop.run(stream, initial, on_iteration)
-            after = _measure(passes, held_out, config, "after NIO")
-        collective.check_equal("the scales of NIO", loop.omega.tolist())
-        scales.apply(loop.omega)
-    status, message = judge(before, after, paired_standard_error(before, after), history, config, gamma)
-    if collective.rank == 0:
-        logger.log(logging.INFO if status == "improved" else logging.WARNING, message)
-    return NIOResult(
-        config=config,
-        tensors=scales.report(loop.omega),
-        excluded=tuple(scales.excluded),
-        history=tuple(history),
-        before=before,
-        after=after,
-        gamma=gamma,
-        curvature=history[-1].curvature,
-        seconds=loop.seconds(),
-        peak_memory=peak_memory(device),
-        status=status,
-        message=message,
+        return None if state is None else state.before
+
+    return run_method(
+        NIO,
+        learn,
+        model,
+        batches,
+        loss_fn,
+        config,
+        holdout=holdout,
+        on_iteration=on_iteration,
+        collective=collective,
+        measured_before=measured_before,
     )
 
 
@@ -161,47 +140,9 @@ def grad_cosine(
     NIOConfig(sub_batches=count, batch_norm=batch_norm, micro_batch_size=micro_batch_size)
     scales = LayerScales(model)
     differentiator = Differentiator(model, loss_fn, scales, micro_batch_size)
-    passes = TwoPass(model, differentiator, scales, _SINGLE_PROCESS, batch_norm)
+    passes = TwoPass(model, differentiator, scales, SINGLE_PROCESS, batch_norm)
     with mode.isolated(model, scales.scaled[0].device, batch_norm):
         return passes.grad_cosine(batch, count, "batch")
-
-
-def _check_alike(collective: Collective, config: NIOConfig, scales: LayerScales, held_out: Sequence[Any]) -> None:
-    """Refuse processes that have not been given the same task, whose sums would have no meaning."""
-    shapes = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in scales.trainable]
-    sizes = [batch_size(batch) for batch in held_out]
-    collective.check_equal("the model, settings and held-out batches of NIO", (repr(config), shapes, sizes))
-
-
-def _probe(
-    differentiator: Differentiator,
-    passes: TwoPass,
-    scales: LayerScales,
-    model: nn.Module,
-    collective: Collective,
-    batch: Any,
-    sub_batches: int,
-) -> None:
-    """Leave out tensors that no gradient of the first sub-batch reaches; with micro-batches, check that they add up.
-
-    Rank 0, whose sub-batch it is, tells the others.
-
-    Raises:
-        ModelError: for a loss that does not depend on the model.
-        ConfigError: with micro-batches, for a mean loss that is not a mean over samples.
-    """
-    tensors = scales.trainable
-    unused = torch.zeros(len(tensors), dtype=torch.int32, device=tensors[0].device)
-    with collective.together(), located("the first sub-batch"):
-        part = passes.first_sub_batch(batch, sub_batches)
-        if collective.rank == 0:
-            grads = passes.back_off.run(lambda: differentiator.gradient(part, tensors)[0], part, "the first sub-batch")
-            unused += torch.tensor([grad is None for grad in grads], device=unused.device)
-            if differentiator.splits(part):
-                differentiator.check_splits(part, cast(int, differentiator.micro_batch_size))
-    collective.broadcast_(unused)
-    left_out = [tensor for tensor, is_unused in zip(tensors, unused.tolist(), strict=True) if is_unused]
-    scales.drop_unused(model, left_out)
 
 
 def _fitting(state: NIOState | None, scales: LayerScales) -> NIOState | None:
@@ -214,27 +155,3 @@ def _fitting(state: NIOState | None, scales: LayerScales) -> NIOState | None:
         found = f"{len(state.omega)} scales for a model with {len(scales.scaled)} scaled tensors"
         raise CheckpointError(Problem("the state of NIO", found, "Begin without it, or give the model that it is of"))
     return state
-
-
-def _bound(config: NIOConfig, initial_grad_norm: float) -> float | None:
-    """Gamma as an absolute bound on GN; None without one."""
-    if config.gamma is not None or config.gamma_relative is None:
-        return config.gamma
-    return config.gamma_relative * initial_grad_norm
-
-
-def _as_batches(holdout: Sequence[Any]) -> list[Any]:
-    """The held-out batches, where they are a sequence of batches."""
-    if not isinstance(holdout, Sequence) or not holdout:
-        found = f"a {type(holdout).__name__}" + (" without a batch" if isinstance(holdout, Sequence) else "")
-        fix = "Give a list of at least one batch, or None to set some aside"
-        raise DataError(Problem("holdout", found, fix))
-    return list(holdout)
-
-
-def _measure(passes: TwoPass, held_out: Sequence[Any], config: NIOConfig, when: str) -> GradCosine:
-    readings = []
-    for index, batch in enumerate(held_out):
-        where, seed = f"held-out batch {index} {when}", held_out_seed(config.seed, index)
-        readings.append(passes.grad_cosine(batch, config.sub_batches, where, seed))
-    return GradCosine.mean(readings)

@@ -1,28 +1,59 @@
-"""The iterations of NIO on the scales omega (m,)."""
+"""The iterations of a method that learns the scales omega (m,) by Adam on their gradient."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from nio_hf.core.batches import batch_size
-from nio_hf.core.config import CurvatureName, NIOConfig
-from nio_hf.core.curvature import CurvaturePath, make_path
-from nio_hf.core.objectives import NormConstraint, Objective, make_objective
+from nio_hf.core.config import NIOConfig
 from nio_hf.core.optimizer import ScaleAdam
 from nio_hf.core.result import Branch, GradCosine, IterationRecord
 from nio_hf.core.scales import LayerScales
 from nio_hf.core.state import NIOState, Resumption
 from nio_hf.core.stream import BatchStream
-from nio_hf.core.two_pass import Reading, SubBatches, TwoPass
+from nio_hf.core.two_pass import TwoPass
 from nio_hf.errors import Problem, StoppedError
 
 _HELD_OUT = 500_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a method found on the batch of one iteration.
+
+    Attributes:
+        scale_gradient: (m,) gradient of the scales.
+        branch: which of its two steps it takes.
+        grad_norm, loss, grad_cosine, objective, curvature: as in [`IterationRecord`].
+    """
+
+    scale_gradient: Tensor
+    branch: Branch
+    grad_norm: float
+    loss: float
+    grad_cosine: float | None = None
+    objective: float | None = None
+    curvature: str = ""
+
+
+class ScaleMethod(Protocol):
+    """A method that learns scales from their gradient on a batch."""
+
+    def __call__(self, iteration: int, batch: Any, check_last: Callable[[float], None]) -> Measured:
+        """Measure a batch at the current scales.
+
+        Args:
+            iteration: counted from 1.
+            batch: of this iteration.
+            check_last: to be called with the largest entry of the last scale gradient, once the host knows it.
+        """
 
 
 class Loop:
@@ -33,12 +64,13 @@ class Loop:
         scales: names the tensors.
         config: settings.
         before: GradCosine before the first iteration.
-        gamma: bound on GN; None without one.
         resumption: where to go on, and how to be stopped.
         started: `time.perf_counter()` at the start of the run.
 
     Attributes:
         omega: (m,) scales so far.
+        last_gradient: (m,) gradient of the scales in the last iteration.
+        history: one record per iteration so far.
     """
 
     def __init__(
@@ -47,7 +79,6 @@ class Loop:
         scales: LayerScales,
         config: NIOConfig,
         before: GradCosine,
-        gamma: float | None,
         resumption: Resumption,
         started: float,
     ) -> None:
@@ -57,13 +88,10 @@ class Loop:
         self._scales = scales
         self._config = config
         self._before = before
-        self._gamma = gamma
         self._resumption = resumption
-        self._objective = make_objective(config, before.grad_norm)
         self._optimizer = ScaleAdam(self.omega, config)
-        self._path: CurvaturePath | None = None
-        self._last_gradient = torch.zeros_like(self.omega)
-        self._history: list[IterationRecord] = []
+        self.last_gradient = torch.zeros_like(self.omega)
+        self.history: list[IterationRecord] = []
         self._started = started
         self._saved = 0
         if resumption.state is not None:
@@ -74,11 +102,16 @@ class Loop:
         return time.perf_counter() - self._started
 
     def run(
-        self, stream: BatchStream, initial: list[Tensor], on_iteration: Callable[[IterationRecord], None] | None
+        self,
+        method: ScaleMethod,
+        stream: BatchStream,
+        initial: list[Tensor],
+        on_iteration: Callable[[IterationRecord], None] | None,
     ) -> list[IterationRecord]:
         """All iterations, or as many as there is data for.
 
         Args:
+            method: gives the gradient of the scales.
             stream: of batches.
             initial: the m tensors W_l.
             on_iteration: called with the record of each iteration.
@@ -88,9 +121,9 @@ class Loop:
         """
         theta = [parameter.data for parameter in self._scales.scaled]
         _scale(theta, initial, self.omega)
-        for _ in self._history:
+        for _ in self.history:
             stream.next()
-        for iteration in range(len(self._history) + 1, self._config.iterations + 1):
+        for iteration in range(len(self.history) + 1, self._config.iterations + 1):
             started = time.perf_counter()
             batch = stream.next()
             ended, stopped = self._passes.collective.any(batch is None, self._resumption.should_stop())
@@ -98,94 +131,62 @@ class Loop:
                 break
             if stopped:
                 self._stop()
-            branch, reading = self._step(iteration, batch, initial)
+            measured = method(iteration, batch, functools.partial(self._check_last_gradient, iteration - 1))
+            self.last_gradient = measured.scale_gradient
+            self._optimizer.step(self.last_gradient, measured.branch)
             _scale(theta, initial, self.omega)
             record = IterationRecord(
                 iteration=iteration,
-                grad_cosine=reading.grad_cosine,
-                grad_norm=reading.grad_norm,
-                loss=reading.loss,
-                branch=branch,
+                grad_cosine=measured.grad_cosine,
+                grad_norm=measured.grad_norm,
+                loss=measured.loss,
+                branch=measured.branch,
                 seconds=time.perf_counter() - started,
-                curvature=self._path.name if self._path else "",
+                curvature=measured.curvature,
                 micro_batch_size=self._passes.differentiator.micro_batch_size,
+                objective=measured.objective,
             )
-            self._history.append(record)
+            self.history.append(record)
             if on_iteration is not None:
                 on_iteration(record)
             if self._resumption.every is not None and iteration % self._resumption.every == 0:
                 self._save()
-        self._check_last_gradient(len(self._history), float(self._last_gradient.abs().max()))
+        self._check_last_gradient(len(self.history), float(self.last_gradient.abs().max()))
         if self._resumption.every is not None:
             self._save()
-        return self._history
-
-    def _step(self, iteration: int, batch: Any, initial: list[Tensor]) -> tuple[Branch, Reading]:
-        where = f"NIO iteration {iteration}"
-        seed = iteration_seed(self._config.seed, iteration)
-        order = torch.randperm(batch_size(batch), generator=torch.Generator().manual_seed(seed))
-        parts = self._passes.split(
-            batch, self._config.sub_batches, overlap=self._config.overlap, order=order, seed=seed
-        )
-        path = self._path_for(parts)
-        try:
-            with self._passes.statistics(batch):
-                needs_sum = self._objective.needs_gradient_sum
-                sums = self._passes.first_pass(path, parts, where, with_gradient_sum=needs_sum)
-                reading = Reading.of(sums, [self._last_gradient.abs().max()])
-                self._check_last_gradient(iteration - 1, *reading.carried)
-                self._passes.check(reading, parts, where)
-                constrained = self._gamma is not None and reading.grad_norm > self._gamma
-                objective: Objective = NormConstraint() if constrained else self._objective
-                self._last_gradient = self._passes.second_pass(path, parts, sums, objective, initial, where)
-        finally:
-            path.reset()
-        branch: Branch = "constraint" if constrained else "objective"
-        self._optimizer.step(self._last_gradient, branch)
-        return branch, reading
-
-    def _path_for(self, parts: SubBatches) -> CurvaturePath:
-        """The path of this run, chosen at the first iteration; a run that goes on keeps to the one it had."""
-        if self._path is None:
-            last = self._history[-1] if self._history else None
-            if last is not None and last.micro_batch_size is not None:
-                self._passes.differentiator.micro_batch_size = last.micro_batch_size
-            name = self._config.curvature if last is None else last.curvature
-            example = next(iter(parts.owned.values()), None)
-            self._path = make_path(cast(CurvatureName, name), self._passes.differentiator, example, len(parts.owned))
-        return self._path
+        return self.history
 
     def _go_on_from(self, state: NIOState) -> None:
         self.omega.copy_(self.omega.new_tensor(state.omega))
         self._optimizer.load(state.optimizer)
-        self._history = list(state.history)
+        self.history = list(state.history)
         self._started -= state.seconds
-        self._saved = len(self._history)
+        self._saved = len(self.history)
 
     def _save(self) -> None:
         """Have the state saved, unless it is saved already."""
-        if self._saved < len(self._history):
-            self._check_last_gradient(len(self._history), float(self._last_gradient.abs().max()))
+        if self._saved < len(self.history):
+            self._check_last_gradient(len(self.history), float(self.last_gradient.abs().max()))
             self._resumption.save(
                 NIOState(
                     omega=tuple(self.omega.tolist()),
                     optimizer=self._optimizer.state(),
                     before=self._before,
-                    history=tuple(self._history),
+                    history=tuple(self.history),
                     seconds=self.seconds(),
                 )
             )
-            self._saved = len(self._history)
+            self._saved = len(self.history)
 
     def _stop(self) -> None:
         self._save()
-        found = f"stopped after {len(self._history)} of {self._config.iterations} iterations, which are saved"
+        found = f"stopped after {len(self.history)} of {self._config.iterations} iterations, which are saved"
         raise StoppedError(Problem("NIO", found, "Start again to go on from there"))
 
     def _check_last_gradient(self, iteration: int, largest: float) -> None:
         """Refuse a scale gradient that is not finite; `largest` is its largest entry."""
         if not math.isfinite(largest):
-            self._passes.check_scale_gradient(self._last_gradient, f"NIO iteration {iteration}")
+            self._passes.check_scale_gradient(self.last_gradient, f"NIO iteration {iteration}")
 
 
 def iteration_seed(seed: int, number: int) -> int:

@@ -1,4 +1,4 @@
-"""What NIO measured and did: plain records that serialise to JSON."""
+"""What an initialisation measured and did: plain records that serialise to JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from typing import Any, Literal
 from nio_hf.core.config import NIOConfig
 
 Branch = Literal["objective", "constraint"]
-Status = Literal["improved", "no_improvement", "constraint_violated", "collapse_suspected", "data_exhausted"]
+Status = Literal["improved", "no_improvement", "constraint_violated", "collapse_suspected", "data_exhausted", "applied"]
+
+_TITLES = {
+    "nio": "NIO",
+    "none": "the model's own initialisation",
+    "gradinit": "GradInit",
+    "metainit": "MetaInit",
+    "lsuv": "LSUV",
+    "emergence": "emergence-promoting initialisation",
+    "architecture_aware": "architecture-aware initialisation",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,27 +74,29 @@ class GradCosine:
 
 @dataclasses.dataclass(frozen=True)
 class IterationRecord:
-    """One NIO iteration, measured before its step.
+    """One iteration, measured before its step.
 
     Attributes:
         iteration: counted from 1.
-        grad_cosine: GC of the iteration's batch, at the overlap that is optimised on.
-        grad_norm: GN of the iteration's batch.
+        grad_cosine: GC of the iteration's batch, at the overlap that is optimised on; None for methods without it.
+        grad_norm: GN of the iteration's batch, or the norm that the method bounds.
         loss: mean loss over the sub-batches.
         branch: "constraint" where GN exceeded gamma, else "objective".
         seconds: wall time of the iteration, its data included.
         curvature: the path that computed the Hessian-vector products, as in `NIOConfig.curvature`.
         micro_batch_size: samples computed at once; None for whole sub-batches.
+        objective: what the method optimises, where that is not GC.
     """
 
     iteration: int
-    grad_cosine: float
+    grad_cosine: float | None
     grad_norm: float
     loss: float
     branch: Branch
     seconds: float
     curvature: str
     micro_batch_size: int | None
+    objective: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +108,7 @@ class TensorScale:
         kind: what the tensor is, e.g. "linear weight", "norm bias", "embedding", "parameter".
         depth: position of the enclosing block, 0 for what comes before the first block.
         shape: shape of the tensor.
-        omega: the learned scale.
+        omega: the scale; for a method that draws weights anew, the ratio of their norm to the former one.
     """
 
     name: str
@@ -124,22 +136,24 @@ class ExcludedTensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class NIOResult:
-    """Outcome of `initialize`.
+class InitResult:
+    """Outcome of `initialize` and of the other methods.
 
     Attributes:
         config: the settings that it ran with.
         tensors: the scaled tensors in parameter order.
         excluded: the tensors left as they were, with the reason.
         history: one record per iteration.
-        before: GradCosine on the held-out batches at omega = 1.
-        after: the same with the learned scales.
+        before: GradCosine on the held-out batches before.
+        after: the same with the new weights.
         gamma: the bound on the gradient norm that was in force, absolute; None without one.
         curvature: the path of the last iteration.
         seconds: wall time of the whole run.
         peak_memory: bytes; peak of the allocator on an accelerator, peak resident set of the process on CPU.
         status: what happened, in one word.
         message: the same in a sentence.
+        method: name of the method.
+        options: its own settings, beside `config`.
     """
 
     config: NIOConfig
@@ -154,6 +168,13 @@ class NIOResult:
     peak_memory: int
     status: Status
     message: str
+    method: str = "nio"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Name of the method as its paper writes it."""
+        return _TITLES.get(self.method, self.method)
 
     @property
     def scales(self) -> dict[str, float]:
@@ -178,7 +199,7 @@ class NIOResult:
         return fields
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> NIOResult:
+    def from_dict(cls, fields: dict[str, Any]) -> InitResult:
         """Inverse of `to_dict`; tensors are named by their position."""
         return cls(
             **{
@@ -191,6 +212,10 @@ class NIOResult:
                 "after": GradCosine.from_dict(fields["after"]),
             }
         )
+
+
+NIOResult = InitResult
+"""The name of [`InitResult`] where the method is NIO."""
 
 
 def paired_standard_error(before: GradCosine, after: GradCosine) -> float:

@@ -144,9 +144,9 @@ class LayerScales:
                 parameter.data = data
 
     @torch.no_grad()
-    def apply(self, omega: Tensor) -> None:
-        """Multiply the scaled tensors by omega (m,), in place."""
-        torch._foreach_mul_([parameter.data for parameter in self.scaled], list(omega.unbind()))
+    def apply(self, values: Sequence[Tensor]) -> None:
+        """Give the scaled tensors new values, in place."""
+        torch._foreach_copy_([parameter.data for parameter in self.scaled], list(values))
 
     def _check_scalable(self, model: nn.Module) -> None:
         where = type(model).__name__

@@ -14,6 +14,15 @@ GAMMA_TOLERANCE = 1.1
 STANDARD_ERRORS = 2.0
 
 
+def describe_change(before: GradCosine, after: GradCosine) -> str:
+    """The measurements before and after, in words."""
+    return (
+        f"GradCosine (D = {before.sub_batches}, B/D = {before.batch_size / before.sub_batches:.4g}) {before.value:.4f} "
+        f"-> {after.value:.4f}, gradient norm {before.grad_norm:.4g} -> {after.grad_norm:.4g}, loss at init "
+        f"{before.loss:.4f} -> {after.loss:.4f} on held-out batches"
+    )
+
+
 def judge(
     before: GradCosine,
     after: GradCosine,
@@ -28,11 +37,7 @@ def judge(
     0.95: the model then says the same for every sample); GN exceeds 1.1 gamma; GC rose by more than two standard
     errors; it did not, or there is only one held-out batch. The thresholds are our choice.
     """
-    change = (
-        f"GradCosine (D = {before.sub_batches}, B/D = {before.batch_size / before.sub_batches:.4g}) {before.value:.4f} "
-        f"-> {after.value:.4f}, gradient norm {before.grad_norm:.4g} -> {after.grad_norm:.4g}, loss at init "
-        f"{before.loss:.4f} -> {after.loss:.4f} on held-out batches"
-    )
+    change = describe_change(before, after)
     if len(history) < config.iterations:
         return "data_exhausted", f"The data ended after {len(history)} of {config.iterations} iterations. {change}."
     if after.loss - before.loss > COLLAPSE_LOSS_RISE * abs(before.loss) or after.value > COLLAPSE_COSINE:

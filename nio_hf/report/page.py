@@ -33,6 +33,7 @@ _DRAWN = ("loss", "eval_loss", "eval_accuracy")
 """What `plot_training` draws of a log."""
 _TONES: dict[Status, tuple[str, str]] = {
     "improved": ("good", "✓"),
+    "applied": ("neutral", "="),
     "no_improvement": ("neutral", "="),
     "constraint_violated": ("warning", "!"),
     "data_exhausted": ("warning", "!"),
@@ -152,11 +153,11 @@ def _nio_facts(result: NIOResult) -> dict[str, str]:
     held_out: GradCosine = result.before
     batches = len(held_out.parts) or 1
     return {
-        "Iterations": f"{len(result.history):,} of {result.config.iterations:,}",
+        "Iterations": f"{len(result.history):,} of {result.config.iterations:,}" if result.history else "none",
         "Scaled tensors": f"{len(result.tensors):,}",
         "Held out": f"{batches} batch{'es' if batches > 1 else ''} of {held_out.batch_size} samples",
         "Gamma (bound on the gradient norm)": "none" if result.gamma is None else f"{result.gamma:.4g}",
-        "Curvature": result.curvature,
+        "Curvature": result.curvature or "none",
         "Peak memory": f"{result.peak_memory / 2**30:.2f} GiB",
     }
 

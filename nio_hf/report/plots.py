@@ -59,8 +59,9 @@ def plot_scales(result: NIOResult, target: Target) -> None:
         axes.axhline(1, color=DARK, linewidth=0.8, zorder=1)
         _symmetric_log_scale(axes, [tensor.omega for tensor in result.tensors])
         mark_blocks(axes, blocks)
-        axes.set_ylabel("learned scale (omega)")
-        axes.set_title(f"Scales learned by NIO: {len(result.tensors)} tensors, {len(result.history)} iterations")
+        axes.set_ylabel("scale (omega)")
+        iterations = f", {len(result.history)} iterations" if result.history else ""
+        axes.set_title(f"Scales of {result.title}: {len(result.tensors)} tensors{iterations}")
         legend_below(drawn, axes)
 
 
@@ -80,16 +81,18 @@ def plot_history(result: NIOResult, target: Target) -> None:
     with figure(target, width=7, height=7.5) as drawn:
         cosine, norm, loss = drawn.subplots(3, sharex=True)
         _draw_quantity(cosine, result, "grad_cosine", lambda measured: measured.value)
+        if result.method != "nio":
+            _draw_objective(cosine, result)
         _draw_quantity(norm, result, "grad_norm", lambda measured: measured.grad_norm)
         _draw_quantity(loss, result, "loss", lambda measured: measured.loss)
         _draw_constraint(norm, result)
         cosine.set_title(
-            f"NIO on batches with {shape_of_sub_batches(result.before)}, overlap {result.config.overlap:g}"
+            f"{result.title} on batches with {shape_of_sub_batches(result.before)}, overlap {result.config.overlap:g}"
         )
         cosine.set_ylabel("GradCosine")
         norm.set_ylabel("gradient norm")
         loss.set_ylabel("loss")
-        loss.set_xlabel("NIO iteration")
+        loss.set_xlabel(f"{result.title} iteration")
         integer_ticks(loss)
         drawn.align_ylabels()
         legend_below(drawn, cosine, norm, columns=2)
@@ -141,8 +144,10 @@ def draw_run(run: Run, directory: Path) -> dict[str, Path]:
     if run.result is not None:
         drawn["Plot of the scales"] = directory / "nio_scales.png"
         plot_scales(run.result, drawn["Plot of the scales"])
-        drawn["Plot of NIO by iteration"] = directory / "nio_history.png"
-        plot_history(run.result, drawn["Plot of NIO by iteration"])
+        if run.result.history:
+            what = f"Plot of {run.result.title} by iteration"
+            drawn[what] = directory / "nio_history.png"
+            plot_history(run.result, drawn[what])
     if run.is_trained:
         drawn["Plot of the training"] = directory / "training.png"
         plot_training(run.log_history, drawn["Plot of the training"])
@@ -247,7 +252,8 @@ def _symmetric_log_scale(axes: Axes, scales: Sequence[float]) -> None:
 def _draw_quantity(axes: Axes, result: NIOResult, field: str, measure: Callable[[GradCosine], float]) -> None:
     iterations = [record.iteration for record in result.history]
     values = [getattr(record, field) for record in result.history]
-    axes.plot(iterations, values, color=BLUE, label="NIO batches")
+    if None not in values:
+        axes.plot(iterations, values, color=BLUE, label=f"{result.title} batches")
     held_out = {"before": (0, result.before), "after": (len(result.history) + 1, result.after)}
     for (when, (position, measured)), face in zip(held_out.items(), ("white", DARK), strict=True):
         axes.errorbar(
@@ -263,6 +269,15 @@ def _draw_quantity(axes: Axes, result: NIOResult, field: str, measure: Callable[
             zorder=3,
             label=f"held-out {when} (overlap 0, ± standard error)",
         )
+
+
+def _draw_objective(axes: Axes, result: NIOResult) -> None:
+    """Draw what the method optimises, which is not GC, on an axis of its own."""
+    points = [(record.iteration, record.objective) for record in result.history if record.objective is not None]
+    if points:
+        own = axes.twinx()
+        own.plot(*zip(*points, strict=True), color=BLUE, linewidth=1)
+        own.set_ylabel("objective", color=BLUE)
 
 
 def _error_over_batches(measured: GradCosine, measure: Callable[[GradCosine], float]) -> float | None:

@@ -14,7 +14,7 @@ from transformers.integrations import MLflowCallback, TensorBoardCallback, Wandb
 from nio_hf.core.result import NIOResult
 from nio_hf.report import plot_history, plot_scales
 
-_CURVES = ("grad_cosine", "grad_norm", "loss")
+_CURVES = ("grad_cosine", "grad_norm", "loss", "objective")
 _PREFIX = "nio"
 
 
@@ -63,7 +63,8 @@ def _to_mlflow(mlflow: Any, result: NIOResult) -> None:
 
 def _curves(result: NIOResult) -> Iterator[tuple[int, dict[str, float]]]:
     for record in result.history:
-        yield record.iteration, {f"{_PREFIX}/{name}": getattr(record, name) for name in _CURVES}
+        values = {f"{_PREFIX}/{name}": getattr(record, name) for name in _CURVES}
+        yield record.iteration, {name: value for name, value in values.items() if value is not None}
 
 
 def _scales(result: NIOResult) -> Any:
@@ -71,7 +72,8 @@ def _scales(result: NIOResult) -> Any:
 
 
 def _images(result: NIOResult) -> Iterator[tuple[str, Image.Image]]:
-    for name, draw in (("history_plot", plot_history), ("scales_plot", plot_scales)):
+    plots = [("history_plot", plot_history), ("scales_plot", plot_scales)]
+    for name, draw in plots if result.history else plots[1:]:
         file = io.BytesIO()
         draw(result, file)
         yield f"{_PREFIX}/{name}", Image.open(file).convert("RGB")

@@ -378,7 +378,9 @@ class NIOTrainer(NIOTrainerMixin, Trainer):
 
 
 def _advance(bar: Any, record: IterationRecord) -> None:
-    bar.set_postfix(GC=f"{record.grad_cosine:.3f}", GN=f"{record.grad_norm:.3g}", step=record.branch, refresh=False)
+    values = {"GC": record.grad_cosine, "objective": record.objective, "GN": record.grad_norm}
+    shown = {name: f"{value:.3g}" for name, value in values.items() if value is not None}
+    bar.set_postfix(**shown, step=record.branch, refresh=False)
     bar.update()
 
 

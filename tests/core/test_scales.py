@@ -107,7 +107,7 @@ def test_tied_tensors_are_scaled_once(name: str) -> None:
     assert sum(parameter is embedding for parameter in scales.scaled) == 1
     assert sum(parameter is embedding for parameter in scales.gradient) == 1
     before = embedding.detach().clone()
-    scales.apply(torch.full((len(scales.scaled),), 2.0))
+    scales.apply([2 * parameter.detach() for parameter in scales.scaled])
     assert torch.equal(embedding, 2 * before)
 
 
