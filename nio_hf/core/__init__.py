@@ -6,6 +6,7 @@ from nio_hf.core.initializer import grad_cosine, initialize
 from nio_hf.core.layerwise import GradientInspection, LayerGradient, inspect_gradients
 from nio_hf.core.result import GradCosine, InitResult, IterationRecord, NIOResult, TensorScale
 from nio_hf.core.scales import LayerScales, register_gradient_module
+from nio_hf.core.second_moment import squared_gradients
 from nio_hf.core.state import NIOState, Resumption
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "initialize",
     "inspect_gradients",
     "register_gradient_module",
+    "squared_gradients",
 ]

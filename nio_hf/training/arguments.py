@@ -13,6 +13,7 @@ from nio_hf.core.batches import too_many_sub_batches
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.scales import check_storage
 from nio_hf.errors import ConfigError, Problem
+from nio_hf.training.seeding import SEED_MODES
 
 
 def _option(default: Any, text: str) -> Any:
@@ -31,6 +32,12 @@ class NIOTrainingArguments(TrainingArguments):
     nio_save_init: bool = _option(True, "Save the initialised checkpoint in OUTPUT_DIR/_nio_init.")
     nio_save_steps: int = _option(
         10, "Iterations from one saved state of NIO to the next, from which an interrupted run goes on; 0 for none."
+    )
+
+    nio_seed_optimizer: str | None = _option(
+        None,
+        "Start Adam's second moment from the squared gradient at the initialisation: gi_adam (with bias correction, an "
+        "implicit warmup) or uncorrected; default: Adam as it is.",
     )
 
     # Data
@@ -80,7 +87,7 @@ class NIOTrainingArguments(TrainingArguments):
         Raises:
             ConfigError: lists every `nio_*` setting that is out of range.
         """
-        problems = [*self._batch_size_problems(), *self._save_steps_problems()]
+        problems = [*self._batch_size_problems(), *self._save_steps_problems(), *self._seed_optimizer_problems()]
         try:
             config = self._nio_config()
         except ConfigError as error:
@@ -101,6 +108,11 @@ class NIOTrainingArguments(TrainingArguments):
         steps = self.nio_save_steps
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             yield Problem("nio_save_steps", f"{steps!r}", "Give a whole number, 0 for none")
+
+    def _seed_optimizer_problems(self) -> Iterator[Problem]:
+        if self.nio_seed_optimizer is not None and self.nio_seed_optimizer not in SEED_MODES:
+            fix = f"Choose one of {', '.join(SEED_MODES)}, or None"
+            yield Problem("nio_seed_optimizer", f"{self.nio_seed_optimizer!r}", fix)
 
     def _nio_config(self) -> NIOConfig:
         seed = self.order_seed if self.nio_seed is None else self.nio_seed

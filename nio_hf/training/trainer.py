@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from nio_hf.core import (
     Resumption,
     initialize,
     inspect_gradients,
+    squared_gradients,
 )
 from nio_hf.core.batches import map_tensors
 from nio_hf.core.memory import is_out_of_memory
@@ -59,6 +60,7 @@ from nio_hf.training.publishing import PublishingTrainerMixin
 from nio_hf.training.replica import broadcast, gathered, make_replica, replica_bytes, take_over
 from nio_hf.training.reporting import NIOReportCallback
 from nio_hf.training.sampling import nio_dataloader, seed_everything
+from nio_hf.training.seeding import SeedMode, check_seedable, seed_second_moment
 
 logger = logging.getLogger(__name__)
 
@@ -145,15 +147,27 @@ class NIOTrainerMixin(PublishingTrainerMixin):
             NIOError: as in [`inspect_gradients`].
         """
         register_transformers_layers()
+        with self._held_out("Inspecting") as held_out:
+            return inspect_gradients(self._nio_model(), held_out, self.compute_nio_loss, self.args.to_nio_config())
+
+    def _squared_gradients(self) -> dict[str, torch.Tensor]:
+        """Squared gradient at the weights as they are, on the batches that NIO sets aside; {parameter name: tensor}."""
+        register_transformers_layers()
+        collective = Collective.current()
+        with self._held_out("Seeding the optimizer") as held_out, collective.together():
+            replica = make_replica(self._nio_model(), self.args.device, collective)
+            config = self.args.to_nio_config()
+            return squared_gradients(replica, held_out, self.compute_nio_loss, config, collective=collective)
+
+    @contextlib.contextmanager
+    def _held_out(self, what: str) -> Iterator[Iterable[Any]]:
+        """The batches that NIO sets aside, behind a progress bar; errors and random numbers as in a NIO run."""
         config, count = self.args.to_nio_config(), max(self.args.nio_holdout_batches, 1)
         with isolated_random_state(self.args.device, self.train_dataset), _memory_errors():
             seed_everything(config.seed)
             batches = CheckedBatches(self.get_nio_dataloader(), self._classes_of_labels(), self.prepare_nio_batch)
             hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-            held_out = tqdm(
-                itertools.islice(batches, count), total=count, desc="Inspecting", unit="batch", disable=hidden
-            )
-            return inspect_gradients(self._nio_model(), held_out, self.compute_nio_loss, config)
+            yield tqdm(itertools.islice(batches, count), total=count, desc=what, unit="batch", disable=hidden)
 
     def _initialised(self, replica: nn.Module, task: Task, collective: Collective) -> NIOResult | None:
         """The result of an earlier run, with its weights in the replica; None where there is none that fits."""
@@ -357,6 +371,9 @@ class NIOTrainerMixin(PublishingTrainerMixin):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader[Any], resume_from_checkpoint: str | None
     ) -> Any:
+        seeds = self.args.nio_seed_optimizer is not None and resume_from_checkpoint is None
+        if seeds:
+            check_seedable(self)
         if self._nio_is_due(resume_from_checkpoint):
             self.run_nio(resume=self._going_on)
         elif resume_from_checkpoint is not None or not self._nio_report.is_of(self._nio_model()):
@@ -366,7 +383,12 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         # Trackers that were added later must have opened their run before NIO is reported.
         self.remove_callback(self._nio_report)
         self.add_callback(self._nio_report)
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        squares = self._squared_gradients() if seeds else {}
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if seeds:
+            mode = cast(SeedMode, self.args.nio_seed_optimizer)
+            seed_second_moment(cast(torch.optim.Optimizer, self.optimizer), self._nio_model(), squares, mode)
+        return prepared
 
 
 class NIOTrainer(NIOTrainerMixin, Trainer):
