@@ -47,6 +47,7 @@ class _Reporting(NIOTrainer):
     """Writes down the weights after NIO, and is killed or asked to stop where the settings say so."""
 
     initialised = ""
+    seeds: list[float] | None = None
     partitioned = False
     pace = 0.0
     """Seconds that each batch takes longer."""
@@ -57,6 +58,14 @@ class _Reporting(NIOTrainer):
         result = super().run_nio(**kwargs)
         self.initialised = weights(self)
         return result
+
+    def _prepare_for_training(self, *args: Any) -> Any:
+        prepared = super()._prepare_for_training(*args)
+        if self.args.nio_seed_optimizer is not None:
+            state: Any = self.optimizer.optimizer.state  # type: ignore[union-attr]
+            moments = (state[parameter]["exp_avg_sq"] for parameter in self._nio_model().parameters())
+            self.seeds = [float(whole(moment).double().sum()) for moment in moments]
+        return prepared
 
     def prepare_nio_batch(self, batch: Any, number: int) -> Any:
         time.sleep(self.pace)
@@ -99,15 +108,19 @@ def _killed_in_save(output_dir: str) -> None:
     checkpoints.write_manifest = write_manifest
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, put together where it is in shards."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def weights(trainer: NIOTrainer) -> str:
     """Digest of the weights of the model, whole."""
     model = trainer._nio_model()
-    whole = torch.nn.ParameterDict()
+    values = torch.nn.ParameterDict()
     with gathered(model):
         for name, parameter in model.named_parameters():
-            values = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-            whole[name.replace(".", "/")] = torch.nn.Parameter(values.detach().float().clone())
-    return fingerprint(whole)
+            values[name.replace(".", "/")] = torch.nn.Parameter(whole(parameter).detach().float().clone())
+    return fingerprint(values)
 
 
 def make_trainer(settings: dict[str, Any]) -> NIOTrainer:
@@ -142,6 +155,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         "distributed_type": str(trainer.accelerator.distributed_type),
         "scales": None if result is None else [tensor.omega for tensor in result.tensors],
         "initialised": trainer.initialised,
+        "seeds": trainer.seeds,
         "partitioned": trainer.partitioned,
         "trained": weights(trainer),
         "step": trainer.state.global_step,

@@ -95,6 +95,7 @@ def start(folder: Path, strategy: str, processes: int, **settings: Any) -> subpr
 
 def save_model(folder: Path) -> None:
     """The model that every training of these tests starts from."""
+    folder.mkdir(exist_ok=True)
     if not (folder / "model").is_dir():
         build("vit", hidden_dropout_prob=0.1).save_pretrained(folder / "model")
 

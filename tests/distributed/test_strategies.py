@@ -54,6 +54,26 @@ def test_two_processes_find_the_scales_of_one_and_train(strategy: str, tmp_path:
     _check(tmp_path, strategy, 2, alone)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_seed_the_optimizer_as_one_does(strategy: str, tmp_path: Path) -> None:
+    settings = {"nio_seed_optimizer": "gi_adam", "max_steps": 2, "save_strategy": "no"}
+    alone = launch(tmp_path / "alone", "single", 1, arguments=settings)
+    together = launch(tmp_path / "together", strategy, 2, arguments=settings)
+    assert together.status == alone.status == 0, together.output[-3000:]
+    assert len(together.reports) == 2
+    for report in together.reports:
+        assert report["distributed_type"].endswith(DISTRIBUTED_TYPES[strategy])
+        assert report["seeds"] == pytest.approx(alone.reports[0]["seeds"], rel=1e-3)
+        assert report["trained"] == together.reports[0]["trained"]
+
+
+def test_deepspeed_has_no_second_moment_to_seed(tmp_path: Path) -> None:
+    outcome = launch(tmp_path, "zero2", 2, arguments={"nio_seed_optimizer": "gi_adam"})
+    assert outcome.status != 0
+    assert "nio_seed_optimizer: given with DeepSpeed" in outcome.output
+    assert not (tmp_path / "output" / INIT_DIR_NAME).exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "zero1"])
 def test_three_processes_find_the_scales_of_one_and_train(strategy: str, tmp_path: Path, alone: Any) -> None:
