@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from nio_hf.errors import ConfigError, ModelError, NIOError, Problem, one_line
+from nio_hf.image_training.optimizers import optimizer_options
 from nio_hf.image_training.trainer import ImageTrainer, ImageTrainingData, Samples, Source
 from nio_hf.image_training.weight_decay import decayed_parameters
 from nio_hf.recipe.catalog import recipe_name
@@ -67,6 +68,7 @@ def build_trainer(recipe: Recipe) -> ImageTrainer:
             no_weight_decay=recipe.optimization.no_weight_decay,
             repeats=recipe.augmentation.repeated_augmentation,
             source=_source(recipe),
+            optimizer=optimizer_options(recipe.optimization.optimizer, args),
             ema_decay=recipe.optimization.ema_decay,
         )
     except (ValueError, KeyError, ImportError, RuntimeError) as error:

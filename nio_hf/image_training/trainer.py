@@ -79,6 +79,7 @@ class ImageTrainer(NIOTrainer):
         no_weight_decay: parameters without weight decay, see [`decayed_parameters`]; None for Trainer's choice.
         repeats: times that an epoch draws each of its samples.
         source: what the training is made from, saved with the model.
+        optimizer: class and arguments of the optimizer; None for what `args.optim` says.
         ema_decay: of the average of the weights that `evaluate_average` evaluates; None for no average.
 
     Raises:
@@ -98,6 +99,7 @@ class ImageTrainer(NIOTrainer):
         no_weight_decay: list[str] | None = None,
         repeats: int = 1,
         source: Source | None = None,
+        optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         ema_decay: float | None = None,
     ) -> None:
         self._augmentation = augmentation
@@ -116,6 +118,7 @@ class ImageTrainer(NIOTrainer):
             compute_loss_func=self._training_loss,
             compute_metrics=classification_metrics,
             preprocess_logits_for_metrics=predictions_and_losses,
+            optimizer_cls_and_kwargs=optimizer,
         )
         self.get_decay_parameter_names(model)
         self._ema = None if ema_decay is None else EMACallback(self._nio_model, ema_decay)

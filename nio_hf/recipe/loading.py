@@ -190,6 +190,10 @@ def _contradictions(settings: dict[str, Setting], path: Path) -> Iterator[Proble
     if given("remove_unused_columns") is True:
         fix = "Leave it out: it would remove the images before they are read"
         yield Problem(settings["remove_unused_columns"].where, "true", fix)
+    for key in {"optim", "optim_args", "nio_seed_optimizer"} & settings.keys():
+        if given("optimizer") is not None and given(key) is not None:
+            found = f"given beside optimizer: {given('optimizer')}"
+            yield Problem(settings[key].where, found, "Leave one of them out")
     if given("global_batch_size") is not None and "gradient_accumulation_steps" in settings:
         fix = "Give one of them: accumulation follows from global_batch_size"
         yield Problem(settings["gradient_accumulation_steps"].where, "given beside global_batch_size", fix)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+OptimizerName = Literal["radam"]
+
 
 @dataclasses.dataclass
 class ModelSettings:
@@ -137,9 +139,11 @@ class OptimizationSettings:
         global_batch_size: samples of an optimiser step over all devices; `gradient_accumulation_steps` follows from it.
         no_weight_decay: parameters without weight decay: "vectors" for all of fewer than two dimensions (biases,
             normalisation), others by the last part of their name. None for Trainer's choice.
+        optimizer: "radam" in the place of what `optim` says; null for `optim`.
         ema_decay: of an exponential moving average of the weights, evaluated and saved at the end; None for no average.
     """
 
     global_batch_size: int | None = None
     no_weight_decay: list[str] | None = None
+    optimizer: OptimizerName | None = None
     ema_decay: float | None = None
