@@ -131,6 +131,28 @@ def print_inspection(
         console.print(f"{what}: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
+def print_comparison(
+    title: str,
+    tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]],
+    words: Sequence[str],
+    written: Mapping[str, Path],
+) -> None:
+    """Print a comparison: {name: (columns, rows)} of its tables, what it says in words, and what was written."""
+    console = Console()
+    console.print(title, style="bold", highlight=False)
+    for name, (columns, rows) in tables.items():
+        table = Table(title=name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="right" if index else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for sentence in words:
+        console.print(sentence, markup=False, highlight=False)
+    for what, path in written.items():
+        console.print(f"{what}: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
 def print_validation(
     validations: Iterable[tuple[str, str, Sequence[str], NIOError | None]],
 ) -> int:

@@ -6,6 +6,7 @@ import typer
 
 import nio_hf
 from nio_hf.cli import recipes
+from nio_hf.cli.compare import compare
 from nio_hf.cli.init import init
 from nio_hf.cli.inspect import inspect
 from nio_hf.cli.push import push
@@ -26,6 +27,7 @@ app.command(context_settings=_RECIPE_COMMAND)(train)
 app.command(context_settings=_RECIPE_COMMAND)(init)
 app.command(context_settings=_RECIPE_COMMAND)(validate)
 app.command(context_settings=_RECIPE_COMMAND)(inspect)
+app.command(context_settings=_RECIPE_COMMAND)(compare)
 app.command()(report)
 app.command()(push)
 app.add_typer(recipes.app, name="recipes")

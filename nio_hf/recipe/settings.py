@@ -61,6 +61,7 @@ class DataSettings:
         train_split: split to train on.
         eval_split: split to evaluate on; None for the validation split, where there is none a part of the training.
         eval_fraction: that part.
+        eval_from_train: evaluate on that part whatever splits there are, to choose settings by.
         image_column: None for the column of images, where there is one.
         label_column: None for the column of class labels, where there is one.
         num_classes: needed for a stream of integer labels whose classes have no names.
@@ -79,6 +80,7 @@ class DataSettings:
     train_split: str = "train"
     eval_split: str | None = None
     eval_fraction: float = 0.2
+    eval_from_train: bool = False
     image_column: str | None = None
     label_column: str | None = None
     num_classes: int | None = None

@@ -13,6 +13,7 @@ from nio_hf.core.batches import too_many_sub_batches
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.scales import check_storage
 from nio_hf.errors import ConfigError, Problem
+from nio_hf.training.methods import method_problems, parsed_options
 from nio_hf.training.seeding import SEED_MODES
 
 
@@ -29,6 +30,14 @@ class NIOTrainingArguments(TrainingArguments):
 
     # When NIO runs
     nio: bool = _option(True, "Run NIO before training. It is skipped on resume and for an initialised model.")
+    nio_method: str = _option(
+        "nio",
+        "Method of initialisation: nio, or to compare it with: none, gradinit, metainit, lsuv, emergence or "
+        "architecture_aware.",
+    )
+    nio_method_kwargs: dict[str, Any] | str | None = dataclasses.field(
+        default=None, metadata={"help": 'Settings that such a method has of its own, e.g. {"optimizer": "sgd"}.'}
+    )
     nio_save_init: bool = _option(True, "Save the initialised checkpoint in OUTPUT_DIR/_nio_init.")
     nio_save_steps: int = _option(
         10, "Iterations from one saved state of NIO to the next, from which an interrupted run goes on; 0 for none."
@@ -74,6 +83,7 @@ class NIOTrainingArguments(TrainingArguments):
             ConfigError: lists every `nio_*` setting that is out of range.
         """
         super().__post_init__()
+        self.nio_method_kwargs = parsed_options(self.nio_method_kwargs)
         self.to_nio_config()
 
     @property
@@ -88,6 +98,7 @@ class NIOTrainingArguments(TrainingArguments):
             ConfigError: lists every `nio_*` setting that is out of range.
         """
         problems = [*self._batch_size_problems(), *self._save_steps_problems(), *self._seed_optimizer_problems()]
+        problems += method_problems(self.nio_method, self.nio_method_kwargs)
         try:
             config = self._nio_config()
         except ConfigError as error:

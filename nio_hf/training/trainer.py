@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import logging
 import weakref
@@ -54,6 +55,7 @@ from nio_hf.training.digests import batch_digest, fingerprint
 from nio_hf.training.isolation import isolated_random_state
 from nio_hf.training.layers import register_transformers_layers
 from nio_hf.training.losses import ignores_num_items
+from nio_hf.training.methods import NIO, run_baseline
 from nio_hf.training.nio_batches import CheckedBatches
 from nio_hf.training.preemption import SpareWorkers
 from nio_hf.training.publishing import PublishingTrainerMixin
@@ -150,24 +152,34 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         with self._held_out("Inspecting") as held_out:
             return inspect_gradients(self._nio_model(), held_out, self.compute_nio_loss, self.args.to_nio_config())
 
-    def _squared_gradients(self) -> dict[str, torch.Tensor]:
-        """Squared gradient at the weights as they are, on the batches that NIO sets aside; {parameter name: tensor}."""
+    def squared_gradients(self, batches: int | None = None) -> dict[str, torch.Tensor]:
+        """Squared gradient at the weights as they are, which `nio_seed_optimizer` seeds the optimizer with.
+
+        Args:
+            batches: number of the batches that NIO sets aside to measure on; None for all.
+
+        Returns:
+            {parameter name: tensor of its shape}.
+
+        Raises:
+            NIOError: as in [`squared_gradients`].
+        """
         register_transformers_layers()
         collective = Collective.current()
-        with self._held_out("Seeding the optimizer") as held_out, collective.together():
+        with self._held_out("Squared gradients", batches) as held_out, collective.together():
             replica = make_replica(self._nio_model(), self.args.device, collective)
             config = self.args.to_nio_config()
             return squared_gradients(replica, held_out, self.compute_nio_loss, config, collective=collective)
 
     @contextlib.contextmanager
-    def _held_out(self, what: str) -> Iterator[Iterable[Any]]:
+    def _held_out(self, what: str, batches: int | None = None) -> Iterator[Iterable[Any]]:
         """The batches that NIO sets aside, behind a progress bar; errors and random numbers as in a NIO run."""
-        config, count = self.args.to_nio_config(), max(self.args.nio_holdout_batches, 1)
+        config, count = self.args.to_nio_config(), batches or max(self.args.nio_holdout_batches, 1)
         with isolated_random_state(self.args.device, self.train_dataset), _memory_errors():
             seed_everything(config.seed)
-            batches = CheckedBatches(self.get_nio_dataloader(), self._classes_of_labels(), self.prepare_nio_batch)
+            source = CheckedBatches(self.get_nio_dataloader(), self._classes_of_labels(), self.prepare_nio_batch)
             hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-            yield tqdm(itertools.islice(batches, count), total=count, desc=what, unit="batch", disable=hidden)
+            yield tqdm(itertools.islice(source, count), total=count, desc=what, unit="batch", disable=hidden)
 
     def _initialised(self, replica: nn.Module, task: Task, collective: Collective) -> NIOResult | None:
         """The result of an earlier run, with its weights in the replica; None where there is none that fits."""
@@ -205,16 +217,16 @@ class NIOTrainerMixin(PublishingTrainerMixin):
             should_stop=lambda: self._preemption is not None and self._preemption.requested,
         )
         seed_everything(config.seed)
+        method, options = self.args.nio_method, cast(dict[str, Any], self.args.nio_method_kwargs or {})
         with self._nio_progress(config.iterations, 0 if state is None else state.iterations) as bar:
-            result = initialize(
-                replica,
-                batches,
-                self.compute_nio_loss,
-                config,
-                on_iteration=lambda record: _advance(bar, record),
-                collective=collective,
-                resumption=resumption,
-            )
+            on_iteration = functools.partial(_advance, bar)
+            task_of_method = (replica, batches, self.compute_nio_loss, config)
+            if method == NIO:
+                result = initialize(
+                    *task_of_method, on_iteration=on_iteration, collective=collective, resumption=resumption
+                )
+            else:
+                result = run_baseline(method, options, *task_of_method, on_iteration, collective)
         with collective.together():
             if self.args.should_save:
                 self._nio_state = describe_state(replica, result, {**task, "data": batches.digest})
@@ -232,6 +244,8 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         return {
             "weights": fingerprint(replica),
             "settings": dataclasses.asdict(config),
+            "method": self.args.nio_method,
+            "method_kwargs": self.args.nio_method_kwargs or {},
             "batch_size": self.args.nio_batch_size,
             "label_smoothing_factor": self.args.label_smoothing_factor,
             "data": first,
@@ -333,7 +347,13 @@ class NIOTrainerMixin(PublishingTrainerMixin):
 
     def _nio_progress(self, iterations: int, behind: int) -> Any:
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        return tqdm(total=iterations, initial=behind, desc="NIO", unit="iteration", disable=hidden)
+        return tqdm(
+            total=iterations,
+            initial=behind,
+            desc="NIO" if self.args.nio_method == NIO else self.args.nio_method,
+            unit="iteration",
+            disable=hidden,
+        )
 
     def _nio_is_due(self, resume_from_checkpoint: str | None) -> bool:
         """Whether NIO has something to do, which rank 0 decides."""
@@ -383,7 +403,7 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         # Trackers that were added later must have opened their run before NIO is reported.
         self.remove_callback(self._nio_report)
         self.add_callback(self._nio_report)
-        squares = self._squared_gradients() if seeds else {}
+        squares = self.squared_gradients() if seeds else {}
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if seeds:
             mode = cast(SeedMode, self.args.nio_seed_optimizer)

@@ -62,6 +62,7 @@ def load_image_data(
     train_split: str = "train",
     eval_split: str | None = None,
     eval_fraction: float = 0.2,
+    eval_from_train: bool = False,
     image_column: str | None = None,
     label_column: str | None = None,
     num_classes: int | None = None,
@@ -83,6 +84,7 @@ def load_image_data(
         eval_split: split to evaluate on; None for the validation split, and where there is none a part of the training
             split: the same of every class, or for a stream a share by digest, which no order or worker changes.
         eval_fraction: size of that part, in (0, 1).
+        eval_from_train: evaluate on that part whatever splits there are.
         image_column: None for the only column of images.
         label_column: None for the only column of class labels.
         num_classes: for a stream of integer labels whose classes have no names.
@@ -112,7 +114,7 @@ def load_image_data(
     class_names = classes_of(train, label_column, num_classes, name)
     train = _labelled(train, image_column, label_column, class_names, f"{train_split!r} of {name}")
     validation = next((split for split in _VALIDATION_SPLITS if split in splits and split != train_split), None)
-    eval_split = eval_split or validation
+    eval_split = None if eval_from_train else eval_split or validation
     if eval_split is None:
         train, evaluation = _set_aside(train, eval_fraction, image_column, label_column, seed, name)
     else:
@@ -156,7 +158,7 @@ def _set_aside(
     """(training part, evaluation part) of a split."""
     if not 0 < fraction < 1:
         raise DataError(Problem("eval_fraction", f"{fraction}", "Give a part in (0, 1), or an eval_split"))
-    logger.info("%s has no validation split: %g of the training split is set aside to evaluate on.", name, fraction)
+    logger.info("%s: %g of the training split is set aside to evaluate on.", name, fraction)
     if isinstance(rows, datasets.IterableDataset):
         chosen = _Chosen(image_column, fraction, seed)
         return rows.filter(_NotChosen(chosen)), rows.filter(chosen)

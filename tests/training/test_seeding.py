@@ -118,7 +118,7 @@ def test_a_training_starts_from_the_squares_at_its_initialisation(tmp_path: Path
     trainer.train()
     inner: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     states = {id(parameter): state for parameter, state in inner.state.items()}
-    squares = trainer._squared_gradients()
+    squares = trainer.squared_gradients()
     for name, parameter in trainer.model.named_parameters():
         seeded = states[id(parameter)]["exp_avg_sq"]
         # One step of training has been mixed in, with a weight of 1 - beta2.

@@ -1,0 +1,244 @@
+"""What follows from the runs of a comparison, with its uncertainty.
+
+Letters: a an arm, w warmup at its best length, r a learning rate, s a seed, A accuracy in percent.
+
+    difference   d_s = A(a, s) - A(w, s), each at its chosen settings, over n fresh seeds
+    interval     mean d +- t(0.95, n - 1) sd(d) / sqrt(n), the 90% paired t interval
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from scipy.stats import t as student
+
+from nio_hf.comparison.arms import NO_WARMUP, WARMUP
+from nio_hf.comparison.plan import Choice, Plan, Run
+from nio_hf.comparison.results import Outcome
+
+CONFIDENCE = 0.90
+MARGIN = 0.5
+"""Points of accuracy that an arm may be behind warmup and still match it."""
+PLATEAU = 3.0
+"""Points of accuracy below the best of an arm at which a learning rate is too high for it."""
+Word = Literal["beats", "matches", "undecided", "worse"]
+Outcomes = Mapping[Run, Outcome]
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean with its 90% t interval.
+
+    Attributes:
+        mean: of the values.
+        half_width: of the interval; infinite for one value.
+        values: what it is of.
+    """
+
+    mean: float
+    half_width: float
+    values: tuple[float, ...]
+
+    @property
+    def low(self) -> float:
+        """Lower end."""
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        """Upper end."""
+        return self.mean + self.half_width
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ± {self.half_width:.2f}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean of some values with its 90% t interval."""
+    mean, count = statistics.fmean(values), len(values)
+    if count < 2:
+        return Interval(mean, math.inf, tuple(values))
+    quantile = float(student.ppf(0.5 + CONFIDENCE / 2, count - 1))
+    return Interval(mean, quantile * statistics.stdev(values) / math.sqrt(count), tuple(values))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """The runs of one arm at one learning rate and length of warmup, over the seeds of the selection.
+
+    Attributes:
+        arm: name.
+        learning_rate: peak.
+        warmup_ratio: length of warmup.
+        accuracies: in percent, {seed: accuracy}; a run that failed counts as chance.
+        losses: mean training loss of the last tenth of the steps, of the runs that did not fail.
+        failed: number of runs that failed.
+    """
+
+    arm: str
+    learning_rate: float
+    warmup_ratio: float
+    accuracies: Mapping[int, float]
+    losses: tuple[float, ...]
+    failed: int
+
+    @property
+    def accuracy(self) -> float:
+        """Mean accuracy in percent."""
+        return statistics.fmean(self.accuracies.values())
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the accuracy over the seeds; NaN for one seed."""
+        values = list(self.accuracies.values())
+        return statistics.stdev(values) if len(values) > 1 else math.nan
+
+    @property
+    def loss(self) -> float:
+        """Mean of `losses`; NaN where every run failed."""
+        return statistics.fmean(self.losses) if self.losses else math.nan
+
+
+def cells(plan: Plan, outcomes: Outcomes, chance: float) -> list[Cell]:
+    """The cells of the grid that have all their runs.
+
+    Args:
+        plan: of the comparison.
+        outcomes: of runs.
+        chance: accuracy of guessing, in percent, which a failed run counts as.
+    """
+    found = []
+    for arm in plan.arms:
+        for rate in plan.learning_rates:
+            for ratio in plan.ratios(arm):
+                runs = [Run("selection", arm.name, rate, ratio, seed) for seed in range(plan.seeds)]
+                if all(run in outcomes for run in runs):
+                    found.append(_cell(runs, outcomes, chance))
+    return found
+
+
+def _cell(runs: Sequence[Run], outcomes: Outcomes, chance: float) -> Cell:
+    own = [outcomes[run] for run in runs]
+    losses = tuple(outcome.final_loss for outcome in own if outcome.final_loss is not None)
+    accuracies = {run.seed: accuracy_of(outcomes[run], chance) for run in runs}
+    first = runs[0]
+    failed = sum(outcome.error is not None for outcome in own)
+    return Cell(first.arm, first.learning_rate, first.warmup_ratio, accuracies, losses, failed)
+
+
+def accuracy_of(outcome: Outcome, chance: float) -> float:
+    """Accuracy of a run in percent, chance where it failed."""
+    return chance if outcome.accuracy is None else outcome.accuracy
+
+
+def choose(found: Iterable[Cell]) -> list[Choice]:
+    """For each arm the settings with the best mean accuracy, the lower learning rate and shorter warmup of equals."""
+    best: dict[str, Cell] = {}
+    for cell in sorted(found, key=lambda cell: (cell.learning_rate, cell.warmup_ratio)):
+        if cell.arm not in best or cell.accuracy > best[cell.arm].accuracy:
+            best[cell.arm] = cell
+    order = list(dict.fromkeys(cell.arm for cell in found))
+    return [Choice(name, best[name].learning_rate, best[name].warmup_ratio, best[name].accuracy) for name in order]
+
+
+def at_best_length(found: Iterable[Cell], arm: str, rate: float) -> Cell | None:
+    """The cell of an arm at a learning rate, at the length of warmup that is best there."""
+    own = [cell for cell in found if cell.arm == arm and cell.learning_rate == rate]
+    return max(own, key=lambda cell: cell.accuracy, default=None)
+
+
+def largest_stable_rate(found: Sequence[Cell], arm: str) -> float | None:
+    """The last learning rate, counted upwards from the best one, before the first that is too high.
+
+    A rate is too high where a run fails, or the mean accuracy is more than 3 points below the best of the arm.
+
+    Returns:
+        None where every rate has a run that failed.
+    """
+    rates = sorted({cell.learning_rate for cell in found})
+    own = [at_best_length(found, arm, rate) for rate in rates]
+    known = [cell for cell in own if cell is not None and not cell.failed]
+    if not known:
+        return None
+    best = max(known, key=lambda cell: cell.accuracy)
+    stable = best.learning_rate
+    for cell in own:
+        if cell is None or cell.learning_rate <= best.learning_rate:
+            continue
+        if cell.failed or cell.accuracy < best.accuracy - PLATEAU:
+            break
+        stable = cell.learning_rate
+    return stable
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """What warmup gains over no warmup at one learning rate.
+
+    Attributes:
+        learning_rate: of both.
+        gain: points of accuracy, paired over the seeds of the selection.
+    """
+
+    learning_rate: float
+    gain: Interval
+
+
+def warmup_gains(found: Sequence[Cell]) -> list[Gain]:
+    """What warmup at its best length gains over no warmup, by learning rate."""
+    gains = []
+    for rate in sorted({cell.learning_rate for cell in found}):
+        warm, cold = (at_best_length(found, name, rate) for name in (WARMUP, NO_WARMUP))
+        if warm is not None and cold is not None:
+            pairs = [warm.accuracies[seed] - cold.accuracies[seed] for seed in warm.accuracies]
+            gains.append(Gain(rate, interval(pairs)))
+    return gains
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """An arm held against warmup, each at its chosen settings, on fresh seeds.
+
+    Attributes:
+        arm: name.
+        choice: its settings.
+        accuracy: over the fresh seeds, in percent.
+        difference: to warmup, in points, paired.
+        word: "beats" where the interval is above 0, "matches" where it is above -0.5, "worse" where it is below -0.5,
+            else "undecided".
+    """
+
+    arm: str
+    choice: Choice
+    accuracy: Interval
+    difference: Interval
+    word: Word
+
+
+def judge(difference: Interval) -> Word:
+    """The word for a paired difference to warmup."""
+    if difference.low > 0:
+        return "beats"
+    if difference.low > -MARGIN:
+        return "matches"
+    return "worse" if difference.high < -MARGIN else "undecided"
+
+
+def verdicts(plan: Plan, chosen: Sequence[Choice], outcomes: Outcomes, chance: float) -> list[Verdict]:
+    """Every arm held against warmup; empty while runs are missing."""
+    runs = plan.verdict_runs(chosen)
+    if not runs or any(run not in outcomes for run in runs):
+        return []
+    by_arm: dict[str, list[float]] = {}
+    for run in runs:
+        by_arm.setdefault(run.arm, []).append(accuracy_of(outcomes[run], chance))
+    judged = []
+    for choice in chosen:
+        own = by_arm[choice.arm]
+        difference = interval([a - b for a, b in zip(own, by_arm[WARMUP], strict=True)])
+        judged.append(Verdict(choice.arm, choice, interval(own), difference, judge(difference)))
+    return judged

@@ -1,0 +1,112 @@
+"""What is compared: arms, each a change to the initialisation or the first steps of the same training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nio_hf.errors import Problem, RecipeError
+from nio_hf.recipe.strict_yaml import parse_scalar
+
+NO_WARMUP, WARMUP = "no_warmup", "warmup"
+_PLAIN: dict[str, Any] = {"nio": False, "nio_seed_optimizer": None, "optimizer": None}
+_SEEDED = {"nio_seed_optimizer": "gi_adam"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to start a training.
+
+    Attributes:
+        name: of the arm.
+        description: what it is, in a few words.
+        settings: of the recipe, that make it.
+        has_warmup: whether its learning rate rises over the first steps.
+    """
+
+    name: str
+    description: str
+    settings: Mapping[str, Any]
+    has_warmup: bool = False
+
+
+def _arm(name: str, description: str, **settings: Any) -> Arm:
+    return Arm(name, description, {**_PLAIN, **settings}, has_warmup=name == WARMUP)
+
+
+def _method(name: str, description: str) -> Arm:
+    return _arm(name, f"{description}, no warmup", nio=True, nio_method=name)
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        _arm(NO_WARMUP, "the model's own initialisation, no warmup"),
+        _arm(WARMUP, "linear warmup of the learning rate"),
+        _arm("nio", "NIO, no warmup", nio=True, nio_method="nio"),
+        _arm("gi_adam", "Adam's second moment seeded (GI-Adam), no warmup", **_SEEDED),
+        _arm("nio_seeded", "NIO and the second moment seeded, no warmup", nio=True, nio_method="nio", **_SEEDED),
+        _arm("uncorrected", "second moment seeded without bias correction", nio_seed_optimizer="uncorrected"),
+        _arm("radam", "RAdam, no warmup", optimizer="radam"),
+        _method("gradinit", "GradInit"),
+        _method("metainit", "MetaInit"),
+        _method("lsuv", "LSUV"),
+        _method("emergence", "emergence-promoting initialisation"),
+        _method("architecture_aware", "architecture-aware initialisation"),
+    )
+}
+"""{name: arm} of those that are known by name."""
+
+
+def choose_arms(names: Sequence[str], definitions: Sequence[str] = ()) -> tuple[Arm, ...]:
+    """The arms of a comparison.
+
+    Args:
+        names: of known arms.
+        definitions: of further ones, each `NAME=ARM,key=value,...`: a known arm with other settings of the recipe.
+
+    Raises:
+        RecipeError: for names that are unknown or stand twice, and definitions that cannot be read; lists all.
+    """
+    problems = []
+    arms: dict[str, Arm] = {}
+    for name in names:
+        if name not in ARMS:
+            problems.append(Problem("--arms", f"{name!r} is no known arm", f"Choose from {', '.join(ARMS)}"))
+        elif name in arms:
+            problems.append(Problem("--arms", f"{name!r} stands twice", "Name each arm once"))
+        else:
+            arms[name] = ARMS[name]
+    for definition in definitions:
+        try:
+            arm = _defined(definition)
+        except RecipeError as error:
+            problems += error.problems
+            continue
+        if arm.name in arms or arm.name in ARMS:
+            problems.append(Problem("--arm", f"{arm.name!r} is taken", "Give it another name"))
+        else:
+            arms[arm.name] = arm
+    if not arms and not problems:
+        problems.append(Problem("--arms", "none", f"Name some of {', '.join(ARMS)}"))
+    if problems:
+        raise RecipeError(*problems)
+    return tuple(arms.values())
+
+
+def _defined(definition: str) -> Arm:
+    """The arm of `NAME=ARM,key=value,...`."""
+    head, *settings = definition.split(",")
+    name, equals, base = head.partition("=")
+    fix = "Write NAME=ARM,key=value,... e.g. nio_low=nio,nio_gamma_relative=0.5"
+    if not equals or not name.isidentifier() or base not in ARMS:
+        raise RecipeError(Problem("--arm", f"{definition!r}", fix))
+    changes = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise RecipeError(Problem("--arm", f"{setting!r} in {definition!r}", fix))
+        changes[key] = parse_scalar(value, f"--arm {name}, {key}")
+    known = ARMS[base]
+    return Arm(name, f"{known.description}; {', '.join(settings)}", {**known.settings, **changes}, known.has_warmup)

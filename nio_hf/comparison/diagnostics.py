@@ -1,0 +1,70 @@
+"""What happens in the first steps: how far each weight matrix turns, and how far representations move.
+
+Letters: W a weight matrix before a step and W' behind it, f the output of the model for a fixed batch.
+
+    relative update     ||W' - W|| / ||W||
+    angular update      arccos(<W, W'> / (||W|| ||W'||)), in radians
+    output change       ||f' - f|| / ||f||
+
+Source: Kosson, Messmer and Jaggi, "Analyzing & Reducing the Need for Learning Rate Warmup in GPT Training", NeurIPS
+2024, arXiv 2410.23922.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from nio_hf.core import mode
+
+FIRST_STEPS = 50
+"""Steps that are looked at."""
+
+
+class StepDiagnostics(TrainerCallback):
+    """Measures the first steps of a training; it computes one forward of the fixed batch in each of them.
+
+    Args:
+        model: that is trained.
+        pixel_values: of the fixed batch.
+
+    Attributes:
+        values: {quantity: one value per step}, the mean over the weight matrices, or of the output.
+    """
+
+    def __init__(self, model: nn.Module, pixel_values: Tensor) -> None:
+        self._model = model
+        self._pixel_values = pixel_values
+        self._matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+        self._weights: list[Tensor] = []
+        self._output = torch.zeros(0)
+        self.values: dict[str, list[float]] = {"relative_update": [], "angular_update": [], "output_change": []}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note where the training starts."""
+        self._note()
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the step."""
+        if state.global_step > FIRST_STEPS:
+            self._weights = []
+            return
+        former, output = self._weights, self._output
+        self._note()
+        before, behind = (torch.stack(torch._foreach_norm(weights)).double() for weights in (former, self._weights))
+        moved = torch._foreach_norm(torch._foreach_sub(self._weights, former))
+        products = torch.stack([(a * b).sum() for a, b in zip(former, self._weights, strict=True)]).double()
+        cosines = (products / (before * behind)).clamp(-1, 1)
+        self.values["relative_update"].append(float((torch.stack(moved).double() / before).mean()))
+        self.values["angular_update"].append(float(cosines.arccos().mean()))
+        self.values["output_change"].append(float((self._output - output).norm() / output.norm()))
+
+    @torch.no_grad()
+    def _note(self) -> None:
+        self._weights = [matrix.detach().clone() for matrix in self._matrices]
+        with mode.measuring(self._model), torch.no_grad():
+            self._output = self._model(pixel_values=self._pixel_values.to(self._matrices[0].device)).logits.float()

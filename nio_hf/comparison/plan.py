@@ -1,0 +1,168 @@
+"""The runs of a comparison: a grid on seeds to choose by, and the chosen ones on fresh seeds to judge by."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from nio_hf.comparison.arms import NO_WARMUP, WARMUP, Arm
+from nio_hf.errors import Problem, RecipeError
+
+Stage = Literal["selection", "verdict"]
+MIN_SEEDS = 3
+"""Paired seeds below which no verdict is given."""
+FIRST_VERDICT_SEED = 1000
+"""Seeds of the verdict count from here, those of the selection from 0."""
+CONTROLLED = {
+    "learning_rate": "--learning_rates",
+    "warmup_steps": "--warmup_ratios",
+    "max_steps": "--steps",
+    "num_train_epochs": "--steps",
+    "seed": "--seeds",
+    "data_seed": "--seeds",
+    "nio_seed": "--seeds",
+    "nio": "--arms",
+    "nio_method": "--arms",
+    "nio_seed_optimizer": "--arms",
+    "optimizer": "--arms",
+    "resume_from_checkpoint": "the same command again",
+    "push_to_hub": "nothing: a comparison is not pushed",
+}
+"""{setting of the recipe: option that decides it in a comparison}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A comparison.
+
+    Attributes:
+        arms: what is compared.
+        learning_rates: peak learning rates of the grid, rising.
+        warmup_ratios: lengths of warmup of the grid, as shares of the steps; for arms with warmup.
+        seeds: number of seeds of the selection.
+        verdict_seeds: number of fresh seeds of the verdict; 0 for no verdict.
+        steps: budget of a run, in training steps, initialisation included.
+    """
+
+    arms: tuple[Arm, ...]
+    learning_rates: tuple[float, ...]
+    warmup_ratios: tuple[float, ...]
+    seeds: int
+    verdict_seeds: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise RecipeError(*problems)
+
+    def _problems(self) -> Iterator[Problem]:
+        rates = self.learning_rates
+        if not rates:
+            yield Problem("--learning_rates", "none", "Give at least one, e.g. 5e-4,1e-3,2e-3")
+        if any(not (math.isfinite(rate) and rate > 0) for rate in rates) or len(set(rates)) < len(rates):
+            yield Problem("--learning_rates", ", ".join(f"{rate:g}" for rate in rates), "Give different ones above 0")
+        if self.seeds < 1:
+            yield Problem("--seeds", f"{self.seeds}", "Give at least 1")
+        if self.steps < 1:
+            yield Problem("--steps", f"{self.steps}", "Give at least 1")
+        if any(not 0 < ratio < 1 for ratio in self.warmup_ratios):
+            found = ", ".join(f"{ratio:g}" for ratio in self.warmup_ratios)
+            yield Problem("--warmup_ratios", found, "Give shares of the steps in (0, 1)")
+        if any(arm.has_warmup for arm in self.arms) and not self.warmup_ratios:
+            yield Problem("--warmup_ratios", "none, with an arm that warms up", "Give at least one, e.g. 0.1")
+        if self.verdict_seeds:
+            yield from self._verdict_problems()
+
+    def _verdict_problems(self) -> Iterator[Problem]:
+        if self.verdict_seeds < MIN_SEEDS or self.seeds < MIN_SEEDS:
+            found = f"{self.seeds} to choose by and {self.verdict_seeds} to judge by"
+            fix = f"Give --seeds {MIN_SEEDS} or more for a verdict, or --no_verdict"
+            yield Problem("--seeds", found, fix)
+        missing = [name for name in (NO_WARMUP, WARMUP) if name not in {arm.name for arm in self.arms}]
+        if missing:
+            fix = "Add it to --arms, or give --no_verdict"
+            yield Problem("--arms", f"no {' and no '.join(missing)} to hold the others against", fix)
+
+    def arm(self, name: str) -> Arm:
+        """The arm of a name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def grid(self) -> list[Run]:
+        """The runs of the selection: seed by seed, so that every arm has a first result early."""
+        return [
+            Run("selection", arm.name, rate, ratio, seed)
+            for seed in range(self.seeds)
+            for rate in self.learning_rates
+            for arm in self.arms
+            for ratio in self.ratios(arm)
+        ]
+
+    def verdict_runs(self, chosen: Sequence[Choice]) -> list[Run]:
+        """The runs of the verdict: each arm at its chosen settings, on seeds that the choice has not seen."""
+        return [
+            Run("verdict", choice.arm, choice.learning_rate, choice.warmup_ratio, FIRST_VERDICT_SEED + number)
+            for number in range(self.verdict_seeds)
+            for choice in chosen
+        ]
+
+    def ratios(self, arm: Arm) -> tuple[float, ...]:
+        """The lengths of warmup that an arm is tried at."""
+        return self.warmup_ratios if arm.has_warmup else (0.0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        stage: "selection", evaluated on a part of the training data, or "verdict", on the evaluation data.
+        arm: name of its arm.
+        learning_rate: peak of the schedule.
+        warmup_ratio: length of warmup as a share of the steps; 0 for none.
+        seed: of weights and data order. Runs of one seed are paired: they start from the same weights and see the same
+            batches.
+    """
+
+    stage: Stage
+    arm: str
+    learning_rate: float
+    warmup_ratio: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """A name for files."""
+        warmup = f"-w{self.warmup_ratio:g}" if self.warmup_ratio else ""
+        return f"{self.stage}-{self.arm}-lr{self.learning_rate:g}{warmup}-s{self.seed}"
+
+    def settings(self, arm: Arm, steps: int) -> dict[str, Any]:
+        """The settings of the recipe that make this run."""
+        evaluated = {"eval_from_train": True} if self.stage == "selection" else {}
+        return {
+            **arm.settings,
+            **evaluated,
+            "learning_rate": self.learning_rate,
+            "warmup_steps": round(self.warmup_ratio * steps),
+            "max_steps": steps,
+            "seed": self.seed,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The settings that an arm is judged at.
+
+    Attributes:
+        arm: its name.
+        learning_rate: with the best mean accuracy of the selection.
+        warmup_ratio: likewise.
+        accuracy: that mean, in percent.
+    """
+
+    arm: str
+    learning_rate: float
+    warmup_ratio: float
+    accuracy: float

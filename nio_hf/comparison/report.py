@@ -1,0 +1,317 @@
+"""Table, JSON and plots of a comparison, and what it says in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nio_hf.comparison import analysis
+from nio_hf.comparison.analysis import Cell, Gain, Outcomes, Verdict
+from nio_hf.comparison.arms import NO_WARMUP, WARMUP
+from nio_hf.comparison.plan import Choice, Plan
+from nio_hf.report.style import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, figure, legend_below
+from nio_hf.training.manifest import write_atomically
+from nio_hf.training.saving import output_errors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLORS = (DARK, VERMILLION, BLUE, GREEN, ORANGE, PURPLE, SKY, GREY)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+_FIRST_STEPS = 50
+_QUANTITIES = {
+    "relative_update": "update / weight (norms)",
+    "angular_update": "angle of the update (rad)",
+    "output_change": "change of the output",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What is known of a comparison so far.
+
+    Attributes:
+        title: of the recipe.
+        plan: what it consists of.
+        outcomes: of the runs that have ended.
+        cells: of the grid.
+        chosen: settings of each arm; empty while the grid is not through.
+        gains: of warmup over no warmup.
+        verdicts: of each arm; empty while there is none.
+    """
+
+    title: str
+    plan: Plan
+    outcomes: Outcomes
+    cells: list[Cell]
+    chosen: list[Choice]
+    gains: list[Gain]
+    verdicts: list[Verdict]
+
+    @classmethod
+    def of(cls, title: str, plan: Plan, outcomes: Outcomes, chance: float) -> Findings:
+        """What follows from some outcomes."""
+        found = analysis.cells(plan, outcomes, chance)
+        complete = len(found) == sum(len(plan.ratios(arm)) for arm in plan.arms) * len(plan.learning_rates)
+        chosen = analysis.choose(found) if complete else []
+        gains = analysis.warmup_gains(found)
+        return cls(title, plan, outcomes, found, chosen, gains, analysis.verdicts(plan, chosen, outcomes, chance))
+
+    def largest_gain(self) -> Gain | None:
+        """The learning rate at which warmup gains most, where it surely gains something; else None."""
+        sure = [gain for gain in self.gains if gain.gain.low > 0]
+        return max(sure, key=lambda gain: gain.gain.mean, default=None)
+
+
+def sentences(findings: Findings) -> list[str]:
+    """What a comparison says, in words."""
+    if not findings.chosen:
+        return [f"{len(findings.outcomes)} runs so far; the grid is not through."]
+    said = []
+    gain = findings.largest_gain()
+    if gain is not None:
+        said.append(
+            f"No warmup loses: at learning rate {gain.learning_rate:g} warmup gains {gain.gain} points "
+            f"(90% interval over {len(gain.gain.values)} paired seeds)."
+        )
+    elif findings.gains:
+        said.append("Warmup gains nothing for certain over no warmup at any of these learning rates.")
+    if not findings.plan.verdict_seeds:
+        return [*said, "No verdict was asked for."]
+    if not findings.verdicts:
+        return [*said, "The verdict is still to come."]
+    if gain is None:
+        return [*said, "So there is no verdict on what replaces it. The differences on fresh seeds are in the table."]
+    stable = {arm.name: analysis.largest_stable_rate(findings.cells, arm.name) for arm in findings.plan.arms}
+    said += [_sentence(verdict, stable) for verdict in findings.verdicts if verdict.arm not in (WARMUP, NO_WARMUP)]
+    return said
+
+
+def _sentence(verdict: Verdict, stable: dict[str, float | None]) -> str:
+    words = {
+        "beats": "beats warmup",
+        "matches": f"matches warmup to {analysis.MARGIN} points",
+        "undecided": "against warmup: undecided",
+        "worse": "is worse than warmup",
+    }
+    text = (
+        f"{verdict.arm} without warmup {words[verdict.word]}: {verdict.difference} points at the best learning rate of "
+        f"each (90% interval over {len(verdict.difference.values)} fresh paired seeds)"
+    )
+    own, cold = stable[verdict.arm], stable[NO_WARMUP]
+    if own is None or cold is None:
+        return f"{text}."
+    return f"{text}; stable up to {own / cold:g}x the learning rate of no warmup ({own:g} against {cold:g})."
+
+
+def grid_rows(findings: Findings) -> list[tuple[str, ...]]:
+    """(arm, one accuracy per learning rate, largest stable rate), warmup at its best length for each rate."""
+    rows = []
+    for arm in findings.plan.arms:
+        own = [analysis.at_best_length(findings.cells, arm.name, rate) for rate in findings.plan.learning_rates]
+        stable = analysis.largest_stable_rate(findings.cells, arm.name) if any(own) else None
+        rows.append((arm.name, *map(_cell_text, own), "-" if stable is None else f"{stable:g}"))
+    return rows
+
+
+def _cell_text(cell: Cell | None) -> str:
+    if cell is None:
+        return "-"
+    spread = f" ± {cell.spread:.1f}" if math.isfinite(cell.spread) else ""
+    failed = f" ({cell.failed} failed)" if cell.failed else ""
+    warmup = f" [{cell.warmup_ratio:.0%}]" if cell.warmup_ratio else ""
+    return f"{cell.accuracy:.1f}{spread}{warmup}{failed}"
+
+
+def verdict_rows(findings: Findings) -> list[tuple[str, ...]]:
+    """(arm, learning rate, warmup, cost in steps, accuracy, difference to warmup, word)."""
+    rows: list[tuple[str, ...]] = []
+    # Where warmup gains nothing there is nothing to replace.
+    has_verdict = findings.largest_gain() is not None
+    for verdict in findings.verdicts:
+        choice = verdict.choice
+        costs = [
+            outcome.cost_steps
+            for run, outcome in findings.outcomes.items()
+            if run.arm == verdict.arm and run.stage == "verdict"
+        ]
+        rows.append(
+            (
+                verdict.arm,
+                f"{choice.learning_rate:g}",
+                f"{choice.warmup_ratio:.0%}" if choice.warmup_ratio else "-",
+                f"{sum(costs) / len(costs):.1f}",
+                f"{verdict.accuracy.mean:.2f} ± {verdict.accuracy.half_width:.2f}",
+                "-" if verdict.arm == WARMUP else str(verdict.difference),
+                verdict.word if has_verdict and verdict.arm != WARMUP else "-",
+            )
+        )
+    return rows
+
+
+def grid_columns(plan: Plan) -> tuple[str, ...]:
+    """The columns of `grid_rows`."""
+    return ("arm", *(f"{rate:g}" for rate in plan.learning_rates), "stable up to")
+
+
+VERDICT_COLUMNS = ("arm", "learning rate", "warmup", "cost (steps)", "accuracy (%)", "against warmup", "verdict")
+
+
+def write_report(findings: Findings, directory: Path) -> dict[str, Path]:
+    """Write table, JSON and plots into a directory.
+
+    Returns:
+        {what: file}.
+
+    Raises:
+        OutputError: where a file cannot be written.
+    """
+    written = {
+        "Table": directory / "comparison.md",
+        "Numbers": directory / "comparison.json",
+        "Plot by learning rate": directory / "learning_rates.png",
+        "Plot of the first steps": directory / "first_steps.png",
+    }
+    with output_errors(directory, trained=False):
+        write_atomically(written["Table"], markdown(findings))
+        write_atomically(written["Numbers"], json.dumps(to_dict(findings), indent=1) + "\n")
+    plot_learning_rates(findings, written["Plot by learning rate"])
+    plot_first_steps(findings, written["Plot of the first steps"])
+    return written
+
+
+def to_dict(findings: Findings) -> dict[str, Any]:
+    """The findings in plain values."""
+    plan = findings.plan
+    return {
+        "recipe": findings.title,
+        "plan": {**dataclasses.asdict(plan), "arms": [dict(dataclasses.asdict(arm)) for arm in plan.arms]},
+        "cells": [
+            {**dataclasses.asdict(cell), "accuracy": cell.accuracy, "accuracies": list(cell.accuracies.values())}
+            for cell in findings.cells
+        ],
+        "gains_of_warmup": [dataclasses.asdict(gain) for gain in findings.gains],
+        "largest_stable_rate": {arm.name: analysis.largest_stable_rate(findings.cells, arm.name) for arm in plan.arms},
+        "chosen": [dataclasses.asdict(choice) for choice in findings.chosen],
+        "verdicts": [dataclasses.asdict(verdict) for verdict in findings.verdicts],
+        "words": sentences(findings),
+    }
+
+
+def markdown(findings: Findings) -> str:
+    """The findings as a page of Markdown."""
+    plan = findings.plan
+    parts = [
+        f"# {findings.title}: does it replace warmup?",
+        "\n".join(sentences(findings)),
+        f"Each run has a budget of {plan.steps:,} training steps, from which the initialisation is paid.",
+        f"## Accuracy (%) by learning rate, on a part of the training data, {plan.seeds} seeds",
+        "Mean ± standard deviation over the seeds; in brackets the length of warmup that was best there.",
+        _table(grid_columns(plan), grid_rows(findings)),
+    ]
+    if findings.verdicts:
+        parts += [
+            f"## On the evaluation data, {plan.verdict_seeds} fresh seeds",
+            "Each arm at the settings that were best above. Mean ± half of the 90% interval; differences are paired.",
+            _table(VERDICT_COLUMNS, verdict_rows(findings)),
+        ]
+    parts.append("## Arms")
+    parts.append("\n".join(f"- `{arm.name}`: {arm.description}" for arm in plan.arms))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot_learning_rates(findings: Findings, target: Path) -> None:
+    """Draw accuracy and final training loss of each arm by learning rate: how sensitive it is.
+
+    Raises:
+        OutputError: where the file cannot be written.
+    """
+    with figure(target, width=7.5, height=7) as drawn:
+        accuracy, loss = drawn.subplots(2, sharex=True)
+        for arm, style in _styles(findings.plan):
+            own = [analysis.at_best_length(findings.cells, arm, rate) for rate in findings.plan.learning_rates]
+            known = [cell for cell in own if cell is not None]
+            if not known:
+                continue
+            rates = [cell.learning_rate for cell in known]
+            errors = [cell.spread if math.isfinite(cell.spread) else 0.0 for cell in known]
+            accuracy.errorbar(rates, [cell.accuracy for cell in known], yerr=errors, capsize=3, label=arm, **style)
+            loss.plot(rates, [cell.loss for cell in known], label=arm, **style)
+        for axes in (accuracy, loss):
+            _rate_axis(axes, findings.plan.learning_rates)
+        accuracy.set_ylabel("accuracy (%)")
+        accuracy.set_title(f"{findings.title}: mean ± standard deviation over {findings.plan.seeds} seeds")
+        loss.set_ylabel("training loss, last tenth")
+        loss.set_xlabel("peak learning rate")
+        drawn.align_ylabels()
+        legend_below(drawn, accuracy, columns=4)
+
+
+def plot_first_steps(findings: Findings, target: Path) -> None:
+    """Draw the training loss of the first steps at the highest learning rate, and what moved in them.
+
+    Raises:
+        OutputError: where the file cannot be written.
+    """
+    rate = max(findings.plan.learning_rates)
+    looked_at = any(outcome.diagnostics for outcome in findings.outcomes.values())
+    quantities = _QUANTITIES if looked_at else {}
+    with figure(target, width=7.5, height=3.5 + 2.2 * len(quantities)) as drawn:
+        panels = drawn.subplots(1 + len(quantities), sharex=True, squeeze=False)[:, 0]
+        for arm, style in _styles(findings.plan):
+            cell = analysis.at_best_length(findings.cells, arm, rate)
+            if cell is None:
+                continue
+            own = [
+                outcome
+                for run, outcome in findings.outcomes.items()
+                if (run.stage, run.arm, run.learning_rate, run.warmup_ratio)
+                == ("selection", arm, rate, cell.warmup_ratio)
+            ]
+            line = {key: value for key, value in style.items() if not key.startswith("marker")}
+            _draw_mean(panels[0], [outcome.losses[:_FIRST_STEPS] for outcome in own], label=arm, **line)
+            for axes, quantity in zip(panels[1:], quantities, strict=True):
+                values = [outcome.diagnostics[quantity] for outcome in own if outcome.diagnostics]
+                _draw_mean(axes, values, label=arm, **line)
+        panels[0].set_ylabel("training loss")
+        panels[0].set_title(f"First steps at learning rate {rate:g}, mean over the seeds")
+        for axes, label in zip(panels[1:], quantities.values(), strict=True):
+            axes.set_ylabel(label)
+            axes.set_yscale("log")
+        panels[-1].set_xlabel("training step")
+        drawn.align_ylabels()
+        legend_below(drawn, panels[0], columns=4)
+
+
+def _styles(plan: Plan) -> list[tuple[str, dict[str, Any]]]:
+    looks = zip(itertools.cycle(_COLORS), itertools.cycle(_MARKERS), itertools.cycle(("-", "-", "--")), strict=False)
+    return [
+        (arm.name, {"color": color, "marker": marker, "markersize": 5, "linestyle": line})
+        for arm, (color, marker, line) in zip(plan.arms, looks, strict=False)
+    ]
+
+
+def _draw_mean(axes: Axes, series: Sequence[Sequence[float]], **style: Any) -> None:
+    shortest = min(map(len, series), default=0)
+    if shortest:
+        means = [sum(values[step] for values in series) / len(series) for step in range(shortest)]
+        axes.plot(range(1, shortest + 1), means, **style)
+
+
+def _rate_axis(axes: Axes, rates: Sequence[float]) -> None:
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    axes.set_xscale("log")
+    axes.set_xticks(list(rates), [f"{rate:g}" for rate in rates])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())

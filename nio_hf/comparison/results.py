@@ -1,0 +1,157 @@
+"""The results of a comparison: one line of JSON per run, written as soon as it is known."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from nio_hf.comparison.arms import Arm
+from nio_hf.comparison.plan import Run
+from nio_hf.errors import Problem, RecipeError
+from nio_hf.training.saving import output_errors
+
+RESULTS_NAME = "runs.jsonl"
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a run.
+
+    Attributes:
+        accuracy: at the end, in percent; None where it failed.
+        eval_loss: at the end; None where it failed.
+        losses: training loss of each step.
+        grad_norms: gradient norm of each step, before clipping.
+        steps: of training, after the cost of the initialisation.
+        cost_steps: cost of the initialisation, in training steps.
+        cost_seconds: wall time of the initialisation.
+        seconds: wall time of the whole run.
+        error: why it failed; None where it did not.
+        initialisation: measurements of the method; None where there was none.
+        diagnostics: of the first steps; empty where they were not asked for.
+    """
+
+    accuracy: float | None
+    eval_loss: float | None
+    losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    steps: int
+    cost_steps: float
+    cost_seconds: float
+    seconds: float
+    error: str | None = None
+    initialisation: dict[str, Any] | None = None
+    diagnostics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def final_loss(self) -> float | None:
+        """Mean training loss of the last tenth of the steps."""
+        last = self.losses[-max(len(self.losses) // 10, 1) :]
+        return sum(last) / len(last) if last and self.error is None else None
+
+
+class Results:
+    """The runs that have ended, by what they are.
+
+    Args:
+        directory: of the comparison.
+        task: what all runs have in common, by which results of another comparison are told.
+    """
+
+    def __init__(self, directory: Path, task: Mapping[str, Any]) -> None:
+        self._file = directory / RESULTS_NAME
+        self._task = json.loads(json.dumps(task))
+        self._outcomes: dict[Run, tuple[dict[str, Any], Outcome]] = {}
+        with output_errors(directory, trained=False):
+            directory.mkdir(parents=True, exist_ok=True)
+            if self._file.is_file():
+                self._read()
+            else:
+                self._append({"format": _FORMAT, "task": self._task})
+
+    def get(self, run: Run, arm: Arm) -> Outcome | None:
+        """The outcome of a run; None where it has not ended.
+
+        Raises:
+            RecipeError: where a run of that name had other settings.
+        """
+        settings, outcome = self._outcomes.get(run, (None, None))
+        if settings is not None and settings != json.loads(json.dumps(dict(arm.settings))):
+            fix = "Give the arm another name, or another --output_dir"
+            raise RecipeError(Problem(str(self._file), f"holds runs of {arm.name} with other settings", fix))
+        return outcome
+
+    def add(self, run: Run, arm: Arm, outcome: Outcome) -> None:
+        """Append a run; it is on the disk when this returns."""
+        settings = json.loads(json.dumps(dict(arm.settings)))
+        self._append({"run": dataclasses.asdict(run), "settings": settings, "outcome": dataclasses.asdict(outcome)})
+        self._outcomes[run] = (settings, outcome)
+
+    def _read(self) -> None:
+        lines = self._file.read_bytes().split(b"\n")
+        # A line without its end was cut off in the middle.
+        if lines[-1]:
+            with self._file.open("r+b") as file:
+                file.truncate(self._file.stat().st_size - len(lines[-1]))
+        try:
+            header, *records = (json.loads(line) for line in lines[:-1])
+            if header["format"] != _FORMAT:
+                raise ValueError(f"format {header['format']}, known is {_FORMAT}")
+            found = header["task"]
+            for record in records:
+                self._take(record)
+        except (ValueError, KeyError, TypeError) as error:
+            fix = "Move it away, or give another --output_dir"
+            raise RecipeError(Problem(str(self._file), f"is no results file: {error}", fix)) from error
+        if found != self._task:
+            changed = sorted(key for key in found.keys() | self._task.keys() if found.get(key) != self._task.get(key))
+            fix = "Give another --output_dir, or the settings that it was begun with"
+            found = f"holds the results of another comparison: {', '.join(changed)} differ"
+            raise RecipeError(Problem(str(self._file), found, fix))
+
+    def _take(self, record: dict[str, Any]) -> None:
+        fields = record["outcome"]
+        outcome = Outcome(**{**fields, "losses": tuple(fields["losses"]), "grad_norms": tuple(fields["grad_norms"])})
+        self._outcomes.setdefault(Run(**record["run"]), (record["settings"], outcome))
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with output_errors(self._file, trained=False), self._file.open("ab") as file:
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep a second comparison out of a directory.
+
+    Raises:
+        RecipeError: where another process works in it.
+    """
+    with output_errors(directory, trained=False):
+        directory.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        fix = "Wait for it, or give another --output_dir"
+        raise RecipeError(Problem(str(directory), "another comparison is at work in it", fix)) from error
+    with contextlib.closing(_Released(lock)):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class _Released:
+    lock: filelock.BaseFileLock
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self.lock.release()

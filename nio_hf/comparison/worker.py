@@ -1,0 +1,159 @@
+"""One run of a comparison, in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
+
+from nio_hf.comparison.diagnostics import StepDiagnostics
+from nio_hf.comparison.results import Outcome
+from nio_hf.errors import ConfigError, NumericsError, Problem
+from nio_hf.image_training.building import build_trainer
+from nio_hf.image_training.trainer import ImageTrainer
+from nio_hf.recipe.loading import load_recipe
+from nio_hf.training.manifest import write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What a process is to do.
+
+    Attributes:
+        recipe: file or name of the recipe.
+        overrides: settings as command line options.
+        outcome_file: to write the outcome to, as JSON.
+        log_file: for what it prints.
+        threads: of torch; None for its own choice.
+        diagnostics: whether to look at the first steps.
+    """
+
+    recipe: str
+    overrides: tuple[str, ...]
+    outcome_file: Path
+    log_file: Path
+    threads: int | None
+    diagnostics: bool
+
+
+def carry_out(order: Order) -> None:
+    """Do a run and write its outcome; what it prints goes to its log."""
+    with order.log_file.open("w", encoding="utf-8") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    logging.getLogger("nio_hf").setLevel(logging.INFO)
+    if order.threads is not None:
+        torch.set_num_threads(order.threads)
+    outcome = train_once(order.recipe, order.overrides, order.diagnostics)
+    write_atomically(order.outcome_file, json.dumps(dataclasses.asdict(outcome)) + "\n")
+
+
+def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool) -> Outcome:
+    """Initialise, train for what is left of the budget, and evaluate.
+
+    The budget is `max_steps` training steps. The initialisation is paid from it: its floating point operations are
+    counted and divided by those of a training step.
+
+    Raises:
+        ConfigError: for an initialisation that costs the whole budget.
+        NIOError: as in [`build_trainer`] and [`NIOTrainer`].
+    """
+    started = time.perf_counter()
+    recipe = load_recipe(recipe_name, overrides)
+    trainer = build_trainer(recipe)
+    budget = trainer.args.max_steps
+    try:
+        cost = _initialise(trainer)
+    except NumericsError as error:
+        return Outcome(None, None, (), (), 0, 0.0, 0.0, time.perf_counter() - started, error=str(error))
+    initialised = time.perf_counter()
+    steps = budget - math.ceil(cost)
+    if steps < 1:
+        found = f"the initialisation costs {cost:.0f} training steps, the budget is {budget}"
+        raise ConfigError(Problem("--steps", found, "Give more steps, or fewer nio_iterations"))
+    trainer.args.max_steps = steps
+    losses = _Losses()
+    trainer.add_callback(losses)
+    looked_at = _diagnostics(trainer) if diagnostics else None
+    trainer.train()
+    metrics = trainer.evaluate()
+    failed = not all(map(math.isfinite, losses.losses)) or not math.isfinite(metrics["eval_loss"])
+    result = trainer.nio_result
+    return Outcome(
+        accuracy=None if failed else 100 * metrics["eval_accuracy"],
+        eval_loss=None if failed else metrics["eval_loss"],
+        losses=tuple(float(f"{loss:.5g}") for loss in losses.losses),
+        grad_norms=tuple(float(f"{norm:.5g}") for norm in losses.grad_norms),
+        steps=steps,
+        cost_steps=cost,
+        cost_seconds=initialised - started,
+        seconds=time.perf_counter() - started,
+        error="the loss is not finite" if failed else None,
+        initialisation=None if result is None else _summary(result),
+        diagnostics={} if looked_at is None else looked_at.values,
+    )
+
+
+def _initialise(trainer: ImageTrainer) -> float:
+    """Initialise the model, and return what that and the seeding of the optimizer cost, in training steps."""
+    args = trainer.args
+    if not args.nio and args.nio_seed_optimizer is None:
+        return 0.0
+    with FlopCounterMode(display=False) as one_pass:
+        trainer.squared_gradients(batches=1)
+    per_sample = one_pass.get_total_flops() / args.nio_batch_size
+    samples_of_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    operations = 0.0
+    if args.nio:
+        with FlopCounterMode(display=False) as initialisation:
+            trainer.run_nio()
+        operations += initialisation.get_total_flops()
+    if args.nio_seed_optimizer is not None:
+        operations += per_sample * args.nio_batch_size * max(args.nio_holdout_batches, 1)
+    return float(operations / (per_sample * samples_of_step))
+
+
+class _Losses(TrainerCallback):
+    """Keeps the loss and the gradient norm of each step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Keep what is logged of a step; a training whose loss is not finite ends."""
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+            self.grad_norms.append(float(logs.get("grad_norm", math.nan)))
+            control.should_training_stop |= not math.isfinite(self.losses[-1])
+
+
+def _diagnostics(trainer: ImageTrainer) -> StepDiagnostics:
+    batch = next(iter(trainer.get_eval_dataloader()))
+    looked_at = StepDiagnostics(cast(torch.nn.Module, trainer.model), batch["pixel_values"].float()[:64])
+    trainer.add_callback(looked_at)
+    return looked_at
+
+
+def _summary(result: Any) -> dict[str, Any]:
+    """What is kept of an initialisation."""
+    scales = [tensor.omega for tensor in result.tensors]
+    return {
+        "method": result.method,
+        "status": result.status,
+        "grad_cosine": [result.before.value, result.after.value],
+        "grad_norm": [result.before.grad_norm, result.after.grad_norm],
+        "loss": [result.before.loss, result.after.loss],
+        "scales": [float(f"{scale:.5g}") for scale in scales],
+    }

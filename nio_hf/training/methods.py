@@ -1,0 +1,69 @@
+"""The methods that a training can be initialised by: NIO, and the baselines to compare it with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from nio_hf.baselines import METHODS, options_of
+from nio_hf.core import Collective, InitResult, IterationRecord, NIOConfig
+from nio_hf.core.differentiator import LossFn
+from nio_hf.errors import Problem
+from nio_hf.training.replica import broadcast
+
+NIO = "nio"
+METHOD_NAMES = (NIO, *METHODS)
+
+
+def parsed_options(options: dict[str, Any] | str | None) -> Any:
+    """The options of a method, which a command line gives as JSON; text that is no JSON as it is."""
+    if not isinstance(options, str):
+        return options
+    try:
+        return json.loads(options)
+    except ValueError:
+        return options
+
+
+def method_problems(name: Any, options: Any) -> Iterator[Problem]:
+    """What is wrong with `nio_method` and `nio_method_kwargs`; values of options are checked where the method runs."""
+    if name not in METHOD_NAMES:
+        yield Problem("nio_method", f"{name!r}", f"Choose one of {', '.join(METHOD_NAMES)}")
+        return
+    if options is None:
+        return
+    if not isinstance(options, dict):
+        yield Problem("nio_method_kwargs", f"{options!r}", 'Give a mapping, e.g. {"optimizer": "sgd"}')
+        return
+    known = [] if name == NIO else list(options_of(name))
+    for key in options:
+        if key not in known:
+            fix = f"Choose from {', '.join(known)}" if known else "Leave it out: it has none of its own"
+            yield Problem("nio_method_kwargs", f"{key!r} is no option of {name}", fix)
+
+
+def run_baseline(
+    name: str,
+    options: dict[str, Any],
+    replica: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFn,
+    config: NIOConfig,
+    on_iteration: Callable[[IterationRecord], None],
+    collective: Collective,
+) -> InitResult:
+    """Initialise a replica by another method than NIO, on rank 0, whose weights the others are given.
+
+    Raises:
+        NIOError: as in [`initialize`].
+    """
+    result = None
+    with collective.together():
+        if collective.rank == 0:
+            result = METHODS[name](replica, batches, loss_fn, config, on_iteration=on_iteration, **options)
+    broadcast(replica, collective)
+    shared: InitResult = collective.broadcast_object(result)  # type: ignore[assignment]
+    return shared
