@@ -15,7 +15,8 @@ from torch import Tensor, nn
 Node = Any
 """A node of autograd's graph."""
 
-_LEAF, _SUM, _LOOKUP = "AccumulateGrad", "AddBackward", "EmbeddingBackward"
+_LEAF, _SUM = "AccumulateGrad", "Add"
+_PRODUCTS = ("Addmm", "Bmm", "Convolution", "Embedding", "Linear", "Mm")
 _REARRANGING = ("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Expand", "Unsqueeze", "Squeeze")
 _TAKING = ("Split", "SplitWithSizes", "Chunk", "Unbind", "Select", "Slice", "ToCopy", "Clone")
 
@@ -24,7 +25,8 @@ def in_degrees(loss: Tensor, weights: Sequence[nn.Parameter]) -> list[int]:
     """The in-degree of each weight; the larger one where it is used several times.
 
     The output of a weight is followed through whatever works on it alone (biases, normalisation, layer scales,
-    activations) up to a sum. A summand that is used elsewhere too is the skip connection, and nobody's output.
+    activations) up to a sum. A summand that is used elsewhere too is the skip connection, and nobody's output. One that
+    needs no gradient, because all in front of it is frozen, cannot be seen.
 
     Args:
         loss: with its graph.
@@ -64,13 +66,13 @@ class _Graph:
             self._place(node)
 
     def _place(self, node: Node) -> None:
-        """Note whether a node is a parameter, perhaps rearranged, or depends on the inputs through a layer."""
+        """Note whether a node is a parameter, perhaps rearranged, or the value of a layer, perhaps worked on."""
         children = _children(node)
         if node.name().endswith(_LEAF):
             self._leaf[node] = id(node.variable)
         elif len(children) == 1 and children[0] in self._leaf and _operation(node) in (*_REARRANGING, *_TAKING):
             self._leaf[node] = self._leaf[children[0]]
-        elif node.name().startswith(_LOOKUP) or self._own(node) or any(c in self._activations for c in children):
+        elif _operation(node) in _PRODUCTS or any(child in self._activations for child in children):
             self._activations.add(node)
 
     def _own(self, node: Node) -> list[int]:
@@ -80,7 +82,7 @@ class _Graph:
     def is_sum(self, node: Node) -> bool:
         """Whether a node adds two activations."""
         children = _children(node)
-        return node.name().startswith(_SUM) and len(children) == 2 and all(c in self._activations for c in children)
+        return _operation(node) == _SUM and len(children) == 2 and all(child in self._activations for child in children)
 
     def is_part_of_sum(self, node: Node) -> bool:
         """Whether a sum is only the first part of another one."""

@@ -50,7 +50,8 @@ def lsuv(
     weights are first drawn anew as (half-)orthonormal matrices (rows are the first dimension, columns all others).
 
     A layer is a weight of a linear or convolution layer. One that is called several times, or tied to another layer,
-    counts once, with the outputs of all calls together, at the place of its first call. Query, key and value
+    counts once, with the outputs of all calls together, at the place of its first call; where its later calls move what
+    was scaled before, the sequence is gone through again, at most max_trials times. Query, key and value
     projections are layers of their own; the product of queries and keys is not normalised. Left as they are after the
     first step, with a warning that names them: layers whose output no module shows (in torch's MultiheadAttention),
     layers whose output has no variance or does not reach the tolerance, e.g. for a large bias. The paper keeps the
@@ -178,14 +179,15 @@ class _Scaling:
         """Scale the layers and say which were left."""
         called = list(self._variances(self._layers))
         left = {layer.place.name: "no module shows its output" for layer in self._layers if layer not in called}
-        for layer in called:
-            reason = self._scale(layer)
-            if reason is not None:
-                left[layer.place.name] = reason
-        # A layer that is called again later may have moved what was scaled before it.
-        for layer, variance in self._variances(called).items():
-            if not self._is_unit(variance):
-                left.setdefault(layer.place.name, f"layers behind it moved its output variance to {variance:.4g}")
+        # A layer that is called again later moves what was scaled before it: then the sequence starts anew.
+        for _ in range(self._max_trials):
+            given_up = {layer: reason for layer in called if (reason := self._scale(layer)) is not None}
+            variances = self._variances(called)
+            moved = [layer for layer in called if layer not in given_up and not self._is_unit(variances[layer])]
+            if not moved:
+                break
+        left |= {layer.place.name: reason for layer, reason in given_up.items()}
+        left |= {layer.place.name: f"layers behind it move it to {variances[layer]:.4g}" for layer in moved}
         for name, reason in left.items() if self._workspace.passes.collective.rank == 0 else ():
             logger.warning("LSUV: %s has no unit variance: %s.", name, reason)
 

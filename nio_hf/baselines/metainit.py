@@ -5,10 +5,11 @@ Source: Dauphin and Schoenholz, "MetaInit: Initializing learning by learning to 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def metainit(
     Biases, normalisation layers and embeddings are left alone: the paper initialises biases with zero and learns the
     norms of weight matrices; what of a Transformer belongs to them is our reading. GQ is differentiated through g and
     through H g: that takes third derivatives, for which normalisation is computed in elementary operations (see
-    [`CompositeNorms`]), and a graph over the whole batch.
+    [`CompositeNorms`]), and a graph over the whole batch, so activation checkpointing is off meanwhile.
 
     Every process computes the whole batch, and the numbers of rank 0 count.
 
@@ -87,7 +88,7 @@ def metainit(
 
     def learn(workspace: Workspace) -> Learned:
         weights = [weight.parameter for weight in layer_weights(workspace.model, workspace.scales)]
-        with gradient_over(workspace.scales, weights):
+        with gradient_over(workspace.scales, weights), _checkpointing_off(workspace.model):
             return Learned(history=_learn_norms(workspace, weights, momentum, epsilon), curvature="exact")
 
     return run_method(
@@ -180,6 +181,23 @@ def _learn_norms(
         if workspace.on_iteration is not None:
             workspace.on_iteration(record)
     return history
+
+
+@contextlib.contextmanager
+def _checkpointing_off(model: nn.Module) -> Iterator[None]:
+    """Let the layers of transformers that checkpoint activations, which they do in training mode, keep them instead.
+
+    What they compute anew in the backward pass would not go through [`CompositeNorms`].
+    """
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    training = [layer.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = False
+        yield
+    finally:
+        for layer, flag in zip(layers, training, strict=True):
+            layer.training = flag
 
 
 def _quotient(

@@ -80,7 +80,12 @@ class Differentiator:
         _seed_device(self.device, self.seed, part)
         # A loss may take keys out of a batch that is computed again.
         own_batch = copy.copy(batch) if isinstance(batch, Mapping) else batch
-        with contextlib.nullcontext() if self._autocast is None else torch.autocast(self.device.type, self._autocast):
+        # A cache of cast weights would live as long as the autocast of `measuring` around it, and weights change.
+        with (
+            contextlib.nullcontext()
+            if self._autocast is None
+            else torch.autocast(self.device.type, self._autocast, cache_enabled=False)
+        ):
             returned = self._loss_fn(self._model, own_batch)
         loss, weight = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
         if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -18,7 +18,7 @@ from nio_hf.core.mode import measuring
 from nio_hf.core.objectives import CosineObjective, NormConstraint, Objective
 from nio_hf.core.reference import joint_graph
 from nio_hf.core.two_pass import TwoPass
-from tests.core.cases import Case, case, differences, double_case, state
+from tests.core.cases import Case, batches_of, case, differences, double_case, state
 
 
 def scale_gradient(
@@ -139,3 +139,13 @@ def test_bfloat16_autocast_is_near_and_reaches_the_loss(name: str) -> None:
     assert seen == {False, True}
     assert scales["bf16"].before.value == pytest.approx(scales["fp32"].before.value, abs=0.02)
     assert scales["bf16"].before.value != scales["fp32"].before.value
+
+
+def test_bfloat16_sees_the_weights_as_they_are() -> None:
+    """Autocast keeps cast weights, and NIO changes weights without its notice."""
+    made, batches = case("vit"), batches_of("vit", 5)
+    settings: dict[str, Any] = {"sub_batches": 2, "holdout_batches": 2, "precision": "bf16", "curvature": "exact"}
+    first = initialize(made.model, batches, made.loss_fn, NIOConfig(iterations=3, lr=0.1, **settings))
+    assert first.after.value != first.before.value
+    again = initialize(made.model, batches, made.loss_fn, NIOConfig(iterations=1, **settings))
+    assert (again.before.value, again.before.loss) == (first.after.value, first.after.loss)

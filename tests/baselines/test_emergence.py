@@ -1,0 +1,80 @@
+"""The factors of the layers, and what they leave unchanged."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from nio_hf.baselines import emergence
+from nio_hf.baselines.emergence import exponents
+from nio_hf.core import NIOConfig
+from tests import zoo
+from tests.core.cases import batches_of, case
+
+CONFIG = NIOConfig(sub_batches=2, holdout_batches=1)
+
+
+def chain(layers: int, bias: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    widths = [6, *[8] * (layers - 1), 5]
+    modules: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        modules += [nn.Linear(inputs, outputs, bias=bias), nn.ReLU()]
+    return nn.Sequential(*modules[:-1])
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"), [(1, [0]), (2, [-1, 1]), (3, [-1, 0, 1]), (4, [-2, -1, 1, 2]), (5, [-2, -1, 0, 1, 2])]
+)
+def test_layers_are_numbered_from_the_middle(layers: int, expected: list[int]) -> None:
+    assert exponents(layers) == expected
+    model = chain(layers)
+    result = emergence(model, batches_of("mlp", 1), zoo.vector_loss, CONFIG, alpha=1.5)
+    assert list(result.scales.values()) == pytest.approx([1.5**exponent for exponent in expected])
+
+
+@pytest.mark.parametrize("layers", [4, 5])
+def test_a_chain_without_biases_computes_the_same(layers: int) -> None:
+    model, inputs = chain(layers), zoo.vectors(8)[0]
+    expected = model(inputs)
+    emergence(model, batches_of("mlp", 1), zoo.vector_loss, CONFIG, alpha=2.0)
+    torch.testing.assert_close(model(inputs), expected)
+    assert model[0].weight.norm() < 0.51 * chain(layers)[0].weight.norm()
+
+
+def test_biases_are_left_alone() -> None:
+    result = emergence(chain(4, bias=True), batches_of("mlp", 1), zoo.vector_loss, CONFIG)
+    biases = [omega for name, omega in result.scales.items() if name.endswith("bias")]
+    assert biases == [1] * 4
+    assert result.scales["0.weight"] == pytest.approx(1.1**-2)
+
+
+def test_the_block_of_a_transformer_is_a_layer() -> None:
+    made = case("vit")
+    result = emergence(made.model, batches_of("vit", 1), made.loss_fn, CONFIG, alpha=2.0)
+    # Patch embedding, two blocks, classifier.
+    for tensor in result.tensors:
+        moved = len(tensor.shape) > 1 and tensor.kind.endswith("weight")
+        expected = {0: 1 / 4, 1: 1 / 2, 2: 2, 3: 4}[tensor.depth] if moved else 1
+        assert tensor.omega == pytest.approx(expected), tensor.name
+    assert sum(tensor.omega == pytest.approx(2) for tensor in result.tensors) == 6
+
+
+class Flat(nn.Module):
+    """Layers that are in no block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.three(torch.tanh(self.two(torch.tanh(self.one(x)))))
+
+
+def test_without_blocks_each_weight_is_a_layer() -> None:
+    result = emergence(Flat(), batches_of("mlp", 1), zoo.vector_loss, CONFIG, alpha=2.0)
+    weights = [omega for name, omega in result.scales.items() if name.endswith("weight")]
+    assert weights == pytest.approx([0.5, 1, 2])

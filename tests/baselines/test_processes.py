@@ -1,0 +1,25 @@
+"""Several processes: the same weights on all, and those of one process alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from nio_hf.baselines import METHODS
+from nio_hf.core import Collective, NIOConfig
+from tests.core.cases import batches_of, case
+from tests.distributed.ranks import run_ranks
+
+
+def _weights(method: str) -> list[list[float]]:
+    made = case("mlp")
+    config = NIOConfig(iterations=3, holdout_batches=2, sub_batches=2, lr=0.05)
+    METHODS[method](made.model, batches_of("mlp", 5), made.loss_fn, config, collective=Collective.current())
+    return [parameter.flatten().tolist() for parameter in made.model.parameters()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_find_the_same_weights(method: str) -> None:
+    alone = _weights(method)
+    first, second = run_ranks(2, _weights, method)
+    assert first == second
+    assert all(mine == pytest.approx(theirs, rel=1e-5) for mine, theirs in zip(alone, first, strict=True))

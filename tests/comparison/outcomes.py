@@ -1,0 +1,44 @@
+"""Made-up outcomes of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from nio_hf.comparison.arms import choose_arms
+from nio_hf.comparison.plan import Plan, Run
+from nio_hf.comparison.results import Outcome
+
+
+def plan(**changes: Any) -> Plan:
+    """Three arms, two learning rates, two lengths of warmup, three seeds of each kind."""
+    settings: dict[str, Any] = {
+        "arms": choose_arms(["no_warmup", "warmup", "nio"]),
+        "learning_rates": (1e-3, 2e-3),
+        "warmup_ratios": (0.1, 0.3),
+        "seeds": 3,
+        "verdict_seeds": 3,
+        "steps": 100,
+    }
+    return Plan(**{**settings, **changes})
+
+
+def outcome(accuracy: float | None, **changes: Any) -> Outcome:
+    """The outcome of a run with an accuracy in percent; None for one that failed."""
+    settings: dict[str, Any] = {
+        "accuracy": accuracy,
+        "eval_loss": None if accuracy is None else 1.0,
+        "losses": tuple(2.0 - step / 100 for step in range(100)),
+        "grad_norms": (1.0,) * 100,
+        "steps": 100,
+        "cost_steps": 0.0,
+        "cost_seconds": 0.0,
+        "seconds": 1.0,
+        "error": "the loss is not finite" if accuracy is None else None,
+    }
+    return Outcome(**{**settings, **changes})
+
+
+def outcomes(made: Plan, accuracy: Callable[[Run], float | None], runs: list[Run] | None = None) -> dict[Run, Outcome]:
+    """The outcomes of all runs of a grid, or of those given."""
+    return {run: outcome(accuracy(run)) for run in (made.grid() if runs is None else runs)}

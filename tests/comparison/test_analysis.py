@@ -1,0 +1,132 @@
+"""What follows from runs, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from nio_hf.comparison import analysis
+from nio_hf.comparison.arms import choose_arms
+from nio_hf.comparison.plan import Run
+from nio_hf.comparison.report import Findings, sentences, verdict_rows
+from tests.comparison.outcomes import outcome, outcomes, plan
+
+CHANCE = 10.0
+
+
+def test_the_interval_is_that_of_students_t() -> None:
+    """Mean 2, standard deviation 1, n = 3; the 95% quantile of t with 2 degrees of freedom is 2.91999 (tables)."""
+    found = analysis.interval([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert math.isclose(found.half_width, 2.919986 / math.sqrt(3), rel_tol=1e-6)
+    assert math.isinf(analysis.interval([1.0]).half_width)
+
+
+@pytest.mark.parametrize(
+    ("mean", "half_width", "word"),
+    [
+        (1.0, 0.9, "beats"),
+        (0.0, 0.4, "matches"),
+        (0.5, 1.0, "undecided"),
+        (0.5, 0.5, "matches"),
+        (-0.4, 0.05, "matches"),
+        (-1.0, 0.4, "worse"),
+        (-1.0, 0.6, "undecided"),
+        (5.0, math.inf, "undecided"),
+    ],
+)
+def test_the_words_of_a_verdict(mean: float, half_width: float, word: str) -> None:
+    assert analysis.judge(analysis.Interval(mean, half_width, ())) == word
+
+
+def test_a_failed_run_counts_as_chance() -> None:
+    made = plan()
+    found = analysis.cells(made, outcomes(made, lambda run: None if run.seed == 1 else 40.0), CHANCE)
+    assert all(cell.accuracy == pytest.approx((40 + 10 + 40) / 3) for cell in found)
+    assert all(cell.failed == 1 for cell in found)
+
+
+def test_the_choice_is_the_best_mean_and_of_equals_the_lowest_rate() -> None:
+    made = plan()
+
+    def accuracy(run: Run) -> float:
+        best = {"no_warmup": 1e-3, "warmup": 2e-3}.get(run.arm)
+        return 50.0 + (run.learning_rate == best) + 0.5 * (run.warmup_ratio == 0.3)
+
+    chosen = {choice.arm: choice for choice in analysis.choose(analysis.cells(made, outcomes(made, accuracy), CHANCE))}
+    assert (chosen["warmup"].learning_rate, chosen["warmup"].warmup_ratio) == (2e-3, 0.3)
+    assert chosen["no_warmup"].learning_rate == 1e-3
+    assert chosen["nio"].learning_rate == 1e-3
+
+
+def test_the_largest_stable_rate_is_the_end_of_the_plateau() -> None:
+    made = plan(learning_rates=(1e-3, 2e-3, 4e-3, 8e-3))
+    accuracies = {1e-3: 48.0, 2e-3: 50.0, 4e-3: 47.5, 8e-3: 46.0}
+    found = analysis.cells(made, outcomes(made, lambda run: accuracies[run.learning_rate]), CHANCE)
+    assert analysis.largest_stable_rate(found, "nio") == 4e-3
+    failing = outcomes(made, lambda run: None if run.learning_rate == 4e-3 and run.seed == 2 else 50.0)
+    assert analysis.largest_stable_rate(analysis.cells(made, failing, CHANCE), "nio") == 2e-3
+    none = analysis.cells(made, outcomes(made, lambda run: None), CHANCE)
+    assert analysis.largest_stable_rate(none, "nio") is None
+
+
+def _findings(gain: float, noise: tuple[float, ...] = (0.0, 0.1, -0.1)) -> Findings:
+    made = plan(arms=choose_arms(["no_warmup", "warmup", "nio"]))
+
+    def accuracy(run: Run) -> float:
+        by_arm = {"no_warmup": 40.0, "warmup": 40.0 + gain + 0.1 * run.seed % 0.3, "nio": 41.0}
+        return by_arm[run.arm]
+
+    known = outcomes(made, accuracy)
+    chosen = analysis.choose(analysis.cells(made, known, CHANCE))
+    for run in made.verdict_runs(chosen):
+        offset = noise[run.seed - 1000] if run.arm == "nio" else 0.0
+        known[run] = outcome({"no_warmup": 40.0, "warmup": 42.0, "nio": 42.2}[run.arm] + offset)
+    return Findings.of("recipe", made, known, CHANCE)
+
+
+def test_where_warmup_gains_nothing_there_is_no_verdict() -> None:
+    findings = _findings(gain=-1.0)
+    text = " ".join(sentences(findings))
+    assert "Warmup gains nothing for certain" in text
+    assert "there is no verdict" in text
+    assert all(row[-1] == "-" for row in verdict_rows(findings))
+
+
+def test_the_verdict_says_the_difference_with_its_uncertainty() -> None:
+    """Differences 0.2, 0.3, 0.1: mean 0.2, standard deviation 0.1, half width 2.919986 * 0.1 / sqrt(3) = 0.17."""
+    findings = _findings(gain=3.0)
+    text = " ".join(sentences(findings))
+    assert "No warmup loses: at learning rate 0.001 warmup gains" in text
+    assert "nio without warmup beats warmup: +0.20 ± 0.17 points" in text
+    assert "3 fresh paired seeds" in text
+    assert {row[0]: row[-1] for row in verdict_rows(findings)} == {
+        "no_warmup": "worse",
+        "warmup": "-",
+        "nio": "beats",
+    }
+
+
+def test_differences_are_paired_by_seed() -> None:
+    """Noise that both arms share does not widen the interval."""
+    made = plan()
+    known = outcomes(made, lambda run: 50.0 + (run.arm == "warmup"))
+    chosen = analysis.choose(analysis.cells(made, known, CHANCE))
+    for run in made.verdict_runs(chosen):
+        known[run] = outcome(50.0 + 5 * (run.seed - 1000) + (run.arm == "nio"))
+    verdict = next(v for v in analysis.verdicts(made, chosen, known, CHANCE) if v.arm == "nio")
+    assert verdict.difference.mean == pytest.approx(1.0)
+    assert verdict.difference.half_width == pytest.approx(0.0)
+    assert verdict.accuracy.half_width > 5
+
+
+def test_there_is_no_verdict_while_runs_are_missing() -> None:
+    made = plan()
+    known = outcomes(made, lambda run: 50.0)
+    chosen = analysis.choose(analysis.cells(made, known, CHANCE))
+    assert analysis.verdicts(made, chosen, known, CHANCE) == []
+    del known[made.grid()[0]]
+    findings = Findings.of("recipe", made, known, CHANCE)
+    assert findings.chosen == []
+    assert "the grid is not through" in sentences(findings)[0]

@@ -1,0 +1,135 @@
+"""`nio-hf compare` from the command line, on digits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from nio_hf.cli.main import app
+from nio_hf.comparison.comparing import _QUIET
+from nio_hf.comparison.plan import CONTROLLED
+from nio_hf.comparison.results import RESULTS_NAME
+from nio_hf.recipe.loading import known_keys
+
+SMALL = ["--nio_iterations", "2", "--nio_batch_size", "16", "--max_eval_samples", "50", "--max_train_samples", "200"]
+
+
+def _compare(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["compare", *arguments])
+    return done.exit_code, done.output
+
+
+def _command(directory: Path, *arguments: str) -> list[str]:
+    start = [sys.executable, "-m", "nio_hf.cli", "compare", "--output_dir", str(directory), "--steps", "8"]
+    return [*start, *arguments, *SMALL]
+
+
+def _records(directory: Path) -> list[dict[str, object]]:
+    lines = (directory / RESULTS_NAME).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[1:]]
+
+
+def test_what_a_comparison_decides_are_settings_of_a_recipe() -> None:
+    assert {*CONTROLLED, *_QUIET} <= known_keys().keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--arms", "nio,other"], "'other' is no known arm"),
+        (["--arms", ""], "--arms: none"),
+        (["--learning_rates", ""], "--learning_rates: none"),
+        (["--learning_rates", "1e-3,fast"], "'fast' is no number"),
+        (["--seeds", "1"], "Give --seeds 3 or more for a verdict, or --no_verdict"),
+        (["--arms", "nio", "--seeds", "3"], "to hold the others against"),
+        (["--learning_rate", "1e-3"], "--learning_rate: is decided by the comparison. Use --learning_rates"),
+        (["--seed", "1"], "Use --seeds"),
+        (["--weight_decoy", "1"], "'weight_decoy' is no known key"),
+        (["--arm", "x=nio,nio_gama=1"], "arm x, --nio_gama"),
+        (["--arm", "x=nio,nio_lr=-1"], "arm x, "),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, arguments: list[str], found: str) -> None:
+    directory = tmp_path / "new"
+    status, output = _compare("--steps", "10", "--output_dir", str(directory), *arguments)
+    assert status == 2
+    assert found in " ".join(output.split())
+    assert not (directory / RESULTS_NAME).exists()
+
+
+def test_a_recipe_that_counts_in_epochs_needs_steps(tmp_path: Path) -> None:
+    status, output = _compare("vit-tiny/cifar10/nio", "--output_dir", str(tmp_path))
+    assert status == 2
+    assert "--steps: nothing, and the recipe counts in epochs" in output
+
+
+@pytest.mark.slow
+def test_a_comparison_from_the_grid_to_the_verdict(tmp_path: Path) -> None:
+    arguments = [
+        "--arms",
+        "no_warmup,warmup,nio_seeded",
+        "--learning_rates",
+        "1e-3,2e-3",
+        "--jobs",
+        "2",
+        "--diagnostics",
+    ]
+    done = subprocess.run(_command(tmp_path, *arguments), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    records = _records(tmp_path)
+    runs = [json.dumps(record["run"]) for record in records]
+    assert len(runs) == len(set(runs)) == 3 * 2 * 3 + 3 * 3
+    for record in records:
+        run, outcome = record["run"], record["outcome"]
+        seeded = run["arm"] == "nio_seeded"  # type: ignore[index]
+        assert (outcome["cost_steps"] > 0) == seeded  # type: ignore[index]
+        assert outcome["steps"] == 8 - -(-outcome["cost_steps"] // 1)  # type: ignore[index]
+        assert len(outcome["losses"]) == outcome["steps"]  # type: ignore[index]
+        assert len(outcome["diagnostics"]["angular_update"]) == outcome["steps"]  # type: ignore[index]
+    first = {(r["run"]["arm"], r["run"]["learning_rate"]): r["outcome"]["losses"][0] for r in records[:6]}  # type: ignore[index]
+    # Runs of one seed start from the same weights and the same batch.
+    assert first["no_warmup", 1e-3] == first["warmup", 1e-3] == first["no_warmup", 2e-3]
+    for name in ("comparison.md", "comparison.json", "learning_rates.png", "first_steps.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    again = subprocess.run(_command(tmp_path, *arguments), capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert _records(tmp_path) == records
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_goes_on_and_counts_nothing_twice(tmp_path: Path) -> None:
+    arguments = ["--arms", "no_warmup,warmup", "--learning_rates", "1e-3", "--seeds", "3", "--no_verdict"]
+    file = tmp_path / RESULTS_NAME
+    for number in (signal.SIGKILL, signal.SIGINT):
+        before = len(_records(tmp_path)) if file.exists() else 0
+        with subprocess.Popen(
+            _command(tmp_path, *arguments), stderr=subprocess.PIPE, start_new_session=True
+        ) as process:
+            deadline = time.monotonic() + 120
+            while not (file.exists() and len(_records(tmp_path)) > before) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            os.kill(process.pid, number)
+            process.wait(60)
+        assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    done = subprocess.run(_command(tmp_path, *arguments), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    runs = [json.dumps(record["run"]) for record in _records(tmp_path)]
+    assert len(runs) == len(set(runs)) == 6
+
+
+def test_a_run_that_dies_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
+    arguments = ["--arms", "nio", "--learning_rates", "1e-3", "--seeds", "1", "--no_verdict", "--nio_sub_batches", "8"]
+    command = [*_command(tmp_path, *arguments), "--nio_iterations", "2"]
+    command[command.index("8")] = "1"
+    done = subprocess.run(command[:-2], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "the initialisation costs" in done.stderr
+    assert "run selection-nio-lr0.001-s0" in done.stderr

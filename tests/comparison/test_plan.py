@@ -1,0 +1,94 @@
+"""Arms and the runs of a comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nio_hf.comparison.arms import ARMS, choose_arms
+from nio_hf.comparison.plan import FIRST_VERDICT_SEED, Choice
+from nio_hf.errors import RecipeError
+from nio_hf.recipe.loading import known_keys
+from tests.comparison.outcomes import plan
+
+
+def test_every_arm_sets_what_the_others_set() -> None:
+    """So that nothing of the recipe's own choice of method is left in one arm and not in another."""
+    for arm in ARMS.values():
+        assert {"nio", "nio_seed_optimizer", "optimizer"} <= arm.settings.keys()
+        assert arm.settings.keys() <= known_keys().keys()
+        if arm.settings["nio"]:
+            assert "nio_method" in arm.settings
+
+
+def test_a_defined_arm_is_a_known_one_with_other_settings() -> None:
+    (arm,) = choose_arms([], ["low=nio_seeded,nio_gamma_relative=0.5,nio_lr=1e-2"])
+    assert arm.name == "low"
+    assert arm.settings == {**ARMS["nio_seeded"].settings, "nio_gamma_relative": 0.5, "nio_lr": 0.01}
+    assert choose_arms([], ["long=warmup"])[0].has_warmup
+
+
+@pytest.mark.parametrize(
+    ("names", "definitions", "found"),
+    [
+        (["nio", "nioo"], [], "'nioo' is no known arm"),
+        (["nio", "nio"], [], "'nio' stands twice"),
+        ([], [], "--arms: none"),
+        (["nio"], ["nio=nio"], "'nio' is taken"),
+        (["nio"], ["low"], "--arm: 'low'"),
+        (["nio"], ["low=other"], "--arm: 'low=other'"),
+        (["nio"], ["low=nio,gamma"], "'gamma' in 'low=nio,gamma'"),
+    ],
+)
+def test_arms_that_do_not_exist_are_refused(names: list[str], definitions: list[str], found: str) -> None:
+    with pytest.raises(RecipeError, match=found):
+        choose_arms(names, definitions)
+
+
+def test_every_problem_of_the_arms_is_named() -> None:
+    with pytest.raises(RecipeError) as raised:
+        choose_arms(["x", "y"], ["z"])
+    assert len(raised.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"learning_rates": ()}, "--learning_rates: none"),
+        ({"learning_rates": (1e-3, 1e-3)}, "different ones above 0"),
+        ({"learning_rates": (float("nan"),)}, "different ones above 0"),
+        ({"learning_rates": (-1e-3,)}, "different ones above 0"),
+        ({"warmup_ratios": ()}, "none, with an arm that warms up"),
+        ({"warmup_ratios": (1.0,)}, "shares of the steps"),
+        ({"seeds": 0, "verdict_seeds": 0}, "--seeds: 0"),
+        ({"steps": 0}, "--steps: 0"),
+        ({"seeds": 1, "verdict_seeds": 1}, "or more for a verdict, or --no_verdict"),
+        ({"seeds": 3, "verdict_seeds": 2}, "3 to choose by and 2 to judge by"),
+        ({"arms": choose_arms(["nio"])}, "no no_warmup and no warmup to hold the others against"),
+    ],
+)
+def test_a_comparison_that_cannot_conclude_is_refused(changes: dict[str, Any], found: str) -> None:
+    with pytest.raises(RecipeError, match=found):
+        plan(**changes)
+
+
+def test_the_grid_has_every_run_once_seed_by_seed() -> None:
+    made = plan()
+    grid = made.grid()
+    assert len(grid) == len(set(grid)) == 3 * 2 * (1 + 2 + 1)
+    assert [run.seed for run in grid] == sorted(run.seed for run in grid)
+    assert len({run.name for run in grid}) == len(grid)
+    assert {run.warmup_ratio for run in grid if run.arm != "warmup"} == {0.0}
+
+
+def test_the_verdict_is_on_seeds_that_the_choice_has_not_seen() -> None:
+    made = plan(verdict_seeds=5)
+    runs = made.verdict_runs([Choice("nio", 1e-3, 0.0, 50.0), Choice("warmup", 2e-3, 0.1, 50.0)])
+    assert len(runs) == 10
+    assert {run.seed for run in runs} == set(range(FIRST_VERDICT_SEED, FIRST_VERDICT_SEED + 5))
+    assert not {run.seed for run in runs} & {run.seed for run in made.grid()}
+    settings = runs[1].settings(made.arm("warmup"), 100)
+    assert settings["warmup_steps"] == 10
+    assert "eval_from_train" not in settings
+    assert made.grid()[0].settings(made.arm("no_warmup"), 100)["eval_from_train"] is True
