@@ -12,6 +12,8 @@ ObjectiveName = Literal["gc", "gc_norm", "gc_sum_norm", "variance"]
 CurvatureName = Literal["auto", "exact", "exact_kept", "finite_difference", "finite_difference_kept"]
 BatchNormMode = Literal["batch", "frozen"]
 Precision = Literal["fp32", "bf16"]
+ScaledTensors = Literal["all", "weights"]
+ScaleSharing = Literal["tensor", "kind", "model"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,10 @@ class NIOConfig:
         gamma_relative: the bound as a multiple of GN at omega = 1 on the held-out batches. With both None there is no
             bound, which lets GradCosine run into its degenerate maximum.
         lr: learning rate of Adam on omega.
+        scaled_tensors: "all" trainable tensors, or "weights": those of two or more dimensions, without biases and
+            normalisation.
+        scale_sharing: one omega for each "tensor", as published, one for all tensors of a "kind" (see
+            [`TensorScale`]), or one for the whole "model".
         min_scale: lower clamp of omega.
         max_scale: upper clamp of omega.
         objective: "gc" (-GC), "gc_norm" (-(GC + beta GN / GN_0)), "gc_sum_norm" (-(GC + sum_d n_d), as published) or
@@ -58,6 +64,8 @@ class NIOConfig:
     gamma: float | None = None
     gamma_relative: float | None = 2.0
     lr: float = 0.01
+    scaled_tensors: ScaledTensors = "all"
+    scale_sharing: ScaleSharing = "tensor"
     min_scale: float = 0.01
     max_scale: float = 100.0
     objective: ObjectiveName = "gc"
@@ -79,6 +87,8 @@ class NIOConfig:
         positive = ["gamma", "gamma_relative", "lr", "min_scale", "max_scale", "beta"]
         choices = [
             ("objective", ObjectiveName),
+            ("scaled_tensors", ScaledTensors),
+            ("scale_sharing", ScaleSharing),
             ("curvature", CurvatureName),
             ("precision", Precision),
             ("batch_norm", BatchNormMode),

@@ -90,6 +90,7 @@ class Loop:
         self._before = before
         self._resumption = resumption
         self._optimizer = ScaleAdam(self.omega, config)
+        self._sharing = scales.sharing(config.scale_sharing).to(self.omega.device)
         self.last_gradient = torch.zeros_like(self.omega)
         self.history: list[IterationRecord] = []
         self._started = started
@@ -132,7 +133,7 @@ class Loop:
             if stopped:
                 self._stop()
             measured = method(iteration, batch, functools.partial(self._check_last_gradient, iteration - 1))
-            self.last_gradient = measured.scale_gradient
+            self.last_gradient = self._shared(measured.scale_gradient)
             self._optimizer.step(self.last_gradient, measured.branch)
             _scale(theta, initial, self.omega)
             record = IterationRecord(
@@ -155,6 +156,12 @@ class Loop:
         if self._resumption.every is not None:
             self._save()
         return self.history
+
+    def _shared(self, gradient: Tensor) -> Tensor:
+        """The gradient of the scales that tensors share: the sum over those that share one."""
+        if self._config.scale_sharing == "tensor":
+            return gradient
+        return torch.zeros_like(gradient).index_add_(0, self._sharing, gradient)[self._sharing]
 
     def _go_on_from(self, state: NIOState) -> None:
         self.omega.copy_(self.omega.new_tensor(state.omega))

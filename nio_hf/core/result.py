@@ -126,7 +126,7 @@ class ExcludedTensor:
         name: parameter name in memory, left out of saved files.
         kind: as in [`TensorScale`].
         shape: shape of the tensor.
-        reason: why it is not scaled: "zero", "frozen" or "unused".
+        reason: why it is not scaled: "zero", "frozen", "unused", or "vector" where only weights are.
     """
 
     name: str

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from nio_hf.core.config import ScaledTensors, ScaleSharing
 from nio_hf.core.result import ExcludedTensor, TensorScale
 from nio_hf.errors import ModelError, Problem
 
@@ -58,6 +59,7 @@ class LayerScales:
 
     Args:
         model: any module with fp32 or fp64 parameters that hold data.
+        scaled_tensors: which tensors are scaled, as in [`NIOConfig`].
 
     Attributes:
         gradient: the gradient parameters: trainable and owned by a registered module type.
@@ -69,7 +71,7 @@ class LayerScales:
             tensors of two or more dimensions outside embeddings.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, scaled_tensors: ScaledTensors = "all") -> None:
         check_storage(model)
         self._tensors = _locate_tensors(model)
         trainable = [tensor for tensor in self._tensors if tensor.parameter.requires_grad]
@@ -80,6 +82,9 @@ class LayerScales:
         self.excluded = [_excluded(tensor, "frozen") for tensor in self._tensors if not tensor.parameter.requires_grad]
         nonzero = torch.stack([tensor.parameter.detach().any() for tensor in trainable]).tolist()
         self._scaled = [tensor for tensor, any_value in zip(trainable, nonzero, strict=True) if any_value]
+        if scaled_tensors == "weights":
+            self.excluded += [_excluded(tensor, "vector") for tensor in self._scaled if tensor.parameter.ndim < 2]
+            self._scaled = [tensor for tensor in self._scaled if tensor.parameter.ndim >= 2]
         self.excluded += [
             _excluded(t, "zero") for t, any_value in zip(trainable, nonzero, strict=True) if not any_value
         ]
@@ -101,6 +106,14 @@ class LayerScales:
         """The gradient tensors with their places in the model, in the order of `gradient`."""
         places = {id(tensor.parameter): tensor for tensor in self._tensors}
         return [places[id(parameter)] for parameter in self.gradient]
+
+    def sharing(self, sharing: ScaleSharing) -> Tensor:
+        """(m,) number of the scale that each scaled tensor has, where tensors share them."""
+        if sharing == "tensor":
+            return torch.arange(len(self._scaled))
+        kinds = [tensor.kind if sharing == "kind" else "" for tensor in self._scaled]
+        numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+        return torch.tensor([numbers[kind] for kind in kinds])
 
     def name_of(self, parameter: nn.Parameter) -> str:
         """Name of a parameter in memory, for messages."""

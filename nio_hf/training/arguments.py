@@ -65,6 +65,10 @@ class NIOTrainingArguments(TrainingArguments):
         NIOConfig.gamma_relative, "Bound on the gradient norm as a multiple of the gradient norm before NIO."
     )
     nio_lr: float = _option(NIOConfig.lr, "Learning rate of Adam on the scales.")
+    nio_scaled_tensors: str = _option(
+        NIOConfig.scaled_tensors, "What is scaled: all tensors, or weights (two or more dimensions)."
+    )
+    nio_scale_sharing: str = _option(NIOConfig.scale_sharing, "One scale for each tensor, kind, or the whole model.")
     nio_min_scale: float = _option(NIOConfig.min_scale, "Lower clamp of the scales.")
     nio_max_scale: float = _option(NIOConfig.max_scale, "Upper clamp of the scales.")
 
@@ -134,6 +138,8 @@ class NIOTrainingArguments(TrainingArguments):
             gamma=self.nio_gamma,
             gamma_relative=self.nio_gamma_relative,
             lr=self.nio_lr,
+            scaled_tensors=self.nio_scaled_tensors,  # type: ignore[arg-type]
+            scale_sharing=self.nio_scale_sharing,  # type: ignore[arg-type]
             min_scale=self.nio_min_scale,
             max_scale=self.nio_max_scale,
             objective=self.nio_objective,  # type: ignore[arg-type]
