@@ -92,7 +92,7 @@ def print_run(
         table.add_row(*row)
     console.print(table)
     if message is not None:
-        console.print(f"NIO: {message}", markup=False, highlight=False)
+        console.print(f"Initialisation: {message}", markup=False, highlight=False)
     for what, path in written.items():
         console.print(f"{what}: {path}", markup=False, highlight=False, soft_wrap=True)
 

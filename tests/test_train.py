@@ -39,7 +39,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_ends_with_a_table_and_the_paths_of_what_it_wrote(digits_run: Path) -> None:
     shown = (digits_run / "stdout.txt").read_text()
     quantities = ["GradCosine (D = 4, B/D = 4)", "Gradient norm", "Loss at init", "Evaluation accuracy"]
-    for quantity in [*quantities, "Seconds of NIO", "Seconds of training", "NIO: "]:
+    for quantity in [*quantities, "Seconds of NIO", "Seconds of training", "Initialisation: "]:
         assert quantity in shown
     for path in ["_nio_init", "plots/nio_scales.png", "plots/nio_history.png", "plots/training.png"]:
         assert str(digits_run / path) in shown

@@ -14,7 +14,7 @@ Status = Literal["improved", "no_improvement", "constraint_violated", "collapse_
 
 _TITLES = {
     "nio": "NIO",
-    "none": "the model's own initialisation",
+    "none": "default initialisation",
     "gradinit": "GradInit",
     "metainit": "MetaInit",
     "lsuv": "LSUV",

@@ -20,7 +20,7 @@ from nio_hf.errors import OutputError, Problem, one_line
 from nio_hf.hub.access import Destination, hub, is_repo_id
 from nio_hf.hub.sharing import shareable_run
 from nio_hf.report.run import Run
-from nio_hf.report.tables import excluded_text, initialisation_rows, kept_text, scale_rows
+from nio_hf.report.tables import described_method, excluded_text, initialisation_rows, kept_text, scale_rows
 from nio_hf.report.templating import render
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,7 @@ def card_text(
         repo_id=repo_id or "USER/NAME",
         title=(repo_id or run.name).rpartition("/")[2],
         headline=_headline(run),
+        described=None if result is None else described_method(result),
         before_after=() if result is None else initialisation_rows(result),
         scales=() if result is None else scale_rows(result),
         excluded="" if result is None else excluded_text(result),
@@ -199,7 +200,7 @@ def _headline(run: Run) -> str:
     if not run.is_finished:
         return f"This training is not finished: step {run.steps:,} of {run.max_steps:,}{data}."
     steps = f"{run.steps:,} steps" if run.steps >= run.max_steps else f"{run.steps:,} of {run.max_steps:,} steps"
-    start = "" if run.result is None else ", from an initialisation by NIO"
+    start = "" if run.result is None else f", from an initialisation by {run.result.title}"
     return f"This model was trained for {steps}{data}{start}.{kept_text(run)}"
 
 

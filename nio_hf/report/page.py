@@ -19,6 +19,7 @@ from nio_hf.report.style import Target
 from nio_hf.report.tables import (
     LAYER_COLUMNS,
     SCALE_COLUMNS,
+    described_method,
     excluded_text,
     kept_text,
     layer_rows,
@@ -70,6 +71,7 @@ def render_page(run: Run) -> str:
         run=run,
         result=result,
         headline=_headline(run),
+        described=None if result is None else described_method(result),
         facts=_facts(run),
         summary=summary_rows(result, run.metrics),
         tone=None if result is None else _TONES[result.status],

@@ -41,10 +41,37 @@ def summary_rows(result: NIOResult | None, metrics: Mapping[str, float]) -> list
     if "eval_loss" in metrics:
         rows.append(("Evaluation loss", "", f"{metrics['eval_loss']:.4f}"))
     if result is not None:
-        rows.append(("Seconds of NIO", "", f"{result.seconds:.1f}"))
+        rows.append((f"Seconds of {result.title}", "", f"{result.seconds:.1f}"))
     if "train_runtime" in metrics:
         rows.append(("Seconds of training", "", f"{metrics['train_runtime']:.1f}"))
     return rows
+
+
+_SHARED_BY = {"tensor": "weight tensor", "kind": "kind of weight tensors", "model": "model, for all its weight tensors"}
+_DESCRIPTIONS = {
+    "none": "The model has the initialisation that its class gives it.",
+    "gradinit": "GradInit (Zhu et al., 2021) learned one scalar per weight tensor, so that the loss after one step of "
+    "the optimizer is small.",
+    "metainit": "MetaInit (Dauphin and Schoenholz, 2019) learned the norm of each weight tensor, so that the gradient "
+    "changes little along itself.",
+    "lsuv": "LSUV (Mishkin and Matas, 2015) scaled the weights of each layer to an output variance of 1.",
+    "emergence": "Emergence-promoting initialisation (Li et al., 2024) scaled the weights of each layer by powers of "
+    "alpha, down before the middle layer and up behind it.",
+    "architecture_aware": "Architecture-aware initialisation (Chen et al., 2024) scaled the weights of each layer to "
+    "the variance that its fan-in and its in-degree ask for.",
+}
+
+
+def described_method(result: NIOResult) -> str:
+    """What a method does, in a sentence."""
+    if result.method in _DESCRIPTIONS:
+        return _DESCRIPTIONS[result.method]
+    bound = "" if result.gamma is None else " under a bound on their norm (gamma)"
+    each = _SHARED_BY[result.config.scale_sharing]
+    return (
+        f"Neural Initialization Optimization (NIO) learned one scalar (omega) per {each}, so that the gradients of "
+        f"different sub-batches agree (GradCosine){bound}."
+    )
 
 
 def initialisation_rows(result: NIOResult) -> list[SummaryRow]:

@@ -67,6 +67,17 @@ def test_two_processes_seed_the_optimizer_as_one_does(strategy: str, tmp_path: P
         assert report["trained"] == together.reports[0]["trained"]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_another_method_gives_two_processes_the_weights_of_one(strategy: str, tmp_path: Path) -> None:
+    settings = {"nio_method": "gradinit", "max_steps": 2, "save_strategy": "no"}
+    alone = launch(tmp_path / "alone", "single", 1, arguments=settings)
+    together = launch(tmp_path / "together", strategy, 2, arguments=settings)
+    assert together.status == alone.status == 0, together.output[-3000:]
+    for report in together.reports:
+        assert report["scales"] == pytest.approx(alone.reports[0]["scales"], rel=1e-5)
+        assert report["initialised"] == together.reports[0]["initialised"]
+
+
 def test_deepspeed_has_no_second_moment_to_seed(tmp_path: Path) -> None:
     outcome = launch(tmp_path, "zero2", 2, arguments={"nio_seed_optimizer": "gi_adam"})
     assert outcome.status != 0
