@@ -66,11 +66,7 @@ class Comparison:
         """What the process of a run is to do."""
         folder = self.directory / "runs"
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {
-            **_QUIET,
-            **run.settings(self.plan.arm(run.arm), self.plan.steps),
-            "output_dir": str(folder / run.name),
-        }
+        settings = {**_QUIET, **run.settings(self.plan.arm(run.arm), self.plan.steps)}
         return Order(
             recipe=self.recipe,
             overrides=tuple(with_values(self.overrides, settings)),

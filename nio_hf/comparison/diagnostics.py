@@ -3,7 +3,7 @@
 Letters: W a weight matrix before a step and W' behind it, f the output of the model for a fixed batch.
 
     relative update     ||W' - W|| / ||W||
-    angular update      arccos(<W, W'> / (||W|| ||W'||)), in radians
+    angular update      arccos(<W, W'> / (||W|| ||W'||)), in radians; by way of ||W' - W||, which keeps small angles
     output change       ||f' - f|| / ||f||
 
 Source: Kosson, Messmer and Jaggi, "Analyzing & Reducing the Need for Learning Rate Warmup in GPT Training", NeurIPS
@@ -56,11 +56,11 @@ class StepDiagnostics(TrainerCallback):
         former, output = self._weights, self._output
         self._note()
         before, behind = (torch.stack(torch._foreach_norm(weights)).double() for weights in (former, self._weights))
-        moved = torch._foreach_norm(torch._foreach_sub(self._weights, former))
-        products = torch.stack([(a * b).sum() for a, b in zip(former, self._weights, strict=True)]).double()
-        cosines = (products / (before * behind)).clamp(-1, 1)
-        self.values["relative_update"].append(float((torch.stack(moved).double() / before).mean()))
-        self.values["angular_update"].append(float(cosines.arccos().mean()))
+        moved = torch.stack(torch._foreach_norm(torch._foreach_sub(self._weights, former))).double()
+        # The arccosine of a product of norms would lose small angles to rounding.
+        chord = ((moved**2 - (behind - before) ** 2).clamp(min=0) / (before * behind)).sqrt()
+        self.values["relative_update"].append(float((moved / before).mean()))
+        self.values["angular_update"].append(float((2 * (chord / 2).clamp(max=1).arcsin()).mean()))
         self.values["output_change"].append(float((self._output - output).norm() / output.norm()))
 
     @torch.no_grad()

@@ -258,12 +258,15 @@ def plot_learning_rates(findings: Findings, target: Path) -> None:
 
 
 def plot_first_steps(findings: Findings, target: Path) -> None:
-    """Draw the training loss of the first steps at the highest learning rate, and what moved in them.
+    """Draw the training loss of the first steps, and what moved in them.
+
+    The learning rate is the one at which warmup gains most over no warmup, or the highest where it gains nothing.
 
     Raises:
         OutputError: where the file cannot be written.
     """
-    rate = max(findings.plan.learning_rates)
+    gain = findings.largest_gain()
+    rate = max(findings.plan.learning_rates) if gain is None else gain.learning_rate
     looked_at = any(outcome.diagnostics for outcome in findings.outcomes.values())
     quantities = _QUANTITIES if looked_at else {}
     with figure(target, width=7.5, height=3.5 + 2.2 * len(quantities)) as drawn:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from nio_hf.errors import ConfigError, NumericsError, Problem
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.loading import load_recipe
+from nio_hf.recipe.strict_yaml import with_values
 from nio_hf.training.manifest import write_atomically
 
 
@@ -32,7 +34,7 @@ class Order:
 
     Attributes:
         recipe: file or name of the recipe.
-        overrides: settings as command line options.
+        overrides: settings as command line options, but for the folder to train in, which is a temporary one.
         outcome_file: to write the outcome to, as JSON.
         log_file: for what it prints.
         threads: of torch; None for its own choice.
@@ -55,7 +57,9 @@ def carry_out(order: Order) -> None:
     logging.getLogger("nio_hf").setLevel(logging.INFO)
     if order.threads is not None:
         torch.set_num_threads(order.threads)
-    outcome = train_once(order.recipe, order.overrides, order.diagnostics)
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = with_values(order.overrides, {"output_dir": folder})
+        outcome = train_once(order.recipe, overrides, order.diagnostics)
     write_atomically(order.outcome_file, json.dumps(dataclasses.asdict(outcome)) + "\n")
 
 
