@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nio_hf.comparison.analysis import choose
+from nio_hf.comparison.analysis import cells, choose
 from nio_hf.comparison.plan import CONTROLLED, Plan, Run
 from nio_hf.comparison.progress import Progress
 from nio_hf.comparison.report import Findings, write_report
@@ -16,7 +16,7 @@ from nio_hf.comparison.schedule import default_threads, execute
 from nio_hf.comparison.worker import Order
 from nio_hf.image_training.building import load_data
 from nio_hf.recipe.catalog import recipe_name
-from nio_hf.recipe.loading import load_recipe
+from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import with_values
 
 _QUIET = {
@@ -55,13 +55,6 @@ class Comparison:
     jobs: int
     diagnostics: bool
 
-    def task(self) -> dict[str, Any]:
-        """What all its runs have in common: results of another task are not its results."""
-        loaded = load_recipe(self.recipe, self.overrides)
-        decided = {*CONTROLLED, *_QUIET, "output_dir"}
-        settings = {key: setting.value for key, setting in loaded.settings.items() if key not in decided}
-        return {"recipe": recipe_name(loaded.path), "steps": self.plan.steps, "settings": settings}
-
     def order_for(self, run: Run) -> Order:
         """What the process of a run is to do."""
         folder = self.directory / "runs"
@@ -88,11 +81,11 @@ def compare(comparison: Comparison) -> tuple[Findings, dict[str, Path]]:
         RunError: for a run that ended without an outcome.
     """
     plan = comparison.plan
-    chance = 100 / len(load_data(load_recipe(comparison.recipe, comparison.overrides)).class_names)
+    recipe = load_recipe(comparison.recipe, comparison.overrides)
+    title, chance = recipe_name(recipe.path), 100 / len(load_data(recipe).class_names)
     with locked(comparison.directory):
-        results = Results(comparison.directory, comparison.task())
+        results = Results(comparison.directory, _task(recipe, plan))
         known = _known(results, plan, plan.grid())
-        title = recipe_name(load_recipe(comparison.recipe, comparison.overrides).path)
 
         def carry_out(runs: Sequence[Run], progress: Progress) -> None:
             def on_outcome(run: Run, outcome: Outcome) -> None:
@@ -105,14 +98,20 @@ def compare(comparison: Comparison) -> tuple[Findings, dict[str, Path]]:
 
         with Progress(plan, known) as progress:
             carry_out(plan.grid(), progress)
-            findings = Findings.of(title, plan, known, chance)
             if plan.verdict_seeds:
-                runs = plan.verdict_runs(choose(findings.cells))
+                runs = plan.verdict_runs(choose(cells(plan, known, chance)))
                 known |= _known(results, plan, runs)
                 progress.announce(runs)
                 carry_out(runs, progress)
         findings = Findings.of(title, plan, known, chance)
         return findings, write_report(findings, comparison.directory)
+
+
+def _task(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """What all runs have in common: results of another task are not those of this one."""
+    decided = {*CONTROLLED, *_QUIET, "output_dir"}
+    settings = {key: setting.value for key, setting in recipe.settings.items() if key not in decided}
+    return {"recipe": recipe_name(recipe.path), "steps": plan.steps, "settings": settings}
 
 
 def _known(results: Results, plan: Plan, runs: Sequence[Run]) -> dict[Run, Outcome]:

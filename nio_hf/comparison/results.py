@@ -51,6 +51,11 @@ class Outcome:
     initialisation: dict[str, Any] | None = None
     diagnostics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Outcome:
+        """Inverse of `dataclasses.asdict`, after a trip through JSON."""
+        return cls(**{**fields, "losses": tuple(fields["losses"]), "grad_norms": tuple(fields["grad_norms"])})
+
     @property
     def final_loss(self) -> float | None:
         """Mean training loss of the last tenth of the steps."""
@@ -68,7 +73,7 @@ class Results:
 
     def __init__(self, directory: Path, task: Mapping[str, Any]) -> None:
         self._file = directory / RESULTS_NAME
-        self._task = json.loads(json.dumps(task))
+        self._task = _plain(task)
         self._outcomes: dict[Run, tuple[dict[str, Any], Outcome]] = {}
         with output_errors(directory, trained=False):
             directory.mkdir(parents=True, exist_ok=True)
@@ -84,14 +89,14 @@ class Results:
             RecipeError: where a run of that name had other settings.
         """
         settings, outcome = self._outcomes.get(run, (None, None))
-        if settings is not None and settings != json.loads(json.dumps(dict(arm.settings))):
+        if settings is not None and settings != _plain(arm.settings):
             fix = "Give the arm another name, or another --output_dir"
             raise RecipeError(Problem(str(self._file), f"holds runs of {arm.name} with other settings", fix))
         return outcome
 
     def add(self, run: Run, arm: Arm, outcome: Outcome) -> None:
         """Append a run; it is on the disk when this returns."""
-        settings = json.loads(json.dumps(dict(arm.settings)))
+        settings = _plain(arm.settings)
         self._append({"run": dataclasses.asdict(run), "settings": settings, "outcome": dataclasses.asdict(outcome)})
         self._outcomes[run] = (settings, outcome)
 
@@ -118,8 +123,7 @@ class Results:
             raise RecipeError(Problem(str(self._file), found, fix))
 
     def _take(self, record: dict[str, Any]) -> None:
-        fields = record["outcome"]
-        outcome = Outcome(**{**fields, "losses": tuple(fields["losses"]), "grad_norms": tuple(fields["grad_norms"])})
+        outcome = Outcome.from_dict(record["outcome"])
         self._outcomes.setdefault(Run(**record["run"]), (record["settings"], outcome))
 
     def _append(self, record: dict[str, Any]) -> None:
@@ -144,14 +148,13 @@ def locked(directory: Path) -> Iterator[None]:
     except filelock.Timeout as error:
         fix = "Wait for it, or give another --output_dir"
         raise RecipeError(Problem(str(directory), "another comparison is at work in it", fix)) from error
-    with contextlib.closing(_Released(lock)):
+    try:
         yield
+    finally:
+        lock.release()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Released:
-    lock: filelock.BaseFileLock
-
-    def close(self) -> None:
-        """Give the lock back."""
-        self.lock.release()
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as they come back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(values)))
+    return plain

@@ -101,7 +101,7 @@ def _outcome_of(process: BaseProcess, run: Run, order: Order) -> Outcome:
         found = f"ended with status {process.exitcode} and without a result\n{_tail(order.log_file)}"
         fix = "Correct that; the same command goes on with what is left"
         raise RunError(Problem(f"run {run.name}", found, fix)) from error
-    return Outcome(**{**fields, "losses": tuple(fields["losses"]), "grad_norms": tuple(fields["grad_norms"])})
+    return Outcome.from_dict(fields)
 
 
 def _tail(log: Path) -> str:

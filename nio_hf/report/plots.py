@@ -81,8 +81,7 @@ def plot_history(result: NIOResult, target: Target) -> None:
     with figure(target, width=7, height=7.5) as drawn:
         cosine, norm, loss = drawn.subplots(3, sharex=True)
         _draw_quantity(cosine, result, "grad_cosine", lambda measured: measured.value)
-        if result.method != "nio":
-            _draw_objective(cosine, result)
+        _draw_objective(cosine, result)
         _draw_quantity(norm, result, "grad_norm", lambda measured: measured.grad_norm)
         _draw_quantity(loss, result, "loss", lambda measured: measured.loss)
         _draw_constraint(norm, result)

@@ -11,10 +11,10 @@ from torch import nn
 from nio_hf.baselines import METHODS, options_of
 from nio_hf.core import Collective, InitResult, IterationRecord, NIOConfig
 from nio_hf.core.differentiator import LossFn
+from nio_hf.core.method import NIO
 from nio_hf.errors import Problem
 from nio_hf.training.replica import broadcast
 
-NIO = "nio"
 METHOD_NAMES = (NIO, *METHODS)
 
 

@@ -34,6 +34,7 @@ from nio_hf.core import (
 )
 from nio_hf.core.batches import map_tensors
 from nio_hf.core.memory import is_out_of_memory
+from nio_hf.core.method import NIO
 from nio_hf.errors import DataError, ModelError, NIOMemoryError, Problem, StoppedError
 from nio_hf.training.arguments import NIOTrainingArguments, checked_arguments
 from nio_hf.training.checkpoints import (
@@ -55,7 +56,7 @@ from nio_hf.training.digests import batch_digest, fingerprint
 from nio_hf.training.isolation import isolated_random_state
 from nio_hf.training.layers import register_transformers_layers
 from nio_hf.training.losses import ignores_num_items
-from nio_hf.training.methods import NIO, run_baseline
+from nio_hf.training.methods import run_baseline
 from nio_hf.training.nio_batches import CheckedBatches
 from nio_hf.training.preemption import SpareWorkers
 from nio_hf.training.publishing import PublishingTrainerMixin

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -32,7 +33,7 @@ def _command(directory: Path, *arguments: str) -> list[str]:
     return [*start, *arguments, *SMALL]
 
 
-def _records(directory: Path) -> list[dict[str, object]]:
+def _records(directory: Path) -> list[dict[str, Any]]:
     lines = (directory / RESULTS_NAME).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[1:]]
 
@@ -89,16 +90,16 @@ def test_a_comparison_from_the_grid_to_the_verdict(tmp_path: Path) -> None:
     assert len(runs) == len(set(runs)) == 3 * 2 * 3 + 3 * 3
     for record in records:
         run, outcome = record["run"], record["outcome"]
-        seeded = run["arm"] == "nio_seeded"  # type: ignore[index]
-        assert (outcome["cost_steps"] > 0) == seeded  # type: ignore[index]
-        assert outcome["steps"] == 8 - -(-outcome["cost_steps"] // 1)  # type: ignore[index]
-        assert len(outcome["losses"]) == outcome["steps"]  # type: ignore[index]
-        assert len(outcome["diagnostics"]["angular_update"]) == outcome["steps"]  # type: ignore[index]
+        seeded = run["arm"] == "nio_seeded"
+        assert (outcome["cost_steps"] > 0) == seeded
+        assert outcome["steps"] == 8 - -(-outcome["cost_steps"] // 1)
+        assert len(outcome["losses"]) == outcome["steps"]
+        assert len(outcome["diagnostics"]["angular_update"]) == outcome["steps"]
     first = {
         (r["run"]["arm"], r["run"]["learning_rate"]): r["outcome"]["losses"][0]
         for r in records
         if r["run"]["seed"] == 0
-    }  # type: ignore[index]
+    }
     # Runs of one seed start from the same weights and the same batch.
     assert first["no_warmup", 1e-3] == first["warmup", 1e-3] == first["no_warmup", 2e-3]
     for name in ("comparison.md", "comparison.json", "learning_rates.png", "first_steps.png"):
