@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Literal, get_args
 
 from nio_hf.errors import ConfigError, Problem
@@ -34,6 +35,8 @@ class NIOConfig:
         lr: learning rate of Adam on omega.
         scaled_tensors: "all" trainable tensors, or "weights": those of two or more dimensions, without biases and
             normalisation.
+        scaled_names: regular expression that a scaled tensor's parameter name contains, e.g. "attention"; None for any
+            name.
         scale_sharing: one omega for each "tensor", as published, one for all tensors of a "kind" (see
             [`TensorScale`]), or one for the whole "model".
         min_scale: lower clamp of omega.
@@ -65,6 +68,7 @@ class NIOConfig:
     gamma_relative: float | None = 2.0
     lr: float = 0.01
     scaled_tensors: ScaledTensors = "all"
+    scaled_names: str | None = None
     scale_sharing: ScaleSharing = "tensor"
     min_scale: float = 0.01
     max_scale: float = 100.0
@@ -107,6 +111,8 @@ class NIOConfig:
                 found.append((name, getattr(self, name), f"Choose one of {', '.join(get_args(literal))}"))
         if not (_is_number(self.overlap) and 0 <= self.overlap < 1):
             found.append(("overlap", self.overlap, "Give a number in [0, 1)"))
+        if self.scaled_names is not None and not _is_pattern(self.scaled_names):
+            found.append(("scaled_names", self.scaled_names, 'Give a regular expression, e.g. "attention", or None'))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             found.append(("seed", self.seed, "Give a whole number of at least 0"))
         if self.precision == "bf16" and self.curvature in ("finite_difference", "finite_difference_kept"):
@@ -119,6 +125,13 @@ class NIOConfig:
             fix = "Choose min_scale <= 1 <= max_scale, since omega starts at 1"
             found.append(("min_scale", (self.min_scale, self.max_scale), fix))
         return found
+
+
+def _is_pattern(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(value) and re.compile(value) is not None
+    except re.error:
+        return False
 
 
 def _is_number(value: object) -> bool:

@@ -139,7 +139,7 @@ def run_method(
     if not isinstance(config, NIOConfig):
         raise ConfigError(Problem("config", f"a {type(config).__name__}", "Give an NIOConfig"))
     with collective.together(), contextlib.ExitStack() as stack:
-        scales = LayerScales(model, config.scaled_tensors)
+        scales = LayerScales(model, config.scaled_tensors, config.scaled_names)
         device = scales.scaled[0].device
         reset_peak_memory(device)
         stack.enter_context(mode.isolated(model, device, config.batch_norm))

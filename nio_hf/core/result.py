@@ -126,7 +126,8 @@ class ExcludedTensor:
         name: parameter name in memory, left out of saved files.
         kind: as in [`TensorScale`].
         shape: shape of the tensor.
-        reason: why it is not scaled: "zero", "frozen", "unused", or "vector" where only weights are.
+        reason: why it is not scaled: "zero", "frozen", "unused", "vector" where only weights are, or "name" where only
+            some names are.
     """
 
     name: str

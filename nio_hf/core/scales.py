@@ -1,7 +1,7 @@
 """Which tensors are scaled, which form the gradient, and how the scales reach the weights.
 
 A scaled tensor W_l becomes theta_l = omega_l W_l with a scalar omega_l; m is the number of scaled tensors. The gradient
-g is taken over the gradient tensors. Both sets are found by module type and tensor identity, never by name.
+g is taken over the gradient tensors. Both sets are found by module type and tensor identity; names count only where the user gives a pattern.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -60,6 +61,7 @@ class LayerScales:
     Args:
         model: any module with fp32 or fp64 parameters that hold data.
         scaled_tensors: which tensors are scaled, as in [`NIOConfig`].
+        scaled_names: likewise, by name.
 
     Attributes:
         gradient: the gradient parameters: trainable and owned by a registered module type.
@@ -71,7 +73,9 @@ class LayerScales:
             tensors of two or more dimensions outside embeddings.
     """
 
-    def __init__(self, model: nn.Module, scaled_tensors: ScaledTensors = "all") -> None:
+    def __init__(
+        self, model: nn.Module, scaled_tensors: ScaledTensors = "all", scaled_names: str | None = None
+    ) -> None:
         check_storage(model)
         self._tensors = _locate_tensors(model)
         trainable = [tensor for tensor in self._tensors if tensor.parameter.requires_grad]
@@ -83,8 +87,9 @@ class LayerScales:
         nonzero = torch.stack([tensor.parameter.detach().any() for tensor in trainable]).tolist()
         self._scaled = [tensor for tensor, any_value in zip(trainable, nonzero, strict=True) if any_value]
         if scaled_tensors == "weights":
-            self.excluded += [_excluded(tensor, "vector") for tensor in self._scaled if tensor.parameter.ndim < 2]
-            self._scaled = [tensor for tensor in self._scaled if tensor.parameter.ndim >= 2]
+            self._leave_out("vector", [tensor for tensor in self._scaled if tensor.parameter.ndim < 2])
+        if scaled_names is not None:
+            self._leave_out("name", [tensor for tensor in self._scaled if not re.search(scaled_names, tensor.name)])
         self.excluded += [
             _excluded(t, "zero") for t, any_value in zip(trainable, nonzero, strict=True) if not any_value
         ]
@@ -126,8 +131,7 @@ class LayerScales:
             ModelError: where no scaled or no gradient tensor is left.
         """
         identities = {id(parameter) for parameter in unused}
-        self.excluded += [_excluded(tensor, "unused") for tensor in self._scaled if id(tensor.parameter) in identities]
-        self._scaled = [tensor for tensor in self._scaled if id(tensor.parameter) not in identities]
+        self._leave_out("unused", [tensor for tensor in self._scaled if id(tensor.parameter) in identities])
         self.gradient = [parameter for parameter in self.gradient if id(parameter) not in identities]
         self._check_scalable(model)
 
@@ -160,6 +164,12 @@ class LayerScales:
     def apply(self, values: Sequence[Tensor]) -> None:
         """Give the scaled tensors new values, in place."""
         torch._foreach_copy_([parameter.data for parameter in self.scaled], list(values))
+
+    def _leave_out(self, reason: str, tensors: Sequence[TensorPlace]) -> None:
+        """Do not scale these tensors."""
+        self.excluded += [_excluded(tensor, reason) for tensor in tensors]
+        left_out = {tensor.name for tensor in tensors}
+        self._scaled = [tensor for tensor in self._scaled if tensor.name not in left_out]
 
     def _check_scalable(self, model: nn.Module) -> None:
         where = type(model).__name__

@@ -113,7 +113,12 @@ def scale_rows(result: NIOResult) -> list[ScaleRow]:
 def excluded_text(result: NIOResult) -> str:
     """What is not scaled and why, as a sentence; empty where all is."""
     reasons = [tensor.reason for tensor in result.excluded]
-    meanings = {"zero": "all zero", "frozen": "frozen", "unused": "without a gradient", "vector": "of one dimension"}
+    meanings = {
+        "zero": "all zero",
+        "unused": "without a gradient",
+        "vector": "of one dimension",
+        "name": "not chosen by name",
+    }
     parts = [f"{reasons.count(reason)} {meanings.get(reason, reason)}" for reason in dict.fromkeys(reasons)]
     return f"Left as they were: {', '.join(parts)}." if parts else ""
 

@@ -68,6 +68,9 @@ class NIOTrainingArguments(TrainingArguments):
     nio_scaled_tensors: str = _option(
         NIOConfig.scaled_tensors, "What is scaled: all tensors, or weights (two or more dimensions)."
     )
+    nio_scaled_names: str | None = _option(
+        None, 'Regular expression that the name of a scaled tensor contains, e.g. "attention"; default: any name.'
+    )
     nio_scale_sharing: str = _option(NIOConfig.scale_sharing, "One scale for each tensor, kind, or the whole model.")
     nio_min_scale: float = _option(NIOConfig.min_scale, "Lower clamp of the scales.")
     nio_max_scale: float = _option(NIOConfig.max_scale, "Upper clamp of the scales.")
@@ -139,6 +142,7 @@ class NIOTrainingArguments(TrainingArguments):
             gamma_relative=self.nio_gamma_relative,
             lr=self.nio_lr,
             scaled_tensors=self.nio_scaled_tensors,  # type: ignore[arg-type]
+            scaled_names=self.nio_scaled_names,
             scale_sharing=self.nio_scale_sharing,  # type: ignore[arg-type]
             min_scale=self.nio_min_scale,
             max_scale=self.nio_max_scale,

@@ -25,6 +25,7 @@ from nio_hf.errors import ConfigError
         ("objective", ["cosine", None], ["gc", "gc_norm", "gc_sum_norm", "variance"]),
         ("curvature", ["fast", None], ["auto", "exact", "exact_kept", "finite_difference", "finite_difference_kept"]),
         ("batch_norm", ["train"], ["batch", "frozen"]),
+        ("scaled_names", ["", "(", 3, ["attention"]], [None, "attention"]),
         ("micro_batch_size", [0, 2.5], [None, 1]),
         ("holdout_batches", [0], [1]),
         ("seed", [-1, 0.5, True], [0]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from nio_hf.core.loop import iteration_seed
 from nio_hf.core.mode import measuring
 from nio_hf.core.reference import joint_graph
 from nio_hf.core.scales import LayerScales
+from nio_hf.errors import ModelError
 from tests.core.cases import Case, batches_of, double_case
 
 LR, ITERATIONS, SAMPLES = 0.05, 3, 8
@@ -104,3 +106,20 @@ def test_tensors_of_a_kind_share_theirs() -> None:
     assert len(by_kind) > 2
     assert all(len(scales) == 1 for scales in by_kind.values())
     assert len({scales.copy().pop() for scales in by_kind.values()}) > 1
+
+
+@pytest.mark.parametrize("pattern", ["attention", r"o_proj|fc2", r"layers\.1\."])
+def test_only_tensors_of_a_name_are_scaled(pattern: str) -> None:
+    made = double_case("vit")
+    config = NIOConfig(iterations=2, lr=0.1, holdout_batches=1, scaled_tensors="weights", scaled_names=pattern)
+    result = initialize(made.model, batches_of("vit", 3), made.loss_fn, config)
+    matrices = [name for name, parameter in made.model.named_parameters() if parameter.ndim >= 2]
+    excluded = [tensor.name for tensor in result.excluded if tensor.reason == "name"]
+    assert list(result.scales) == [name for name in matrices if re.search(pattern, name)]
+    assert {*excluded, *result.scales} == set(matrices)
+
+
+def test_a_pattern_that_no_tensor_has_is_refused() -> None:
+    made = double_case("vit")
+    with pytest.raises(ModelError, match="no tensor can be scaled.*name"):
+        initialize(made.model, batches_of("vit", 3), made.loss_fn, NIOConfig(scaled_names="decoder"))
