@@ -17,8 +17,9 @@ from typing import Literal
 from scipy.stats import t as student
 
 from nio_hf.comparison.arms import NO_WARMUP, WARMUP
-from nio_hf.comparison.plan import Choice, Plan, Run
-from nio_hf.comparison.results import Outcome
+from nio_hf.comparison.plan import Choice, Plan
+from nio_hf.trials.results import Outcome
+from nio_hf.trials.run import Arm, Run
 
 CONFIDENCE = 0.90
 MARGIN = 0.5
@@ -230,15 +231,59 @@ def judge(difference: Interval) -> Word:
 
 def verdicts(plan: Plan, chosen: Sequence[Choice], outcomes: Outcomes, chance: float) -> list[Verdict]:
     """Every arm held against warmup; empty while runs are missing."""
-    runs = plan.verdict_runs(chosen)
-    if not runs or any(run not in outcomes for run in runs):
-        return []
-    by_arm: dict[str, list[float]] = {}
-    for run in runs:
-        by_arm.setdefault(run.arm, []).append(accuracy_of(outcomes[run], chance))
+    by_arm = _fresh_accuracies(plan, chosen, outcomes, chance)
     judged = []
-    for choice in chosen:
-        own = by_arm[choice.arm]
-        difference = interval([a - b for a, b in zip(own, by_arm[WARMUP], strict=True)])
-        judged.append(Verdict(choice.arm, choice, interval(own), difference, judge(difference)))
+    for choice in chosen if by_arm else []:
+        difference = _paired(by_arm[choice.arm], by_arm[WARMUP])
+        judged.append(Verdict(choice.arm, choice, interval(by_arm[choice.arm]), difference, judge(difference)))
     return judged
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What an initialisation adds: an arm held against the same training without it, each at its chosen settings.
+
+    Attributes:
+        arm: name.
+        without: name of the arm that differs from it in the initialisation only.
+        difference: in points, paired over the fresh seeds.
+    """
+
+    arm: str
+    without: str
+    difference: Interval
+
+
+def shares(plan: Plan, chosen: Sequence[Choice], outcomes: Outcomes, chance: float) -> list[Share]:
+    """What each initialisation adds, where the plan has an arm without it; empty while runs are missing."""
+    by_arm = _fresh_accuracies(plan, chosen, outcomes, chance)
+    found = []
+    for arm in plan.arms if by_arm else ():
+        without = next((other.name for other in plan.arms if _is_without_initialisation(other, arm)), None)
+        if without is not None:
+            found.append(Share(arm.name, without, _paired(by_arm[arm.name], by_arm[without])))
+    return found
+
+
+def _is_without_initialisation(other: Arm, arm: Arm) -> bool:
+    """Whether an arm is another one without its initialisation."""
+    if not arm.settings.get("nio") or other.settings.get("nio") or other.has_warmup != arm.has_warmup:
+        return False
+    own = {"nio", *(key for key in arm.settings if key.startswith("nio_"))} - {"nio_seed_optimizer"}
+    rest = {key: value for key, value in arm.settings.items() if key not in own}
+    return rest == {key: value for key, value in other.settings.items() if key not in own}
+
+
+def _fresh_accuracies(
+    plan: Plan, chosen: Sequence[Choice], outcomes: Outcomes, chance: float
+) -> dict[str, list[float]]:
+    """{arm: accuracy on each fresh seed}; empty while runs are missing."""
+    runs = plan.verdict_runs(chosen)
+    by_arm: dict[str, list[float]] = {}
+    for run in runs if all(run in outcomes for run in runs) else ():
+        by_arm.setdefault(run.arm, []).append(accuracy_of(outcomes[run], chance))
+    return by_arm
+
+
+def _paired(own: Sequence[float], other: Sequence[float]) -> Interval:
+    return interval([a - b for a, b in zip(own, other, strict=True)])

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.strict_yaml import parse_scalar
+from nio_hf.trials.run import Arm
 
 NO_WARMUP, WARMUP = "no_warmup", "warmup"
 _PLAIN: dict[str, Any] = {"nio": False, "nio_seed_optimizer": None, "optimizer": None}
 _SEEDED = {"nio_seed_optimizer": "gi_adam"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One way to start a training.
-
-    Attributes:
-        name: of the arm.
-        description: what it is, in a few words.
-        settings: of the recipe, that make it.
-        has_warmup: whether its learning rate rises over the first steps.
-    """
-
-    name: str
-    description: str
-    settings: Mapping[str, Any]
-    has_warmup: bool = False
 
 
 def _arm(name: str, description: str, **settings: Any) -> Arm:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
 
-from nio_hf.comparison.arms import NO_WARMUP, WARMUP, Arm
+from nio_hf.comparison.arms import NO_WARMUP, WARMUP
 from nio_hf.errors import Problem, RecipeError
+from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, Arm, Run, Trial
 
-Stage = Literal["selection", "verdict"]
-MIN_SEEDS = 3
-"""Paired seeds below which no verdict is given."""
-FIRST_VERDICT_SEED = 1000
-"""Seeds of the verdict count from here, those of the selection from 0."""
 CONTROLLED = {
     "learning_rate": "--learning_rates",
     "warmup_steps": "--warmup_ratios",
@@ -108,47 +103,13 @@ class Plan:
             for choice in chosen
         ]
 
+    def trials(self, runs: Iterable[Run]) -> list[Trial]:
+        """Runs with all that makes them."""
+        return [Trial(run, self.arm(run.arm), self.steps) for run in runs]
+
     def ratios(self, arm: Arm) -> tuple[float, ...]:
         """The lengths of warmup that an arm is tried at."""
         return self.warmup_ratios if arm.has_warmup else (0.0,)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One training.
-
-    Attributes:
-        stage: "selection", evaluated on a part of the training data, or "verdict", on the evaluation data.
-        arm: name of its arm.
-        learning_rate: peak of the schedule.
-        warmup_ratio: length of warmup as a share of the steps; 0 for none.
-        seed: of weights and data order. Runs of one seed are paired: they start from the same weights and see the same
-            batches.
-    """
-
-    stage: Stage
-    arm: str
-    learning_rate: float
-    warmup_ratio: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """A name for files."""
-        warmup = f"-w{self.warmup_ratio:g}" if self.warmup_ratio else ""
-        return f"{self.stage}-{self.arm}-lr{self.learning_rate:g}{warmup}-s{self.seed}"
-
-    def settings(self, arm: Arm, steps: int) -> dict[str, Any]:
-        """The settings of the recipe that make this run."""
-        evaluated = {"eval_from_train": True} if self.stage == "selection" else {}
-        return {
-            **arm.settings,
-            **evaluated,
-            "learning_rate": self.learning_rate,
-            "warmup_steps": round(self.warmup_ratio * steps),
-            "max_steps": steps,
-            "seed": self.seed,
-        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nio_hf.comparison import analysis
-from nio_hf.comparison.analysis import Cell, Gain, Outcomes, Verdict
+from nio_hf.comparison.analysis import Cell, Gain, Outcomes, Share, Verdict
 from nio_hf.comparison.arms import NO_WARMUP, WARMUP
 from nio_hf.comparison.plan import Choice, Plan
 from nio_hf.report.style import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, figure, legend_below
@@ -43,6 +43,7 @@ class Findings:
         chosen: settings of each arm; empty while the grid is not through.
         gains: of warmup over no warmup.
         verdicts: of each arm; empty while there is none.
+        shares: what each initialisation adds; empty likewise.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Findings:
     chosen: list[Choice]
     gains: list[Gain]
     verdicts: list[Verdict]
+    shares: list[Share]
 
     @classmethod
     def of(cls, title: str, plan: Plan, outcomes: Outcomes, chance: float) -> Findings:
@@ -60,7 +62,9 @@ class Findings:
         complete = len(found) == sum(len(plan.ratios(arm)) for arm in plan.arms) * len(plan.learning_rates)
         chosen = analysis.choose(found) if complete else []
         gains = analysis.warmup_gains(found)
-        return cls(title, plan, outcomes, found, chosen, gains, analysis.verdicts(plan, chosen, outcomes, chance))
+        verdicts = analysis.verdicts(plan, chosen, outcomes, chance)
+        shares = analysis.shares(plan, chosen, outcomes, chance)
+        return cls(title, plan, outcomes, found, chosen, gains, verdicts, shares)
 
     def largest_gain(self) -> Gain | None:
         """The learning rate at which warmup gains most, where it surely gains something; else None."""
@@ -85,11 +89,20 @@ def sentences(findings: Findings) -> list[str]:
         return [*said, "No verdict was asked for."]
     if not findings.verdicts:
         return [*said, "The verdict is still to come."]
+    added = [
+        f"What the initialisation of {share.arm} adds: {share.difference} points over {share.without}, "
+        "the same training without it."
+        for share in findings.shares
+    ]
     if gain is None:
-        return [*said, "So there is no verdict on what replaces it. The differences on fresh seeds are in the table."]
+        return [
+            *said,
+            *added,
+            "So there is no verdict on what replaces it. The differences on fresh seeds are in the table.",
+        ]
     stable = {arm.name: analysis.largest_stable_rate(findings.cells, arm.name) for arm in findings.plan.arms}
     said += [_sentence(verdict, stable) for verdict in findings.verdicts if verdict.arm not in (WARMUP, NO_WARMUP)]
-    return said
+    return [*said, *added]
 
 
 def _sentence(verdict: Verdict, stable: dict[str, float | None]) -> str:
@@ -199,6 +212,7 @@ def to_dict(findings: Findings) -> dict[str, Any]:
         "largest_stable_rate": {arm.name: analysis.largest_stable_rate(findings.cells, arm.name) for arm in plan.arms},
         "chosen": [dataclasses.asdict(choice) for choice in findings.chosen],
         "verdicts": [dataclasses.asdict(verdict) for verdict in findings.verdicts],
+        "shares": [dataclasses.asdict(share) for share in findings.shares],
         "words": sentences(findings),
     }
 
@@ -208,7 +222,7 @@ def markdown(findings: Findings) -> str:
     plan = findings.plan
     parts = [
         f"# {findings.title}: does it replace warmup?",
-        "\n".join(sentences(findings)),
+        "\n".join(f"- {sentence}" for sentence in sentences(findings)),
         f"Each run has a budget of {plan.steps:,} training steps, from which the initialisation is paid.",
         f"## Accuracy (%) by learning rate, on a part of the training data, {plan.seeds} seeds",
         "Mean ± standard deviation over the seeds; in brackets the length of warmup that was best there.",

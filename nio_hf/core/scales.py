@@ -1,7 +1,8 @@
 """Which tensors are scaled, which form the gradient, and how the scales reach the weights.
 
 A scaled tensor W_l becomes theta_l = omega_l W_l with a scalar omega_l; m is the number of scaled tensors. The gradient
-g is taken over the gradient tensors. Both sets are found by module type and tensor identity; names count only where the user gives a pattern.
+g is taken over the gradient tensors. Both sets are found by module type and tensor identity; names count only where a
+pattern is given.
 """
 
 from __future__ import annotations

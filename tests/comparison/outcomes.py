@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from nio_hf.comparison.arms import choose_arms
-from nio_hf.comparison.plan import Plan, Run
-from nio_hf.comparison.results import Outcome
+from nio_hf.comparison.plan import Plan
+from nio_hf.trials.results import Outcome
+from nio_hf.trials.run import Run
 
 
 def plan(**changes: Any) -> Plan:

@@ -8,8 +8,8 @@ import pytest
 
 from nio_hf.comparison import analysis
 from nio_hf.comparison.arms import choose_arms
-from nio_hf.comparison.plan import Run
 from nio_hf.comparison.report import Findings, sentences, verdict_rows
+from nio_hf.trials.run import Run
 from tests.comparison.outcomes import outcome, outcomes, plan
 
 CHANCE = 10.0
@@ -119,6 +119,29 @@ def test_differences_are_paired_by_seed() -> None:
     assert verdict.difference.mean == pytest.approx(1.0)
     assert verdict.difference.half_width == pytest.approx(0.0)
     assert verdict.accuracy.half_width > 5
+
+
+def test_what_an_initialisation_adds_is_held_against_the_same_training_without_it() -> None:
+    arms = choose_arms(
+        ["no_warmup", "warmup", "nio", "gi_adam", "nio_seeded", "lsuv", "radam"], ["slow=nio_seeded,nio_lr=0.01"]
+    )
+    made = plan(arms=arms)
+    points = {"no_warmup": 0.0, "warmup": 1.0, "nio": 2.0, "gi_adam": 4.0, "nio_seeded": 7.0, "slow": 5.5, "lsuv": -1.0}
+    known = outcomes(made, lambda run: 50.0)
+    chosen = analysis.choose(analysis.cells(made, known, CHANCE))
+    for run in made.verdict_runs(chosen):
+        known[run] = outcome(50.0 + 5 * (run.seed - 1000) + points.get(run.arm, 9.0))
+    found = {
+        share.arm: (share.without, share.difference.mean) for share in analysis.shares(made, chosen, known, CHANCE)
+    }
+    assert found == {
+        "nio": ("no_warmup", pytest.approx(2.0)),
+        "nio_seeded": ("gi_adam", pytest.approx(3.0)),
+        "slow": ("gi_adam", pytest.approx(1.5)),
+        "lsuv": ("no_warmup", pytest.approx(-1.0)),
+    }
+    text = " ".join(sentences(Findings.of("recipe", made, known, CHANCE)))
+    assert "What the initialisation of nio_seeded adds: +3.00 ± 0.00 points over gi_adam" in text
 
 
 def test_there_is_no_verdict_while_runs_are_missing() -> None:

@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from nio_hf.cli.main import app
-from nio_hf.comparison.comparing import _QUIET
 from nio_hf.comparison.plan import CONTROLLED
-from nio_hf.comparison.results import RESULTS_NAME
 from nio_hf.recipe.loading import known_keys
+from nio_hf.trials.bench import QUIET
+from nio_hf.trials.results import RESULTS_NAME
 
 SMALL = ["--nio_iterations", "2", "--nio_batch_size", "16", "--max_eval_samples", "50", "--max_train_samples", "200"]
 
@@ -39,7 +39,7 @@ def _records(directory: Path) -> list[dict[str, Any]]:
 
 
 def test_what_a_comparison_decides_are_settings_of_a_recipe() -> None:
-    assert {*CONTROLLED, *_QUIET} <= known_keys().keys()
+    assert {*CONTROLLED, *QUIET} <= known_keys().keys()
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_what_a_comparison_decides_are_settings_of_a_recipe() -> None:
         (["--learning_rates", "1e-3,fast"], "'fast' is no number"),
         (["--seeds", "1"], "Give --seeds 3 or more for a verdict, or --no_verdict"),
         (["--arms", "nio", "--seeds", "3"], "to hold the others against"),
-        (["--learning_rate", "1e-3"], "--learning_rate: is decided by the comparison. Use --learning_rates"),
+        (["--learning_rate", "1e-3"], "--learning_rate: is decided by this command. Use --learning_rates"),
         (["--seed", "1"], "Use --seeds"),
         (["--weight_decoy", "1"], "'weight_decoy' is no known key"),
         (["--arm", "x=nio,nio_gama=1"], "arm x, --nio_gama"),

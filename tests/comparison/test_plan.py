@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from nio_hf.comparison.arms import ARMS, choose_arms
-from nio_hf.comparison.plan import FIRST_VERDICT_SEED, Choice
+from nio_hf.comparison.plan import Choice
 from nio_hf.errors import RecipeError
 from nio_hf.recipe.loading import known_keys
+from nio_hf.trials.run import FIRST_VERDICT_SEED
 from tests.comparison.outcomes import plan
 
 
@@ -88,7 +89,7 @@ def test_the_verdict_is_on_seeds_that_the_choice_has_not_seen() -> None:
     assert len(runs) == 10
     assert {run.seed for run in runs} == set(range(FIRST_VERDICT_SEED, FIRST_VERDICT_SEED + 5))
     assert not {run.seed for run in runs} & {run.seed for run in made.grid()}
-    settings = runs[1].settings(made.arm("warmup"), 100)
+    settings = made.trials(runs)[1].settings
     assert settings["warmup_steps"] == 10
     assert "eval_from_train" not in settings
-    assert made.grid()[0].settings(made.arm("no_warmup"), 100)["eval_from_train"] is True
+    assert made.trials(made.grid())[0].settings["eval_from_train"] is True

@@ -121,5 +121,5 @@ def test_only_tensors_of_a_name_are_scaled(pattern: str) -> None:
 
 def test_a_pattern_that_no_tensor_has_is_refused() -> None:
     made = double_case("vit")
-    with pytest.raises(ModelError, match="no tensor can be scaled.*name"):
+    with pytest.raises(ModelError, match=r"no tensor can be scaled.*name"):
         initialize(made.model, batches_of("vit", 3), made.loss_fn, NIOConfig(scaled_names="decoder"))

@@ -1,4 +1,4 @@
-"""One run of a comparison, in a process of its own."""
+"""One trial, in a process of its own."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
-from nio_hf.comparison.diagnostics import StepDiagnostics
-from nio_hf.comparison.results import Outcome
 from nio_hf.errors import ConfigError, NumericsError, Problem
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.recipe.strict_yaml import with_values
 from nio_hf.training.manifest import write_atomically
+from nio_hf.trials.diagnostics import StepDiagnostics
+from nio_hf.trials.results import Outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Order:
         log_file: for what it prints.
         threads: of torch; None for its own choice.
         diagnostics: whether to look at the first steps.
+        cost_share: part of the cost of the initialisation that is paid from the budget.
     """
 
     recipe: str
@@ -47,6 +48,7 @@ class Order:
     log_file: Path
     threads: int | None
     diagnostics: bool
+    cost_share: float = 1.0
 
 
 def carry_out(order: Order) -> None:
@@ -59,15 +61,15 @@ def carry_out(order: Order) -> None:
         torch.set_num_threads(order.threads)
     with tempfile.TemporaryDirectory() as folder:
         overrides = with_values(order.overrides, {"output_dir": folder})
-        outcome = train_once(order.recipe, overrides, order.diagnostics)
+        outcome = train_once(order.recipe, overrides, order.diagnostics, order.cost_share)
     write_atomically(order.outcome_file, json.dumps(dataclasses.asdict(outcome)) + "\n")
 
 
-def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool) -> Outcome:
+def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool, cost_share: float = 1.0) -> Outcome:
     """Initialise, train for what is left of the budget, and evaluate.
 
-    The budget is `max_steps` training steps. The initialisation is paid from it: its floating point operations are
-    counted and divided by those of a training step.
+    The budget is `max_steps` training steps. The initialisation, or `cost_share` of it, is paid from it: its floating
+    point operations are counted and divided by those of a training step.
 
     Raises:
         ConfigError: for an initialisation that costs the whole budget.
@@ -82,9 +84,9 @@ def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool) ->
     except NumericsError as error:
         return Outcome(None, None, (), (), 0, 0.0, 0.0, time.perf_counter() - started, error=str(error))
     initialised = time.perf_counter()
-    steps = budget - math.ceil(cost)
+    steps = budget - math.ceil(cost * cost_share)
     if steps < 1:
-        found = f"the initialisation costs {cost:.0f} training steps, the budget is {budget}"
+        found = f"the initialisation costs {cost * cost_share:.0f} training steps, the budget is {budget}"
         raise ConfigError(Problem("--steps", found, "Give more steps, or fewer nio_iterations"))
     trainer.args.max_steps = steps
     losses = _Losses()

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from nio_hf.comparison.arms import ARMS
-from nio_hf.comparison.plan import Run
-from nio_hf.comparison.results import RESULTS_NAME, Results, locked
 from nio_hf.errors import RecipeError
+from nio_hf.trials.results import RESULTS_NAME, Results, locked
+from nio_hf.trials.run import Run
 from tests.comparison.outcomes import outcome
 
 TASK = {"recipe": "r", "steps": 100, "settings": {"weight_decay": 0.05}}
@@ -85,8 +85,8 @@ def test_another_file_is_refused_and_kept(tmp_path: Path, text: str) -> None:
     assert file.read_text(encoding="utf-8") == text
 
 
-def test_one_comparison_at_a_time(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(RecipeError, match="another comparison is at work in it"), locked(tmp_path):
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(RecipeError, match="another process is at work in it"), locked(tmp_path):
         pass
     with locked(tmp_path):
         pass

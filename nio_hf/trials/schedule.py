@@ -12,12 +12,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
-from nio_hf.comparison.plan import Run
-from nio_hf.comparison.results import Outcome
-from nio_hf.comparison.worker import Order, carry_out
 from nio_hf.errors import NIOError, Problem
+from nio_hf.trials.results import Outcome
+from nio_hf.trials.run import Run
+from nio_hf.trials.worker import Order, carry_out
 
-_PRELOADED = ["nio_hf.comparison.worker"]
+_PRELOADED = ["nio_hf.trials.worker"]
 _LOG_LINES = 12
 
 

@@ -1,4 +1,4 @@
-"""The results of a comparison: one line of JSON per run, written as soon as it is known."""
+"""The results of trials: one line of JSON per run, written as soon as it is known."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from typing import Any
 
 import filelock
 
-from nio_hf.comparison.arms import Arm
-from nio_hf.comparison.plan import Run
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.training.saving import output_errors
+from nio_hf.trials.run import Arm, Run
 
 RESULTS_NAME = "runs.jsonl"
 _FORMAT = 1
@@ -67,8 +66,8 @@ class Results:
     """The runs that have ended, by what they are.
 
     Args:
-        directory: of the comparison.
-        task: what all runs have in common, by which results of another comparison are told.
+        directory: to keep them in.
+        task: what all runs have in common, by which the results of something else are told.
     """
 
     def __init__(self, directory: Path, task: Mapping[str, Any]) -> None:
@@ -119,7 +118,7 @@ class Results:
         if found != self._task:
             changed = sorted(key for key in found.keys() | self._task.keys() if found.get(key) != self._task.get(key))
             fix = "Give another --output_dir, or the settings that it was begun with"
-            found = f"holds the results of another comparison: {', '.join(changed)} differ"
+            found = f"holds the results of something else: {', '.join(changed)} differ"
             raise RecipeError(Problem(str(self._file), found, fix))
 
     def _take(self, record: dict[str, Any]) -> None:
@@ -135,7 +134,7 @@ class Results:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep a second comparison out of a directory.
+    """Keep a second process out of a directory.
 
     Raises:
         RecipeError: where another process works in it.
@@ -147,7 +146,7 @@ def locked(directory: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
         fix = "Wait for it, or give another --output_dir"
-        raise RecipeError(Problem(str(directory), "another comparison is at work in it", fix)) from error
+        raise RecipeError(Problem(str(directory), "another process is at work in it", fix)) from error
     try:
         yield
     finally:

@@ -1,0 +1,1 @@
+"""Trials: trainings of one recipe, each in a process of its own, with their results kept."""
