@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -20,3 +21,13 @@ RecipeArguments = Annotated[
         show_default=False,
     ),
 ]
+
+
+def option_in(panel: str) -> Callable[..., Any]:
+    """What makes the options of a panel of the help: from name, text and least value."""
+
+    def option(name: str, text: str, least: int | None = None) -> Any:
+        names = dict.fromkeys((f"--{name}",) if "/" in name else (f"--{name}", f"--{name.replace('_', '-')}"))
+        return typer.Option(*names, help=text, rich_help_panel=panel, min=least)
+
+    return option

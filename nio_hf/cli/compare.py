@@ -7,14 +7,9 @@ from typing import Annotated
 
 import typer
 
-from nio_hf.cli.arguments import RecipeArguments
+from nio_hf.cli.arguments import RecipeArguments, option_in
 
-_PANEL = "The comparison"
-
-
-def _option(name: str, text: str, least: int | None = None) -> object:
-    names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-    return typer.Option(*names, help=text, rich_help_panel=_PANEL, min=least)
+_option = option_in("The comparison")
 
 
 def compare(
@@ -37,15 +32,11 @@ def compare(
     ] = None,
     verdict: Annotated[
         bool,
-        typer.Option(
-            "--verdict/--no_verdict", help="Whether to judge the arms on fresh seeds.", rich_help_panel=_PANEL
-        ),
+        _option("verdict/--no_verdict", "Whether to judge the arms on fresh seeds."),
     ] = True,
     steps: Annotated[int | None, _option("steps", "Training steps of a run, initialisation included.")] = None,
     jobs: Annotated[int, _option("jobs", "Runs at a time.", 1)] = 1,
-    diagnostics: Annotated[
-        bool, typer.Option("--diagnostics", help="Look at what moves in the first steps.", rich_help_panel=_PANEL)
-    ] = False,
+    diagnostics: Annotated[bool, _option("diagnostics", "Look at what moves in the first steps.")] = False,
     output_dir: Annotated[
         Path | None, _option("output_dir", "Where to write; default: the recipe's, with -compare.")
     ] = None,

@@ -12,6 +12,7 @@ from nio_hf.cli.inspect import inspect
 from nio_hf.cli.push import push
 from nio_hf.cli.report import report
 from nio_hf.cli.train import train
+from nio_hf.cli.tune import tune
 from nio_hf.cli.validate import validate
 
 _RECIPE_COMMAND = {"ignore_unknown_options": True}
@@ -28,6 +29,7 @@ app.command(context_settings=_RECIPE_COMMAND)(init)
 app.command(context_settings=_RECIPE_COMMAND)(validate)
 app.command(context_settings=_RECIPE_COMMAND)(inspect)
 app.command(context_settings=_RECIPE_COMMAND)(compare)
+app.command(context_settings=_RECIPE_COMMAND)(tune)
 app.command()(report)
 app.command()(push)
 app.add_typer(recipes.app, name="recipes")

@@ -2,8 +2,7 @@
 
 Letters: a an arm, w warmup at its best length, r a learning rate, s a seed, A accuracy in percent.
 
-    difference   d_s = A(a, s) - A(w, s), each at its chosen settings, over n fresh seeds
-    interval     mean d +- t(0.95, n - 1) sd(d) / sqrt(n), the 90% paired t interval
+    difference   d_s = A(a, s) - A(w, s), each at its chosen settings, over n fresh seeds, with its 90% t interval
 """
 
 from __future__ import annotations
@@ -14,57 +13,18 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
-from scipy.stats import t as student
-
 from nio_hf.comparison.arms import NO_WARMUP, WARMUP
 from nio_hf.comparison.plan import Choice, Plan
+from nio_hf.trials.interval import Interval, interval, paired
 from nio_hf.trials.results import Outcome
 from nio_hf.trials.run import Arm, Run
 
-CONFIDENCE = 0.90
 MARGIN = 0.5
 """Points of accuracy that an arm may be behind warmup and still match it."""
 PLATEAU = 3.0
 """Points of accuracy below the best of an arm at which a learning rate is too high for it."""
 Word = Literal["beats", "matches", "undecided", "worse"]
 Outcomes = Mapping[Run, Outcome]
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """A mean with its 90% t interval.
-
-    Attributes:
-        mean: of the values.
-        half_width: of the interval; infinite for one value.
-        values: what it is of.
-    """
-
-    mean: float
-    half_width: float
-    values: tuple[float, ...]
-
-    @property
-    def low(self) -> float:
-        """Lower end."""
-        return self.mean - self.half_width
-
-    @property
-    def high(self) -> float:
-        """Upper end."""
-        return self.mean + self.half_width
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.half_width:.2f}"
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """The mean of some values with its 90% t interval."""
-    mean, count = statistics.fmean(values), len(values)
-    if count < 2:
-        return Interval(mean, math.inf, tuple(values))
-    quantile = float(student.ppf(0.5 + CONFIDENCE / 2, count - 1))
-    return Interval(mean, quantile * statistics.stdev(values) / math.sqrt(count), tuple(values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,15 +85,10 @@ def cells(plan: Plan, outcomes: Outcomes, chance: float) -> list[Cell]:
 def _cell(runs: Sequence[Run], outcomes: Outcomes, chance: float) -> Cell:
     own = [outcomes[run] for run in runs]
     losses = tuple(outcome.final_loss for outcome in own if outcome.final_loss is not None)
-    accuracies = {run.seed: accuracy_of(outcomes[run], chance) for run in runs}
+    accuracies = {run.seed: outcomes[run].accuracy_or(chance) for run in runs}
     first = runs[0]
     failed = sum(outcome.error is not None for outcome in own)
     return Cell(first.arm, first.learning_rate, first.warmup_ratio, accuracies, losses, failed)
-
-
-def accuracy_of(outcome: Outcome, chance: float) -> float:
-    """Accuracy of a run in percent, chance where it failed."""
-    return chance if outcome.accuracy is None else outcome.accuracy
 
 
 def choose(found: Iterable[Cell]) -> list[Choice]:
@@ -234,7 +189,7 @@ def verdicts(plan: Plan, chosen: Sequence[Choice], outcomes: Outcomes, chance: f
     by_arm = _fresh_accuracies(plan, chosen, outcomes, chance)
     judged = []
     for choice in chosen if by_arm else []:
-        difference = _paired(by_arm[choice.arm], by_arm[WARMUP])
+        difference = paired(by_arm[choice.arm], by_arm[WARMUP])
         judged.append(Verdict(choice.arm, choice, interval(by_arm[choice.arm]), difference, judge(difference)))
     return judged
 
@@ -261,7 +216,7 @@ def shares(plan: Plan, chosen: Sequence[Choice], outcomes: Outcomes, chance: flo
     for arm in plan.arms if by_arm else ():
         without = next((other.name for other in plan.arms if _is_without_initialisation(other, arm)), None)
         if without is not None:
-            found.append(Share(arm.name, without, _paired(by_arm[arm.name], by_arm[without])))
+            found.append(Share(arm.name, without, paired(by_arm[arm.name], by_arm[without])))
     return found
 
 
@@ -281,9 +236,5 @@ def _fresh_accuracies(
     runs = plan.verdict_runs(chosen)
     by_arm: dict[str, list[float]] = {}
     for run in runs if all(run in outcomes for run in runs) else ():
-        by_arm.setdefault(run.arm, []).append(accuracy_of(outcomes[run], chance))
+        by_arm.setdefault(run.arm, []).append(outcomes[run].accuracy_or(chance))
     return by_arm
-
-
-def _paired(own: Sequence[float], other: Sequence[float]) -> Interval:
-    return interval([a - b for a, b in zip(own, other, strict=True)])

@@ -13,11 +13,11 @@ from nio_hf.console import exit_status, print_comparison
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.catalog import split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
-from nio_hf.trials.bench import Bench, check_overrides, directory_beside
+from nio_hf.trials.bench import Bench
+from nio_hf.trials.options import GO_ON, check_overrides, directory_beside, numbers, steps_of
 
 RATE_FACTORS = (0.5, 1.0, 2.0, 4.0)
 """The learning rates of the grid where none are given, as multiples of the recipe's."""
-_GO_ON = "The runs that have ended are kept: the same command goes on."
 
 
 def run_comparison(
@@ -41,11 +41,10 @@ def run_comparison(
         check_overrides(overrides, CONTROLLED)
         recipe = load_recipe(name, overrides)
         problems: list[Problem] = []
-        rates = _numbers("--learning_rates", learning_rates, problems) or _default_rates(recipe, learning_rates)
-        ratios = _numbers("--warmup_ratios", warmup_ratios, problems)
-        budget = recipe.training.max_steps if steps is None else steps
-        if budget < 1 and steps is None:
-            problems.append(Problem("--steps", "nothing, and the recipe counts in epochs", "Give the steps of a run"))
+        given = numbers("--learning_rates", learning_rates, problems, float, "5e-4,1e-3")
+        rates = given if learning_rates is not None else _default_rates(recipe)
+        ratios = numbers("--warmup_ratios", warmup_ratios, problems, float, "0.05,0.1")
+        budget = steps_of(recipe, steps, problems)
         try:
             chosen = choose_arms([arm for arm in arms.split(",") if arm], definitions)
             plan = Plan(chosen, tuple(sorted(rates)), tuple(sorted(ratios)), seeds, verdict_seeds, max(budget, 1))
@@ -63,23 +62,9 @@ def run_comparison(
         print_comparison(findings.title, tables, sentences(findings), written)
         return 0
 
-    return exit_status(command, interrupted=_GO_ON)
+    return exit_status(command, interrupted=GO_ON)
 
 
-def _numbers(option: str, text: str | None, problems: list[Problem]) -> list[float]:
-    """The numbers between commas."""
-    numbers = []
-    for part in (text or "").split(","):
-        try:
-            if part.strip():
-                numbers.append(float(part))
-        except ValueError:
-            problems.append(Problem(option, f"{part!r} is no number", "Give numbers between commas, e.g. 5e-4,1e-3"))
-    return numbers
-
-
-def _default_rates(recipe: Recipe, given: str | None) -> list[float]:
-    """The learning rates around that of a recipe, where none are given."""
-    if given is not None:
-        return []
+def _default_rates(recipe: Recipe) -> list[float]:
+    """The learning rates around that of a recipe."""
     return [float(f"{factor * recipe.training.learning_rate:.6g}") for factor in RATE_FACTORS]

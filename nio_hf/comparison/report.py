@@ -15,6 +15,7 @@ from nio_hf.comparison.analysis import Cell, Gain, Outcomes, Share, Verdict
 from nio_hf.comparison.arms import NO_WARMUP, WARMUP
 from nio_hf.comparison.plan import Choice, Plan
 from nio_hf.report.style import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, figure, legend_below
+from nio_hf.report.tables import markdown_table
 from nio_hf.training.manifest import write_atomically
 from nio_hf.training.saving import output_errors
 
@@ -226,22 +227,17 @@ def markdown(findings: Findings) -> str:
         f"Each run has a budget of {plan.steps:,} training steps, from which the initialisation is paid.",
         f"## Accuracy (%) by learning rate, on a part of the training data, {plan.seeds} seeds",
         "Mean ± standard deviation over the seeds; in brackets the length of warmup that was best there.",
-        _table(grid_columns(plan), grid_rows(findings)),
+        markdown_table(grid_columns(plan), grid_rows(findings)),
     ]
     if findings.verdicts:
         parts += [
             f"## On the evaluation data, {plan.verdict_seeds} fresh seeds",
             "Each arm at the settings that were best above. Mean ± half of the 90% interval; differences are paired.",
-            _table(VERDICT_COLUMNS, verdict_rows(findings)),
+            markdown_table(VERDICT_COLUMNS, verdict_rows(findings)),
         ]
     parts.append("## Arms")
     parts.append("\n".join(f"- `{arm.name}`: {arm.description}" for arm in plan.arms))
     return "\n\n".join(parts) + "\n"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plot_learning_rates(findings: Findings, target: Path) -> None:

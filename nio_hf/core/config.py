@@ -22,7 +22,9 @@ class NIOConfig:
     """Settings of NIO.
 
     The published settings for ResNet-50 are objective "gc_sum_norm", lr 0.003, gamma 10, sub_batches 4, overlap 0.2,
-    iterations 100, batch 64 (the authors' configuration files); the defaults below are our choice.
+    iterations 100, batch 64 (the authors' configuration files), with scaled_tensors "all", scale_sharing "tensor" and
+    max_loss_rise None. The defaults below are our choice, by the study of small ViT and Swin in
+    benchmarks/warmup_free.
 
     Args:
         iterations: number of steps on omega.
@@ -32,6 +34,9 @@ class NIOConfig:
             `gamma_relative`.
         gamma_relative: the bound as a multiple of GN at omega = 1 on the held-out batches. With both None there is no
             bound, which lets GradCosine run into its degenerate maximum.
+        max_loss_rise: the iterations end once the loss of a batch exceeds that before NIO by more than this share, since
+            gradients that agree at the cost of the loss are a collapse; None to go on. As published there is no such
+            end.
         lr: learning rate of Adam on omega.
         scaled_tensors: "all" trainable tensors, or "weights": those of two or more dimensions, without biases and
             normalisation.
@@ -61,18 +66,19 @@ class NIOConfig:
         ConfigError: lists every setting that is out of range.
     """
 
-    iterations: int = 100
+    iterations: int = 20
     sub_batches: int = 4
     overlap: float = 0.0
     gamma: float | None = None
     gamma_relative: float | None = 2.0
-    lr: float = 0.01
-    scaled_tensors: ScaledTensors = "all"
+    max_loss_rise: float | None = 0.1
+    lr: float = 0.3
+    scaled_tensors: ScaledTensors = "weights"
     scaled_names: str | None = None
-    scale_sharing: ScaleSharing = "tensor"
+    scale_sharing: ScaleSharing = "model"
     min_scale: float = 0.01
     max_scale: float = 100.0
-    objective: ObjectiveName = "gc"
+    objective: ObjectiveName = "gc_norm"
     beta: float = 1.0
     curvature: CurvatureName = "auto"
     micro_batch_size: int | None = None
@@ -88,7 +94,7 @@ class NIOConfig:
 
     def _violations(self) -> list[tuple[str, object, str]]:
         at_least = [("iterations", 1), ("sub_batches", 2), ("holdout_batches", 1), ("micro_batch_size", 1)]
-        positive = ["gamma", "gamma_relative", "lr", "min_scale", "max_scale", "beta"]
+        positive = ["gamma", "gamma_relative", "max_loss_rise", "lr", "min_scale", "max_scale", "beta"]
         choices = [
             ("objective", ObjectiveName),
             ("scaled_tensors", ScaledTensors),

@@ -39,7 +39,8 @@ def initialize(
     """Learn a scale omega_l per tensor and multiply the weights of the model by them.
 
     One iteration measures GC and GN of a batch split into D sub-batches. While GN exceeds gamma it takes a step on
-    omega that lowers GN, otherwise one that lowers the objective. The weights change once, at the very end: an error
+    omega that lowers GN, otherwise one that lowers the objective. The iterations end early where the loss has risen by
+    more than `max_loss_rise`. The weights change once, at the very end: an error
     or an interrupt leaves the model as it was. The random number generators of torch are left as they were found; a
     loss that draws from them draws the same numbers each time it is computed on a sub-batch.
 
@@ -83,10 +84,11 @@ def initialize(
             workspace.before,
             resumption,
             workspace.started,
+            loss_bound=_loss_bound(workspace.config, workspace.before.loss),
         )
         steps = CosineSteps(workspace, loop, gamma)
         history = loop.run(steps, workspace.stream, workspace.initial, workspace.on_iteration)
-        return Learned(loop.omega, history, gamma, history[-1].curvature, loop.seconds())
+        return Learned(loop.omega, history, gamma, history[-1].curvature, loop.seconds(), loop.exceeded)
 
     def measured_before(scales: LayerScales) -> GradCosine | None:
         state = _fitting(resumption.state, scales)
@@ -104,6 +106,11 @@ def initialize(
         collective=collective,
         measured_before=measured_before,
     )
+
+
+def _loss_bound(config: NIOConfig, loss: float) -> float | None:
+    """The loss above which the iterations end; None without a bound."""
+    return None if config.max_loss_rise is None else loss + config.max_loss_rise * abs(loss)
 
 
 def grad_cosine(

@@ -66,11 +66,13 @@ class Loop:
         before: GradCosine before the first iteration.
         resumption: where to go on, and how to be stopped.
         started: `time.perf_counter()` at the start of the run.
+        loss_bound: loss of a batch above which no further step is taken; None without one.
 
     Attributes:
         omega: (m,) scales so far.
         last_gradient: (m,) gradient of the scales in the last iteration.
         history: one record per iteration so far.
+        exceeded: the loss that exceeded the bound; None while none did.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Loop:
         before: GradCosine,
         resumption: Resumption,
         started: float,
+        loss_bound: float | None = None,
     ) -> None:
         scaled = scales.scaled
         self.omega = torch.ones(len(scaled), dtype=scaled[0].dtype, device=scaled[0].device)
@@ -93,7 +96,9 @@ class Loop:
         self._sharing = scales.sharing(config.scale_sharing).to(self.omega.device)
         self.last_gradient = torch.zeros_like(self.omega)
         self.history: list[IterationRecord] = []
+        self.exceeded: float | None = None
         self._started = started
+        self._loss_bound = loss_bound
         self._saved = 0
         if resumption.state is not None:
             self._go_on_from(resumption.state)
@@ -109,7 +114,7 @@ class Loop:
         initial: list[Tensor],
         on_iteration: Callable[[IterationRecord], None] | None,
     ) -> list[IterationRecord]:
-        """All iterations, or as many as there is data for.
+        """All iterations, or as many as there is data for and the loss allows.
 
         Args:
             method: gives the gradient of the scales.
@@ -133,6 +138,9 @@ class Loop:
             if stopped:
                 self._stop()
             measured = method(iteration, batch, functools.partial(self._check_last_gradient, iteration - 1))
+            if self.history and self._loss_bound is not None and measured.loss > self._loss_bound:
+                self.exceeded = measured.loss
+                break
             self.last_gradient = self._shared(measured.scale_gradient)
             self._optimizer.step(self.last_gradient, measured.branch)
             _scale(theta, initial, self.omega)

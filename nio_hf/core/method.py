@@ -80,6 +80,7 @@ class Learned:
         gamma: absolute bound on the gradient norm that was in force.
         curvature: the path of the last iteration, where there is one.
         seconds: wall time, that of earlier sessions included; None where there were none.
+        exceeded: loss of a batch that ended the iterations before their number; None where none did.
     """
 
     omega: Tensor | None = None
@@ -87,6 +88,7 @@ class Learned:
     gamma: float | None = None
     curvature: str = ""
     seconds: float | None = None
+    exceeded: float | None = None
 
 
 class Learn(Protocol):
@@ -175,7 +177,7 @@ def run_method(
         scales.apply(values)
     if method == NIO:
         error = paired_standard_error(before, after)
-        status, message = judge(before, after, error, learned.history, config, learned.gamma)
+        status, message = judge(before, after, error, learned.history, config, learned.gamma, learned.exceeded)
     else:
         status, message = "applied", f"{name} applied: {describe_change(before, after)}."
     if collective.rank == 0:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.result import GradCosine, IterationRecord, Status
 
-COLLAPSE_LOSS_RISE = 0.05
+COLLAPSE_LOSS_RISE = 0.25
 COLLAPSE_COSINE = 0.95
 GAMMA_TOLERANCE = 1.1
 STANDARD_ERRORS = 2.0
@@ -30,15 +30,20 @@ def judge(
     history: Sequence[IterationRecord],
     config: NIOConfig,
     gamma: float | None,
+    exceeded: float | None = None,
 ) -> tuple[Status, str]:
     """Status and message of a run, from the held-out measurements.
 
-    In this order: the data ran out; a collapse is suspected (the loss at init rose by more than 5%, or GC exceeds
+    In this order: the data ran out; a collapse is suspected (the loss at init rose by more than 25%, or GC exceeds
     0.95: the model then says the same for every sample); GN exceeds 1.1 gamma; GC rose by more than two standard
-    errors; it did not, or there is only one held-out batch. The thresholds are our choice.
+    errors; it did not, or there is only one held-out batch. The thresholds are our choice. Where a loss `exceeded` its
+    bound, that is why there are fewer iterations.
     """
     change = describe_change(before, after)
-    if len(history) < config.iterations:
+    if exceeded is not None:
+        rise = (exceeded - before.loss) / abs(before.loss)
+        change += f" (ended after {len(history)} of {config.iterations} iterations: the loss had risen by {rise:.0%})"
+    elif len(history) < config.iterations:
         return "data_exhausted", f"The data ended after {len(history)} of {config.iterations} iterations. {change}."
     if after.loss - before.loss > COLLAPSE_LOSS_RISE * abs(before.loss) or after.value > COLLAPSE_COSINE:
         advice = "Lower lr or iterations, or set a lower gamma"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from nio_hf.core.layerwise import GradientInspection, LayerGradient
 from nio_hf.core.result import GradCosine, NIOResult
@@ -145,3 +145,9 @@ def _layer_row(group: LayerGradient) -> LayerRow:
         agreement,
         f"{group.contribution:.4f}",
     )
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -64,6 +64,9 @@ class NIOTrainingArguments(TrainingArguments):
     nio_gamma_relative: float | None = _option(
         NIOConfig.gamma_relative, "Bound on the gradient norm as a multiple of the gradient norm before NIO."
     )
+    nio_max_loss_rise: float | None = _option(
+        NIOConfig.max_loss_rise, "End once the loss of a batch exceeds that before NIO by more than this share."
+    )
     nio_lr: float = _option(NIOConfig.lr, "Learning rate of Adam on the scales.")
     nio_scaled_tensors: str = _option(
         NIOConfig.scaled_tensors, "What is scaled: all tensors, or weights (two or more dimensions)."
@@ -140,6 +143,7 @@ class NIOTrainingArguments(TrainingArguments):
             overlap=self.nio_overlap,
             gamma=self.nio_gamma,
             gamma_relative=self.nio_gamma_relative,
+            max_loss_rise=self.nio_max_loss_rise,
             lr=self.nio_lr,
             scaled_tensors=self.nio_scaled_tensors,  # type: ignore[arg-type]
             scaled_names=self.nio_scaled_names,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from nio_hf.errors import NIOError, Problem, RecipeError
 from nio_hf.recipe.catalog import recipe_name
 from nio_hf.recipe.loading import Recipe, load_recipe
-from nio_hf.recipe.strict_yaml import read_overrides, with_values
+from nio_hf.recipe.strict_yaml import with_values
 from nio_hf.trials.progress import Progress
 from nio_hf.trials.results import Outcome, Results, locked
 from nio_hf.trials.run import Run, Trial
@@ -88,31 +88,6 @@ class Bench:
             except NIOError as error:
                 arm = f"arm {trial.arm.name}"
                 raise RecipeError(*(Problem(f"{arm}, {p.where}", p.found, p.fix) for p in error.problems)) from error
-
-
-def directory_beside(recipe: Recipe, purpose: str) -> Path:
-    """Where the trials of a recipe are kept, where no directory is given: beside what it trains."""
-    output_dir = Path(str(recipe.training.output_dir))
-    return output_dir.with_name(f"{output_dir.name}-{purpose}")
-
-
-def check_overrides(overrides: Sequence[str], decided: Mapping[str, str]) -> None:
-    """Refuse settings that a command decides itself.
-
-    Args:
-        overrides: settings as command line options.
-        decided: {setting: what decides it}.
-
-    Raises:
-        RecipeError: lists all of them, with what decides each.
-    """
-    problems = [
-        Problem(setting.where, "is decided by this command", f"Use {decided[key]}")
-        for key, setting in read_overrides(overrides).items()
-        if key in decided
-    ]
-    if problems:
-        raise RecipeError(*problems)
 
 
 class Trials:

@@ -55,6 +55,10 @@ class Outcome:
         """Inverse of `dataclasses.asdict`, after a trip through JSON."""
         return cls(**{**fields, "losses": tuple(fields["losses"]), "grad_norms": tuple(fields["grad_norms"])})
 
+    def accuracy_or(self, chance: float) -> float:
+        """Accuracy in percent, that of guessing where the run failed."""
+        return chance if self.accuracy is None else self.accuracy
+
     @property
     def final_loss(self) -> float | None:
         """Mean training loss of the last tenth of the steps."""

@@ -9,6 +9,7 @@ import pytest
 from nio_hf.comparison import analysis
 from nio_hf.comparison.arms import choose_arms
 from nio_hf.comparison.report import Findings, sentences, verdict_rows
+from nio_hf.trials.interval import Interval, interval
 from nio_hf.trials.run import Run
 from tests.comparison.outcomes import outcome, outcomes, plan
 
@@ -17,10 +18,10 @@ CHANCE = 10.0
 
 def test_the_interval_is_that_of_students_t() -> None:
     """Mean 2, standard deviation 1, n = 3; the 95% quantile of t with 2 degrees of freedom is 2.91999 (tables)."""
-    found = analysis.interval([1.0, 2.0, 3.0])
+    found = interval([1.0, 2.0, 3.0])
     assert found.mean == 2.0
     assert math.isclose(found.half_width, 2.919986 / math.sqrt(3), rel_tol=1e-6)
-    assert math.isinf(analysis.interval([1.0]).half_width)
+    assert math.isinf(interval([1.0]).half_width)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_the_interval_is_that_of_students_t() -> None:
     ],
 )
 def test_the_words_of_a_verdict(mean: float, half_width: float, word: str) -> None:
-    assert analysis.judge(analysis.Interval(mean, half_width, ())) == word
+    assert analysis.judge(Interval(mean, half_width, ())) == word
 
 
 def test_a_failed_run_counts_as_chance() -> None:

@@ -1,0 +1,55 @@
+"""`nio-hf tune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nio_hf.cli.arguments import RecipeArguments, option_in
+
+_option = option_in("The search")
+
+
+def tune(
+    arguments: RecipeArguments = None,
+    gammas: Annotated[
+        str,
+        _option("gammas", "Bounds on the gradient norm to try, as multiples of that before NIO; none for no bound."),
+    ] = "1.25,1.5,2",
+    rates: Annotated[str, _option("rates", "Learning rates of the scales to try.")] = "0.1,0.3",
+    iterations: Annotated[str, _option("iterations", "Numbers of steps on the scales to try.")] = "5,10,20",
+    seeds: Annotated[int, _option("seeds", "Rounds, each on a seed of its own; each halves the candidates.")] = 3,
+    verdict_seeds: Annotated[
+        int | None, _option("verdict_seeds", "Fresh seeds to judge by; default: as many as --seeds.")
+    ] = None,
+    verdict: Annotated[
+        bool, _option("verdict/--no_verdict", "Whether to hold the choice against the recipe's own settings.")
+    ] = True,
+    probe_steps: Annotated[int, _option("probe_steps", "Training steps of a probe.")] = 50,
+    steps: Annotated[int | None, _option("steps", "Steps of a whole training, initialisation included.")] = None,
+    budget: Annotated[
+        int | None, _option("budget", "Training steps that all probes may take, initialisations included.", 1)
+    ] = None,
+    jobs: Annotated[int, _option("jobs", "Trainings at a time.", 1)] = 1,
+    output_dir: Annotated[Path | None, _option("output_dir", "Where to write; default: with -tune.")] = None,
+) -> None:
+    """Choose gamma, rate and iterations of NIO by short trainings without warmup, and judge them by whole ones."""
+    from nio_hf.tuning.command import run_tuning
+
+    raise typer.Exit(
+        run_tuning(
+            arguments or [],
+            gammas=gammas,
+            rates=rates,
+            iterations=iterations,
+            seeds=seeds,
+            verdict_seeds=(verdict_seeds or seeds) if verdict else 0,
+            probe_steps=probe_steps,
+            steps=steps,
+            budget=budget,
+            jobs=jobs,
+            output_dir=output_dir,
+        )
+    )

@@ -1,0 +1,71 @@
+"""What the command lines of trials have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from nio_hf.errors import Problem, RecipeError
+from nio_hf.recipe.loading import Recipe
+from nio_hf.recipe.strict_yaml import read_overrides
+
+GO_ON = "The runs that have ended are kept: the same command goes on."
+"""How to go on after Ctrl-C."""
+Number = TypeVar("Number", int, float)
+
+
+def check_overrides(overrides: Sequence[str], decided: Mapping[str, str]) -> None:
+    """Refuse settings that a command decides itself.
+
+    Args:
+        overrides: settings as command line options.
+        decided: {setting: what decides it}.
+
+    Raises:
+        RecipeError: lists all of them, with what decides each.
+    """
+    problems = [
+        Problem(setting.where, "is decided by this command", f"Use {decided[key]}")
+        for key, setting in read_overrides(overrides).items()
+        if key in decided
+    ]
+    if problems:
+        raise RecipeError(*problems)
+
+
+def numbers(
+    option: str, text: str | None, problems: list[Problem], read: Callable[[str], Number], example: str
+) -> list[Number]:
+    """The numbers between the commas of an option; what is none becomes a problem.
+
+    Args:
+        option: its name, for the message.
+        text: its value.
+        problems: list to add to.
+        read: int or float.
+        example: of a value, for the message.
+    """
+    found = []
+    for part in (text or "").split(","):
+        try:
+            if part.strip():
+                found.append(read(part))
+        except ValueError:
+            kind = "whole number" if read is int else "number"
+            problems.append(Problem(option, f"{part!r} is no {kind}", f"Give numbers between commas, e.g. {example}"))
+    return found
+
+
+def steps_of(recipe: Recipe, given: int | None, problems: list[Problem]) -> int:
+    """Steps of a whole training: those given, or those of the recipe; a recipe without becomes a problem."""
+    steps = recipe.training.max_steps if given is None else given
+    if steps < 1 and given is None:
+        problems.append(Problem("--steps", "nothing, and the recipe counts in epochs", "Give the steps of a run"))
+    return steps
+
+
+def directory_beside(recipe: Recipe, purpose: str) -> Path:
+    """Where the trials of a recipe are kept, where no directory is given: beside what it trains."""
+    output_dir = Path(str(recipe.training.output_dir))
+    return output_dir.with_name(f"{output_dir.name}-{purpose}")

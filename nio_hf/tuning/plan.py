@@ -1,0 +1,155 @@
+"""What is tried: the recipe's own settings of NIO and a grid of others, fewer of them round by round.
+
+In round k every candidate that is left is probed with seed k: it initialises the model and trains for a few steps
+without warmup. After each round the better half is left (successive halving: Jamieson and Talwalkar, AISTATS 2016,
+arXiv 1502.07943), by the mean loss over the rounds so far, on a part of the training data that is set aside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from nio_hf.errors import Problem, RecipeError
+from nio_hf.recipe.loading import Recipe
+from nio_hf.trials.results import Outcome
+from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, Arm, Run, Trial
+
+_WITH_NIO = {"nio": True, "nio_method": "nio"}
+OWN = Arm("own", "the recipe's own settings", _WITH_NIO)
+DECIDED = {
+    "warmup_steps": "nothing: the trainings have no warmup",
+    "max_steps": "--steps",
+    "num_train_epochs": "--steps",
+    "seed": "--seeds",
+    "data_seed": "--seeds",
+    "nio_seed": "--seeds",
+    "nio": "nothing: every training starts with NIO",
+    "nio_method": "nothing: only NIO is tuned",
+    "resume_from_checkpoint": "the same command again",
+    "push_to_hub": "nothing: trainings of a search are not pushed",
+}
+"""{setting of the recipe: option that decides it in a search}."""
+STEPS_PER_ITERATION, STEPS_PER_HELD_OUT_BATCH = 3, 2
+"""About what NIO costs, in training steps of its batch size: an iteration with kept graphs, and the measurements before
+and after."""
+Outcomes = Mapping[Run, Outcome]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A search.
+
+    Attributes:
+        gammas: bounds on the gradient norm to try, as multiples of the gradient norm before NIO; None for no bound.
+        rates: learning rates of the scales to try.
+        iterations: numbers of steps on the scales to try.
+        learning_rate: peak of the trainings.
+        seeds: number of rounds.
+        probe_steps: length of a probe, in training steps.
+        steps: length of a whole training, initialisation included.
+        verdict_seeds: fresh seeds to judge by; 0 not to judge.
+        budget: training steps that the probes may take in all, initialisations included; None for no limit.
+    """
+
+    gammas: tuple[float | None, ...]
+    rates: tuple[float, ...]
+    iterations: tuple[int, ...]
+    learning_rate: float
+    seeds: int
+    probe_steps: int
+    steps: int
+    verdict_seeds: int
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise RecipeError(*problems)
+
+    def _problems(self) -> Iterator[Problem]:
+        bounded = [gamma for gamma in self.gammas if gamma is not None]
+        for option, values, tried in (
+            ("--gammas", bounded, self.gammas),
+            ("--rates", self.rates, self.rates),
+            ("--iterations", self.iterations, self.iterations),
+        ):
+            if not tried:
+                yield Problem(option, "none", "Give at least one")
+            elif any(not (math.isfinite(value) and value > 0) for value in values) or len(set(tried)) < len(tried):
+                yield Problem(option, ", ".join(f"{value:g}" for value in values), "Give different ones above 0")
+        if self.seeds < 1:
+            yield Problem("--seeds", f"{self.seeds}", "Give at least 1")
+        if not 1 <= self.probe_steps <= self.steps:
+            found = f"{self.probe_steps}, of whole trainings of {self.steps}"
+            yield Problem("--probe_steps", found, "Give at least 1, and no more than --steps")
+        if self.verdict_seeds and self.verdict_seeds < MIN_SEEDS:
+            fix = f"Give {MIN_SEEDS} or more to judge by, or --no_verdict"
+            yield Problem("--verdict_seeds", f"{self.verdict_seeds}", fix)
+
+    def candidates(self, recipe: Recipe) -> list[Arm]:
+        """The recipe's own settings and the grid, without the point of it that is the same."""
+        args = recipe.training
+        bound = None if args.nio_gamma is not None else args.nio_gamma_relative
+        own = (bound, args.nio_lr, args.nio_iterations) if args.nio_gamma is None else None
+        grid = itertools.product(self.gammas, self.rates, self.iterations)
+        return [OWN, *(_candidate(*point) for point in grid if point != own)]
+
+    def probes(self, arms: Sequence[Arm], seed: int) -> list[Trial]:
+        """The probes of a round. An initialisation pays the same share of a probe as it would of a whole training."""
+        return [Trial(self._probe(arm, seed), arm, self.probe_steps, self.probe_steps / self.steps) for arm in arms]
+
+    def judgement(self, chosen: Arm) -> list[Trial]:
+        """Whole trainings with the chosen and the recipe's own settings, on seeds that the search has not seen."""
+        return [
+            Trial(Run("verdict", arm.name, self.learning_rate, 0.0, FIRST_VERDICT_SEED + number), arm, self.steps)
+            for number in range(self.verdict_seeds)
+            for arm in (OWN, chosen)
+        ]
+
+    def losses(self, arm: Arm, outcomes: Outcomes) -> list[float]:
+        """Loss of each probe of a candidate, by round; infinite where it failed."""
+        own = [outcomes.get(self._probe(arm, seed)) for seed in range(self.seeds)]
+        return [math.inf if outcome.eval_loss is None else outcome.eval_loss for outcome in own if outcome is not None]
+
+    def better_half(self, arms: Sequence[Arm], outcomes: Outcomes) -> list[Arm]:
+        """The candidates that are left after a round, the best one first."""
+        ranked = sorted(arms, key=lambda arm: statistics.fmean(self.losses(arm, outcomes)))
+        return ranked[: math.ceil(len(ranked) / 2)]
+
+    def spent(self, outcomes: Outcomes) -> float:
+        """Training steps that the probes so far took, initialisations included."""
+        return sum(outcome.steps + outcome.cost_steps for run, outcome in outcomes.items() if run.stage == "probe")
+
+    def expected(self, arms: Sequence[Arm], recipe: Recipe) -> float:
+        """About how many training steps the probes of a round take, initialisations included."""
+        return sum(
+            self.probe_steps + (1 - self.probe_steps / self.steps) * initialisation_cost(arm, recipe) for arm in arms
+        )
+
+    def _probe(self, arm: Arm, seed: int) -> Run:
+        return Run("probe", arm.name, self.learning_rate, 0.0, seed)
+
+
+def _candidate(gamma: float | None, rate: float, iterations: int) -> Arm:
+    settings = {"nio_gamma": None, "nio_gamma_relative": gamma, "nio_lr": rate, "nio_iterations": iterations}
+    bound = "no bound" if gamma is None else f"gamma {gamma:g} x the start"
+    name = f"gamma{'_none' if gamma is None else f'{gamma:g}'}-lr{rate:g}-it{iterations}"
+    return Arm(name, f"{bound}, rate {rate:g}, {iterations} iterations", {**_WITH_NIO, **settings})
+
+
+def tuned_settings(arm: Arm) -> dict[str, Any]:
+    """The settings of a recipe that a candidate changes."""
+    return {key: value for key, value in arm.settings.items() if key not in _WITH_NIO}
+
+
+def initialisation_cost(arm: Arm, recipe: Recipe) -> float:
+    """About what the initialisation of a candidate costs, in training steps."""
+    args = recipe.training
+    iterations = arm.settings.get("nio_iterations", args.nio_iterations)
+    batches = STEPS_PER_ITERATION * iterations + STEPS_PER_HELD_OUT_BATCH * args.nio_holdout_batches
+    return float(batches * args.nio_batch_size / (args.train_batch_size * args.gradient_accumulation_steps))

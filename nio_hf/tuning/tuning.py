@@ -1,0 +1,159 @@
+"""Carry out a search: rounds of probes, then the judgement of what was chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Literal
+
+from rich.table import Table
+
+from nio_hf.errors import Problem, RecipeError
+from nio_hf.image_training.building import load_data
+from nio_hf.recipe.catalog import recipe_name
+from nio_hf.recipe.loading import Recipe
+from nio_hf.trials.bench import Bench, Trials
+from nio_hf.trials.interval import Interval, paired
+from nio_hf.trials.progress import Progress
+from nio_hf.trials.run import Arm
+from nio_hf.tuning.plan import DECIDED, OWN, Outcomes, Plan, initialisation_cost
+
+Word = Literal["better", "worse", "undecided"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What a search found.
+
+    Attributes:
+        title: of the recipe.
+        plan: of the search.
+        candidates: that were tried, the best first.
+        outcomes: of all trainings.
+        rounds: of probes that were carried out.
+        difference: accuracy of the chosen settings minus that of the recipe's own, in points, paired over the fresh
+            seeds; None where they are the same or were not judged.
+    """
+
+    title: str
+    plan: Plan
+    candidates: list[Arm]
+    outcomes: Outcomes
+    rounds: int
+    difference: Interval | None
+
+    @property
+    def chosen(self) -> Arm:
+        """The best candidate."""
+        return self.candidates[0]
+
+    @property
+    def word(self) -> Word:
+        """What the judgement says of the chosen settings; undecided where there is none."""
+        if self.difference is None or self.difference.low <= 0 <= self.difference.high:
+            return "undecided"
+        return "better" if self.difference.mean > 0 else "worse"
+
+
+def tune(bench: Bench, plan: Plan) -> Tuned:
+    """Carry out the probes and trainings that are missing.
+
+    Raises:
+        RecipeError: for a budget that one round does not fit into, probes that all fail, results of something else in
+            the directory, or another process at work in it.
+        RunError: for a run that ended without an outcome.
+    """
+    recipe = bench.load()
+    candidates = plan.candidates(recipe)
+    _check_costs(plan, candidates, recipe)
+    title, chance = recipe_name(recipe.path), 100 / len(load_data(recipe).class_names)
+    task = {"purpose": "tune", "steps": plan.steps, "probe_steps": plan.probe_steps}
+    with Trials(bench, recipe, DECIDED, **task) as trials:
+        total = sum(_sizes(len(candidates), plan.seeds)) + 2 * plan.verdict_seeds
+        with Progress("Tuning", total, lambda: _table(plan, candidates, trials.outcomes)) as progress:
+            progress.say(budget_sentence(plan, candidates, recipe))
+            left, rounds = candidates, 0
+            while rounds < plan.seeds and _affords(plan, left, recipe, trials.outcomes):
+                trials.complete(plan.probes(left, rounds), progress)
+                left = plan.better_half(left, trials.outcomes)
+                rounds += 1
+            ranked = _ranked(plan, candidates, trials.outcomes)
+            difference = None
+            if plan.verdict_seeds and ranked[0] is not OWN:
+                trials.complete(plan.judgement(ranked[0]), progress)
+                difference = _difference(plan, ranked[0], trials.outcomes, chance)
+        return Tuned(title, plan, ranked, dict(trials.outcomes), rounds, difference)
+
+
+def budget_sentence(plan: Plan, candidates: Sequence[Arm], recipe: Recipe) -> str:
+    """What a search takes, before it begins."""
+    sizes = _sizes(len(candidates), plan.seeds)
+    probes = plan.expected(candidates, recipe) * sum(sizes) / len(candidates)
+    limit = "" if plan.budget is None else f", of at most {plan.budget:,}"
+    judged = 2 * plan.verdict_seeds * plan.steps
+    return (
+        f"{sum(sizes)} probes in {plan.seeds} rounds ({', '.join(map(str, sizes))} candidates): about "
+        f"{probes:,.0f} training steps, initialisations included{limit}; then {judged:,} to judge."
+    )
+
+
+def _sizes(candidates: int, rounds: int) -> list[int]:
+    """Number of candidates in each round."""
+    sizes = [candidates]
+    while len(sizes) < rounds:
+        sizes.append(math.ceil(sizes[-1] / 2))
+    return sizes
+
+
+def _check_costs(plan: Plan, candidates: Sequence[Arm], recipe: Recipe) -> None:
+    for arm in candidates:
+        cost = initialisation_cost(arm, recipe)
+        if cost >= plan.steps:
+            found = f"{plan.steps:,}, where the initialisation alone takes about {cost:,.0f} with {arm.description}"
+            raise RecipeError(Problem("--steps", found, "Give more, fewer iterations, or a smaller nio_batch_size"))
+    first = plan.expected(candidates, recipe)
+    if plan.budget is not None and first > plan.budget:
+        found = f"{plan.budget:,} training steps, where the first round takes about {first:,.0f}"
+        fix = "Give more, fewer candidates, or fewer --probe_steps"
+        raise RecipeError(Problem("--budget", found, fix))
+
+
+def _affords(plan: Plan, arms: Sequence[Arm], recipe: Recipe, outcomes: Outcomes) -> bool:
+    """Whether the budget has room for a round more, of more than one candidate."""
+    if len(arms) < 2:
+        return False
+    return plan.budget is None or plan.spent(outcomes) + plan.expected(arms, recipe) <= plan.budget
+
+
+def _ranked(plan: Plan, candidates: Sequence[Arm], outcomes: Outcomes) -> list[Arm]:
+    """Those that lasted longest first, and among these the lowest mean loss.
+
+    Raises:
+        RecipeError: where every probe failed.
+    """
+    losses = {arm.name: plan.losses(arm, outcomes) for arm in candidates}
+    ranked = sorted(candidates, key=lambda arm: (-len(losses[arm.name]), statistics.fmean(losses[arm.name])))
+    if math.isinf(statistics.fmean(losses[ranked[0].name])):
+        fix = "Lower --learning_rate; the logs of the probes lie in runs/"
+        raise RecipeError(Problem("probes", "the loss of every one is not finite", fix))
+    return ranked
+
+
+def _difference(plan: Plan, chosen: Arm, outcomes: Outcomes, chance: float) -> Interval:
+    accuracies: dict[str, list[float]] = {OWN.name: [], chosen.name: []}
+    for trial in plan.judgement(chosen):
+        accuracies[trial.arm.name].append(outcomes[trial.run].accuracy_or(chance))
+    return paired(accuracies[chosen.name], accuracies[OWN.name])
+
+
+def _table(plan: Plan, candidates: Sequence[Arm], outcomes: Outcomes) -> Table:
+    """The losses so far."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"loss after {plan.probe_steps} steps")
+    for seed in range(plan.seeds):
+        table.add_column(f"seed {seed}", justify="right")
+    for arm in candidates:
+        table.add_row(arm.description, *(f"{loss:.4f}" for loss in plan.losses(arm, outcomes)))
+    return table
