@@ -191,7 +191,9 @@ def _contradictions(settings: dict[str, Setting], path: Path) -> Iterator[Proble
         fix = "Leave it out: it would remove the images before they are read"
         yield Problem(settings["remove_unused_columns"].where, "true", fix)
     for key in {"optim", "optim_args", "nio_seed_optimizer"} & settings.keys():
-        if given("optimizer") is not None and given(key) is not None:
+        # The settings of AdamW are those of RAdam, which changes the sizes of its steps.
+        is_adamw = key == "optim" and str(given(key)).startswith("adamw_torch")
+        if given("optimizer") is not None and given(key) is not None and not is_adamw:
             found = f"given beside optimizer: {given('optimizer')}"
             yield Problem(settings[key].where, found, "Leave one of them out")
     if given("global_batch_size") is not None and "gradient_accumulation_steps" in settings:

@@ -12,14 +12,14 @@ from nio_hf.core import IterationRecord
 from nio_hf.core.verdict import judge
 
 BEFORE = GradCosine(value=0.2, grad_norm=3.0, norms=(3.0, 3.0), loss=2.0, batch_size=8)
-GOOD: dict[str, Any] = {"value": 0.4, "grad_norm": 4.0, "loss": 2.05, "error": 0.05, "gamma": 5.0, "iterations": 3}
+GOOD: dict[str, Any] = {"value": 0.4, "grad_norm": 4.0, "loss": 2.05, "error": 0.05, "gamma": 5.0, "iterations": 3, "exceeded": None}
 
 
 def verdict(**changes: Any) -> tuple[str, str]:
     given = {**GOOD, **changes}
     after = GradCosine(given["value"], given["grad_norm"], (3.0, 3.0), given["loss"], 8)
     history = [IterationRecord(i, 0.2, 3.0, 2.0, "objective", 0.1, "exact", None) for i in range(given["iterations"])]
-    return judge(BEFORE, after, given["error"], history, NIOConfig(iterations=3), given["gamma"])
+    return judge(BEFORE, after, given["error"], history, NIOConfig(iterations=3), given["gamma"], given["exceeded"])
 
 
 @pytest.mark.parametrize(
@@ -33,12 +33,14 @@ def verdict(**changes: Any) -> tuple[str, str]:
         ({"error": math.nan, "value": 0.1}, "no_improvement", "0.2000 -> 0.1000"),
         ({"grad_norm": 5.4}, "improved", "Improved"),
         ({"grad_norm": 5.6}, "constraint_violated", "ended above gamma = 5. "),
-        ({"loss": 2.09}, "improved", "loss at init 2.0000 -> 2.0900"),
-        ({"loss": 2.11}, "collapse_suspected", "Collapse suspected"),
+        ({"loss": 2.49}, "improved", "loss at init 2.0000 -> 2.4900"),
+        ({"loss": 2.51}, "collapse_suspected", "Collapse suspected"),
         ({"value": 0.96}, "collapse_suspected", "Lower lr or iterations, or set a lower gamma"),
-        ({"loss": 2.11, "grad_norm": 9.0}, "collapse_suspected", "gradient norm 3 -> 9"),
+        ({"loss": 2.51, "grad_norm": 9.0}, "collapse_suspected", "gradient norm 3 -> 9"),
         ({"iterations": 2}, "data_exhausted", "The data ended after 2 of 3 iterations"),
         ({"iterations": 1, "loss": 9.0}, "data_exhausted", "1 of 3"),
+        ({"iterations": 2, "exceeded": 2.3}, "improved", "ended after 2 of 3 iterations: the loss had risen by 15%"),
+        ({"iterations": 2, "exceeded": 2.3, "value": 0.1}, "no_improvement", "the loss had risen by 15%"),
     ],
 )
 def test_status_and_message_follow_the_measurements(changes: dict[str, Any], status: str, message: str) -> None:
