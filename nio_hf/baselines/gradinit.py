@@ -31,6 +31,8 @@ from nio_hf.core.two_pass import Reading, SubBatches, located
 from nio_hf.errors import NumericsError, Problem
 
 OptimizerName = Literal["adam", "sgd"]
+DEFAULTS = NIOConfig(iterations=100, lr=0.01)
+"""Settings where none are given; our choice."""
 STEP_SIZES: dict[str, float] = {"adam": 1e-3, "sgd": 0.1}
 """{optimizer: eta where none is given}."""
 
@@ -68,9 +70,9 @@ def gradinit(
         batches: see there. Of B samples, in an order drawn from `config.seed`, S are the first B - B/3 and S~ the
             last, rounded.
         loss_fn: see there.
-        config: of the shared settings, `overlap`, `objective` and `beta` are not used, and `sub_batches` only to
-            measure. `gamma` is an absolute bound on ||g||_p; without it `gamma_relative` times ||g||_p of the first
-            iteration is.
+        config: None for `DEFAULTS`. Of the shared settings, `overlap`, `objective` and `beta` are not used, and
+            `sub_batches` only to measure. `gamma` is an absolute bound on ||g||_p; without it `gamma_relative` times
+            ||g||_p of the first iteration is.
         holdout: see there.
         on_iteration: see there. A record has ||g||_p as `grad_norm`, L(S) as `loss` and, where that was lowered,
             L(S~; theta') as `objective`.
@@ -112,7 +114,7 @@ def gradinit(
         model,
         batches,
         loss_fn,
-        config,
+        DEFAULTS if config is None else config,
         holdout=holdout,
         on_iteration=on_iteration,
         collective=collective,

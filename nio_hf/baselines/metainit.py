@@ -27,6 +27,9 @@ from nio_hf.core.memory import is_out_of_memory
 from nio_hf.core.method import SINGLE_PROCESS, Learned, OnIteration, Workspace, run_method
 from nio_hf.errors import ConfigError, ModelError, NIOMemoryError, NumericsError, Problem, one_line
 
+DEFAULTS = NIOConfig(iterations=100, lr=0.1)
+"""Settings where none are given: the rate of the paper."""
+
 
 def metainit(
     model: nn.Module,
@@ -61,9 +64,9 @@ def metainit(
         model: as in [`initialize`], and likewise what follows.
         batches: see there.
         loss_fn: see there.
-        config: of the shared settings, those of GradCosine and curvature are used to measure only. `lr` is in units of
-            the norm of a weight (the paper has 0.1 for 500 iterations); `min_scale` and `max_scale` bound n_l over its
-            first value.
+        config: None for `DEFAULTS`. Of the shared settings, those of GradCosine and curvature are used to measure only.
+            `lr` is in units of the norm of a weight (the paper has 0.1 for 500 iterations); `min_scale` and `max_scale`
+            bound n_l over its first value.
         holdout: see there.
         on_iteration: see there. A record has ||g|| as `grad_norm` and GQ as `objective`.
         collective: see there.
@@ -97,7 +100,7 @@ def metainit(
         model,
         batches,
         loss_fn,
-        config,
+        DEFAULTS if config is None else config,
         holdout=holdout,
         on_iteration=on_iteration,
         collective=collective,

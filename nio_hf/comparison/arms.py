@@ -18,8 +18,8 @@ def _arm(name: str, description: str, **settings: Any) -> Arm:
     return Arm(name, description, {**_PLAIN, **settings}, has_warmup=name == WARMUP)
 
 
-def _method(name: str, description: str) -> Arm:
-    return _arm(name, f"{description}, no warmup", nio=True, nio_method=name)
+def _method(name: str, description: str, **settings: Any) -> Arm:
+    return _arm(name, f"{description}, no warmup", nio=True, nio_method=name, **settings)
 
 
 ARMS = {
@@ -32,8 +32,8 @@ ARMS = {
         _arm("nio_seeded", "NIO and the second moment seeded, no warmup", nio=True, nio_method="nio", **_SEEDED),
         _arm("uncorrected", "second moment seeded without bias correction", nio_seed_optimizer="uncorrected"),
         _arm("radam", "RAdam, no warmup", optimizer="radam"),
-        _method("gradinit", "GradInit"),
-        _method("metainit", "MetaInit"),
+        _method("gradinit", "GradInit", nio_iterations=30, nio_lr=0.03),
+        _method("metainit", "MetaInit", nio_iterations=30, nio_lr=0.02),
         _method("lsuv", "LSUV"),
         _method("emergence", "emergence-promoting initialisation"),
         _method("architecture_aware", "architecture-aware initialisation"),

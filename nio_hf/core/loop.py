@@ -141,8 +141,8 @@ class Loop:
             if self.history and self._loss_bound is not None and measured.loss > self._loss_bound:
                 self.exceeded = measured.loss
                 break
-            self.last_gradient = self._shared(measured.scale_gradient)
-            self._optimizer.step(self.last_gradient, measured.branch)
+            self.last_gradient = measured.scale_gradient
+            self._optimizer.step(self._shared(measured.scale_gradient), measured.branch)
             _scale(theta, initial, self.omega)
             record = IterationRecord(
                 iteration=iteration,

@@ -91,6 +91,15 @@ class Learned:
     exceeded: float | None = None
 
 
+_NOT_SHARED: dict[str, Any] = {
+    "scaled_tensors": "all",
+    "scaled_names": None,
+    "scale_sharing": "tensor",
+    "max_loss_rise": None,
+}
+"""Settings of NIO as other methods have them."""
+
+
 class Learn(Protocol):
     """The part of a method that is its own."""
 
@@ -124,7 +133,7 @@ def run_method(
         model: as in [`initialize`], and likewise what follows.
         batches: see there.
         loss_fn: see there.
-        config: see there.
+        config: see there; methods other than NIO have a scale for every tensor, and no `max_loss_rise`.
         iterations: batches that it takes at most; None for `config.iterations`.
         holdout: see there.
         on_iteration: see there.
@@ -140,6 +149,8 @@ def run_method(
     config = NIOConfig() if config is None else config
     if not isinstance(config, NIOConfig):
         raise ConfigError(Problem("config", f"a {type(config).__name__}", "Give an NIOConfig"))
+    if method != NIO:
+        config = dataclasses.replace(config, **_NOT_SHARED)
     with collective.together(), contextlib.ExitStack() as stack:
         scales = LayerScales(model, config.scaled_tensors, config.scaled_names)
         device = scales.scaled[0].device

@@ -51,7 +51,7 @@ def judge(
     if gamma is not None and after.grad_norm > GAMMA_TOLERANCE * gamma:
         return (
             "constraint_violated",
-            f"The gradient norm ended above gamma = {gamma:.4g}. {change}. Run more iterations.",
+            f"The gradient norm ended above gamma = {gamma:.4g}. {change}. Lower lr, or run more iterations.",
         )
     if not math.isfinite(gain_standard_error):
         return "no_improvement", f"One held-out batch does not tell an improvement from noise. {change}."

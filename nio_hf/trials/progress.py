@@ -80,7 +80,7 @@ class Progress:
 
 
 def _result(outcome: Outcome) -> str:
-    if outcome.accuracy is None:
+    if outcome.error is not None:
         return f"failed, {outcome.error}"
     cost = f", initialisation {outcome.cost_steps:.1f} steps" if outcome.cost_steps else ""
-    return f"{outcome.accuracy:.2f}%{cost}"
+    return f"{outcome.accuracy:.2f}%, loss {outcome.eval_loss:.4f}{cost}"

@@ -2,7 +2,8 @@
 
 In round k every candidate that is left is probed with seed k: it initialises the model and trains for a few steps
 without warmup. After each round the better half is left (successive halving: Jamieson and Talwalkar, AISTATS 2016,
-arXiv 1502.07943), by the mean loss over the rounds so far, on a part of the training data that is set aside.
+arXiv 1502.07943), by the mean loss over the rounds so far, on a part of the training data that is set aside. The
+recipe's own settings stay to the end, to hold the others against.
 """
 
 from __future__ import annotations
@@ -116,10 +117,22 @@ class Plan:
         own = [outcomes.get(self._probe(arm, seed)) for seed in range(self.seeds)]
         return [math.inf if outcome.eval_loss is None else outcome.eval_loss for outcome in own if outcome is not None]
 
+    def ranked(self, arms: Sequence[Arm], outcomes: Outcomes) -> list[Arm]:
+        """Candidates that have been probed, those that lasted longest first, and among these the lowest mean loss."""
+        losses = {arm.name: self.losses(arm, outcomes) for arm in arms}
+        return sorted(arms, key=lambda arm: (-len(losses[arm.name]), statistics.fmean(losses[arm.name])))
+
     def better_half(self, arms: Sequence[Arm], outcomes: Outcomes) -> list[Arm]:
-        """The candidates that are left after a round, the best one first."""
-        ranked = sorted(arms, key=lambda arm: statistics.fmean(self.losses(arm, outcomes)))
-        return ranked[: math.ceil(len(ranked) / 2)]
+        """The candidates that are left after a round: the recipe's own settings, and the better half of the others."""
+        others = self.ranked([arm for arm in arms if arm is not OWN], outcomes)
+        return [OWN, *others[: math.ceil(len(others) / 2)]]
+
+    def sizes(self, candidates: int) -> list[int]:
+        """Number of candidates in each round, of which one is the recipe's own settings."""
+        others = [candidates - 1]
+        while len(others) < self.seeds:
+            others.append(math.ceil(others[-1] / 2))
+        return [1 + number for number in others]
 
     def spent(self, outcomes: Outcomes) -> float:
         """Training steps that the probes so far took, initialisations included."""

@@ -12,7 +12,6 @@ from nio_hf.report.style import BLUE, GREY, figure
 from nio_hf.report.tables import markdown_table
 from nio_hf.training.manifest import write_atomically
 from nio_hf.training.saving import output_errors
-from nio_hf.trials.interval import paired
 from nio_hf.trials.run import Arm
 from nio_hf.tuning.plan import OWN, tuned_settings
 from nio_hf.tuning.tuning import Tuned
@@ -29,14 +28,14 @@ def sentences(tuned: Tuned) -> list[str]:
         f"{len(probes)} probes of {plan.probe_steps} steps took {plan.spent(tuned.outcomes):,.0f} training steps, "
         f"{cost:,.0f} of them for initialisations."
     ]
-    if tuned.rounds < plan.seeds and plan.budget is not None and len(tuned.candidates) > 1:
+    if tuned.rounds < plan.seeds:
         said.append(f"The budget ended the search after {tuned.rounds} of {plan.seeds} rounds.")
     if chosen is OWN:
         return [*said, "No candidate does better than the recipe's own settings."]
     own, losses = plan.losses(OWN, tuned.outcomes), plan.losses(chosen, tuned.outcomes)
     said.append(
         f"Chosen: {chosen.description}. Loss {statistics.fmean(losses):.4f} after {plan.probe_steps} steps, "
-        f"{paired(losses[: len(own)], own)} against the recipe's own settings ({len(own)} seeds)."
+        f"{statistics.fmean(own):.4f} with the recipe's own settings (mean of {tuned.rounds} seeds)."
     )
     if tuned.difference is None:
         return [*said, "It was not judged: a short training chose it, a long one may not agree."]
@@ -62,12 +61,11 @@ def _row(tuned: Tuned, arm: Arm) -> tuple[str, ...]:
     losses, own = plan.losses(arm, tuned.outcomes), plan.losses(OWN, tuned.outcomes)
     known = [outcome for run, outcome in tuned.outcomes.items() if (run.stage, run.arm) == ("probe", arm.name)]
     measured = [outcome.initialisation for outcome in known if outcome.initialisation is not None]
-    both = min(len(losses), len(own))
     return (
         arm.description,
         f"{len(losses)}",
         f"{statistics.fmean(losses):.4f}",
-        "-" if arm is OWN else f"{paired(losses[:both], own[:both]).mean:+.4f}",
+        "-" if arm is OWN else f"{statistics.fmean(losses) - statistics.fmean(own[: len(losses)]):+.4f}",
         f"{statistics.fmean(outcome.cost_steps for outcome in known):.1f}",
         _after([entry["grad_cosine"] for entry in measured]),
         _after([entry["grad_norm"] for entry in measured]),

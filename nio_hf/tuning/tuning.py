@@ -71,7 +71,7 @@ def tune(bench: Bench, plan: Plan) -> Tuned:
     title, chance = recipe_name(recipe.path), 100 / len(load_data(recipe).class_names)
     task = {"purpose": "tune", "steps": plan.steps, "probe_steps": plan.probe_steps}
     with Trials(bench, recipe, DECIDED, **task) as trials:
-        total = sum(_sizes(len(candidates), plan.seeds)) + 2 * plan.verdict_seeds
+        total = sum(plan.sizes(len(candidates))) + 2 * plan.verdict_seeds
         with Progress("Tuning", total, lambda: _table(plan, candidates, trials.outcomes)) as progress:
             progress.say(budget_sentence(plan, candidates, recipe))
             left, rounds = candidates, 0
@@ -79,7 +79,10 @@ def tune(bench: Bench, plan: Plan) -> Tuned:
                 trials.complete(plan.probes(left, rounds), progress)
                 left = plan.better_half(left, trials.outcomes)
                 rounds += 1
-            ranked = _ranked(plan, candidates, trials.outcomes)
+            ranked = plan.ranked(candidates, trials.outcomes)
+            if math.isinf(statistics.fmean(plan.losses(ranked[0], trials.outcomes))):
+                fix = "Lower --learning_rate; the logs of the probes lie in runs/"
+                raise RecipeError(Problem("probes", "the loss of every one is not finite", fix))
             difference = None
             if plan.verdict_seeds and ranked[0] is not OWN:
                 trials.complete(plan.judgement(ranked[0]), progress)
@@ -89,7 +92,7 @@ def tune(bench: Bench, plan: Plan) -> Tuned:
 
 def budget_sentence(plan: Plan, candidates: Sequence[Arm], recipe: Recipe) -> str:
     """What a search takes, before it begins."""
-    sizes = _sizes(len(candidates), plan.seeds)
+    sizes = plan.sizes(len(candidates))
     probes = plan.expected(candidates, recipe) * sum(sizes) / len(candidates)
     limit = "" if plan.budget is None else f", of at most {plan.budget:,}"
     judged = 2 * plan.verdict_seeds * plan.steps
@@ -97,14 +100,6 @@ def budget_sentence(plan: Plan, candidates: Sequence[Arm], recipe: Recipe) -> st
         f"{sum(sizes)} probes in {plan.seeds} rounds ({', '.join(map(str, sizes))} candidates): about "
         f"{probes:,.0f} training steps, initialisations included{limit}; then {judged:,} to judge."
     )
-
-
-def _sizes(candidates: int, rounds: int) -> list[int]:
-    """Number of candidates in each round."""
-    sizes = [candidates]
-    while len(sizes) < rounds:
-        sizes.append(math.ceil(sizes[-1] / 2))
-    return sizes
 
 
 def _check_costs(plan: Plan, candidates: Sequence[Arm], recipe: Recipe) -> None:
@@ -121,24 +116,8 @@ def _check_costs(plan: Plan, candidates: Sequence[Arm], recipe: Recipe) -> None:
 
 
 def _affords(plan: Plan, arms: Sequence[Arm], recipe: Recipe, outcomes: Outcomes) -> bool:
-    """Whether the budget has room for a round more, of more than one candidate."""
-    if len(arms) < 2:
-        return False
+    """Whether the budget has room for a round more."""
     return plan.budget is None or plan.spent(outcomes) + plan.expected(arms, recipe) <= plan.budget
-
-
-def _ranked(plan: Plan, candidates: Sequence[Arm], outcomes: Outcomes) -> list[Arm]:
-    """Those that lasted longest first, and among these the lowest mean loss.
-
-    Raises:
-        RecipeError: where every probe failed.
-    """
-    losses = {arm.name: plan.losses(arm, outcomes) for arm in candidates}
-    ranked = sorted(candidates, key=lambda arm: (-len(losses[arm.name]), statistics.fmean(losses[arm.name])))
-    if math.isinf(statistics.fmean(losses[ranked[0].name])):
-        fix = "Lower --learning_rate; the logs of the probes lie in runs/"
-        raise RecipeError(Problem("probes", "the loss of every one is not finite", fix))
-    return ranked
 
 
 def _difference(plan: Plan, chosen: Arm, outcomes: Outcomes, chance: float) -> Interval:

@@ -15,6 +15,13 @@ from nio_hf.core.differentiator import LossFn
 from nio_hf.training.layers import register_transformers_layers
 from tests import zoo
 
+PER_TENSOR: dict[str, Any] = {
+    "objective": "gc",
+    "scaled_tensors": "all",
+    "scale_sharing": "tensor",
+    "max_loss_rise": None,
+}
+"""Settings of NIO with a scale of its own for every tensor, and GradCosine alone."""
 FAMILIES = [*zoo.VISION, *zoo.TEXT, "mlp"]
 
 

@@ -12,6 +12,7 @@ from transformers import set_seed
 
 from nio_hf import NIOConfig, NIOResult, initialize
 from tests import zoo
+from tests.core.cases import PER_TENSOR
 
 BATCH = 64
 
@@ -27,7 +28,7 @@ def digits(seed: int) -> list[tuple[Tensor, Tensor]]:
 def run(seed: int, **settings: Any) -> NIOResult:
     set_seed(seed)
     layers = [nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10)]
-    config = NIOConfig(**{"iterations": 100, "holdout_batches": 8, "seed": seed, "lr": 0.01, **settings})
+    config = NIOConfig(**{**PER_TENSOR, "iterations": 100, "holdout_batches": 8, "seed": seed, "lr": 0.01, **settings})
     return initialize(nn.Sequential(*layers), digits(seed), zoo.vector_loss, config)
 
 
@@ -43,10 +44,21 @@ def test_gradients_of_held_out_digits_agree_more_under_the_bound(seed: int) -> N
 
 
 def test_without_a_bound_the_gradient_norm_of_digits_runs_away() -> None:
-    result = run(0, gamma_relative=None, iterations=120)
+    result = run(0, gamma_relative=None, iterations=200)
     assert {record.branch for record in result.history} == {"objective"}
     assert result.after.grad_norm > 2.5 * result.before.grad_norm
     assert result.status == "collapse_suspected"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_iterations_end_where_the_loss_of_digits_has_risen(seed: int) -> None:
+    result = run(seed, gamma_relative=None, iterations=200, max_loss_rise=0.1)
+    bound = 1.1 * result.before.loss
+    assert 10 < len(result.history) < 200
+    assert all(record.loss <= bound for record in result.history[1:])
+    assert result.after.loss < 1.2 * result.before.loss
+    assert result.status == "improved"
+    assert f"ended after {len(result.history)} of 200 iterations: the loss had risen by 1" in result.message
 
 
 def test_the_constraint_alone_lowers_the_gradient_norm_of_digits() -> None:

@@ -14,9 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nio_hf import NIOConfig, NIOResult, grad_cosine, initialize
 from nio_hf.core.result import Status
 from tests import zoo
-from tests.core.cases import FAMILIES, Case, batches_of, case, differences, state
+from tests.core.cases import FAMILIES, PER_TENSOR, Case, batches_of, case, differences, state
 
-SHORT: dict[str, Any] = {"iterations": 3, "holdout_batches": 2, "sub_batches": 2, "lr": 0.05, "curvature": "exact"}
+SHORT: dict[str, Any] = {
+    **PER_TENSOR,
+    "iterations": 3,
+    "holdout_batches": 2,
+    "sub_batches": 2,
+    "lr": 0.05,
+    "curvature": "exact",
+}
 
 
 def run(name: str, made: Case | None = None, batches: Any = None, **settings: Any) -> tuple[Case, NIOResult]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nio_hf import NIOConfig, grad_cosine, initialize
 from nio_hf.errors import ConfigError, DataError, ModelError, NumericsError
 from tests import zoo
-from tests.core.cases import batches_of, case, differences, state
+from tests.core.cases import PER_TENSOR, batches_of, case, differences, state
 
 # One call for the probe, two for each of two held-out batches, then four in each iteration.
 PROBE, BEFORE, ITERATION = 1, 4, 4
@@ -36,7 +36,14 @@ def refused(
 
     def start() -> None:
         config = NIOConfig(
-            **{"iterations": 5, "holdout_batches": 2, "sub_batches": 2, "curvature": "exact", **settings}
+            **{
+                **PER_TENSOR,
+                "iterations": 5,
+                "holdout_batches": 2,
+                "sub_batches": 2,
+                "curvature": "exact",
+                **settings,
+            }
         )
         data = batches_of(name, 4) if batches is None else batches
         initialize(made.model, data, loss_fn or made.loss_fn, config, holdout=holdout)

@@ -12,7 +12,7 @@ from nio_hf import NIOConfig, initialize
 from nio_hf.core import LayerScales, register_gradient_module
 from nio_hf.errors import ModelError
 from tests import zoo
-from tests.core.cases import FAMILIES, batches_of, case
+from tests.core.cases import FAMILIES, PER_TENSOR, batches_of, case
 
 OWNERS = ("Linear", "Conv1D", "Conv2d", "LayerNorm", "ConvNextLayerNorm", "BatchNorm2d")
 KINDS = {
@@ -119,7 +119,9 @@ def test_frozen_and_unused_tensors_are_reported_and_left_alone() -> None:
     with torch.no_grad():
         made.model.dinov2.embeddings.mask_token.fill_(0.1)
     before = [tensor.detach().clone() for tensor in (unused.weight, unused.bias, frozen)]
-    result = initialize(made.model, batches_of("dinov2", 2), made.loss_fn, NIOConfig(iterations=1, holdout_batches=1))
+    result = initialize(
+        made.model, batches_of("dinov2", 2), made.loss_fn, NIOConfig(**PER_TENSOR, iterations=1, holdout_batches=1)
+    )
     reasons = {tensor.name: tensor.reason for tensor in result.excluded}
     assert reasons["dinov2.encoder.layer.0.mlp.fc1.weight"] == "frozen"
     for name in ("unused.weight", "unused.bias", "embeddings.mask_token"):

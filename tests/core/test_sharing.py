@@ -71,6 +71,7 @@ def test_shared_scales_are_those_of_the_oracle(sharing: Any) -> None:
         lr=LR,
         gamma_relative=None,
         holdout_batches=1,
+        objective="gc",
         scaled_tensors="weights",
         scale_sharing=sharing,
     )

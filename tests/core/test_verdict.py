@@ -12,7 +12,15 @@ from nio_hf.core import IterationRecord
 from nio_hf.core.verdict import judge
 
 BEFORE = GradCosine(value=0.2, grad_norm=3.0, norms=(3.0, 3.0), loss=2.0, batch_size=8)
-GOOD: dict[str, Any] = {"value": 0.4, "grad_norm": 4.0, "loss": 2.05, "error": 0.05, "gamma": 5.0, "iterations": 3, "exceeded": None}
+GOOD: dict[str, Any] = {
+    "value": 0.4,
+    "grad_norm": 4.0,
+    "loss": 2.05,
+    "error": 0.05,
+    "gamma": 5.0,
+    "iterations": 3,
+    "exceeded": None,
+}
 
 
 def verdict(**changes: Any) -> tuple[str, str]:

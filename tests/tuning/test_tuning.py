@@ -1,0 +1,216 @@
+"""A search for settings, with trainings that are made up: which are asked for, and what follows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nio_hf.errors import RecipeError
+from nio_hf.recipe.loading import load_recipe
+from nio_hf.trials import bench as bench_module
+from nio_hf.trials.bench import Bench
+from nio_hf.trials.results import Outcome
+from nio_hf.trials.run import FIRST_VERDICT_SEED, Run
+from nio_hf.trials.worker import Order
+from nio_hf.tuning.plan import OWN, Plan, initialisation_cost, tuned_settings
+from nio_hf.tuning.report import rows, sentences, settings_yaml, write_report
+from nio_hf.tuning.tuning import Tuned, tune
+
+RECIPE = "vit-tiny/digits/nio"
+Loss = Callable[[Run], float | None]
+
+
+def plan(**changes: Any) -> Plan:
+    settings: dict[str, Any] = {
+        "gammas": (1.25, None),
+        "rates": (0.1, 0.3),
+        "iterations": (5, 10),
+        "learning_rate": 1e-3,
+        "seeds": 3,
+        "probe_steps": 50,
+        "steps": 500,
+        "verdict_seeds": 3,
+    }
+    return Plan(**{**settings, **changes})
+
+
+@pytest.fixture
+def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Tuned, list[Run], list[Order]]]:
+    """Searches with made-up losses (of probes) and accuracies (of whole trainings)."""
+
+    def run(made: Plan, loss: Loss, accuracy: Loss = lambda run: 50.0) -> tuple[Tuned, list[Run], list[Order]]:
+        runs: list[Run] = []
+        orders: list[Order] = []
+
+        def execute(pending: Sequence[Run], order_for: Any, jobs: int, on_outcome: Any, on_start: Any) -> None:
+            for run in pending:
+                runs.append(run)
+                orders.append(order_for(run))
+                on_start(run)
+                on_outcome(run, _outcome(run, loss(run), accuracy(run)))
+
+        monkeypatch.setattr(bench_module, "execute", execute)
+        return tune(Bench(RECIPE, (), tmp_path), made), runs, orders
+
+    return run
+
+
+def _outcome(run: Run, loss: float | None, accuracy: float | None) -> Outcome:
+    failed = (loss if run.stage == "probe" else accuracy) is None
+    steps = 50 if run.stage == "probe" else 480
+    summary = {"grad_cosine": [0.1, 0.2], "grad_norm": [1.0, 2.0]}
+    error = "the loss is not finite" if failed else None
+    return Outcome(accuracy, loss, (2.0,), (1.0,), steps, 20.0, 1.0, 2.0, error, summary)
+
+
+def _rate(run: Run) -> float:
+    """Loss that is best at rate 0.3 and 10 iterations without a bound, with a spread over the seeds that all share."""
+    better = 0.2 * ("lr0.3" in run.arm) + 0.1 * ("it10" in run.arm) + 0.05 * ("gamma_none" in run.arm)
+    return 2.0 + 0.3 * run.seed - better
+
+
+def test_each_round_halves_the_candidates_and_keeps_the_recipes_own(search: Any) -> None:
+    made = plan()
+    tuned, runs, orders = search(made, _rate, lambda run: 50.0 + (run.arm != "own") + run.seed % 3)
+    probes = [run for run in runs if run.stage == "probe"]
+    by_seed = [[run.arm for run in probes if run.seed == seed] for seed in range(3)]
+    assert [len(arms) for arms in by_seed] == made.sizes(9) == [9, 5, 3]
+    assert all(OWN.name in arms for arms in by_seed)
+    assert set(by_seed[1]) == {"own", *(f"gamma{g}-lr0.3-it{i}" for g in ("1.25", "_none") for i in (5, 10))}
+    assert set(by_seed[2]) == {"own", "gamma1.25-lr0.3-it10", "gamma_none-lr0.3-it10"}
+    assert tuned.chosen.name == "gamma_none-lr0.3-it10"
+    assert tuned.difference is not None
+    assert tuned.difference.values == (1.0, 1.0, 1.0)
+    assert tuned.word == "better"
+    judged = [run for run in runs if run.stage == "verdict"]
+    assert {run.seed for run in judged} == set(range(FIRST_VERDICT_SEED, FIRST_VERDICT_SEED + 3))
+    assert {run.arm for run in judged} == {"own", "gamma_none-lr0.3-it10"}
+    for order, run in zip(orders, runs, strict=True):
+        probe = run.stage == "probe"
+        assert ("--eval_from_train" in " ".join(order.overrides)) == probe
+        assert order.cost_share == (0.1 if probe else 1.0)
+    text = " ".join(sentences(tuned))
+    assert "17 probes of 50 steps took 1,190 training steps, 340 of them for initialisations" in text
+    assert "Chosen: no bound, rate 0.3, 10 iterations. Loss 1.9500" in text
+    assert "2.3000 with the recipe's own settings (mean of 3 seeds)" in text
+    assert "On 3 fresh seeds and 500 steps it is better than the recipe's own settings: +1.00 ± 0.00 points" in text
+
+
+def test_what_is_best_by_itself_is_kept_and_not_judged(search: Any) -> None:
+    tuned, runs, _ = search(plan(), lambda run: 1.0 if run.arm == "own" else 2.0)
+    assert tuned.chosen is OWN
+    assert {run.stage for run in runs} == {"probe"}
+    assert "No candidate does better" in " ".join(sentences(tuned))
+    assert "nio_" not in settings_yaml(tuned).split("\n# ")[-1].split("\n", 1)[-1]
+
+
+@pytest.mark.parametrize(("gain", "word"), [(-2.0, "worse"), (0.01, "undecided")])
+def test_a_choice_that_is_not_surely_better_is_not_advised(search: Any, gain: float, word: str) -> None:
+    noise = {FIRST_VERDICT_SEED: 0.5, FIRST_VERDICT_SEED + 1: -0.5}
+    tuned, _, _ = search(plan(), _rate, lambda run: 50.0 + (run.arm != "own") * (gain + noise.get(run.seed, 0.0)))
+    assert tuned.word == word
+    assert "keep those" in " ".join(sentences(tuned))
+
+
+def test_probes_that_fail_come_last_and_failed_trainings_count_as_chance(search: Any) -> None:
+    tuned, _, _ = search(
+        plan(), lambda run: None if "lr0.3" in run.arm else 2.0 - ("lr0.1" in run.arm), lambda run: None
+    )
+    assert "lr0.1" in tuned.chosen.name
+    assert all("lr0.3" in arm.name for arm in tuned.candidates[-4:])
+    assert tuned.difference is not None
+    assert tuned.difference.values == (0.0, 0.0, 0.0)
+
+
+def test_probes_that_all_fail_are_an_error(search: Any) -> None:
+    with pytest.raises(RecipeError, match="the loss of every one is not finite"):
+        search(plan(), lambda run: None)
+
+
+def test_the_point_of_the_grid_that_the_recipe_has_is_not_tried_twice() -> None:
+    recipe = load_recipe(RECIPE)
+    args = recipe.training
+    made = plan(gammas=(args.nio_gamma_relative, 7.0), rates=(args.nio_lr,), iterations=(args.nio_iterations,))
+    assert len(made.candidates(recipe)) == 2
+    absolute = load_recipe(RECIPE, ["--nio_gamma", "3.0"])
+    assert len(made.candidates(absolute)) == 3
+    assert all(tuned_settings(arm)["nio_gamma"] is None for arm in made.candidates(absolute)[1:])
+
+
+def test_the_budget_ends_the_search(search: Any) -> None:
+    recipe = load_recipe(RECIPE)
+    made = plan(verdict_seeds=0)
+    candidates = made.candidates(recipe)
+    first = made.expected(candidates, recipe)
+    tuned, runs, _ = search(plan(verdict_seeds=0, budget=math.ceil(first)), _rate)
+    assert {run.seed for run in runs} == {0}
+    assert tuned.rounds == 1
+    assert "The budget ended the search after 1 of 3 rounds" in " ".join(sentences(tuned))
+    assert "It was not judged" in " ".join(sentences(tuned))
+
+
+def test_a_budget_that_one_round_does_not_fit_into_is_refused(search: Any) -> None:
+    with pytest.raises(RecipeError, match=r"--budget: 400 training steps, where the first round takes about"):
+        search(plan(budget=400), _rate)
+
+
+def test_an_initialisation_that_costs_the_whole_training_is_refused(search: Any) -> None:
+    with pytest.raises(RecipeError, match=r"--steps: 60, where the initialisation alone takes about \d+ with"):
+        search(plan(steps=60, iterations=(200,)), _rate)
+
+
+def test_the_expected_cost_is_that_of_kept_graphs_and_two_measurements() -> None:
+    recipe = load_recipe(RECIPE, ["--nio_iterations", "10", "--per_device_train_batch_size", "32"])
+    assert recipe.training.nio_batch_size == 64
+    assert initialisation_cost(OWN, recipe) == (3 * 10 + 2 * 4) * 2
+
+
+def test_a_search_goes_on_where_it_was(search: Any) -> None:
+    _, first, _ = search(plan(seeds=1, verdict_seeds=0), _rate)
+    tuned, rest, _ = search(plan(), _rate)
+    assert len(first) == 9
+    assert not set(first) & set(rest)
+    assert tuned.rounds == 3
+    assert search(plan(), _rate)[1] == []
+
+
+def test_what_a_search_writes(search: Any, tmp_path: Path) -> None:
+    tuned, _, _ = search(plan(), _rate)
+    written = write_report(tuned, tmp_path)
+    assert all(file.stat().st_size > 0 for file in written.values())
+    again = load_recipe(RECIPE, [f"--{line.replace(': ', '=')}" for line in _settings(written["Settings"])])
+    assert (again.training.nio_lr, again.training.nio_iterations) == (0.3, 10)
+    assert again.training.nio_gamma_relative is None
+    found = json.loads(written["Numbers"].read_text(encoding="utf-8"))
+    assert found["chosen"] == tuned.chosen.name
+    assert len(found["candidates"]) == 9
+    assert len(rows(tuned)) == 9
+    assert rows(tuned)[0][4] == "20.0"
+
+
+def _settings(file: Path) -> list[str]:
+    return [line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"gammas": ()}, "--gammas: none"),
+        ({"gammas": (1.5, 1.5)}, "--gammas: 1.5, 1.5. Give different ones above 0"),
+        ({"rates": (-0.1,)}, "--rates: -0.1"),
+        ({"iterations": (0,)}, "--iterations: 0"),
+        ({"seeds": 0}, "--seeds: 0"),
+        ({"probe_steps": 501}, "--probe_steps: 501, of whole trainings of 500"),
+        ({"probe_steps": 0}, "--probe_steps: 0"),
+        ({"verdict_seeds": 2}, "Give 3 or more to judge by, or --no_verdict"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(changes: dict[str, Any], found: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan(**changes)
+    assert found in str(caught.value)
