@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import nio_hf
+from nio_hf import NIOConfig, NIOTrainingArguments
 from nio_hf.recipe.catalog import find_recipe
 from nio_hf.recipe.loading import known_keys
 from tests.training.toys import ToyImages
@@ -19,6 +20,8 @@ README = (ROOT / "README.md").read_text()
 DOCUMENTS = sorted(ROOT.glob("*.md"))
 OPTIONS = {"resolved", "data", "num_processes", "config_file", "device", "private", "license", "revision"}
 COMPARE_OPTIONS = {"steps", "arms", "learning_rates", "seeds", "jobs", "warmup_ratios", "arm", "diagnostics"}
+TUNE_OPTIONS = {"steps", "probe_steps", "jobs"}
+OWN_OPTIONS = {"compare": COMPARE_OPTIONS, "tune": TUNE_OPTIONS}
 COMPATIBILITY = "training/test_compatibility.py"
 ROWS = {
     "DDP": "distributed/test_strategies.py::test_two_processes_find_the_scales_of_one_and_train",
@@ -60,8 +63,20 @@ def test_every_recipe_and_setting_of_a_command_exists() -> None:
         for name in re.findall(r"[\w-]+/[\w-]+/[\w-]+(?= |$)", command.split(" --")[0]):
             find_recipe(name)
         for key in re.findall(r" --([a-z_]+)", command):
-            options = COMPARE_OPTIONS if " compare " in command else OPTIONS
+            options = next((own for name, own in OWN_OPTIONS.items() if f" {name} " in command), OPTIONS)
             assert key in known_keys() or key in options, command
+
+
+def test_the_defaults_are_those_of_the_table() -> None:
+    table = README.split("| setting | default | published, for ResNet-50 |")[1].split("\n\n")[0].splitlines()[2:]
+    defaults = {**vars(NIOConfig()), "nio_batch_size": NIOTrainingArguments.nio_batch_size, "gamma": None}
+    for row in table:
+        names, text, _ = (cell.strip() for cell in row.strip("|").split("|"))
+        own = [defaults[name] for name in re.findall(r"`(\w+)`", names)]
+        assert own, row
+        for value in own:
+            shown = f"{value:g}" if isinstance(value, float) else value
+            assert value is None or re.search(rf"(?<![\w.]){shown}(?![\w.]\w)", text), row
 
 
 def test_public_names_are_those_that_are_exported() -> None:

@@ -1,4 +1,4 @@
-"""The NIO loop: learn one scale per tensor so that the gradients of sub-batches agree.
+"""The NIO loop: learn scales of the weights so that the gradients of sub-batches agree.
 
 Source: Yang et al., "Towards Theoretically Inspired Neural Initialization Optimization", NeurIPS 2022, algorithm 1.
 """
@@ -36,7 +36,7 @@ def initialize(
     collective: Collective = SINGLE_PROCESS,
     resumption: Resumption | None = None,
 ) -> InitResult:
-    """Learn a scale omega_l per tensor and multiply the weights of the model by them.
+    """Learn scales omega_l, one for all weights or one for each, and multiply the weights of the model by them.
 
     One iteration measures GC and GN of a batch split into D sub-batches. While GN exceeds gamma it takes a step on
     omega that lowers GN, otherwise one that lowers the objective. The iterations end early where the loss has risen by

@@ -47,7 +47,11 @@ def summary_rows(result: NIOResult | None, metrics: Mapping[str, float]) -> list
     return rows
 
 
-_SHARED_BY = {"tensor": "weight tensor", "kind": "kind of weight tensors", "model": "model, for all its weight tensors"}
+_SHARED_BY = {
+    "tensor": "scalar (omega) per tensor",
+    "kind": "scalar (omega) per kind of tensors",
+    "model": "scalar (omega) for all of them",
+}
 _DESCRIPTIONS = {
     "none": "The model has the initialisation that its class gives it.",
     "gradinit": "GradInit (Zhu et al., 2021) learned one scalar per weight tensor, so that the loss after one step of "
@@ -67,9 +71,9 @@ def described_method(result: NIOResult) -> str:
     if result.method in _DESCRIPTIONS:
         return _DESCRIPTIONS[result.method]
     bound = "" if result.gamma is None else " under a bound on their norm (gamma)"
-    each = _SHARED_BY[result.config.scale_sharing]
+    one = _SHARED_BY[result.config.scale_sharing]
     return (
-        f"Neural Initialization Optimization (NIO) learned one scalar (omega) per {each}, so that the gradients of "
+        f"Neural Initialization Optimization (NIO) learned scales of the weights, one {one}, so that the gradients of "
         f"different sub-batches agree (GradCosine){bound}."
     )
 

@@ -23,7 +23,7 @@ from nio_hf.errors import (
     RankError,
     StoppedError,
 )
-from tests.core.cases import batches_of, case
+from tests.core.cases import PER_TENSOR, batches_of, case
 from tests.distributed.ranks import run_ranks
 
 SAMPLES = 12
@@ -33,7 +33,7 @@ FLAGS = 3 * SIGNALS
 
 
 def _config(sub_batches: int = 4, **settings: Any) -> NIOConfig:
-    common: dict[str, Any] = {"iterations": ITERATIONS, "holdout_batches": 2, "lr": 0.05, "curvature": "exact"}
+    common = {**PER_TENSOR, "iterations": ITERATIONS, "holdout_batches": 2, "lr": 0.05, "curvature": "exact"}
     return NIOConfig(sub_batches=sub_batches, **{**common, **settings})
 
 
