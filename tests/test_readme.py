@@ -101,7 +101,7 @@ def test_examples_run_as_they_stand(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code = EXAMPLES[number].replace(
-        "nio_iterations=100,", "nio_iterations=2, max_steps=1, report_to='none', use_cpu=True,"
+        "nio_sub_batches=4,", "nio_iterations=2, max_steps=1, report_to='none', use_cpu=True,"
     )
     code = code.replace("image_size=32,", "image_size=32, num_hidden_layers=1, hidden_size=48, intermediate_size=96,")
     torch.manual_seed(0)
