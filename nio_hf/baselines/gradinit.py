@@ -103,6 +103,7 @@ def gradinit(
                 workspace.before,
                 Resumption(every=None),
                 workspace.started,
+                name="GradInit",
             )
             steps = StepLoss(workspace, loop, first_step, eta)
             history = loop.run(steps, workspace.stream, workspace.initial, workspace.on_iteration)

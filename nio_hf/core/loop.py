@@ -67,6 +67,7 @@ class Loop:
         resumption: where to go on, and how to be stopped.
         started: `time.perf_counter()` at the start of the run.
         loss_bound: loss of a batch above which no further step is taken; None without one.
+        name: of the method, for messages.
 
     Attributes:
         omega: (m,) scales so far.
@@ -84,6 +85,7 @@ class Loop:
         resumption: Resumption,
         started: float,
         loss_bound: float | None = None,
+        name: str = "NIO",
     ) -> None:
         scaled = scales.scaled
         self.omega = torch.ones(len(scaled), dtype=scaled[0].dtype, device=scaled[0].device)
@@ -99,6 +101,7 @@ class Loop:
         self.exceeded: float | None = None
         self._started = started
         self._loss_bound = loss_bound
+        self._name = name
         self._saved = 0
         if resumption.state is not None:
             self._go_on_from(resumption.state)
@@ -196,12 +199,12 @@ class Loop:
     def _stop(self) -> None:
         self._save()
         found = f"stopped after {len(self.history)} of {self._config.iterations} iterations, which are saved"
-        raise StoppedError(Problem("NIO", found, "Start again to go on from there"))
+        raise StoppedError(Problem(self._name, found, "Start again to go on from there"))
 
     def _check_last_gradient(self, iteration: int, largest: float) -> None:
         """Refuse a scale gradient that is not finite; `largest` is its largest entry."""
         if not math.isfinite(largest):
-            self._passes.check_scale_gradient(self.last_gradient, f"NIO iteration {iteration}")
+            self._passes.check_scale_gradient(self.last_gradient, f"{self._name} iteration {iteration}")
 
 
 def iteration_seed(seed: int, number: int) -> int:

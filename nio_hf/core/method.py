@@ -190,7 +190,11 @@ def run_method(
         error = paired_standard_error(before, after)
         status, message = judge(before, after, error, learned.history, config, learned.gamma, learned.exceeded)
     else:
-        status, message = "applied", f"{name} applied: {describe_change(before, after)}."
+        done = len(learned.history)
+        ended = (
+            f" The data ended after {done} of {config.iterations} iterations." if 0 < done < config.iterations else ""
+        )
+        status, message = "applied", f"{name} applied: {describe_change(before, after)}.{ended}"
     if collective.rank == 0:
         logger.log(logging.INFO if status in ("improved", "applied") else logging.WARNING, message)
     return InitResult(

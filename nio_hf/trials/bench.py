@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -108,19 +109,20 @@ class Trials:
 
     def __init__(self, bench: Bench, recipe: Recipe, decided: Iterable[str], **task: Any) -> None:
         self._bench = bench
-        self._lock = locked(bench.directory)
         self._task = {"recipe": recipe_name(recipe.path), **task, "settings": _shared_settings(recipe, decided)}
         self.outcomes: dict[Run, Outcome] = {}
 
     def __enter__(self) -> Trials:
-        self._lock.__enter__()
-        self._results = Results(self._bench.directory, self._task)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self._bench.directory))
+            self._results = Results(self._bench.directory, self._task)
+            self._locks = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.__exit__(kind, error, trace)
+        self._locks.__exit__(kind, error, trace)
 
     def recall(self, trials: Iterable[Trial]) -> int:
         """Take those that have ended from the results; returns how many of them were not taken before."""

@@ -211,3 +211,12 @@ def test_bfloat16_measures_the_new_weights(method: str) -> None:
     again = METHODS["none"](made.model, batches, made.loss_fn, config)
     assert result.after != result.before
     assert again.before == result.after
+
+
+@pytest.mark.parametrize("method", ["gradinit", "metainit"])
+def test_data_that_end_before_the_iterations_are_told(method: str) -> None:
+    made = case("mlp")
+    config = NIOConfig(**{**SHORT, "iterations": 9})
+    result = METHODS[method](made.model, iter(batches_of("mlp", 4)), made.loss_fn, config)
+    assert result.status == "applied"
+    assert result.message.endswith("The data ended after 2 of 9 iterations.")
