@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from nio_hf.errors import NIOError, Problem, RecipeError
+from nio_hf.hub.sharing import shareable
 from nio_hf.recipe.catalog import recipe_name
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import with_values
@@ -158,8 +159,11 @@ class Trials:
 
 
 def _shared_settings(recipe: Recipe, decided: Iterable[str]) -> dict[str, Any]:
-    """The settings of all trials: what the recipe says, and what it leaves to the defaults of NIO."""
+    """The settings of all trials: what the recipe says, and what it leaves to the defaults of NIO.
+
+    Results can be moved, to another machine or into a repository: of absolute paths they keep the names.
+    """
     own = {*decided, *QUIET, "output_dir"}
     given = {key: setting.value for key, setting in recipe.settings.items()}
     defaults = {key: value for key, value in vars(recipe.training).items() if key.startswith("nio_")}
-    return {key: value for key, value in {**defaults, **given}.items() if key not in own}
+    return {key: shareable(value) for key, value in {**defaults, **given}.items() if key not in own}

@@ -1,0 +1,175 @@
+"""The comparisons of the study, each with all that makes it; one that was interrupted goes on.
+
+python -m benchmarks.warmup_free.study ../shared/data --jobs 2
+python -m benchmarks.warmup_free.study ../shared/data vit swin
+
+The folder holds cifar10/{train,test}.parquet, and for comparisons on Imagenette
+imagenette224/{train,validation}.parquet. Runs go to outputs/warmup-free/NAME; what is to be kept of a comparison, its
+runs, tables and plots, is copied to benchmarks/results/warmup-free/NAME, and taken from there where it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from nio_hf.comparison.command import run_comparison
+from nio_hf.trials.results import RESULTS_NAME
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER.parent / "results" / "warmup-free"
+OUTPUTS = Path("outputs") / "warmup-free"
+KEPT = (RESULTS_NAME, "comparison.json", "comparison.md", "learning_rates.png", "first_steps.png")
+SPLITS = {
+    "cifar10": {"train": "train", "test": "test"},
+    "imagenette224": {"train": "train", "validation": "validation"},
+}
+
+VARIANTS = {
+    "published": "nio_scaled_tensors=all,nio_scale_sharing=tensor,nio_objective=gc_sum_norm,nio_gamma=10,nio_lr=0.003,"
+    "nio_iterations=100,nio_overlap=0.2,nio_max_loss_rise=null",
+    "tensor_gc": "nio_scaled_tensors=all,nio_scale_sharing=tensor,nio_objective=gc,nio_lr=0.03,nio_iterations=30,"
+    "nio_max_loss_rise=null",
+    "tensor": "nio_scale_sharing=tensor,nio_lr=0.1",
+    "kind": "nio_scale_sharing=kind",
+    "all_tensors": "nio_scaled_tensors=all",
+    "attention": "nio_scaled_names=attention",
+    "residual": "nio_scaled_names=o_proj|fc2",
+    "gc": "nio_objective=gc",
+    "variance": "nio_objective=variance",
+    "gamma_below": "nio_gamma_relative=0.8",
+    "gamma_1_25": "nio_gamma_relative=1.25",
+    "gamma_none": "nio_gamma_relative=null",
+    "loss_0_05": "nio_max_loss_rise=0.05",
+    "loss_0_2": "nio_max_loss_rise=0.2",
+    "loss_none": "nio_max_loss_rise=null",
+    "slow": "nio_lr=0.1,nio_iterations=60",
+    "d2": "nio_sub_batches=2",
+    "d8": "nio_sub_batches=8",
+    "overlap": "nio_overlap=0.2",
+    "batch32": "nio_batch_size=32",
+    "batch128": "nio_batch_size=128",
+}
+"""{name: what differs from the defaults of NIO}."""
+RANGES = {
+    "range2": "no_warmup,model_config.initializer_range=0.04",
+    "range4": "no_warmup,model_config.initializer_range=0.08",
+    "range4_seeded": "gi_adam,model_config.initializer_range=0.08",
+}
+"""{name: the class's own initialisation with another standard deviation, 2 and 4 times as large}."""
+METHODS = "uncorrected,gradinit,metainit,lsuv,emergence,architecture_aware"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A comparison of the study.
+
+    Attributes:
+        recipe: a file of this folder without its suffix, or the name of a recipe of the package.
+        arms: by name, between commas.
+        definitions: {name: definition} of further arms.
+        learning_rates, warmup_ratios: of the grid, between commas.
+        verdict_seeds: fresh seeds to judge by; 0 for none.
+        steps: budget of a run.
+        options: settings that all runs share.
+        data: folder of the data.
+    """
+
+    recipe: str
+    arms: str = "no_warmup,warmup,nio,gi_adam,nio_seeded,radam"
+    definitions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    learning_rates: str = "5e-4,1e-3,2e-3,4e-3,8e-3"
+    warmup_ratios: str = "0.02,0.05,0.1,0.3"
+    verdict_seeds: int = 5
+    steps: int = 500
+    options: tuple[str, ...] = ()
+    data: str = "cifar10"
+
+
+def _small(model: str) -> dict[str, Comparison]:
+    """The comparisons of one of the two small models."""
+    arms = {"learning_rates": "1e-3", "warmup_ratios": "0.3", "verdict_seeds": 0}
+    variants = {name: f"nio,{settings}" for name, settings in VARIANTS.items()}
+    return {
+        model: Comparison(model),
+        f"{model}-clipped": Comparison(
+            model,
+            learning_rates="1e-3,2e-3,4e-3",
+            warmup_ratios="0.1,0.3",
+            options=("--max_grad_norm", "1.0"),
+        ),
+        f"{model}-controls": Comparison(
+            model, f"no_warmup,nio,nio_seeded,{METHODS}", RANGES, "1e-3,4e-3", "0.3", verdict_seeds=0
+        ),
+        f"{model}-variants": Comparison(model, "no_warmup,warmup,nio", variants, **arms),  # type: ignore[arg-type]
+    }
+
+
+COMPARISONS = {
+    **_small("vit"),
+    **_small("swin"),
+    "imagenette-vit": Comparison(
+        "vit-small/imagenette/no_warmup", steps=2000, learning_rates="5e-4,1e-3,2e-3,4e-3", data="imagenette224"
+    ),
+    "imagenette-swin": Comparison(
+        "swin-tiny/imagenette/no_warmup", steps=2000, learning_rates="5e-4,1e-3,2e-3,4e-3", data="imagenette224"
+    ),
+}
+"""{name: comparison}; those on Imagenette are for a GPU."""
+ON_A_CPU = tuple(name for name, made in COMPARISONS.items() if made.data == "cifar10")
+
+
+def carry_out(name: str, data: Path, jobs: int) -> int:
+    """Carry out a comparison, and keep what came of it; returns its exit status."""
+    made = COMPARISONS[name]
+    own = FOLDER / f"{made.recipe}.yaml"
+    options = ["--dataset_name", "parquet"]
+    for split, file in SPLITS[made.data].items():
+        options += [f"--data_files.{split}", str((data / made.data / f"{file}.parquet").resolve())]
+    output, kept = OUTPUTS / name, RESULTS / name
+    if (kept / RESULTS_NAME).is_file() and not (output / RESULTS_NAME).is_file():
+        output.mkdir(parents=True, exist_ok=True)
+        shutil.copy(kept / RESULTS_NAME, output / RESULTS_NAME)
+    status = run_comparison(
+        [str(own) if own.is_file() else made.recipe, *options, *made.options],
+        arms=made.arms,
+        definitions=[f"{arm}={definition}" for arm, definition in made.definitions.items()],
+        learning_rates=made.learning_rates,
+        warmup_ratios=made.warmup_ratios,
+        seeds=3,
+        verdict_seeds=made.verdict_seeds,
+        steps=made.steps,
+        jobs=jobs,
+        diagnostics=True,
+        output_dir=output,
+    )
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in KEPT:
+        if (output / file).is_file():
+            shutil.copy(output / file, kept / file)
+    return status
+
+
+def main() -> int:
+    """Carry out the comparisons that are named, or all that a CPU can do; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of the data")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(COMPARISONS)}; default: on CIFAR-10")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    asked = parser.parse_args()
+    unknown = [name for name in asked.names if name not in COMPARISONS]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}. Choose from {', '.join(COMPARISONS)}")
+    for name in asked.names or ON_A_CPU:
+        status = carry_out(name, asked.data, asked.jobs)
+        if status:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
