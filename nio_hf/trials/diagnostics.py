@@ -32,13 +32,14 @@ class StepDiagnostics(TrainerCallback):
         pixel_values: of the fixed batch.
 
     Attributes:
-        values: {quantity: one value per step}, the mean over the weight matrices, or of the output.
+        values: {quantity: one value per step}, the mean over the weight matrices that were not zero at the start, or of
+            the output.
     """
 
     def __init__(self, model: nn.Module, pixel_values: Tensor) -> None:
         self._model = model
         self._pixel_values = pixel_values
-        self._matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+        self._matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2 and parameter.any()]
         self._weights: list[Tensor] = []
         self._output = torch.zeros(0)
         self.values: dict[str, list[float]] = {"relative_update": [], "angular_update": [], "output_change": []}
