@@ -6,11 +6,14 @@ import dataclasses
 import json
 import logging
 import math
+import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,7 +55,8 @@ class Order:
 
 
 def carry_out(order: Order) -> None:
-    """Do a run and write its outcome; what it prints goes to its log."""
+    """Do a run and write its outcome; what it prints goes to its log. It ends with the process that started it."""
+    end_with_parent()
     with order.log_file.open("w", encoding="utf-8") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
@@ -63,6 +67,19 @@ def carry_out(order: Order) -> None:
         overrides = with_values(order.overrides, {"output_dir": folder})
         outcome = train_once(order.recipe, overrides, order.diagnostics, order.cost_share)
     write_atomically(order.outcome_file, json.dumps(dataclasses.asdict(outcome)) + "\n")
+
+
+def end_with_parent() -> None:
+    """Let this process end as soon as the one that started it has ended, however that came about."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool, cost_share: float = 1.0) -> Outcome:
