@@ -55,7 +55,8 @@ def run_tuning(
                 learning_rate=recipe.training.learning_rate,
                 seeds=seeds,
                 probe_steps=probe_steps,
-                steps=max(length, probe_steps) if problems else length,
+                # Where there is no length, that is the problem to tell, and not that probes are longer.
+                steps=length if length > 0 else probe_steps,
                 verdict_seeds=verdict_seeds,
                 budget=budget,
             )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from nio_hf import NIOConfig, NIOResult, initialize
+from nio_hf.core import NIOState, Resumption
 from tests import zoo
 from tests.core.cases import PER_TENSOR
 
@@ -25,11 +26,11 @@ def digits(seed: int) -> list[tuple[Tensor, Tensor]]:
     return [(images[part], labels[part]) for part in order.split(BATCH) if len(part) == BATCH]
 
 
-def run(seed: int, **settings: Any) -> NIOResult:
+def run(seed: int, resumption: Resumption | None = None, **settings: Any) -> NIOResult:
     set_seed(seed)
     layers = [nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10)]
     config = NIOConfig(**{**PER_TENSOR, "iterations": 100, "holdout_batches": 8, "seed": seed, "lr": 0.01, **settings})
-    return initialize(nn.Sequential(*layers), digits(seed), zoo.vector_loss, config)
+    return initialize(nn.Sequential(*layers), digits(seed), zoo.vector_loss, config, resumption=resumption)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -59,6 +60,19 @@ def test_iterations_end_where_the_loss_of_digits_has_risen(seed: int) -> None:
     assert result.after.loss < 1.2 * result.before.loss
     assert result.status == "improved"
     assert f"ended after {len(result.history)} of 200 iterations: the loss had risen by 1" in result.message
+
+
+@pytest.mark.parametrize("every", [3, 1000])
+def test_a_run_that_the_loss_has_ended_ends_there_again(every: int) -> None:
+    settings: dict[str, Any] = {"gamma_relative": None, "max_loss_rise": 0.1, "lr": 0.05}
+    states: list[NIOState] = []
+    whole = run(0, Resumption(save=states.append, every=every), **settings)
+    again = run(0, Resumption(state=states[0]), **settings)
+    last = run(0, Resumption(state=states[-1]), **settings)
+    assert len(whole.history) < 100
+    assert states[-1].iterations == len(whole.history)
+    assert whole.scales == again.scales == last.scales
+    assert whole.message == again.message == last.message
 
 
 def test_the_constraint_alone_lowers_the_gradient_norm_of_digits() -> None:
