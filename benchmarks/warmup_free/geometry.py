@@ -32,7 +32,7 @@ from nio_hf.core.scales import LayerScales
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.loading import load_recipe
-from nio_hf.report.style import BLUE, GREEN, GREY, ORANGE, VERMILLION, figure, legend_below
+from nio_hf.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, figure
 from nio_hf.training.checkpoints import versions
 from nio_hf.training.layers import register_transformers_layers
 
@@ -41,6 +41,7 @@ RESULTS = FOLDER.parent / "results" / "warmup-free"
 FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0)
 SEEDS = range(3)
 BATCHES, SUB_BATCHES = 8, 4
+RATIO_TICKS = (1, 2, 4, 8)
 TINY, ADAM_EPS = 1e-12, 1e-8
 COSINES = {"grad_cosine": "GradCosine", "sign_cosine": "sign cosine", "preconditioned_cosine": "preconditioned"}
 RATIOS = {"grad_norm": "gradient norm", "l1_norm": "L1 norm", "loss": "loss"}
@@ -115,7 +116,7 @@ def draw(results: dict[str, list[list[dict[str, float]]]], target: Path) -> None
         for column, (name, seeds) in enumerate(results.items()):
             for axes, quantities, colors in (
                 (panels[0][column], COSINES, (BLUE, VERMILLION, GREEN)),
-                (panels[1][column], RATIOS, (BLUE, ORANGE, GREY)),
+                (panels[1][column], RATIOS, (ORANGE, PURPLE, GREY)),
             ):
                 for (key, label), color in zip(quantities.items(), colors, strict=True):
                     start = next(index for index, row in enumerate(seeds[0]) if row["factor"] == 1)
@@ -130,11 +131,14 @@ def draw(results: dict[str, list[list[dict[str, float]]]], target: Path) -> None
                 axes.minorticks_off()
             panels[0][column].set_title(name)
             panels[1][column].set_yscale("log")
+            panels[1][column].set_yticks(RATIO_TICKS, [f"{tick:g}" for tick in RATIO_TICKS])
+            panels[1][column].minorticks_off()
             panels[1][column].set_xlabel("factor of all weights")
         panels[0][0].set_ylabel(f"cosine (D = {SUB_BATCHES}, B/D = 16)")
         panels[1][0].set_ylabel("relative to factor 1")
+        for row in panels:
+            row[0].legend()
         drawn.align_ylabels()
-        legend_below(drawn, panels[0][0], columns=3)
 
 
 def main() -> None:
