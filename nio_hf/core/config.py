@@ -34,8 +34,8 @@ class NIOConfig:
             `gamma_relative`.
         gamma_relative: the bound as a multiple of GN at omega = 1 on the held-out batches. With both None there is no
             bound, which lets GradCosine run into its degenerate maximum.
-        max_loss_rise: the iterations end once the loss of a batch exceeds that before NIO by more than this share:
-            gradients that agree at the cost of the loss are a collapse. None for no such end.
+        max_loss_rise: the iterations end once the loss of a batch exceeds that of the same batch at omega = 1 by more
+            than this share: gradients that agree at the cost of the loss are a collapse. None for no such end.
         lr: learning rate of Adam on omega.
         scaled_tensors: "all" trainable tensors, or "weights": those of two or more dimensions, without biases and
             normalisation.

@@ -123,6 +123,14 @@ class Differentiator:
         fix = "Return (loss_sum, weight), with the number that the mean is over as weight; or do without micro-batches"
         raise ConfigError(Problem(self.loss_name, found, fix))
 
+    @torch.no_grad()
+    def mean_loss(self, batch: Any) -> Tensor:
+        """The mean loss of a batch."""
+        parts = enumerate(chunks(batch, self.micro_batch_size))
+        losses, weights = zip(*(self.loss_sum(part, index) for index, part in parts), strict=True)
+        mean: Tensor = _total(losses) / _total(weights)
+        return mean
+
     def gradient(self, batch: Any, wrt: Sequence[Tensor]) -> tuple[list[Tensor | None], Tensor, Tensor | float]:
         """Gradient of the mean loss, the mean loss, and the weight; None where no gradient reaches a tensor."""
         parts = list(chunks(batch, self.micro_batch_size))

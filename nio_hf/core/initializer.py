@@ -84,11 +84,10 @@ def initialize(
             workspace.before,
             resumption,
             workspace.started,
-            loss_bound=_loss_bound(workspace.config, workspace.before.loss),
         )
         steps = CosineSteps(workspace, loop, gamma)
         history = loop.run(steps, workspace.stream, workspace.initial, workspace.on_iteration)
-        return Learned(loop.omega, history, gamma, history[-1].curvature, loop.seconds(), loop.exceeded)
+        return Learned(loop.omega, history, gamma, history[-1].curvature, loop.seconds(), steps.loss_rise)
 
     def measured_before(scales: LayerScales) -> GradCosine | None:
         state = _fitting(resumption.state, scales)
@@ -106,11 +105,6 @@ def initialize(
         collective=collective,
         measured_before=measured_before,
     )
-
-
-def _loss_bound(config: NIOConfig, loss: float) -> float | None:
-    """The loss above which the iterations end; None without a bound."""
-    return None if config.max_loss_rise is None else loss + config.max_loss_rise * abs(loss)
 
 
 def grad_cosine(

@@ -46,8 +46,8 @@ class Measured:
 class ScaleMethod(Protocol):
     """A method that learns scales from their gradient on a batch."""
 
-    def __call__(self, iteration: int, batch: Any, check_last: Callable[[float], None]) -> Measured:
-        """Measure a batch at the current scales.
+    def __call__(self, iteration: int, batch: Any, check_last: Callable[[float], None]) -> Measured | None:
+        """Measure a batch at the current scales; None to take no further step.
 
         Args:
             iteration: counted from 1.
@@ -66,14 +66,12 @@ class Loop:
         before: GradCosine before the first iteration.
         resumption: where to go on, and how to be stopped.
         started: `time.perf_counter()` at the start of the run.
-        loss_bound: loss of a batch above which no further step is taken; None without one.
         name: of the method, for messages.
 
     Attributes:
         omega: (m,) scales so far.
         last_gradient: (m,) gradient of the scales in the last iteration.
         history: one record per iteration so far.
-        exceeded: the loss that exceeded the bound; None while none did.
     """
 
     def __init__(
@@ -84,7 +82,6 @@ class Loop:
         before: GradCosine,
         resumption: Resumption,
         started: float,
-        loss_bound: float | None = None,
         name: str = "NIO",
     ) -> None:
         scaled = scales.scaled
@@ -98,9 +95,7 @@ class Loop:
         self._sharing = scales.sharing(config.scale_sharing).to(self.omega.device)
         self.last_gradient = torch.zeros_like(self.omega)
         self.history: list[IterationRecord] = []
-        self.exceeded: float | None = None
         self._started = started
-        self._loss_bound = loss_bound
         self._name = name
         self._saved = 0
         if resumption.state is not None:
@@ -117,7 +112,7 @@ class Loop:
         initial: list[Tensor],
         on_iteration: Callable[[IterationRecord], None] | None,
     ) -> list[IterationRecord]:
-        """All iterations, or as many as there is data for and the loss allows.
+        """All iterations, or as many as there is data for and the method takes.
 
         Args:
             method: gives the gradient of the scales.
@@ -129,7 +124,7 @@ class Loop:
             StoppedError: where that was asked for, after the state is saved.
         """
         theta = [parameter.data for parameter in self._scales.scaled]
-        _scale(theta, initial, self.omega)
+        scale_by(self.omega, initial, theta)
         for _ in self.history:
             stream.next()
         for iteration in range(len(self.history) + 1, self._config.iterations + 1):
@@ -141,12 +136,11 @@ class Loop:
             if stopped:
                 self._stop()
             measured = method(iteration, batch, functools.partial(self._check_last_gradient, iteration - 1))
-            if self.history and self._loss_bound is not None and measured.loss > self._loss_bound:
-                self.exceeded = measured.loss
+            if measured is None:
                 break
             self.last_gradient = measured.scale_gradient
             self._optimizer.step(self._shared(measured.scale_gradient), measured.branch)
-            _scale(theta, initial, self.omega)
+            scale_by(self.omega, initial, theta)
             record = IterationRecord(
                 iteration=iteration,
                 grad_cosine=measured.grad_cosine,
@@ -217,6 +211,6 @@ def held_out_seed(seed: int, index: int) -> int:
     return iteration_seed(seed, _HELD_OUT + index)
 
 
-def _scale(theta: list[Tensor], initial: list[Tensor], omega: Tensor) -> None:
+def scale_by(omega: Tensor, initial: list[Tensor], theta: list[Tensor]) -> None:
     """theta_l = omega_l W_l, in place."""
     torch._foreach_copy_(theta, torch._foreach_mul(initial, list(omega.unbind())))

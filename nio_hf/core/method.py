@@ -80,7 +80,7 @@ class Learned:
         gamma: absolute bound on the gradient norm that was in force.
         curvature: the path of the last iteration, where there is one.
         seconds: wall time, that of earlier sessions included; None where there were none.
-        exceeded: loss of a batch that ended the iterations before their number; None where none did.
+        loss_rise: by what share the loss of a batch had risen when that ended the iterations; None where it did not.
     """
 
     omega: Tensor | None = None
@@ -88,7 +88,7 @@ class Learned:
     gamma: float | None = None
     curvature: str = ""
     seconds: float | None = None
-    exceeded: float | None = None
+    loss_rise: float | None = None
 
 
 _NOT_SHARED: dict[str, Any] = {
@@ -188,7 +188,7 @@ def run_method(
         scales.apply(values)
     if method == NIO:
         error = paired_standard_error(before, after)
-        status, message = judge(before, after, error, learned.history, config, learned.gamma, learned.exceeded)
+        status, message = judge(before, after, error, learned.history, config, learned.gamma, learned.loss_rise)
     else:
         done = len(learned.history)
         ended = (

@@ -235,6 +235,16 @@ class TwoPass:
         self.collective.sum_(total)
         return total
 
+    def mean_loss(self, batch: Any, parts: SubBatches, where: str) -> float:
+        """Mean loss of the sub-batches of all processes, at the weights as they are."""
+        with self.statistics(batch), self.collective.together():
+            total = torch.zeros((), dtype=torch.float64, device=self.differentiator.device)
+            for index, part in parts.owned.items():
+                with self._sub_batch(parts, index, where):
+                    total += self.back_off.run(functools.partial(self.differentiator.mean_loss, part), part, where)
+        self.collective.sum_(total)
+        return float(total) / parts.count
+
     def grad_cosine(self, batch: Any, sub_batches: int, where: str, seed: int = 0) -> GradCosine:
         """GC, GN and loss of a batch at overlap 0."""
         parts = self.split(batch, sub_batches, seed=seed)

@@ -30,19 +30,19 @@ def judge(
     history: Sequence[IterationRecord],
     config: NIOConfig,
     gamma: float | None,
-    exceeded: float | None = None,
+    loss_rise: float | None = None,
 ) -> tuple[Status, str]:
     """Status and message of a run, from the held-out measurements.
 
     In this order: the data ran out; a collapse is suspected (the loss at init rose by more than 25%, or GC exceeds
     0.95: the model then says the same for every sample); GN exceeds 1.1 gamma; GC rose by more than two standard
-    errors; it did not, or there is only one held-out batch. The thresholds are our choice. Where a loss `exceeded` its
-    bound, that is why there are fewer iterations.
+    errors; it did not, or there is only one held-out batch. The thresholds are our choice. Where the iterations ended
+    by `loss_rise`, that is why there are fewer.
     """
     change = describe_change(before, after)
-    if exceeded is not None:
-        rise = (exceeded - before.loss) / abs(before.loss)
-        change += f" (ended after {len(history)} of {config.iterations} iterations: the loss had risen by {rise:.0%})"
+    if loss_rise is not None:
+        done = f"{len(history)} of {config.iterations} iterations"
+        change += f" (ended after {done}: the loss of a batch had risen by {loss_rise:.0%})"
     elif len(history) < config.iterations:
         return "data_exhausted", f"The data ended after {len(history)} of {config.iterations} iterations. {change}."
     if after.loss - before.loss > COLLAPSE_LOSS_RISE * abs(before.loss) or after.value > COLLAPSE_COSINE:

@@ -65,7 +65,7 @@ class NIOTrainingArguments(TrainingArguments):
         NIOConfig.gamma_relative, "Bound on the gradient norm as a multiple of the gradient norm before NIO."
     )
     nio_max_loss_rise: float | None = _option(
-        NIOConfig.max_loss_rise, "End once the loss of a batch exceeds that before NIO by more than this share."
+        NIOConfig.max_loss_rise, "End once scaling has raised the loss of a batch by more than this share."
     )
     nio_lr: float = _option(NIOConfig.lr, "Learning rate of Adam on the scales.")
     nio_scaled_tensors: str = _option(

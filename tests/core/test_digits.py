@@ -54,12 +54,10 @@ def test_without_a_bound_the_gradient_norm_of_digits_runs_away() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_iterations_end_where_the_loss_of_digits_has_risen(seed: int) -> None:
     result = run(seed, gamma_relative=None, iterations=200, max_loss_rise=0.1)
-    bound = 1.1 * result.before.loss
     assert 10 < len(result.history) < 200
-    assert all(record.loss <= bound for record in result.history[1:])
-    assert result.after.loss < 1.2 * result.before.loss
+    assert 1.05 * result.before.loss < result.after.loss < 1.2 * result.before.loss
     assert result.status == "improved"
-    assert f"ended after {len(result.history)} of 200 iterations: the loss had risen by 1" in result.message
+    assert f"ended after {len(result.history)} of 200 iterations: the loss of a batch had risen by 1" in result.message
 
 
 @pytest.mark.parametrize("every", [3, 1000])
@@ -88,3 +86,20 @@ def test_the_variance_of_the_gradients_of_digits_falls() -> None:
 
     result = run(0, objective="variance", gamma_relative=None, iterations=30)
     assert variance(result.after) < 0.7 * variance(result.before)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_batch_that_is_harder_than_others_does_not_end_the_run(seed: int) -> None:
+    """With a loss that is as noisy as a squared error, and scales that stay where they are."""
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        inputs, labels = batch
+        return (model(inputs)[:, 0] - (labels % 3 == 0) * labels**2).square().mean()
+
+    set_seed(seed)
+    config = NIOConfig(iterations=20, lr=1e-6, holdout_batches=2, seed=seed)
+    losses = [loss_fn(nn.Linear(64, 10), batch).item() for batch in digits(seed)]
+    assert max(losses) > 1.2 * min(losses)
+    result = initialize(nn.Sequential(nn.Linear(64, 10)), digits(seed), loss_fn, config)
+    assert len(result.history) == 20
+    assert max(record.loss for record in result.history) > 1.1 * result.before.loss

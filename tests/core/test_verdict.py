@@ -19,7 +19,7 @@ GOOD: dict[str, Any] = {
     "error": 0.05,
     "gamma": 5.0,
     "iterations": 3,
-    "exceeded": None,
+    "loss_rise": None,
 }
 
 
@@ -27,7 +27,7 @@ def verdict(**changes: Any) -> tuple[str, str]:
     given = {**GOOD, **changes}
     after = GradCosine(given["value"], given["grad_norm"], (3.0, 3.0), given["loss"], 8)
     history = [IterationRecord(i, 0.2, 3.0, 2.0, "objective", 0.1, "exact", None) for i in range(given["iterations"])]
-    return judge(BEFORE, after, given["error"], history, NIOConfig(iterations=3), given["gamma"], given["exceeded"])
+    return judge(BEFORE, after, given["error"], history, NIOConfig(iterations=3), given["gamma"], given["loss_rise"])
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,12 @@ def verdict(**changes: Any) -> tuple[str, str]:
         ({"loss": 2.51, "grad_norm": 9.0}, "collapse_suspected", "gradient norm 3 -> 9"),
         ({"iterations": 2}, "data_exhausted", "The data ended after 2 of 3 iterations"),
         ({"iterations": 1, "loss": 9.0}, "data_exhausted", "1 of 3"),
-        ({"iterations": 2, "exceeded": 2.3}, "improved", "ended after 2 of 3 iterations: the loss had risen by 15%"),
-        ({"iterations": 2, "exceeded": 2.3, "value": 0.1}, "no_improvement", "the loss had risen by 15%"),
+        (
+            {"iterations": 2, "loss_rise": 0.15},
+            "improved",
+            "ended after 2 of 3 iterations: the loss of a batch had risen by 15%",
+        ),
+        ({"iterations": 2, "loss_rise": 0.15, "value": 0.1}, "no_improvement", "the loss of a batch had risen by 15%"),
     ],
 )
 def test_status_and_message_follow_the_measurements(changes: dict[str, Any], status: str, message: str) -> None:
