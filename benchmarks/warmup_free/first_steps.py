@@ -48,7 +48,8 @@ def rows(records: Sequence[Record], learning_rates: Sequence[float]) -> list[tup
     groups: dict[tuple[str, float, float], list[Record]] = {}
     for record in records:
         run, outcome = record["run"], record["outcome"]
-        if outcome["error"] is None and (not learning_rates or run["learning_rate"] in learning_rates):
+        complete = outcome["error"] is None and outcome["diagnostics"] and len(outcome["losses"]) > FIRST
+        if complete and (not learning_rates or run["learning_rate"] in learning_rates):
             key = (run["arm"], run["warmup_ratio"], run["learning_rate"])
             groups.setdefault(key, []).append(outcome)
     return [_row(*key, outcomes) for key, outcomes in groups.items()]

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nio_hf.comparison.command import run_comparison
+from nio_hf.console import INTERRUPTED
 from nio_hf.trials.results import RESULTS_NAME
 
 FOLDER = Path(__file__).parent
@@ -131,7 +132,7 @@ def carry_out(name: str, data: Path, jobs: int) -> int:
     for split, file in SPLITS[made.data].items():
         options += [f"--data_files.{split}", str((data / made.data / f"{file}.parquet").resolve())]
     output, kept = OUTPUTS / name, RESULTS / name
-    if (kept / RESULTS_NAME).is_file() and not (output / RESULTS_NAME).is_file():
+    if _lines(kept / RESULTS_NAME) > _lines(output / RESULTS_NAME):
         output.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept / RESULTS_NAME, output / RESULTS_NAME)
     status = run_comparison(
@@ -149,9 +150,13 @@ def carry_out(name: str, data: Path, jobs: int) -> int:
     )
     kept.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
-        if (output / file).is_file():
+        if status in (0, INTERRUPTED) and (output / file).is_file():
             shutil.copy(output / file, kept / file)
     return status
+
+
+def _lines(file: Path) -> int:
+    return len(file.read_bytes().splitlines()) if file.is_file() else 0
 
 
 def main() -> int:

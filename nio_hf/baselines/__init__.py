@@ -14,17 +14,20 @@ from typing import Any
 
 from nio_hf.baselines.architecture_aware import architecture_aware, maximal_learning_rate, residual_path_depths
 from nio_hf.baselines.emergence import emergence
+from nio_hf.baselines.gradinit import DEFAULTS as GRADINIT_DEFAULTS
 from nio_hf.baselines.gradinit import gradinit
 from nio_hf.baselines.lsuv import lsuv
+from nio_hf.baselines.metainit import DEFAULTS as METAINIT_DEFAULTS
 from nio_hf.baselines.metainit import metainit
 from nio_hf.baselines.none import no_method
-from nio_hf.core import InitResult
+from nio_hf.core import InitResult, NIOConfig
 from nio_hf.errors import ConfigError, Problem
 
 __all__ = [
     "METHODS",
     "Method",
     "architecture_aware",
+    "defaults_of",
     "emergence",
     "gradinit",
     "lsuv",
@@ -47,7 +50,13 @@ METHODS: dict[str, Method] = {
 }
 """{name: method}."""
 
+_DEFAULTS = {"gradinit": GRADINIT_DEFAULTS, "metainit": METAINIT_DEFAULTS}
 _SHARED = ("holdout", "on_iteration", "collective")
+
+
+def defaults_of(name: str) -> NIOConfig:
+    """The shared settings of a method where none are given."""
+    return _DEFAULTS.get(name, NIOConfig())
 
 
 def options_of(name: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def compare(
     jobs: Annotated[int, _option("jobs", "Runs at a time.", 1)] = 1,
     diagnostics: Annotated[bool, _option("diagnostics", "Look at what moves in the first steps.")] = False,
     output_dir: Annotated[
-        Path | None, _option("output_dir", "Where to write; default: the recipe's, with -compare.")
+        Path | None, _option("output_dir", "Where to write; default: that of the recipe + -compare.")
     ] = None,
 ) -> None:
     """Does it replace warmup? Train with and without on a grid of learning rates, and judge on fresh seeds."""
@@ -52,7 +52,7 @@ def compare(
             learning_rates=learning_rates,
             warmup_ratios=warmup_ratios,
             seeds=seeds,
-            verdict_seeds=(verdict_seeds or seeds) if verdict else 0,
+            verdict_seeds=0 if not verdict else seeds if verdict_seeds is None else verdict_seeds,
             steps=steps,
             jobs=jobs,
             diagnostics=diagnostics,

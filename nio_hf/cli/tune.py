@@ -17,7 +17,7 @@ def tune(
     gammas: Annotated[
         str,
         _option("gammas", "Bounds on the gradient norm to try, as multiples of that before NIO; none for no bound."),
-    ] = "1.25,1.5,2",
+    ] = "1.1,1.3,2",
     rates: Annotated[str, _option("rates", "Learning rates of the scales to try.")] = "0.1,0.3",
     iterations: Annotated[str, _option("iterations", "Numbers of steps on the scales to try.")] = "5,10,20",
     seeds: Annotated[int, _option("seeds", "Rounds, each on a seed of its own; each halves the candidates.")] = 3,
@@ -30,10 +30,13 @@ def tune(
     probe_steps: Annotated[int, _option("probe_steps", "Training steps of a probe.")] = 50,
     steps: Annotated[int | None, _option("steps", "Steps of a whole training, initialisation included.")] = None,
     budget: Annotated[
-        int | None, _option("budget", "Training steps that all probes may take, initialisations included.", 1)
+        int | None,
+        _option("budget", "Training steps, initialisations included, beyond which no round of probes is begun.", 1),
     ] = None,
     jobs: Annotated[int, _option("jobs", "Trainings at a time.", 1)] = 1,
-    output_dir: Annotated[Path | None, _option("output_dir", "Where to write; default: with -tune.")] = None,
+    output_dir: Annotated[
+        Path | None, _option("output_dir", "Where to write; default: that of the recipe + -tune.")
+    ] = None,
 ) -> None:
     """Choose gamma, rate and iterations of NIO by short trainings without warmup, and judge them by whole ones."""
     from nio_hf.tuning.command import run_tuning
@@ -45,7 +48,7 @@ def tune(
             rates=rates,
             iterations=iterations,
             seeds=seeds,
-            verdict_seeds=(verdict_seeds or seeds) if verdict else 0,
+            verdict_seeds=0 if not verdict else seeds if verdict_seeds is None else verdict_seeds,
             probe_steps=probe_steps,
             steps=steps,
             budget=budget,

@@ -107,28 +107,38 @@ def at_best_length(found: Iterable[Cell], arm: str, rate: float) -> Cell | None:
     return max(own, key=lambda cell: cell.accuracy, default=None)
 
 
-def largest_stable_rate(found: Sequence[Cell], arm: str) -> float | None:
-    """The last learning rate, counted upwards from the best one, before the first that is too high.
+@dataclasses.dataclass(frozen=True)
+class Stability:
+    """How high a learning rate an arm bears.
 
     A rate is too high where a run fails, or the mean accuracy is more than 3 points below the best of the arm.
 
-    Returns:
-        None where every rate has a run that failed.
+    Attributes:
+        up_to: the last learning rate, counted upwards from the best one, before the first that is too high; None where
+            every rate has a run that failed.
+        fails_from: that first one; None where none that was tried is too high.
     """
-    rates = sorted({cell.learning_rate for cell in found})
-    own = [at_best_length(found, arm, rate) for rate in rates]
-    known = [cell for cell in own if cell is not None and not cell.failed]
-    if not known:
-        return None
-    best = max(known, key=lambda cell: cell.accuracy)
-    stable = best.learning_rate
+
+    up_to: float | None
+    fails_from: float | None
+
+
+def stability(found: Sequence[Cell], arm: str) -> Stability:
+    """How high a learning rate an arm bears, warmup at the length that is best at each."""
+    rates = sorted({cell.learning_rate for cell in found if cell.arm == arm})
+    own = [cell for rate in rates if (cell := at_best_length(found, arm, rate)) is not None]
+    whole = [cell for cell in own if not cell.failed]
+    if not whole:
+        return Stability(None, rates[0] if rates else None)
+    best = max(whole, key=lambda cell: cell.accuracy)
+    up_to = best.learning_rate
     for cell in own:
-        if cell is None or cell.learning_rate <= best.learning_rate:
+        if cell.learning_rate <= best.learning_rate:
             continue
         if cell.failed or cell.accuracy < best.accuracy - PLATEAU:
-            break
-        stable = cell.learning_rate
-    return stable
+            return Stability(up_to, cell.learning_rate)
+        up_to = cell.learning_rate
+    return Stability(up_to, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,22 +147,39 @@ class Gain:
 
     Attributes:
         learning_rate: of both.
-        gain: points of accuracy, paired over the seeds of the selection.
+        warmup_ratio: length of warmup.
+        gain: points of accuracy, paired by seed.
     """
 
     learning_rate: float
+    warmup_ratio: float
     gain: Interval
 
 
 def warmup_gains(found: Sequence[Cell]) -> list[Gain]:
-    """What warmup at its best length gains over no warmup, by learning rate."""
+    """What warmup at its best length gains over no warmup, by learning rate, on the seeds that it was chosen by."""
     gains = []
     for rate in sorted({cell.learning_rate for cell in found}):
         warm, cold = (at_best_length(found, name, rate) for name in (WARMUP, NO_WARMUP))
         if warm is not None and cold is not None:
-            pairs = [warm.accuracies[seed] - cold.accuracies[seed] for seed in warm.accuracies]
-            gains.append(Gain(rate, interval(pairs)))
+            difference = paired(list(warm.accuracies.values()), list(cold.accuracies.values()))
+            gains.append(Gain(rate, warm.warmup_ratio, difference))
     return gains
+
+
+def largest_gain(gains: Iterable[Gain]) -> Gain | None:
+    """The learning rate at which warmup gained most; None where there is nothing to choose from."""
+    return max(gains, key=lambda gain: gain.gain.mean, default=None)
+
+
+def tested_gain(plan: Plan, gains: Iterable[Gain], outcomes: Outcomes, chance: float) -> Gain | None:
+    """The largest gain, measured on fresh seeds, which it was not chosen by; None while runs are missing."""
+    most = largest_gain(gains)
+    runs = [] if most is None else plan.gain_runs(most.learning_rate, most.warmup_ratio)
+    if most is None or not runs or any(run not in outcomes for run in runs):
+        return None
+    warm, cold = ([outcomes[run].accuracy_or(chance) for run in runs if run.arm == arm] for arm in (WARMUP, NO_WARMUP))
+    return dataclasses.replace(most, gain=paired(warm, cold))
 
 
 @dataclasses.dataclass(frozen=True)

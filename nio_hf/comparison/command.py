@@ -47,7 +47,7 @@ def run_comparison(
         budget = steps_of(recipe, steps, problems)
         try:
             chosen = choose_arms([arm for arm in arms.split(",") if arm], definitions)
-            plan = Plan(chosen, tuple(sorted(rates)), tuple(sorted(ratios)), seeds, verdict_seeds, max(budget, 1))
+            plan = Plan(chosen, tuple(sorted(rates)), tuple(sorted(ratios)), seeds, verdict_seeds, budget)
         except RecipeError as error:
             problems += error.problems
         if problems:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from nio_hf.comparison.analysis import cells, choose
+from nio_hf.comparison.analysis import cells, choose, largest_gain, warmup_gains
 from nio_hf.comparison.plan import CONTROLLED, Plan
 from nio_hf.comparison.report import Findings, write_report
 from nio_hf.image_training.building import load_data
@@ -27,13 +27,17 @@ def compare(bench: Bench, plan: Plan) -> tuple[Findings, dict[str, Path]]:
     """
     recipe = bench.load()
     title, chance = recipe_name(recipe.path), 100 / len(load_data(recipe).class_names)
-    total = len(plan.grid()) + plan.verdict_seeds * len(plan.arms)
+    total = len(plan.grid()) + plan.verdict_seeds * (len(plan.arms) + 2)
     with Trials(bench, recipe, CONTROLLED, steps=plan.steps) as trials:
         with Progress("Comparing", total, lambda: _table(plan, trials)) as progress:
             trials.complete(plan.trials(plan.grid()), progress)
             if plan.verdict_seeds:
-                chosen = choose(cells(plan, trials.outcomes, chance))
-                trials.complete(plan.trials(plan.verdict_runs(chosen)), progress)
+                found = cells(plan, trials.outcomes, chance)
+                runs = plan.verdict_runs(choose(found))
+                most = largest_gain(warmup_gains(found))
+                if most is not None:
+                    runs += plan.gain_runs(most.learning_rate, most.warmup_ratio)
+                trials.complete(plan.trials(dict.fromkeys(runs)), progress)
         findings = Findings.of(title, plan, trials.outcomes, chance)
         return findings, write_report(findings, bench.directory)
 

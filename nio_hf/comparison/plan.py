@@ -66,6 +66,9 @@ class Plan:
         if any(not 0 < ratio < 1 for ratio in self.warmup_ratios):
             found = ", ".join(f"{ratio:g}" for ratio in self.warmup_ratios)
             yield Problem("--warmup_ratios", found, "Give shares of the steps in (0, 1)")
+        if any(arm.has_warmup for arm in self.arms) and any(round(r * self.steps) < 1 for r in self.warmup_ratios):
+            found = f"{min(self.warmup_ratios):g} of {self.steps} steps is less than one"
+            yield Problem("--warmup_ratios", found, "Give longer ones")
         if any(arm.has_warmup for arm in self.arms) and not self.warmup_ratios:
             yield Problem("--warmup_ratios", "none, with an arm that warms up", "Give at least one, e.g. 0.1")
         if self.verdict_seeds:
@@ -106,6 +109,14 @@ class Plan:
     def trials(self, runs: Iterable[Run]) -> list[Trial]:
         """Runs with all that makes them."""
         return [Trial(run, self.arm(run.arm), self.steps) for run in runs]
+
+    def gain_runs(self, learning_rate: float, warmup_ratio: float) -> list[Run]:
+        """The runs that tell on fresh seeds whether warmup gains something at a learning rate."""
+        return [
+            Run("verdict", arm, learning_rate, ratio, FIRST_VERDICT_SEED + number)
+            for number in range(self.verdict_seeds)
+            for arm, ratio in ((NO_WARMUP, 0.0), (WARMUP, warmup_ratio))
+        ]
 
     def ratios(self, arm: Arm) -> tuple[float, ...]:
         """The lengths of warmup that an arm is tried at."""

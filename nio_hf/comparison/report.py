@@ -42,7 +42,8 @@ class Findings:
         outcomes: of the runs that have ended.
         cells: of the grid.
         chosen: settings of each arm; empty while the grid is not through.
-        gains: of warmup over no warmup.
+        gains: of warmup over no warmup, by learning rate, on the seeds of the selection.
+        tested_gain: the largest of them, on fresh seeds; None while there is none.
         verdicts: of each arm; empty while there is none.
         shares: what each initialisation adds; empty likewise.
     """
@@ -53,6 +54,7 @@ class Findings:
     cells: list[Cell]
     chosen: list[Choice]
     gains: list[Gain]
+    tested_gain: Gain | None
     verdicts: list[Verdict]
     shares: list[Share]
 
@@ -65,48 +67,52 @@ class Findings:
         gains = analysis.warmup_gains(found)
         verdicts = analysis.verdicts(plan, chosen, outcomes, chance)
         shares = analysis.shares(plan, chosen, outcomes, chance)
-        return cls(title, plan, outcomes, found, chosen, gains, verdicts, shares)
+        tested = analysis.tested_gain(plan, gains, outcomes, chance) if complete else None
+        return cls(title, plan, outcomes, found, chosen, gains, tested, verdicts, shares)
 
-    def largest_gain(self) -> Gain | None:
-        """The learning rate at which warmup gains most, where it surely gains something; else None."""
-        sure = [gain for gain in self.gains if gain.gain.low > 0]
-        return max(sure, key=lambda gain: gain.gain.mean, default=None)
+    @property
+    def no_warmup_loses(self) -> bool:
+        """Whether warmup gains something for certain: where it does not, there is nothing to replace."""
+        return self.tested_gain is not None and self.tested_gain.gain.low > 0
 
 
 def sentences(findings: Findings) -> list[str]:
     """What a comparison says, in words."""
     if not findings.chosen:
         return [f"{len(findings.outcomes)} runs so far; the grid is not through."]
+    most = analysis.largest_gain(findings.gains)
     said = []
-    gain = findings.largest_gain()
-    if gain is not None:
+    if most is not None:
         said.append(
-            f"No warmup loses: at learning rate {gain.learning_rate:g} warmup gains {gain.gain} points "
-            f"(90% interval over {len(gain.gain.values)} paired seeds)."
+            f"At learning rate {most.learning_rate:g} warmup ({most.warmup_ratio:.0%}) gains most over no warmup on "
+            f"the seeds of the selection: {most.gain} points."
         )
-    elif findings.gains:
-        said.append("Warmup gains nothing for certain over no warmup at any of these learning rates.")
     if not findings.plan.verdict_seeds:
         return [*said, "No verdict was asked for."]
-    if not findings.verdicts:
+    tested = findings.tested_gain
+    if not findings.verdicts or tested is None:
         return [*said, "The verdict is still to come."]
+    seeds = f"(90% interval over {len(tested.gain.values)} fresh paired seeds)"
+    if findings.no_warmup_loses:
+        said.append(f"No warmup loses: there warmup gains {tested.gain} points {seeds}.")
+    else:
+        said.append(f"Warmup gains nothing for certain: there it gains {tested.gain} points {seeds}.")
     added = [
         f"What the initialisation of {share.arm} adds: {share.difference} points over {share.without}, "
         "the same training without it."
         for share in findings.shares
     ]
-    if gain is None:
+    if not findings.no_warmup_loses:
         return [
             *said,
             *added,
             "So there is no verdict on what replaces it. The differences on fresh seeds are in the table.",
         ]
-    stable = {arm.name: analysis.largest_stable_rate(findings.cells, arm.name) for arm in findings.plan.arms}
-    said += [_sentence(verdict, stable) for verdict in findings.verdicts if verdict.arm not in (WARMUP, NO_WARMUP)]
+    said += [_sentence(verdict, findings) for verdict in findings.verdicts if verdict.arm not in (WARMUP, NO_WARMUP)]
     return [*said, *added]
 
 
-def _sentence(verdict: Verdict, stable: dict[str, float | None]) -> str:
+def _sentence(verdict: Verdict, findings: Findings) -> str:
     words = {
         "beats": "beats warmup",
         "matches": f"matches warmup to {analysis.MARGIN} points",
@@ -117,10 +123,17 @@ def _sentence(verdict: Verdict, stable: dict[str, float | None]) -> str:
         f"{verdict.arm} without warmup {words[verdict.word]}: {verdict.difference} points at the best learning rate of "
         f"each (90% interval over {len(verdict.difference.values)} fresh paired seeds)"
     )
-    own, cold = stable[verdict.arm], stable[NO_WARMUP]
-    if own is None or cold is None:
-        return f"{text}."
-    return f"{text}; stable up to {own / cold:g}x the learning rate of no warmup ({own:g} against {cold:g})."
+    own, cold = (analysis.stability(findings.cells, arm) for arm in (verdict.arm, NO_WARMUP))
+    if own.up_to is None:
+        return f"{text}; a run fails at every learning rate."
+    highest = max(findings.plan.learning_rates)
+    at_least = " at least" if own.fails_from is None else ""
+    failing = (
+        f"no warmup does not fail up to {highest:g}"
+        if cold.fails_from is None
+        else f"no warmup fails from {cold.fails_from:g} on"
+    )
+    return f"{text}; stable up to learning rate {own.up_to:g}{at_least}, while {failing}."
 
 
 def grid_rows(findings: Findings) -> list[tuple[str, ...]]:
@@ -128,7 +141,7 @@ def grid_rows(findings: Findings) -> list[tuple[str, ...]]:
     rows = []
     for arm in findings.plan.arms:
         own = [analysis.at_best_length(findings.cells, arm.name, rate) for rate in findings.plan.learning_rates]
-        stable = analysis.largest_stable_rate(findings.cells, arm.name) if any(own) else None
+        stable = analysis.stability(findings.cells, arm.name).up_to
         rows.append((arm.name, *map(_cell_text, own), "-" if stable is None else f"{stable:g}"))
     return rows
 
@@ -145,8 +158,6 @@ def _cell_text(cell: Cell | None) -> str:
 def verdict_rows(findings: Findings) -> list[tuple[str, ...]]:
     """(arm, learning rate, warmup, cost in steps, accuracy, difference to warmup, word)."""
     rows: list[tuple[str, ...]] = []
-    # Where warmup gains nothing there is nothing to replace.
-    has_verdict = findings.largest_gain() is not None
     for verdict in findings.verdicts:
         choice = verdict.choice
         costs = [
@@ -162,7 +173,7 @@ def verdict_rows(findings: Findings) -> list[tuple[str, ...]]:
                 f"{sum(costs) / len(costs):.1f}",
                 f"{verdict.accuracy.mean:.2f} ± {verdict.accuracy.half_width:.2f}",
                 "-" if verdict.arm == WARMUP else str(verdict.difference),
-                verdict.word if has_verdict and verdict.arm != WARMUP else "-",
+                verdict.word if findings.no_warmup_loses and verdict.arm != WARMUP else "-",
             )
         )
     return rows
@@ -210,7 +221,8 @@ def to_dict(findings: Findings) -> dict[str, Any]:
             for cell in findings.cells
         ],
         "gains_of_warmup": [dataclasses.asdict(gain) for gain in findings.gains],
-        "largest_stable_rate": {arm.name: analysis.largest_stable_rate(findings.cells, arm.name) for arm in plan.arms},
+        "tested_gain": None if findings.tested_gain is None else dataclasses.asdict(findings.tested_gain),
+        "stability": {arm.name: dataclasses.asdict(analysis.stability(findings.cells, arm.name)) for arm in plan.arms},
         "chosen": [dataclasses.asdict(choice) for choice in findings.chosen],
         "verdicts": [dataclasses.asdict(verdict) for verdict in findings.verdicts],
         "shares": [dataclasses.asdict(share) for share in findings.shares],
@@ -270,12 +282,12 @@ def plot_learning_rates(findings: Findings, target: Path) -> None:
 def plot_first_steps(findings: Findings, target: Path) -> None:
     """Draw the training loss of the first steps, and what moved in them.
 
-    The learning rate is the one at which warmup gains most over no warmup, or the highest where it gains nothing.
+    The learning rate is the one at which warmup gains most over no warmup, or the highest where there is no warmup.
 
     Raises:
         OutputError: where the file cannot be written.
     """
-    gain = findings.largest_gain()
+    gain = analysis.largest_gain(findings.gains)
     rate = max(findings.plan.learning_rates) if gain is None else gain.learning_rate
     looked_at = any(outcome.diagnostics for outcome in findings.outcomes.values())
     quantities = _QUANTITIES if looked_at else {}

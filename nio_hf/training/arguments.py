@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
+from nio_hf.baselines import defaults_of
 from nio_hf.core.batches import too_many_sub_batches
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.scales import check_storage
@@ -57,7 +58,9 @@ class NIOTrainingArguments(TrainingArguments):
     nio_seed: int | None = _option(None, "Seed of the NIO data order; default: data_seed, else seed.")
 
     # Optimisation of the scales
-    nio_iterations: int = _option(NIOConfig.iterations, "Steps on the scales.")
+    nio_iterations: int | None = _option(
+        None, f"Steps on the scales, at most; default: {NIOConfig.iterations}, of gradinit and metainit 100."
+    )
     nio_objective: str = _option(NIOConfig.objective, "gc, gc_norm, gc_sum_norm (as published) or variance.")
     nio_beta: float = _option(NIOConfig.beta, "Weight of the gradient norm in the objective gc_norm.")
     nio_gamma: float | None = _option(None, "Absolute bound on the gradient norm; it replaces nio_gamma_relative.")
@@ -67,7 +70,9 @@ class NIOTrainingArguments(TrainingArguments):
     nio_max_loss_rise: float | None = _option(
         NIOConfig.max_loss_rise, "End once scaling has raised the loss of a batch by more than this share."
     )
-    nio_lr: float = _option(NIOConfig.lr, "Learning rate of Adam on the scales.")
+    nio_lr: float | None = _option(
+        None, f"Learning rate of the scales; default: {NIOConfig.lr}, of gradinit 0.01, of metainit 0.1."
+    )
     nio_scaled_tensors: str = _option(
         NIOConfig.scaled_tensors, "What is scaled: all tensors, or weights (two or more dimensions)."
     )
@@ -137,14 +142,15 @@ class NIOTrainingArguments(TrainingArguments):
 
     def _nio_config(self) -> NIOConfig:
         seed = self.order_seed if self.nio_seed is None else self.nio_seed
+        defaults = defaults_of(self.nio_method)
         return NIOConfig(
-            iterations=self.nio_iterations,
+            iterations=defaults.iterations if self.nio_iterations is None else self.nio_iterations,
             sub_batches=self.nio_sub_batches,
             overlap=self.nio_overlap,
             gamma=self.nio_gamma,
             gamma_relative=self.nio_gamma_relative,
             max_loss_rise=self.nio_max_loss_rise,
-            lr=self.nio_lr,
+            lr=defaults.lr if self.nio_lr is None else self.nio_lr,
             scaled_tensors=self.nio_scaled_tensors,  # type: ignore[arg-type]
             scaled_names=self.nio_scaled_names,
             scale_sharing=self.nio_scale_sharing,  # type: ignore[arg-type]

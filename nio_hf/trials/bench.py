@@ -165,5 +165,7 @@ def _shared_settings(recipe: Recipe, decided: Iterable[str]) -> dict[str, Any]:
     """
     own = {*decided, *QUIET, "output_dir"}
     given = {key: setting.value for key, setting in recipe.settings.items()}
+    config = recipe.training.to_nio_config()
     defaults = {key: value for key, value in vars(recipe.training).items() if key.startswith("nio_")}
+    defaults.update(nio_iterations=config.iterations, nio_lr=config.lr)
     return {key: shareable(value) for key, value in {**defaults, **given}.items() if key not in own}

@@ -58,14 +58,16 @@ def numbers(
 
 
 def steps_of(recipe: Recipe, given: int | None, problems: list[Problem]) -> int:
-    """Steps of a whole training: those given, or those of the recipe; a recipe without becomes a problem."""
+    """Steps of a whole training: those given, or those of the recipe; 1 and a problem where there are none."""
     steps = recipe.training.max_steps if given is None else given
-    if steps < 1 and given is None:
-        problems.append(Problem("--steps", "nothing, and the recipe counts in epochs", "Give the steps of a run"))
-    return steps
+    if steps >= 1:
+        return steps
+    found = "nothing, and the recipe counts in epochs" if given is None else f"{given}"
+    problems.append(Problem("--steps", found, "Give the training steps of a run, at least 1"))
+    return 1
 
 
 def directory_beside(recipe: Recipe, purpose: str) -> Path:
     """Where the trials of a recipe are kept, where no directory is given: beside what it trains."""
-    output_dir = Path(str(recipe.training.output_dir))
+    output_dir = Path(str(recipe.training.output_dir)).absolute()
     return output_dir.with_name(f"{output_dir.name}-{purpose}")

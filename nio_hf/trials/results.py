@@ -13,11 +13,14 @@ from typing import Any
 import filelock
 
 from nio_hf.errors import Problem, RecipeError
+from nio_hf.training.checkpoints import versions
 from nio_hf.training.saving import output_errors
 from nio_hf.trials.run import Arm, Run
 
 RESULTS_NAME = "runs.jsonl"
 _FORMAT = 1
+_START = b'{"format": 1, "task": '
+"""What a file of results begins with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +83,10 @@ class Results:
         self._outcomes: dict[Run, tuple[dict[str, Any], Outcome]] = {}
         with output_errors(directory, trained=False):
             directory.mkdir(parents=True, exist_ok=True)
-            if self._file.is_file():
+            if self._file.is_file() and not self._is_unfinished_start():
                 self._read()
             else:
+                self._file.unlink(missing_ok=True)
                 self._append({"format": _FORMAT, "task": self._task})
 
     def get(self, run: Run, arm: Arm) -> Outcome | None:
@@ -100,17 +104,19 @@ class Results:
     def add(self, run: Run, arm: Arm, outcome: Outcome) -> None:
         """Append a run; it is on the disk when this returns."""
         settings = _plain(arm.settings)
-        self._append({"run": dataclasses.asdict(run), "settings": settings, "outcome": dataclasses.asdict(outcome)})
+        record = {"run": dataclasses.asdict(run), "settings": settings, "outcome": dataclasses.asdict(outcome)}
+        self._append({**record, "versions": versions()})
         self._outcomes[run] = (settings, outcome)
 
+    def _is_unfinished_start(self) -> bool:
+        """Whether the file ends within its first line, in which nothing was written but what this file is."""
+        content = self._file.read_bytes()
+        return b"\n" not in content and _START.startswith(content[: len(_START)])
+
     def _read(self) -> None:
-        lines = self._file.read_bytes().split(b"\n")
-        # A line without its end was cut off in the middle.
-        if lines[-1]:
-            with self._file.open("r+b") as file:
-                file.truncate(self._file.stat().st_size - len(lines[-1]))
+        *lines, rest = self._file.read_bytes().split(b"\n")
         try:
-            header, *records = (json.loads(line) for line in lines[:-1])
+            header, *records = (json.loads(line) for line in lines)
             if header["format"] != _FORMAT:
                 raise ValueError(f"format {header['format']}, known is {_FORMAT}")
             found = header["task"]
@@ -124,6 +130,10 @@ class Results:
             fix = "Give another --output_dir, or the settings that it was begun with"
             found = f"holds the results of something else: {', '.join(changed)} differ"
             raise RecipeError(Problem(str(self._file), found, fix))
+        # A line without its end was cut off in the middle.
+        if rest:
+            with self._file.open("r+b") as file:
+                file.truncate(self._file.stat().st_size - len(rest))
 
     def _take(self, record: dict[str, Any]) -> None:
         outcome = Outcome.from_dict(record["outcome"])

@@ -52,14 +52,20 @@ def execute(
                 run = waiting.pop()
                 order = order_for(run)
                 order.outcome_file.unlink(missing_ok=True)
-                process = context.Process(target=carry_out, args=(order,), daemon=True)
+                process = context.Process(target=carry_out, args=(order,))
                 process.start()
                 active[process.sentinel] = (process, run, order)
                 on_start(run)
+            failures = []
             for sentinel in wait(list(active)):
                 process, run, order = active.pop(cast(int, sentinel))
                 process.join()
-                on_outcome(run, _outcome_of(process, run, order))
+                try:
+                    on_outcome(run, _outcome_of(process, run, order))
+                except RunError as error:
+                    failures.append(error)
+            if failures:
+                raise failures[0]
 
 
 def default_threads(jobs: int) -> int | None:

@@ -89,7 +89,7 @@ def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool, co
     point operations are counted and divided by those of a training step.
 
     Raises:
-        ConfigError: for an initialisation that costs the whole budget.
+        ConfigError: for an initialisation that costs the whole budget; where a share of it is paid, the run failed.
         NIOError: as in [`build_trainer`] and [`NIOTrainer`].
     """
     started = time.perf_counter()
@@ -104,6 +104,8 @@ def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool, co
     steps = budget - math.ceil(cost * cost_share)
     if steps < 1:
         found = f"the initialisation costs {cost * cost_share:.0f} training steps, the budget is {budget}"
+        if cost_share < 1:
+            return Outcome(None, None, (), (), 0, cost, 0.0, time.perf_counter() - started, error=found)
         raise ConfigError(Problem("--steps", found, "Give more steps, or fewer nio_iterations"))
     trainer.args.max_steps = steps
     losses = _Losses()

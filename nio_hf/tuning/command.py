@@ -55,8 +55,7 @@ def run_tuning(
                 learning_rate=recipe.training.learning_rate,
                 seeds=seeds,
                 probe_steps=probe_steps,
-                # Where there is no length, that is the problem to tell, and not that probes are longer.
-                steps=length if length > 0 else probe_steps,
+                steps=probe_steps if problems else length,
                 verdict_seeds=verdict_seeds,
                 budget=budget,
             )

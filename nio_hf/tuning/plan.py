@@ -36,8 +36,8 @@ DECIDED = {
 }
 """{setting of the recipe: option that decides it in a search}."""
 STEPS_PER_ITERATION, STEPS_PER_HELD_OUT_BATCH = 3, 2
-"""About what NIO costs, in training steps of its batch size: an iteration with kept graphs, and the measurements before
-and after."""
+"""What NIO costs at the least, in training steps of its batch size: an iteration with kept graphs, and the measurements
+before and after."""
 Outcomes = Mapping[Run, Outcome]
 
 
@@ -54,7 +54,7 @@ class Plan:
         probe_steps: length of a probe, in training steps.
         steps: length of a whole training, initialisation included.
         verdict_seeds: fresh seeds to judge by; 0 not to judge.
-        budget: training steps that the probes may take in all, initialisations included; None for no limit.
+        budget: training steps, initialisations included, beyond which no round of probes is begun; None for no limit.
     """
 
     gammas: tuple[float | None, ...]
@@ -94,9 +94,8 @@ class Plan:
 
     def candidates(self, recipe: Recipe) -> list[Arm]:
         """The recipe's own settings and the grid, without the point of it that is the same."""
-        args = recipe.training
-        bound = None if args.nio_gamma is not None else args.nio_gamma_relative
-        own = (bound, args.nio_lr, args.nio_iterations) if args.nio_gamma is None else None
+        config = recipe.training.to_nio_config()
+        own = (config.gamma_relative, config.lr, config.iterations) if config.gamma is None else None
         grid = itertools.product(self.gammas, self.rates, self.iterations)
         return [OWN, *(_candidate(*point) for point in grid if point != own)]
 
@@ -138,11 +137,16 @@ class Plan:
         """Training steps that the probes so far took, initialisations included."""
         return sum(outcome.steps + outcome.cost_steps for run, outcome in outcomes.items() if run.stage == "probe")
 
-    def expected(self, arms: Sequence[Arm], recipe: Recipe) -> float:
+    def expected(self, arms: Sequence[Arm], recipe: Recipe, outcomes: Outcomes) -> float:
         """About how many training steps the probes of a round take, initialisations included."""
-        return sum(
-            self.probe_steps + (1 - self.probe_steps / self.steps) * initialisation_cost(arm, recipe) for arm in arms
-        )
+        return sum(self._expected_of(arm, recipe, outcomes) for arm in arms)
+
+    def _expected_of(self, arm: Arm, recipe: Recipe, outcomes: Outcomes) -> float:
+        """By what the probes of a candidate took so far, or else by what its initialisation should cost."""
+        known = [outcomes[run] for seed in range(self.seeds) if (run := self._probe(arm, seed)) in outcomes]
+        if known:
+            return statistics.fmean(outcome.steps + outcome.cost_steps for outcome in known)
+        return self.probe_steps + (1 - self.probe_steps / self.steps) * initialisation_cost(arm, recipe)
 
     def _probe(self, arm: Arm, seed: int) -> Run:
         return Run("probe", arm.name, self.learning_rate, 0.0, seed)
@@ -162,7 +166,7 @@ def tuned_settings(arm: Arm) -> dict[str, Any]:
 
 def initialisation_cost(arm: Arm, recipe: Recipe) -> float:
     """About what the initialisation of a candidate costs, in training steps."""
-    args = recipe.training
-    iterations = arm.settings.get("nio_iterations", args.nio_iterations)
-    batches = STEPS_PER_ITERATION * iterations + STEPS_PER_HELD_OUT_BATCH * args.nio_holdout_batches
+    args, config = recipe.training, recipe.training.to_nio_config()
+    iterations = arm.settings.get("nio_iterations", config.iterations)
+    batches = STEPS_PER_ITERATION * iterations + STEPS_PER_HELD_OUT_BATCH * config.holdout_batches
     return float(batches * args.nio_batch_size / (args.train_batch_size * args.gradient_accumulation_steps))

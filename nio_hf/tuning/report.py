@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,14 @@ def rows(tuned: Tuned) -> list[tuple[str, ...]]:
 def _row(tuned: Tuned, arm: Arm) -> tuple[str, ...]:
     plan = tuned.plan
     losses, own = plan.losses(arm, tuned.outcomes), plan.losses(OWN, tuned.outcomes)
+    mean, difference = statistics.fmean(losses), statistics.fmean(losses) - statistics.fmean(own[: len(losses)])
     known = [outcome for run, outcome in tuned.outcomes.items() if (run.stage, run.arm) == ("probe", arm.name)]
     measured = [outcome.initialisation for outcome in known if outcome.initialisation is not None]
     return (
         arm.description,
         f"{len(losses)}",
-        f"{statistics.fmean(losses):.4f}",
-        "-" if arm is OWN else f"{statistics.fmean(losses) - statistics.fmean(own[: len(losses)]):+.4f}",
+        f"{mean:.4f}" if math.isfinite(mean) else "failed",
+        f"{difference:+.4f}" if arm is not OWN and math.isfinite(difference) else "-",
         f"{statistics.fmean(outcome.cost_steps for outcome in known):.1f}",
         _after([entry["grad_cosine"] for entry in measured]),
         _after([entry["grad_norm"] for entry in measured]),
@@ -104,9 +106,12 @@ def write_report(tuned: Tuned, directory: Path) -> dict[str, Path]:
 
 
 def settings_yaml(tuned: Tuned) -> str:
-    """The settings to put into a recipe, none where its own are best."""
+    """The settings to put into a recipe: commented out where its own were judged to be as good or better."""
     comments = [f"# {sentence}" for sentence in sentences(tuned)]
-    settings = [f"{key}: {json.dumps(value)}" for key, value in tuned_settings(tuned.chosen).items()]
+    advised = tuned.difference is None or tuned.word == "better"
+    settings = [
+        f"{'' if advised else '# '}{key}: {json.dumps(value)}" for key, value in tuned_settings(tuned.chosen).items()
+    ]
     return "\n".join([f"# {tuned.title}", *comments, *settings]) + "\n"
 
 
@@ -119,7 +124,7 @@ def to_dict(tuned: Tuned) -> dict[str, Any]:
             {
                 "name": arm.name,
                 "settings": tuned_settings(arm),
-                "losses": tuned.plan.losses(arm, tuned.outcomes),
+                "losses": [loss if math.isfinite(loss) else None for loss in tuned.plan.losses(arm, tuned.outcomes)],
             }
             for arm in tuned.candidates
         ],

@@ -93,7 +93,7 @@ def tune(bench: Bench, plan: Plan) -> Tuned:
 def budget_sentence(plan: Plan, candidates: Sequence[Arm], recipe: Recipe) -> str:
     """What a search takes, before it begins."""
     sizes = plan.sizes(len(candidates))
-    probes = plan.expected(candidates, recipe) * sum(sizes) / len(candidates)
+    probes = plan.expected(candidates, recipe, {}) * sum(sizes) / len(candidates)
     limit = "" if plan.budget is None else f", of at most {plan.budget:,}"
     judged = 2 * plan.verdict_seeds * plan.steps
     return (
@@ -105,10 +105,10 @@ def budget_sentence(plan: Plan, candidates: Sequence[Arm], recipe: Recipe) -> st
 def _check_costs(plan: Plan, candidates: Sequence[Arm], recipe: Recipe) -> None:
     for arm in candidates:
         cost = initialisation_cost(arm, recipe)
-        if cost >= plan.steps:
+        if math.ceil(cost * plan.probe_steps / plan.steps) >= plan.probe_steps:
             found = f"{plan.steps:,}, where the initialisation alone takes about {cost:,.0f} with {arm.description}"
             raise RecipeError(Problem("--steps", found, "Give more, fewer iterations, or a smaller nio_batch_size"))
-    first = plan.expected(candidates, recipe)
+    first = plan.expected(candidates, recipe, {})
     if plan.budget is not None and first > plan.budget:
         found = f"{plan.budget:,} training steps, where the first round takes about {first:,.0f}"
         fix = "Give more, fewer candidates, or fewer --probe_steps"
@@ -117,7 +117,7 @@ def _check_costs(plan: Plan, candidates: Sequence[Arm], recipe: Recipe) -> None:
 
 def _affords(plan: Plan, arms: Sequence[Arm], recipe: Recipe, outcomes: Outcomes) -> bool:
     """Whether the budget has room for a round more."""
-    return plan.budget is None or plan.spent(outcomes) + plan.expected(arms, recipe) <= plan.budget
+    return plan.budget is None or plan.spent(outcomes) + plan.expected(arms, recipe, outcomes) <= plan.budget
 
 
 def _difference(plan: Plan, chosen: Arm, outcomes: Outcomes, chance: float) -> Interval:

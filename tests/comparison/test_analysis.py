@@ -7,6 +7,7 @@ import math
 import pytest
 
 from nio_hf.comparison import analysis
+from nio_hf.comparison.analysis import Stability
 from nio_hf.comparison.arms import choose_arms
 from nio_hf.comparison.report import Findings, sentences, verdict_rows
 from nio_hf.trials.interval import Interval, interval
@@ -61,18 +62,20 @@ def test_the_choice_is_the_best_mean_and_of_equals_the_lowest_rate() -> None:
     assert chosen["nio"].learning_rate == 1e-3
 
 
-def test_the_largest_stable_rate_is_the_end_of_the_plateau() -> None:
+def test_an_arm_is_stable_to_the_end_of_its_plateau() -> None:
     made = plan(learning_rates=(1e-3, 2e-3, 4e-3, 8e-3))
     accuracies = {1e-3: 48.0, 2e-3: 50.0, 4e-3: 47.5, 8e-3: 46.0}
     found = analysis.cells(made, outcomes(made, lambda run: accuracies[run.learning_rate]), CHANCE)
-    assert analysis.largest_stable_rate(found, "nio") == 4e-3
+    assert analysis.stability(found, "nio") == Stability(4e-3, 8e-3)
     failing = outcomes(made, lambda run: None if run.learning_rate == 4e-3 and run.seed == 2 else 50.0)
-    assert analysis.largest_stable_rate(analysis.cells(made, failing, CHANCE), "nio") == 2e-3
+    assert analysis.stability(analysis.cells(made, failing, CHANCE), "nio") == Stability(2e-3, 4e-3)
     none = analysis.cells(made, outcomes(made, lambda run: None), CHANCE)
-    assert analysis.largest_stable_rate(none, "nio") is None
+    assert analysis.stability(none, "nio") == Stability(None, 1e-3)
+    flat = analysis.cells(made, outcomes(made, lambda run: 50.0), CHANCE)
+    assert analysis.stability(flat, "nio") == Stability(8e-3, None)
 
 
-def _findings(gain: float, noise: tuple[float, ...] = (0.0, 0.1, -0.1)) -> Findings:
+def _findings(gain: float, tested: float, noise: tuple[float, ...] = (0.0, 0.1, -0.1)) -> Findings:
     made = plan(arms=choose_arms(["no_warmup", "warmup", "nio"]))
 
     def accuracy(run: Run) -> float:
@@ -83,23 +86,30 @@ def _findings(gain: float, noise: tuple[float, ...] = (0.0, 0.1, -0.1)) -> Findi
     chosen = analysis.choose(analysis.cells(made, known, CHANCE))
     for run in made.verdict_runs(chosen):
         offset = noise[run.seed - 1000] if run.arm == "nio" else 0.0
-        known[run] = outcome({"no_warmup": 40.0, "warmup": 42.0, "nio": 42.2}[run.arm] + offset)
+        known[run] = outcome({"no_warmup": 42.0 - tested, "warmup": 42.0, "nio": 42.2}[run.arm] + offset)
+    most = analysis.largest_gain(analysis.warmup_gains(analysis.cells(made, known, CHANCE)))
+    assert most is not None
+    for run in made.gain_runs(most.learning_rate, most.warmup_ratio):
+        known.setdefault(run, outcome(42.0 - tested * (run.arm == "no_warmup") + 0.1 * (run.seed % 2)))
     return Findings.of("recipe", made, known, CHANCE)
 
 
 def test_where_warmup_gains_nothing_there_is_no_verdict() -> None:
-    findings = _findings(gain=-1.0)
+    """Even where it gained on the seeds that rate and length were chosen by."""
+    findings = _findings(gain=3.0, tested=-0.5)
     text = " ".join(sentences(findings))
-    assert "Warmup gains nothing for certain" in text
+    assert "warmup (10%) gains most over no warmup on the seeds of the selection: +3" in text
+    assert "Warmup gains nothing for certain: there it gains -0.5" in text
     assert "there is no verdict" in text
     assert all(row[-1] == "-" for row in verdict_rows(findings))
 
 
 def test_the_verdict_says_the_difference_with_its_uncertainty() -> None:
     """Differences 0.2, 0.3, 0.1: mean 0.2, standard deviation 0.1, half width 2.919986 * 0.1 / sqrt(3) = 0.17."""
-    findings = _findings(gain=3.0)
+    findings = _findings(gain=3.0, tested=2.0)
     text = " ".join(sentences(findings))
-    assert "No warmup loses: at learning rate 0.001 warmup gains" in text
+    assert "No warmup loses: there warmup gains +2.00" in text
+    assert "stable up to learning rate 0.002 at least, while no warmup does not fail up to 0.002" in text
     assert "nio without warmup beats warmup: +0.20 ± 0.17 points" in text
     assert "3 fresh paired seeds" in text
     assert {row[0]: row[-1] for row in verdict_rows(findings)} == {

@@ -9,6 +9,7 @@ import pytest
 
 from nio_hf.comparison.arms import ARMS
 from nio_hf.errors import RecipeError
+from nio_hf.training.checkpoints import versions
 from nio_hf.trials.results import RESULTS_NAME, Results, locked
 from nio_hf.trials.run import Run
 from tests.comparison.outcomes import outcome
@@ -76,13 +77,29 @@ def test_an_arm_that_means_something_else_now_is_refused(tmp_path: Path) -> None
         Results(tmp_path, TASK).get(RUN, ARMS["gi_adam"])
 
 
-@pytest.mark.parametrize("text", ["{}\n", "no json\n", '{"format": 2, "task": {}}\n', '{"format": 1}\n', "\n"])
+@pytest.mark.parametrize(
+    "text", ["{}\n", "no json\n", "no json", '{"mine": 1}\n{', '{"format": 2, "task": {}}\n', '{"format": 1}\n', "\n"]
+)
 def test_another_file_is_refused_and_kept(tmp_path: Path, text: str) -> None:
     file = tmp_path / RESULTS_NAME
     file.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError, match="is no results file"):
         Results(tmp_path, TASK)
     assert file.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("length", [0, 1, 20, 40])
+def test_a_file_that_ends_in_its_first_line_is_begun_again(tmp_path: Path, length: int) -> None:
+    file = _filled(tmp_path)
+    first = file.read_bytes().splitlines(keepends=True)[0]
+    file.write_bytes(first[:length])
+    assert Results(tmp_path, TASK).get(RUN, ARMS["nio"]) is None
+    assert file.read_bytes() == first
+
+
+def test_a_run_names_the_versions_that_it_was_made_with(tmp_path: Path) -> None:
+    record = json.loads(_filled(tmp_path).read_text(encoding="utf-8").splitlines()[1])
+    assert record["versions"] == versions()
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

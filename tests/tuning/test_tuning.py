@@ -116,6 +116,7 @@ def test_a_choice_that_is_not_surely_better_is_not_advised(search: Any, gain: fl
     tuned, _, _ = search(plan(), _rate, lambda run: 50.0 + (run.arm != "own") * (gain + noise.get(run.seed, 0.0)))
     assert tuned.word == word
     assert "keep those" in " ".join(sentences(tuned))
+    assert "\n# nio_lr: 0.3\n" in settings_yaml(tuned)
 
 
 def test_probes_that_fail_come_last_and_failed_trainings_count_as_chance(search: Any) -> None:
@@ -135,8 +136,8 @@ def test_probes_that_all_fail_are_an_error(search: Any) -> None:
 
 def test_the_point_of_the_grid_that_the_recipe_has_is_not_tried_twice() -> None:
     recipe = load_recipe(RECIPE)
-    args = recipe.training
-    made = plan(gammas=(args.nio_gamma_relative, 7.0), rates=(args.nio_lr,), iterations=(args.nio_iterations,))
+    own = recipe.training.to_nio_config()
+    made = plan(gammas=(own.gamma_relative, 7.0), rates=(own.lr,), iterations=(own.iterations,))
     assert len(made.candidates(recipe)) == 2
     absolute = load_recipe(RECIPE, ["--nio_gamma", "3.0"])
     assert len(made.candidates(absolute)) == 3
@@ -147,7 +148,7 @@ def test_the_budget_ends_the_search(search: Any) -> None:
     recipe = load_recipe(RECIPE)
     made = plan(verdict_seeds=0)
     candidates = made.candidates(recipe)
-    first = made.expected(candidates, recipe)
+    first = made.expected(candidates, recipe, {})
     tuned, runs, _ = search(plan(verdict_seeds=0, budget=math.ceil(first)), _rate)
     assert {run.seed for run in runs} == {0}
     assert tuned.rounds == 1
@@ -181,7 +182,7 @@ def test_a_search_goes_on_where_it_was(search: Any) -> None:
 
 
 def test_what_a_search_writes(search: Any, tmp_path: Path) -> None:
-    tuned, _, _ = search(plan(), _rate)
+    tuned, _, _ = search(plan(), _rate, lambda run: 50.0 + (run.arm != "own"))
     written = write_report(tuned, tmp_path)
     assert all(file.stat().st_size > 0 for file in written.values())
     again = load_recipe(RECIPE, [f"--{line.replace(': ', '=')}" for line in _settings(written["Settings"])])
