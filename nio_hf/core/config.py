@@ -23,8 +23,8 @@ class NIOConfig:
 
     The published settings for ResNet-50 are objective "gc_sum_norm", lr 0.003, gamma 10, sub_batches 4, overlap 0.2,
     iterations 100, batch 64 (the authors' configuration files), with scaled_tensors "all", scale_sharing "tensor" and
-    max_loss_rise None. The defaults below are our choice, by the study of small ViT and Swin in
-    benchmarks/warmup_free.
+    max_loss_rise None. The defaults below are our choice, from trainings of a small ViT and Swin
+    (benchmarks/warmup_free).
 
     Args:
         iterations: number of steps on omega.

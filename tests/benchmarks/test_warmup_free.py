@@ -1,4 +1,4 @@
-"""The study of warmup: its comparisons can be carried out, and its page says what its results say."""
+"""The study of warmup: its comparisons can be carried out."""
 
 from __future__ import annotations
 

@@ -75,6 +75,27 @@ def test_any_number_of_processes_finds_the_same_scales(
         assert found[0] == pytest.approx(alone, rel=1e-5)
 
 
+def _ended_by_the_loss(name: str, batch_norm: str) -> tuple[dict[str, float], int, str]:
+    """What the default settings learn where a small rise of the loss ends them."""
+    config = NIOConfig(
+        sub_batches=3, iterations=30, holdout_batches=2, max_loss_rise=0.05, gamma_relative=None, batch_norm=batch_norm
+    )
+    result = _initialise(name, config)
+    return result.scales, len(result.history), result.message
+
+
+@pytest.mark.parametrize(("name", "batch_norm"), [("vit", "batch"), ("mlp", "batch"), ("resnet", "frozen")])
+def test_a_loss_that_rises_ends_all_processes_at_once(name: str, batch_norm: str) -> None:
+    scales, iterations, message = _ended_by_the_loss(name, batch_norm)
+    assert len(set(scales.values())) == 1
+    assert 1 <= iterations < 30
+    assert "the loss of a batch had risen by" in message
+    found = run_ranks(2, _ended_by_the_loss, name, batch_norm)
+    assert found[0] == found[1]
+    assert found[0][0] == pytest.approx(scales, rel=1e-5)
+    assert found[0][1] == iterations
+
+
 class _Counting:
     """A loss that writes down which samples it has been computed on, by the first number of each."""
 
