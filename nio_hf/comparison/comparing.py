@@ -56,7 +56,7 @@ def _table(plan: Plan, trials: Trials) -> Table:
 def _cell(trials: Trials, arm: str, rate: float) -> str:
     own = [
         outcome
-        for run, outcome in trials.outcomes.items()
+        for run, outcome in dict(trials.outcomes).items()
         if (run.stage, run.arm, run.learning_rate) == ("selection", arm, rate)
     ]
     values = [outcome.accuracy for outcome in own if outcome.accuracy is not None]

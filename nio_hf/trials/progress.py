@@ -75,7 +75,9 @@ class Progress:
 
     def _render(self) -> Group:
         now = time.perf_counter()
-        running = ", ".join(f"{run.name} ({now - started:.0f} s)" for run, started in self._active.items())
+        # The terminal is refreshed by a thread of its own.
+        active = dict(self._active)
+        running = ", ".join(f"{run.name} ({now - started:.0f} s)" for run, started in active.items())
         return Group(self._table(), f"Running: {running}", self._bar)
 
 

@@ -31,6 +31,7 @@ class PixelFormat:
         mean: of each channel, over pixels in [0, 1].
         std: standard deviation likewise.
         resample: Pillow's filter of resizing.
+        keeps: whether images of that height and width are left as they are.
     """
 
     height: int
@@ -38,6 +39,7 @@ class PixelFormat:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resample: Image.Resampling
+    keeps: bool
 
 
 def make_image_processor(
@@ -88,6 +90,11 @@ def make_image_processor(
     return cast(BaseImageProcessor, processor_class(**changes))
 
 
+def image_bytes(image: Image.Image) -> torch.Tensor:
+    """An image as it is: bytes (channels, height, width)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def resized_bytes(processor: BaseImageProcessor, images: list[Image.Image]) -> torch.Tensor:
     """Images as a processor resizes and crops them, before it scales them: bytes (n, channels, height, width)."""
     described: Any = processor
@@ -118,8 +125,15 @@ def pixel_format(processor: BaseImageProcessor) -> PixelFormat:
         raise ModelError(problem) from error
     if made.shape != expected.shape or (made - expected).abs().max() > _TOLERANCE:
         raise ModelError(problem)
+    height, width = made.shape[-2:]
+    fitting = _probe(width, height)
     return PixelFormat(
-        made.shape[-2], made.shape[-1], tuple(described.image_mean), tuple(described.image_std), resample
+        height=height,
+        width=width,
+        mean=tuple(described.image_mean),
+        std=tuple(described.image_std),
+        resample=resample,
+        keeps=torch.equal(resized_bytes(processor, [fitting])[0], image_bytes(fitting)),
     )
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import random
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional
 from transformers import BaseImageProcessor
 
-from nio_hf.vision.processors import pixel_format, resized_bytes
+from nio_hf.vision.processors import image_bytes, pixel_format, resized_bytes
 
 _ATTEMPTS = 10
 
@@ -65,10 +64,17 @@ class TrainingTransform:
         """Pixel values of n images."""
         if self._crop == "resized":
             return [self._resized_part(image) for image in images]
-        pixel_values = list(resized_bytes(self._processor, images))
+        pixel_values = self._resized(images)
         if self._crop == "padded":
             pixel_values = [self._window(pixels) for pixels in pixel_values]
         return [pixels.flip(-1) if self._flips() else pixels for pixels in pixel_values]
+
+    def _resized(self, images: list[Image.Image]) -> list[torch.Tensor]:
+        """As the processor resizes images. For those of its size it is not asked: that takes longer than decoding."""
+        size = (self._pixels.width, self._pixels.height)
+        if self._pixels.keeps and all(image.size == size and image.mode == "RGB" for image in images):
+            return [image_bytes(image) for image in images]
+        return list(resized_bytes(self._processor, images))
 
     def _flips(self) -> bool:
         return self._flip > 0 and random.random() < self._flip
@@ -78,7 +84,7 @@ class TrainingTransform:
         part = image.resize((self._pixels.width, self._pixels.height), self._pixels.resample, box=box)
         if self._flips():
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.array(part)).permute(2, 0, 1)
+        return image_bytes(part)
 
     def _window(self, pixels: torch.Tensor) -> torch.Tensor:
         _, height, width = pixels.shape

@@ -16,7 +16,7 @@ from nio_hf.vision.processors import PixelFormat
 from nio_hf.vision.rand_augment import RandAugment
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-PIXELS = PixelFormat(16, 16, MEAN, STD, Image.Resampling.BILINEAR)
+PIXELS = PixelFormat(16, 16, MEAN, STD, Image.Resampling.BILINEAR, keeps=True)
 CLASSES = 5
 
 

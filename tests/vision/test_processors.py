@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,11 @@ def test_images_have_the_size_of_the_model(model_type: str, size: int) -> None:
 
 
 def test_the_published_normalisation_and_interpolation_are_kept() -> None:
-    assert pixel_format(make("vit")) == PixelFormat(32, 32, HALF, HALF, Image.Resampling.BILINEAR)
-    assert pixel_format(make("deit")) == PixelFormat(32, 32, HALF, HALF, Image.Resampling.BICUBIC)
-    assert pixel_format(make("pvt")) == PixelFormat(32, 32, IMAGENET_MEAN, IMAGENET_STD, Image.Resampling.BICUBIC)
+    assert pixel_format(make("vit")) == PixelFormat(32, 32, HALF, HALF, Image.Resampling.BILINEAR, keeps=True)
+    assert pixel_format(make("deit")) == PixelFormat(32, 32, HALF, HALF, Image.Resampling.BICUBIC, keeps=False)
+    assert pixel_format(make("pvt")) == PixelFormat(
+        32, 32, IMAGENET_MEAN, IMAGENET_STD, Image.Resampling.BICUBIC, keeps=True
+    )
 
 
 def test_the_ratio_of_the_published_resize_to_its_crop_is_kept() -> None:
@@ -65,12 +68,15 @@ def test_what_is_given_goes_before_what_is_published(model_type: str) -> None:
     mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
     for crop_ratio in (None, 0.8):
         processor = make(model_type, image_mean=mean, image_std=std, interpolation="bicubic", crop_ratio=crop_ratio)
-        assert pixel_format(processor) == PixelFormat(32, 32, tuple(mean), tuple(std), Image.Resampling.BICUBIC)
+        found = pixel_format(processor)
+        assert found == PixelFormat(32, 32, tuple(mean), tuple(std), Image.Resampling.BICUBIC, found.keeps)
     assert pixel_format(make(model_type, interpolation="bilinear")).resample is Image.Resampling.BILINEAR
 
 
 def test_a_crop_ratio_keeps_the_published_normalisation() -> None:
-    assert pixel_format(make("pvt", crop_ratio=0.5)) == pixel_format(make("pvt"))
+    cropped = pixel_format(make("pvt", crop_ratio=0.5))
+    assert not cropped.keeps
+    assert dataclasses.replace(cropped, keeps=True) == pixel_format(make("pvt"))
 
 
 @pytest.mark.parametrize(("crop_ratio", "shorter"), [(0.875, 37), (1.0, 32), (0.5, 64)])

@@ -15,7 +15,7 @@ from scipy import stats
 from transformers import AutoConfig, BaseImageProcessor
 
 from nio_hf.vision.augmentation import BatchAugmentation
-from nio_hf.vision.processors import make_image_processor, pixel_format
+from nio_hf.vision.processors import make_image_processor, pixel_format, resized_bytes
 from nio_hf.vision.transforms import EvaluationTransform, TrainingTransform, random_part
 from tests.vision.pictures import as_bytes, photo
 
@@ -79,6 +79,16 @@ def test_training_without_a_crop_is_exactly_evaluation_once_it_is_normalised(nam
     batch = {"pixel_values": torch.stack(trained), "labels": torch.zeros(len(trained), dtype=torch.long)}
     found = BatchAugmentation(pixel_format(described))(batch)["pixel_values"]
     torch.testing.assert_close(found, torch.stack(EvaluationTransform(described)(photos())), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_images_of_the_size_of_the_processor_are_what_it_makes_of_them(name: str) -> None:
+    described = processor(name)
+    pixels = pixel_format(described)
+    image = photos()[0].resize((pixels.width, pixels.height))
+    found = TrainingTransform(described, crop="none")([image])[0]
+    assert torch.equal(found, resized_bytes(described, [image])[0])
+    assert pixels.keeps == torch.equal(found, as_bytes(image))
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
