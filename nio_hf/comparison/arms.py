@@ -7,9 +7,28 @@ from typing import Any
 
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.strict_yaml import parse_scalar
+from nio_hf.trials.bench import QUIET
 from nio_hf.trials.run import Arm
 
 NO_WARMUP, WARMUP = "no_warmup", "warmup"
+CONTROLLED = {
+    "learning_rate": "Use --learning_rates",
+    "warmup_steps": "Use --warmup_ratios",
+    "max_steps": "Use --steps",
+    "num_train_epochs": "Use --steps",
+    "seed": "Use --seeds",
+    "data_seed": "Use --seeds",
+    "nio_seed": "Use --seeds",
+    "nio": "Use --arms",
+    "nio_method": "Use --arms",
+    "nio_seed_optimizer": "Use --arms",
+    "optimizer": "Use --arms",
+    "eval_from_train": "Leave it out: a part of the training data chooses, the evaluation data judge",
+    "resume_from_checkpoint": "Leave it out: the same command goes on",
+    "push_to_hub": "Leave it out: a comparison is not pushed",
+}
+"""{setting of the recipe that a comparison decides itself: what to do instead}."""
+_OWN_OF_ARMS = {"nio", "nio_method", "nio_seed_optimizer", "optimizer"}
 _PLAIN: dict[str, Any] = {"nio": False, "nio_seed_optimizer": None, "optimizer": None}
 _SEEDED = {"nio_seed_optimizer": "gi_adam"}
 
@@ -55,6 +74,7 @@ def choose_arms(names: Sequence[str], definitions: Sequence[str] = ()) -> tuple[
     problems = []
     arms: dict[str, Arm] = {}
     for name in names:
+        name = name.strip()
         if name not in ARMS:
             problems.append(Problem("--arms", f"{name!r} is no known arm", f"Choose from {', '.join(ARMS)}"))
         elif name in arms:
@@ -85,11 +105,14 @@ def _defined(definition: str) -> Arm:
     fix = "Write NAME=ARM,key=value,... e.g. nio_low=nio,nio_gamma_relative=0.5"
     if not equals or not name.isidentifier() or base not in ARMS:
         raise RecipeError(Problem("--arm", f"{definition!r}", fix))
-    changes = {}
+    changes: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals:
+        if not equals or not value or key in changes:
             raise RecipeError(Problem("--arm", f"{setting!r} in {definition!r}", fix))
+        decided = {**dict.fromkeys([*QUIET, "output_dir"], "Leave it out"), **CONTROLLED}
+        if key in decided and key not in _OWN_OF_ARMS:
+            raise RecipeError(Problem(f"--arm {name}, {key}", "is decided by this command", decided[key]))
         changes[key] = parse_scalar(value, f"--arm {name}, {key}")
     known = ARMS[base]
     return Arm(name, f"{known.description}; {', '.join(settings)}", {**known.settings, **changes}, known.has_warmup)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nio_hf.comparison.arms import choose_arms
+from nio_hf.comparison.arms import CONTROLLED, choose_arms
 from nio_hf.comparison.comparing import compare
-from nio_hf.comparison.plan import CONTROLLED, Plan
-from nio_hf.comparison.report import VERDICT_COLUMNS, grid_columns, grid_rows, sentences, verdict_rows
+from nio_hf.comparison.plan import Plan
+from nio_hf.comparison.report import EVALUATED, VERDICT_COLUMNS, grid_columns, grid_rows, sentences, verdict_rows
 from nio_hf.console import exit_status, print_comparison
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.catalog import split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.trials.bench import Bench
-from nio_hf.trials.options import GO_ON, check_overrides, directory_beside, numbers, steps_of
+from nio_hf.trials.options import GO_ON, check_overrides, directory_beside, numbers, settled, steps_of
 
 RATE_FACTORS = (0.5, 1.0, 2.0, 4.0)
 """The learning rates of the grid where none are given, as multiples of the recipe's."""
@@ -49,7 +49,7 @@ def run_comparison(
             chosen = choose_arms([arm for arm in arms.split(",") if arm], definitions)
             plan = Plan(chosen, tuple(sorted(rates)), tuple(sorted(ratios)), seeds, verdict_seeds, budget)
         except RecipeError as error:
-            problems += error.problems
+            problems = settled(problems, error.problems)
         if problems:
             raise RecipeError(*problems)
         directory = output_dir or directory_beside(recipe, "compare")
@@ -58,7 +58,11 @@ def run_comparison(
         findings, written = compare(bench, plan)
         tables = {"Accuracy (%) by learning rate": (grid_columns(plan), grid_rows(findings))}
         if findings.verdicts:
-            tables["On fresh seeds"] = (VERDICT_COLUMNS, verdict_rows(findings))
+            title = f"On {plan.verdict_seeds} fresh seeds and {EVALUATED[findings.is_split]}"
+            tables[title] = (VERDICT_COLUMNS, verdict_rows(findings))
+                VERDICT_COLUMNS,
+                verdict_rows(findings),
+            )
         print_comparison(findings.title, tables, sentences(findings), written)
         return 0
 

@@ -7,12 +7,15 @@ from pathlib import Path
 from rich.table import Table
 
 from nio_hf.comparison.analysis import cells, choose, largest_gain, warmup_gains
-from nio_hf.comparison.plan import CONTROLLED, Plan
+from nio_hf.comparison.arms import CONTROLLED
+from nio_hf.comparison.plan import Plan
 from nio_hf.comparison.report import Findings, write_report
+from nio_hf.errors import Problem
 from nio_hf.image_training.building import load_data
 from nio_hf.recipe.catalog import recipe_name
 from nio_hf.trials.bench import Bench, Trials
 from nio_hf.trials.progress import Progress
+from nio_hf.trials.schedule import RunError
 
 
 def compare(bench: Bench, plan: Plan) -> tuple[Findings, dict[str, Path]]:
@@ -23,14 +26,18 @@ def compare(bench: Bench, plan: Plan) -> tuple[Findings, dict[str, Path]]:
 
     Raises:
         RecipeError: for results of another comparison in the directory, or another process at work in it.
-        RunError: for a run that ended without an outcome.
+        RunError: for a run that ended without an outcome, and a grid of which every run failed.
     """
     recipe = bench.load()
-    title, chance = recipe_name(recipe.path), 100 / len(load_data(recipe).class_names)
+    data = load_data(recipe)
+    title, chance = recipe_name(recipe.path), 100 / len(data.class_names)
     total = len(plan.grid()) + plan.verdict_seeds * (len(plan.arms) + 2)
     with Trials(bench, recipe, CONTROLLED, steps=plan.steps) as trials:
         with Progress("Comparing", total, lambda: _table(plan, trials)) as progress:
             trials.complete(plan.trials(plan.grid()), progress)
+            if all(outcome.error is not None for outcome in trials.outcomes.values()):
+                fix = f"Lower --learning_rates, with another --output_dir; the logs lie in {bench.directory / 'runs'}"
+                raise RunError(Problem("runs", "every one failed", fix))
             if plan.verdict_seeds:
                 found = cells(plan, trials.outcomes, chance)
                 runs = plan.verdict_runs(choose(found))
@@ -38,7 +45,7 @@ def compare(bench: Bench, plan: Plan) -> tuple[Findings, dict[str, Path]]:
                 if most is not None:
                     runs += plan.gain_runs(most.learning_rate, most.warmup_ratio)
                 trials.complete(plan.trials(dict.fromkeys(runs)), progress)
-        findings = Findings.of(title, plan, trials.outcomes, chance)
+        findings = Findings.of(title, plan, trials.outcomes, chance, data.is_split)
         return findings, write_report(findings, bench.directory)
 
 

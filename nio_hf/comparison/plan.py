@@ -8,24 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from nio_hf.comparison.arms import NO_WARMUP, WARMUP
 from nio_hf.errors import Problem, RecipeError
-from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, Arm, Run, Trial
-
-CONTROLLED = {
-    "learning_rate": "--learning_rates",
-    "warmup_steps": "--warmup_ratios",
-    "max_steps": "--steps",
-    "num_train_epochs": "--steps",
-    "seed": "--seeds",
-    "data_seed": "--seeds",
-    "nio_seed": "--seeds",
-    "nio": "--arms",
-    "nio_method": "--arms",
-    "nio_seed_optimizer": "--arms",
-    "optimizer": "--arms",
-    "resume_from_checkpoint": "the same command again",
-    "push_to_hub": "nothing: a comparison is not pushed",
-}
-"""{setting of the recipe: option that decides it in a comparison}."""
+from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, Arm, Run, Trial, are_distinct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,28 +40,28 @@ class Plan:
         rates = self.learning_rates
         if not rates:
             yield Problem("--learning_rates", "none", "Give at least one, e.g. 5e-4,1e-3,2e-3")
-        if any(not (math.isfinite(rate) and rate > 0) for rate in rates) or len(set(rates)) < len(rates):
+        if any(not (math.isfinite(rate) and rate > 0) for rate in rates) or not are_distinct(rates):
             yield Problem("--learning_rates", ", ".join(f"{rate:g}" for rate in rates), "Give different ones above 0")
-        if self.seeds < 1:
-            yield Problem("--seeds", f"{self.seeds}", "Give at least 1")
+        if not 1 <= self.seeds <= FIRST_VERDICT_SEED:
+            yield Problem("--seeds", f"{self.seeds}", f"Give 1 to {FIRST_VERDICT_SEED}")
         if self.steps < 1:
             yield Problem("--steps", f"{self.steps}", "Give at least 1")
-        if any(not 0 < ratio < 1 for ratio in self.warmup_ratios):
-            found = ", ".join(f"{ratio:g}" for ratio in self.warmup_ratios)
-            yield Problem("--warmup_ratios", found, "Give shares of the steps in (0, 1)")
-        if any(arm.has_warmup for arm in self.arms) and any(round(r * self.steps) < 1 for r in self.warmup_ratios):
-            found = f"{min(self.warmup_ratios):g} of {self.steps} steps is less than one"
-            yield Problem("--warmup_ratios", found, "Give longer ones")
-        if any(arm.has_warmup for arm in self.arms) and not self.warmup_ratios:
+        ratios = ", ".join(f"{ratio:g}" for ratio in self.warmup_ratios)
+        if any(not 0 < ratio < 1 for ratio in self.warmup_ratios) or not are_distinct(self.warmup_ratios):
+            yield Problem("--warmup_ratios", ratios, "Give different shares of the steps in (0, 1)")
+        elif any(arm.has_warmup for arm in self.arms) and not ratios:
             yield Problem("--warmup_ratios", "none, with an arm that warms up", "Give at least one, e.g. 0.1")
+        elif any(arm.has_warmup for arm in self.arms) and round(min(self.warmup_ratios) * self.steps) < 1:
+            found = f"{ratios}, of which the least is no whole step of {self.steps}"
+            yield Problem("--warmup_ratios", found, f"Give {1 / max(self.steps, 1):.2g} or more")
         if self.verdict_seeds:
             yield from self._verdict_problems()
 
     def _verdict_problems(self) -> Iterator[Problem]:
         if self.verdict_seeds < MIN_SEEDS or self.seeds < MIN_SEEDS:
             found = f"{self.seeds} to choose by and {self.verdict_seeds} to judge by"
-            fix = f"Give --seeds {MIN_SEEDS} or more for a verdict, or --no_verdict"
-            yield Problem("--seeds", found, fix)
+            fix = f"Give {MIN_SEEDS} or more of both for a verdict, or --no_verdict"
+            yield Problem("--seeds, --verdict_seeds", found, fix)
         missing = [name for name in (NO_WARMUP, WARMUP) if name not in {arm.name for arm in self.arms}]
         if missing:
             fix = "Add it to --arms, or give --no_verdict"

@@ -46,6 +46,7 @@ class Findings:
         tested_gain: the largest of them, on fresh seeds; None while there is none.
         verdicts: of each arm; empty while there is none.
         shares: what each initialisation adds; empty likewise.
+        is_split: whether the evaluation data are a split of their own.
     """
 
     title: str
@@ -57,9 +58,10 @@ class Findings:
     tested_gain: Gain | None
     verdicts: list[Verdict]
     shares: list[Share]
+    is_split: bool = True
 
     @classmethod
-    def of(cls, title: str, plan: Plan, outcomes: Outcomes, chance: float) -> Findings:
+    def of(cls, title: str, plan: Plan, outcomes: Outcomes, chance: float, is_split: bool = True) -> Findings:
         """What follows from some outcomes."""
         found = analysis.cells(plan, outcomes, chance)
         complete = len(found) == sum(len(plan.ratios(arm)) for arm in plan.arms) * len(plan.learning_rates)
@@ -68,7 +70,7 @@ class Findings:
         verdicts = analysis.verdicts(plan, chosen, outcomes, chance)
         shares = analysis.shares(plan, chosen, outcomes, chance)
         tested = analysis.tested_gain(plan, gains, outcomes, chance) if complete else None
-        return cls(title, plan, outcomes, found, chosen, gains, tested, verdicts, shares)
+        return cls(title, plan, outcomes, found, chosen, gains, tested, verdicts, shares, is_split)
 
     @property
     def no_warmup_loses(self) -> bool:
@@ -184,6 +186,11 @@ def grid_columns(plan: Plan) -> tuple[str, ...]:
     return ("arm", *(f"{rate:g}" for rate in plan.learning_rates), "stable up to")
 
 
+EVALUATED = {
+    True: "the evaluation data",
+    False: "a part of the training data, drawn anew for each seed, since there is no evaluation split",
+}
+"""{whether there is an evaluation split: what fresh seeds are judged on}."""
 VERDICT_COLUMNS = ("arm", "learning rate", "warmup", "cost (steps)", "accuracy (%)", "against warmup", "verdict")
 
 
@@ -243,7 +250,7 @@ def markdown(findings: Findings) -> str:
     ]
     if findings.verdicts:
         parts += [
-            f"## On the evaluation data, {plan.verdict_seeds} fresh seeds",
+            f"## On {EVALUATED[findings.is_split]}, {plan.verdict_seeds} fresh seeds",
             "Each arm at the settings that were best above. Mean ± half of the 90% interval; differences are paired.",
             markdown_table(VERDICT_COLUMNS, verdict_rows(findings)),
         ]

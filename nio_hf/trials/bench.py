@@ -14,6 +14,7 @@ from nio_hf.hub.sharing import shareable
 from nio_hf.recipe.catalog import recipe_name
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import with_values
+from nio_hf.training.saving import output_errors
 from nio_hf.trials.progress import Progress
 from nio_hf.trials.results import Outcome, Results, locked
 from nio_hf.trials.run import Run, Trial
@@ -66,7 +67,8 @@ class Bench:
     def order_for(self, trial: Trial) -> Order:
         """What the process of a trial is to do."""
         folder = self.directory / "runs"
-        folder.mkdir(parents=True, exist_ok=True)
+        with output_errors(folder, trained=False):
+            folder.mkdir(parents=True, exist_ok=True)
         return Order(
             recipe=self.recipe,
             overrides=tuple(with_values(self.overrides, {**QUIET, **trial.settings})),
@@ -141,6 +143,11 @@ class Trials:
             RunError: for a run that ended without an outcome.
         """
         progress.advance(self.recall(trials))
+        unseen = [trial.run for trial in trials if trial.run in self.outcomes and self._is_unseen(trial.run)]
+        if unseen:
+            progress.say(
+                f"{len(unseen)} of them were not looked at: for --diagnostics of all give another --output_dir."
+            )
         by_run = {trial.run: trial for trial in trials}
 
         def on_outcome(run: Run, outcome: Outcome) -> None:
@@ -156,6 +163,11 @@ class Trials:
             on_outcome,
             progress.started,
         )
+
+    def _is_unseen(self, run: Run) -> bool:
+        """Whether a run has no diagnostics, which are asked for."""
+        outcome = self.outcomes[run]
+        return self._bench.diagnostics and not outcome.diagnostics and outcome.error is None
 
 
 def _shared_settings(recipe: Recipe, decided: Iterable[str]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Interval:
         return self.mean + self.half_width
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.half_width:.2f}"
+        return f"{self.mean:+.2f}" + (f" ± {self.half_width:.2f}" if math.isfinite(self.half_width) else "")
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -20,13 +20,13 @@ def check_overrides(overrides: Sequence[str], decided: Mapping[str, str]) -> Non
 
     Args:
         overrides: settings as command line options.
-        decided: {setting: what decides it}.
+        decided: {setting: what to do instead}.
 
     Raises:
-        RecipeError: lists all of them, with what decides each.
+        RecipeError: lists all of them.
     """
     problems = [
-        Problem(setting.where, "is decided by this command", f"Use {decided[key]}")
+        Problem(setting.where, "is decided by this command", decided[key])
         for key, setting in read_overrides(overrides).items()
         if key in decided
     ]
@@ -55,6 +55,12 @@ def numbers(
             kind = "whole number" if read is int else "number"
             problems.append(Problem(option, f"{part!r} is no {kind}", f"Give numbers between commas, e.g. {example}"))
     return found
+
+
+def settled(problems: Sequence[Problem], more: Sequence[Problem]) -> list[Problem]:
+    """Problems, and more of them but for those of options that have one already."""
+    places = {problem.where for problem in problems}
+    return [*problems, *(problem for problem in more if problem.where not in places)]
 
 
 def steps_of(recipe: Recipe, given: int | None, problems: list[Problem]) -> int:

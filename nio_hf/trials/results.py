@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from nio_hf.training.saving import output_errors
 from nio_hf.trials.run import Arm, Run
 
 RESULTS_NAME = "runs.jsonl"
+_LOCK_NAME = ".lock"
 _FORMAT = 1
 _START = b'{"format": 1, "task": '
 """What a file of results begins with."""
@@ -56,6 +58,10 @@ class Outcome:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Outcome:
         """Inverse of `dataclasses.asdict`, after a trip through JSON."""
+        for name in ("accuracy", "eval_loss"):
+            value = fields[name]
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+                raise ValueError(f"{name} is {value!r}")
         return cls(**{**fields, "losses": tuple(fields["losses"]), "grad_norms": tuple(fields["grad_norms"])})
 
     def accuracy_or(self, chance: float) -> float:
@@ -115,25 +121,46 @@ class Results:
 
     def _read(self) -> None:
         *lines, rest = self._file.read_bytes().split(b"\n")
-        try:
-            header, *records = (json.loads(line) for line in lines)
-            if header["format"] != _FORMAT:
-                raise ValueError(f"format {header['format']}, known is {_FORMAT}")
-            found = header["task"]
-            for record in records:
-                self._take(record)
-        except (ValueError, KeyError, TypeError) as error:
-            fix = "Move it away, or give another --output_dir"
-            raise RecipeError(Problem(str(self._file), f"is no results file: {error}", fix)) from error
+        found: dict[str, Any] = {}
+        fix = "Move it away, or give another --output_dir"
+        if not lines:
+            raise RecipeError(Problem(str(self._file), "is no results file: it has no whole line", fix))
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                if number == 1:
+                    found = self._task_of(record)
+                else:
+                    self._take(record)
+            except (ValueError, KeyError, TypeError) as error:
+                kind = f"no {error}" if isinstance(error, KeyError) else error
+                fix = "Move it away, or give another --output_dir"
+                raise RecipeError(
+                    Problem(f"{self._file}, line {number}", f"is no results file: {kind}", fix)
+                ) from error
         if found != self._task:
-            changed = sorted(key for key in found.keys() | self._task.keys() if found.get(key) != self._task.get(key))
             fix = "Give another --output_dir, or the settings that it was begun with"
-            found = f"holds the results of something else: {', '.join(changed)} differ"
-            raise RecipeError(Problem(str(self._file), found, fix))
-        # A line without its end was cut off in the middle.
+            raise RecipeError(Problem(str(self._file), f"holds the results of {_difference(found, self._task)}", fix))
         if rest:
+            self._mend(rest)
+
+    def _mend(self, rest: bytes) -> None:
+        """Take a last line that lacks nothing but its end, and remove one that was cut off in the middle."""
+        try:
+            self._take(json.loads(rest))
+        except (ValueError, KeyError, TypeError):
             with self._file.open("r+b") as file:
                 file.truncate(self._file.stat().st_size - len(rest))
+        else:
+            with self._file.open("ab") as file:
+                file.write(b"\n")
+
+    @staticmethod
+    def _task_of(header: dict[str, Any]) -> dict[str, Any]:
+        if header["format"] != _FORMAT or not isinstance(header["task"], dict):
+            raise ValueError(f"format {header['format']}, known is {_FORMAT}")
+        task: dict[str, Any] = header["task"]
+        return task
 
     def _take(self, record: dict[str, Any]) -> None:
         outcome = Outcome.from_dict(record["outcome"])
@@ -155,16 +182,29 @@ def locked(directory: Path) -> Iterator[None]:
     """
     with output_errors(directory, trained=False):
         directory.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(directory / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        fix = "Wait for it, or give another --output_dir"
-        raise RecipeError(Problem(str(directory), "another process is at work in it", fix)) from error
+    lock = filelock.FileLock(directory / _LOCK_NAME)
+    with output_errors(directory / _LOCK_NAME, trained=False):
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            fix = "Wait for it, or give another --output_dir"
+            raise RecipeError(Problem(str(directory), "another process is at work in it", fix)) from error
     try:
         yield
     finally:
         lock.release()
+
+
+def _difference(found: Mapping[str, Any], task: Mapping[str, Any]) -> str:
+    """What results are of, where they are not those of a task."""
+    commands = [f"nio-hf {each.get('purpose', 'compare')}" for each in (found, task)]
+    if commands[0] != commands[1]:
+        return f"{commands[0]}, and this is {commands[1]}"
+    there, here = ({**each, **(each.get("settings") or {})} for each in (found, task))
+    changed = sorted(key for key in there.keys() | here.keys() if key != "settings" and there.get(key) != here.get(key))
+    return "something else: " + ", ".join(
+        f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in changed
+    )
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 Stage = Literal["probe", "selection", "verdict"]
@@ -11,6 +11,12 @@ FIRST_VERDICT_SEED = 1000
 """Seeds to judge by count from here, those to choose by from 0."""
 MIN_SEEDS = 3
 """Paired seeds below which nothing is judged."""
+
+
+def are_distinct(values: Iterable[float | None]) -> bool:
+    """Whether numbers are different as they are written in names of runs."""
+    written = [f"{value:g}" for value in values if value is not None]
+    return len(set(written)) == len(written)
 
 
 @dataclasses.dataclass(frozen=True)

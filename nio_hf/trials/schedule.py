@@ -12,13 +12,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
-from nio_hf.errors import NIOError, Problem
+from nio_hf.errors import NIOError, Problem, RecipeError
 from nio_hf.trials.results import Outcome
 from nio_hf.trials.run import Run
 from nio_hf.trials.worker import Order, carry_out
 
 _PRELOADED = ["nio_hf.trials.worker"]
 _LOG_LINES = 12
+_GO_ON = "The same command goes on with what is left; other settings need another --output_dir"
 
 
 class RunError(NIOError, RuntimeError):
@@ -42,7 +43,8 @@ def execute(
         on_start: called with each run as it starts.
 
     Raises:
-        RunError: for a run that ended without an outcome; the others are stopped.
+        RecipeError: for settings that a run cannot work with; the others are stopped, here and below.
+        RunError: for a run that ended without an outcome.
     """
     context = _context()
     waiting = list(reversed(pending))
@@ -56,13 +58,13 @@ def execute(
                 process.start()
                 active[process.sentinel] = (process, run, order)
                 on_start(run)
-            failures = []
+            failures: list[NIOError] = []
             for sentinel in wait(list(active)):
                 process, run, order = active.pop(cast(int, sentinel))
                 process.join()
                 try:
                     on_outcome(run, _outcome_of(process, run, order))
-                except RunError as error:
+                except (RunError, RecipeError) as error:
                     failures.append(error)
             if failures:
                 raise failures[0]
@@ -99,14 +101,19 @@ def _outcome_of(process: BaseProcess, run: Run, order: Order) -> Outcome:
     """What a process that has ended wrote.
 
     Raises:
-        RunError: with the last lines of its log, where it wrote nothing.
+        RecipeError: with what is wrong with its settings.
+        RunError: with what else went wrong, or with the last lines of its log where it wrote nothing.
     """
+    where = f"run {run.name}"
     try:
         fields = json.loads(order.outcome_file.read_text(encoding="utf-8"))
     except OSError as error:
         found = f"ended with status {process.exitcode} and without a result\n{_tail(order.log_file)}"
-        fix = "Correct that; the same command goes on with what is left"
-        raise RunError(Problem(f"run {run.name}", found, fix)) from error
+        fix = f"See {order.log_file}. {_GO_ON}"
+        raise RunError(Problem(where, found, fix)) from error
+    if "problems" in fields:
+        problems = [Problem(f"{where}, {place}", found, fix) for place, found, fix in fields["problems"]]
+        raise (RecipeError if fields["is_usage"] else RunError)(*problems)
     return Outcome.from_dict(fields)
 
 

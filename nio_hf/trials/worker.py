@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
-from nio_hf.errors import ConfigError, NumericsError, Problem
+from nio_hf.errors import ConfigError, NIOError, NumericsError, Problem, RecipeError
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.loading import load_recipe
@@ -55,7 +55,10 @@ class Order:
 
 
 def carry_out(order: Order) -> None:
-    """Do a run and write its outcome; what it prints goes to its log. It ends with the process that started it."""
+    """Do a run and write its outcome, or what is wrong with it; what it prints goes to its log.
+
+    It ends with the process that started it.
+    """
     end_with_parent()
     with order.log_file.open("w", encoding="utf-8") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
@@ -63,10 +66,16 @@ def carry_out(order: Order) -> None:
     logging.getLogger("nio_hf").setLevel(logging.INFO)
     if order.threads is not None:
         torch.set_num_threads(order.threads)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=order.outcome_file.parent) as folder:
         overrides = with_values(order.overrides, {"output_dir": folder})
-        outcome = train_once(order.recipe, overrides, order.diagnostics, order.cost_share)
-    write_atomically(order.outcome_file, json.dumps(dataclasses.asdict(outcome)) + "\n")
+        try:
+            written = dataclasses.asdict(train_once(order.recipe, overrides, order.diagnostics, order.cost_share))
+        except NIOError as error:
+            if not error.problems:
+                raise
+            is_usage = isinstance(error, ConfigError | RecipeError)
+            written = {"problems": [dataclasses.astuple(problem) for problem in error.problems], "is_usage": is_usage}
+    write_atomically(order.outcome_file, json.dumps(written) + "\n")
 
 
 def end_with_parent() -> None:

@@ -10,11 +10,13 @@ from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.catalog import split_arguments
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.trials.bench import Bench
-from nio_hf.trials.options import GO_ON, check_overrides, directory_beside, numbers, steps_of
+from nio_hf.trials.options import GO_ON, check_overrides, directory_beside, numbers, settled, steps_of
 from nio_hf.tuning.plan import DECIDED, Plan
 from nio_hf.tuning.report import COLUMNS, rows, sentences, write_report
 from nio_hf.tuning.tuning import tune
 
+SHOWN = 5
+"""Columns of the table that a terminal has room for."""
 NO_BOUND = "none"
 """How a command line names the absence of gamma."""
 
@@ -60,7 +62,7 @@ def run_tuning(
                 budget=budget,
             )
         except RecipeError as error:
-            problems += error.problems
+            problems = settled(problems, error.problems)
         if problems:
             raise RecipeError(*problems)
         bench = Bench(name, tuple(overrides), output_dir or directory_beside(recipe, "tune"), jobs)
@@ -68,7 +70,8 @@ def run_tuning(
         tuned = tune(bench, plan)
         written = write_report(tuned, bench.directory)
         title = f"Probes of {plan.probe_steps} steps at learning rate {plan.learning_rate:g}"
-        print_comparison(tuned.title, {title: (COLUMNS, rows(tuned))}, sentences(tuned), written)
+        shown = [row[:SHOWN] for row in rows(tuned)]
+        print_comparison(tuned.title, {title: (COLUMNS[:SHOWN], shown)}, sentences(tuned), written)
         return 0
 
     return exit_status(command, interrupted=GO_ON)

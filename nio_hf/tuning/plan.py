@@ -18,23 +18,24 @@ from typing import Any
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.loading import Recipe
 from nio_hf.trials.results import Outcome
-from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, Arm, Run, Trial
+from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, Arm, Run, Trial, are_distinct
 
 _WITH_NIO = {"nio": True, "nio_method": "nio"}
 OWN = Arm("own", "the recipe's own settings", _WITH_NIO)
 DECIDED = {
-    "warmup_steps": "nothing: the trainings have no warmup",
-    "max_steps": "--steps",
-    "num_train_epochs": "--steps",
-    "seed": "--seeds",
-    "data_seed": "--seeds",
-    "nio_seed": "--seeds",
-    "nio": "nothing: every training starts with NIO",
-    "nio_method": "nothing: only NIO is tuned",
-    "resume_from_checkpoint": "the same command again",
-    "push_to_hub": "nothing: trainings of a search are not pushed",
+    "warmup_steps": "Leave it out: the trainings have no warmup",
+    "max_steps": "Use --steps",
+    "num_train_epochs": "Use --steps",
+    "seed": "Use --seeds",
+    "data_seed": "Use --seeds",
+    "nio_seed": "Use --seeds",
+    "nio": "Leave it out: every training starts with NIO",
+    "nio_method": "Leave it out: only NIO is tuned",
+    "eval_from_train": "Leave it out: a part of the training data chooses, the evaluation data judge",
+    "resume_from_checkpoint": "Leave it out: the same command goes on",
+    "push_to_hub": "Leave it out: trainings of a search are not pushed",
 }
-"""{setting of the recipe: option that decides it in a search}."""
+"""{setting of the recipe that a search decides itself: what to do instead}."""
 STEPS_PER_ITERATION, STEPS_PER_HELD_OUT_BATCH = 3, 2
 """What NIO costs at the least, in training steps of its batch size: an iteration with kept graphs, and the measurements
 before and after."""
@@ -81,10 +82,12 @@ class Plan:
         ):
             if not tried:
                 yield Problem(option, "none", "Give at least one")
-            elif any(not (math.isfinite(value) and value > 0) for value in values) or len(set(tried)) < len(tried):
+            elif any(not (math.isfinite(value) and value > 0) for value in values) or not are_distinct(tried):
                 yield Problem(option, ", ".join(f"{value:g}" for value in values), "Give different ones above 0")
-        if self.seeds < 1:
-            yield Problem("--seeds", f"{self.seeds}", "Give at least 1")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            yield Problem("--learning_rate", f"{self.learning_rate:g}", "Give a number above 0")
+        if not 1 <= self.seeds <= FIRST_VERDICT_SEED:
+            yield Problem("--seeds", f"{self.seeds}", f"Give 1 to {FIRST_VERDICT_SEED}")
         if not 1 <= self.probe_steps <= self.steps:
             found = f"{self.probe_steps}, of whole trainings of {self.steps}"
             yield Problem("--probe_steps", found, "Give at least 1, and no more than --steps")

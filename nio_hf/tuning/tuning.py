@@ -18,6 +18,7 @@ from nio_hf.trials.bench import Bench, Trials
 from nio_hf.trials.interval import Interval, paired
 from nio_hf.trials.progress import Progress
 from nio_hf.trials.run import Arm
+from nio_hf.trials.schedule import RunError
 from nio_hf.tuning.plan import DECIDED, OWN, Outcomes, Plan, initialisation_cost
 
 Word = Literal["better", "worse", "undecided"]
@@ -61,9 +62,9 @@ def tune(bench: Bench, plan: Plan) -> Tuned:
     """Carry out the probes and trainings that are missing.
 
     Raises:
-        RecipeError: for a budget that one round does not fit into, probes that all fail, results of something else in
-            the directory, or another process at work in it.
-        RunError: for a run that ended without an outcome.
+        RecipeError: for a budget that one round does not fit into, results of something else in the directory, or
+            another process at work in it.
+        RunError: for a run that ended without an outcome, and probes that all fail.
     """
     recipe = bench.load()
     candidates = plan.candidates(recipe)
@@ -81,8 +82,8 @@ def tune(bench: Bench, plan: Plan) -> Tuned:
                 rounds += 1
             ranked = plan.ranked(candidates, trials.outcomes)
             if math.isinf(statistics.fmean(plan.losses(ranked[0], trials.outcomes))):
-                fix = "Lower --learning_rate; the logs of the probes lie in runs/"
-                raise RecipeError(Problem("probes", "the loss of every one is not finite", fix))
+                fix = f"Lower --learning_rate, with another --output_dir; the logs lie in {bench.directory / 'runs'}"
+                raise RunError(Problem("probes", "every one failed", fix))
             difference = None
             if plan.verdict_seeds and ranked[0] is not OWN:
                 trials.complete(plan.judgement(ranked[0]), progress)
@@ -106,11 +107,15 @@ def _check_costs(plan: Plan, candidates: Sequence[Arm], recipe: Recipe) -> None:
     for arm in candidates:
         cost = initialisation_cost(arm, recipe)
         if math.ceil(cost * plan.probe_steps / plan.steps) >= plan.probe_steps:
-            found = f"{plan.steps:,}, where the initialisation alone takes about {cost:,.0f} with {arm.description}"
-            raise RecipeError(Problem("--steps", found, "Give more, fewer iterations, or a smaller nio_batch_size"))
+            found = (
+                f"{plan.steps:,}, where the initialisation takes about {cost:,.0f} with {arm.description}; the same "
+                f"share of a probe of {plan.probe_steps} leaves nothing"
+            )
+            fix = "Give more, longer --probe_steps, fewer iterations, or a smaller nio_batch_size"
+            raise RecipeError(Problem("--steps", found, fix))
     first = plan.expected(candidates, recipe, {})
     if plan.budget is not None and first > plan.budget:
-        found = f"{plan.budget:,} training steps, where the first round takes about {first:,.0f}"
+        found = f"{plan.budget:,} training steps, where the first round takes about {math.ceil(first):,}"
         fix = "Give more, fewer candidates, or fewer --probe_steps"
         raise RecipeError(Problem("--budget", found, fix))
 

@@ -41,6 +41,7 @@ class ImageData:
         image_column: name of the column of images.
         label_column: name of the column of class labels, integers from 0.
         class_names: names of the classes, in the order of their labels.
+        is_split: whether the samples to evaluate on are a split of their own, and no part of the training split.
     """
 
     train: Rows
@@ -48,6 +49,7 @@ class ImageData:
     image_column: str
     label_column: str
     class_names: tuple[str, ...]
+    is_split: bool
 
 
 def load_image_data(
@@ -130,7 +132,7 @@ def load_image_data(
     evaluation = _limited(evaluation, max_eval_samples, seed)
     if isinstance(train, datasets.IterableDataset):
         train = train.shuffle(seed=seed, buffer_size=shuffle_buffer_size)
-    return ImageData(train, evaluation, image_column, label_column, class_names)
+    return ImageData(train, evaluation, image_column, label_column, class_names, eval_split is not None)
 
 
 def _labelled(rows: Rows, image_column: str, label_column: str, class_names: tuple[str, ...], name: str) -> Rows:

@@ -64,7 +64,7 @@ def test_every_problem_of_the_arms_is_named() -> None:
         ({"warmup_ratios": (1.0,)}, "shares of the steps"),
         ({"seeds": 0, "verdict_seeds": 0}, "--seeds: 0"),
         ({"steps": 0}, "--steps: 0"),
-        ({"seeds": 1, "verdict_seeds": 1}, "or more for a verdict, or --no_verdict"),
+        ({"seeds": 1, "verdict_seeds": 1}, "or more of both for a verdict, or --no_verdict"),
         ({"seeds": 3, "verdict_seeds": 2}, "3 to choose by and 2 to judge by"),
         ({"arms": choose_arms(["nio"])}, "no no_warmup and no warmup to hold the others against"),
     ],

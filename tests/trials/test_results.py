@@ -45,6 +45,28 @@ def test_a_line_that_was_cut_off_is_as_if_it_had_not_been_written(tmp_path: Path
     assert file.read_bytes() == whole
 
 
+def test_a_last_line_that_lacks_only_its_end_counts(tmp_path: Path) -> None:
+    file = _filled(tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes(whole.removesuffix(b"\n"))
+    assert Results(tmp_path, TASK).get(RUN, ARMS["nio"]) is not None
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("accuracy", ['"abc"', "NaN", "[]"])
+def test_an_outcome_that_is_no_number_is_refused_with_its_line(tmp_path: Path, accuracy: str) -> None:
+    file = _filled(tmp_path)
+    file.write_text(file.read_text(encoding="utf-8").replace('"accuracy": 50.0', f'"accuracy": {accuracy}'))
+    with pytest.raises(RecipeError, match=r"line 2: is no results file: accuracy is"):
+        Results(tmp_path, TASK)
+
+
+def test_results_of_another_command_say_so(tmp_path: Path) -> None:
+    _filled(tmp_path)
+    with pytest.raises(RecipeError, match=r"holds the results of nio-hf compare, and this is nio-hf tune"):
+        Results(tmp_path, {**TASK, "purpose": "tune"})
+
+
 def test_a_run_that_stands_twice_counts_once(tmp_path: Path) -> None:
     file = _filled(tmp_path)
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -59,9 +81,9 @@ def test_a_run_that_stands_twice_counts_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "differs"),
     [
-        ({**TASK, "steps": 200}, "steps differ"),
-        ({**TASK, "recipe": "other"}, "recipe differ"),
-        ({**TASK, "settings": {}}, "settings differ"),
+        ({**TASK, "steps": 200}, "something else: steps is 100 there, 200 here"),
+        ({**TASK, "recipe": "other"}, "recipe is .* there, 'other' here"),
+        ({**TASK, "settings": {}}, "there, None here"),
     ],
 )
 def test_results_of_another_comparison_are_refused(tmp_path: Path, task: dict[str, object], differs: str) -> None:

@@ -41,7 +41,7 @@ def test_what_a_search_decides_are_settings_of_a_recipe() -> None:
         (["--nio_method", "lsuv"], "only NIO is tuned"),
         (["--nio_gama", "1"], "'nio_gama' is no known key"),
         (["--budget", "100"], "--budget: 100 training steps, where the first round takes about"),
-        (["--iterations", "500"], "--steps: 100, where the initialisation alone takes about"),
+        (["--iterations", "500"], "--steps: 100, where the initialisation takes about"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(tmp_path: Path, arguments: list[str], found: str) -> None:
@@ -57,7 +57,7 @@ def test_results_of_a_comparison_are_not_those_of_a_search(tmp_path: Path) -> No
     (tmp_path / RESULTS_NAME).write_text(json.dumps(header) + "\n", encoding="utf-8")
     status, output = _tune("--steps", "30", "--probe_steps", "8", "--output_dir", str(tmp_path), *GRID, *SMALL)
     assert status == 2
-    assert "holds the results of something else: probe_steps, purpose, settings differ" in output
+    assert "holds the results of nio-hf compare, and this is nio-hf tune" in output
 
 
 @pytest.mark.slow
