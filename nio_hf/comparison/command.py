@@ -60,9 +60,6 @@ def run_comparison(
         if findings.verdicts:
             title = f"On {plan.verdict_seeds} fresh seeds and {EVALUATED[findings.is_split]}"
             tables[title] = (VERDICT_COLUMNS, verdict_rows(findings))
-                VERDICT_COLUMNS,
-                verdict_rows(findings),
-            )
         print_comparison(findings.title, tables, sentences(findings), written)
         return 0
 
