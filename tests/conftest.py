@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,3 +23,13 @@ from nio_hf.core import scales  # noqa: E402
 def layer_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer types that a test registers are forgotten after it."""
     monkeypatch.setattr(scales, "_GRADIENT_MODULES", dict(scales._GRADIENT_MODULES))
+
+
+@pytest.fixture(autouse=True)
+def messages() -> Iterator[None]:
+    """A command that ran in this process does not decide where later tests find the messages."""
+    logger = logging.getLogger("nio_hf")
+    before = (logger.level, logger.propagate, list(logger.handlers))
+    yield
+    logger.setLevel(before[0])
+    logger.propagate, logger.handlers = before[1:]
