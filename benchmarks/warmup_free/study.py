@@ -93,7 +93,6 @@ class Comparison:
 
 def _small(model: str) -> dict[str, Comparison]:
     """The comparisons of one of the two small models."""
-    arms = {"learning_rates": "1e-3", "warmup_ratios": "0.3", "verdict_seeds": 0}
     variants = {name: f"nio,{settings}" for name, settings in VARIANTS.items()}
     return {
         model: Comparison(model),
@@ -106,7 +105,7 @@ def _small(model: str) -> dict[str, Comparison]:
         f"{model}-controls": Comparison(
             model, f"no_warmup,nio,nio_seeded,{METHODS}", RANGES, "1e-3,4e-3", "0.3", verdict_seeds=0
         ),
-        f"{model}-variants": Comparison(model, "no_warmup,warmup,nio", variants, **arms),  # type: ignore[arg-type]
+        f"{model}-variants": Comparison(model, "no_warmup,warmup,nio", variants, "1e-3", "0.3", verdict_seeds=0),
     }
 
 

@@ -71,7 +71,7 @@ class Bench:
             folder.mkdir(parents=True, exist_ok=True)
         return Order(
             recipe=self.recipe,
-            overrides=tuple(with_values(self.overrides, {**QUIET, **trial.settings})),
+            overrides=tuple(self._overrides(trial)),
             outcome_file=folder / f"{trial.run.name}.json",
             log_file=folder / f"{trial.run.name}.log",
             threads=default_threads(self.jobs),
@@ -86,12 +86,15 @@ class Bench:
             RecipeError: with what is wrong, and the arm.
         """
         for trial in {trial.arm.name: trial for trial in trials}.values():
-            overrides = with_values(self.overrides, {**QUIET, **trial.settings})
             try:
-                load_recipe(self.recipe, overrides)
+                load_recipe(self.recipe, self._overrides(trial))
             except NIOError as error:
                 arm = f"arm {trial.arm.name}"
                 raise RecipeError(*(Problem(f"{arm}, {p.where}", p.found, p.fix) for p in error.problems)) from error
+
+    def _overrides(self, trial: Trial) -> list[str]:
+        """The settings of a trial, as command line options."""
+        return with_values(self.overrides, {**QUIET, **trial.settings})
 
 
 class Trials:

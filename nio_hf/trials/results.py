@@ -64,6 +64,11 @@ class Outcome:
                 raise ValueError(f"{name} is {value!r}")
         return cls(**{**fields, "losses": tuple(fields["losses"]), "grad_norms": tuple(fields["grad_norms"])})
 
+    @classmethod
+    def failure(cls, error: str, seconds: float, cost_steps: float = 0.0) -> Outcome:
+        """A run that failed before its training."""
+        return cls(None, None, (), (), 0, cost_steps, 0.0, seconds, error=error)
+
     def accuracy_or(self, chance: float) -> float:
         """Accuracy in percent, that of guessing where the run failed."""
         return chance if self.accuracy is None else self.accuracy
@@ -89,11 +94,12 @@ class Results:
         self._outcomes: dict[Run, tuple[dict[str, Any], Outcome]] = {}
         with output_errors(directory, trained=False):
             directory.mkdir(parents=True, exist_ok=True)
-            if self._file.is_file() and not self._is_unfinished_start():
-                self._read()
-            else:
+            content = self._file.read_bytes() if self._file.is_file() else b""
+            if _is_unfinished_start(content):
                 self._file.unlink(missing_ok=True)
                 self._append({"format": _FORMAT, "task": self._task})
+            else:
+                self._read(content)
 
     def get(self, run: Run, arm: Arm) -> Outcome | None:
         """The outcome of a run; None where it has not ended.
@@ -114,13 +120,8 @@ class Results:
         self._append({**record, "versions": versions()})
         self._outcomes[run] = (settings, outcome)
 
-    def _is_unfinished_start(self) -> bool:
-        """Whether the file ends within its first line, in which nothing was written but what this file is."""
-        content = self._file.read_bytes()
-        return b"\n" not in content and _START.startswith(content[: len(_START)])
-
-    def _read(self) -> None:
-        *lines, rest = self._file.read_bytes().split(b"\n")
+    def _read(self, content: bytes) -> None:
+        *lines, rest = content.split(b"\n")
         found: dict[str, Any] = {}
         fix = "Move it away, or give another --output_dir"
         if not lines:
@@ -134,7 +135,6 @@ class Results:
                     self._take(record)
             except (ValueError, KeyError, TypeError) as error:
                 kind = f"no {error}" if isinstance(error, KeyError) else error
-                fix = "Move it away, or give another --output_dir"
                 raise RecipeError(
                     Problem(f"{self._file}, line {number}", f"is no results file: {kind}", fix)
                 ) from error
@@ -193,6 +193,11 @@ def locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _is_unfinished_start(content: bytes) -> bool:
+    """Whether a file ends within its first line, in which nothing was written but what the file is."""
+    return b"\n" not in content and _START.startswith(content[: len(_START)])
 
 
 def _difference(found: Mapping[str, Any], task: Mapping[str, Any]) -> str:

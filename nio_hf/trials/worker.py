@@ -108,13 +108,13 @@ def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool, co
     try:
         cost = _initialise(trainer)
     except NumericsError as error:
-        return Outcome(None, None, (), (), 0, 0.0, 0.0, time.perf_counter() - started, error=str(error))
+        return Outcome.failure(str(error), time.perf_counter() - started)
     initialised = time.perf_counter()
     steps = budget - math.ceil(cost * cost_share)
     if steps < 1:
         found = f"the initialisation costs {cost * cost_share:.0f} training steps, the budget is {budget}"
         if cost_share < 1:
-            return Outcome(None, None, (), (), 0, cost, 0.0, time.perf_counter() - started, error=found)
+            return Outcome.failure(found, time.perf_counter() - started, cost)
         raise ConfigError(Problem("--steps", found, "Give more steps, or fewer nio_iterations"))
     trainer.args.max_steps = steps
     losses = _Losses()
