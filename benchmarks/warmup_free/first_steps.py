@@ -43,6 +43,11 @@ def read_runs(directory: Path) -> list[Record]:
     return [record for record in map(json.loads, lines) if record["run"]["stage"] == "selection"]
 
 
+def arm_title(arm: str, warmup_ratio: float) -> str:
+    """An arm with the length of its warmup."""
+    return f"{arm} {warmup_ratio:.0%}" if warmup_ratio else arm
+
+
 def rows(records: Sequence[Record], learning_rates: Sequence[float]) -> list[tuple[str, ...]]:
     """A row for each arm, length of warmup and learning rate, as `COLUMNS`; of runs that did not fail."""
     groups: dict[tuple[str, float, float], list[Record]] = {}
@@ -61,9 +66,8 @@ def _row(arm: str, warmup_ratio: float, rate: float, outcomes: Sequence[Record])
         known = [mean for mean in means if math.isfinite(mean)]
         return statistics.fmean(known) if known else math.nan
 
-    name = f"{arm} {warmup_ratio:.0%}" if warmup_ratio else arm
     return (
-        name,
+        arm_title(arm, warmup_ratio),
         f"{rate:g}",
         f"{first('relative_update'):.4f}",
         f"{1000 * first('angular_update'):.1f}",

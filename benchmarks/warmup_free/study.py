@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nio_hf.comparison.command import run_comparison
 from nio_hf.console import INTERRUPTED
+from nio_hf.training.manifest import write_atomically
 from nio_hf.trials.results import RESULTS_NAME
 
 FOLDER = Path(__file__).parent
@@ -62,6 +65,11 @@ RANGES = {
     "range4_seeded": "gi_adam,model_config.initializer_range=0.08",
 }
 """{name: the class's own initialisation with another standard deviation, 2 and 4 times as large}."""
+WARMED_UP = {
+    "nio_warmup": "warmup,nio=true,nio_method=nio",
+    "nio_seeded_warmup": "warmup,nio=true,nio_method=nio,nio_seed_optimizer=gi_adam",
+}
+"""{name: an initialisation with warmup: whether that still gains something}."""
 METHODS = "uncorrected,gradinit,metainit,lsuv,emergence,architecture_aware"
 
 
@@ -78,6 +86,7 @@ class Comparison:
         steps: budget of a run.
         options: settings that all runs share.
         data: folder of the data.
+        basis: name of a comparison with the same settings, whose runs of the same arms are taken rather than repeated.
     """
 
     recipe: str
@@ -89,11 +98,13 @@ class Comparison:
     steps: int = 500
     options: tuple[str, ...] = ()
     data: str = "cifar10"
+    basis: str | None = None
 
 
 def _small(model: str) -> dict[str, Comparison]:
     """The comparisons of one of the two small models."""
     variants = {name: f"nio,{settings}" for name, settings in VARIANTS.items()}
+    variants["tensor_gc_warmup"] = f"warmup,nio=true,nio_method=nio,{VARIANTS['tensor_gc']}"
     return {
         model: Comparison(model),
         f"{model}-clipped": Comparison(
@@ -103,9 +114,17 @@ def _small(model: str) -> dict[str, Comparison]:
             options=("--max_grad_norm", "1.0"),
         ),
         f"{model}-controls": Comparison(
-            model, f"no_warmup,nio,nio_seeded,{METHODS}", RANGES, "1e-3,4e-3", "0.3", verdict_seeds=0
+            model,
+            f"no_warmup,warmup,nio,gi_adam,nio_seeded,{METHODS}",
+            {**RANGES, **WARMED_UP},
+            "1e-3,4e-3",
+            "0.3",
+            verdict_seeds=0,
+            basis=model,
         ),
-        f"{model}-variants": Comparison(model, "no_warmup,warmup,nio", variants, "1e-3", "0.3", verdict_seeds=0),
+        f"{model}-variants": Comparison(
+            model, "no_warmup,warmup,nio", variants, "1e-3", "0.3", verdict_seeds=0, basis=model
+        ),
     }
 
 
@@ -134,6 +153,8 @@ def carry_out(name: str, data: Path, jobs: int) -> int:
     if _lines(kept / RESULTS_NAME) > _lines(output / RESULTS_NAME):
         output.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept / RESULTS_NAME, output / RESULTS_NAME)
+    if made.basis is not None and not (output / RESULTS_NAME).is_file():
+        take_runs(made, OUTPUTS / made.basis / RESULTS_NAME, output / RESULTS_NAME)
     status = run_comparison(
         [str(own) if own.is_file() else made.recipe, *options, *made.options],
         arms=made.arms,
@@ -152,6 +173,22 @@ def carry_out(name: str, data: Path, jobs: int) -> int:
         if status in (0, INTERRUPTED) and (output / file).is_file():
             shutil.copy(output / file, kept / file)
     return status
+
+
+def take_runs(made: Comparison, basis: Path, target: Path) -> None:
+    """Begin the results of a comparison with the runs of its grid that another one has already."""
+    if not basis.is_file():
+        return
+    header, *lines = basis.read_text(encoding="utf-8").splitlines(keepends=True)
+    taken = [line for line in lines if _is_of_grid(json.loads(line)["run"], made)]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, "".join([header, *taken]))
+
+
+def _is_of_grid(run: Mapping[str, Any], made: Comparison) -> bool:
+    rates, ratios = ([float(part) for part in each.split(",")] for each in (made.learning_rates, made.warmup_ratios))
+    of_arms = run["stage"] == "selection" and run["arm"] in made.arms.split(",")
+    return of_arms and run["learning_rate"] in rates and run["warmup_ratio"] in (0, *ratios)
 
 
 def _lines(file: Path) -> int:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.warmup_free.study import COMPARISONS, FOLDER, VARIANTS
+from benchmarks.warmup_free.differences import table
+from benchmarks.warmup_free.study import COMPARISONS, FOLDER, RESULTS, VARIANTS, take_runs
 from nio_hf.comparison.arms import choose_arms
 from nio_hf.comparison.plan import Plan
 from nio_hf.trials.bench import Bench
+from nio_hf.trials.results import RESULTS_NAME, Results
+from nio_hf.trials.run import Run
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -29,3 +34,48 @@ def test_every_arm_of_a_comparison_can_be_carried_out(name: str, tmp_path: Path)
 def test_every_variant_differs_from_the_defaults_in_what_it_says() -> None:
     arms = choose_arms(["nio"], [f"{name}=nio,{settings}" for name, settings in VARIANTS.items()])
     assert len({tuple(sorted(map(str, arm.settings.items()))) for arm in arms}) == len(VARIANTS) + 1
+
+
+@pytest.mark.parametrize("name", [name for name, made in COMPARISONS.items() if made.basis])
+def test_a_comparison_takes_the_runs_that_it_shares_with_its_basis(name: str, tmp_path: Path) -> None:
+    made = COMPARISONS[name]
+    assert made.basis is not None
+    basis = RESULTS / made.basis / RESULTS_NAME
+    take_runs(made, basis, tmp_path / "own" / RESULTS_NAME)
+    results = Results(tmp_path / "own", json.loads(basis.read_text().splitlines()[0])["task"])
+    arms = choose_arms(made.arms.split(","), [f"{arm}={text}" for arm, text in made.definitions.items()])
+    rates = _numbers(made.learning_rates)
+    plan = Plan(arms, rates, _numbers(made.warmup_ratios), 1, 0, made.steps)
+    lines = (tmp_path / "own" / RESULTS_NAME).read_text().splitlines()[1:]
+    assert {Run(**json.loads(line)["run"]) for line in lines} <= {
+        dataclasses.replace(run, seed=seed) for run in plan.grid() for seed in range(3)
+    }
+    known = {(run.arm, run.learning_rate) for run in plan.grid() if results.get(run, plan.arm(run.arm)) is not None}
+    shared = {arm.name for arm in arms} & set(COMPARISONS[made.basis].arms.split(","))
+    assert known == {(arm, rate) for arm in shared for rate in rates}
+    other = Run("selection", "no_warmup", 2e-3, 0.0, 0)
+    assert results.get(other, plan.arm("no_warmup")) is None
+
+
+def _write_runs(directory: Path, accuracies: dict[str, list[float | None]], scales: dict[str, list[float]]) -> None:
+    directory.mkdir()
+    lines = ["{}"]
+    for arm, values in accuracies.items():
+        for seed, accuracy in enumerate(values):
+            run = {"stage": "selection", "arm": arm, "learning_rate": 1e-3, "warmup_ratio": 0.0, "seed": seed}
+            initialisation = {"scales": scales[arm]} if arm in scales else None
+            outcome = {"accuracy": accuracy, "cost_steps": 8.0 if initialisation else 0.0}
+            lines.append(json.dumps({"run": run, "outcome": {**outcome, "initialisation": initialisation}}))
+    (directory / RESULTS_NAME).write_text("\n".join(lines) + "\n")
+
+
+def test_arms_are_held_against_one_of_them_seed_by_seed(tmp_path: Path) -> None:
+    first: dict[str, list[float | None]] = {"no_warmup": [30.0, 40.0], "nio": [31.0, 43.0], "broken": [50.0, None]}
+    _write_runs(tmp_path / "a", first, {"nio": [0.5, 2.0]})
+    _write_runs(tmp_path / "b", {"no_warmup": [10.0, 12.0]}, {})
+    lines = [line.strip("| ").split(" | ") for line in table(["a", "b"], 1e-3, "no_warmup", tmp_path).splitlines()]
+    by_arm = {cells[0]: cells[1:] for cells in lines}
+    # differences 1 and 3: mean 2, sd sqrt 2, half width t(0.95, 1) sd / sqrt 2 = 6.314
+    assert by_arm["nio"] == ["37.0", "+2.00 ± 6.31", "0.50 to 2.00", "8", "-", "-", "-", "-"]
+    assert by_arm["no_warmup"] == ["35.0", "-", "-", "-", "11.0", "-", "-", "-"]
+    assert by_arm["broken"][0] == "1 of 2 failed"
