@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.warmup_free.differences import table
+from benchmarks.warmup_free.first_steps import draw, read_runs, rows
 from benchmarks.warmup_free.study import COMPARISONS, FOLDER, RESULTS, VARIANTS, take_runs
 from nio_hf.comparison.arms import choose_arms
 from nio_hf.comparison.plan import Plan
@@ -79,3 +82,25 @@ def test_arms_are_held_against_one_of_them_seed_by_seed(tmp_path: Path) -> None:
     assert by_arm["nio"] == ["37.0", "+2.00 ± 6.31", "0.50 to 2.00", "8", "-", "-", "-", "-"]
     assert by_arm["no_warmup"] == ["35.0", "-", "-", "-", "11.0", "-", "-", "-"]
     assert by_arm["broken"][0] == "1 of 2 failed"
+
+
+def _outcome(angles: list[float], accuracy: float, error: str | None = None) -> dict[str, Any]:
+    moved = {"angular_update": angles, "relative_update": angles, "output_change": angles}
+    losses = [2.0] * 10 + [1.0]
+    grad_norms = [3.0] * 11
+    return {"accuracy": accuracy, "error": error, "losses": losses, "grad_norms": grad_norms, "diagnostics": moved}
+
+
+def test_the_first_steps_are_means_over_seeds_that_did_not_fail(tmp_path: Path) -> None:
+    outcomes = [_outcome([0.002] * 10 + [9.0], 30.0), _outcome([0.004] * 11, 40.0), _outcome([math.nan] * 11, 50.0)]
+    outcomes.append(_outcome([8.0] * 11, 0.0, "diverged"))
+    (tmp_path / "a").mkdir()
+    run = {"stage": "selection", "arm": "warmup", "learning_rate": 1e-3, "warmup_ratio": 0.1}
+    records = [{"run": {**run, "seed": seed}, "outcome": outcome} for seed, outcome in enumerate(outcomes)]
+    records.append({"run": {**run, "stage": "verdict", "seed": 1000}, "outcome": _outcome([7.0] * 11, 99.0)})
+    (tmp_path / "a" / RESULTS_NAME).write_text("\n".join(["{}", *map(json.dumps, records)]) + "\n")
+    row = ("warmup 10%", "0.001", "0.0030", "3.0", "0.003", "3.00", "1.000", "1.909", "40.0")
+    assert rows(read_runs(tmp_path / "a"), [1e-3]) == [row]
+    assert rows(read_runs(tmp_path / "a"), [2e-3]) == []
+    draw(["a", "a"], tmp_path, tmp_path / "angles.png")
+    assert (tmp_path / "angles.png").read_bytes().startswith(b"\x89PNG")
