@@ -5,7 +5,10 @@ python -m benchmarks.warmup_free.geometry ../shared/data
 All weight matrices are multiplied by one factor a, and everything is measured at a. Letters: g_1..g_D gradients of
 sub-batches, P their size, v the mean squared gradient on other batches.
 
-    GradCosine            mean over pairs of cos(g_i, g_j)
+    GradCosine            mean over pairs of cos(g_i, g_j), of linear, convolution and normalisation layers, as NIO does
+      of all tensors      embeddings, tokens and tables too
+      of matrices         of these layers only tensors of two or more dimensions
+      of blocks           of these layers only those between the embedding and the head
     sign cosine           mean over pairs of <sign g_i, sign g_j> / P: the geometry of Adam's first step
     preconditioned        mean over pairs of cos(g_i / s, g_j / s), s = sqrt v + eps: the geometry of Adam that knows v
     gradient norm         mean of ||g_d||
@@ -16,10 +19,12 @@ sub-batches, P their size, v the mean squared gradient on other batches.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +37,7 @@ from nio_hf.core.scales import LayerScales
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.loading import load_recipe
-from nio_hf.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, figure
+from nio_hf.report.style import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, figure
 from nio_hf.training.checkpoints import versions
 from nio_hf.training.layers import register_transformers_layers
 
@@ -43,8 +48,21 @@ SEEDS = range(3)
 BATCHES, SUB_BATCHES = 8, 4
 RATIO_TICKS = (1, 2, 4, 8)
 TINY, ADAM_EPS = 1e-12, 1e-8
-COSINES = {"grad_cosine": "GradCosine", "sign_cosine": "sign cosine", "preconditioned_cosine": "preconditioned"}
-RATIOS = {"grad_norm": "gradient norm", "l1_norm": "L1 norm", "loss": "loss"}
+MATRIX = 2
+IN_BLOCK = re.compile(r"layers?\.\d+\.")
+COSINES = {
+    "grad_cosine": ("GradCosine", {"color": BLUE}),
+    "sign_cosine": ("sign cosine", {"color": VERMILLION}),
+    "preconditioned_cosine": ("preconditioned", {"color": GREEN}),
+    "all_tensors": ("GradCosine of all tensors", {"color": SKY, "linestyle": "--"}),
+    "matrices": ("of matrices", {"color": PURPLE, "linestyle": ":"}),
+    "blocks": ("of blocks", {"color": DARK, "linestyle": "-."}),
+}
+RATIOS = {
+    "grad_norm": ("gradient norm", {"color": ORANGE}),
+    "l1_norm": ("L1 norm", {"color": PURPLE}),
+    "loss": ("loss", {"color": GREY}),
+}
 
 
 def sub_batch_gradients(trainer: ImageTrainer, batch: Any, tensors: Sequence[nn.Parameter]) -> tuple[Tensor, float]:
@@ -68,16 +86,51 @@ def mean_cosine(rows: Tensor) -> float:
     return float((units.sum(dim=0).square().sum() - count) / (count * (count - 1)))
 
 
-def measured(trainer: ImageTrainer, batches: Sequence[Any], tensors: Sequence[nn.Parameter]) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Where the tensors lie in a row of gradients.
+
+    Attributes:
+        tensors: all trainable ones, in the order of a row.
+        own: (P,) what belongs to the gradient tensors of NIO.
+        subsets: {quantity: (P,) what its cosine is of}.
+    """
+
+    tensors: list[nn.Parameter]
+    own: Tensor
+    subsets: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, scales: LayerScales) -> Columns:
+        """Those of a model."""
+        named = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+        gradient = {id(tensor) for tensor in scales.gradient}
+
+        def where(is_in: Callable[[str, nn.Parameter], bool]) -> Tensor:
+            return torch.cat([torch.full((tensor.numel(),), is_in(name, tensor)) for name, tensor in named.items()])
+
+        own = where(lambda name, tensor: id(tensor) in gradient)
+        subsets = {
+            "all_tensors": torch.ones_like(own),
+            "matrices": own & where(lambda name, tensor: tensor.ndim >= MATRIX),
+            "blocks": own & where(lambda name, tensor: IN_BLOCK.search(name) is not None),
+        }
+        return cls(list(named.values()), own, subsets)
+
+
+def measured(trainer: ImageTrainer, batches: Sequence[Any], columns: Columns) -> dict[str, float]:
     """All quantities, the mean over the first half of the batches; v is that of the second half."""
     half = len(batches) // 2
+    tensors = columns.tensors
     other = torch.stack([sub_batch_gradients(trainer, batch, tensors)[0].square().mean(0) for batch in batches[half:]])
-    root = other.mean(dim=0).sqrt()
+    root = other.mean(dim=0).sqrt()[columns.own]
     found: list[dict[str, float]] = []
     for batch in batches[:half]:
-        rows, loss = sub_batch_gradients(trainer, batch, tensors)
+        whole, loss = sub_batch_gradients(trainer, batch, tensors)
+        rows = whole[:, columns.own]
         found.append(
             {
+                **{name: mean_cosine(whole[:, chosen]) for name, chosen in columns.subsets.items()},
                 "grad_cosine": mean_cosine(rows),
                 "sign_cosine": mean_cosine(rows.sign()),
                 "preconditioned_cosine": mean_cosine(rows / (root + ADAM_EPS)),
@@ -98,6 +151,7 @@ def along_the_factor(recipe: str, data: Path, seed: int) -> list[dict[str, float
     assert isinstance(model, nn.Module)
     register_transformers_layers()
     scales = LayerScales(model, "weights")
+    columns = Columns.of(model, scales)
     initial = [parameter.detach().clone() for parameter in scales.scaled]
     loader = itertools.islice(trainer.get_nio_dataloader(), BATCHES)
     batches = [trainer.prepare_nio_batch(batch, number) for number, batch in enumerate(loader)]
@@ -105,7 +159,7 @@ def along_the_factor(recipe: str, data: Path, seed: int) -> list[dict[str, float
     for factor in FACTORS:
         scales.apply([factor * weight for weight in initial])
         with measuring(model):
-            rows.append({"factor": factor, **measured(trainer, batches, scales.gradient)})
+            rows.append({"factor": factor, **measured(trainer, batches, columns)})
     return rows
 
 
@@ -114,18 +168,15 @@ def draw(results: dict[str, list[list[dict[str, float]]]], target: Path) -> None
     with figure(target, width=8, height=6.5) as drawn:
         panels = drawn.subplots(2, len(results), sharex=True, squeeze=False)
         for column, (name, seeds) in enumerate(results.items()):
-            for axes, quantities, colors in (
-                (panels[0][column], COSINES, (BLUE, VERMILLION, GREEN)),
-                (panels[1][column], RATIOS, (ORANGE, PURPLE, GREY)),
-            ):
-                for (key, label), color in zip(quantities.items(), colors, strict=True):
+            for axes, quantities in ((panels[0][column], COSINES), (panels[1][column], RATIOS)):
+                for key, (label, look) in quantities.items():
                     start = next(index for index, row in enumerate(seeds[0]) if row["factor"] == 1)
                     units = [1.0 if key in COSINES else rows[start][key] for rows in seeds]
                     means = [
                         statistics.fmean(rows[index][key] / unit for rows, unit in zip(seeds, units, strict=True))
                         for index in range(len(FACTORS))
                     ]
-                    axes.plot(FACTORS, means, "o-", markersize=4, color=color, label=label)
+                    axes.plot(FACTORS, means, marker="o", markersize=4, label=label, **look)
                 axes.set_xscale("log")
                 axes.set_xticks(FACTORS, [f"{factor:g}" for factor in FACTORS])
                 axes.minorticks_off()
@@ -136,8 +187,8 @@ def draw(results: dict[str, list[list[dict[str, float]]]], target: Path) -> None
             panels[1][column].set_xlabel("factor of all weights")
         panels[0][0].set_ylabel(f"cosine (D = {SUB_BATCHES}, B/D = 16)")
         panels[1][0].set_ylabel("relative to factor 1")
-        for row in panels:
-            row[0].legend()
+        panels[0][-1].legend(fontsize="small")
+        panels[1][0].legend()
         drawn.align_ylabels()
 
 

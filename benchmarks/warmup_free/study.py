@@ -70,6 +70,8 @@ WARMED_UP = {
     "nio_seeded_warmup": "warmup,nio=true,nio_method=nio,nio_seed_optimizer=gi_adam",
 }
 """{name: an initialisation with warmup: whether that still gains something}."""
+GRIDS = {"vit": "2.5e-4,5e-4,1e-3,2e-3,4e-3,8e-3", "swin": "2.5e-4,5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2"}
+"""{small model: learning rates}: 5e-4 to 8e-3, and the next one where the best of an arm lay at an end."""
 METHODS = "uncorrected,gradinit,metainit,lsuv,emergence,architecture_aware"
 
 
@@ -106,7 +108,7 @@ def _small(model: str) -> dict[str, Comparison]:
     variants = {name: f"nio,{settings}" for name, settings in VARIANTS.items()}
     variants["tensor_gc_warmup"] = f"warmup,nio=true,nio_method=nio,{VARIANTS['tensor_gc']}"
     return {
-        model: Comparison(model),
+        model: Comparison(model, learning_rates=GRIDS[model]),
         f"{model}-clipped": Comparison(
             model,
             learning_rates="1e-3,2e-3,4e-3",
