@@ -142,10 +142,15 @@ def measured(trainer: ImageTrainer, batches: Sequence[Any], columns: Columns) ->
     return {key: statistics.fmean(entry[key] for entry in found) for key in found[0]}
 
 
+def options_of(data: Path, seed: int) -> list[str]:
+    """What a recipe of the study lacks."""
+    files = [f"--data_files.{split}={data}/cifar10/{split}.parquet" for split in ("train", "test")]
+    return [*files, f"--seed={seed}", "--report_to=none"]
+
+
 def along_the_factor(recipe: str, data: Path, seed: int) -> list[dict[str, float]]:
     """The quantities at each factor."""
-    options = [f"--data_files.{split}={data}/cifar10/{split}.parquet" for split in ("train", "test")]
-    options += [f"--seed={seed}", "--nio_batch_size=64", f"--nio_holdout_batches={BATCHES}", "--report_to=none"]
+    options = [*options_of(data, seed), f"--nio_holdout_batches={BATCHES}"]
     trainer = build_trainer(load_recipe(str(FOLDER / f"{recipe}.yaml"), options))
     model = trainer.model
     assert isinstance(model, nn.Module)
