@@ -145,6 +145,7 @@ def _small(model: str) -> dict[str, Comparison]:
 COMPARISONS = {
     **_small("vit"),
     **_small("swin"),
+    "vit-low": Comparison("vit", "no_warmup,warmup", learning_rates="6.25e-5", warmup_ratios="0.3", verdict_seeds=0),
     "imagenette-vit": Comparison(
         "vit-small/imagenette/no_warmup", steps=2000, learning_rates="5e-4,1e-3,2e-3,4e-3", data="imagenette224"
     ),
