@@ -74,6 +74,8 @@ CONTROLS_SEEDED = {
 METHODS = "gradinit,metainit,lsuv,emergence,architecture_aware"
 GRIDS = {"vit": "1.25e-4,2.5e-4,5e-4,1e-3,2e-3,4e-3,8e-3", "swin": "2.5e-4,5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2"}
 """{small model: learning rates}: 5e-4 to 8e-3, and the next one where the best of an arm lay at an end."""
+GRIDS_CLIPPED = {"vit": "5e-4,1e-3,2e-3,4e-3", "swin": "1e-3,2e-3,4e-3,8e-3"}
+"""{small model: learning rates with clipping}: 1e-3 to 4e-3, and where warmup, nio or nio_seeded was best without."""
 BEST, BEST_SEEDED = {"vit": "5e-4", "swin": "1e-3"}, {"vit": "4e-3", "swin": "8e-3"}
 """{small model: learning rate at which the arm nio, or nio_seeded, is best}: that of its controls."""
 
@@ -114,7 +116,7 @@ def _small(model: str) -> dict[str, Comparison]:
         model: Comparison(model, learning_rates=GRIDS[model]),
         f"{model}-clipped": Comparison(
             model,
-            learning_rates="1e-3,2e-3,4e-3",
+            learning_rates=GRIDS_CLIPPED[model],
             warmup_ratios="0.1,0.3",
             options=("--max_grad_norm", "1.0"),
         ),

@@ -23,6 +23,9 @@ from nio_hf.core.scales import LayerScales
 from nio_hf.core.two_pass import TwoPass, located
 from nio_hf.errors import DataError, NumericsError, Problem
 
+CLIP_EPS = 1e-6
+"""What `torch.nn.utils.clip_grad_norm_` adds to a norm."""
+
 
 def squared_gradients(
     model: nn.Module,
@@ -30,11 +33,13 @@ def squared_gradients(
     loss_fn: LossFn,
     config: NIOConfig | None = None,
     *,
+    max_norm: float | None = None,
     collective: Collective = SINGLE_PROCESS,
 ) -> dict[str, Tensor]:
     """Mean over batches of the squared gradient g^2, elementwise, with g the gradient of the mean loss of a batch.
 
-    The model is left as it is. Each batch costs one forward and one backward.
+    With `max_norm` c it is that of min(1, c / ||g||) g, which an optimizer sees where gradients are clipped. The model
+    is left as it is. Each batch costs one forward and one backward.
 
     Args:
         model: a module with fp32 or fp64 parameters.
@@ -43,6 +48,7 @@ def squared_gradients(
         config: `sub_batches`, `micro_batch_size`, `precision`, `batch_norm` and `seed` are used; None for the defaults.
             A batch is computed in sub-batches, which processes share; they do not change the result, but for batch
             normalisation.
+        max_norm: norm above which the gradient of a batch, of all parameters together, is clipped; None for none.
         collective: the processes that share the work, each of which passes the same batches and the same weights.
 
     Returns:
@@ -65,6 +71,8 @@ def squared_gradients(
         with mode.isolated(model, wrt[0].device, config.batch_norm):
             for index, batch in enumerate(batches):
                 gradient = _gradient(passes, batch, wrt, config, index)
+                if max_norm is not None:
+                    _clip(gradient, max_norm)
                 torch._foreach_addcmul_(totals, gradient, gradient)
                 count += 1
     if not count:
@@ -75,6 +83,12 @@ def squared_gradients(
             fix = "Check inputs, labels and the initial weights"
             raise NumericsError(Problem(name, "the squared gradient is not finite", fix))
     return dict(zip(named, totals, strict=True))
+
+
+def _clip(gradient: list[Tensor], max_norm: float) -> None:
+    """Clip a gradient as torch does."""
+    norm = torch.nn.utils.get_total_norm(gradient)
+    torch._foreach_mul_(gradient, (max_norm / (norm + CLIP_EPS)).clamp(max=1.0))
 
 
 def _gradient(passes: TwoPass, batch: Any, wrt: list[nn.Parameter], config: NIOConfig, index: int) -> list[Tensor]:

@@ -9,7 +9,10 @@ v_t = beta2^t g_0^2 + (1 - beta2) sum_s beta2^(t - s) g_s^2, and the update divi
     "uncorrected"  v_t                    no warmup by the second moment. The first moment starts at zero and is not
                                           corrected either: updates grow over 1 / (1 - beta1) steps (10 for 0.9)
 
-Source: Kalra and Barkeshli, arXiv 2406.09405 (GI-Adam, the first form); the second is our choice.
+Where the training clips gradients, g_0 is clipped likewise: from one that is k times as large as those that follow, the
+updates would be k times too small for as long as beta2 remembers it.
+
+Source: Kalra and Barkeshli, arXiv 2406.09405 (GI-Adam, the first form); the second is our choice, as is clipping.
 """
 
 from __future__ import annotations

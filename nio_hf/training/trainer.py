@@ -156,6 +156,8 @@ class NIOTrainerMixin(PublishingTrainerMixin):
     def squared_gradients(self, batches: int | None = None) -> dict[str, torch.Tensor]:
         """Squared gradient at the weights as they are, which `nio_seed_optimizer` seeds the optimizer with.
 
+        Gradients are clipped to `max_grad_norm`, as those are that the optimizer will see.
+
         Args:
             batches: number of the batches that NIO sets aside to measure on; None for all.
 
@@ -170,7 +172,10 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         with self._held_out("Squared gradients", batches) as held_out, collective.together():
             replica = make_replica(self._nio_model(), self.args.device, collective)
             config = self.args.to_nio_config()
-            return squared_gradients(replica, held_out, self.compute_nio_loss, config, collective=collective)
+            max_norm = self.args.max_grad_norm or None
+            return squared_gradients(
+                replica, held_out, self.compute_nio_loss, config, max_norm=max_norm, collective=collective
+            )
 
     @contextlib.contextmanager
     def _held_out(self, what: str, batches: int | None = None) -> Iterator[Iterable[Any]]:

@@ -10,14 +10,25 @@ from typing import Any
 
 import pytest
 
+from benchmarks.warmup_free import width
 from benchmarks.warmup_free.differences import table
-from benchmarks.warmup_free.first_steps import draw, read_runs, rows
+from benchmarks.warmup_free.first_steps import COLUMNS, draw, read_runs, rows
 from benchmarks.warmup_free.study import COMPARISONS, FOLDER, RESULTS, VARIANTS, take_runs
 from nio_hf.comparison.arms import choose_arms
 from nio_hf.comparison.plan import Plan
+from nio_hf.report.tables import markdown_table
 from nio_hf.trials.bench import Bench
 from nio_hf.trials.results import RESULTS_NAME, Results
 from nio_hf.trials.run import Run
+
+SIDE_BY_SIDE = [
+    (["vit-variants", "swin-variants"], 1e-3, "nio"),
+    (["vit-controls"], 5e-4, "nio"),
+    (["swin-controls"], 1e-3, "nio"),
+    (["vit-seeded"], 4e-3, "nio_seeded"),
+    (["swin-seeded"], 8e-3, "nio_seeded"),
+]
+"""(comparisons, learning rate, arm that the others are held against) of tables of the page."""
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -104,3 +115,29 @@ def test_the_first_steps_are_means_over_seeds_that_did_not_fail(tmp_path: Path) 
     assert rows(read_runs(tmp_path / "a"), [2e-3]) == []
     draw(["a", "a"], tmp_path, tmp_path / "angles.png")
     assert (tmp_path / "angles.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _expected_on_the_page() -> list[str]:
+    """The tables and verdicts that follow from the results that are kept."""
+    parts = []
+    for name, made in COMPARISONS.items():
+        report = RESULTS / name / "comparison.md"
+        if made.verdict_seeds and report.is_file():
+            blocks = report.read_text().split("\n\n")
+            tables = [block for block in blocks if block.startswith("| ")]
+            verdict = next(block for block in blocks if block.startswith("- "))
+            parts += [*tables, verdict]
+    for names, rate, reference in SIDE_BY_SIDE:
+        if all((RESULTS / name / "comparison.md").is_file() for name in names):
+            parts.append(table(names, rate, reference))
+    parts += [markdown_table(COLUMNS, rows(read_runs(RESULTS / name), [1e-3])) for name in ("vit", "swin")]
+    widths = json.loads((RESULTS / "width.json").read_text())["widths"]
+    parts.append(markdown_table(width.COLUMNS, [width.row(int(each), found) for each, found in widths.items()]))
+    return parts
+
+
+def test_the_page_says_what_the_results_say() -> None:
+    page = (FOLDER / "README.md").read_text()
+    expected = _expected_on_the_page()
+    assert expected
+    assert [part for part in expected if part not in page] == []

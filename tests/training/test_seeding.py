@@ -51,6 +51,33 @@ def test_the_squares_are_those_of_whole_batches_whatever_the_sub_batches() -> No
             torch.testing.assert_close(square, value, rtol=1e-12, atol=0)
 
 
+def test_the_gradient_of_each_batch_is_clipped_as_in_training() -> None:
+    model, batches = _problem()
+    parameters = list(model.parameters())
+    norms = [
+        float(torch.cat([g.flatten() for g in torch.autograd.grad(_mse(model, b), parameters)]).norm()) for b in batches
+    ]
+    max_norm = sorted(norms)[1]
+    expected = [torch.zeros_like(parameter) for parameter in parameters]
+    for batch in batches:
+        model.zero_grad()
+        _mse(model, batch).backward()
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+        for total, parameter in zip(expected, parameters, strict=True):
+            assert parameter.grad is not None
+            total += parameter.grad.square() / len(batches)
+    found = squared_gradients(model, batches, _mse, NIOConfig(sub_batches=2), max_norm=max_norm)
+    for square, value in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(square, value, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1e-3])
+def test_a_training_that_clips_is_seeded_with_what_its_optimizer_sees(tmp_path: Path, max_grad_norm: float) -> None:
+    trainer = _trainer(tmp_path, max_grad_norm=max_grad_norm)
+    norm = math.sqrt(sum(float(square.sum()) for square in trainer.squared_gradients(batches=1).values()))
+    assert math.isclose(norm, max_grad_norm, rel_tol=1e-2) if max_grad_norm else norm > 1e-2
+
+
 def test_without_a_batch_there_is_nothing_to_seed_from() -> None:
     model, _ = _problem()
     with pytest.raises(DataError, match="none"):
