@@ -141,3 +141,16 @@ def test_the_page_says_what_the_results_say() -> None:
     expected = _expected_on_the_page()
     assert expected
     assert [part for part in expected if part not in page] == []
+
+
+def test_the_readme_says_what_the_verdicts_say() -> None:
+    readme = (FOLDER.parents[1] / "README.md").read_text()
+    verdicts = [
+        {
+            verdict["arm"]: f"{verdict['difference']['mean']:+.2f} ± {verdict['difference']['half_width']:.2f}"
+            for verdict in json.loads((RESULTS / name / "comparison.json").read_text())["verdicts"]
+        }
+        for name in ("vit", "swin")
+    ]
+    for arm in ("no_warmup", "nio", "gi_adam", "nio_seeded"):
+        assert f"| `{arm}` | {verdicts[0][arm]} | {verdicts[1][arm]} |" in readme
