@@ -171,7 +171,8 @@ def carry_out(name: str, data: Path, jobs: int) -> int:
         output.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept / RESULTS_NAME, output / RESULTS_NAME)
     if made.basis is not None and not (output / RESULTS_NAME).is_file():
-        take_runs(made, OUTPUTS / made.basis / RESULTS_NAME, output / RESULTS_NAME)
+        own_runs, kept_runs = (folder / made.basis / RESULTS_NAME for folder in (OUTPUTS, RESULTS))
+        take_runs(made, own_runs if own_runs.is_file() else kept_runs, output / RESULTS_NAME)
     status = run_comparison(
         [str(own) if own.is_file() else made.recipe, *options, *made.options],
         arms=made.arms,
