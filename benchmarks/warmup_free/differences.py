@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.warmup_free.first_steps import Record, arm_title, read_runs
+from benchmarks.warmup_free.first_steps import Record, arm_title, read_comparisons
 from benchmarks.warmup_free.study import RESULTS
 from nio_hf.report.tables import markdown_table
 from nio_hf.trials.interval import paired
@@ -63,11 +63,14 @@ def _scales(outcomes: Sequence[Record]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def table(names: Sequence[str], rate: float, reference: str, results: Path = RESULTS) -> str:
+def table(comparisons: Mapping[str, Sequence[Record]], rate: float, reference: str) -> str:
     """The arms of comparisons at a learning rate, in Markdown; those of one side by side with those of the next."""
-    cells = [cells_at(read_runs(results / name), rate) for name in names]
+    cells = [cells_at(records, rate) for records in comparisons.values()]
     arms = list(dict.fromkeys(arm for each in cells for arm in each))
-    columns = ["", *(f"{name}: {column}" for name in names for column in ("%", f"- {reference}", "scales", "cost"))]
+    columns = [
+        "",
+        *(f"{name}: {column}" for name in comparisons for column in ("%", f"- {reference}", "scales", "cost")),
+    ]
     rows = [[arm, *(part for each in cells for part in row(each, arm, reference))] for arm in arms]
     return markdown_table(columns, rows)
 
@@ -79,9 +82,9 @@ def main() -> None:
     parser.add_argument("--to", required=True, metavar="ARM", help="to hold the others against")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the comparisons")
     asked = parser.parse_args()
-    rates = sorted({r["run"]["learning_rate"] for name in asked.names for r in read_runs(asked.results / name)})
-    for rate in rates:
-        sys.stdout.write(f"{rate:g}\n\n{table(asked.names, rate, asked.to, asked.results)}\n\n")
+    comparisons = read_comparisons(asked.names, asked.results)
+    for rate in sorted({record["run"]["learning_rate"] for records in comparisons.values() for record in records}):
+        sys.stdout.write(f"{rate:g}\n\n{table(comparisons, rate, asked.to)}\n\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,11 @@ def read_runs(directory: Path) -> list[Record]:
     """The runs of a comparison that chose its settings."""
     lines = (directory / RESULTS_NAME).read_text(encoding="utf-8").splitlines()[1:]
     return [record for record in map(json.loads, lines) if record["run"]["stage"] == "selection"]
+
+
+def read_comparisons(names: Sequence[str], results: Path) -> dict[str, list[Record]]:
+    """{name: runs} of comparisons that lie in a folder."""
+    return {name: read_runs(results / name) for name in names}
 
 
 def arm_title(arm: str, warmup_ratio: float) -> str:
@@ -104,13 +109,13 @@ def _row(arm: str, warmup_ratio: float, rate: float, outcomes: Sequence[Record])
     )
 
 
-def draw(names: Sequence[str], results: Path, target: Path) -> None:
+def draw(comparisons: Mapping[str, Sequence[Record]], target: Path) -> None:
     """Draw the accuracy of each arm against the angle by which its weights turn, a point for each learning rate."""
     with figure(target, width=8.5, height=4.8) as drawn:
-        panels = drawn.subplots(1, len(names), squeeze=False)[0]
-        for axes, name in zip(panels, names, strict=True):
+        panels = drawn.subplots(1, len(comparisons), squeeze=False)[0]
+        for axes, (name, records) in zip(panels, comparisons.items(), strict=True):
             points: dict[str, list[tuple[float, float]]] = {}
-            for (arm, ratio, _), outcomes in sorted(_group(read_runs(results / name), ()).items()):
+            for (arm, ratio, _), outcomes in sorted(_group(records, ()).items()):
                 point = (1000 * _first(outcomes, "angular_update"), _accuracy(outcomes))
                 points.setdefault(arm_title(arm, ratio), []).append(point)
             for title in sorted(points, key=[*LOOKS, *points].index):
@@ -131,11 +136,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="file to draw accuracy against angle into")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the comparisons")
     asked = parser.parse_args()
-    for name in asked.names:
-        table = markdown_table(COLUMNS, rows(read_runs(asked.results / name), asked.learning_rates))
-        sys.stdout.write(f"{name}\n\n{table}\n\n")
+    comparisons = read_comparisons(asked.names, asked.results)
+    for name, records in comparisons.items():
+        sys.stdout.write(f"{name}\n\n{markdown_table(COLUMNS, rows(records, asked.learning_rates))}\n\n")
     if asked.plot is not None:
-        draw(asked.names, asked.results, asked.plot)
+        draw(comparisons, asked.plot)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.warmup_free.study import FOLDER, RESULTS, data_options
 from nio_hf.core.batches import take
 from nio_hf.core.mode import measuring
 from nio_hf.core.scales import LayerScales
@@ -41,8 +42,6 @@ from nio_hf.report.style import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, SKY, VE
 from nio_hf.training.checkpoints import versions
 from nio_hf.training.layers import register_transformers_layers
 
-FOLDER = Path(__file__).parent
-RESULTS = FOLDER.parent / "results" / "warmup-free"
 FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0)
 SEEDS = range(3)
 BATCHES, SUB_BATCHES = 8, 4
@@ -144,8 +143,7 @@ def measured(trainer: ImageTrainer, batches: Sequence[Any], columns: Columns) ->
 
 def options_of(data: Path, seed: int) -> list[str]:
     """What a recipe of the study lacks."""
-    files = [f"--data_files.{split}={data}/cifar10/{split}.parquet" for split in ("train", "test")]
-    return [*files, f"--seed={seed}", "--report_to=none"]
+    return [*data_options("cifar10", data), f"--seed={seed}", "--report_to=none"]
 
 
 def along_the_factor(recipe: str, data: Path, seed: int) -> list[dict[str, float]]:

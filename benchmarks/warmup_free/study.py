@@ -17,17 +17,21 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from nio_hf.comparison.arms import choose_arms
 from nio_hf.comparison.command import run_comparison
+from nio_hf.comparison.plan import Plan
 from nio_hf.console import INTERRUPTED
 from nio_hf.training.manifest import write_atomically
 from nio_hf.trials.results import RESULTS_NAME
+from nio_hf.trials.run import Run
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "results" / "warmup-free"
 OUTPUTS = Path("outputs") / "warmup-free"
 KEPT = (RESULTS_NAME, "comparison.json", "comparison.md", "learning_rates.png", "first_steps.png")
+SEEDS = 3
+"""To choose by."""
 SPLITS = {
     "cifar10": {"train": "train", "test": "test"},
     "imagenette224": {"train": "train", "validation": "validation"},
@@ -107,6 +111,17 @@ class Comparison:
     data: str = "cifar10"
     basis: str | None = None
 
+    @property
+    def arm_definitions(self) -> list[str]:
+        """Definitions of the further arms, as `nio-hf compare --arm` takes them."""
+        return [f"{name}={definition}" for name, definition in self.definitions.items()]
+
+    def plan(self) -> Plan:
+        """What it consists of."""
+        arms = choose_arms(self.arms.split(","), self.arm_definitions)
+        rates, ratios = (tuple(map(float, numbers.split(","))) for numbers in (self.learning_rates, self.warmup_ratios))
+        return Plan(arms, rates, ratios, SEEDS, self.verdict_seeds, self.steps)
+
 
 def _small(model: str) -> dict[str, Comparison]:
     """The comparisons of one of the two small models."""
@@ -163,9 +178,7 @@ def carry_out(name: str, data: Path, jobs: int) -> int:
     """Carry out a comparison, and keep what came of it; returns its exit status."""
     made = COMPARISONS[name]
     own = FOLDER / f"{made.recipe}.yaml"
-    options = ["--dataset_name", "parquet"]
-    for split, file in SPLITS[made.data].items():
-        options += [f"--data_files.{split}", str((data / made.data / f"{file}.parquet").resolve())]
+    options = ["--dataset_name", "parquet", *data_options(made.data, data)]
     output, kept = OUTPUTS / name, RESULTS / name
     if _lines(kept / RESULTS_NAME) > _lines(output / RESULTS_NAME):
         output.mkdir(parents=True, exist_ok=True)
@@ -176,10 +189,10 @@ def carry_out(name: str, data: Path, jobs: int) -> int:
     status = run_comparison(
         [str(own) if own.is_file() else made.recipe, *options, *made.options],
         arms=made.arms,
-        definitions=[f"{arm}={definition}" for arm, definition in made.definitions.items()],
+        definitions=made.arm_definitions,
         learning_rates=made.learning_rates,
         warmup_ratios=made.warmup_ratios,
-        seeds=3,
+        seeds=SEEDS,
         verdict_seeds=made.verdict_seeds,
         steps=made.steps,
         jobs=jobs,
@@ -198,15 +211,16 @@ def take_runs(made: Comparison, basis: Path, target: Path) -> None:
     if not basis.is_file():
         return
     header, *lines = basis.read_text(encoding="utf-8").splitlines(keepends=True)
-    taken = [line for line in lines if _is_of_grid(json.loads(line)["run"], made)]
+    grid = set(made.plan().grid())
+    taken = [line for line in lines if Run(**json.loads(line)["run"]) in grid]
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, "".join([header, *taken]))
 
 
-def _is_of_grid(run: Mapping[str, Any], made: Comparison) -> bool:
-    rates, ratios = ([float(part) for part in each.split(",")] for each in (made.learning_rates, made.warmup_ratios))
-    of_arms = run["stage"] == "selection" and run["arm"] in made.arms.split(",")
-    return of_arms and run["learning_rate"] in rates and run["warmup_ratio"] in (0, *ratios)
+def data_options(name: str, data: Path) -> list[str]:
+    """The files of a data set, as command line options."""
+    files = {split: (data / name / f"{file}.parquet").resolve() for split, file in SPLITS[name].items()}
+    return [f"--data_files.{split}={file}" for split, file in files.items()]
 
 
 def _lines(file: Path) -> int:

@@ -24,6 +24,7 @@ from nio_hf.image_training.building import build_trainer
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.report.tables import markdown_table
 from nio_hf.training.checkpoints import versions
+from nio_hf.trials.worker import summary
 
 WIDTHS = (48, 96, 192, 384, 768)
 HEAD, MLP_RATIO, CLASS_STANDARD_DEVIATION = 32, 4, 0.02
@@ -38,14 +39,8 @@ def found_by_nio(data: Path, width: int, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         options += [*options_of(data, seed), "--nio=true", f"--output_dir={folder}"]
         result = build_trainer(load_recipe(str(FOLDER / "vit.yaml"), options)).run_nio()
-    before, after = result.before, result.after
-    return {
-        "factor": max(tensor.omega for tensor in result.tensors),
-        "status": result.status,
-        "grad_cosine": [before.value, after.value],
-        "grad_norm": [before.grad_norm, after.grad_norm],
-        "loss": [before.loss, after.loss],
-    }
+    found = summary(result)
+    return {"factor": max(found.pop("scales")), **found}
 
 
 def row(width: int, found: list[dict[str, Any]]) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ CONTROLLED = {
 }
 """{setting of the recipe that a comparison decides itself: what to do instead}."""
 _OWN_OF_ARMS = {"nio", "nio_method", "nio_seed_optimizer", "optimizer"}
+_DECIDED = {**dict.fromkeys([*QUIET, "output_dir"], "Leave it out"), **CONTROLLED}
 _PLAIN: dict[str, Any] = {"nio": False, "nio_seed_optimizer": None, "optimizer": None}
 _SEEDED = {"nio_seed_optimizer": "gi_adam"}
 
@@ -110,9 +111,8 @@ def _defined(definition: str) -> Arm:
         key, equals, value = setting.partition("=")
         if not equals or not value or key in changes:
             raise RecipeError(Problem("--arm", f"{setting!r} in {definition!r}", fix))
-        decided = {**dict.fromkeys([*QUIET, "output_dir"], "Leave it out"), **CONTROLLED}
-        if key in decided and key not in _OWN_OF_ARMS:
-            raise RecipeError(Problem(f"--arm {name}, {key}", "is decided by this command", decided[key]))
+        if key in _DECIDED and key not in _OWN_OF_ARMS:
+            raise RecipeError(Problem(f"--arm {name}, {key}", "is decided by this command", _DECIDED[key]))
         changes[key] = parse_scalar(value, f"--arm {name}, {key}")
     known = ARMS[base]
     return Arm(name, f"{known.description}; {', '.join(settings)}", {**known.settings, **changes}, known.has_warmup)

@@ -23,7 +23,7 @@ from nio_hf.core.scales import LayerScales
 from nio_hf.core.two_pass import TwoPass, located
 from nio_hf.errors import DataError, NumericsError, Problem
 
-CLIP_EPS = 1e-6
+_CLIP_EPS = 1e-6
 """What `torch.nn.utils.clip_grad_norm_` adds to a norm."""
 
 
@@ -88,7 +88,7 @@ def squared_gradients(
 def _clip(gradient: list[Tensor], max_norm: float) -> None:
     """Clip a gradient as torch does."""
     norm = torch.nn.utils.get_total_norm(gradient)
-    torch._foreach_mul_(gradient, (max_norm / (norm + CLIP_EPS)).clamp(max=1.0))
+    torch._foreach_mul_(gradient, (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0))
 
 
 def _gradient(passes: TwoPass, batch: Any, wrt: list[nn.Parameter], config: NIOConfig, index: int) -> list[Tensor]:

@@ -21,6 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
+from nio_hf.core.result import NIOResult
 from nio_hf.errors import ConfigError, NIOError, NumericsError, Problem, RecipeError
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
@@ -134,7 +135,7 @@ def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool, co
         cost_seconds=initialised - started,
         seconds=time.perf_counter() - started,
         error="the loss is not finite" if failed else None,
-        initialisation=None if result is None else _summary(result),
+        initialisation=None if result is None else summary(result),
         diagnostics={} if looked_at is None else looked_at.values,
     )
 
@@ -180,7 +181,7 @@ def _diagnostics(trainer: ImageTrainer) -> StepDiagnostics:
     return looked_at
 
 
-def _summary(result: Any) -> dict[str, Any]:
+def summary(result: NIOResult) -> dict[str, Any]:
     """What is kept of an initialisation."""
     scales = [tensor.omega for tensor in result.tensors]
     return {

@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.warmup_free import width
 from benchmarks.warmup_free.differences import table
-from benchmarks.warmup_free.first_steps import COLUMNS, draw, read_runs, rows
-from benchmarks.warmup_free.study import COMPARISONS, FOLDER, RESULTS, VARIANTS, take_runs
+from benchmarks.warmup_free.first_steps import COLUMNS, draw, read_comparisons, read_runs, rows
+from benchmarks.warmup_free.study import BEST, BEST_SEEDED, COMPARISONS, FOLDER, RESULTS, VARIANTS, take_runs
 from nio_hf.comparison.arms import choose_arms
 from nio_hf.comparison.plan import Plan
 from nio_hf.report.tables import markdown_table
@@ -23,10 +23,8 @@ from nio_hf.trials.run import Run
 
 SIDE_BY_SIDE = [
     (["vit-variants", "swin-variants"], 1e-3, "nio"),
-    (["vit-controls"], 5e-4, "nio"),
-    (["swin-controls"], 1e-3, "nio"),
-    (["vit-seeded"], 4e-3, "nio_seeded"),
-    (["swin-seeded"], 8e-3, "nio_seeded"),
+    *(([f"{model}-controls"], float(rate), "nio") for model, rate in BEST.items()),
+    *(([f"{model}-seeded"], float(rate), "nio_seeded") for model, rate in BEST_SEEDED.items()),
 ]
 """(comparisons, learning rate, arm that the others are held against) of tables of the page."""
 
@@ -87,7 +85,8 @@ def test_arms_are_held_against_one_of_them_seed_by_seed(tmp_path: Path) -> None:
     first: dict[str, list[float | None]] = {"no_warmup": [30.0, 40.0], "nio": [31.0, 43.0], "broken": [50.0, None]}
     _write_runs(tmp_path / "a", first, {"nio": [0.5, 2.0]})
     _write_runs(tmp_path / "b", {"no_warmup": [10.0, 12.0]}, {})
-    lines = [line.strip("| ").split(" | ") for line in table(["a", "b"], 1e-3, "no_warmup", tmp_path).splitlines()]
+    held = table(read_comparisons(["a", "b"], tmp_path), 1e-3, "no_warmup")
+    lines = [line.strip("| ").split(" | ") for line in held.splitlines()]
     by_arm = {cells[0]: cells[1:] for cells in lines}
     # differences 1 and 3: mean 2, sd sqrt 2, half width t(0.95, 1) sd / sqrt 2 = 6.314
     assert by_arm["nio"] == ["37.0", "+2.00 ± 6.31", "0.50 to 2.00", "8", "-", "-", "-", "-"]
@@ -113,7 +112,7 @@ def test_the_first_steps_are_means_over_seeds_that_did_not_fail(tmp_path: Path) 
     row = ("warmup 10%", "0.001", "0.0030", "3.0", "0.003", "3.00", "1.000", "1.909", "40.0")
     assert rows(read_runs(tmp_path / "a"), [1e-3]) == [row]
     assert rows(read_runs(tmp_path / "a"), [2e-3]) == []
-    draw(["a", "a"], tmp_path, tmp_path / "angles.png")
+    draw(read_comparisons(["a"], tmp_path), tmp_path / "angles.png")
     assert (tmp_path / "angles.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -129,7 +128,7 @@ def _expected_on_the_page() -> list[str]:
             parts += [*tables, verdict]
     for names, rate, reference in SIDE_BY_SIDE:
         if all((RESULTS / name / "comparison.md").is_file() for name in names):
-            parts.append(table(names, rate, reference))
+            parts.append(table(read_comparisons(names, RESULTS), rate, reference))
     parts += [markdown_table(COLUMNS, rows(read_runs(RESULTS / name), [1e-3])) for name in ("vit", "swin")]
     widths = json.loads((RESULTS / "width.json").read_text())["widths"]
     parts.append(markdown_table(width.COLUMNS, [width.row(int(each), found) for each, found in widths.items()]))
