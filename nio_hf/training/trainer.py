@@ -172,7 +172,7 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         with self._held_out("Squared gradients", batches) as held_out, collective.together():
             replica = make_replica(self._nio_model(), self.args.device, collective)
             config = self.args.to_nio_config()
-            max_norm = self.args.max_grad_norm or None
+            max_norm = self.args.max_grad_norm if self.args.max_grad_norm and self.args.max_grad_norm > 0 else None
             return squared_gradients(
                 replica, held_out, self.compute_nio_loss, config, max_norm=max_norm, collective=collective
             )
