@@ -153,6 +153,13 @@ def _small(model: str) -> dict[str, Comparison]:
             verdict_seeds=0,
             basis=model,
         ),
+        f"{model}-uncorrected": Comparison(
+            model,
+            "no_warmup,gi_adam,uncorrected",
+            learning_rates=",".join(GRIDS[model].split(",")[:4]),
+            verdict_seeds=0,
+            basis=model,
+        ),
         f"{model}-variants": Comparison(
             model, "no_warmup,warmup,nio", variants, "1e-3", "0.3", verdict_seeds=0, basis=model
         ),
