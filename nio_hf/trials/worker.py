@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 from nio_hf.core.result import NIOResult
@@ -29,6 +28,7 @@ from nio_hf.recipe.loading import load_recipe
 from nio_hf.recipe.strict_yaml import with_values
 from nio_hf.training.manifest import write_atomically
 from nio_hf.trials.diagnostics import StepDiagnostics
+from nio_hf.trials.operations import OperationCount
 from nio_hf.trials.results import Outcome
 
 
@@ -145,15 +145,15 @@ def _initialise(trainer: ImageTrainer) -> float:
     args = trainer.args
     if not args.nio and args.nio_seed_optimizer is None:
         return 0.0
-    with FlopCounterMode(display=False) as one_pass:
+    with OperationCount() as one_pass:
         trainer.squared_gradients(batches=1)
-    per_sample = one_pass.get_total_flops() / args.nio_batch_size
+    per_sample = one_pass.total / args.nio_batch_size
     samples_of_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     operations = 0.0
     if args.nio:
-        with FlopCounterMode(display=False) as initialisation:
+        with OperationCount() as initialisation:
             trainer.run_nio()
-        operations += initialisation.get_total_flops()
+        operations += initialisation.total
     if args.nio_seed_optimizer is not None:
         operations += per_sample * args.nio_batch_size * max(args.nio_holdout_batches, 1)
     return float(operations / (per_sample * samples_of_step))
