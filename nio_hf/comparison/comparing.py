@@ -8,8 +8,9 @@ from rich.table import Table
 
 from nio_hf.comparison.analysis import cells, choose, largest_gain, warmup_gains
 from nio_hf.comparison.arms import CONTROLLED
+from nio_hf.comparison.findings import Findings
 from nio_hf.comparison.plan import Plan
-from nio_hf.comparison.report import Findings, write_report
+from nio_hf.comparison.report import write_report
 from nio_hf.errors import Problem
 from nio_hf.image_training.building import load_data
 from nio_hf.recipe.catalog import recipe_name

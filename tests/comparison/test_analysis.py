@@ -9,7 +9,8 @@ import pytest
 from nio_hf.comparison import analysis
 from nio_hf.comparison.analysis import Stability
 from nio_hf.comparison.arms import choose_arms
-from nio_hf.comparison.report import Findings, sentences, verdict_rows
+from nio_hf.comparison.findings import Findings
+from nio_hf.comparison.report import sentences, verdict_rows
 from nio_hf.trials.interval import Interval, interval
 from nio_hf.trials.run import Run
 from tests.comparison.outcomes import outcome, outcomes, plan

@@ -1,0 +1,55 @@
+"""Plots of a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from nio_hf.comparison.findings import Findings
+from nio_hf.comparison.plots import plot_learning_rates
+from tests.comparison.outcomes import outcomes, plan
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are written."""
+    written: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        written.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return written
+
+
+def _draw(target: Path, **changes: Any) -> None:
+    made = plan(verdict_seeds=0, **changes)
+    by_arm = {"no_warmup": 30.0, "warmup": 40.0, "nio": 50.0}
+    known = outcomes(made, lambda run: by_arm[run.arm] - run.warmup_ratio + run.seed)
+    plot_learning_rates(Findings.of("recipe", made, known, 10.0), target)
+
+
+def test_arms_are_lines_over_learning_rates(drawn: list[Figure], tmp_path: Path) -> None:
+    _draw(tmp_path / "plot.png")
+    accuracy, _ = drawn[0].axes
+    assert [list(container[0].get_xdata()) for container in accuracy.containers] == [[1e-3, 2e-3]] * 3
+    assert [container[0].get_ydata()[0] for container in accuracy.containers] == pytest.approx([31, 40.9, 51])
+
+
+def test_arms_stand_beneath_each_other_at_a_single_learning_rate(drawn: list[Figure], tmp_path: Path) -> None:
+    _draw(tmp_path / "plot.png", learning_rates=(1e-3,))
+    accuracy, loss = drawn[0].axes
+    assert [label.get_text() for label in accuracy.get_yticklabels()] == ["no_warmup", "warmup (10%)", "nio"]
+    assert list(accuracy.containers[0][0].get_xdata()) == pytest.approx([31, 40.9, 51])
+    assert len(loss.lines[0].get_xdata()) == 3
+
+
+def test_one_seed_has_no_bars(drawn: list[Figure], tmp_path: Path) -> None:
+    _draw(tmp_path / "plot.png", learning_rates=(1e-3,), seeds=1)
+    bars = drawn[0].axes[0].containers[0][2][0].get_segments()
+    assert all(start[0] == end[0] for start, end in bars)
