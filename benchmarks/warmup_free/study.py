@@ -137,7 +137,7 @@ def _small(model: str) -> dict[str, Comparison]:
         ),
         f"{model}-controls": Comparison(
             model,
-            f"no_warmup,warmup,nio,{METHODS}",
+            f"no_warmup,warmup,nio,gi_adam,uncorrected,{METHODS}",
             CONTROLS,
             BEST[model],
             "0.3,0.5",
@@ -150,13 +150,6 @@ def _small(model: str) -> dict[str, Comparison]:
             CONTROLS_SEEDED,
             BEST_SEEDED[model],
             "0.3",
-            verdict_seeds=0,
-            basis=model,
-        ),
-        f"{model}-uncorrected": Comparison(
-            model,
-            "no_warmup,gi_adam,uncorrected",
-            learning_rates=",".join(GRIDS[model].split(",")[:4]),
             verdict_seeds=0,
             basis=model,
         ),
