@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
+
+from nio_hf.trials.operations import OperationCount
 
 Work = Callable[[], Any]
 
@@ -28,28 +29,23 @@ _FORMULAS: dict[Any, Callable[..., int]] = {**flop_registry, torch.ops.aten.conv
 """{operation: number of operations of a call}."""
 
 
-class Counts(TorchDispatchMode):
+class Counts(OperationCount):
     """Counts operations and live bytes of what is computed in it.
 
-    It reads the formulas of `torch.utils.flop_counter`; unlike FlopCounterMode it tries no decompositions, which is
-    many times faster, and the same where autograd has decomposed everything (tested against it).
-
     Attributes:
-        operations: of matrix products, convolutions and attention.
         peak: the largest number of bytes alive at once, of storages made in it; those held by graphs are included.
     """
 
+    formulas = _FORMULAS
+
     def __init__(self) -> None:
         super().__init__()
-        self.operations = self.peak = self._bytes = 0
+        self.peak = self._bytes = 0
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        formula = _FORMULAS.get(func._overloadpacket)
-        if formula is not None:
-            self.operations += formula(*args, **kwargs, out_val=result)
+        """Carry out an operation, and count it and what it makes."""
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             if storage._cdata not in self._alive and all(storage._cdata != key for key in _storages((args, kwargs))):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,19 +16,22 @@ class OperationCount(TorchDispatchMode):
     several times slower; a sum needs neither.
 
     Attributes:
-        total: operations so far.
+        formulas: {operation: number of floating point operations of a call}.
+        operations: so far.
     """
+
+    formulas: Mapping[Any, Callable[..., int]] = flop_registry
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.operations = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Carry out an operation, and count it."""
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self.formulas.get(func._overloadpacket)
         if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
+            self.operations += formula(*args, **(kwargs or {}), out_val=result)
         return result

@@ -147,13 +147,13 @@ def _initialise(trainer: ImageTrainer) -> float:
         return 0.0
     with OperationCount() as one_pass:
         trainer.squared_gradients(batches=1)
-    per_sample = one_pass.total / args.nio_batch_size
+    per_sample = one_pass.operations / args.nio_batch_size
     samples_of_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     operations = 0.0
     if args.nio:
         with OperationCount() as initialisation:
             trainer.run_nio()
-        operations += initialisation.total
+        operations += initialisation.operations
     if args.nio_seed_optimizer is not None:
         operations += per_sample * args.nio_batch_size * max(args.nio_holdout_batches, 1)
     return float(operations / (per_sample * samples_of_step))
