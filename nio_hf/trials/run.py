@@ -13,10 +13,15 @@ MIN_SEEDS = 3
 """Paired seeds below which nothing is judged."""
 
 
+def written(value: float | None) -> str:
+    """A number as it is written in the names of runs; "none" where there is none."""
+    return "none" if value is None else f"{value:g}"
+
+
 def are_distinct(values: Iterable[float | None]) -> bool:
-    """Whether numbers are different as they are written in names of runs."""
-    written = [f"{value:g}" for value in values if value is not None]
-    return len(set(written)) == len(written)
+    """Whether values are different as they are written in names of runs."""
+    names = [written(value) for value in values]
+    return len(set(names)) == len(names)
 
 
 @dataclasses.dataclass(frozen=True)

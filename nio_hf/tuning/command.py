@@ -18,13 +18,14 @@ from nio_hf.tuning.tuning import tune
 SHOWN = 5
 """Columns of the table that a terminal has room for."""
 NO_BOUND = "none"
-"""How a command line names the absence of gamma."""
+"""How a command line names the absence of a bound."""
 
 
 def run_tuning(
     arguments: Sequence[str],
     *,
     gammas: str,
+    loss_rises: str,
     rates: str,
     iterations: str,
     seeds: int,
@@ -42,16 +43,15 @@ def run_tuning(
         check_overrides(overrides, DECIDED)
         recipe = load_recipe(name, overrides)
         problems: list[Problem] = []
-        bounds = [part.strip() for part in gammas.split(",")]
-        bounded = numbers(
-            "--gammas", ",".join(part for part in bounds if part != NO_BOUND), problems, float, "1.5,none"
-        )
+        tried_gammas = _bounds("--gammas", gammas, problems, "1.5,none")
+        tried_rises = _bounds("--loss_rises", loss_rises, problems, "0.1,none")
         tried_rates = numbers("--rates", rates, problems, float, "0.1,0.3")
         tried_iterations = numbers("--iterations", iterations, problems, int, "5,10")
         length = steps_of(recipe, steps, problems)
         try:
             plan = Plan(
-                gammas=(*sorted(bounded), *([None] if NO_BOUND in bounds else [])),
+                gammas=tried_gammas,
+                loss_rises=tried_rises,
                 rates=tuple(sorted(tried_rates)),
                 iterations=tuple(sorted(tried_iterations)),
                 learning_rate=recipe.training.learning_rate,
@@ -75,3 +75,10 @@ def run_tuning(
         return 0
 
     return exit_status(command, interrupted=GO_ON)
+
+
+def _bounds(option: str, text: str, problems: list[Problem], example: str) -> tuple[float | None, ...]:
+    """Bounds that a command line lists, the tightest first, no bound last."""
+    parts = [part.strip() for part in text.split(",")]
+    bounded = numbers(option, ",".join(part for part in parts if part != NO_BOUND), problems, float, example)
+    return (*sorted(bounded), *(None for part in parts if part == NO_BOUND))

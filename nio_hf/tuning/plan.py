@@ -18,7 +18,7 @@ from typing import Any
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.loading import Recipe
 from nio_hf.trials.results import Outcome
-from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, Arm, Run, Trial, are_distinct
+from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, Arm, Run, Trial, are_distinct, written
 
 _WITH_NIO = {"nio": True, "nio_method": "nio"}
 OWN = Arm("own", "the recipe's own settings", _WITH_NIO)
@@ -48,6 +48,7 @@ class Plan:
 
     Attributes:
         gammas: bounds on the gradient norm to try, as multiples of the gradient norm before NIO; None for no bound.
+        loss_rises: rises of the loss that end NIO to try, as shares of the loss before it; None for no bound.
         rates: learning rates of the scales to try.
         iterations: numbers of steps on the scales to try.
         learning_rate: peak of the trainings.
@@ -59,6 +60,7 @@ class Plan:
     """
 
     gammas: tuple[float | None, ...]
+    loss_rises: tuple[float | None, ...]
     rates: tuple[float, ...]
     iterations: tuple[int, ...]
     learning_rate: float
@@ -74,16 +76,16 @@ class Plan:
             raise RecipeError(*problems)
 
     def _problems(self) -> Iterator[Problem]:
-        bounded = [gamma for gamma in self.gammas if gamma is not None]
-        for option, values, tried in (
-            ("--gammas", bounded, self.gammas),
-            ("--rates", self.rates, self.rates),
-            ("--iterations", self.iterations, self.iterations),
+        for option, tried in (
+            ("--gammas", self.gammas),
+            ("--loss_rises", self.loss_rises),
+            ("--rates", self.rates),
+            ("--iterations", self.iterations),
         ):
             if not tried:
                 yield Problem(option, "none", "Give at least one")
-            elif any(not (math.isfinite(value) and value > 0) for value in values) or not are_distinct(tried):
-                yield Problem(option, ", ".join(f"{value:g}" for value in values), "Give different ones above 0")
+            elif any(value is not None and not 0 < value < math.inf for value in tried) or not are_distinct(tried):
+                yield Problem(option, ", ".join(map(written, tried)), "Give different ones above 0")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             yield Problem("--learning_rate", f"{self.learning_rate:g}", "Give a number above 0")
         if not 1 <= self.seeds <= FIRST_VERDICT_SEED:
@@ -98,9 +100,9 @@ class Plan:
     def candidates(self, recipe: Recipe) -> list[Arm]:
         """The recipe's own settings and the grid, without the point of it that is the same."""
         config = recipe.training.to_nio_config()
-        own = (config.gamma_relative, config.lr, config.iterations) if config.gamma is None else None
-        grid = itertools.product(self.gammas, self.rates, self.iterations)
-        return [OWN, *(_candidate(*point) for point in grid if point != own)]
+        own = (config.gamma_relative, config.max_loss_rise, config.lr, config.iterations)
+        grid = itertools.product(self.gammas, self.loss_rises, self.rates, self.iterations)
+        return [OWN, *(_candidate(*point) for point in grid if point != own or config.gamma is not None)]
 
     def probes(self, arms: Sequence[Arm], seed: int) -> list[Trial]:
         """The probes of a round. An initialisation pays the same share of a probe as it would of a whole training."""
@@ -155,11 +157,20 @@ class Plan:
         return Run("probe", arm.name, self.learning_rate, 0.0, seed)
 
 
-def _candidate(gamma: float | None, rate: float, iterations: int) -> Arm:
-    settings = {"nio_gamma": None, "nio_gamma_relative": gamma, "nio_lr": rate, "nio_iterations": iterations}
-    bound = "no bound" if gamma is None else f"gamma {gamma:g} x the start"
-    name = f"gamma{'_none' if gamma is None else f'{gamma:g}'}-lr{rate:g}-it{iterations}"
-    return Arm(name, f"{bound}, rate {rate:g}, {iterations} iterations", {**_WITH_NIO, **settings})
+def _candidate(gamma: float | None, loss_rise: float | None, rate: float, iterations: int) -> Arm:
+    settings = {
+        "nio_gamma": None,
+        "nio_gamma_relative": gamma,
+        "nio_max_loss_rise": loss_rise,
+        "nio_lr": rate,
+        "nio_iterations": iterations,
+    }
+    bounds = [
+        "any gamma" if gamma is None else f"gamma {gamma:g} x the start",
+        "any loss" if loss_rise is None else f"loss +{100 * loss_rise:g}%",
+    ]
+    name = f"gamma{written(gamma)}-rise{written(loss_rise)}-lr{rate:g}-it{iterations}"
+    return Arm(name, f"{', '.join(bounds)}, rate {rate:g}, {iterations} iterations", {**_WITH_NIO, **settings})
 
 
 def tuned_settings(arm: Arm) -> dict[str, Any]:

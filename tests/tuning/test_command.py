@@ -16,7 +16,7 @@ from nio_hf.trials.results import RESULTS_NAME
 from nio_hf.tuning.plan import DECIDED
 
 SMALL = ["--nio_iterations", "2", "--nio_batch_size", "16", "--max_eval_samples", "50", "--max_train_samples", "200"]
-GRID = ["--gammas", "1.5,none", "--rates", "0.1", "--iterations", "1,2"]
+GRID = ["--gammas", "1.5,none", "--loss_rises", "0.1", "--rates", "0.1", "--iterations", "1,2"]
 
 
 def _tune(*arguments: str) -> tuple[int, str]:
@@ -33,6 +33,8 @@ def test_what_a_search_decides_are_settings_of_a_recipe() -> None:
     [
         (["--gammas", ""], "--gammas: none"),
         (["--gammas", "1.5,big"], "--gammas: 'big' is no number"),
+        (["--loss_rises", "10%"], "--loss_rises: '10%' is no number"),
+        (["--loss_rises", "none,none"], "--loss_rises: none, none. Give different ones above 0"),
         (["--iterations", "1.5"], "--iterations: '1.5' is no whole number"),
         (["--rates", "0"], "--rates: 0. Give different ones above 0"),
         (["--verdict_seeds", "2"], "Give 3 or more to judge by, or --no_verdict"),

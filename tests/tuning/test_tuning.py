@@ -29,6 +29,7 @@ Loss = Callable[[Run], float | None]
 def plan(**changes: Any) -> Plan:
     settings: dict[str, Any] = {
         "gammas": (1.25, None),
+        "loss_rises": (0.2,),
         "rates": (0.1, 0.3),
         "iterations": (5, 10),
         "learning_rate": 1e-3,
@@ -72,7 +73,7 @@ def _outcome(run: Run, loss: float | None, accuracy: float | None) -> Outcome:
 
 def _rate(run: Run) -> float:
     """Loss that is best at rate 0.3 and 10 iterations without a bound, with a spread over the seeds that all share."""
-    better = 0.2 * ("lr0.3" in run.arm) + 0.1 * ("it10" in run.arm) + 0.05 * ("gamma_none" in run.arm)
+    better = 0.2 * ("lr0.3" in run.arm) + 0.1 * ("it10" in run.arm) + 0.05 * ("gammanone" in run.arm)
     return 2.0 + 0.3 * run.seed - better
 
 
@@ -83,22 +84,22 @@ def test_each_round_halves_the_candidates_and_keeps_the_recipes_own(search: Any)
     by_seed = [[run.arm for run in probes if run.seed == seed] for seed in range(3)]
     assert [len(arms) for arms in by_seed] == made.sizes(9) == [9, 5, 3]
     assert all(OWN.name in arms for arms in by_seed)
-    assert set(by_seed[1]) == {"own", *(f"gamma{g}-lr0.3-it{i}" for g in ("1.25", "_none") for i in (5, 10))}
-    assert set(by_seed[2]) == {"own", "gamma1.25-lr0.3-it10", "gamma_none-lr0.3-it10"}
-    assert tuned.chosen.name == "gamma_none-lr0.3-it10"
+    assert set(by_seed[1]) == {"own", *(f"gamma{g}-rise0.2-lr0.3-it{i}" for g in ("1.25", "none") for i in (5, 10))}
+    assert set(by_seed[2]) == {"own", "gamma1.25-rise0.2-lr0.3-it10", "gammanone-rise0.2-lr0.3-it10"}
+    assert tuned.chosen.name == "gammanone-rise0.2-lr0.3-it10"
     assert tuned.difference is not None
     assert tuned.difference.values == (1.0, 1.0, 1.0)
     assert tuned.word == "better"
     judged = [run for run in runs if run.stage == "verdict"]
     assert {run.seed for run in judged} == set(range(FIRST_VERDICT_SEED, FIRST_VERDICT_SEED + 3))
-    assert {run.arm for run in judged} == {"own", "gamma_none-lr0.3-it10"}
+    assert {run.arm for run in judged} == {"own", "gammanone-rise0.2-lr0.3-it10"}
     for order, run in zip(orders, runs, strict=True):
         probe = run.stage == "probe"
         assert ("--eval_from_train" in " ".join(order.overrides)) == probe
         assert order.cost_share == (0.1 if probe else 1.0)
     text = " ".join(sentences(tuned))
     assert "17 probes of 50 steps took 1,190 training steps, 340 of them for initialisations" in text
-    assert "Chosen: no bound, rate 0.3, 10 iterations. Loss 1.9500" in text
+    assert "Chosen: any gamma, loss +20%, rate 0.3, 10 iterations. Loss 1.9500" in text
     assert "2.3000 with the recipe's own settings (mean of 3 seeds)" in text
     assert "On 3 fresh seeds and 500 steps it is better than the recipe's own settings: +1.00 ± 0.00 points" in text
 
@@ -138,10 +139,11 @@ def test_probes_that_all_fail_are_an_error(search: Any) -> None:
 def test_the_point_of_the_grid_that_the_recipe_has_is_not_tried_twice() -> None:
     recipe = load_recipe(RECIPE)
     own = recipe.training.to_nio_config()
-    made = plan(gammas=(own.gamma_relative, 7.0), rates=(own.lr,), iterations=(own.iterations,))
-    assert len(made.candidates(recipe)) == 2
+    grid = {"gammas": (own.gamma_relative, 7.0), "rates": (own.lr,), "iterations": (own.iterations,)}
+    made = plan(loss_rises=(own.max_loss_rise, None), **grid)
+    assert len(made.candidates(recipe)) == 4
     absolute = load_recipe(RECIPE, ["--nio_gamma", "3.0"])
-    assert len(made.candidates(absolute)) == 3
+    assert len(made.candidates(absolute)) == 5
     assert all(tuned_settings(arm)["nio_gamma"] is None for arm in made.candidates(absolute)[1:])
 
 
@@ -189,6 +191,7 @@ def test_what_a_search_writes(search: Any, tmp_path: Path) -> None:
     again = load_recipe(RECIPE, [f"--{line.replace(': ', '=')}" for line in _settings(written["Settings"])])
     assert (again.training.nio_lr, again.training.nio_iterations) == (0.3, 10)
     assert again.training.nio_gamma_relative is None
+    assert again.training.nio_max_loss_rise == 0.2
     found = json.loads(written["Numbers"].read_text(encoding="utf-8"))
     assert found["chosen"] == tuned.chosen.name
     assert len(found["candidates"]) == 9
@@ -205,6 +208,8 @@ def _settings(file: Path) -> list[str]:
     [
         ({"gammas": ()}, "--gammas: none"),
         ({"gammas": (1.5, 1.5)}, "--gammas: 1.5, 1.5. Give different ones above 0"),
+        ({"loss_rises": (0.0, None)}, "--loss_rises: 0, none. Give different ones above 0"),
+        ({"loss_rises": (None, None)}, "--loss_rises: none, none. Give different ones above 0"),
         ({"rates": (-0.1,)}, "--rates: -0.1"),
         ({"iterations": (0,)}, "--iterations: 0"),
         ({"seeds": 0}, "--seeds: 0"),
