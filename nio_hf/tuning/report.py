@@ -40,14 +40,14 @@ def sentences(tuned: Tuned) -> list[str]:
     )
     if tuned.difference is None:
         return [*said, "It was not judged: a short training chose it, a long one may not agree."]
-    words = {
-        "better": "better than the recipe's own settings",
-        "worse": "worse than the recipe's own settings: keep those",
-        "undecided": "not surely different from the recipe's own settings: keep those",
-    }
+    words, advice = {
+        "better": ("better than the recipe's own settings", ""),
+        "worse": ("worse than the recipe's own settings", ": keep those"),
+        "undecided": ("not surely different from the recipe's own settings", ": keep those"),
+    }[tuned.word]
     said.append(
-        f"On {plan.verdict_seeds} fresh seeds and {plan.steps:,} steps it is {words[tuned.word]}: "
-        f"{tuned.difference} points of accuracy (90% paired interval)."
+        f"On {plan.verdict_seeds} fresh seeds and {plan.steps:,} steps it is {words} ({tuned.difference} points of "
+        f"accuracy, 90% paired interval){advice}."
     )
     return said
 
@@ -155,7 +155,7 @@ def plot_probes(tuned: Tuned, target: Path) -> None:
     Raises:
         OutputError: where the file cannot be written.
     """
-    with figure(target, width=7.5, height=1.6 + 0.28 * len(tuned.candidates)) as drawn:
+    with figure(target, width=8.5, height=1.6 + 0.28 * len(tuned.candidates)) as drawn:
         axes = drawn.subplots()
         for place, arm in enumerate(tuned.candidates):
             losses = tuned.plan.losses(arm, tuned.outcomes)
@@ -164,5 +164,5 @@ def plot_probes(tuned: Tuned, target: Path) -> None:
             axes.plot([statistics.fmean(losses)], [place], "|", color=color, markersize=14, markeredgewidth=2)
         axes.set_yticks(range(len(tuned.candidates)), [arm.description for arm in tuned.candidates])
         axes.invert_yaxis()
-        axes.set_xlabel(f"loss after {tuned.plan.probe_steps} steps: a dot for each seed, a line for their mean")
+        axes.set_xlabel(f"loss after {tuned.plan.probe_steps} steps (dots: seeds; bar: mean)")
         axes.set_title(f"{tuned.title}: probes")

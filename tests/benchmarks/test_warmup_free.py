@@ -131,6 +131,8 @@ def _expected_on_the_page() -> list[str]:
         if all((RESULTS / name / "comparison.md").is_file() for name in names):
             parts.append(table(read_comparisons(names, RESULTS), rate, reference))
     parts += [markdown_table(COLUMNS, rows(read_runs(RESULTS / name), [1e-3])) for name in ("vit", "swin")]
+    searches = [json.loads((RESULTS / f"tune-{name}" / "tuning.json").read_text()) for name in ("vit", "swin")]
+    parts += ["\n".join(f"- {sentence}" for sentence in found["words"]) for found in searches]
     widths = json.loads((RESULTS / "width.json").read_text())["widths"]
     parts.append(markdown_table(width.COLUMNS, [width.row(int(each), found) for each, found in widths.items()]))
     return parts

@@ -101,7 +101,7 @@ def test_each_round_halves_the_candidates_and_keeps_the_recipes_own(search: Any)
     assert "17 probes of 50 steps took 1,190 training steps, 340 of them for initialisations" in text
     assert "Chosen: any gamma, loss +20%, rate 0.3, 10 iterations. Loss 1.9500" in text
     assert "2.3000 with the recipe's own settings (mean of 3 seeds)" in text
-    assert "On 3 fresh seeds and 500 steps it is better than the recipe's own settings: +1.00 ± 0.00 points" in text
+    assert "On 3 fresh seeds and 500 steps it is better than the recipe's own settings (+1.00 ± 0.00 points" in text
 
 
 def test_what_is_best_by_itself_is_kept_and_not_judged(search: Any) -> None:
