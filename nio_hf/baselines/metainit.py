@@ -166,7 +166,7 @@ def _learn_norms(
         _check_finite(workspace, weights, quotient, value, where)
         velocity.mul_(momentum).sub_(quotient.by_norm.sign(), alpha=config.lr)
         norms.add_(velocity)
-        norms = norms.clamp(config.min_scale * start_norms, config.max_scale * start_norms)
+        norms = norms.clamp(config.least_scale * start_norms, config.max_scale * start_norms)
         ratios = list((norms / start_norms).unbind())
         torch._foreach_copy_([weight.data for weight in weights], torch._foreach_mul(start, ratios))
         record = IterationRecord(

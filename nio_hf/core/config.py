@@ -15,6 +15,8 @@ BatchNormMode = Literal["batch", "frozen"]
 Precision = Literal["fp32", "bf16"]
 ScaledTensors = Literal["all", "weights"]
 ScaleSharing = Literal["tensor", "kind", "model"]
+LEAST_SCALE = 0.01
+"""Lower clamp of omega where a scale may fall."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,9 @@ class NIOConfig:
             name.
         scale_sharing: one omega for each "tensor", as published, one for all tensors of a "kind" (see
             [`TensorScale`]), or one for the whole "model".
-        min_scale: lower clamp of omega.
+        min_scale: lower clamp of omega. None for 1 where one omega is shared by the whole model and gamma asks for no
+            lower norm than at the start, else for 0.01: the noise of one batch decides the direction of the first step,
+            and smaller weights have a maximum of the objective of their own, where trainings are worse.
         max_scale: upper clamp of omega.
         objective: "gc" (-GC), "gc_norm" (-(GC + beta GN / GN_0)), "gc_sum_norm" (-(GC + sum_d n_d), as published) or
             "variance" (mean squared distance of the sub-batch gradients from their mean).
@@ -75,7 +79,7 @@ class NIOConfig:
     scaled_tensors: ScaledTensors = "weights"
     scaled_names: str | None = None
     scale_sharing: ScaleSharing = "model"
-    min_scale: float = 0.01
+    min_scale: float | None = None
     max_scale: float = 100.0
     objective: ObjectiveName = "gc_norm"
     beta: float = 1.0
@@ -126,10 +130,18 @@ class NIOConfig:
         if self.curvature == "exact_kept" and self.micro_batch_size is not None:
             fix = 'Use curvature="exact" with micro-batches: the graph of a whole sub-batch cannot be kept in parts'
             found.append(("curvature", self.curvature, fix))
-        if not found and not self.min_scale <= 1 <= self.max_scale:
+        if not found and not self.least_scale <= 1 <= self.max_scale:
             fix = "Choose min_scale <= 1 <= max_scale, since omega starts at 1"
-            found.append(("min_scale", (self.min_scale, self.max_scale), fix))
+            found.append(("min_scale", (self.least_scale, self.max_scale), fix))
         return found
+
+    @property
+    def least_scale(self) -> float:
+        """Lower clamp of omega: `min_scale`, or what None stands for."""
+        if self.min_scale is not None:
+            return self.min_scale
+        asks_for_less = self.gamma is not None or (self.gamma_relative is not None and self.gamma_relative < 1)
+        return 1.0 if self.scale_sharing == "model" and not asks_for_less else LEAST_SCALE
 
 
 def _is_pattern(value: object) -> bool:

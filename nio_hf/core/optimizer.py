@@ -29,7 +29,7 @@ class AdamState:
 
 
 class ScaleAdam:
-    """Adam on omega (m,), each scale's gradient clipped to [-1, 1], omega clamped to [min_scale, max_scale].
+    """Adam on omega (m,), each scale's gradient clipped to [-1, 1], omega clamped to [least_scale, max_scale].
 
     The two branches (objective and constraint) have their own first moment, each corrected by the number of its own
     steps; the second moment is shared and corrected by the number of all steps:
@@ -41,7 +41,7 @@ class ScaleAdam:
 
     Args:
         omega: (m,) scales, updated in place.
-        config: gives lr, min_scale and max_scale.
+        config: gives lr, least_scale and max_scale.
     """
 
     def __init__(self, omega: Tensor, config: NIOConfig) -> None:
@@ -65,7 +65,7 @@ class ScaleAdam:
         second_correction = 1 - BETA2 ** sum(self._steps.values())
         denominator = (self._second / second_correction).sqrt_().add_(EPS)
         self.omega.addcdiv_(first, denominator, value=-self._config.lr / first_correction)
-        self.omega.clamp_(self._config.min_scale, self._config.max_scale)
+        self.omega.clamp_(self._config.least_scale, self._config.max_scale)
 
     def state(self) -> AdamState:
         """The moments so far."""

@@ -80,7 +80,9 @@ class NIOTrainingArguments(TrainingArguments):
         None, 'Regular expression that the name of a scaled tensor contains, e.g. "attention"; default: any name.'
     )
     nio_scale_sharing: str = _option(NIOConfig.scale_sharing, "One scale for each tensor, kind, or the whole model.")
-    nio_min_scale: float = _option(NIOConfig.min_scale, "Lower clamp of the scales.")
+    nio_min_scale: float | None = _option(
+        NIOConfig.min_scale, "Lower clamp of the scales; none for 1 with one scale for the whole model, else 0.01."
+    )
     nio_max_scale: float = _option(NIOConfig.max_scale, "Upper clamp of the scales.")
 
     # Computation

@@ -19,7 +19,7 @@ from nio_hf.errors import ConfigError
         ("overlap", [-0.1, 1.0, 1, math.nan, "0"], [0, 0.0, 0.99]),
         ("gamma_relative", [0.0, -1.0, math.inf, math.nan], [None, 0.5]),
         ("lr", [0.0, -1.0, math.nan, math.inf, "0.1"], [1e-9]),
-        ("min_scale", [0.0, -1.0, 1.1], [1.0]),
+        ("min_scale", [0.0, -1.0, 1.1], [None, 1.0, 0.5]),
         ("max_scale", [0.0, 0.9, math.inf], [1.0]),
         ("beta", [0.0, -1.0], [0.1]),
         ("objective", ["cosine", None], ["gc", "gc_norm", "gc_sum_norm", "variance"]),
@@ -45,6 +45,24 @@ def test_values_out_of_range_are_refused_with_their_name(name: str, bad: list[An
 def test_gamma_must_be_above_zero(gamma: float) -> None:
     with pytest.raises(ConfigError, match=r"NIOConfig.gamma: .*Give a finite number above 0"):
         NIOConfig(gamma=gamma, gamma_relative=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "least"),
+    [
+        ({}, 1.0),
+        ({"gamma_relative": 1.0}, 1.0),
+        ({"gamma_relative": None}, 1.0),
+        ({"gamma_relative": 0.8}, 0.01),
+        ({"gamma": 3.0}, 0.01),
+        ({"scale_sharing": "tensor"}, 0.01),
+        ({"scale_sharing": "kind"}, 0.01),
+        ({"min_scale": 0.5}, 0.5),
+        ({"scale_sharing": "tensor", "min_scale": 1.0}, 1.0),
+    ],
+)
+def test_one_scale_for_the_model_does_not_fall_unless_asked_to(settings: dict[str, Any], least: float) -> None:
+    assert NIOConfig(**settings).least_scale == least
 
 
 def test_all_problems_are_reported_together() -> None:

@@ -207,6 +207,15 @@ def test_scales_stay_within_their_bounds() -> None:
     assert omegas.max() == pytest.approx(1.25)
 
 
+@pytest.mark.parametrize(("min_scale", "falls"), [(None, False), (0.01, True)])
+def test_one_scale_for_the_model_falls_only_where_it_may(min_scale: float | None, falls: bool) -> None:
+    settings = {"scaled_tensors": "weights", "scale_sharing": "model", "objective": "variance", "gamma_relative": None}
+    _, result = run("mlp", iterations=3, lr=0.1, min_scale=min_scale, **settings)
+    (omega,) = set(result.scales.values())
+    assert (omega < 1) == falls
+    assert omega <= 1
+
+
 def test_iterations_are_reported_as_they_happen() -> None:
     made, seen = case("mlp"), []
     config = NIOConfig(**SHORT)

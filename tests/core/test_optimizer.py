@@ -60,5 +60,5 @@ def test_interleaved_branches_follow_the_steps_computed_by_hand() -> None:
 
 def test_the_first_step_is_the_learning_rate_against_the_sign() -> None:
     omega = torch.ones(4)
-    ScaleAdam(omega, NIOConfig(lr=0.01)).step(torch.tensor([7.0, -1e-3, 0.5, 0.0]), "objective")
+    ScaleAdam(omega, NIOConfig(lr=0.01, min_scale=0.5)).step(torch.tensor([7.0, -1e-3, 0.5, 0.0]), "objective")
     torch.testing.assert_close(omega, torch.tensor([0.99, 1.01, 0.99, 1.0]), rtol=0, atol=1e-6)
