@@ -23,6 +23,7 @@ from nio_hf.trials.run import Run
 
 SIDE_BY_SIDE = [
     (["vit-variants", "swin-variants"], 1e-3, "nio"),
+    (["digits"], 2e-3, "no_warmup"),
     *(([f"{model}-controls"], float(rate), "nio") for model, rate in BEST.items()),
     *(([f"{model}-seeded"], float(rate), "nio_seeded") for model, rate in BEST_SEEDED.items()),
 ]
