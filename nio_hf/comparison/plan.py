@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from nio_hf.comparison.arms import NO_WARMUP, WARMUP
 from nio_hf.errors import Problem, RecipeError
-from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, Arm, Run, Trial, are_distinct
+from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, Arm, Run, Trial, are_distinct, can_be_tried, written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Plan:
         rates = self.learning_rates
         if not rates:
             yield Problem("--learning_rates", "none", "Give at least one, e.g. 5e-4,1e-3,2e-3")
-        if any(not (math.isfinite(rate) and rate > 0) for rate in rates) or not are_distinct(rates):
-            yield Problem("--learning_rates", ", ".join(f"{rate:g}" for rate in rates), "Give different ones above 0")
+        if not can_be_tried(rates):
+            yield Problem("--learning_rates", ", ".join(map(written, rates)), "Give different ones above 0")
         if not 1 <= self.seeds <= FIRST_VERDICT_SEED:
             yield Problem("--seeds", f"{self.seeds}", f"Give 1 to {FIRST_VERDICT_SEED}")
         if self.steps < 1:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 Stage = Literal["probe", "selection", "verdict"]
@@ -22,6 +23,11 @@ def are_distinct(values: Iterable[float | None]) -> bool:
     """Whether values are different as they are written in names of runs."""
     names = [written(value) for value in values]
     return len(set(names)) == len(names)
+
+
+def can_be_tried(values: Sequence[float | None]) -> bool:
+    """Whether the values of a grid are different, finite and above 0; None, for no bound, may be among them."""
+    return are_distinct(values) and all(value is None or 0 < value < math.inf for value in values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,13 +11,14 @@ from nio_hf.recipe.catalog import split_arguments
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.trials.bench import Bench
 from nio_hf.trials.options import GO_ON, check_overrides, directory_beside, numbers, settled, steps_of
+from nio_hf.trials.run import written
 from nio_hf.tuning.plan import DECIDED, Plan
 from nio_hf.tuning.report import COLUMNS, rows, sentences, write_report
 from nio_hf.tuning.tuning import tune
 
 SHOWN = 5
 """Columns of the table that a terminal has room for."""
-NO_BOUND = "none"
+NO_BOUND = written(None)
 """How a command line names the absence of a bound."""
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.loading import Recipe
 from nio_hf.trials.results import Outcome
-from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, Arm, Run, Trial, are_distinct, written
+from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, Arm, Run, Trial, can_be_tried, written
 
 _WITH_NIO = {"nio": True, "nio_method": "nio"}
 OWN = Arm("own", "the recipe's own settings", _WITH_NIO)
@@ -84,7 +84,7 @@ class Plan:
         ):
             if not tried:
                 yield Problem(option, "none", "Give at least one")
-            elif any(value is not None and not 0 < value < math.inf for value in tried) or not are_distinct(tried):
+            elif not can_be_tried(tried):
                 yield Problem(option, ", ".join(map(written, tried)), "Give different ones above 0")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             yield Problem("--learning_rate", f"{self.learning_rate:g}", "Give a number above 0")

@@ -40,14 +40,11 @@ def sentences(tuned: Tuned) -> list[str]:
     )
     if tuned.difference is None:
         return [*said, "It was not judged: a short training chose it, a long one may not agree."]
-    words, advice = {
-        "better": ("better than the recipe's own settings", ""),
-        "worse": ("worse than the recipe's own settings", ": keep those"),
-        "undecided": ("not surely different from the recipe's own settings", ": keep those"),
-    }[tuned.word]
+    word = {"better": "better than", "worse": "worse than", "undecided": "not surely different from"}[tuned.word]
+    advice = "" if tuned.word == "better" else ": keep those"
     said.append(
-        f"On {plan.verdict_seeds} fresh seeds and {plan.steps:,} steps it is {words} ({tuned.difference} points of "
-        f"accuracy, 90% paired interval){advice}."
+        f"On {plan.verdict_seeds} fresh seeds and {plan.steps:,} steps it is {word} {OWN.description} "
+        f"({tuned.difference} points of accuracy, 90% paired interval){advice}."
     )
     return said
 
