@@ -1,0 +1,255 @@
+"""The small trainings of this benchmark: models, data, groups of tensors, and one plain loop.
+
+The loop is written out so that a training of 500 steps takes half a minute on one core. Model, data, optimizer and
+schedule are those of `benchmarks/warmup_free`; the digits are those of the recipe `vit-tiny/digits/no_warmup`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
+
+WEIGHT_DECAY = 0.05
+EVALUATION_BATCH = 500
+DIGITS_HELD_OUT = 360
+MATRIX = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """A data set in memory.
+
+    Attributes:
+        train: (N, C, H, W) bytes.
+        train_labels: (N,).
+        test: (M, C, H, W) bytes.
+        test_labels: (M,).
+    """
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A model on a data set.
+
+    Attributes:
+        data: name of the data set.
+        groups: {name of a group: regular expression that the parameter names of its weight matrices contain}.
+        wide: groups whose factor is drawn from a wider range.
+        block: regular expression of the module names of the residual blocks.
+        steps, batch_size: of a training.
+    """
+
+    data: str
+    groups: Mapping[str, str]
+    wide: tuple[str, ...]
+    block: str
+    steps: int = 500
+    batch_size: int = 64
+
+
+_VIT_GROUPS = {
+    "positions": r"position_embeddings|cls_token",
+    "patches": r"patch_embeddings.*weight",
+    "query_key": r"(q_proj|k_proj|query|key)\.weight",
+    "value": r"(v_proj|value)\.weight",
+    "output": r"(o_proj|attention\.output\.dense)\.weight",
+    "mlp_in": r"(fc1|intermediate\.dense)\.weight",
+    "mlp_out": r"(fc2|(?<!attention\.)output\.dense)\.weight",
+    "head": r"classifier\.weight",
+}
+_SWIN_GROUPS = {
+    "patches": r"patch_embeddings.*weight",
+    "query_key": r"(q_proj|k_proj|query|key)\.weight",
+    "value": r"(v_proj|value)\.weight",
+    "output": r"(o_proj|attention\.output\.dense)\.weight",
+    "mlp_in": r"(fc1|intermediate\.dense)\.weight",
+    "mlp_out": r"(fc2|(?<!attention\.)output\.dense)\.weight",
+    "reductions": r"reduction\.weight",
+    "head": r"classifier\.weight",
+}
+SETUPS = {
+    "vit": Setup("cifar10", _VIT_GROUPS, ("positions",), r"layers?\.\d+$"),
+    "swin": Setup("cifar10", _SWIN_GROUPS, ("reductions",), r"blocks\.\d+$"),
+    "digits": Setup("digits", _VIT_GROUPS, ("positions",), r"layers?\.\d+$", steps=400),
+}
+
+
+def build_model(name: str, seed: int) -> nn.Module:
+    """A model as its class draws it."""
+    torch.manual_seed(seed)
+    match name:
+        case "vit":
+            config = ViTConfig(
+                image_size=32,
+                patch_size=8,
+                hidden_size=96,
+                num_hidden_layers=6,
+                num_attention_heads=3,
+                intermediate_size=384,
+                num_labels=10,
+            )
+            return ViTForImageClassification(config)
+        case "swin":
+            return SwinForImageClassification(
+                SwinConfig(
+                    image_size=32,
+                    patch_size=4,
+                    embed_dim=32,
+                    depths=[2, 2, 2],
+                    num_heads=[1, 2, 4],
+                    window_size=2,
+                    drop_path_rate=0.0,
+                    num_labels=10,
+                )
+            )
+        case _:
+            config = ViTConfig(
+                image_size=8,
+                patch_size=2,
+                hidden_size=64,
+                num_hidden_layers=6,
+                num_attention_heads=4,
+                intermediate_size=128,
+                num_labels=10,
+            )
+            return ViTForImageClassification(config)
+
+
+def grouped_tensors(model: nn.Module, setup: Setup) -> dict[str, list[nn.Parameter]]:
+    """The weight matrices of each group; zero tables are in none.
+
+    Raises:
+        ValueError: where the groups are no partition of them.
+    """
+    found: dict[str, list[nn.Parameter]] = {group: [] for group in setup.groups}
+    for name, parameter in model.named_parameters():
+        owners = [group for group, pattern in setup.groups.items() if re.search(pattern, name)]
+        if parameter.ndim < MATRIX or not bool(parameter.detach().any()):
+            # A token of zeros stays as it is.
+            continue
+        if len(owners) != 1:
+            raise ValueError(f"{name} is in the groups {owners}")
+        found[owners[0]].append(parameter)
+    if not all(found.values()):
+        raise ValueError(f"a group is empty: {found.keys()}")
+    return found
+
+
+@torch.no_grad()
+def scale_groups(model: nn.Module, setup: Setup, scales: Mapping[str, float]) -> None:
+    """Multiply the tensors of each group by its scale, in place."""
+    for group, tensors in grouped_tensors(model, setup).items():
+        for tensor in tensors:
+            tensor.mul_(scales[group])
+
+
+@functools.cache
+def load_images(name: str, data: Path) -> Images:
+    """A data set, decoded once in a process."""
+    if name == "digits":
+        digits = load_digits()
+        images = torch.from_numpy((digits.images * 255 / 16).round().astype(np.uint8))[:, None].expand(-1, 3, -1, -1)
+        labels = torch.from_numpy(digits.target)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        train, test = order[DIGITS_HELD_OUT:], order[:DIGITS_HELD_OUT]
+        return Images(images[train], labels[train], images[test], labels[test])
+    parts = [_decoded(data / name / f"{split}.parquet") for split in ("train", "test")]
+    return Images(*parts[0], *parts[1])
+
+
+def _decoded(file: Path) -> tuple[Tensor, Tensor]:
+    table = parquet.read_table(file)
+    images = [np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in table.column("image").to_pylist()]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(
+        table.column("label").to_pylist()
+    )
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Pixels in [-1, 1]."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def batches(images: Images, setup: Setup, seed: int, *, flip: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches in a random order that the seed fixes."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(images.train), generator=generator)
+        for positions in order.split(setup.batch_size):
+            if len(positions) < setup.batch_size:
+                continue
+            pixels = normalised(images.train[positions])
+            if flip:
+                flipped = torch.rand(len(positions), generator=generator) < 0.5
+                pixels[flipped] = pixels[flipped].flip(-1)
+            yield pixels, images.train_labels[positions]
+
+
+def loss_of(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy."""
+    loss: Tensor = nn.functional.cross_entropy(model(pixel_values=pixels).logits, labels)
+    return loss
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[float, float]:
+    """(accuracy in %, mean loss) on images."""
+    model.eval()
+    right, total = 0, 0.0
+    parts = zip(pixels.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
+    for part, part_labels in parts:
+        logits = model(pixel_values=normalised(part)).logits
+        right += int((logits.argmax(-1) == part_labels).sum())
+        total += float(nn.functional.cross_entropy(logits, part_labels, reduction="sum"))
+    model.train()
+    return 100 * right / len(labels), total / len(labels)
+
+
+def train(
+    model: nn.Module, setup: Setup, images: Images, *, learning_rate: float, seed: int
+) -> tuple[list[float], float, float]:
+    """AdamW without warmup or clipping, cosine to zero, weight decay on matrices.
+
+    Returns:
+        The loss of each step, test accuracy in % and test loss; the losses end where one is not finite.
+    """
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= MATRIX]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < MATRIX]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
+        lr=learning_rate,
+        foreach=True,
+    )
+    losses: list[float] = []
+    model.train()
+    for step, (pixels, labels) in enumerate(batches(images, setup, seed, flip=setup.data == "cifar10")):
+        if step == setup.steps:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / setup.steps))
+        loss = loss_of(model, pixels, labels)
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses, *evaluate(model, images.test, images.test_labels)
