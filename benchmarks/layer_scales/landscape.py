@@ -38,12 +38,12 @@ WINDOW = 10
 """Steps whose mean loss is kept."""
 NAMED = {
     "vit": {
-        **{f"x{factor:g}": (factor, {}) for factor in (1, 2, 2.8, 4)},
+        **{f"x{factor:g}": (factor, {}) for factor in (1, 2, 2.8, 4, 5.6, 8)},
         **{f"x4 positions x{factor}": (4.0, {"positions": float(factor)}) for factor in (4, 8, 16, 32, 64)},
     },
-    "swin": {f"x{factor:g}": (factor, {}) for factor in (1, 2, 2.8, 4, 5.6)},
+    "swin": {f"x{factor:g}": (factor, {}) for factor in (1, 2, 2.8, 4, 5.6, 8)},
     "digits": {
-        **{f"x{factor:g}": (factor, {}) for factor in (1, 2, 2.8, 4)},
+        **{f"x{factor:g}": (factor, {}) for factor in (1, 2, 2.8, 4, 5.6, 8)},
         **{f"x4 positions x{factor}": (4.0, {"positions": float(factor)}) for factor in (8, 32)},
     },
 }
