@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -23,7 +23,8 @@ EMA_NAME = "ema.safetensors"
 class EMACallback(TrainerCallback):
     """Averages the parameters after each optimiser step: a <- decay a + (1 - decay) theta; buffers are the model's.
 
-    The average starts at the weights of the first step, is saved with each checkpoint and restored on resume.
+    The average starts at the weights of the first step, is saved with each checkpoint and restored on resume. Tensors
+    may be tied in any way: one Parameter in several modules, or memory that parameters and buffers share.
 
     Args:
         current_model: gives the model that is trained, unwrapped.
@@ -32,9 +33,9 @@ class EMACallback(TrainerCallback):
 
     def __init__(self, current_model: Callable[[], nn.Module], decay: float) -> None:
         self._current_model = current_model
-        self._decay = decay
+        self._update = get_ema_multi_avg_fn(decay)
         self._checkpoint: Path | None = None
-        self._average: AveragedModel | None = None
+        self._average: dict[str, torch.Tensor] | None = None
 
     def resume_from(self, checkpoint: Path) -> None:
         """Restore the average from a checkpoint when training begins."""
@@ -46,30 +47,23 @@ class EMACallback(TrainerCallback):
         """Start from the model's weights, or from the average of the checkpoint that training resumes from.
 
         Raises:
-            CheckpointError: for a checkpoint without an average.
+            CheckpointError: for a checkpoint without an average of each parameter.
         """
-        model = self._current_model()
-        self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self._decay))
-        self._average.requires_grad_(False)
-        self._average.n_averaged += 1  # the first update averages instead of copying
+        self._average = _copies(self._parameters())
         if self._checkpoint is not None and state.global_step > 0:
-            file = self._checkpoint / EMA_NAME
-            if not file.is_file():
-                found = "no average of the weights: it was saved by a training without ema_decay"
-                raise CheckpointError(Problem(str(file), found, "Resume without ema_decay, or start anew"))
-            safetensors.torch.load_model(self._average.module, file)
+            _restore(self._average, self._checkpoint / EMA_NAME)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Update the average."""
         if self._average is not None:
-            self._average.update_parameters(self._current_model())
+            self._update(list(self._average.values()), list(self._parameters().values()), state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the average into the checkpoint of this step."""
         if self._average is not None and args.should_save and args.output_dir is not None:
-            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            with output_errors(checkpoint / EMA_NAME):
-                safetensors.torch.save_model(self._average.module, str(checkpoint / EMA_NAME))
+            file = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / EMA_NAME
+            with output_errors(file):
+                safetensors.torch.save_file({name: mean.contiguous() for name, mean in self._average.items()}, file)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -77,18 +71,39 @@ class EMACallback(TrainerCallback):
         if self._average is None:
             yield
             return
-        model, average = self._current_model(), self._average.module
-        self._swap(model, average)
+        parameters = self._parameters()
+        # All are copied before one is written: a parameter may lie in the memory of another.
+        trained = _copies(parameters)
+        _write(self._average, parameters)
         try:
             yield
         finally:
-            self._swap(model, average)
+            _write(trained, parameters)
 
-    @staticmethod
-    def _swap(left: nn.Module, right: nn.Module) -> None:
-        with torch.no_grad():
-            others = right.state_dict()
-            for name, tensor in left.state_dict().items():
-                held = tensor.clone()
-                tensor.copy_(others[name])
-                others[name].copy_(held)
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        """The parameters that training can change, each Parameter once. Integers have no gradient."""
+        parameters = self._current_model().named_parameters()
+        return {
+            name: tensor.detach() for name, tensor in parameters if tensor.is_floating_point() or tensor.is_complex()
+        }
+
+
+def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _write(values: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(values[name])
+
+
+def _restore(average: dict[str, torch.Tensor], file: Path) -> None:
+    fix = "Resume without ema_decay, or start anew"
+    if not file.is_file():
+        found = "no average of the weights: it was saved by a training without ema_decay"
+        raise CheckpointError(Problem(str(file), found, fix))
+    saved = safetensors.torch.load_file(file)
+    missing = [name for name, mean in average.items() if name not in saved or saved[name].shape != mean.shape]
+    if missing:
+        raise CheckpointError(Problem(str(file), f"no average that fits {', '.join(missing)}", fix))
+    _write(saved, average)

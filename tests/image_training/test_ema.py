@@ -1,0 +1,127 @@
+"""The average of the weights, of models whose tensors share memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from nio_hf.errors import CheckpointError
+from nio_hf.image_training.ema import EMA_NAME, EMACallback
+
+DECAY = 0.75
+STEPS = 3
+
+
+def shared_parameter(left: nn.Linear, right: nn.Linear) -> None:
+    right.weight = left.weight
+
+
+def shared_memory(left: nn.Linear, right: nn.Linear) -> None:
+    right.weight.data = left.weight.data
+
+
+def transposed_memory(left: nn.Linear, right: nn.Linear) -> None:
+    right.weight.data = left.weight.data.T
+
+
+def parameter_as_buffer(left: nn.Linear, right: nn.Linear) -> None:
+    del right.weight
+    right.register_buffer("weight", left.weight)
+
+
+def memory_as_buffer(left: nn.Linear, right: nn.Linear) -> None:
+    del right.weight
+    right.register_buffer("weight", left.weight.detach())
+
+
+def shared_buffer(left: nn.Linear, right: nn.Linear) -> None:
+    for module in (left, right):
+        module.register_buffer("count", torch.zeros(()) if module is left else left.count)
+
+
+Tie = Callable[[nn.Linear, nn.Linear], None]
+TIES: list[Tie] = [
+    shared_parameter,
+    shared_memory,
+    transposed_memory,
+    parameter_as_buffer,
+    memory_as_buffer,
+    shared_buffer,
+]
+
+
+def tied_model(tie: Tie, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    left, right = nn.Linear(4, 4), nn.Linear(4, 4)
+    tie(left, right)
+    integers = nn.ParameterList([nn.Parameter(torch.arange(3), requires_grad=False)])
+    return nn.Sequential(left, nn.Tanh(), right, integers)
+
+
+def run_of(callback: EMACallback, model: nn.Sequential, folder: Path, step: int = 0) -> Iterator[list[torch.Tensor]]:
+    """Train for some steps, each of which changes weights and buffers; give the weights of both layers after each."""
+    args, state, control = TrainingArguments(output_dir=str(folder)), TrainerState(), TrainerControl()
+    state.global_step = step
+    callback.on_train_begin(args, state, control)
+    for _ in range(STEPS):
+        with torch.no_grad():
+            model[0].weight.add_(torch.randn(4, 4))
+            for buffer in model.buffers():
+                if buffer.ndim == 0:
+                    buffer.add_(1)
+        state.global_step += 1
+        callback.on_step_end(args, state, control)
+        yield copies(model)
+    (folder / f"checkpoint-{state.global_step}").mkdir()
+    callback.on_save(args, state, control)
+
+
+def copies(model: nn.Sequential) -> list[torch.Tensor]:
+    return [model[layer].weight.detach().clone() for layer in (0, 2)]
+
+
+@pytest.mark.parametrize("tie", TIES)
+def test_tied_tensors_are_evaluated_at_their_average_and_come_back(tie: Tie, tmp_path: Path) -> None:
+    model = tied_model(tie)
+    callback = EMACallback(lambda: model, DECAY)
+    expected = copies(model)
+    for weights in run_of(callback, model, tmp_path):
+        expected = [DECAY * mean + (1 - DECAY) * weight for mean, weight in zip(expected, weights, strict=True)]
+    trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for _ in range(2):
+        with callback.swapped_in():
+            for found, mean in zip(copies(model), expected, strict=True):
+                torch.testing.assert_close(found, mean)
+            for name, buffer in model.named_buffers():
+                assert buffer.ndim or torch.equal(buffer, trained[name])
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, trained[name]), name
+
+
+@pytest.mark.parametrize("tie", TIES)
+def test_the_average_of_tied_tensors_is_saved_and_restored(tie: Tie, tmp_path: Path) -> None:
+    model, other = tied_model(tie), tied_model(tie, seed=1)
+    saving, restoring = EMACallback(lambda: model, DECAY), EMACallback(lambda: other, DECAY)
+    list(run_of(saving, model, tmp_path))
+    restoring.resume_from(tmp_path / f"checkpoint-{STEPS}")
+    next(run_of(restoring, other, tmp_path, step=STEPS))
+    with saving.swapped_in(), restoring.swapped_in():
+        expected, found = copies(model), copies(other)
+    after = copies(other)
+    for mean, restored, weight in zip(expected, found, after, strict=True):
+        torch.testing.assert_close(restored, DECAY * mean + (1 - DECAY) * weight)
+
+
+def test_an_average_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    model = tied_model(shared_parameter)
+    safetensors.torch.save_file({"0.bias": torch.zeros(4), "2.bias": torch.zeros(1)}, tmp_path / EMA_NAME)
+    callback = EMACallback(lambda: model, DECAY)
+    callback.resume_from(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no average that fits 0\.weight, 2\.bias"):
+        next(run_of(callback, model, tmp_path, step=1))
