@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -13,37 +14,39 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from nio_hf.errors import DataError, Problem
-from nio_hf.training.isolation import isolated_random_state
+from nio_hf.training.isolation import OwnGenerator, isolated_random_state, own_generators, reseed
 
 _Draw = tuple[int, int]
+_COLLATION = 2**62
+"""It takes the place of the sample index in the seed of a collation."""
 
 
 class NIOBatchSampler(Sampler[list[_Draw]]):
-    """Batches of (batch number, sample index): first the held-out ones, then one per iteration.
+    """Batches of (batch number, sample index): first those of the report, then further ones.
 
-    Held-out samples are drawn once and never again. The other samples are drawn in permutations, one after the
+    Samples of the report are drawn once and never again. The other samples are drawn in permutations, one after the
     other, so that each is seen equally often. A batch depends on the seed and its number only.
 
     Args:
         samples: number of samples in the data set.
         batch_size: B.
-        holdout_batches: batches that are held out.
-        iterations: batches behind them.
+        report_batches: batches of the report.
+        further_batches: batches behind them.
         seed: of the permutations.
 
     Raises:
-        DataError: for a data set too small for the held-out batches and one more.
+        DataError: for a data set too small for the report batches and one more.
     """
 
-    def __init__(self, samples: int, batch_size: int, holdout_batches: int, iterations: int, seed: int) -> None:
-        if samples < batch_size * (holdout_batches + 1):
-            found = f"{samples} samples for {holdout_batches} held-out batches and one more of {batch_size}"
-            raise DataError(Problem("train_dataset", found, "Lower nio_batch_size or nio_holdout_batches"))
+    def __init__(self, samples: int, batch_size: int, report_batches: int, further_batches: int, seed: int) -> None:
+        if samples < batch_size * (report_batches + 1):
+            found = f"{samples} samples for {report_batches} report batches and one more of {batch_size}"
+            raise DataError(Problem("train_dataset", found, "Lower nio_batch_size or nio_report_batches"))
         self._batch_size = batch_size
-        self._batches = holdout_batches + iterations
+        self._batches = report_batches + further_batches
         self._seed = seed
         order = _permutation(samples, seed, 0)
-        self._held_out, self._pool = order[: batch_size * holdout_batches], order[batch_size * holdout_batches :]
+        self._reported, self._pool = order[: batch_size * report_batches], order[batch_size * report_batches :]
 
     def __len__(self) -> int:
         return self._batches
@@ -54,7 +57,7 @@ class NIOBatchSampler(Sampler[list[_Draw]]):
             yield [(number, next(positions)) for _ in range(self._batch_size)]
 
     def _positions(self) -> Iterator[int]:
-        yield from self._held_out.tolist()
+        yield from self._reported.tolist()
         epoch = 1
         while True:
             yield from self._pool[_permutation(len(self._pool), self._seed, epoch)].tolist()
@@ -97,21 +100,22 @@ class EpochSampler(Sampler[_Draw]):
 class SeededDataset(Dataset[Any]):
     """Samples whose augmentation is drawn from (seed, number of the draw, sample index), in whatever process.
 
-    Its keys are pairs of the last two. Where the data set fetches whole batches and draws no random numbers, it goes on
-    doing so, which is faster.
+    Its keys are pairs of the last two. Generators that the data set owns are seeded like the global ones. Where the
+    data set fetches whole batches and draws no random numbers, it goes on doing so, which is faster.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self._dataset = dataset
         self._seed = seed
-        self._fetches_batches = hasattr(dataset, "__getitems__")
+        self._own = own_generators(dataset)
+        self._fetches_batches = hasattr(dataset, "__getitems__") and not self._own
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitems__(self, draws: list[_Draw]) -> list[Any]:
         """The samples of a batch."""
-        with _undisturbed():
+        with _undisturbed(*self._own):
             if self._fetches_batches:
                 before = _random_state()
                 samples: list[Any] = self._dataset.__getitems__([index for _, index in draws])
@@ -121,12 +125,12 @@ class SeededDataset(Dataset[Any]):
             return [self._sample(draw) for draw in draws]
 
     def __getitem__(self, draw: _Draw) -> Any:
-        with _undisturbed():
+        with _undisturbed(*self._own):
             return self._sample(draw)
 
     def _sample(self, draw: _Draw) -> Any:
         number, index = draw
-        seed_everything(mixed_seed(self._seed, number, index))
+        _seed_with_own(self._own, mixed_seed(self._seed, number, index))
         return self._dataset[index]
 
 
@@ -175,38 +179,102 @@ class SeededStream(IterableDataset[Any]):
             yield sample
 
 
+class _SeededCollator:
+    """Collates batches with random numbers drawn from (seed, number of the batch), in whatever process.
+
+    Generators that the collator owns are seeded like the global ones. A collator may make generators on its first call,
+    with a state that depends on the process. It is then called again, on the same batch fetched anew.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], seed: int) -> None:
+        self._collate = collate
+        self._seed = seed
+
+    def __call__(self, number: int, fetch: Callable[[], list[Any]]) -> Any:
+        with _undisturbed(self._collate):
+            own, batch = self._collated(number, fetch())
+            if len(own_generators(self._collate)) > len(own):
+                _, batch = self._collated(number, fetch())
+            return batch
+
+    def _collated(self, number: int, samples: list[Any]) -> tuple[list[OwnGenerator], Any]:
+        own = own_generators(self._collate)
+        _seed_with_own(own, mixed_seed(self._seed, number, _COLLATION))
+        return own, self._collate(samples)
+
+
+class _SeededBatches(Dataset[Any]):
+    """Collated batches. Their keys are what [`NIOBatchSampler`] gives."""
+
+    def __init__(self, samples: SeededDataset, collate: _SeededCollator) -> None:
+        self._samples = samples
+        self._collate = collate
+
+    def __getitem__(self, draws: list[_Draw]) -> Any:
+        return self._collate(draws[0][0], lambda: self._samples.__getitems__(draws))
+
+
+class _SeededStreamBatches(IterableDataset[Any]):
+    """Collated batches of a stream. Samples that do not fill the last one are dropped."""
+
+    def __init__(self, samples: SeededStream, collate: _SeededCollator, batch_size: int) -> None:
+        self._samples = samples
+        self._collate = collate
+        self._batch_size = batch_size
+
+    def __iter__(self) -> Iterator[Any]:
+        stream = iter(self._samples)
+        for number in itertools.count():
+            samples = list(itertools.islice(stream, self._batch_size))
+            if len(samples) < self._batch_size:
+                return
+            yield self._collate(number, functools.partial(list, samples))
+
+
 def nio_dataloader(
     dataset: Any,
     collate: Callable[[list[Any]], Any],
     *,
     batch_size: int,
-    holdout_batches: int,
-    iterations: int,
+    report_batches: int,
+    further_batches: int,
     seed: int,
     num_workers: int = 0,
     pin_memory: bool = False,
     multiprocessing_context: str | None = None,
     worker_init_fn: Callable[[int], Any] | None = None,
 ) -> DataLoader[Any]:
-    """A loader of `holdout_batches + iterations` batches that leaves all global random state to its caller.
+    """A loader of `report_batches + further_batches` batches, which leaves the random state of this process alone.
+
+    A batch depends on the seed, its number and its samples, whatever the number of workers. The global generators are
+    seeded for each sample and for the collation of each batch; so are generators that the data set and the collator own
+    (see [`own_generators`]). Generators of a stream, a closure or the owner of a bound method are not seeded.
 
     Raises:
         DataError: for an empty data set or one too small.
     """
+    collator = _SeededCollator(collate, seed)
     common: dict[str, Any] = {
-        "collate_fn": collate,
+        "batch_size": None,
+        "collate_fn": _as_it_is,
         "generator": torch.Generator().manual_seed(seed),
-        "num_workers": num_workers,
         "pin_memory": pin_memory,
-        "multiprocessing_context": multiprocessing_context if num_workers else None,
         "worker_init_fn": worker_init_fn,
     }
     if isinstance(dataset, IterableDataset):
         # Workers would share the stream in an order that depends on how many they are.
-        one_process = {**common, "num_workers": 0, "multiprocessing_context": None}
-        return DataLoader(SeededStream(dataset, seed), batch_size=batch_size, drop_last=True, **one_process)
-    sampler = NIOBatchSampler(len(dataset), batch_size, holdout_batches, iterations, seed)
-    return DataLoader(SeededDataset(dataset, seed), batch_sampler=sampler, **common)
+        return DataLoader(_SeededStreamBatches(SeededStream(dataset, seed), collator, batch_size), **common)
+    return DataLoader(
+        _SeededBatches(SeededDataset(dataset, seed), collator),
+        sampler=NIOBatchSampler(len(dataset), batch_size, report_batches, further_batches, seed),
+        num_workers=num_workers,
+        multiprocessing_context=multiprocessing_context if num_workers else None,
+        **common,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def mixed_seed(seed: int, number: int, index: int) -> int:
@@ -218,10 +286,17 @@ def _permutation(count: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch, 0)))
 
 
-def _undisturbed() -> contextlib.AbstractContextManager[None]:
+def _undisturbed(*owners: Any) -> contextlib.AbstractContextManager[None]:
     """Leave the random state of the main process as it was: what training draws there must not depend on the data."""
     is_worker = get_worker_info() is not None
-    return contextlib.nullcontext() if is_worker else isolated_random_state(torch.device("cpu"))
+    return contextlib.nullcontext() if is_worker else isolated_random_state(torch.device("cpu"), *owners)
+
+
+def _seed_with_own(own: list[OwnGenerator], seed: int) -> None:
+    """Seed the global generators, and each of some others differently."""
+    seed_everything(seed)
+    for position, generator in enumerate(own):
+        reseed(generator, mixed_seed(seed, 1, position))
 
 
 def _random_state() -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ class Holder:
             float(self.numpy.random()),
             float(torch.rand((), generator=own)),
             python.random(),
-            float(self.legacy.rand()),
+            float(self.legacy.randn()),
             float(torch.rand(())),
             random.random(),
             float(np.random.rand()),
@@ -43,7 +43,7 @@ def test_generators_go_on_as_if_nothing_had_been_drawn(fails: bool) -> None:
         if isolated:
             expected = pytest.raises(KeyError) if fails else contextlib.nullcontext()
             with expected, isolated_random_state(torch.device("cpu"), holder):
-                assert holder.draw() != holder.draw()
+                assert holder.draw() != holder.draw() != holder.draw()
                 if fails:
                     raise KeyError
         return holder.draw()

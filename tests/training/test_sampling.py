@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import ByT5Tokenizer, DataCollatorForLanguageModeling
 
 from nio_hf.errors import DataError
 from nio_hf.training.sampling import EpochSampler, NIOBatchSampler, SeededDataset, SeededStream, nio_dataloader
@@ -26,13 +28,13 @@ class Augmented(Dataset[Any]):
         return torch.tensor([index, torch.rand(()), random.random(), np.random.rand()], dtype=torch.float64)
 
 
-def test_held_out_samples_are_never_optimised_on_and_the_others_equally_often() -> None:
+def test_samples_of_the_report_are_never_searched_on_and_the_others_equally_often() -> None:
     batches = [[index for _, index in batch] for batch in NIOBatchSampler(40, 8, 2, 12, seed=3)]
-    held_out = {index for batch in batches[:2] for index in batch}
-    optimised = [index for batch in batches[2:] for index in batch]
-    assert len(held_out) == 16
-    assert not held_out & set(optimised)
-    counts = np.bincount(optimised, minlength=40)[sorted(set(range(40)) - held_out)]
+    reported = {index for batch in batches[:2] for index in batch}
+    searched = [index for batch in batches[2:] for index in batch]
+    assert len(reported) == 16
+    assert not reported & set(searched)
+    counts = np.bincount(searched, minlength=40)[sorted(set(range(40)) - reported)]
     assert set(counts.tolist()) == {4}
 
 
@@ -46,7 +48,7 @@ def test_a_batch_depends_on_seed_and_number_only() -> None:
 def test_augmentation_does_not_depend_on_workers_or_global_state(workers: int) -> None:
     def draw(seed: int, num_workers: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        settings = {"batch_size": 8, "holdout_batches": 1, "iterations": 3, "seed": 5, "num_workers": num_workers}
+        settings = {"batch_size": 8, "report_batches": 1, "further_batches": 3, "seed": 5, "num_workers": num_workers}
         return torch.cat([torch.stack(batch) for batch in nio_dataloader(Augmented(), list, **settings)])
 
     assert torch.equal(draw(0, 0), draw(1, workers))
@@ -68,7 +70,7 @@ class Fetched(Augmented):
 
 
 def test_batches_are_fetched_whole_where_nothing_is_drawn_and_by_sample_where_it_is() -> None:
-    settings = {"batch_size": 8, "holdout_batches": 1, "iterations": 3, "seed": 5}
+    settings = {"batch_size": 8, "report_batches": 1, "further_batches": 3, "seed": 5}
     plain, augmented = Fetched(draws=False), Fetched(draws=True)
     assert len(list(nio_dataloader(plain, list, **settings))) == 4
     assert plain.fetches == [8] * 4
@@ -79,7 +81,8 @@ def test_batches_are_fetched_whole_where_nothing_is_drawn_and_by_sample_where_it
 
 
 def test_too_little_data_is_refused_with_the_numbers() -> None:
-    with pytest.raises(DataError, match="23 samples for 2 held-out batches and one more of 8"):
+    message = r"23 samples for 2 report batches and one more of 8\. Lower nio_batch_size or nio_report_batches"
+    with pytest.raises(DataError, match=message):
         NIOBatchSampler(23, 8, 2, 1, seed=0)
 
 
@@ -167,8 +170,155 @@ def test_an_endless_stream_begins_anew_in_the_order_and_with_the_draws_of_the_ne
 
 
 def test_batches_of_nio_from_a_stream_do_not_depend_on_workers() -> None:
-    settings = {"batch_size": 4, "holdout_batches": 1, "iterations": 1, "seed": 5}
+    settings = {"batch_size": 4, "report_batches": 1, "further_batches": 1, "seed": 5}
     batches = [list(nio_dataloader(Stream(), torch.stack, num_workers=workers, **settings)) for workers in (0, 2)]
     assert len(batches[0]) == 2
     for left, right in zip(*batches, strict=True):
         assert torch.equal(left, right)
+
+
+SETTINGS: dict[str, Any] = {"batch_size": 4, "report_batches": 1, "further_batches": 5, "seed": 5}
+Collate = Callable[[list[Any]], Any]
+
+
+class Texts(Dataset[Any]):
+    """Tokens of several lengths."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": list(range(10, 30 + index))}
+
+
+def masking(**settings: Any) -> Collate:
+    return DataCollatorForLanguageModeling(ByT5Tokenizer(mask_token="<extra_id_0>"), **settings)
+
+
+def global_noise(samples: list[Any]) -> torch.Tensor:
+    draws = [random.random(), np.random.rand(), float(torch.rand(()))]
+    return torch.tensor([*draws, sum(len(sample["input_ids"]) for sample in samples)], dtype=torch.float64)
+
+
+class OwnNoise:
+    """Draws from generators of its own, kept in several places; takes the samples apart."""
+
+    def __init__(self) -> None:
+        self.torch = torch.Generator().manual_seed(0)
+        self.others = {"python": [random.Random(0)], "numpy": (np.random.default_rng(0), np.random.RandomState(0))}
+
+    def __call__(self, samples: list[Any]) -> torch.Tensor:
+        (python,), (modern, legacy) = self.others["python"], self.others["numpy"]
+        draws = [float(torch.rand((), generator=self.torch)), python.random(), modern.random(), legacy.randn()]
+        return torch.tensor([*draws, sum(len(sample.pop("input_ids")) for sample in samples)], dtype=torch.float64)
+
+
+class LateNoise(OwnNoise):
+    """Makes its generators when it is called first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, samples: list[Any]) -> torch.Tensor:
+        if not vars(self):
+            super().__init__()
+        return super().__call__(samples)
+
+
+def bound_noise(samples: list[Any], generator: random.Random) -> torch.Tensor:
+    return torch.tensor([generator.random(), len(samples)], dtype=torch.float64)
+
+
+COLLATORS: dict[str, Callable[[], Collate]] = {
+    "masking": masking,
+    "masking with a seed": lambda: masking(seed=7),
+    "global": lambda: global_noise,
+    "own": OwnNoise,
+    "late": LateNoise,
+    "partial": lambda: functools.partial(bound_noise, generator=random.Random(0)),
+    "no state": lambda: functools.partial(lambda samples, source: len(samples), source=random.SystemRandom()),
+}
+
+
+def plain(batch: Any) -> Any:
+    tensors = batch if hasattr(batch, "items") else {"batch": torch.as_tensor(batch)}
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+def global_state() -> list[Any]:
+    return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
+
+
+@pytest.mark.parametrize("name", COLLATORS)
+def test_collation_depends_on_seed_and_number_alone(name: str) -> None:
+    def batches(collate: Collate, workers: int, **other: Any) -> list[Any]:
+        loader = nio_dataloader(Texts(), collate, num_workers=workers, **{**SETTINGS, **other})
+        return [plain(batch) for batch in loader]
+
+    expected = batches(COLLATORS[name](), 0)
+    assert len(expected) == 6
+    for workers in (0, 1, 2):
+        torch.manual_seed(workers), random.seed(workers), np.random.seed(workers)
+        before = global_state()
+        collate = COLLATORS[name]()
+        assert batches(collate, workers) == expected
+        assert batches(collate, workers) == expected
+        assert global_state() == before
+    assert batches(COLLATORS[name](), 2, further_batches=2) == expected[:3]
+    if name != "no state":
+        assert batches(COLLATORS[name](), 0, seed=6) != expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_generators_of_a_collator_go_on_where_they_were(workers: int) -> None:
+    collate, untouched = OwnNoise(), OwnNoise()
+    list(nio_dataloader(Texts(), collate, num_workers=workers, **SETTINGS))
+    assert torch.equal(collate([Texts()[0]]), untouched([Texts()[0]]))
+
+
+def test_batches_of_a_collator_differ_from_each_other() -> None:
+    for collate in (global_noise, OwnNoise()):
+        draws = torch.stack(list(nio_dataloader(Texts(), collate, **SETTINGS)))[:, :3]
+        assert len(draws.unique()) == draws.numel()
+
+
+class OwnAugmentation(Dataset[Any]):
+    """Its samples are drawn from generators that it owns."""
+
+    def __init__(self) -> None:
+        self.numpy, self.python = np.random.default_rng(0), random.Random(0)
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([index, self.numpy.random(), self.python.random()], dtype=torch.float64)
+
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        return [self[index] for index in indices]
+
+
+def test_augmentation_from_generators_of_the_data_set_does_not_depend_on_workers() -> None:
+    data = OwnAugmentation()
+    batches = [
+        torch.stack(list(nio_dataloader(data, torch.stack, num_workers=workers, **SETTINGS)))
+        for workers in (0, 0, 1, 2)
+    ]
+    assert all(torch.equal(batch, batches[0]) for batch in batches)
+    assert len(batches[0][..., 1:].unique()) == 2 * 6 * 4
+    assert torch.equal(data[0], OwnAugmentation()[0])
+
+
+def test_collation_of_a_stream_depends_on_seed_and_number_alone() -> None:
+    def noise(samples: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(samples) + torch.rand(()) + random.random() + np.random.rand()
+
+    found = []
+    for workers in (0, 2):
+        torch.manual_seed(workers), random.seed(workers), np.random.seed(workers)
+        before = global_state()
+        loader = nio_dataloader(Stream(), noise, num_workers=workers, **SETTINGS)
+        found += [torch.stack(list(loader)) for _ in range(2)]
+        assert global_state() == before
+    assert len(found[0]) == 2
+    assert all(torch.equal(batches, found[0]) for batches in found)
