@@ -1,27 +1,33 @@
-"""The method, on torch alone: GradCosine, its curvature, and the loop that learns the scales."""
+"""The method, on torch alone: GradCosine, its curvature, and the searches for the scales."""
 
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
-from nio_hf.core.initializer import grad_cosine, initialize
+from nio_hf.core.initializer import expected_cost, grad_cosine, initialize
 from nio_hf.core.layerwise import GradientInspection, LayerGradient, inspect_gradients
-from nio_hf.core.result import GradCosine, InitResult, IterationRecord, NIOResult, TensorScale
-from nio_hf.core.scales import LayerScales, register_gradient_module
+from nio_hf.core.method import Method
+from nio_hf.core.result import GradCosine, GroupScale, InitResult, IterationRecord, NIOResult, TensorScale
+from nio_hf.core.search import NIO
 from nio_hf.core.second_moment import squared_gradients
 from nio_hf.core.state import NIOState, Resumption
+from nio_hf.core.tensors import find_tensors, register_gradient_module
 
 __all__ = [
+    "NIO",
     "Collective",
     "GradCosine",
     "GradientInspection",
+    "GroupScale",
     "InitResult",
     "IterationRecord",
     "LayerGradient",
-    "LayerScales",
+    "Method",
     "NIOConfig",
     "NIOResult",
     "NIOState",
     "Resumption",
     "TensorScale",
+    "expected_cost",
+    "find_tensors",
     "grad_cosine",
     "initialize",
     "inspect_gradients",

@@ -13,6 +13,7 @@ from torch import Tensor
 from nio_hf.errors import DataError, Problem
 
 _MAX_NAMED = 6
+_IGNORED_PIXEL = 255
 
 
 def batch_size(batch: Any) -> int:
@@ -78,7 +79,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 def too_many_sub_batches(sub_batches: int, size: int) -> Problem:
     """The problem of D sub-batches for a batch of B samples."""
     fix = f"Choose 2 to {size} sub-batches, or a larger batch" if size > 2 else "Give batches of at least 2 samples"
-    return Problem("sub_batches", f"{sub_batches} for a batch of {size} samples", fix)
+    return Problem("NIOConfig.sub_batches", f"{sub_batches} for a batch of {size} samples", fix)
 
 
 def tensors_equal(left: Any, right: Any) -> bool:
@@ -117,3 +118,35 @@ def _leaves(batch: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{path}[{position}]")
     else:
         yield path, batch
+
+
+def all_ignored_labels(batch: Any) -> bool:
+    """Whether a batch has labels, and every one of them is a value that losses ignore.
+
+    Labels are the integer tensors whose name contains "label" or "target", in a tuple its last tensor; losses ignore
+    -100, and losses of segmentation 255.
+    """
+    leaves = [(path, leaf) for path, leaf in _leaves(batch, "") if isinstance(leaf, Tensor) and leaf.ndim]
+    named = [leaf for path, leaf in leaves if "label" in path.lower() or "target" in path.lower()]
+    if not named and isinstance(batch, tuple | list) and leaves:
+        named = [leaves[-1][1]]
+    labels = [leaf for leaf in named if not leaf.is_floating_point() and leaf.dtype != torch.bool and leaf.numel()]
+    return bool(labels) and all(bool(((leaf == -100) | (leaf == _IGNORED_PIXEL)).all()) for leaf in labels)
+
+
+SAME_BATCHES = (
+    "Give all processes the same batches: a loader in a fixed order that neither accelerate.prepare nor a distributed "
+    "sampler has split"
+)
+"""How to make processes agree on batches that differ."""
+
+
+def content_of(batch: Any) -> list[tuple[str, float, float]]:
+    """What tells one batch from another: of each tensor its place, its sum, and a sum weighted by position."""
+    found = []
+    for path, leaf in _leaves(batch, "batch"):
+        if isinstance(leaf, Tensor):
+            values = leaf.detach().double().flatten()
+            weights = torch.arange(1, len(values) + 1, dtype=values.dtype, device=values.device)
+            found.append((path, float(values.sum()), float((values * weights).sum())))
+    return found

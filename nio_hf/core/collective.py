@@ -24,6 +24,7 @@ T = TypeVar("T")
 SIGNALS = 3
 """Numbers in which processes tell each other how it goes."""
 _EVERYWHERE = "everywhere"
+_SAME = "Give all processes the same model class, settings and data, and devices of one kind"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +110,13 @@ class Collective:
             failure = error
         self._exchange(failure, ())
 
-    def check_equal(self, what: str, value: object) -> None:
+    def check_equal(self, what: str, value: object, fix: str = _SAME) -> None:
         """Refuse a value, e.g. a digest, that is another one on another process.
+
+        Args:
+            what: the value is, for the message.
+            value: of this process.
+            fix: how to make it the same.
 
         Raises:
             NumericsError: names the ranks that differ from rank 0.
@@ -120,10 +126,11 @@ class Collective:
             return
         values: list[object] = [None] * self.size
         dist.all_gather_object(values, value)
-        others = [str(rank) for rank, other in enumerate(values) if other != values[0]]
+        # NaN equals itself only as text.
+        same = [other == values[0] or repr(other) == repr(values[0]) for other in values]
+        others = [str(rank) for rank, is_same in enumerate(same) if not is_same]
         if others:
             found = f"not the same on rank 0 and rank {', '.join(others)}"
-            fix = "Give all processes the same model class, settings and data, and devices of one kind"
             raise _marked(NumericsError(Problem(what, found, fix)))
 
     def _exchange(self, failure: Exception | None, flags: Sequence[bool]) -> list[bool]:
@@ -179,7 +186,7 @@ def _description(error: Exception) -> tuple[str, list[Problem]]:
         return known.__name__, problems
     found = f"{type(error).__name__}: {one_line(error)}"
     if is_out_of_memory(error):
-        fix = "Set micro_batch_size, or give smaller batches"
+        fix = "Set NIOConfig.micro_batch_size, or give smaller batches"
         return NIOMemoryError.__name__, [Problem("", f"out of memory ({found})", fix)]
     return RankError.__name__, [Problem("", found, "Look at the traceback of this rank; the others stopped with it")]
 

@@ -4,152 +4,241 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from typing import Literal, get_args
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args
 
 from nio_hf.errors import ConfigError, Problem
 
-ObjectiveName = Literal["gc", "gc_norm", "gc_sum_norm", "variance"]
-CurvatureName = Literal["auto", "exact", "exact_kept", "finite_difference", "finite_difference_kept"]
-BatchNormMode = Literal["batch", "frozen"]
+SearchName = Literal["scan", "gradient", "published"]
+Grouping = Literal["model", "additive", "kind", "tensor"]
+ObjectiveName = Literal["gc", "gc_norm", "gc_sum_norm", "variance", "gc_sign"]
+CurvatureName = Literal["auto", "exact", "finite_difference"]
 Precision = Literal["fp32", "bf16"]
 ScaledTensors = Literal["all", "weights"]
-ScaleSharing = Literal["tensor", "kind", "model"]
-LEAST_SCALE = 0.01
-"""Lower clamp of omega where a scale may fall."""
+
+REPLACED = {
+    "holdout_batches": "Set NIOConfig.report_batches",
+    "scale_sharing": "Set NIOConfig.groups to model, kind, tensor, or a mapping of names to regular expressions",
+    "scaled_names": 'Set NIOConfig.groups to a mapping, e.g. {"attention": "attention"}: only what it names is scaled',
+    "max_loss_rise": "Set NIOConfig.loss_bound",
+    "gamma_relative": "Set NIOConfig.norm_band, or NIOConfig.gamma where NIOConfig.search is published",
+    "min_scale": "Set NIOConfig.scale_range",
+    "max_scale": "Set NIOConfig.scale_range",
+    "beta": "Leave it out: gc_norm weighs both of its terms alike",
+    "batch_norm": "Leave it out: batch normalisation uses the statistics of each sub-batch",
+}
+"""{former setting: what to do instead}."""
+_STEPS = {"scan": (0, 0.0), "gradient": (20, 0.25), "published": (100, 0.003)}
+"""{search: (iterations, rate) where none are given}."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NIOConfig:
     """Settings of NIO.
 
-    The published settings for ResNet-50 are objective "gc_sum_norm", lr 0.003, gamma 10, sub_batches 4, overlap 0.2,
-    iterations 100, batch 64 (the authors' configuration files), with scaled_tensors "all", scale_sharing "tensor" and
-    max_loss_rise None. The defaults below are our choice, from trainings of a small ViT and Swin
-    (benchmarks/warmup_free).
+    Letters: omega_k the scale of group k, B samples of a batch, D sub-batches, GC the GradCosine and GN the gradient
+    norm of a batch (see [`GradCosine`]).
 
     Args:
-        iterations: number of steps on omega.
-        sub_batches: D, the number of sub-batches that a batch is split into, 2 to B.
-        overlap: r in [0, 1); each sub-batch is lengthened by floor(r B / D) samples of the next.
-        gamma: absolute bound on the gradient norm GN; above it a step lowers GN instead of the objective. It replaces
-            `gamma_relative`.
-        gamma_relative: the bound as a multiple of GN at omega = 1 on the held-out batches. With both None there is no
-            bound, which lets GradCosine run into its degenerate maximum.
-        max_loss_rise: the iterations end once the loss of a batch exceeds that of the same batch at omega = 1 by more
-            than this share: gradients that agree at the cost of the loss are a collapse. None for no such end.
-        lr: learning rate of Adam on omega.
-        scaled_tensors: "all" trainable tensors, or "weights": those of two or more dimensions, without biases and
-            normalisation.
-        scaled_names: regular expression that a scaled tensor's parameter name contains, e.g. "attention"; None for any
-            name.
-        scale_sharing: one omega for each "tensor", as published, one for all tensors of a "kind" (see
-            [`TensorScale`]), or one for the whole "model".
-        min_scale: lower clamp of omega. None for 1 where one omega is shared by the whole model and gamma asks for no
-            lower norm than at the start, else for 0.01: the noise of one batch decides the direction of the first step,
-            and smaller weights have a maximum of the objective of their own, where trainings are worse.
-        max_scale: upper clamp of omega.
-        objective: "gc" (-GC), "gc_norm" (-(GC + beta GN / GN_0)), "gc_sum_norm" (-(GC + sum_d n_d), as published) or
-            "variance" (mean squared distance of the sub-batch gradients from their mean).
-        beta: weight of the norm in "gc_norm".
-        curvature: how Hessian-vector products are computed. "exact" (double backward), "exact_kept" (the graphs of
-            the first pass kept), "finite_difference" (central differences), "finite_difference_kept" (the gradients
-            of the first pass kept) or "auto": "exact_kept" where the graphs fit into the memory that is free, else
-            "exact".
+        search: how the scales are found. "scan" tries factors of one group after the other, with losses and first
+            gradients on a few fixed batches. "gradient" follows the gradient of the objective by log omega on the same
+            batches, for many groups. "published" is the algorithm of the paper: Adam on omega, a new batch for every
+            step, and what the last step gives; see [`NIOConfig.published`].
+        groups: which tensors share a scale: "model" (all of them), "additive" (what is added to activations, such as
+            positions and tokens, apart from all else), "kind" (see [`kinds_of`]), "tensor" (none), or a mapping {name
+            of a group: regular expression that the parameter names contain}. A mapping decides by itself what is
+            scaled: `scaled_tensors` does not count.
+        objective: what the search raises, the mean over its batches: "gc" (GC), "gc_norm" (GC + GN / GN_0, with GN_0
+            the norm at the start), "gc_sum_norm" (GC + sum of the D norms, as published), "variance" (minus the mean
+            squared distance of the sub-batch gradients from their mean) or "gc_sign" (the cosine of the signs of
+            the sub-batch gradients, which Adam's first step follows; without derivative, so for "scan" only).
+        scaled_tensors: "weights", those of two or more dimensions, or "all" trainable tensors.
+        sub_batches: D, from 2 to B.
+        search_batches: number of batches that "scan" and "gradient" judge by; the same ones for every candidate.
+        report_batches: number of other batches, that the report before and after is measured on.
+        loss_bound: rho, of "scan" and "gradient": at an accepted point the loss of the search batches is at most
+            (1 + rho) times that of the start. Where groups follow the common factor, half of rho is left for them.
+            None for no such bound.
+        norm_band: (a, b), likewise: at an accepted point GN is between a and b times that at the common factor, and at
+            the common factor at least a times that of the start. None for no such bound.
+        scale_range: (least, largest) omega.
+        budget: training steps of a search batch that "scan" may cost at most, reports not counted.
+        iterations: steps of "gradient" and "published"; None for 20 and 100.
+        lr: learning rate of Adam, on log omega in "gradient", on omega in "published"; None for 0.25 and 0.003.
+        gamma: bound on GN of "published": above it a step lowers GN instead. None for no bound.
+        overlap: r in [0, 1) of the sub-batches of "published".
+        curvature: how Hessian-vector products are computed: "exact" (double backward), "finite_difference" (central
+            differences of gradients), or "auto": exact unless an operation has no second derivative. Graphs or
+            gradients are kept between the passes where they fit into the memory that is free.
         micro_batch_size: samples of a sub-batch that are computed at once; None computes a sub-batch whole. An
             out-of-memory halves it by itself.
         precision: "fp32" computes in the precision of the parameters; "bf16" computes the loss under bfloat16
             autocast, with exact curvature only.
-        batch_norm: "batch" normalises with the statistics of the sub-batch, "frozen" with those of one forward of the
-            whole batch, held constant.
-        holdout_batches: batches set aside for the measurements before and after, where no hold-out is passed.
-        seed: seed of the permutation of each batch.
+        seed: of the random numbers of losses, and of the order of the samples in "published".
 
     Raises:
-        ConfigError: lists every setting that is out of range.
+        ConfigError: lists every setting that is out of range, and former settings with what replaces them.
     """
 
-    iterations: int = 20
-    sub_batches: int = 4
-    overlap: float = 0.0
-    gamma: float | None = None
-    gamma_relative: float | None = 2.0
-    max_loss_rise: float | None = 0.1
-    lr: float = 0.3
+    search: SearchName = "scan"
+    groups: Grouping | Mapping[str, str] = "model"
+    objective: ObjectiveName = "gc"
     scaled_tensors: ScaledTensors = "weights"
-    scaled_names: str | None = None
-    scale_sharing: ScaleSharing = "model"
-    min_scale: float | None = None
-    max_scale: float = 100.0
-    objective: ObjectiveName = "gc_norm"
-    beta: float = 1.0
+    sub_batches: int = 4
+    search_batches: int = 2
+    report_batches: int = 4
+    loss_bound: float | None = 0.1
+    norm_band: tuple[float, float] | None = (0.8, 1.25)
+    scale_range: tuple[float, float] = (0.01, 100.0)
+    budget: float = 17.0
+    iterations: int | None = None
+    lr: float | None = None
+    gamma: float | None = None
+    overlap: float = 0.0
     curvature: CurvatureName = "auto"
     micro_batch_size: int | None = None
     precision: Precision = "fp32"
-    batch_norm: BatchNormMode = "batch"
-    holdout_batches: int = 4
     seed: int = 0
 
+    def __new__(cls, *args: Any, **settings: Any) -> NIOConfig:
+        """Refuse former settings by name."""
+        refuse_replaced(settings, "NIOConfig.")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        for name in ("norm_band", "scale_range"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         problems = [Problem(f"NIOConfig.{name}", f"{value!r}", fix) for name, value, fix in self._violations()]
         if problems:
             raise ConfigError(*problems)
 
-    def _violations(self) -> list[tuple[str, object, str]]:
-        at_least = [("iterations", 1), ("sub_batches", 2), ("holdout_batches", 1), ("micro_batch_size", 1)]
-        positive = ["gamma", "gamma_relative", "max_loss_rise", "lr", "min_scale", "max_scale", "beta"]
-        choices = [
-            ("objective", ObjectiveName),
-            ("scaled_tensors", ScaledTensors),
-            ("scale_sharing", ScaleSharing),
-            ("curvature", CurvatureName),
-            ("precision", Precision),
-            ("batch_norm", BatchNormMode),
-        ]
-        found: list[tuple[str, object, str]] = []
-        for name, least in at_least:
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                found.append((name, value, f"Give a whole number of at least {least}"))
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value > 0):
-                found.append((name, value, "Give a finite number above 0"))
-        for name, literal in choices:
-            if getattr(self, name) not in get_args(literal):
-                found.append((name, getattr(self, name), f"Choose one of {', '.join(get_args(literal))}"))
-        if not (_is_number(self.overlap) and 0 <= self.overlap < 1):
-            found.append(("overlap", self.overlap, "Give a number in [0, 1)"))
-        if self.scaled_names is not None and not _is_pattern(self.scaled_names):
-            found.append(("scaled_names", self.scaled_names, 'Give a regular expression, e.g. "attention", or None'))
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            found.append(("seed", self.seed, "Give a whole number of at least 0"))
-        if self.precision == "bf16" and self.curvature in ("finite_difference", "finite_difference_kept"):
-            fix = 'Use curvature="exact": bfloat16 rounds away the difference of two gradients'
-            found.append(("precision", self.precision, fix))
-        if self.curvature == "exact_kept" and self.micro_batch_size is not None:
-            fix = 'Use curvature="exact" with micro-batches: the graph of a whole sub-batch cannot be kept in parts'
-            found.append(("curvature", self.curvature, fix))
-        if not found and not self.least_scale <= 1 <= self.max_scale:
-            fix = "Choose min_scale <= 1 <= max_scale, since omega starts at 1"
-            found.append(("min_scale", (self.least_scale, self.max_scale), fix))
-        return found
+    @classmethod
+    def published(cls, **changes: Any) -> NIOConfig:
+        """The run of the paper for ResNet-50: one scale for a tensor, Adam on omega, its windows and rates.
+
+        Source: the configuration files of Yang et al., NeurIPS 2022: rate 0.003, 100 iterations, D = 4, overlap 0.2,
+        gamma 10, least scale 0.01, on batches of 64.
+
+        Args:
+            **changes: settings that differ.
+        """
+        settings: dict[str, Any] = {
+            "search": "published",
+            "groups": "tensor",
+            "objective": "gc_sum_norm",
+            "scaled_tensors": "all",
+            "sub_batches": 4,
+            "gamma": 10.0,
+            "overlap": 0.2,
+        }
+        return cls(**(settings | changes))
 
     @property
-    def least_scale(self) -> float:
-        """Lower clamp of omega: `min_scale`, or what None stands for."""
-        if self.min_scale is not None:
-            return self.min_scale
-        asks_for_less = self.gamma is not None or (self.gamma_relative is not None and self.gamma_relative < 1)
-        return 1.0 if self.scale_sharing == "model" and not asks_for_less else LEAST_SCALE
+    def steps(self) -> int:
+        """Number of iterations, of a search by steps."""
+        return _STEPS[self.search][0] if self.iterations is None else self.iterations
+
+    @property
+    def rate(self) -> float:
+        """Learning rate, of a search by steps."""
+        return _STEPS[self.search][1] if self.lr is None else self.lr
+
+    @property
+    def batches(self) -> int:
+        """Number of batches that the search takes, those of the report not counted."""
+        return self.steps if self.search == "published" else self.search_batches
+
+    def _violations(self) -> Iterator[tuple[str, object, str]]:
+        at_least = {"iterations": 1, "sub_batches": 2, "search_batches": 2, "report_batches": 1, "micro_batch_size": 1}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not (is_whole(value) and value >= least):
+                yield name, value, f"Give a whole number of at least {least}"
+        for name in ("gamma", "loss_bound", "lr", "budget"):
+            value = getattr(self, name)
+            if value is not None and not is_positive(value):
+                yield name, value, "Give a finite number above 0"
+        choices: dict[str, Any] = {
+            "search": SearchName,
+            "objective": ObjectiveName,
+            "scaled_tensors": ScaledTensors,
+            "curvature": CurvatureName,
+            "precision": Precision,
+        }
+        for name, literal in choices.items():
+            if getattr(self, name) not in get_args(literal):
+                yield name, getattr(self, name), f"Choose one of {', '.join(get_args(literal))}"
+        if not isinstance(self.groups, Mapping) and self.groups not in get_args(Grouping):
+            words = ", ".join(get_args(Grouping))
+            yield "groups", self.groups, f"Choose one of {words}, or give a mapping of names to regular expressions"
+        if not (is_number(self.overlap) and 0 <= self.overlap < 1):
+            yield "overlap", self.overlap, "Give a number in [0, 1)"
+        if not (is_whole(self.seed) and self.seed >= 0):
+            yield "seed", self.seed, "Give a whole number of at least 0"
+        if not (is_range_around_one(self.scale_range) and math.isfinite(self.scale_range[1])):
+            yield "scale_range", self.scale_range, "Give two finite numbers, 0 < first <= 1 <= second"
+        if self.norm_band is not None and not is_range_around_one(self.norm_band):
+            yield "norm_band", self.norm_band, "Give two numbers, 0 < first <= 1 <= second"
+        if self.precision == "bf16" and self.curvature == "finite_difference":
+            fix = 'Set NIOConfig.curvature to "exact": bfloat16 rounds away the difference of two gradients'
+            yield "precision", self.precision, fix
+        if self.search != "scan" and self.objective == "gc_sign":
+            yield "objective", self.objective, 'Set NIOConfig.search to "scan": signs have no derivative'
+        if self.search != "published" and (self.gamma is not None or self.overlap):
+            name = "overlap" if self.gamma is None else "gamma"
+            yield (
+                name,
+                getattr(self, name),
+                'Leave it out, or set NIOConfig.search to "published", the only one that reads it',
+            )
 
 
-def _is_pattern(value: object) -> bool:
-    try:
-        return isinstance(value, str) and bool(value) and re.compile(value) is not None
-    except re.error:
-        return False
+def refuse_replaced(settings: Mapping[str, Any], prefix: str) -> None:
+    """Refuse settings of former versions.
+
+    Args:
+        settings: as they were given, by name.
+        prefix: what stands before the name of a setting of [`NIOConfig`], e.g. "nio_".
+
+    Raises:
+        ConfigError: names each, with what replaces it.
+    """
+    bare = prefix.rpartition(".")[2]
+    former = [name.removeprefix(bare) for name in settings if name.startswith(bare)]
+    problems = [
+        Problem(f"{prefix}{name}", "is a setting of a former version", REPLACED[name].replace("NIOConfig.", prefix))
+        for name in former
+        if name in REPLACED
+    ]
+    if problems:
+        raise ConfigError(*problems)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value is a finite number above 0."""
+    return is_number(value) and value > 0
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    return is_whole(value) and value >= 1
+
+
+def is_range_around_one(value: object) -> bool:
+    """Whether a value is a pair of numbers, 0 < least <= 1 <= largest."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        return False
+    least, largest = value
+    numbers = all(isinstance(bound, int | float) and not isinstance(bound, bool) for bound in value)
+    return numbers and 0 < least <= 1 <= largest

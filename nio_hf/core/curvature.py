@@ -1,232 +1,360 @@
-"""The two passes over a sub-batch: its gradient, and its Hessian-vector product with a cotangent.
+"""Pass 2 over the sub-batches of a batch: Hessian-vector products, and the gradient of the scales.
 
-    pass 1, for each d: g_d, of which n_d and u = sum_d h_d are kept
-    pass 2, for each d: v_d from g_d and u, the product H_d v_d, and dJ/domega_l = sum_d <W_l, (H_d v_d)_l>
+    pass 1, for each d: g_d, of which n_d and u = sum_d h_d are kept (`sub_batches.first_pass`)
+    pass 2, for each d: v_d = dJ/dg_d from g_d and u, the product H_d v_d, and dJ/domega_l = sum_d <W_l, (H_d v_d)_l>
 
-v_d lives on the gradient tensors, the product is read on the scaled tensors. The paths differ in what they keep
-between the passes and in how they form the product; they give the same numbers.
+v_d lives on the gradient tensors, the product is read on the scaled tensors. Training steps of arithmetic of both
+passes, for any D: 4; 3 where graphs or gradients are kept between the passes; 5 for exact products of micro-batches.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from nio_hf.core.batches import chunks
+from nio_hf.core.batches import batch_size, chunks
+from nio_hf.core.collective import Collective
 from nio_hf.core.config import CurvatureName
-from nio_hf.core.differentiator import Differentiator, dense
-from nio_hf.core.gradcosine import norm
-from nio_hf.core.memory import available_memory, graph_bytes, is_out_of_memory, release_memory
+from nio_hf.core.gradcosine import dots, norm
+from nio_hf.core.loss import (
+    Loss,
+    dense,
+    dense_gradient,
+    gradient,
+    graph_gradient,
+    operations_without_graph,
+)
+from nio_hf.core.memory import available_memory, graph_bytes, is_out_of_memory, release_memory, with_less_memory
+from nio_hf.core.objectives import Differentiable
+from nio_hf.core.sub_batches import FirstPass, Keep, SubBatches, located, split_check, splits
+from nio_hf.core.tensors import ModelTensors
+from nio_hf.errors import ModelError, NumericsError, Problem
 
 logger = logging.getLogger(__name__)
 
-CotangentFn = Callable[[list[Tensor]], list[Tensor]]
+Cotangent = Callable[[list[Tensor]], list[Tensor]]
 
 FINITE_DIFFERENCE_STEP = {torch.float32: 1e-5, torch.float64: 1e-7}
 """||e v|| / ||theta|| of a central difference, by dtype; our choice, from measured errors."""
 MEMORY_SHARE = 0.6
-"""Part of the free memory that kept graphs may take; our choice."""
+"""Part of the free memory that kept graphs or gradients may take; our choice."""
+SMOOTHNESS = 0.3
+"""Relative difference of finite differences at two step sizes above which a loss counts as not smooth; our choice."""
 
 
-class CurvaturePath(Protocol):
-    """How the two passes are computed."""
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """How Hessian-vector products are computed.
 
-    @property
-    def name(self) -> str:
-        """As in `NIOConfig.curvature`."""
-
-    def first(self, batch: Any) -> tuple[list[Tensor], Tensor]:
-        """Pass 1 for the next sub-batch: (g_d, L_d), without graph."""
-
-    def second(self, index: int, batch: Any, cotangent: CotangentFn) -> list[Tensor]:
-        """Pass 2 for the sub-batch that was the index-th of pass 1: H_d v_d on the scaled tensors."""
-
-    def reset(self) -> None:
-        """Forget what pass 1 kept."""
-
-    def give_way(self) -> bool:
-        """Forget what pass 1 kept and keep nothing from here on, to free memory; False where nothing was to be kept."""
-
-
-class _Keeping:
-    """What pass 1 keeps of each sub-batch for pass 2, until memory is needed."""
-
-    def __init__(self, keep: bool) -> None:
-        self._keep = keep
-        self._gradients: dict[int, list[Tensor]] = {}
-        self._count = 0
-
-    def _store(self, gradient: list[Tensor] | None) -> None:
-        """Keep the gradient of the next sub-batch, or nothing of it."""
-        if self._keep and gradient is not None:
-            self._gradients[self._count] = gradient
-        self._count += 1
-
-    def _take(self, index: int) -> list[Tensor] | None:
-        """The gradient of a sub-batch, which is then kept no more."""
-        return self._gradients.pop(index, None)
-
-    def reset(self) -> None:
-        """Forget everything, for another pass 1."""
-        self._gradients.clear()
-        self._count = 0
-
-    def give_way(self) -> bool:
-        """Forget the gradients and keep none from here on; False where none were to be kept."""
-        kept, self._keep = self._keep, False
-        self._gradients.clear()
-        return kept
-
-
-class Exact(_Keeping):
-    """Double backward through the gradient.
-
-    4 training steps of arithmetic; 3 where the graphs of pass 1 are kept, in the memory of all of them; 5 in
-    micro-batches, of which none is kept.
+    Attributes:
+        product: by double backward, or by central differences of gradients.
+        keep: what pass 1 keeps for pass 2.
     """
 
-    def __init__(self, differentiator: Differentiator, keep_graphs: bool = False) -> None:
-        super().__init__(keep_graphs)
-        self._differentiator = differentiator
+    product: Literal["exact", "finite_difference"]
+    keep: Keep = None
 
     @property
-    def name(self) -> str:
-        """As in `NIOConfig.curvature`."""
-        return "exact_kept" if self._keep else "exact"
-
-    def first(self, batch: Any) -> tuple[list[Tensor], Tensor]:
-        """Pass 1: with a graph where it is to be kept, else without."""
-        differentiator = self._differentiator
-        if not self._keep or differentiator.splits(batch):
-            gradient, loss = differentiator.dense_gradient(batch, differentiator.gradient_tensors)
-            self._store(None)
-            return gradient, loss
-        gradient, loss = differentiator.graph_gradient(batch)
-        self._store(gradient)
-        return _detach(gradient), loss
-
-    def second(self, index: int, batch: Any, cotangent: CotangentFn) -> list[Tensor]:
-        """Pass 2 through the kept graph or a new one; in micro-batches g_d comes first, then a graph for each."""
-        differentiator = self._differentiator
-        scaled = differentiator.scaled_tensors
-        gradient = self._take(index)
-        if gradient is None and not differentiator.splits(batch):
-            gradient, _ = differentiator.graph_gradient(batch)
-        if gradient is not None:
-            return _product(gradient, cotangent(_detach(gradient)), scaled)
-        grads, _, weight = differentiator.gradient(batch, differentiator.gradient_tensors)
-        vector = cotangent(dense(grads, differentiator.gradient_tensors))
-        del grads
-        total: list[Tensor] = []
-        for position, part in enumerate(chunks(batch, differentiator.micro_batch_size)):
-            gradient, _ = differentiator.graph_gradient(part, weight, position)
-            product = _product(gradient, vector, scaled)
-            total = product if not total else list(torch._foreach_add(total, product))
-        return total
+    def steps(self) -> float:
+        """Training steps of arithmetic of both passes, micro-batches not counted."""
+        return 4.0 if self.keep is None else 3.0
 
 
-class FiniteDifference(_Keeping):
-    """Central difference of first-order gradients, (g_d(theta + e v) - g_d(theta - e v)) / 2e.
+def choose_path(
+    curvature: CurvatureName, loss: Loss, tensors: ModelTensors, parts: SubBatches, micro_batch_size: int | None
+) -> Path:
+    """The path for a setting, from a look at the first sub-batch of this process.
 
-    4 training steps of arithmetic, or 3 where pass 1 keeps g_d. Needs first-order gradients only, so any attention
-    kernel, compiled model or activation checkpointing but the reentrant one works.
+    Raises:
+        ModelError: for "exact", where an operation has no second derivative, named; for finite differences, where the
+            loss is not smooth.
     """
-
-    def __init__(self, differentiator: Differentiator, keep_gradients: bool = False) -> None:
-        super().__init__(keep_gradients)
-        self._differentiator = differentiator
-
-    @property
-    def name(self) -> str:
-        """As in `NIOConfig.curvature`."""
-        return "finite_difference_kept" if self._keep else "finite_difference"
-
-    def first(self, batch: Any) -> tuple[list[Tensor], Tensor]:
-        """Pass 1 without a graph; g_d is kept where it is to be."""
-        gradient, loss = self._differentiator.dense_gradient(batch, self._differentiator.gradient_tensors)
-        self._store(gradient)
-        return gradient, loss
-
-    def second(self, index: int, batch: Any, cotangent: CotangentFn) -> list[Tensor]:
-        """Pass 2 as the difference of two gradients; theta is put back exactly."""
-        differentiator = self._differentiator
-        gradient = self._take(index)
-        if gradient is None:
-            gradient, _ = differentiator.dense_gradient(batch, differentiator.gradient_tensors)
-        vector = cotangent(gradient)
-        del gradient
-        theta = [parameter.data for parameter in differentiator.gradient_tensors]
-        relative = FINITE_DIFFERENCE_STEP[theta[0].dtype]
-        length = norm(vector)
-        step = torch.where(length > 0, relative * norm(theta) / length, torch.zeros_like(length))
-        saved = [tensor.clone() for tensor in theta]
-        try:
-            _displace(theta, saved, vector, step)
-            forward, _ = differentiator.dense_gradient(batch, differentiator.scaled_tensors)
-            _displace(theta, saved, vector, -step)
-            backward, _ = differentiator.dense_gradient(batch, differentiator.scaled_tensors)
-        finally:
-            torch._foreach_copy_(theta, saved)
-        scale = torch.where(step > 0, 0.5 / step, torch.zeros_like(step))
-        return list(torch._foreach_mul(torch._foreach_sub(forward, backward), scale))
+    if not parts.owned:
+        return Path("finite_difference" if curvature == "finite_difference" else "exact")
+    index, part = next(iter(parts.owned.items()))
+    seed = parts.seed_of(index)
+    in_memory = functools.partial(
+        with_less_memory,
+        size=batch_size(part),
+        micro_batch_size=micro_batch_size,
+        where=parts.where,
+        device=loss.device,
+        check_split=split_check(loss, part, seed),
+    )
+    with located(f"{parts.where}, sub-batch {index}"):
+        if curvature != "finite_difference":
+            reason, _ = in_memory(lambda size: _obstacle(loss, tensors, next(iter(chunks(part, size))), seed))
+            if reason is None:
+                keep = _graphs_fit(loss, tensors, part, seed, micro_batch_size, len(parts.owned))
+                return Path("exact", "graphs" if keep else None)
+            if curvature == "exact" or loss.autocast is not None:
+                fix = 'Set NIOConfig.curvature to "finite_difference", which needs first derivatives only'
+                if loss.autocast is not None:
+                    fix = 'Set NIOConfig.precision to "fp32": bfloat16 rounds away the difference of two gradients'
+                raise ModelError(Problem(parts.where, reason, fix))
+            logger.warning("Second derivatives by finite differences: %s.", reason)
+        in_memory(lambda size: _check_smooth(loss, tensors, part, seed, size))
+    available = available_memory(loss.device)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in tensors.gradient_parameters)
+    fits = available is not None and len(parts.owned) * size <= MEMORY_SHARE * available
+    return Path("finite_difference", "gradients" if fits else None)
 
 
-def make_path(curvature: CurvatureName, differentiator: Differentiator, batch: Any, sub_batches: int) -> CurvaturePath:
-    """The path that a setting names; "auto" keeps graphs where they fit.
+def second_pass(
+    loss: Loss,
+    tensors: ModelTensors,
+    parts: SubBatches,
+    first: FirstPass,
+    objective: Differentiable,
+    initial: Sequence[Tensor],
+    path: Path,
+    collective: Collective,
+) -> tuple[Tensor, int | None]:
+    """Pass 2 over the sub-batches of all processes.
 
     Args:
-        curvature: as in [`NIOConfig`].
-        differentiator: gives losses and gradients.
-        batch: a sub-batch of usual size, to measure the memory of its graph on; None for a process without any.
-        sub_batches: number of graphs to keep, that of the sub-batches of this process.
+        loss: of the model.
+        tensors: the gradient tensors and the scaled tensors.
+        parts: the sub-batches of this process.
+        first: what pass 1 gave; what it kept is used up.
+        objective: J.
+        initial: the m initial tensors W_l.
+        path: how products are computed.
+        collective: the processes that share the work.
+
+    Returns:
+        (m,) dJ/domega_l = sum_d <W_l, (H_d v_d)_l>, and the micro-batch size that it took.
+
+    Raises:
+        NumericsError: for a gradient that is not finite, with the tensor and, of several, the rank that computed it.
     """
-    match curvature:
-        case "auto":
-            return Exact(differentiator, keep_graphs=_graphs_fit(differentiator, batch, sub_batches))
-        case "exact" | "exact_kept":
-            return Exact(differentiator, keep_graphs=curvature == "exact_kept")
-        case "finite_difference" | "finite_difference_kept":
-            return FiniteDifference(differentiator, keep_gradients=curvature == "finite_difference_kept")
+    micro_batch_size = first.micro_batch_size
+    product = exact_product if path.product == "exact" else finite_difference_product
+
+    def drop_kept() -> bool:
+        dropped = bool(first.kept)
+        first.kept.clear()
+        return dropped
+
+    with collective.together():
+        total = initial[0].new_zeros(len(initial))
+        for index, part in parts.owned.items():
+            with located(f"{parts.where}, sub-batch {index}"):
+                seed = parts.seed_of(index)
+                # What is kept serves one attempt: a graph is used up by it.
+                kept = [first.kept.pop(index)] if index in first.kept else []
+
+                def cotangent(g: list[Tensor], own_norm: Tensor = first.sums.norms[index]) -> list[Tensor]:
+                    return objective.cotangent(g, own_norm, first.sums)
+
+                def compute(
+                    size: int | None,
+                    part: Any = part,
+                    seed: int = seed,
+                    kept: list[list[Tensor]] = kept,
+                    cotangent: Cotangent = cotangent,
+                ) -> list[Tensor]:
+                    # No name here holds the gradient, so that the product may free it.
+                    return product(
+                        loss,
+                        tensors,
+                        part,
+                        cotangent,
+                        seed=seed,
+                        micro_batch_size=size,
+                        kept=kept.pop() if kept else None,
+                    )
+
+                found, micro_batch_size = with_less_memory(
+                    compute,
+                    batch_size(part),
+                    micro_batch_size,
+                    where=parts.where,
+                    device=loss.device,
+                    drop_kept=drop_kept,
+                    check_split=split_check(loss, part, seed),
+                )
+                total += dots(initial, found)
+                del found
+        _check_scale_gradient(total, tensors, parts.where)
+    collective.sum_(total)
+    return total, micro_batch_size
 
 
-def _graphs_fit(differentiator: Differentiator, batch: Any, count: int) -> bool:
+def exact_product(
+    loss: Loss,
+    tensors: ModelTensors,
+    batch: Any,
+    cotangent: Cotangent,
+    *,
+    seed: int,
+    micro_batch_size: int | None = None,
+    kept: list[Tensor] | None = None,
+) -> list[Tensor]:
+    """H_d v_d on the scaled tensors by double backward, v_d = cotangent(g_d).
+
+    Args:
+        loss: of the model.
+        tensors: the gradient tensors and the scaled tensors.
+        batch: sub-batch d.
+        cotangent: gives v_d from g_d.
+        seed: of the random numbers of the loss.
+        micro_batch_size: samples computed at once; g_d is then computed first, and a graph for each part.
+        kept: g_d with its graph; None to compute it.
+    """
+    wrt, scaled = tensors.gradient_parameters, tensors.scaled_parameters
+    if kept is None and not splits(batch, micro_batch_size):
+        kept, _ = graph_gradient(loss, batch, wrt, seed=seed)
+    if kept is not None:
+        return _double_backward(kept, cotangent([tensor.detach() for tensor in kept]), scaled)
+    grads, _, weight = gradient(loss, batch, wrt, seed=seed, micro_batch_size=micro_batch_size)
+    vector = cotangent(dense(grads, wrt))
+    del grads
+    total: list[Tensor] = []
+    for position, part in enumerate(chunks(batch, micro_batch_size)):
+        with_graph, _ = graph_gradient(loss, part, wrt, seed=seed, weight=weight, part=position)
+        product = _double_backward(with_graph, vector, scaled)
+        total = product if not total else list(torch._foreach_add(total, product))
+    return total
+
+
+def finite_difference_product(
+    loss: Loss,
+    tensors: ModelTensors,
+    batch: Any,
+    cotangent: Cotangent,
+    *,
+    seed: int,
+    micro_batch_size: int | None = None,
+    kept: list[Tensor] | None = None,
+    step: float = 1.0,
+) -> list[Tensor]:
+    """H_d v_d on the scaled tensors as (g_d(theta + e v) - g_d(theta - e v)) / 2e; theta is put back exactly.
+
+    It needs first-order gradients only, so any attention kernel, compiled model or activation checkpointing but the
+    reentrant one works. It is wrong where the loss is not smooth, e.g. through top-k routing.
+
+    Args:
+        loss: of the model; likewise what follows, as in [`exact_product`].
+        tensors: see there.
+        batch: see there.
+        cotangent: see there.
+        seed: see there.
+        micro_batch_size: see there.
+        kept: g_d; None to compute it.
+        step: multiplies e, which is `FINITE_DIFFERENCE_STEP` ||theta|| / ||v||.
+    """
+    wrt, scaled = tensors.gradient_parameters, tensors.scaled_parameters
+    settings = {"seed": seed, "micro_batch_size": micro_batch_size}
+    if kept is None:
+        kept, _ = dense_gradient(loss, batch, wrt, **settings)  # type: ignore[arg-type]
+    vector = cotangent(kept)
+    del kept
+    theta = [parameter.data for parameter in wrt]
+    length = norm(vector)
+    relative = step * FINITE_DIFFERENCE_STEP[theta[0].dtype]
+    size = torch.where(length > 0, relative * norm(theta) / length, torch.zeros_like(length))
+    saved = [tensor.clone() for tensor in theta]
+    try:
+        _displace(theta, saved, vector, size)
+        forward, _ = dense_gradient(loss, batch, scaled, **settings)  # type: ignore[arg-type]
+        _displace(theta, saved, vector, -size)
+        backward, _ = dense_gradient(loss, batch, scaled, **settings)  # type: ignore[arg-type]
+    finally:
+        torch._foreach_copy_(theta, saved)
+    scale = torch.where(size > 0, 0.5 / size, torch.zeros_like(size))
+    return list(torch._foreach_mul(torch._foreach_sub(forward, backward), scale))
+
+
+def _check_scale_gradient(gradient: Tensor, tensors: ModelTensors, where: str) -> None:
+    """Refuse what this process computed of the gradient of the scales (m,), where it is not finite."""
+    unsound = (~gradient.isfinite()).nonzero()
+    if unsound.numel():
+        name = tensors.scaled[int(unsound[0])].name
+        fix = "Lower NIOConfig.lr, narrow NIOConfig.scale_range, or set another NIOConfig.curvature"
+        raise NumericsError(Problem(where, f"the scale gradient of {name} is not finite", fix))
+
+
+def _obstacle(loss: Loss, tensors: ModelTensors, samples: Any, seed: int) -> str | None:
+    """Why some samples have no exact second derivative; None where they have one."""
+    wrt = tensors.gradient_parameters
+    try:
+        without = operations_without_graph(loss, samples, wrt, seed=seed)
+        if without:
+            return f"the backward of {', '.join(without)} leaves no graph to differentiate again"
+        with_graph, _ = graph_gradient(loss, samples, wrt, seed=seed)
+        _double_backward(with_graph, [tensor.detach() for tensor in with_graph], tensors.scaled_parameters)
+    except RuntimeError as error:
+        unsupported = ("derivative for", "don't support automatic differentiation")
+        if not any(text in str(error) for text in unsupported):
+            raise
+        return f"an operation has no second derivative ({str(error).splitlines()[0]})"
+    return None
+
+
+def _check_smooth(loss: Loss, tensors: ModelTensors, part: Any, seed: int, micro_batch_size: int | None) -> None:
+    """Refuse a loss whose gradient jumps, by finite differences along the gradient at two step sizes.
+
+    Raises:
+        ModelError: where they differ.
+    """
+    near, far = (
+        finite_difference_product(
+            loss, tensors, part, lambda g: g, seed=seed, micro_batch_size=micro_batch_size, step=step
+        )
+        for step in (1.0, 3.0)
+    )
+    difference = float(norm(torch._foreach_sub(near, far)) / norm(far).clamp_min(torch.finfo(far[0].dtype).tiny))
+    if difference > SMOOTHNESS:
+        found = (
+            f"finite differences at two step sizes differ by {difference:.0%}: "
+            "the gradient jumps, as in top-k routing and at the edge of a ReLU"
+        )
+        fix = 'Set NIOConfig.curvature to "exact", or NIOConfig.search to "scan", which needs no second derivatives'
+        raise ModelError(Problem(loss.name, found, fix))
+
+
+def _graphs_fit(
+    loss: Loss, tensors: ModelTensors, part: Any, seed: int, micro_batch_size: int | None, count: int
+) -> bool:
     """Whether the graphs of `count` sub-batches, and as much again as one for its product, fit into what is free."""
-    available = available_memory(differentiator.device)
-    if batch is None or available is None or differentiator.splits(batch):
+    available = available_memory(loss.device)
+    if available is None or splits(part, micro_batch_size):
         return False
     try:
-        with graph_bytes(list(differentiator.parameters())) as counted:
-            differentiator.graph_gradient(batch)
+        with graph_bytes(list(loss.model.parameters())) as counted:
+            graph_gradient(loss, part, tensors.gradient_parameters, seed=seed)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         counted = []
     if not counted:
-        release_memory(differentiator.device)
+        release_memory(loss.device)
         return False
-    needed = (count + 1) * counted[0]
-    fits = needed <= MEMORY_SHARE * available
+    fits = (count + 1) * counted[0] <= MEMORY_SHARE * available
     logger.info(
         "Graphs of %d sub-batches need about %.1f MiB of %.1f MiB that are free: they are %s between the passes.",
         count,
-        needed / 2**20,
+        (count + 1) * counted[0] / 2**20,
         available / 2**20,
         "kept" if fits else "not kept",
     )
     return fits
 
 
-def _product(gradient: list[Tensor], vector: list[Tensor], scaled: list[nn.Parameter]) -> list[Tensor]:
+def _double_backward(with_graph: list[Tensor], vector: list[Tensor], scaled: Sequence[nn.Parameter]) -> list[Tensor]:
     """H v by double backward; zeros where the gradient does not depend on a tensor."""
-    pairs = [(g, v) for g, v in zip(gradient, vector, strict=True) if g.requires_grad]
+    pairs = [(g, v) for g, v in zip(with_graph, vector, strict=True) if g.requires_grad]
     if not pairs:
         return [torch.zeros_like(tensor) for tensor in scaled]
     outputs, vectors = zip(*pairs, strict=True)
-    return dense(torch.autograd.grad(outputs, scaled, grad_outputs=vectors, allow_unused=True), scaled)
+    return dense(torch.autograd.grad(outputs, list(scaled), grad_outputs=vectors, allow_unused=True), scaled)
 
 
 def _displace(theta: list[Tensor], start: list[Tensor], direction: list[Tensor], step: Tensor) -> None:
@@ -234,7 +362,3 @@ def _displace(theta: list[Tensor], start: list[Tensor], direction: list[Tensor],
     torch._foreach_copy_(theta, start)
     for tensor, part in zip(theta, direction, strict=True):
         tensor.addcmul_(part, step)
-
-
-def _detach(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach() for tensor in tensors]

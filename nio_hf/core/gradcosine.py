@@ -11,21 +11,44 @@ Source: Yang et al., NeurIPS 2022, section 4; the form in u is ours.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nio_hf.core.batches import too_many_sub_batches
-from nio_hf.errors import ConfigError, Problem
+from nio_hf.errors import ConfigError
+
+ExtraSum = Literal["gradient", "sign"] | None
 
 
-def sub_batch_windows(batch_size: int, sub_batches: int, overlap: float = 0.0) -> list[list[int]]:
+def sub_batch_windows(batch_size: int, sub_batches: int) -> list[list[int]]:
     """Positions of the samples of each sub-batch.
 
-    Window d is range(floor(d B / D), floor((d + 1) B / D) + floor(r B / D)) modulo B: at r = 0 a partition into parts
-    that differ by at most one sample. Our choice; the published slicing is in `reference.published_windows`.
+    Window d is range(floor(d B / D), floor((d + 1) B / D)): a partition into parts that differ by at most one sample.
+
+    Args:
+        batch_size: B.
+        sub_batches: D, from 2 to B.
+
+    Returns:
+        D lists of positions.
+
+    Raises:
+        ConfigError: for D outside [2, B].
+    """
+    if not 2 <= sub_batches <= batch_size:
+        raise ConfigError(too_many_sub_batches(sub_batches, batch_size))
+    starts = [d * batch_size // sub_batches for d in range(sub_batches + 1)]
+    return [list(range(start, end)) for start, end in itertools.pairwise(starts)]
+
+
+def published_windows(batch_size: int, sub_batches: int, overlap: float) -> list[list[int]]:
+    """The published slicing of a batch, whose windows grow with their number.
+
+    With l = B // D the first is [0, (1 + r) l), the last [(1 - r) l (D - 1), B), and the i-th in between
+    [(1 - r) l i, (1 + r) l (i + 1)), each bound truncated to a whole number.
 
     Args:
         batch_size: B.
@@ -36,20 +59,17 @@ def sub_batch_windows(batch_size: int, sub_batches: int, overlap: float = 0.0) -
         D lists of positions.
 
     Raises:
-        ConfigError: for D outside [2, B] or r outside [0, 1).
+        ConfigError: for D outside [2, B].
+
+    Source: Yang et al., NeurIPS 2022, as the specification states it.
     """
-    problems = []
     if not 2 <= sub_batches <= batch_size:
-        problems.append(too_many_sub_batches(sub_batches, batch_size))
-    if not 0 <= overlap < 1:
-        problems.append(Problem("overlap", f"{overlap!r}", "Give a number in [0, 1)"))
-    if problems:
-        raise ConfigError(*problems)
-    extra = math.floor(overlap * batch_size / sub_batches)
-    starts = [d * batch_size // sub_batches for d in range(sub_batches + 1)]
-    return [
-        [position % batch_size for position in range(start, end + extra)] for start, end in itertools.pairwise(starts)
-    ]
+        raise ConfigError(too_many_sub_batches(sub_batches, batch_size))
+    length = batch_size // sub_batches
+    bounds = [(int((1 - overlap) * length * i), int((1 + overlap) * length * (i + 1))) for i in range(sub_batches)]
+    bounds[0] = (0, bounds[0][1])
+    bounds[-1] = (bounds[-1][0], batch_size)
+    return [list(range(start, min(end, batch_size))) for start, end in bounds]
 
 
 def cosine_from_unit_sum(unit_sum: Sequence[Tensor], sub_batches: int) -> Tensor:
@@ -74,44 +94,52 @@ def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 
 class GradientSums:
-    """The sums over sub-batches that GC, GN and the cotangents need, in one buffer that one all-reduce can sum.
+    """The sums over sub-batches that GC, GN and the objectives need, in one buffer that one all-reduce can sum.
 
     Args:
         like: the gradient tensors, for shapes, dtype and device.
         sub_batches: D.
-        with_gradient_sum: also keep sum_d g_d, which the variance objective needs.
+        extra: what is summed beside u: "gradient" for sum_d g_d, "sign" for sum_d sign(g_d), None for nothing.
 
     Attributes:
-        buffer: u, and sum_d g_d behind it where kept; (P,) or (2 P,).
+        buffer: u, and the extra sum behind it; (P,) or (2 P,).
         unit_sum: u, as views of the buffer.
-        gradient_sum: sum_d g_d, as views of the buffer; empty where it is not kept.
-        norms_and_losses: (2, D), n_d and L_d.
+        extra_sum: the extra sum, as views of the buffer; empty without one.
+        scalars: (3, D): n_d, L_d, and the squared norm of the extra summand of d.
     """
 
-    def __init__(self, like: Sequence[Tensor], sub_batches: int, with_gradient_sum: bool) -> None:
+    def __init__(self, like: Sequence[Tensor], sub_batches: int, extra: ExtraSum = None) -> None:
         sizes = [tensor.numel() for tensor in like]
-        self.buffer = like[0].new_zeros((1 + with_gradient_sum) * sum(sizes))
-        views = list(self.buffer.split(sizes * (1 + with_gradient_sum)))
+        self.extra = extra
+        self.buffer = like[0].new_zeros((1 + (extra is not None)) * sum(sizes))
+        views = list(self.buffer.split(sizes * (1 + (extra is not None))))
         shaped = [view.view(like[index % len(like)].shape) for index, view in enumerate(views)]
         self.unit_sum = shaped[: len(like)]
-        self.gradient_sum = shaped[len(like) :]
-        self.norms_and_losses = like[0].new_zeros(2, sub_batches)
+        self.extra_sum = shaped[len(like) :]
+        self.scalars = like[0].new_zeros(3, sub_batches)
 
     @property
     def norms(self) -> Tensor:
         """(D,) norms n_d."""
-        return self.norms_and_losses[0]
+        return self.scalars[0]
+
+    @property
+    def sub_batches(self) -> int:
+        """D."""
+        return self.scalars.shape[1]
+
+    @property
+    def grad_cosine(self) -> Tensor:
+        """GC, a scalar tensor."""
+        return cosine_from_unit_sum(self.unit_sum, self.sub_batches)
 
     def add(self, index: int, gradient: Sequence[Tensor], loss: Tensor) -> None:
         """Add sub-batch `index` with its gradient g_d, tensor by tensor, and its mean loss."""
         gradient_norm = norm(gradient)
-        self.norms_and_losses[0, index] = gradient_norm
-        self.norms_and_losses[1, index] = loss
+        self.scalars[0, index] = gradient_norm
+        self.scalars[1, index] = loss
         torch._foreach_add_(self.unit_sum, torch._foreach_mul(list(gradient), gradient_norm.reciprocal()))
-        if self.gradient_sum:
-            torch._foreach_add_(self.gradient_sum, list(gradient))
-
-    def summary(self) -> Tensor:
-        """(2 + 2 D,) GC, GN, then the norms and the losses: all that the host reads of an iteration."""
-        grad_cosine = cosine_from_unit_sum(self.unit_sum, self.norms.numel())
-        return torch.cat([torch.stack([grad_cosine, self.norms.mean()]), self.norms_and_losses.flatten()])
+        if self.extra is not None:
+            summand = list(gradient) if self.extra == "gradient" else torch._foreach_sign(list(gradient))
+            torch._foreach_add_(self.extra_sum, summand)
+            self.scalars[2, index] = squared_norm(summand)

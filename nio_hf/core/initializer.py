@@ -1,28 +1,38 @@
-"""The NIO loop: learn scales of the weights so that the gradients of sub-batches agree.
-
-Source: Yang et al., "Towards Theoretically Inspired Neural Initialization Optimization", NeurIPS 2022, algorithm 1.
-"""
+"""`initialize`: what all methods of initialisation have in common. Measured before and after, applied whole or not."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nio_hf.core import mode
-from nio_hf.core.batches import batch_size, too_many_sub_batches
+from nio_hf.core.batches import SAME_BATCHES, batch_size, content_of, take, too_many_sub_batches
 from nio_hf.core.collective import Collective
-from nio_hf.core.config import BatchNormMode, NIOConfig
-from nio_hf.core.cosine_steps import CosineSteps
-from nio_hf.core.differentiator import Differentiator, LossFn
-from nio_hf.core.loop import Loop
-from nio_hf.core.method import NIO, SINGLE_PROCESS, Learned, Workspace, absolute_gamma, run_method
-from nio_hf.core.result import GradCosine, InitResult, IterationRecord
-from nio_hf.core.scales import LayerScales
-from nio_hf.core.state import NIOState, Resumption
-from nio_hf.core.two_pass import TwoPass
-from nio_hf.errors import CheckpointError, ConfigError, Problem
+from nio_hf.core.config import NIOConfig
+from nio_hf.core.loss import Loss, LossFn, check_micro_batches, gradient
+from nio_hf.core.memory import peak_memory, reset_peak_memory, with_less_memory
+from nio_hf.core.method import Learned, Method, OnIteration, Options, Watch
+from nio_hf.core.problem import ScalingProblem, parts_of, report_parts
+from nio_hf.core.result import GradCosine, GroupScale, InitResult
+from nio_hf.core.search import NIO
+from nio_hf.core.state import Resumption
+from nio_hf.core.stream import BatchStream
+from nio_hf.core.sub_batches import check, first_pass, located, read, split_check, splits
+from nio_hf.core.tensors import ModelTensors, copied_values, find_tensors
+from nio_hf.core.verdict import describe_change, judge
+from nio_hf.errors import CheckpointError, ConfigError, DataError, Problem
+
+INITIALISED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The models that this process has initialised."""
 
 
 def initialize(
@@ -31,80 +41,92 @@ def initialize(
     loss_fn: LossFn,
     config: NIOConfig | None = None,
     *,
-    holdout: Sequence[Any] | None = None,
-    on_iteration: Callable[[IterationRecord], None] | None = None,
-    collective: Collective = SINGLE_PROCESS,
+    method: Method = NIO,
+    options: Options | None = None,
+    report: Sequence[Any] | None = None,
+    on_iteration: OnIteration | None = None,
+    on_trial: Callable[[str], None] | None = None,
+    collective: Collective | None = None,
     resumption: Resumption | None = None,
 ) -> InitResult:
-    """Learn scales omega_l, one for all weights or one for each, and multiply the weights of the model by them.
+    """Find scales omega_k of the groups of a model's weights, and multiply the weights by them.
 
-    One iteration measures GC and GN of a batch split into D sub-batches. While GN exceeds gamma it takes a step on
-    omega that lowers GN, otherwise one that lowers the objective. The iterations end early where the loss has risen by
-    more than `max_loss_rise`. The weights change once, at the very end: an error
-    or an interrupt leaves the model as it was. The random number generators of torch are left as they were found; a
-    loss that draws from them draws the same numbers each time it is computed on a sub-batch.
+    How the scales are found is the matter of `config.search`; `scan`, `descent` and `published` in `nio_hf.core` have
+    one module each. The weights change once, at the very end: an error or an interrupt leaves the model as it was. The
+    random number generators of torch are left as they were found; a loss that draws from them draws the same numbers
+    each time it is computed on a sub-batch.
 
     Args:
         model: a module with fp32 or fp64 parameters.
-        batches: any iterable of batches: mappings, tuples or tensors, samples along dimension 0. A re-iterable starts
-            again when it is through; an exhausted iterator ends the run with what was learned so far (see
-            [`BatchStream`] for data in random order).
+        batches: any iterable of batches: mappings, tuples or tensors, samples along dimension 0. The first
+            `report_batches` are reported on, the next ones are searched on. The published search starts again when
+            a re-iterable is through; an exhausted iterator ends it with what was learned so far.
         loss_fn: (model, batch) -> mean loss over the samples, or (loss_sum, weight) where the mean is over something
             else, e.g. tokens. It must use the model that it is given.
         config: settings; None for the defaults.
-        holdout: batches for the measurements before and after; None sets the first `holdout_batches` of `batches`
-            aside, which are then never optimised on.
+        method: NIO, or one of `nio_hf.baselines.METHODS`.
+        options: {name: value} that the method has of its own.
+        report: batches for the measurements before and after; None for the first `report_batches` of `batches`.
         on_iteration: called with the record of each iteration.
-        collective: the processes that share the work, each of which passes the same batches and the same weights. An
-            error of one stops all.
-        resumption: where to go on, and how to be stopped; the same batches are passed again, those behind the state
-            are drawn and passed over. None to run from the start to the end.
+        on_trial: called with what the next iteration tries, in words.
+        collective: the processes that share the work, each of which passes the same batches and the same weights;
+            `Collective()` for this process alone. It must be given where torch.distributed is in use. An error of one
+            process stops all.
+        resumption: where to go on, and how to be stopped; the same batches are passed again. None to run from the start
+            to the end. NIO alone can go on.
 
     Returns:
         What was learned, measured and decided. `status` and `message` say what happened.
 
     Raises:
-        ConfigError: D larger than the batch, or settings that do not go together.
-        ModelError: a model that cannot be initialised, see [`LayerScales`], or a loss that does not depend on it.
+        ConfigError: D larger than the batch, settings that do not go together, or groups that do not fit the model.
+        ModelError: a model that cannot be initialised, see [`find_tensors`], or a loss that does not depend on it.
         DataError: no data, too little data, or data that the model does not accept.
-        NumericsError: a loss or gradient that is not finite, or zero, with the iteration, sub-batch and tensor.
+        NumericsError: a loss or gradient at the start that is not finite, or zero, with the sub-batch and tensor;
+            processes that differ in weights or batches.
         NIOMemoryError: where not even one sample at a time fits into memory.
         RankError: what another process raised that is none of our errors.
         StoppedError: where `resumption` asked for it.
-        CheckpointError: where its state belongs to another model.
+        CheckpointError: where its state belongs to another model or search.
     """
-    resumption = Resumption() if resumption is None else resumption
-
-    def learn(workspace: Workspace) -> Learned:
-        gamma = absolute_gamma(workspace.config, workspace.before.grad_norm)
-        loop = Loop(
-            workspace.passes,
-            workspace.scales,
-            workspace.config,
-            workspace.before,
-            resumption,
-            workspace.started,
-        )
-        steps = CosineSteps(workspace, loop, gamma)
-        history = loop.run(steps, workspace.stream, workspace.initial, workspace.on_iteration)
-        return Learned(loop.omega, history, gamma, history[-1].curvature, loop.seconds(), steps.loss_rise)
-
-    def measured_before(scales: LayerScales) -> GradCosine | None:
-        state = _fitting(resumption.state, scales)
-        return None if state is None else state.before
-
-    return run_method(
-        NIO,
-        learn,
-        model,
-        batches,
-        loss_fn,
-        config,
-        holdout=holdout,
-        on_iteration=on_iteration,
-        collective=collective,
-        measured_before=measured_before,
-    )
+    watch = Watch(on_iteration, on_trial, Resumption() if resumption is None else resumption)
+    config = _checked_config(config)
+    if not method.own_groups:
+        config = dataclasses.replace(config, scaled_tensors="all", groups="tensor")
+    processes = _processes(collective)
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    with processes.together(), contextlib.ExitStack() as stack:
+        chosen = method.checked(options)
+        tensors = find_tensors(model, config.scaled_tensors, config.groups)
+        reset_peak_memory(tensors.device)
+        stack.enter_context(mode.isolated(model, tensors.device))
+        set_aside = config.report_batches if report is None else 0
+        stream = BatchStream(batches, config.sub_batches, set_aside + method.batches(config, chosen))
+        reported = stream.set_aside(set_aside) if report is None else _as_batches(report)
+        loss = Loss(model, loss_fn, tensors.device, torch.bfloat16 if config.precision == "bf16" else None)
+        _check_alike(processes, config, tensors, reported)
+        unused = _unused(loss, tensors, config, processes, reported[0])
+        if unused:
+            tensors = find_tensors(model, config.scaled_tensors, config.groups, unused)
+        state = watch.resumption.state
+        if state is not None:
+            _check_state(state.search, len(state.progress.scales), config, tensors)
+        if state is None:
+            before, size = _measure(loss, tensors, processes, config, reported, config.micro_batch_size)
+        else:
+            before, size = state.before, state.progress.micro_batch_size
+        with copied_values(tensors) as initial:
+            problem = ScalingProblem(config, loss, tensors, initial, processes, stream, before, size)
+            learned = method.learn(problem, chosen, watch)
+            after, _ = _measure(loss, tensors, processes, config, reported, learned.micro_batch_size or size)
+            values = problem.theta
+            omega = _norm_ratios(values, initial) if learned.omega is None else list(learned.omega)
+        processes.check_equal(f"the scales of {method.title}", omega)
+        with torch.no_grad():
+            torch._foreach_copy_([parameter.data for parameter in tensors.scaled_parameters], values)
+    if method.own_groups or any(scale != 1 for scale in omega):
+        INITIALISED.add(model)
+    return _result(method, config, chosen, tensors, learned, omega, before, after, watch.started)
 
 
 def grad_cosine(
@@ -113,46 +135,211 @@ def grad_cosine(
     loss_fn: LossFn,
     *,
     sub_batches: int | None = None,
-    batch_norm: BatchNormMode = "batch",
     micro_batch_size: int | None = None,
 ) -> GradCosine:
     """GradCosine and gradient norm of a model on one batch; the model is left as it is.
 
     Args:
         model: a module with fp32 or fp64 parameters.
-        batch: a mapping, tuple or tensor with B samples along dimension 0.
+        batch: B samples: a mapping, tuple or tensor, samples along dimension 0.
         loss_fn: (model, batch) -> mean loss, or (loss_sum, weight).
-        sub_batches: D, from 2 to B; None for D = B, the sample-wise quantity of the theory. Values at different B / D
-            are not comparable.
-        batch_norm: statistics of batch normalisation: "batch" or "frozen".
-        micro_batch_size: samples computed at once; None for a whole sub-batch.
+        sub_batches: D; None for D = B, one sample each, the quantity of the theory.
+        micro_batch_size: samples of a sub-batch that are computed at once; None for all.
 
     Returns:
-        GC, GN, the D norms and the loss, at overlap 0.
+        GC, GN, the norms and the loss. Values at different B / D are not comparable.
 
     Raises:
-        ConfigError: D outside [2, B], or D = B with the batch statistics of batch normalisation.
-        ModelError, DataError, NumericsError: as in [`initialize`].
+        ConfigError, ModelError, NumericsError: as in [`initialize`].
     """
     size = batch_size(batch)
     count = size if sub_batches is None else sub_batches
-    if count > size or size < 2:
+    if count < 2:
         raise ConfigError(too_many_sub_batches(count, size))
-    NIOConfig(sub_batches=count, batch_norm=batch_norm, micro_batch_size=micro_batch_size)
-    scales = LayerScales(model)
-    differentiator = Differentiator(model, loss_fn, scales, micro_batch_size)
-    passes = TwoPass(model, differentiator, scales, SINGLE_PROCESS, batch_norm)
-    with mode.isolated(model, scales.scaled[0].device, batch_norm):
-        return passes.grad_cosine(batch, count, "batch")
+    config = NIOConfig(sub_batches=count, micro_batch_size=micro_batch_size)
+    tensors = find_tensors(model)
+    with mode.isolated(model, tensors.device):
+        loss = Loss(model, loss_fn, tensors.device)
+        measured, _ = _measure(loss, tensors, Collective(), config, [batch], micro_batch_size)
+    return measured.parts[0]
 
 
-def _fitting(state: NIOState | None, scales: LayerScales) -> NIOState | None:
-    """The state to go on from, where it is one of this model.
+def expected_cost(
+    config: NIOConfig, groups: int, method: Method = NIO, options: Options | None = None, batches: int | None = None
+) -> float | None:
+    """Training steps of a batch that a run may take at most, reports included; None where that is not known beforehand.
+
+    Args:
+        config: settings.
+        groups: number of groups of tensors.
+        method: NIO, or a baseline.
+        options: of the method.
+        batches: to report on; None for `report_batches`.
 
     Raises:
-        CheckpointError: where it is not.
+        ConfigError: lists the options that are unknown or out of range.
     """
-    if state is not None and len(state.omega) != len(scales.scaled):
-        found = f"{len(state.omega)} scales for a model with {len(scales.scaled)} scaled tensors"
-        raise CheckpointError(Problem("the state of NIO", found, "Begin without it, or give the model that it is of"))
-    return state
+    most = method.most_cost(config, groups, method.checked(options))
+    return None if most is None else most + 2 * (config.report_batches if batches is None else batches)
+
+
+def _result(
+    method: Method,
+    config: NIOConfig,
+    options: Options,
+    tensors: ModelTensors,
+    learned: Learned,
+    omega: Sequence[float],
+    before: GradCosine,
+    after: GradCosine,
+    started: float,
+) -> InitResult:
+    groups = tuple(learned.groups) or _each_tensor(tensors, omega)
+    if method.own_groups:
+        status, message = judge(before, after, groups, config, data_exhausted=learned.data_exhausted)
+    else:
+        status, message = "applied", f"{method.title} applied: {describe_change(before, after)}."
+        if learned.data_exhausted:
+            planned = f" of {options['iterations']}" if "iterations" in options else ""
+            message += f" The data ended after {len(learned.history)}{planned} iterations."
+    return InitResult(
+        config=config,
+        groups=groups,
+        tensors=tensors.report(omega),
+        excluded=tensors.excluded,
+        history=tuple(learned.history),
+        before=before,
+        after=after,
+        cost=learned.cost + len(before.parts) + len(after.parts),
+        seconds=learned.seconds + time.perf_counter() - started,
+        peak_memory=peak_memory(tensors.device),
+        status=status,
+        message=message,
+        method=method.name,
+        title=method.title,
+        description=method.describe(config),
+        options=dict(options),
+    )
+
+
+def _measure(
+    loss: Loss,
+    tensors: ModelTensors,
+    processes: Collective,
+    config: NIOConfig,
+    reported: Sequence[Any],
+    micro_batch_size: int | None,
+) -> tuple[GradCosine, int | None]:
+    """GC, GN and loss, the mean over the report batches, and the micro-batch size that it took."""
+    readings = []
+    for number, batch in enumerate(reported):
+        parts = report_parts(config, loss, processes, batch, number)
+        first = first_pass(loss, tensors.gradient_parameters, parts, processes, micro_batch_size=micro_batch_size)
+        measured, _ = read(first.sums, parts)
+        check(measured, first.sums, parts, tensors, loss, processes)
+        readings.append(measured)
+        micro_batch_size = first.micro_batch_size
+    return GradCosine.mean(readings), micro_batch_size
+
+
+def _processes(collective: Collective | None) -> Collective:
+    """The processes that were given, or this one.
+
+    Raises:
+        ConfigError: where none were given although torch.distributed is in use.
+    """
+    if collective is not None:
+        return collective
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        found = f"not given, with torch.distributed in use by {dist.get_world_size()} processes"
+        fix = (
+            "Call initialize on all of them with collective=Collective.current(), the same weights and the same "
+            "batches, or on one of them with collective=Collective() and broadcast the weights"
+        )
+        raise ConfigError(Problem("collective", found, fix))
+    return Collective()
+
+
+def _checked_config(config: NIOConfig | None) -> NIOConfig:
+    if config is None:
+        return NIOConfig()
+    if not isinstance(config, NIOConfig):
+        raise ConfigError(Problem("config", f"a {type(config).__name__}", "Give an NIOConfig"))
+    return config
+
+
+def _check_alike(processes: Collective, config: NIOConfig, tensors: ModelTensors, reported: Sequence[Any]) -> None:
+    """Refuse processes that have not been given the same task, whose sums would have no meaning."""
+    if processes.size == 1:
+        return
+    settings = [(tuple(place.parameter.shape), str(place.parameter.dtype)) for place in tensors.places]
+    processes.check_equal("the model class and settings of NIO", (repr(config), settings))
+    norms = torch._foreach_norm([place.parameter.detach() for place in tensors.places])
+    fix = "Build the model from the same seed on all processes, and call initialize before it is wrapped or prepared"
+    processes.check_equal("the weights", [float(norm) for norm in norms], fix)
+    processes.check_equal("the report batches", [content_of(batch) for batch in reported], SAME_BATCHES)
+
+
+def _check_state(search: str, groups: int, config: NIOConfig, tensors: ModelTensors) -> None:
+    fix = "Resume with the model and the settings of that run, or start from the beginning"
+    if search != config.search:
+        raise CheckpointError(Problem("resumption.state", f"is of the search {search!r}, not {config.search!r}", fix))
+    if groups != len(tensors.groups):
+        found = f"{groups} scales for {len(tensors.groups)} groups of tensors"
+        raise CheckpointError(Problem("resumption.state", found, fix))
+
+
+def _unused(loss: Loss, tensors: ModelTensors, config: NIOConfig, processes: Collective, batch: Any) -> list[str]:
+    """Names of the tensors that no gradient of the first sub-batch reaches; micro-batches are checked to add up.
+
+    Rank 0, whose sub-batch it is, tells the others.
+    """
+    wrt = tensors.trainable
+    flags = torch.zeros(len(wrt), dtype=torch.int32, device=tensors.device)
+    with processes.together(), located("the first sub-batch"):
+        parts = parts_of(config, loss, Collective(), batch, "the first sub-batch", 0)
+        if processes.rank == 0:
+            part, size = parts.owned[0], config.micro_batch_size
+            # A few samples reach what all reach, at little memory.
+            check_split = split_check(loss, part, 0)
+            small = part if check_split is None else take(part, range(min(2, batch_size(part))))
+
+            def compute(micro: int | None) -> list[Tensor | None]:
+                return gradient(loss, small, wrt, seed=0, micro_batch_size=micro)[0]
+
+            grads, _ = with_less_memory(
+                compute,
+                batch_size(small),
+                None,
+                where="the first sub-batch",
+                device=tensors.device,
+                check_split=check_split,
+            )
+            flags += torch.tensor([grad is None for grad in grads], device=flags.device)
+            if size is not None and splits(part, size):
+                check_micro_batches(loss, part, size, seed=0)
+    processes.broadcast_(flags)
+    return [tensors.name_of(tensor) for tensor, unused in zip(wrt, flags.tolist(), strict=True) if unused]
+
+
+def _each_tensor(tensors: ModelTensors, omega: Sequence[float]) -> tuple[GroupScale, ...]:
+    """Every tensor as a group of its own."""
+    return tuple(
+        GroupScale(place.name, value, 1, place.parameter.numel())
+        for place, value in zip(tensors.scaled, omega, strict=True)
+    )
+
+
+def _norm_ratios(values: Sequence[Tensor], initial: Sequence[Tensor]) -> list[float]:
+    """(m,) norm of each new tensor over that of the former one."""
+    ratios = torch.stack(torch._foreach_norm(list(values))) / torch.stack(torch._foreach_norm(list(initial)))
+    return [float(ratio) for ratio in ratios]
+
+
+def _as_batches(report: Sequence[Any]) -> list[Any]:
+    """The report batches, where they are a sequence of batches."""
+    if not isinstance(report, Sequence) or not report:
+        found = f"a {type(report).__name__}" + (" without a batch" if isinstance(report, Sequence) else "")
+        fix = "Give a list of at least one batch, or None to take the first ones of the data"
+        raise DataError(Problem("report", found, fix))
+    return list(report)

@@ -7,7 +7,8 @@ u_l = sum_d h_{d,l} and E_l = sum_d ||h_{d,l}||^2,
     contribution   c_l = (||u_l||^2 - E_l) / (D (D - 1))    sum_l c_l = GC
     agreement      a_l = c_l / s_l                          GC = sum_l s_l a_l
 
-a_l is the cosine between the slices of two sub-batches, weighted by their norms, in [-1 / (D - 1), 1]. Shares and
+a_l is the mean inner product of the slices of two sub-batches over their mean squared norm, in [-1 / (D - 1), 1]: 1
+where all slices are equal. It is no cosine: two parallel slices whose norms are as 1 to 3 give 0.6. Shares and
 contributions are sums over tensors, so groups of tensors add up likewise.
 
 Source: our choice, from the definition of GradCosine in Yang et al., NeurIPS 2022, section 4.
@@ -24,15 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from nio_hf.core import mode
-from nio_hf.core.batches import batch_size
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
-from nio_hf.core.curvature import Exact
-from nio_hf.core.differentiator import Differentiator, LossFn
-from nio_hf.core.loop import held_out_seed
+from nio_hf.core.loss import Loss, LossFn
+from nio_hf.core.problem import report_parts
 from nio_hf.core.result import GradCosine
-from nio_hf.core.scales import LayerScales
-from nio_hf.core.two_pass import Reading, TwoPass
+from nio_hf.core.sub_batches import check, first_pass, read
+from nio_hf.core.tensors import ModelTensors, find_tensors
 from nio_hf.errors import DataError, Problem
 
 Key = TypeVar("Key", bound=Hashable)
@@ -62,7 +61,7 @@ class LayerGradient:
 
     @property
     def agreement(self) -> float:
-        """a_l, the cosine between its gradients of two sub-batches; NaN where the gradient is zero."""
+        """a_l, the inner product of slices of two sub-batches over their squared norm; NaN where the gradient is zero."""
         return self.contribution / self.share if self.share > 0 else math.nan
 
 
@@ -105,29 +104,27 @@ def inspect_gradients(
 ) -> GradientInspection:
     """Measure where in a model the gradients of sub-batches agree; the model is left as it is.
 
-    Works at any point of a training. At the same settings, on the held-out batches of [`initialize`], `measured` is
+    Works at any point of a training. At the same settings, on the report batches of [`initialize`], `measured` is
     what that gives as `before` and, with the learned scales, as `after`.
 
     Args:
         model: a module with fp32 or fp64 parameters.
         batches: at least one batch: mappings, tuples or tensors, samples along dimension 0.
         loss_fn: (model, batch) -> mean loss, or (loss_sum, weight).
-        config: `sub_batches`, `micro_batch_size`, `precision`, `batch_norm` and `seed` are used; None for the defaults.
+        config: `sub_batches`, `micro_batch_size`, `precision` and `seed` are used; None for the defaults.
 
     Returns:
-        GC, GN and loss, and what each gradient tensor has in them, at overlap 0.
+        GC, GN and loss, and what each gradient tensor has in them.
 
     Raises:
         DataError: without a batch.
         ConfigError, ModelError, NumericsError: as in [`initialize`].
     """
     config = NIOConfig() if config is None else config
-    scales = LayerScales(model)
-    autocast = torch.bfloat16 if config.precision == "bf16" else None
-    differentiator = Differentiator(model, loss_fn, scales, config.micro_batch_size, autocast)
-    passes = TwoPass(model, differentiator, scales, Collective(), config.batch_norm)
-    with mode.isolated(model, scales.scaled[0].device, config.batch_norm):
-        readings = [_inspect(passes, batch, index, config) for index, batch in enumerate(batches)]
+    tensors = find_tensors(model)
+    loss = Loss(model, loss_fn, tensors.device, torch.bfloat16 if config.precision == "bf16" else None)
+    with mode.isolated(model, tensors.device):
+        readings = [_inspect(loss, tensors, batch, number, config) for number, batch in enumerate(batches)]
     if not readings:
         raise DataError(Problem("batches", "none", "Give at least one batch"))
     by_tensor = torch.stack([torch.stack(reading[1:]) for reading in readings]).mean(0)
@@ -135,28 +132,29 @@ def inspect_gradients(
         LayerGradient(
             place.name, place.kind, place.depth, place.parameter.numel(), share, contribution, math.sqrt(squared_norm)
         )
-        for place, share, contribution, squared_norm in zip(scales.gradient_places(), *by_tensor.tolist(), strict=True)
+        for place, share, contribution, squared_norm in zip(tensors.gradient, *by_tensor.tolist(), strict=True)
     )
     return GradientInspection(GradCosine.mean([reading[0] for reading in readings]), tuple(layers))
 
 
-def _inspect(passes: TwoPass, batch: Any, index: int, config: NIOConfig) -> tuple[GradCosine, Tensor, Tensor, Tensor]:
+def _inspect(
+    loss: Loss, tensors: ModelTensors, batch: Any, number: int, config: NIOConfig
+) -> tuple[GradCosine, Tensor, Tensor, Tensor]:
     """GC of a batch; of each gradient tensor share, contribution and mean squared norm, each of shape (tensors,)."""
-    where, count = f"batch {index}", config.sub_batches
-    parts = passes.split(batch, count, seed=held_out_seed(config.seed, index))
+    alone, count = Collective(), config.sub_batches
+    parts = report_parts(config, loss, alone, batch, number)
     squared_norms: list[Tensor] = []
 
     def observe(gradient: Sequence[Tensor]) -> None:
         squared_norms.append(torch.stack(torch._foreach_norm(list(gradient))).square())
 
-    with passes.statistics(batch):
-        sums = passes.first_pass(Exact(passes.differentiator), parts, where, observe=observe)
-        reading = Reading.of(sums)
-        passes.check(reading, parts, where)
+    size, wrt = config.micro_batch_size, tensors.gradient_parameters
+    sums = first_pass(loss, wrt, parts, alone, micro_batch_size=size, observe=observe).sums
+    measured, _ = read(sums, parts)
+    check(measured, sums, parts, tensors, loss, alone)
     per_part = torch.stack(squared_norms).double()
     energies = (per_part / per_part.sum(1, keepdim=True)).sum(0)
     unit_sums = torch.stack(torch._foreach_norm(sums.unit_sum)).double().square()
-    measured = GradCosine(reading.grad_cosine, reading.grad_norm, reading.norms, reading.loss, batch_size(batch))
     return measured, energies / count, (unit_sums - energies) / (count * (count - 1)), per_part.mean(0)
 
 

@@ -1,15 +1,23 @@
-"""Memory: what a run used, what is free, what a graph holds, and whether an error says that there is none."""
+"""Memory: what a run used, what is free, what a graph holds, and what to do where there is none left."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from nio_hf.errors import ConfigError, NIOMemoryError, Problem, one_line
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -95,3 +103,70 @@ def peak_memory(device: torch.device) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def with_less_memory(
+    compute: Callable[[int | None], T],
+    size: int,
+    micro_batch_size: int | None,
+    *,
+    where: str,
+    device: torch.device,
+    drop_kept: Callable[[], bool] = lambda: False,
+    check_split: Callable[[int], None] | None = None,
+) -> tuple[T, int | None]:
+    """Compute again with less memory what ran out of it; what is computed stays the same but for rounding.
+
+    First nothing is kept between the passes any more, then micro-batches are halved.
+
+    Args:
+        compute: gives the result for a micro-batch size; it may be called several times.
+        size: number of samples that it works on.
+        micro_batch_size: to begin with; None for all samples at once.
+        where: names the work in messages.
+        device: whose memory it is.
+        drop_kept: forgets what is kept; False where there was nothing.
+        check_split: raises ConfigError where the samples cannot be computed in parts of a size; None where they
+            never can.
+
+    Returns:
+        The result, and the micro-batch size that it took.
+
+    Raises:
+        NIOMemoryError: where there is nothing left to give way.
+    """
+    while True:
+        try:
+            return compute(micro_batch_size), micro_batch_size
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = one_line(error)
+        # Only outside of the handler does nothing hold the tensors of the attempt any more.
+        release_memory(device)
+        if drop_kept():
+            logger.warning("%s: out of memory. Nothing is kept between the passes from here on.", where)
+            continue
+        before = min(micro_batch_size or size, size)
+        micro_batch_size = _halved(before, where, reason, check_split)
+        logger.warning(
+            "%s: out of memory. Micro-batches of %d samples from here on, not %d.", where, micro_batch_size, before
+        )
+
+
+def _halved(size: int, where: str, reason: str, check_split: Callable[[int], None] | None) -> int:
+    fix = "Give smaller batches, or a device with more memory"
+    halved = (size + 1) // 2
+    if check_split is None or halved == size:
+        raise NIOMemoryError(Problem(where, f"out of memory for {size} samples at once ({reason})", fix))
+    try:
+        check_split(halved)
+    except ConfigError as error:
+        found = f"out of memory for {size} samples at once, and they cannot be split: {error.problems[0].found}"
+        raise NIOMemoryError(Problem(where, found, fix)) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        found = f"out of memory for {size} samples at once, and for the check that they can be split ({reason})"
+        raise NIOMemoryError(Problem(where, found, fix)) from error
+    return halved

@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from nio_hf.core.config import BatchNormMode
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -20,35 +18,33 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 @contextlib.contextmanager
-def isolated(model: nn.Module, device: torch.device, batch_norm: BatchNormMode) -> Iterator[None]:
+def isolated(model: nn.Module, device: torch.device) -> Iterator[None]:
     """The model as in [`measuring`], with torch's random number generators forked."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), measuring(model, batch_norm):
+    with torch.random.fork_rng(devices=devices), measuring(model):
         yield
 
 
 @contextlib.contextmanager
-def measuring(model: nn.Module, batch_norm: BatchNormMode = "batch") -> Iterator[None]:
+def measuring(model: nn.Module) -> Iterator[None]:
     """Put a model and the kernels in the state that gradients of its initialisation are measured in, and back.
 
     All modules are in evaluation mode (no dropout, no stochastic depth), except batch normalisation, which uses the
-    statistics of its input without recording them (`batch_norm="batch"`). Layers that checkpoint activations go on to
-    do so. Attention runs on the math kernel, which has a double backward; float32
-    products are not rounded to TF32, autocast is off, and compiled models run eagerly.
+    statistics of its input without recording them. Layers that checkpoint activations go on to do so. Attention runs on
+    the math kernel, which has a double backward; float32 products are not rounded to TF32, autocast is off, and
+    compiled models run eagerly.
 
     Args:
         model: is left in the state that it was in, buffers included.
-        batch_norm: "batch", or "frozen" for running statistics (see [`frozen_statistics`]).
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_restored(model))
         model.eval()
         for layer in _checkpointing_layers(model):
             stack.enter_context(_checkpointing_in_evaluation(layer))
-        if batch_norm == "batch":
-            for norm in batch_norms(model):
-                norm.training = True
-                norm.track_running_stats = False
+        for norm in batch_norms(model):
+            norm.training = True
+            norm.track_running_stats = False
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_full_precision())
@@ -57,43 +53,6 @@ def measuring(model: nn.Module, batch_norm: BatchNormMode = "batch") -> Iterator
         if _is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-@contextlib.contextmanager
-def frozen_statistics(model: nn.Module, forward: Callable[[], Any]) -> Iterator[None]:
-    """Hold the statistics of batch normalisation at those of one forward; put the former ones back.
-
-    Args:
-        model: in the state of `measuring(model, "frozen")`.
-        forward: runs the model on the whole batch whose statistics are wanted, at once.
-    """
-    layers = batch_norms(model)
-    buffers = [dict(layer._buffers) for layer in layers]
-    settings = [(layer.training, layer.track_running_stats) for layer in layers]
-    handles = [layer.register_forward_pre_hook(_record_statistics) for layer in layers]
-    try:
-        for layer in layers:
-            layer.training, layer.track_running_stats = True, False
-        with torch.no_grad():
-            forward()
-        for layer in layers:
-            layer.training, layer.track_running_stats = False, True
-        for handle in handles:
-            handle.remove()
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer, saved, (training, tracked) in zip(layers, buffers, settings, strict=True):
-            layer._buffers.update(saved)
-            layer.training, layer.track_running_stats = training, tracked
-
-
-def _record_statistics(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Keep the mean and the biased variance that batch normalisation itself divides by."""
-    dims = [dim for dim in range(inputs[0].ndim) if dim != 1]
-    layer.running_mean = inputs[0].mean(dims)
-    layer.running_var = inputs[0].var(dims, unbiased=False)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from nio_hf.core.adam import Branch
 from nio_hf.core.config import ObjectiveName
-from nio_hf.core.result import Branch
 
 LossesFn = Callable[[nn.Module], Sequence[Tensor]]
 
@@ -45,7 +45,6 @@ def joint_graph(
     scaled: Sequence[str],
     objective: ObjectiveName = "gc",
     branch: Branch = "objective",
-    beta: float = 1.0,
     initial_grad_norm: float = 1.0,
 ) -> Reference:
     """GC, GN and dJ/domega by differentiating through all D gradients at once.
@@ -57,7 +56,6 @@ def joint_graph(
         scaled: names of the scaled tensors.
         objective: what J is in the branch "objective".
         branch: "constraint" differentiates GN.
-        beta: weight of the norm in "gc_norm".
         initial_grad_norm: GN_0 in "gc_norm".
     """
     weights = dict(model.named_parameters())
@@ -71,22 +69,9 @@ def joint_graph(
     norms = torch.stack([g.norm() for g in gradients])
     cosines = [torch.dot(a, b) / (a.norm() * b.norm()) for a, b in itertools.permutations(gradients, 2)]
     grad_cosine = torch.stack(cosines).mean()
-    value = _objective(objective, branch, gradients, grad_cosine, norms, beta, initial_grad_norm)
+    value = _objective(objective, branch, gradients, grad_cosine, norms, initial_grad_norm)
     shares = torch.autograd.grad(value, list(omega.values()))
     return Reference(value.detach(), grad_cosine.detach(), norms.mean().detach(), norms.detach(), torch.stack(shares))
-
-
-def published_windows(batch_size: int, sub_batches: int, overlap: float) -> list[tuple[int, int]]:
-    """The published slicing: [start, end) of each sub-batch.
-
-    With l = B // D the first is [0, (1 + r) l), the last [(1 - r) l (D - 1), B), and the i-th in between
-    [(1 - r) l i, (1 + r) l (i + 1)), each bound truncated to a whole number. Sizes grow with i.
-    """
-    length = batch_size // sub_batches
-    bounds = [(int((1 - overlap) * length * i), int((1 + overlap) * length * (i + 1))) for i in range(sub_batches)]
-    bounds[0] = (0, bounds[0][1])
-    bounds[-1] = (bounds[-1][0], batch_size)
-    return bounds
 
 
 def _objective(
@@ -95,7 +80,6 @@ def _objective(
     gradients: Sequence[Tensor],
     grad_cosine: Tensor,
     norms: Tensor,
-    beta: float,
     initial_grad_norm: float,
 ) -> Tensor:
     if branch == "constraint":
@@ -104,12 +88,14 @@ def _objective(
         case "gc":
             return -grad_cosine
         case "gc_norm":
-            return -(grad_cosine + beta * norms.mean() / initial_grad_norm)
+            return -(grad_cosine + norms.mean() / initial_grad_norm)
         case "gc_sum_norm":
             return -(grad_cosine + norms.sum())
         case "variance":
             stacked = torch.stack(list(gradients))
             return (stacked - stacked.mean(dim=0)).square().sum(dim=1).mean()
+        case "gc_sign":
+            raise ValueError("signs have no derivative")
 
 
 class _Losses(nn.Module):

@@ -9,18 +9,23 @@ from typing import Any, Literal
 
 from nio_hf.core.config import NIOConfig
 
-Branch = Literal["objective", "constraint"]
-Status = Literal["improved", "no_improvement", "constraint_violated", "collapse_suspected", "data_exhausted", "applied"]
-
-_TITLES = {
-    "nio": "NIO",
-    "none": "default initialisation",
-    "gradinit": "GradInit",
-    "metainit": "MetaInit",
-    "lsuv": "LSUV",
-    "emergence": "emergence-promoting initialisation",
-    "architecture_aware": "architecture-aware initialisation",
-}
+Outcome = Literal[
+    "start", "within_loss", "accepted", "loss_bound", "norm_band", "no_gain", "noise", "worse", "lower_norm"
+]
+"""What became of an iteration: "start", the start was measured; "within_loss", the loss keeps its bound and the
+gradient norm is not known yet; "accepted"; "loss_bound" or "norm_band", refused by a bound; "no_gain" or "noise", the
+objective did not rise, or not beyond its noise; "worse", a step back follows; "lower_norm", a step that lowered the
+gradient norm."""
+Status = Literal[
+    "improved",
+    "worsened",
+    "changed",
+    "unchanged",
+    "constraint_violated",
+    "collapse_suspected",
+    "data_exhausted",
+    "applied",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,30 +78,88 @@ class GradCosine:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reading:
+    """One point, measured on the batches that a search judges by.
+
+    Attributes:
+        measured: GC, GN and loss, with those of the batches as `parts`.
+        scores: (S,) value of the objective on each batch; the higher, the better.
+    """
+
+    measured: GradCosine
+    scores: tuple[float, ...]
+
+    @property
+    def score(self) -> float:
+        """Mean of `scores`."""
+        return statistics.fmean(self.scores)
+
+    def gain_over(self, other: Reading) -> tuple[float, float]:
+        """(mean, standard error) of the rise of the objective over another point, paired over the batches."""
+        differences = [mine - theirs for mine, theirs in zip(self.scores, other.scores, strict=True)]
+        return statistics.fmean(differences), _standard_error(differences)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Reading:
+        """Inverse of `dataclasses.asdict`, after a trip through JSON."""
+        return cls(GradCosine.from_dict(fields["measured"]), tuple(fields["scores"]))
+
+
+@dataclasses.dataclass(frozen=True)
 class IterationRecord:
-    """One iteration, measured before its step.
+    """One iteration: what was tried, what was measured there, and what became of it.
 
     Attributes:
         iteration: counted from 1.
-        grad_cosine: GC of the iteration's batch, at the overlap that is optimised on; None for methods without it.
-        grad_norm: GN of the iteration's batch, or the norm that the method bounds.
-        loss: mean loss over the sub-batches.
-        branch: "constraint" where GN exceeded gamma, else "objective".
-        seconds: wall time of the iteration, its data included.
-        curvature: the path that computed the Hessian-vector products, as in `NIOConfig.curvature`.
+        tried: what it tried, in words, e.g. "positions x2".
+        outcome: what became of it.
+        loss: mean loss over the sub-batches; NaN where it is not finite.
+        grad_cosine: GC; None where it was not computed.
+        grad_norm: GN, or the norm that a baseline bounds; None where it was not computed.
+        objective: what the method raises or lowers, where that is not GC.
+        group: of the tensors whose scale was tried; None for all.
+        scale: of that group, as it was tried; None for an iteration that moves all scales.
+        cost: training steps of arithmetic.
+        seconds: wall time, its data included.
         micro_batch_size: samples computed at once; None for whole sub-batches.
-        objective: what the method optimises, where that is not GC.
     """
 
     iteration: int
-    grad_cosine: float | None
-    grad_norm: float
+    tried: str
+    outcome: Outcome
     loss: float
-    branch: Branch
-    seconds: float
-    curvature: str
-    micro_batch_size: int | None
+    grad_cosine: float | None = None
+    grad_norm: float | None = None
     objective: float | None = None
+    group: str | None = None
+    scale: float | None = None
+    cost: float = 0.0
+    seconds: float = 0.0
+    micro_batch_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupScale:
+    """The scale of one group of tensors, and how it came about.
+
+    Attributes:
+        name: of the group.
+        omega: its scale.
+        tensors: number of its tensors.
+        parameters: number of their entries.
+        gain: rise of the objective on the search batches by the accepted steps of this group alone; None for
+            a search that moves all groups at once.
+        tried: number of scales of this group that were tried.
+        ended: why it stayed at that: the outcome of the last trial of this group; None for a search without trials.
+    """
+
+    name: str
+    omega: float
+    tensors: int
+    parameters: int
+    gain: float | None = None
+    tried: int = 0
+    ended: Outcome | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +172,7 @@ class TensorScale:
         depth: position of the enclosing block, 0 for what comes before the first block.
         shape: shape of the tensor.
         omega: the scale; for a method that draws weights anew, the ratio of their norm to the former one.
+        group: of the tensors that it shares the scale with.
     """
 
     name: str
@@ -116,6 +180,7 @@ class TensorScale:
     depth: int
     shape: tuple[int, ...]
     omega: float
+    group: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +191,7 @@ class ExcludedTensor:
         name: parameter name in memory, left out of saved files.
         kind: as in [`TensorScale`].
         shape: shape of the tensor.
-        reason: why it is not scaled: "zero", "frozen", "unused", "vector" where only weights are, or "name" where only
-            some names are.
+        reason: why it is not scaled: "zero", "frozen", "unused", "vector" where only weights are, or "no group".
     """
 
     name: str
@@ -142,40 +206,39 @@ class InitResult:
 
     Attributes:
         config: the settings that it ran with.
+        groups: the groups of tensors that share a scale.
         tensors: the scaled tensors in parameter order.
         excluded: the tensors left as they were, with the reason.
         history: one record per iteration.
-        before: GradCosine on the held-out batches before.
+        before: GradCosine on the report batches before.
         after: the same with the new weights.
-        gamma: the bound on the gradient norm that was in force, absolute; None without one.
-        curvature: the path of the last iteration.
+        cost: training steps of one batch that it took, reports included.
         seconds: wall time of the whole run.
         peak_memory: bytes; peak of the allocator on an accelerator, peak resident set of the process on CPU.
         status: what happened, in one word.
         message: the same in a sentence.
         method: name of the method.
+        title: the same as its paper writes it.
+        description: what it does, in a sentence.
         options: its own settings, beside `config`.
     """
 
     config: NIOConfig
+    groups: tuple[GroupScale, ...]
     tensors: tuple[TensorScale, ...]
     excluded: tuple[ExcludedTensor, ...]
     history: tuple[IterationRecord, ...]
     before: GradCosine
     after: GradCosine
-    gamma: float | None
-    curvature: str
+    cost: float
     seconds: float
     peak_memory: int
     status: Status
     message: str
     method: str = "nio"
+    title: str = "NIO"
+    description: str = ""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def title(self) -> str:
-        """Name of the method as its paper writes it."""
-        return _TITLES.get(self.method, self.method)
 
     @property
     def scales(self) -> dict[str, float]:
@@ -184,19 +247,27 @@ class InitResult:
 
     @property
     def gain(self) -> float:
-        """Rise of GC on the held-out batches."""
+        """Rise of GC on the report batches."""
         return self.after.value - self.before.value
 
     @property
     def gain_standard_error(self) -> float:
-        """Standard error of `gain`, paired over the held-out batches; NaN with fewer than two."""
+        """Standard error of `gain`, paired over the report batches; NaN with fewer than two."""
         return paired_standard_error(self.before, self.after)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary without parameter names, which differ between library versions."""
+        """A JSON-ready dictionary without parameter names, which differ between library versions.
+
+        Groups of one tensor each are named by its position, as `from_dict` names the tensors.
+        """
         fields = dataclasses.asdict(self)
+        if self.config.groups == "tensor":
+            _number_groups(fields, {tensor.name: f"tensor {index}" for index, tensor in enumerate(self.tensors)})
         for tensor in (*fields["tensors"], *fields["excluded"]):
             del tensor["name"]
+        for record in fields["history"]:
+            # JSON has no word for NaN.
+            record["loss"] = record["loss"] if math.isfinite(record["loss"]) else None
         return fields
 
     @classmethod
@@ -206,13 +277,19 @@ class InitResult:
             **{
                 **fields,
                 "config": NIOConfig(**fields["config"]),
+                "groups": tuple(GroupScale(**group) for group in fields["groups"]),
                 "tensors": _unnamed(TensorScale, fields["tensors"]),
                 "excluded": _unnamed(ExcludedTensor, fields["excluded"]),
-                "history": tuple(IterationRecord(**record) for record in fields["history"]),
+                "history": tuple(_record_from_dict(record) for record in fields["history"]),
                 "before": GradCosine.from_dict(fields["before"]),
                 "after": GradCosine.from_dict(fields["after"]),
+                "options": {k: tuple(v) if isinstance(v, list) else v for k, v in fields.get("options", {}).items()},
             }
         )
+
+
+def _record_from_dict(fields: dict[str, Any]) -> IterationRecord:
+    return IterationRecord(**{**fields, "loss": math.nan if fields["loss"] is None else fields["loss"]})
 
 
 NIOResult = InitResult
@@ -229,6 +306,18 @@ def _standard_error(values: list[float]) -> float:
     if len(values) < 2:
         return math.nan
     return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _number_groups(fields: dict[str, Any], numbers: dict[str, str]) -> None:
+    """Put numbers in the place of the groups that are named like their tensor."""
+    for group in fields["groups"]:
+        group["name"] = numbers[group["name"]]
+    for tensor in fields["tensors"]:
+        tensor["group"] = numbers[tensor["group"]]
+    for record in fields["history"]:
+        if record["group"] is not None:
+            record["tried"] = record["tried"].replace(record["group"], numbers[record["group"]])
+            record["group"] = numbers[record["group"]]
 
 
 def _unnamed(record_type: type[Any], rows: list[dict[str, Any]]) -> tuple[Any, ...]:

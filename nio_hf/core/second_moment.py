@@ -1,12 +1,11 @@
 """The squared gradient at the initialisation, which Adam's second moment can start from.
 
 Source: Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements", NeurIPS 2024,
-arXiv 2406.09405, section on GI-Adam.
+arXiv 2406.09405, section on GI-Adam. The estimate for another batch size is ours.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from nio_hf.core import mode
+from nio_hf.core.batches import batch_size
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
-from nio_hf.core.differentiator import Differentiator, LossFn, dense
-from nio_hf.core.loop import held_out_seed
-from nio_hf.core.method import SINGLE_PROCESS
-from nio_hf.core.scales import LayerScales
-from nio_hf.core.two_pass import TwoPass, located
+from nio_hf.core.loss import Loss, LossFn, dense_gradient
+from nio_hf.core.memory import with_less_memory
+from nio_hf.core.problem import report_parts
+from nio_hf.core.sub_batches import located, split_check
+from nio_hf.core.tensors import find_tensors
 from nio_hf.errors import DataError, NumericsError, Problem
 
 _CLIP_EPS = 1e-6
@@ -33,23 +33,28 @@ def squared_gradients(
     loss_fn: LossFn,
     config: NIOConfig | None = None,
     *,
+    training_batch_size: int | None = None,
     max_norm: float | None = None,
-    collective: Collective = SINGLE_PROCESS,
+    collective: Collective | None = None,
 ) -> dict[str, Tensor]:
-    """Mean over batches of the squared gradient g^2, elementwise, with g the gradient of the mean loss of a batch.
+    """E[g^2], elementwise, of the gradient g of a training batch of B_t samples.
 
-    With `max_norm` c it is that of min(1, c / ||g||) g, which an optimizer sees where gradients are clipped. The model
-    is left as it is. Each batch costs one forward and one backward.
+    With n sub-batches of b samples each, their gradients g_j, mean m and unbiased variance s^2 over them, s^2 estimates
+    V / b for the variance V over samples, and m^2 overestimates the squared mean gradient by s^2 / n. So
+
+        E[g^2] = max(m^2 - s^2 / n, 0) + s^2 b / B_t
+
+    With `max_norm` c it is that of a clipped gradient: times min(1, c / sqrt(sum of E[g^2]))^2. The model is left as it
+    is. Each batch costs one forward and one backward.
 
     Args:
         model: a module with fp32 or fp64 parameters.
         batches: at least one batch: mappings, tuples or tensors, samples along dimension 0.
         loss_fn: (model, batch) -> mean loss, or (loss_sum, weight).
-        config: `sub_batches`, `micro_batch_size`, `precision`, `batch_norm` and `seed` are used; None for the defaults.
-            A batch is computed in sub-batches, which processes share; they do not change the result, but for batch
-            normalisation.
-        max_norm: norm above which the gradient of a batch, of all parameters together, is clipped; None for none.
-        collective: the processes that share the work, each of which passes the same batches and the same weights.
+        config: `sub_batches`, `micro_batch_size`, `precision` and `seed` are used; None for the defaults.
+        training_batch_size: B_t, samples that one step of the optimizer sees; None for that of the batches.
+        max_norm: norm above which the gradient of all parameters together is clipped; None for none.
+        collective: the processes that share the work, as in [`initialize`]; None for this one.
 
     Returns:
         {parameter name: tensor of its shape} of all trainable parameters, zero where no gradient reaches one.
@@ -60,53 +65,61 @@ def squared_gradients(
         ConfigError, ModelError: as in [`initialize`].
     """
     config = NIOConfig() if config is None else config
-    with collective.together():
-        scales = LayerScales(model)
+    processes = Collective() if collective is None else collective
+    with processes.together():
+        tensors = find_tensors(model)
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         wrt = list(named.values())
-        autocast = torch.bfloat16 if config.precision == "bf16" else None
-        differentiator = Differentiator(model, loss_fn, scales, config.micro_batch_size, autocast)
-        passes = TwoPass(model, differentiator, scales, collective, config.batch_norm)
-        totals, count = [torch.zeros_like(parameter) for parameter in wrt], 0
-        with mode.isolated(model, wrt[0].device, config.batch_norm):
-            for index, batch in enumerate(batches):
-                gradient = _gradient(passes, batch, wrt, config, index)
-                if max_norm is not None:
-                    _clip(gradient, max_norm)
-                torch._foreach_addcmul_(totals, gradient, gradient)
-                count += 1
+        loss = Loss(model, loss_fn, tensors.device, torch.bfloat16 if config.precision == "bf16" else None)
+        total, squares = ([torch.zeros_like(parameter) for parameter in wrt] for _ in range(2))
+        size, count, samples, weights = config.micro_batch_size, 0, 0, 0.0
+        with mode.isolated(model, tensors.device):
+            for number, batch in enumerate(batches):
+                parts = report_parts(config, loss, processes, batch, number)
+                count += parts.count
+                samples += parts.batch_size
+                weights += 1
+                for index, part in parts.owned.items():
+                    with located(f"batch {number}, sub-batch {index}"):
+                        seed = parts.seed_of(index)
+
+                        def compute(micro: int | None, part: Any = part, seed: int = seed) -> list[Tensor]:
+                            return dense_gradient(loss, part, wrt, seed=seed, micro_batch_size=micro)[0]
+
+                        own, size = with_less_memory(
+                            compute,
+                            batch_size(part),
+                            size,
+                            where=f"batch {number}",
+                            device=loss.device,
+                            check_split=split_check(loss, part, seed),
+                        )
+                    torch._foreach_add_(total, own)
+                    torch._foreach_addcmul_(squares, own, own)
     if not count:
         raise DataError(Problem("batches", "none", "Give at least one batch"))
-    torch._foreach_div_(totals, count)
-    for name, total in zip(named, totals, strict=True):
-        if not total.isfinite().all():
+    for tensor in (*total, *squares):
+        processes.sum_(tensor)
+    per_batch = samples / weights
+    found = _expected_squares(total, squares, count, samples / count, training_batch_size or per_batch)
+    for name, square in zip(named, found, strict=True):
+        if not square.isfinite().all():
             fix = "Check inputs, labels and the initial weights"
             raise NumericsError(Problem(name, "the squared gradient is not finite", fix))
-    return dict(zip(named, totals, strict=True))
+    if max_norm is not None:
+        norm = torch.stack([square.sum() for square in found]).sum().sqrt()
+        torch._foreach_mul_(found, (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0).square())
+    return dict(zip(named, found, strict=True))
 
 
-def _clip(gradient: list[Tensor], max_norm: float) -> None:
-    """Clip a gradient as torch does."""
-    norm = torch.nn.utils.get_total_norm(gradient)
-    torch._foreach_mul_(gradient, (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0))
-
-
-def _gradient(passes: TwoPass, batch: Any, wrt: list[nn.Parameter], config: NIOConfig, index: int) -> list[Tensor]:
-    """The gradient of the mean loss of a batch, summed over the sub-batches of all processes by their weights."""
-    differentiator, where = passes.differentiator, f"batch {index}"
-    parts = passes.split(batch, config.sub_batches, seed=held_out_seed(config.seed, index))
-    total = [torch.zeros_like(parameter) for parameter in wrt]
-    weights = wrt[0].new_zeros(1)
-    with passes.statistics(batch):
-        for position, part in parts.owned.items():
-            differentiator.seed = parts.seed * parts.count + position
-            with located(f"{where}, sub-batch {position}"):
-                compute = functools.partial(differentiator.gradient, part, wrt)
-                grads, _, weight = passes.back_off.run(compute, part, where)
-            scale = float(weight)
-            torch._foreach_add_(total, dense(grads, wrt), alpha=scale)
-            weights += scale
-    for tensor in (*total, weights):
-        passes.collective.sum_(tensor)
-    torch._foreach_div_(total, weights.item())
-    return total
+def _expected_squares(
+    total: list[Tensor], squares: list[Tensor], count: int, part_size: float, training_batch_size: float
+) -> list[Tensor]:
+    """E[g^2] from the sums of the gradients of `count` sub-batches and of their squares, tensor by tensor."""
+    found = []
+    for sum_of, sum_of_squares in zip(total, squares, strict=True):
+        mean = sum_of / count
+        variance = ((sum_of_squares / count - mean.square()) * count / max(count - 1, 1)).clamp_min(0)
+        signal = (mean.square() - variance / count).clamp_min(0)
+        found.append(signal + variance * part_size / training_batch_size)
+    return found

@@ -1,4 +1,4 @@
-"""What a NIO run has to keep so that another one can go on where it stopped."""
+"""What a run of NIO has to keep so that another one can go on where it stopped."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from nio_hf.core.optimizer import AdamState
-from nio_hf.core.result import GradCosine, IterationRecord
+from nio_hf.core.config import SearchName
+from nio_hf.core.descent import DescentState
+from nio_hf.core.published import PublishedState
+from nio_hf.core.result import GradCosine
+from nio_hf.core.scan import ScanState
+
+SearchState = ScanState | DescentState | PublishedState
+_STATES: dict[str, Any] = {"scan": ScanState, "gradient": DescentState, "published": PublishedState}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,23 +21,21 @@ class NIOState:
     """A run after some of its iterations, in numbers that JSON keeps exactly.
 
     Attributes:
-        omega: (m,) scales.
-        optimizer: of the scales.
-        before: GradCosine on the held-out batches at omega = 1.
-        history: one record per iteration so far.
+        search: name of the search.
+        progress: its state.
+        before: GradCosine on the report batches at omega = 1.
         seconds: wall time so far.
     """
 
-    omega: tuple[float, ...]
-    optimizer: AdamState
+    search: SearchName
+    progress: SearchState
     before: GradCosine
-    history: tuple[IterationRecord, ...]
     seconds: float
 
     @property
     def iterations(self) -> int:
         """The iterations that it has behind it."""
-        return len(self.history)
+        return len(self.progress.history)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
@@ -41,10 +45,9 @@ class NIOState:
     def from_dict(cls, fields: dict[str, Any]) -> NIOState:
         """Inverse of `to_dict`, after a trip through JSON."""
         return cls(
-            omega=tuple(fields["omega"]),
-            optimizer=AdamState(**fields["optimizer"]),
+            search=fields["search"],
+            progress=_STATES[fields["search"]].from_dict(fields["progress"]),
             before=GradCosine.from_dict(fields["before"]),
-            history=tuple(IterationRecord(**record) for record in fields["history"]),
             seconds=fields["seconds"],
         )
 
@@ -57,7 +60,7 @@ class Resumption:
         state: of the run that stopped, with the same model, batches and settings; None to begin.
         save: called with the state of the run, every `every` iterations, after the last one, and when it is stopped.
         every: iterations from one call of `save` to the next; None to save only when it is stopped.
-        should_stop: asked once per iteration; where it says yes on any process, the run is saved and ends with
+        should_stop: asked once for each iteration; where it says yes on any process, the run is saved and ends with
             [`StoppedError`].
     """
 

@@ -50,8 +50,8 @@ class BatchStream:
         for _ in range(count):
             batch = self._next_large_enough()
             if batch is None:
-                found = f"{len(self._held_out)} batches, of which {count} are to be held out"
-                fix = "Give more data, fewer held-out batches (holdout_batches), or a smaller batch"
+                found = f"{len(self._held_out)} batches, of which {count} are to be reported on"
+                fix = "Give more data, smaller batches, or lower NIOConfig.report_batches"
                 raise DataError(Problem("batches", found, fix))
             self._held_out.append(batch)
         return self._held_out
@@ -67,13 +67,22 @@ class BatchStream:
             self._ended = self._one_shot or not self._restart()
             batch = None if self._ended else self._next_large_enough()
         if batch is None and not self._delivered:
-            found = "no batch" if not self._held_out else f"no batch beyond the {len(self._held_out)} held out"
-            raise DataError(Problem("batches", found, "Give more data or a smaller batch or holdout_batches"))
+            found = "no batch" if not self._held_out else f"no batch beyond the {len(self._held_out)} of the report"
+            raise DataError(
+                Problem("batches", found, "Give more data, smaller batches, or lower NIOConfig.report_batches")
+            )
         if batch is not None:
             self._delivered += 1
             if self._replays and self._delivered > len(self._first_pass):
                 self._first_pass.append(batch)
         return batch
+
+    def next_of_this_pass(self, count: int) -> list[Any]:
+        """At most `count` further batches of this pass over the data, so that none comes twice."""
+        batches: list[Any] = []
+        while len(batches) < count and (batch := self._next_large_enough()) is not None:
+            batches.append(batch)
+        return batches
 
     def _restart(self) -> bool:
         """Begin another pass, unless that would mix held-out samples in."""
@@ -86,7 +95,7 @@ class BatchStream:
             return True
         logger.warning(
             "The data come in another order on the second pass: going on would optimise on held-out samples. Pass "
-            "holdout=, or more data."
+            "report=, or more data."
         )
         return False
 

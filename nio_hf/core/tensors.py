@@ -1,8 +1,8 @@
 """Which tensors are scaled, which form the gradient, and how the scales reach the weights.
 
-A scaled tensor W_l becomes theta_l = omega_l W_l with a scalar omega_l; m is the number of scaled tensors. The gradient
-g is taken over the gradient tensors. Both sets are found by module type and tensor identity; names count only where a
-pattern is given.
+A scaled tensor W_l becomes theta_l = omega_l W_l with a scalar omega_l; m is the number of scaled tensors, K that of
+the groups that share a scale. The gradient g is taken over the gradient tensors. Both sets are found by module type
+and tensor identity; names count only in the groups of a user.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from nio_hf.core.config import ScaledTensors, ScaleSharing
+from nio_hf.core.config import ScaledTensors
+from nio_hf.core.groups import group_tensors
 from nio_hf.core.result import ExcludedTensor, TensorScale
 from nio_hf.errors import ModelError, Problem
 
 MIN_COVERAGE = 0.9
+_MATRIX = 2
 _NORM_SUFFIXES = ("RMSNorm", "LayerNorm")
 
 _GRADIENT_MODULES: dict[type[nn.Module], str] = {
@@ -47,7 +48,15 @@ def register_gradient_module(module_type: type[nn.Module], kind: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TensorPlace:
-    """A parameter with its place in the model."""
+    """A parameter with its place in the model.
+
+    Attributes:
+        name: in the model, for messages.
+        parameter: itself.
+        kind: what it is, as in [`TensorScale`].
+        depth: as in [`TensorScale`].
+        in_gradient: whether a registered layer type owns it.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -56,134 +65,160 @@ class TensorPlace:
     in_gradient: bool
 
 
-class LayerScales:
-    """The scaled tensors and the gradient tensors of a model.
+@dataclasses.dataclass(frozen=True)
+class ModelTensors:
+    """The tensors of a model: which are scaled, and which form the gradient.
+
+    Attributes:
+        places: all parameters, tied ones once, in parameter order.
+        scaled: the m scaled tensors W_l: trainable, not exactly zero, and in a group.
+        gradient: the gradient tensors: trainable and owned by a registered layer type.
+        groups: {name of a group: positions of its tensors in `scaled`}; the K groups are a partition.
+        excluded: the parameters that are not scaled, with the reason.
+    """
+
+    places: tuple[TensorPlace, ...]
+    scaled: tuple[TensorPlace, ...]
+    gradient: tuple[TensorPlace, ...]
+    groups: Mapping[str, tuple[int, ...]]
+    excluded: tuple[ExcludedTensor, ...]
+
+    @property
+    def scaled_parameters(self) -> list[nn.Parameter]:
+        """The m scaled parameters."""
+        return [place.parameter for place in self.scaled]
+
+    @property
+    def gradient_parameters(self) -> list[nn.Parameter]:
+        """The gradient parameters."""
+        return [place.parameter for place in self.gradient]
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """Scaled and gradient parameters together, each once."""
+        return list(dict.fromkeys([*self.scaled_parameters, *self.gradient_parameters]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.scaled[0].parameter.device
+
+    def name_of(self, parameter: nn.Parameter) -> str:
+        """Name of a parameter, for messages."""
+        return next(place.name for place in self.places if place.parameter is parameter)
+
+    def by_tensor(self, by_group: Sequence[float]) -> list[float]:
+        """(m,) value of each scaled tensor, from that of its group (K,)."""
+        values = [0.0] * len(self.scaled)
+        for value, members in zip(by_group, self.groups.values(), strict=True):
+            for position in members:
+                values[position] = value
+        return values
+
+    def report(self, omega: Sequence[float]) -> tuple[TensorScale, ...]:
+        """The scaled tensors with their scales, omega of shape (m,)."""
+        group_of = {position: group for group, members in self.groups.items() for position in members}
+        return tuple(
+            TensorScale(place.name, place.kind, place.depth, tuple(place.parameter.shape), value, group_of[position])
+            for position, (place, value) in enumerate(zip(self.scaled, omega, strict=True))
+        )
+
+
+def find_tensors(
+    model: nn.Module,
+    scaled_tensors: ScaledTensors = "all",
+    groups: str | Mapping[str, str] = "tensor",
+    unused: Collection[str] = (),
+) -> ModelTensors:
+    """Find the scaled tensors, their groups, and the gradient tensors of a model.
 
     Args:
         model: any module with fp32 or fp64 parameters that hold data.
         scaled_tensors: which tensors are scaled, as in [`NIOConfig`].
-        scaled_names: likewise, by name.
-
-    Attributes:
-        gradient: the gradient parameters: trainable and owned by a registered module type.
-        excluded: the parameters that are not scaled, with the reason.
+        groups: which share a scale, likewise.
+        unused: names of tensors that no gradient reaches.
 
     Raises:
         ModelError: for parameters on the meta device, sharded or in half precision, a model without trainable or
             without scalable tensors, and one whose gradient tensors hold less than 90% of the numbers in trainable
             tensors of two or more dimensions outside embeddings.
+        ConfigError: for groups that do not fit the model, see [`group_tensors`].
     """
-
-    def __init__(
-        self, model: nn.Module, scaled_tensors: ScaledTensors = "all", scaled_names: str | None = None
-    ) -> None:
-        check_storage(model)
-        self._tensors = _locate_tensors(model)
-        trainable = [tensor for tensor in self._tensors if tensor.parameter.requires_grad]
-        if not trainable:
-            raise ModelError(
-                Problem(type(model).__name__, "no parameter requires a gradient", "Unfreeze the tensors to initialise")
-            )
-        self.excluded = [_excluded(tensor, "frozen") for tensor in self._tensors if not tensor.parameter.requires_grad]
-        nonzero = torch.stack([tensor.parameter.detach().any() for tensor in trainable]).tolist()
-        self._scaled = [tensor for tensor, any_value in zip(trainable, nonzero, strict=True) if any_value]
-        if scaled_tensors == "weights":
-            self._leave_out("vector", [tensor for tensor in self._scaled if tensor.parameter.ndim < 2])
-        if scaled_names is not None:
-            self._leave_out("name", [tensor for tensor in self._scaled if not re.search(scaled_names, tensor.name)])
-        self.excluded += [
-            _excluded(t, "zero") for t, any_value in zip(trainable, nonzero, strict=True) if not any_value
-        ]
-        self.gradient = [tensor.parameter for tensor in trainable if tensor.in_gradient]
-        self._check_scalable(model)
-        _check_coverage(model, self.gradient)
-
-    @property
-    def scaled(self) -> list[nn.Parameter]:
-        """The m scaled parameters: trainable and not exactly zero, tied ones once, in parameter order."""
-        return [tensor.parameter for tensor in self._scaled]
-
-    @property
-    def trainable(self) -> list[nn.Parameter]:
-        """Scaled and gradient tensors together, each once."""
-        return list(dict.fromkeys([*self.scaled, *self.gradient]))
-
-    def gradient_places(self) -> list[TensorPlace]:
-        """The gradient tensors with their places in the model, in the order of `gradient`."""
-        places = {id(tensor.parameter): tensor for tensor in self._tensors}
-        return [places[id(parameter)] for parameter in self.gradient]
-
-    def sharing(self, sharing: ScaleSharing) -> Tensor:
-        """(m,) number of the scale that each scaled tensor has, where tensors share them."""
-        if sharing == "tensor":
-            return torch.arange(len(self._scaled))
-        kinds = [tensor.kind if sharing == "kind" else "" for tensor in self._scaled]
-        numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
-        return torch.tensor([numbers[kind] for kind in kinds])
-
-    def name_of(self, parameter: nn.Parameter) -> str:
-        """Name of a parameter in memory, for messages."""
-        return next(tensor.name for tensor in self._tensors if tensor.parameter is parameter)
-
-    def drop_unused(self, model: nn.Module, unused: Sequence[nn.Parameter]) -> None:
-        """Leave out tensors that no gradient reaches.
-
-        Raises:
-            ModelError: where no scaled or no gradient tensor is left.
-        """
-        identities = {id(parameter) for parameter in unused}
-        self._leave_out("unused", [tensor for tensor in self._scaled if id(tensor.parameter) in identities])
-        self.gradient = [parameter for parameter in self.gradient if id(parameter) not in identities]
-        self._check_scalable(model)
-
-    def report(self, omega: Tensor) -> tuple[TensorScale, ...]:
-        """The scaled tensors with their scales, omega of shape (m,)."""
-        return tuple(
-            TensorScale(tensor.name, tensor.kind, tensor.depth, tuple(tensor.parameter.shape), value)
-            for tensor, value in zip(self._scaled, omega.tolist(), strict=True)
+    check_storage(model)
+    places = _locate_tensors(model)
+    trainable = [place for place in places if place.parameter.requires_grad]
+    if not trainable:
+        raise ModelError(
+            Problem(type(model).__name__, "no parameter requires a gradient", "Unfreeze the tensors to initialise")
         )
+    reasons = {place.name: "frozen" for place in places if not place.parameter.requires_grad}
+    has_values = torch.stack([place.parameter.detach().any() for place in trainable]).tolist()
+    reasons |= {place.name: "zero" for place, nonzero in zip(trainable, has_values, strict=True) if not nonzero}
+    reasons |= dict.fromkeys(unused, "unused")
+    candidates = [place for place in trainable if place.name not in reasons]
+    if scaled_tensors == "weights" and not isinstance(groups, Mapping):
+        reasons |= {place.name: "vector" for place in candidates if place.parameter.ndim < _MATRIX}
+        candidates = [place for place in candidates if place.name not in reasons]
+    by_group = group_tensors(model, [place.name for place in candidates], groups) if candidates else {}
+    grouped = {name for members in by_group.values() for name in members}
+    reasons |= {place.name: "no group" for place in candidates if place.name not in grouped}
+    scaled = tuple(place for place in candidates if place.name in grouped)
+    position = {place.name: number for number, place in enumerate(scaled)}
+    found = ModelTensors(
+        places=tuple(places),
+        scaled=scaled,
+        gradient=tuple(place for place in trainable if place.in_gradient and place.name not in unused),
+        groups={group: tuple(position[name] for name in members) for group, members in by_group.items()},
+        excluded=tuple(
+            ExcludedTensor(place.name, place.kind, tuple(place.parameter.shape), reasons[place.name])
+            for place in places
+            if place.name in reasons
+        ),
+    )
+    _check_scalable(model, found)
+    _check_coverage(model, [place.parameter for place in trainable if place.in_gradient])
+    return found
 
-    @contextlib.contextmanager
-    def substituted(self) -> Iterator[list[Tensor]]:
-        """Let the parameters hold copies of their values, and put the originals back on the way out.
 
-        Yields:
-            The original values of the scaled tensors, W_l.
-        """
-        parameters = self.trainable
-        originals = [parameter.data for parameter in parameters]
-        by_identity = {id(parameter): data for parameter, data in zip(parameters, originals, strict=True)}
-        try:
-            for parameter, data in zip(parameters, originals, strict=True):
-                parameter.data = data.clone()
-            yield [by_identity[id(parameter)] for parameter in self.scaled]
-        finally:
-            for parameter, data in zip(parameters, originals, strict=True):
-                parameter.data = data
+@contextlib.contextmanager
+def copied_values(tensors: ModelTensors) -> Iterator[list[Tensor]]:
+    """Let the parameters hold copies of their values, and put the originals back on the way out.
 
-    @torch.no_grad()
-    def apply(self, values: Sequence[Tensor]) -> None:
-        """Give the scaled tensors new values, in place."""
-        torch._foreach_copy_([parameter.data for parameter in self.scaled], list(values))
+    Yields:
+        The original values of the scaled tensors, W_l.
+    """
+    parameters = tensors.trainable
+    originals = {parameter: parameter.data for parameter in parameters}
+    try:
+        for parameter, data in originals.items():
+            parameter.data = data.clone()
+        yield [originals[parameter] for parameter in tensors.scaled_parameters]
+    finally:
+        for parameter, data in originals.items():
+            parameter.data = data
 
-    def _leave_out(self, reason: str, tensors: Sequence[TensorPlace]) -> None:
-        """Do not scale these tensors."""
-        self.excluded += [_excluded(tensor, reason) for tensor in tensors]
-        left_out = {tensor.name for tensor in tensors}
-        self._scaled = [tensor for tensor in self._scaled if tensor.name not in left_out]
 
-    def _check_scalable(self, model: nn.Module) -> None:
-        where = type(model).__name__
-        if not self._scaled:
-            reasons = collections.Counter(tensor.reason for tensor in self.excluded)
-            found = "no tensor can be scaled (" + ", ".join(f"{n} {reason}" for reason, n in reasons.items()) + ")"
-            raise ModelError(
-                Problem(where, found, "Give a model with a trainable tensor that is used and not all zero")
-            )
-        if not self.gradient:
-            found = "no linear, convolution or normalisation layer is trainable and used"
-            fix = "Register the layer types of the model with nio_hf.core.register_gradient_module"
-            raise ModelError(Problem(where, found, fix))
+@torch.no_grad()
+def set_scales(tensors: ModelTensors, initial: Sequence[Tensor], omega: Sequence[float]) -> None:
+    """theta_l = omega_l W_l, in place, with omega of shape (m,)."""
+    torch._foreach_copy_(
+        [parameter.data for parameter in tensors.scaled_parameters], torch._foreach_mul(list(initial), list(omega))
+    )
+
+
+def _check_scalable(model: nn.Module, found: ModelTensors) -> None:
+    where = type(model).__name__
+    if not found.scaled:
+        reasons = collections.Counter(tensor.reason for tensor in found.excluded)
+        counts = "no tensor can be scaled (" + ", ".join(f"{n} {reason}" for reason, n in reasons.items()) + ")"
+        fix = "Give a model with a trainable tensor that is used and not all zero"
+        if "vector" in reasons:
+            fix = 'Set NIOConfig.scaled_tensors to "all", which scales tensors of fewer than two dimensions, too'
+        raise ModelError(Problem(where, counts, fix))
+    if not found.gradient:
+        without = "no linear, convolution or normalisation layer is trainable and used"
+        fix = "Register the layer types of the model with nio_hf.core.register_gradient_module"
+        raise ModelError(Problem(where, without, fix))
 
 
 def check_storage(model: nn.Module) -> None:
@@ -269,10 +304,6 @@ def _enclosing_blocks(model: nn.Module) -> dict[str, str | None]:
             is_block = isinstance(module, nn.ModuleList | nn.Sequential) and not is_layer
             blocks[child] = child if is_block else blocks[name]
     return blocks
-
-
-def _excluded(tensor: TensorPlace, reason: str) -> ExcludedTensor:
-    return ExcludedTensor(tensor.name, tensor.kind, tuple(tensor.parameter.shape), reason)
 
 
 def _check_coverage(model: nn.Module, gradient: Sequence[nn.Parameter]) -> None:

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from nio_hf.core.config import NIOConfig
-from nio_hf.core.result import GradCosine, IterationRecord, Status
+from nio_hf.core.result import GradCosine, GroupScale, Status
 
 COLLAPSE_LOSS_RISE = 0.25
 COLLAPSE_COSINE = 0.95
 GAMMA_TOLERANCE = 1.1
-STANDARD_ERRORS = 2.0
+CONFIDENCE = 0.9
+_FEW = 6
+_T_OF_FEW = (6.314, 2.920, 2.353, 2.132, 2.015)
+"""Upper 5% points of Student's t with 1 to 5 degrees of freedom; for more, Fisher's expansion has three digits."""
+
+
+def t_quantile(degrees: int) -> float:
+    """Upper 5% point of Student's t, so that +- it holds 90%."""
+    if degrees < _FEW:
+        return _T_OF_FEW[degrees - 1]
+    z = statistics.NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / degrees + second / degrees**2
+
+
+def rise_interval(before: GradCosine, after: GradCosine) -> tuple[float, float]:
+    """90% interval of the mean rise of GC, paired over the report batches; infinite with fewer than two."""
+    rises = [late.value - early.value for late, early in zip(after.parts, before.parts, strict=True)]
+    rise = after.value - before.value
+    if len(rises) < 2:
+        return -math.inf, math.inf
+    half = t_quantile(len(rises) - 1) * statistics.stdev(rises) / math.sqrt(len(rises))
+    return rise - half, rise + half
 
 
 def describe_change(before: GradCosine, after: GradCosine) -> str:
@@ -19,42 +42,63 @@ def describe_change(before: GradCosine, after: GradCosine) -> str:
     return (
         f"GradCosine (D = {before.sub_batches}, B/D = {before.batch_size / before.sub_batches:.4g}) {before.value:.4f} "
         f"-> {after.value:.4f}, gradient norm {before.grad_norm:.4g} -> {after.grad_norm:.4g}, loss at init "
-        f"{before.loss:.4f} -> {after.loss:.4f} on held-out batches"
+        f"{before.loss:.4f} -> {after.loss:.4f} on the report batches"
     )
+
+
+def describe_scales(groups: Sequence[GroupScale]) -> str:
+    """What happened to the weights, in words."""
+    scales = [group.omega for group in groups]
+    if all(scale == 1 for scale in scales):
+        return "No scale was changed: nothing that was tried was better within the bounds"
+    if len(groups) == 1:
+        return f"All scaled weights were multiplied by {scales[0]:.3g}"
+    if len(groups) <= _FEW:
+        named = ", ".join(f"{group.name} by {group.omega:.3g}" for group in groups)
+        return f"Weights were multiplied: {named}"
+    return f"The weights of {len(groups)} groups were multiplied by {min(scales):.3g} to {max(scales):.3g}"
 
 
 def judge(
     before: GradCosine,
     after: GradCosine,
-    gain_standard_error: float,
-    history: Sequence[IterationRecord],
+    groups: Sequence[GroupScale],
     config: NIOConfig,
-    gamma: float | None,
-    loss_rise: float | None = None,
+    *,
+    data_exhausted: bool = False,
 ) -> tuple[Status, str]:
-    """Status and message of a run, from the held-out measurements.
+    """Status and message of a run, from the report batches and the scales.
 
-    In this order: the data ran out; a collapse is suspected (the loss at init rose by more than 25%, or GC exceeds
-    0.95: the model then says the same for every sample); GN exceeds 1.1 gamma; GC rose by more than two standard
-    errors; it did not, or there is only one held-out batch. The thresholds are our choice. Where the iterations ended
-    by `loss_rise`, that is why there are fewer.
+    In this order: the data ran out; no scale was changed; a collapse is suspected (the loss at init rose by more than
+    25%, or GC rose above 0.95, where a model says the same for every sample); GN exceeds 1.1 gamma; the 90% interval
+    of the rise of GC, paired over the report batches, is above zero, below zero, or holds it. The thresholds are our
+    choice.
     """
-    change = describe_change(before, after)
-    if loss_rise is not None:
-        done = f"{len(history)} of {config.iterations} iterations"
-        change += f" (ended after {done}: the loss of a batch had risen by {loss_rise:.0%})"
-    elif len(history) < config.iterations:
-        return "data_exhausted", f"The data ended after {len(history)} of {config.iterations} iterations. {change}."
-    if after.loss - before.loss > COLLAPSE_LOSS_RISE * abs(before.loss) or after.value > COLLAPSE_COSINE:
-        advice = "Lower lr or iterations, or set a lower gamma"
-        return "collapse_suspected", f"Collapse suspected: gradients agree at the cost of the loss. {change}. {advice}."
-    if gamma is not None and after.grad_norm > GAMMA_TOLERANCE * gamma:
+    change, scales = describe_change(before, after), describe_scales(groups)
+    if data_exhausted:
+        return (
+            "data_exhausted",
+            f"The data ended before the {config.steps} iterations were done. {scales}. {change}.",
+        )
+    if all(group.omega == 1 for group in groups):
+        return "unchanged", f"{scales}. {change}."
+    low, high = rise_interval(before, after)
+    agrees_too_much = after.value > COLLAPSE_COSINE and low > 0
+    if after.loss - before.loss > COLLAPSE_LOSS_RISE * abs(before.loss) or agrees_too_much:
+        advice = "Set a lower NIOConfig.loss_bound, or a narrower NIOConfig.norm_band"
+        return (
+            "collapse_suspected",
+            f"Collapse suspected: gradients agree at the cost of the loss. {scales}. {change}. {advice}.",
+        )
+    if config.gamma is not None and after.grad_norm > GAMMA_TOLERANCE * config.gamma:
+        advice = "Set a lower NIOConfig.lr, or more NIOConfig.iterations"
         return (
             "constraint_violated",
-            f"The gradient norm ended above gamma = {gamma:.4g}. {change}. Lower lr, or run more iterations.",
+            f"The gradient norm ended above gamma = {config.gamma:.4g}. {scales}. {change}. {advice}.",
         )
-    if not math.isfinite(gain_standard_error):
-        return "no_improvement", f"One held-out batch does not tell an improvement from noise. {change}."
-    if after.value - before.value > STANDARD_ERRORS * gain_standard_error:
-        return "improved", f"Improved: {change}."
-    return "no_improvement", f"No improvement beyond the noise of the held-out batches. {change}."
+    if low > 0:
+        return "improved", f"GradCosine rose. {scales}. {change}."
+    if high < 0:
+        return "worsened", f"GradCosine fell. {scales}. {change}."
+    doubt = "One report batch does not tell" if math.isinf(low) else "The report batches do not tell"
+    return "changed", f"{scales}. {doubt} whether GradCosine rose or fell. {change}."

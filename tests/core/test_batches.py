@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from nio_hf.core.batches import batch_size, chunks, take, tensors_equal, to_device
+from nio_hf.core.batches import (
+    all_ignored_labels,
+    batch_size,
+    chunks,
+    content_of,
+    take,
+    tensors_equal,
+    to_device,
+)
 from nio_hf.errors import DataError
 
 NESTED: dict[str, Any] = {
@@ -75,3 +83,25 @@ def test_batches_are_compared_by_their_tensors() -> None:
     assert tensors_equal(NESTED, take(NESTED, range(4)))
     assert not tensors_equal(NESTED, other)
     assert not tensors_equal(NESTED, take(NESTED, range(3)))
+
+
+@pytest.mark.parametrize("ignored", [-100, 255])
+def test_ignored_labels_are_found_where_batches_keep_labels(ignored: int) -> None:
+    inputs, labels = torch.zeros(2, 3), torch.full((2, 4, 4), ignored)
+    partly = labels.clone()
+    partly[0, 0, 0] = 1
+    for all_ignored, batch_of in [(True, labels), (False, partly)]:
+        assert all_ignored_labels({"pixels": inputs, "labels": batch_of}) == all_ignored
+        assert all_ignored_labels({"pixels": inputs, "target": {"mask": batch_of}}) == all_ignored
+        assert all_ignored_labels((inputs, batch_of)) == all_ignored
+    assert not all_ignored_labels({"pixels": inputs, "tokens": labels})
+    assert not all_ignored_labels({"pixels": inputs, "labels": labels.float()})
+    assert not all_ignored_labels({"labels": labels, "labels of the other task": partly})
+    assert not all_ignored_labels(inputs)
+
+
+def test_the_content_of_a_batch_tells_it_from_another_order_and_another_place() -> None:
+    content = content_of(NESTED)
+    assert content == content_of(take(NESTED, range(4)))
+    assert content != content_of(take(NESTED, [1, 0, 2, 3]))
+    assert content != content_of({**NESTED, "pair": (NESTED["pair"][1], NESTED["pair"][0])})

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
 import math
+import pickle
 from typing import Any
 
 import pytest
 
 from nio_hf import NIOConfig
+from nio_hf.core.config import REPLACED, refuse_replaced
 from nio_hf.errors import ConfigError
+
+RANGES = [(2.0, 1.0), (1.5, 2.0), (0.1, 0.9), (0.0, 2.0), (-1.0, 2.0), (1.0,), (0.5, 1.0, 2.0), 3.0, (math.nan, 2.0)]
 
 
 @pytest.mark.parametrize(
     ("name", "bad", "good"),
     [
-        ("iterations", [0, -1, 1.5, True, "3"], [1]),
+        ("iterations", [0, -1, 1.5, True, "3"], [None, 1]),
         ("sub_batches", [1, 0, 2.0], [2]),
-        ("overlap", [-0.1, 1.0, 1, math.nan, "0"], [0, 0.0, 0.99]),
-        ("gamma_relative", [0.0, -1.0, math.inf, math.nan], [None, 0.5]),
-        ("lr", [0.0, -1.0, math.nan, math.inf, "0.1"], [1e-9]),
-        ("min_scale", [0.0, -1.0, 1.1], [None, 1.0, 0.5]),
-        ("max_scale", [0.0, 0.9, math.inf], [1.0]),
-        ("beta", [0.0, -1.0], [0.1]),
-        ("objective", ["cosine", None], ["gc", "gc_norm", "gc_sum_norm", "variance"]),
-        ("curvature", ["fast", None], ["auto", "exact", "exact_kept", "finite_difference", "finite_difference_kept"]),
-        ("batch_norm", ["train"], ["batch", "frozen"]),
-        ("scaled_names", ["", "(", 3, ["attention"]], [None, "attention"]),
+        ("search_batches", [1, 0, 2.0], [2]),
+        ("report_batches", [0], [1]),
+        ("lr", [0.0, -1.0, math.nan, math.inf, "0.1"], [None, 1e-9]),
+        ("budget", [0.0, -1.0, math.nan, math.inf], [1.0, 3]),
+        ("loss_bound", [0.0, -0.1, math.nan, math.inf], [None, 0.01]),
+        ("norm_band", [(2.0, 1.0), (1.1, 2.0), (0.5, 0.9), (0.0, 2.0), 0.5], [None, (0.5, 1.0), (1.0, math.inf)]),
+        ("scale_range", [None, (1.0, math.inf), *RANGES], [(0.01, 100.0), (1.0, 1.0), (1, 2)]),
+        ("objective", ["cosine", None], ["gc", "gc_norm", "gc_sum_norm", "variance", "gc_sign"]),
+        ("search", ["grid", None], ["scan", "gradient", "published"]),
+        ("groups", ["layer", None, 3], ["model", "kind", "tensor", {"attention": "attn"}]),
+        ("scaled_tensors", ["matrices", None], ["all", "weights"]),
+        ("curvature", ["fast", "exact_kept", None], ["auto", "exact", "finite_difference"]),
+        ("precision", ["fp16", None], ["fp32", "bf16"]),
         ("micro_batch_size", [0, 2.5], [None, 1]),
-        ("holdout_batches", [0], [1]),
         ("seed", [-1, 0.5, True], [0]),
     ],
 )
@@ -35,39 +44,45 @@ def test_values_out_of_range_are_refused_with_their_name(name: str, bad: list[An
     for value in good:
         assert getattr(NIOConfig(**{name: value}), name) == value
     for value in bad:
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ConfigError, match=rf"NIOConfig\.{name}: ") as caught:
             NIOConfig(**{name: value})
-        assert len(caught.value.problems) == 1
-        assert name.removeprefix("max_") in f"{caught.value}" or name == "max_scale"
-
-
-@pytest.mark.parametrize("gamma", [0.0, -3.0, math.nan])
-def test_gamma_must_be_above_zero(gamma: float) -> None:
-    with pytest.raises(ConfigError, match=r"NIOConfig.gamma: .*Give a finite number above 0"):
-        NIOConfig(gamma=gamma, gamma_relative=None)
+        assert len(caught.value.problems) == 1, value
 
 
 @pytest.mark.parametrize(
-    ("settings", "least"),
+    ("name", "bad", "good"),
     [
-        ({}, 1.0),
-        ({"gamma_relative": 1.0}, 1.0),
-        ({"gamma_relative": None}, 1.0),
-        ({"gamma_relative": 0.8}, 0.01),
-        ({"gamma": 3.0}, 0.01),
-        ({"scale_sharing": "tensor"}, 0.01),
-        ({"scale_sharing": "kind"}, 0.01),
-        ({"min_scale": 0.5}, 0.5),
-        ({"scale_sharing": "tensor", "min_scale": 1.0}, 1.0),
+        ("gamma", [0.0, -3.0, math.nan, math.inf], [None, 0.5]),
+        ("overlap", [-0.1, 1.0, 1, math.nan, "0"], [0, 0.0, 0.99]),
     ],
 )
-def test_one_scale_for_the_model_does_not_fall_unless_asked_to(settings: dict[str, Any], least: float) -> None:
-    assert NIOConfig(**settings).least_scale == least
+def test_the_settings_of_the_published_search(name: str, bad: list[Any], good: list[Any]) -> None:
+    for value in good:
+        assert getattr(NIOConfig(search="published", **{name: value}), name) == value
+    for value in bad:
+        with pytest.raises(ConfigError, match=rf"NIOConfig\.{name}: .*Give a "):
+            NIOConfig(search="published", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gamma": 5.0}, r"NIOConfig\.gamma: 5\.0\. Leave it out, or set NIOConfig\.search to \"published\""),
+        ({"search": "gradient", "overlap": 0.2}, r"NIOConfig\.overlap: 0\.2\. Leave it out, or set"),
+        ({"search": "gradient", "objective": "gc_sign"}, 'Set NIOConfig.search to "scan": signs have no derivative'),
+        ({"search": "published", "objective": "gc_sign"}, "signs have no derivative"),
+        ({"precision": "bf16", "curvature": "finite_difference"}, "bfloat16 rounds away the difference"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        NIOConfig(**settings)
+    assert len(caught.value.problems) == 1
 
 
 def test_all_problems_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        NIOConfig(iterations=0, overlap=1.0, lr=-1.0)
+        NIOConfig(search="published", iterations=0, overlap=1.0, lr=-1.0)
     assert {problem.where for problem in caught.value.problems} == {
         "NIOConfig.iterations",
         "NIOConfig.overlap",
@@ -76,3 +91,51 @@ def test_all_problems_are_reported_together() -> None:
     message = str(caught.value)
     assert message.startswith("3 problems:\n  1. ")
     assert "NIOConfig.overlap: 1.0. Give a number in [0, 1)." in message
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_former_settings_name_what_replaces_them(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        NIOConfig(**{name: "anything"})
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.fix) == (f"NIOConfig.{name}", REPLACED[name])
+    named = [field.name for field in dataclasses.fields(NIOConfig) if f"NIOConfig.{field.name}" in problem.fix]
+    assert named or problem.fix.startswith("Leave it out: ")
+
+
+def test_former_settings_are_named_together_and_as_they_were_given() -> None:
+    with pytest.raises(ConfigError, match="2 problems"):
+        NIOConfig(min_scale=0.5, scale_sharing="model")
+    with pytest.raises(ConfigError) as caught:
+        refuse_replaced({"nio_min_scale": 0.5, "beta": 0.9, "nio_seed": 3}, "nio_")
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.fix) == ("nio_min_scale", "Set nio_scale_range")
+    refuse_replaced({"nio_seed": 3, "min_scale": 3}, "nio_")
+
+
+def test_a_setting_that_never_was_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="unknown_setting"):
+        NIOConfig(unknown_setting=1)
+
+
+@pytest.mark.parametrize(("search", "iterations", "rate"), [("gradient", 20, 0.25), ("published", 100, 0.003)])
+def test_each_search_has_its_own_steps_and_rate(search: Any, iterations: int, rate: float) -> None:
+    config = NIOConfig(search=search)
+    assert (config.steps, config.rate) == (iterations, rate)
+    config = NIOConfig(search=search, iterations=3, lr=0.1)
+    assert (config.steps, config.rate) == (3, 0.1)
+
+
+def test_the_published_settings_are_those_of_the_paper_but_for_what_is_changed() -> None:
+    config = NIOConfig.published(seed=3, overlap=0.0)
+    assert (config.search, config.groups, config.scaled_tensors) == ("published", "tensor", "all")
+    assert (config.objective, config.sub_batches, config.gamma, config.overlap) == ("gc_sum_norm", 4, 10.0, 0.0)
+    assert (config.steps, config.rate, config.scale_range[0], config.seed) == (100, 0.003, 0.01, 3)
+    assert NIOConfig.published().overlap == 0.2
+    assert (config.batches, NIOConfig(search_batches=7).batches) == (100, 7)
+
+
+@pytest.mark.parametrize("config", [NIOConfig(groups={"a": "b"}, norm_band=None), NIOConfig.published()])
+def test_settings_survive_copies_and_json(config: NIOConfig) -> None:
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == dataclasses.replace(config) == config
+    assert NIOConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config

@@ -1,83 +1,173 @@
-"""What the paths to the Hessian-vector products compute, cost and keep."""
+"""The gradient of the scales: against the joint graph, on every path, and what a path costs and keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.accounting import counted
 from nio_hf import NIOConfig, initialize
-from nio_hf.core import Collective, LayerScales
-from nio_hf.core.curvature import make_path
-from nio_hf.core.differentiator import Differentiator
+from nio_hf.core import Collective, curvature, find_tensors
+from nio_hf.core.curvature import Path, choose_path, second_pass
+from nio_hf.core.gradcosine import published_windows, sub_batch_windows
+from nio_hf.core.loss import Loss
 from nio_hf.core.mode import measuring
-from nio_hf.core.objectives import CosineObjective, NormConstraint, Objective
+from nio_hf.core.objectives import CosineObjective, NormConstraint, Objective, make_objective
 from nio_hf.core.reference import joint_graph
-from nio_hf.core.two_pass import TwoPass
-from tests.core.cases import Case, batches_of, case, differences, double_case, state
+from nio_hf.core.sub_batches import SubBatches, first_pass, read, split
+from nio_hf.errors import ModelError
+from tests.core.cases import FAMILIES, Case, batches_of, case, differences, double_case, state
+
+CPU, ALONE = torch.device("cpu"), Collective()
+GN_0 = 3.0
+# Samples, sub-batches, overlap of the published windows; None for a partition.
+SPLITS = [(6, 2, None), (9, 4, None), (5, 5, None), (10, 2, 0.2), (12, 3, 0.3)]
+TARGETS = [(name, "objective") for name in ("gc", "gc_norm", "gc_sum_norm", "variance")] + [("gc", "constraint")]
+CROSSED = [("mlp", *split, *target) for split, target in itertools.product(SPLITS, TARGETS)]
+# Every target once for each family, where all of them with all splits are slow.
+FEW = [(6, 2, None), (6, 2, 0.4), (5, 2, None), (7, 3, None), (4, 2, 0.25)]
+PAIRED = [
+    (name, *split, *target) for name in FAMILIES if name != "mlp" for split, target in zip(FEW, TARGETS, strict=True)
+]
+EXACT = [Path("exact"), Path("exact", "graphs")]
+FINITE = [Path("finite_difference"), Path("finite_difference", "gradients")]
 
 
-def scale_gradient(
+def smooth_case(name: str, samples: int) -> Case:
+    """A case in fp64 away from the edges of its activations."""
+    made = double_case(name, samples)
+    for module in made.model.modules():
+        # At its start the position network of Swin 2 is: a ReLU of the coordinates, which hold zeros, without a bias.
+        if name == "swinv2" and isinstance(module, nn.Linear) and module.in_features == 2:
+            nn.init.normal_(module.bias)
+    return made
+
+
+def windows_of(samples: int, sub_batches: int, overlap: float | None) -> list[list[int]]:
+    if overlap is None:
+        return sub_batch_windows(samples, sub_batches)
+    return published_windows(samples, sub_batches, overlap)
+
+
+def two_passes(
     made: Case,
-    sub_batches: int,
-    curvature: Any,
-    *,
+    windows: Sequence[Sequence[int]],
+    objective: Objective,
+    path: Path,
     micro_batch_size: int | None = None,
-    objective: Objective = CosineObjective(),  # noqa: B008
-) -> Tensor:
-    """dJ/domega of a batch by one path."""
-    scales = LayerScales(made.model)
-    differentiator = Differentiator(made.model, made.loss_fn, scales, micro_batch_size)
-    passes = TwoPass(made.model, differentiator, scales, Collective(), "batch")
-    path = make_path(curvature, differentiator, made.batch, sub_batches)
+) -> tuple[Tensor, Tensor]:
+    """GC, GN, norms, mean loss and score of a batch, and dJ/domega of its scaled tensors."""
+    tensors, loss = find_tensors(made.model), Loss(made.model, made.loss_fn, CPU)
     with measuring(made.model):
-        parts = passes.split(made.batch, sub_batches)
-        sums = passes.first_pass(path, parts, "")
-        initial = [parameter.detach() for parameter in scales.scaled]
-        return passes.second_pass(path, parts, sums, objective, initial, "")
+        parts = split(made.batch, windows, loss, ALONE, where="batch", micro_batch_size=micro_batch_size)
+        first = first_pass(
+            loss,
+            tensors.gradient_parameters,
+            parts,
+            ALONE,
+            micro_batch_size=micro_batch_size,
+            extra=objective.extra,
+            keep=path.keep,
+        )
+        measured, (score,) = read(first.sums, parts, [objective.score(first.sums)])
+        assert len(first.kept) == (parts.count if path.keep and micro_batch_size is None else len(first.kept))
+        initial = [parameter.detach() for parameter in tensors.scaled_parameters]
+        slopes, _ = second_pass(loss, tensors, parts, first, objective, initial, path, ALONE)
+    values = [measured.value, measured.grad_norm, *measured.norms, measured.loss, score]
+    return torch.tensor(values, dtype=torch.float64), slopes
+
+
+def oracle(
+    made: Case, windows: Sequence[Sequence[int]], objective: Any = "gc", branch: Any = "objective"
+) -> tuple[Tensor, Tensor]:
+    """The same from the joint graph."""
+    tensors = find_tensors(made.model)
+    with measuring(made.model):
+        joint = joint_graph(
+            made.model,
+            lambda model: [made.mean_loss(window, model) for window in windows],
+            gradient=[place.name for place in tensors.gradient],
+            scaled=[place.name for place in tensors.scaled],
+            objective=objective,
+            branch=branch,
+            initial_grad_norm=GN_0,
+        )
+        loss = torch.stack([made.mean_loss(window).detach() for window in windows]).mean()
+    values = [joint.grad_cosine, joint.grad_norm, *joint.norms, loss, -joint.value]
+    return torch.stack(values).double(), joint.scale_gradient
+
+
+def objective_of(name: Any, branch: Any, sub_batches: int) -> Objective:
+    return NormConstraint() if branch == "constraint" else make_objective(name, sub_batches, GN_0)
+
+
+@pytest.mark.parametrize(
+    ("name", "samples", "sub_batches", "overlap", "target", "branch"),
+    CROSSED + PAIRED,
+)
+def test_every_path_equals_the_joint_graph(
+    name: str, samples: int, sub_batches: int, overlap: float | None, target: str, branch: str
+) -> None:
+    made = smooth_case(name, samples)
+    before, windows = state(made.model), windows_of(samples, sub_batches, overlap)
+    objective = objective_of(target, branch, sub_batches)
+    values, slopes = oracle(made, windows, target, branch)
+    assert slopes.isfinite().all()
+    assert float(slopes.norm()) > 1e-3
+    # Some of the many ReLUs of the position network of Swin 2 are near their edge nevertheless.
+    tolerance = 1e-3 if name == "swinv2" else 1e-5
+    whole = [(path, None) for path in (*EXACT, *FINITE)]
+    in_parts = [] if name == "resnet" else [(EXACT[0], 2), (FINITE[1], 2)]
+    for path, size in whole + in_parts:
+        found, found_slopes = two_passes(made, windows, objective, path, size)
+        torch.testing.assert_close(found, values, rtol=1e-9, atol=1e-9)
+        if path.product == "exact":
+            torch.testing.assert_close(found_slopes, slopes, rtol=1e-8, atol=1e-9)
+        else:
+            assert float((found_slopes - slopes).norm() / slopes.norm()) < tolerance, path
+    assert not differences(before, state(made.model))
 
 
 @pytest.mark.parametrize("objective", [CosineObjective(), NormConstraint()], ids=["objective", "constraint"])
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
-@pytest.mark.parametrize("curvature", ["finite_difference", "finite_difference_kept"])
+@pytest.mark.parametrize("path", FINITE)
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_finite_differences_are_close_to_exact(
-    name: str, curvature: str, micro_batch_size: int | None, objective: Objective
+def test_finite_differences_in_single_precision_are_close(
+    name: str, path: Path, micro_batch_size: int | None, objective: Objective
 ) -> None:
-    made = case(name)
+    made, windows = case(name), sub_batch_windows(8, 2)
     before = state(made.model)
-    exact = scale_gradient(made, 2, "exact", objective=objective)
-    approximate = scale_gradient(made, 2, curvature, micro_batch_size=micro_batch_size, objective=objective)
+    _, exact = two_passes(made, windows, objective, EXACT[0])
+    _, approximate = two_passes(made, windows, objective, path, micro_batch_size)
     assert (approximate - exact).norm() < 1e-2 * exact.norm()
     assert not torch.equal(approximate, exact)
     assert not differences(before, state(made.model))
 
 
-def test_finite_differences_in_fp64_are_closer() -> None:
-    made = double_case("swin")
-    exact, approximate = (scale_gradient(made, 4, path) for path in ("exact", "finite_difference"))
-    assert (approximate - exact).norm() < 1e-6 * exact.norm()
-
-
 @pytest.mark.parametrize(
-    ("curvature", "micro_batch_size", "calls"),
+    ("path", "micro_batch_size", "calls"),
     [
-        ("exact", None, 2),
-        ("exact_kept", None, 1),
-        ("finite_difference", None, 4),
-        ("finite_difference_kept", None, 3),
+        (EXACT[0], None, 2),
+        (EXACT[1], None, 1),
+        (FINITE[0], None, 4),
+        (FINITE[1], None, 3),
         # Two micro-batches, each computed in pass 1, for g_d again, and for the product.
-        ("exact", 2, 6),
-        ("finite_difference_kept", 2, 6),
+        (EXACT[0], 2, 6),
+        (EXACT[1], 2, 6),
+        (FINITE[1], 2, 6),
     ],
 )
 @pytest.mark.parametrize("sub_batches", [2, 3])
-def test_losses_computed_per_sub_batch(
-    curvature: str, micro_batch_size: int | None, calls: int, sub_batches: int
+def test_losses_computed_for_each_sub_batch(
+    path: Path, micro_batch_size: int | None, calls: int, sub_batches: int
 ) -> None:
     made = case("mlp", 4 * sub_batches)
     seen: list[int] = []
@@ -86,40 +176,306 @@ def test_losses_computed_per_sub_batch(
         seen.append(len(batch[1]))
         return made.loss_fn(model, batch)
 
-    scale_gradient(Case(made.model, made.batch, recorded), sub_batches, curvature, micro_batch_size=micro_batch_size)
+    windows = sub_batch_windows(4 * sub_batches, sub_batches)
+    two_passes(Case(made.model, made.batch, recorded), windows, CosineObjective(), path, micro_batch_size)
     assert len(seen) == calls * sub_batches
     assert set(seen) == {micro_batch_size or 4}
+    # A double backward costs two backwards, a forward half of one: 4 training steps, 3 with what is kept.
+    assert path.steps == (3 if path.keep else 4)
 
 
-@pytest.mark.parametrize("curvature", ["exact", "finite_difference"])
-def test_peak_memory_does_not_grow_with_the_number_of_sub_batches(curvature: str) -> None:
-    def run(made: Case, sub_batches: int) -> None:
-        scale_gradient(made, sub_batches, curvature)
+def run_on_pairs(made: Case, sub_batches: int, path: Path) -> None:
+    two_passes(made, sub_batch_windows(2 * sub_batches, sub_batches), CosineObjective(), path)
 
-    few, many = (_peak_bytes(run, sub_batches) for sub_batches in (2, 8))
+
+def peak_bytes(run: Callable[[Case, int], None], sub_batches: int) -> int:
+    """Peak of the memory allocated while it runs on sub-batches of two sentences, whose tokens take next to none."""
+    made = case("gpt2", 2 * sub_batches, n_layer=1)
+    return counted(lambda: run(made, sub_batches)).peak
+
+
+@pytest.mark.parametrize("path", [EXACT[0], FINITE[0]])
+def test_peak_memory_does_not_grow_with_the_number_of_sub_batches(path: Path) -> None:
+    few, many = (peak_bytes(functools.partial(run_on_pairs, path=path), sub_batches) for sub_batches in (2, 8))
     assert many < 1.02 * few
 
 
 def test_peak_memory_of_the_joint_graph_and_of_kept_graphs_grows() -> None:
     def joint(made: Case, sub_batches: int) -> None:
-        names = [name for name, _ in made.model.named_parameters() if "weight" in name]
-        windows = [range(2 * d, 2 * d + 2) for d in range(sub_batches)]
-        with measuring(made.model):
-            losses_fn = lambda model: [made.mean_loss(window, model) for window in windows]  # noqa: E731
-            joint_graph(made.model, losses_fn, gradient=names, scaled=names)
+        oracle(made, sub_batch_windows(2 * sub_batches, sub_batches))
 
-    def kept(made: Case, sub_batches: int) -> None:
-        scale_gradient(made, sub_batches, "exact_kept")
-
-    for run in (joint, kept):
-        few, many = (_peak_bytes(run, sub_batches) for sub_batches in (2, 8))
+    for run in (joint, functools.partial(run_on_pairs, path=EXACT[1])):
+        few, many = (peak_bytes(run, sub_batches) for sub_batches in (2, 8))
         assert many > 2 * few, run
 
 
-def _peak_bytes(run: Callable[[Case, int], None], sub_batches: int) -> int:
-    """Peak of the memory allocated while it runs on sub-batches of two sentences, whose tokens take next to none."""
-    made = case("gpt2", 2 * sub_batches)
-    return counted(lambda: run(made, sub_batches)).peak
+# Which path "auto" and the others take.
+
+
+def chosen(made: Case, setting: Any, micro_batch_size: int | None = None, sub_batches: int = 2) -> Path:
+    tensors, loss = find_tensors(made.model), Loss(made.model, made.loss_fn, CPU)
+    samples = len(next(iter(made.batch.values())) if isinstance(made.batch, dict) else made.batch[0])
+    with measuring(made.model):
+        parts = split(made.batch, sub_batch_windows(samples, sub_batches), loss, ALONE, where="batch 3")
+        return choose_path(setting, loss, tensors, parts, micro_batch_size)
+
+
+@pytest.mark.parametrize(
+    ("setting", "free", "path"),
+    [
+        ("auto", None, EXACT[0]),
+        ("auto", 0, EXACT[0]),
+        ("auto", 10**12, EXACT[1]),
+        ("exact", 0, EXACT[0]),
+        ("exact", 10**12, EXACT[1]),
+        ("finite_difference", None, FINITE[0]),
+        ("finite_difference", 0, FINITE[0]),
+        ("finite_difference", 10**12, FINITE[1]),
+    ],
+)
+def test_what_fits_into_memory_is_kept(
+    setting: Any, free: int | None, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curvature, "available_memory", lambda device: free)
+    made = case("mlp")
+    before = state(made.model)
+    assert chosen(made, setting) == path
+    assert not differences(before, state(made.model))
+
+
+def test_gradients_are_kept_where_all_of_them_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = case("mlp")
+    numbers = sum(parameter.numel() for parameter in made.model.parameters())
+    for free, keep in [(4 * 2 * numbers / 0.6 + 1, "gradients"), (4 * 2 * numbers / 0.6 - 1, None)]:
+        monkeypatch.setattr(curvature, "available_memory", lambda device, free=free: free)
+        assert chosen(made, "finite_difference").keep == keep
+
+
+def test_graphs_of_micro_batches_are_not_kept() -> None:
+    assert chosen(case("mlp"), "auto", micro_batch_size=2) == EXACT[0]
+
+
+def test_a_process_without_sub_batches_has_no_path_to_find_out() -> None:
+    made = case("mlp")
+    parts = SubBatches(2, {}, 0, 8, "batch")
+    loss, tensors = Loss(made.model, made.loss_fn, CPU), find_tensors(made.model)
+    assert choose_path("auto", loss, tensors, parts, None) == EXACT[0]
+    assert choose_path("finite_difference", loss, tensors, parts, None) == FINITE[0]
+
+
+# Operations whose backward leaves no graph: autograd gives a wrong second derivative without a word.
+
+
+class OnceSquare(torch.autograd.Function):
+    """y = x^2, whose author did not want it differentiated twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * incoming
+
+
+class FusedSquare(torch.autograd.Function):
+    """The same as a fused kernel does it: autograd sees nothing of the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            return 2 * x * incoming
+
+
+class SoundSquare(torch.autograd.Function):
+    """The same by operations that can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * incoming
+
+
+class Squaring(nn.Module):
+    """Two linear layers around y = x^2, with activation checkpointing or without."""
+
+    def __init__(self, square: Callable[[Tensor], Tensor], checkpointing: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.square, self.checkpointing = square, checkpointing
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = lambda x: self.square(self.first(x))  # noqa: E731
+        return self.last(checkpoint(hidden, x, use_reentrant=False) if self.checkpointing else hidden(x))
+
+
+def squaring(square: Callable[[Tensor], Tensor], checkpointing: bool = False) -> Case:
+    made = case("mlp")
+    return Case(Squaring(square, checkpointing).double(), made.batch, made.loss_fn)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("square", [OnceSquare, FusedSquare])
+def test_operations_that_leave_no_graph_are_computed_by_finite_differences(
+    square: Any, checkpointing: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, windows = squaring(square.apply, checkpointing), sub_batch_windows(8, 2)
+    _, right = oracle(squaring(torch.square), windows)
+    _, wrong = two_passes(made, windows, CosineObjective(), EXACT[0])
+    assert float((wrong - right).norm()) > 0.1 * float(right.norm()), "there is nothing to find"
+    path = chosen(made, "auto")
+    assert path.product == "finite_difference"
+    assert f"the backward of {square.__name__} leaves no graph to differentiate again" in caplog.text
+    _, found = two_passes(made, windows, CosineObjective(), path)
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("square", [OnceSquare, FusedSquare])
+def test_exact_products_of_operations_that_leave_no_graph_are_refused(square: Any, checkpointing: bool) -> None:
+    message = rf"batch 3: the backward of {square.__name__} leaves no graph .* \"finite_difference\""
+    with pytest.raises(ModelError, match=message):
+        chosen(squaring(square.apply, checkpointing), "exact")
+
+
+def test_operations_that_leave_no_graph_are_found_where_memory_is_scarce() -> None:
+    made = squaring(FusedSquare.apply)
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        if len(batch[1]) > 1 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return made.loss_fn(model, batch)
+
+    small = Case(made.model, made.batch, loss_fn)
+    assert chosen(small, "auto").product == "finite_difference"
+    with pytest.raises(ModelError, match="the backward of FusedSquare leaves no graph"):
+        chosen(small, "exact")
+
+
+@pytest.mark.parametrize("search", ["gradient", "published"])
+def test_a_whole_run_through_an_operation_that_leaves_no_graph_is_right(search: Any) -> None:
+    settings: dict[str, Any] = {"search": search, "groups": "tensor", "iterations": 3, "lr": 0.05, "sub_batches": 2}
+    bounds: dict[str, Any] = {"loss_bound": None, "norm_band": None}
+    config = NIOConfig(**settings, **bounds)
+    scales = []
+    for square in (torch.square, FusedSquare.apply):
+        made = squaring(square)
+        scales.append(initialize(made.model, batches_of("mlp", 8), made.loss_fn, config).scales)
+    assert scales[0] == pytest.approx(scales[1], rel=1e-4)
+    assert max(abs(omega - 1) for omega in scales[0].values()) > 0.04
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_that_can_be_differentiated_again_are_computed_exactly(checkpointing: bool) -> None:
+    made, windows = squaring(SoundSquare.apply, checkpointing), sub_batch_windows(8, 2)
+    path = chosen(made, "exact")
+    assert path.product == "exact"
+    torch.testing.assert_close(
+        two_passes(made, windows, CosineObjective(), path)[1], oracle(squaring(torch.square), windows)[1]
+    )
+
+
+def ctc(model: nn.Module, batch: Any) -> Tensor:
+    """A loss of torch without a second derivative."""
+    scores = model(batch[0]).log_softmax(dim=-1).expand(3, -1, -1)
+    lengths = torch.full((len(batch[0]),), 3), torch.full((len(batch[0]),), 1)
+    return nn.functional.ctc_loss(scores, batch[1][:, None].clamp(min=1), *lengths)
+
+
+def test_operations_of_torch_without_a_second_derivative(caplog: pytest.LogCaptureFixture) -> None:
+    made = Case(case("mlp").model, case("mlp").batch, ctc)
+    with pytest.raises(ModelError, match=r'batch 3: .*no second derivative .*Set NIOConfig.curvature to "finite_diff'):
+        chosen(made, "exact")
+    assert chosen(made, "auto").product == "finite_difference"
+    assert "no second derivative" in caplog.text
+
+
+def test_bfloat16_is_not_differentiated_by_finite_differences() -> None:
+    """Their difference is all rounding."""
+    made = case("mlp")
+    config = NIOConfig(search="gradient", groups="tensor", sub_batches=2, report_batches=1, precision="bf16")
+    message = r'no second derivative .* Set NIOConfig\.precision to "fp32"'
+    with pytest.raises(ModelError, match=message):
+        initialize(made.model, batches_of("mlp", 8), ctc, config)
+
+
+# Losses that are not smooth.
+
+
+class Routed(nn.Module):
+    """Two experts of which each sample takes the one with the larger score, as in a mixture of experts."""
+
+    def __init__(self, sharpness: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(6, 2, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(6, 5) for _ in range(2))
+        with torch.no_grad():
+            self.router.weight.mul_(sharpness)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.router(x).softmax(-1)
+        weight, index = gates.topk(1, dim=-1)
+        outputs = torch.stack([expert(x) for expert in self.experts], dim=1)
+        return weight * outputs.gather(1, index[:, :, None].expand(-1, 1, outputs.shape[2])).squeeze(1)
+
+
+def routed(sharpness: float) -> Case:
+    made = case("mlp", 64)
+    return Case(Routed(sharpness), made.batch, made.loss_fn)
+
+
+def test_finite_differences_through_routing_are_refused() -> None:
+    """Where samples lie near the edge between two experts: a step takes some of them to the other one."""
+    made, windows = routed(1e-5), sub_batch_windows(64, 2)
+    with pytest.raises(ModelError, match=r"the gradient jumps, as in top-k routing .*\"exact\", or .*\"scan\""):
+        chosen(made, "finite_difference")
+    _, exact = two_passes(made, windows, CosineObjective(), EXACT[0])
+    _, wrong = two_passes(made, windows, CosineObjective(), FINITE[0])
+    assert float((wrong - exact).norm()) > 0.3 * float(exact.norm()), "they are refused without need"
+    assert chosen(made, "auto").product == "exact"
+
+
+def test_exact_products_through_routing_are_right() -> None:
+    made, windows = routed(1e-5), sub_batch_windows(64, 2)
+    made.model.double()
+    torch.testing.assert_close(
+        two_passes(made, windows, CosineObjective(), EXACT[0])[1], oracle(made, windows)[1], rtol=1e-7, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("samples", [8, 32])
+def test_finite_differences_through_many_edges_of_a_relu_are_refused(samples: int) -> None:
+    made = case("resnet", samples)
+    with pytest.raises(ModelError, match="at the edge of a ReLU"):
+        chosen(made, "finite_difference")
+    assert chosen(made, "auto").product == "exact"
+
+
+def test_finite_differences_where_no_sample_changes_its_expert_are_right() -> None:
+    made, windows = routed(1.0), sub_batch_windows(64, 2)
+    path = chosen(made, "finite_difference")
+    _, exact = two_passes(made, windows, CosineObjective(), EXACT[0])
+    _, close = two_passes(made, windows, CosineObjective(), path)
+    assert float((close - exact).norm()) < 1e-2 * float(exact.norm())
+
+
+# bfloat16.
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
@@ -131,20 +487,20 @@ def test_bfloat16_autocast_is_near_and_reaches_the_loss(name: str) -> None:
         seen.add(torch.is_autocast_enabled("cpu"))
         return made.loss_fn(model, batch)
 
-    scales = {}
+    results = {}
     for precision in ("fp32", "bf16"):
         own = case(name, 16)
-        config = NIOConfig(iterations=2, holdout_batches=1, sub_batches=2, precision=precision)
-        scales[precision] = initialize(own.model, [own.batch] * 3, loss_fn, config)
+        config = NIOConfig(search="published", iterations=2, report_batches=1, sub_batches=2, precision=precision)
+        results[precision] = initialize(own.model, [own.batch] * 3, loss_fn, config)
     assert seen == {False, True}
-    assert scales["bf16"].before.value == pytest.approx(scales["fp32"].before.value, abs=0.02)
-    assert scales["bf16"].before.value != scales["fp32"].before.value
+    assert results["bf16"].before.value == pytest.approx(results["fp32"].before.value, abs=0.02)
+    assert results["bf16"].before.value != results["fp32"].before.value
 
 
 def test_bfloat16_sees_the_weights_as_they_are() -> None:
     """Autocast keeps cast weights, and NIO changes weights without its notice."""
     made, batches = case("vit"), batches_of("vit", 5)
-    settings: dict[str, Any] = {"sub_batches": 2, "holdout_batches": 2, "precision": "bf16", "curvature": "exact"}
+    settings: dict[str, Any] = {"sub_batches": 2, "report_batches": 2, "precision": "bf16", "search": "published"}
     first = initialize(made.model, batches, made.loss_fn, NIOConfig(iterations=3, lr=0.1, **settings))
     assert first.after.value != first.before.value
     again = initialize(made.model, batches, made.loss_fn, NIOConfig(iterations=1, **settings))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 from typing import Any
 
@@ -11,18 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from nio_hf import grad_cosine
-from nio_hf.core.gradcosine import GradientSums, sub_batch_windows
+from nio_hf.core.collective import Collective
+from nio_hf.core.gradcosine import ExtraSum, GradientSums, published_windows, sub_batch_windows
 from nio_hf.errors import ConfigError
 from tests.core.cases import case, differences, state
 
 
-def sums_of(gradients: Tensor) -> GradientSums:
+def sums_of(gradients: Tensor, extra: ExtraSum = None) -> GradientSums:
     """The sums over the rows (D, 6), each given as two tensors."""
     like = [gradients.new_zeros(2, 2), gradients.new_zeros(2)]
-    sums = GradientSums(like, len(gradients), with_gradient_sum=True)
+    sums = GradientSums(like, len(gradients), extra)
     for index, row in enumerate(gradients):
         sums.add(index, [row[:4].view(2, 2), row[4:]], torch.tensor(float(index)))
     return sums
+
+
+def random_rows(count: int) -> Tensor:
+    return torch.randn(count, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def naive_cosine(gradients: Tensor) -> Tensor:
@@ -31,19 +35,43 @@ def naive_cosine(gradients: Tensor) -> Tensor:
 
 
 def test_grad_cosine_is_the_mean_over_all_pairs() -> None:
-    gradients = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    summary = sums_of(gradients).summary()
-    norms = gradients.norm(dim=1)
-    expected = torch.cat([naive_cosine(gradients).view(1), norms.mean().view(1), norms, torch.arange(5).double()])
-    torch.testing.assert_close(summary, expected, rtol=1e-12, atol=1e-12)
-    gradient_sum = torch.cat([part.flatten() for part in sums_of(gradients).gradient_sum])
-    torch.testing.assert_close(gradient_sum, gradients.sum(dim=0), rtol=1e-12, atol=1e-12)
+    gradients = random_rows(5)
+    sums = sums_of(gradients)
+    torch.testing.assert_close(sums.grad_cosine, naive_cosine(gradients), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sums.norms, gradients.norm(dim=1), rtol=1e-12, atol=1e-12)
+    assert sums.scalars[1].tolist() == [0, 1, 2, 3, 4]
+    assert sums.sub_batches == 5
+    assert (len(sums.buffer), sums.extra_sum) == (6, [])
+
+
+@pytest.mark.parametrize("extra", ["gradient", "sign"])
+def test_what_is_summed_beside_the_unit_gradients(extra: ExtraSum) -> None:
+    gradients = random_rows(5)
+    gradients[1, :3] = 0
+    sums = sums_of(gradients, extra)
+    summands = gradients if extra == "gradient" else gradients.sign()
+    found = torch.cat([part.flatten() for part in sums.extra_sum])
+    torch.testing.assert_close(found, summands.sum(dim=0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sums.scalars[2], summands.square().sum(dim=1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sums.grad_cosine, naive_cosine(gradients), rtol=1e-12, atol=1e-12)
+
+
+def test_sums_of_two_processes_add_up_in_their_buffers() -> None:
+    gradients = random_rows(4)
+    whole, even, odd = (sums_of(gradients, "sign") for _ in range(3))
+    for part, first in ((even, 0), (odd, 1)):
+        part.buffer.zero_()
+        part.scalars.zero_()
+        for index in Collective(first, 2).owned(4):
+            part.add(index, [gradients[index, :4].view(2, 2), gradients[index, 4:]], torch.tensor(float(index)))
+    torch.testing.assert_close(even.buffer + odd.buffer, whole.buffer)
+    torch.testing.assert_close(even.scalars + odd.scalars, whole.scalars)
 
 
 def test_identical_gradients_agree_and_opposite_ones_do_not() -> None:
     row = torch.tensor([1.0, -2.0, 3.0, 0.5, 0.0, 4.0], dtype=torch.float64)
-    assert float(sums_of(torch.stack([row] * 4)).summary()[0]) == pytest.approx(1, abs=1e-12)
-    assert float(sums_of(torch.stack([row, -row])).summary()[0]) == pytest.approx(-1, abs=1e-12)
+    assert float(sums_of(torch.stack([row] * 4)).grad_cosine) == pytest.approx(1, abs=1e-12)
+    assert float(sums_of(torch.stack([row, -row])).grad_cosine) == pytest.approx(-1, abs=1e-12)
 
 
 def test_identical_sub_batches_of_a_model_agree() -> None:
@@ -128,21 +156,26 @@ def test_windows_partition_the_batch() -> None:
         assert max(lengths) - min(lengths) <= 1
 
 
-def test_overlap_lengthens_the_windows_around_the_end_of_the_batch() -> None:
-    assert sub_batch_windows(10, 2, 0.2) == [[0, 1, 2, 3, 4, 5], [5, 6, 7, 8, 9, 0]]
-    assert sub_batch_windows(10, 4, 0.5) == [[0, 1, 2], [2, 3, 4, 5], [5, 6, 7], [7, 8, 9, 0]]
-    assert sub_batch_windows(6, 6, 0.9) == [[position] for position in range(6)]
-    counts = collections.Counter(position for window in sub_batch_windows(64, 4, 0.2) for position in window)
-    assert sorted(counts.values()) == [1] * 52 + [2] * 12
+def test_the_published_windows_grow_with_their_number() -> None:
+    assert published_windows(10, 3, 0.0) == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
+    ends = [(window[0], window[-1] + 1) for window in published_windows(64, 4, 0.2)]
+    assert ends == [(0, 19), (12, 38), (25, 57), (38, 64)]
+    assert published_windows(64, 2, 0.0) == sub_batch_windows(64, 2)
 
 
-@pytest.mark.parametrize(("sub_batches", "overlap"), [(1, 0.0), (9, 0.0), (2, -0.1), (2, 1.0), (2, float("nan"))])
-def test_windows_that_cannot_be_are_refused(sub_batches: int, overlap: float) -> None:
-    with pytest.raises(ConfigError, match=r"sub_batches: |overlap: "):
-        sub_batch_windows(8, sub_batches, overlap)
+@pytest.mark.parametrize("overlap", [0.0, 0.2, 0.5, 0.99])
+def test_published_windows_are_never_empty_and_stay_in_the_batch(overlap: float) -> None:
+    for size, count in itertools.product(range(2, 16), range(2, 16)):
+        if count <= size:
+            windows = published_windows(size, count, overlap)
+            assert len(windows) == count
+            assert all(window and window == list(range(window[0], window[-1] + 1)) for window in windows)
+            assert {position for window in windows for position in window} == set(range(size))
 
 
-def test_both_problems_of_a_split_are_reported_together() -> None:
-    with pytest.raises(ConfigError) as caught:
-        sub_batch_windows(8, 9, 1.5)
-    assert [problem.where for problem in caught.value.problems] == ["sub_batches", "overlap"]
+@pytest.mark.parametrize("sub_batches", [1, 9])
+def test_windows_that_cannot_be_are_refused(sub_batches: int) -> None:
+    with pytest.raises(ConfigError, match=rf"NIOConfig\.sub_batches: {sub_batches} for a batch of 8 samples"):
+        sub_batch_windows(8, sub_batches)
+    with pytest.raises(ConfigError, match=r"NIOConfig\.sub_batches: .*Choose 2 to 8 sub-batches"):
+        published_windows(8, sub_batches, 0.2)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nio_hf import grad_cosine
-from nio_hf.core.mode import frozen_statistics, measuring
+from nio_hf.core.mode import isolated, measuring
 from tests.core.cases import Case, case, differences, double_case, state
 
 NO_DROPOUT: dict[str, dict[str, float]] = {
@@ -160,12 +160,11 @@ def test_a_compiled_model_is_measured_without_its_compiled_form() -> None:
     assert measured(made) == expected
 
 
-@pytest.mark.parametrize("batch_norm", ["batch", "frozen"])
-def test_running_statistics_are_untouched(batch_norm: Any) -> None:
+def test_running_statistics_are_untouched() -> None:
     made = case("resnet")
     made.loss_fn(made.model, made.batch)
     before = state(made.model)
-    measured(made, batch_norm=batch_norm)
+    measured(made)
     assert not differences(before, state(made.model))
 
 
@@ -178,25 +177,50 @@ def test_batch_statistics_are_those_of_the_sub_batch() -> None:
     assert losses != [pytest.approx(made.mean_loss(range(8)).item()), pytest.approx(made.mean_loss(range(8)).item())]
 
 
-def test_frozen_statistics_are_those_of_the_whole_batch_and_constant() -> None:
-    inputs = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
-    before = state(model)
-    with measuring(model, "frozen"), frozen_statistics(model, lambda: model(inputs)):
-        outputs = model[0](inputs[:2])
-    variance = inputs.var(dim=0, unbiased=False)
-    expected = (inputs[:2] - inputs.mean(dim=0)) / (variance + 1e-5).sqrt()
-    torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-12)
-    assert not differences(before, state(model))
-
-
 @pytest.mark.parametrize("settings", [{"momentum": None}, {"affine": False}, {"track_running_stats": False}])
-def test_frozen_statistics_of_unusual_layers_are_put_back(settings: dict[str, Any]) -> None:
+def test_unusual_layers_use_the_statistics_of_their_input_and_are_put_back(settings: dict[str, Any]) -> None:
     layer = nn.BatchNorm1d(3, **settings)
     model = nn.Sequential(nn.Linear(3, 3), layer, nn.Linear(3, 2))
-    inputs = torch.randn(8, 3)
+    inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     model(inputs)
     before = {**state(model), "layer": (layer.momentum, layer.track_running_stats)}
-    with pytest.raises(KeyboardInterrupt), measuring(model, "frozen"), frozen_statistics(model, lambda: model(inputs)):
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with measuring(model):
+            outputs = layer(inputs)
+            expected = (inputs - inputs.mean(dim=0)) / (inputs.var(dim=0, unbiased=False) + 1e-5).sqrt()
+            torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not differences(before, {**state(model), "layer": (layer.momentum, layer.track_running_stats)})
+
+
+def test_buffers_that_a_forward_writes_to_are_put_back() -> None:
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 2)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    model = Counting()
+    with measuring(model):
+        model(torch.zeros(2, 3))
+        assert int(model.calls) == 1
+    assert int(model.calls) == 0
+
+
+def test_random_numbers_go_on_as_if_nothing_was_drawn() -> None:
+    model = case("mlp").model
+    torch.manual_seed(3)
+    expected = torch.rand(2).tolist()
+    torch.manual_seed(3)
+    with contextlib.suppress(KeyboardInterrupt), isolated(model, torch.device("cpu")):
+        torch.manual_seed(99)
+        torch.rand(7)
+        raise KeyboardInterrupt
+    assert torch.rand(2).tolist() == expected

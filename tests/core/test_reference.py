@@ -1,4 +1,4 @@
-"""The oracle itself: against finite differences, and the published slicing."""
+"""The oracle itself, against finite differences."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from nio_hf.core.mode import measuring
-from nio_hf.core.reference import joint_graph, published_windows
+from nio_hf.core.reference import joint_graph
 from tests.core.cases import double_case
-
-
-def test_published_slicing() -> None:
-    assert published_windows(64, 4, 0.2) == [(0, 19), (12, 38), (25, 57), (38, 64)]
-    assert published_windows(64, 2, 0.0) == [(0, 32), (32, 64)]
-    assert published_windows(10, 3, 0.0) == [(0, 3), (3, 6), (6, 10)]
 
 
 @pytest.mark.parametrize("branch", ["objective", "constraint"])
@@ -34,7 +28,6 @@ def test_scale_gradients_are_the_slopes_of_the_value(objective: Any, branch: Any
             scaled=list(weights),
             objective=objective,
             branch=branch,
-            beta=0.4,
             initial_grad_norm=2.0,
         )
 
@@ -50,3 +43,15 @@ def test_scale_gradients_are_the_slopes_of_the_value(objective: Any, branch: Any
                 weight.data.copy_(original)
             slopes.append((values[0] - values[1]) / (2 * step))
     torch.testing.assert_close(exact, torch.stack(slopes), rtol=1e-5, atol=1e-7)
+
+
+def test_signs_have_no_derivative() -> None:
+    made = double_case("mlp")
+    with pytest.raises(ValueError, match="no derivative"):
+        joint_graph(
+            made.model,
+            lambda model: [made.mean_loss(window, model) for window in ([0, 1], [2, 3])],
+            gradient=["0.weight"],
+            scaled=["0.weight"],
+            objective="gc_sign",
+        )

@@ -38,6 +38,17 @@ def test_a_re_iterable_starts_again_without_the_batches_set_aside() -> None:
     assert data.passes == 3
 
 
+@pytest.mark.parametrize("one_shot", [False, True])
+def test_batches_of_one_pass_do_not_come_twice(one_shot: bool) -> None:
+    data = Numbered(5)
+    stream = BatchStream(iter(data) if one_shot else data, 2, 9)
+    stream.set_aside(2)
+    assert [int(batch[0]) for batch in stream.next_of_this_pass(2)] == [2, 3]
+    assert [int(batch[0]) for batch in stream.next_of_this_pass(9)] == [4]
+    assert stream.next_of_this_pass(1) == []
+    assert data.passes <= 1 + (not one_shot)
+
+
 def test_an_iterator_ends() -> None:
     stream = BatchStream(iter(Numbered(5)), 2, 8)
     stream.set_aside(3)
@@ -60,13 +71,13 @@ def test_too_little_data_is_refused(one_shot: bool) -> None:
 
     with pytest.raises(ConfigError, match="sub_batches: 5 for a batch of 4 samples"):
         BatchStream([torch.zeros(4)], 5, 8).set_aside(1)
-    with pytest.raises(DataError, match="1 batches, of which 2 are to be held out"):
+    with pytest.raises(DataError, match="1 batches, of which 2 are to be reported on"):
         stream(1).set_aside(2)
     with pytest.raises(DataError, match="batches: no batch"):
         stream(0).next()
     exact = stream(2)
     exact.set_aside(2)
-    with pytest.raises(DataError, match="no batch beyond the 2 held out"):
+    with pytest.raises(DataError, match="no batch beyond the 2 of the report"):
         exact.next()
 
 

@@ -1,4 +1,4 @@
-"""Two passes over the sub-batches give the numbers of the joint graph."""
+"""Pass 1 over the sub-batches of a batch, and what is said where a loss or a gradient is unsound."""
 
 from __future__ import annotations
 
@@ -6,120 +6,268 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from nio_hf.core import Collective, LayerScales, NIOConfig
-from nio_hf.core.batches import batch_size
-from nio_hf.core.curvature import make_path
-from nio_hf.core.differentiator import Differentiator
+from nio_hf import NIOConfig, grad_cosine, initialize
+from nio_hf.core import Collective, find_tensors
 from nio_hf.core.gradcosine import sub_batch_windows
+from nio_hf.core.loss import Loss
 from nio_hf.core.mode import measuring
-from nio_hf.core.objectives import NormConstraint, make_objective
-from nio_hf.core.reference import joint_graph
-from nio_hf.core.two_pass import Reading, TwoPass
-from tests.core.cases import Case, differences, double_case, state
+from nio_hf.core.sub_batches import FirstPass, Keep, SubBatches, batch_loss, first_pass, located, read, split
+from nio_hf.errors import ConfigError, DataError, ModelError, NumericsError
+from tests import zoo
+from tests.core.cases import Case, batches_of, case, differences, double_case, state
 
-GN_0, BETA = 3.0, 0.7
-SPLITS = [(6, 2, 0.0), (9, 4, 0.0), (5, 5, 0.0), (10, 2, 0.2), (20, 4, 0.2)]
-TARGETS = [(name, "objective") for name in ("gc", "gc_norm", "gc_sum_norm", "variance")] + [("gc", "constraint")]
-
-CROSSED = [(*split, *target) for split in SPLITS for target in TARGETS]
-# Every split and every target with at least two of the other, where the whole product is slow.
-CHECKERBOARD = CROSSED[::2]
-TRANSFORMERS = [(name, "batch") for name in ("swin", "convnext", "gpt2", "bert")]
-
-PLAIN_CASES = [(name, "batch", *rest) for name in ("mlp", "vit") for rest in CROSSED]
-OTHER_CASES = [(*model, *rest) for model in [*TRANSFORMERS, ("resnet", "frozen")] for rest in CHECKERBOARD]
-# A sub-batch of one sample has no statistics.
-SUB_BATCH_STATISTICS = [("resnet", "batch", *rest) for rest in CHECKERBOARD if rest[0] > rest[1]]
+CPU, ALONE = torch.device("cpu"), Collective()
 
 
-@pytest.mark.parametrize(
-    ("name", "batch_norm", "samples", "sub_batches", "overlap", "objective", "branch"),
-    PLAIN_CASES + OTHER_CASES + SUB_BATCH_STATISTICS,
-)
-def test_two_passes_equal_the_joint_graph(
-    name: str, batch_norm: Any, samples: int, sub_batches: int, overlap: float, objective: Any, branch: Any
-) -> None:
-    made = double_case(name, samples)
-    before = state(made.model)
-    step = Step(made, sub_batches, overlap, objective, branch, batch_norm)
-    expected = step.joint()
-    _assert_equal(step.two_passes("exact"), expected)
-    _assert_equal(step.two_passes("exact_kept"), expected)
-    if batch_norm == "frozen" or name != "resnet":
-        _assert_equal(step.two_passes("exact", micro_batch_size=3), expected)
-    assert not differences(before, state(made.model))
+def parts_of(made: Case, sub_batches: int = 2, collective: Collective = ALONE, **settings: Any) -> SubBatches:
+    samples = len(made.batch["labels"] if isinstance(made.batch, dict) else made.batch[1])
+    windows = sub_batch_windows(samples, sub_batches)
+    return split(made.batch, windows, Loss(made.model, made.loss_fn, CPU), collective, where="batch", **settings)
+
+
+def run(made: Case, parts: SubBatches, **settings: Any) -> FirstPass:
+    loss, wrt = Loss(made.model, made.loss_fn, CPU), find_tensors(made.model).gradient_parameters
+    with measuring(made.model):
+        return first_pass(loss, wrt, parts, ALONE, **settings)
 
 
 def test_samples_are_put_in_order_before_they_are_split() -> None:
     made = double_case("mlp", 5)
-    passes = Step(made, 2, 0.0, "gc", "objective").passes()
-    parts = passes.split(made.batch, 2, order=torch.tensor([4, 2, 0, 1, 3]))
+    parts = parts_of(made, order=torch.tensor([4, 2, 0, 1, 3]))
     inputs, labels = made.batch
     for index, positions in enumerate(([4, 2], [0, 1, 3])):
         assert torch.equal(parts.owned[index][0], inputs[positions])
         assert torch.equal(parts.owned[index][1], labels[positions])
+    assert (parts.count, parts.batch_size) == (2, 5)
 
 
-class Step:
-    """The numbers of one iteration in one vector: GC, GN, norms, losses, then the scale gradient."""
-
-    def __init__(
-        self,
-        made: Case,
-        sub_batches: int,
-        overlap: float,
-        objective: Any,
-        branch: Any,
-        batch_norm: Any = "batch",
-    ) -> None:
-        self.made, self.sub_batches, self.overlap, self.branch = made, sub_batches, overlap, branch
-        self.batch_norm = batch_norm
-        self.scales = LayerScales(made.model)
-        self.config = NIOConfig(objective=objective, beta=BETA, sub_batches=sub_batches)
-        self.target = NormConstraint() if branch == "constraint" else make_objective(self.config, GN_0)
-
-    def passes(self, micro_batch_size: int | None = None) -> TwoPass:
-        self.differentiator = Differentiator(self.made.model, self.made.loss_fn, self.scales, micro_batch_size)
-        return TwoPass(self.made.model, self.differentiator, self.scales, Collective(), self.batch_norm)
-
-    def first_pass(self, curvature: Any, micro_batch_size: int | None = None) -> Any:
-        passes = self.passes(micro_batch_size)
-        self.path = make_path(curvature, self.differentiator, self.made.batch, self.sub_batches)
-        self.parts = passes.split(self.made.batch, self.sub_batches, overlap=self.overlap)
-        with measuring(self.made.model, self.batch_norm), passes.statistics(self.made.batch):
-            with_sum = self.target.needs_gradient_sum
-            return passes.first_pass(self.path, self.parts, "", with_gradient_sum=with_sum)
-
-    def two_passes(self, curvature: Any, micro_batch_size: int | None = None) -> Tensor:
-        sums = self.first_pass(curvature, micro_batch_size)
-        reading = Reading.of(sums)
-        passes = self.passes(micro_batch_size)
-        initial = [parameter.detach() for parameter in self.scales.scaled]
-        with measuring(self.made.model, self.batch_norm), passes.statistics(self.made.batch):
-            shares = passes.second_pass(self.path, self.parts, sums, self.target, initial, "")
-        read = [reading.grad_cosine, reading.grad_norm, *reading.norms, *reading.losses]
-        return torch.cat([shares.new_tensor(read), shares])
-
-    def joint(self) -> Tensor:
-        made = self.made
-        windows = sub_batch_windows(batch_size(made.batch), self.sub_batches, self.overlap)
-        with measuring(made.model, self.batch_norm), self.passes().statistics(made.batch):
-            joint = joint_graph(
-                made.model,
-                lambda model: [made.mean_loss(window, model) for window in windows],
-                gradient=[self.scales.name_of(parameter) for parameter in self.scales.gradient],
-                scaled=[self.scales.name_of(parameter) for parameter in self.scales.scaled],
-                objective=self.config.objective,
-                branch=self.branch,
-                beta=BETA,
-                initial_grad_norm=GN_0,
-            )
-            losses = torch.stack([made.mean_loss(window).detach() for window in windows])
-        return torch.cat([torch.stack([joint.grad_cosine, joint.grad_norm]), joint.norms, losses, joint.scale_gradient])
+def test_a_process_takes_every_so_manieth_sub_batch() -> None:
+    made = case("mlp", 10)
+    owned = [parts_of(made, 5, Collective(rank, 2)).owned for rank in range(2)]
+    assert [list(each) for each in owned] == [[0, 2, 4], [1, 3]]
+    assert torch.equal(owned[1][3][0], made.batch[0][6:8])
 
 
-def _assert_equal(actual: Tensor, expected: Tensor) -> None:
-    assert expected.isfinite().all()
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+def test_sub_batches_of_all_batches_draw_different_numbers() -> None:
+    seeds = [parts_of(case("mlp"), 4, seed=seed).seed_of(index) for seed in range(5) for index in range(4)]
+    assert len(set(seeds)) == 20
+
+
+@pytest.mark.parametrize("name", ["mlp", "vit", "gpt2"])
+def test_each_gradient_is_observed_and_summed(name: str) -> None:
+    made, seen = double_case(name, 6), []
+    parts = parts_of(made, 3)
+    first = run(made, parts, observe=lambda gradient: seen.append([tensor.clone() for tensor in gradient]))
+    tensors = find_tensors(made.model).gradient_parameters
+    for index, gradient in enumerate(seen):
+        with measuring(made.model):
+            loss = made.mean_loss(sub_batch_windows(6, 3)[index])
+            expected = torch.autograd.grad(loss, tensors, allow_unused=True)
+        for one, other in zip(gradient, expected, strict=True):
+            torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other)
+        assert float(first.sums.scalars[1, index]) == pytest.approx(loss.item(), rel=1e-9)
+    measured, carried = read(first.sums, parts, [torch.tensor(3.5), torch.tensor([7])])
+    assert carried == [3.5, 7]
+    again = grad_cosine(made.model, made.batch, made.loss_fn, sub_batches=3)
+    assert measured == again
+    assert first.kept == {}
+
+
+@pytest.mark.parametrize(("keep", "graphs"), [("graphs", True), ("gradients", False)])
+def test_gradients_are_kept_with_their_graph_or_without(keep: Keep, graphs: bool) -> None:
+    made = case("mlp")
+    first = run(made, parts_of(made), keep=keep)
+    assert list(first.kept) == [0, 1]
+    assert [tensor.requires_grad for tensor in first.kept[0]] == [graphs] * len(first.kept[0])
+    in_parts = run(made, parts_of(made), keep=keep, micro_batch_size=2)
+    assert list(in_parts.kept) == ([] if graphs else [0, 1])
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
+@pytest.mark.parametrize("name", ["vit", "gpt2"])
+def test_forward_passes_alone_give_the_loss_that_gradients_come_with(name: str, micro_batch_size: int | None) -> None:
+    made = double_case(name)
+    parts = parts_of(made)
+    with measuring(made.model):
+        loss = Loss(made.model, made.loss_fn, CPU)
+        value, size = batch_loss(loss, parts, ALONE, micro_batch_size=micro_batch_size)
+    assert size == micro_batch_size
+    assert value == pytest.approx(read(run(made, parts).sums, parts)[0].loss, rel=1e-10)
+
+
+# Labels that are all ignored.
+
+
+def ignoring(loss: str, ignored: int) -> Any:
+    """A loss over pixels or samples: their mean, their sum over a number of labels that may be 0, or over samples."""
+
+    def loss_fn(model: nn.Module, batch: Any) -> Any:
+        inputs, labels = batch.values() if isinstance(batch, dict) else batch
+        total = nn.functional.cross_entropy(model(inputs), labels, ignore_index=ignored, reduction="sum")
+        count = (labels != ignored).sum()
+        return {"mean": total / count, "pair": (total, count), "sum": total / len(labels)}[loss]
+
+    return loss_fn
+
+
+def masks(ignored: int, samples: range) -> dict[str, Tensor]:
+    """Images and masks of 4 x 4 pixels, ignored at some samples."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (8, 4, 4), generator=generator)
+    labels[list(samples)] = ignored
+    return {"pixel_values": torch.randn(8, 2, 4, 4, generator=generator), "labels": labels}
+
+
+@pytest.mark.parametrize("ignored", [-100, 255])
+@pytest.mark.parametrize("loss", ["mean", "pair", "sum"])
+@pytest.mark.parametrize(("samples", "place"), [(range(4, 8), 1), (range(8), 0)])
+def test_sub_batches_whose_labels_are_all_ignored_are_named(
+    ignored: int, loss: str, samples: range, place: int
+) -> None:
+    model, batch = nn.Sequential(nn.Conv2d(2, 3, 1)), masks(ignored, samples)
+    message = rf"report batch 0, sub-batch {place}: every label is ignored, .* Give larger batches"
+    for given in (batch, tuple(batch.values())):
+        before = state(model)
+        with pytest.raises(DataError, match=message):
+            grad_cosine(model, given, ignoring(loss, ignored), sub_batches=2)
+        with pytest.raises(DataError, match=message):
+            initialize(model, [given] * 8, ignoring(loss, ignored), NIOConfig(sub_batches=2))
+        assert not differences(before, state(model))
+
+
+def test_sub_batches_with_some_labels_are_measured() -> None:
+    model, batch = nn.Sequential(nn.Conv2d(2, 3, 1)), masks(255, range(5, 8))
+    assert grad_cosine(model, batch, ignoring("mean", 255), sub_batches=2).grad_norm > 0
+
+
+def test_a_later_batch_without_labels_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 1))
+    batches = [masks(255, range(0))] * 5 + [masks(255, range(4))]
+    with pytest.raises(DataError, match="search batch 1, sub-batch 0: every label is ignored"):
+        initialize(model, batches, ignoring("mean", 255), NIOConfig(sub_batches=2))
+
+
+# Losses and gradients that are unsound for other reasons.
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_not_finite_is_named_with_its_sub_batch(value: float) -> None:
+    made = case("mlp", 9)
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        loss = zoo.vector_loss(model, batch)
+        return loss * value if torch.equal(batch[0], made.batch[0][3:6]) else loss
+
+    with pytest.raises(NumericsError, match=r"report batch 0, sub-batch 1: the loss is (nan|-?inf)"):
+        grad_cosine(made.model, made.batch, loss_fn, sub_batches=3)
+
+
+def test_a_gradient_that_is_not_finite_names_its_tensor() -> None:
+    made = case("mlp")
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        return zoo.vector_loss(model, batch) + (model[4].weight * 0).sum().sqrt()
+
+    with pytest.raises(NumericsError, match=r"sub-batch 0: the gradient of 4\.weight is not finite\. Check inputs"):
+        grad_cosine(made.model, made.batch, loss_fn, sub_batches=2)
+
+
+def test_a_norm_that_overflows_is_told_from_a_gradient_that_does() -> None:
+    made = case("mlp")
+    with pytest.raises(NumericsError, match=r"all tensors together \(their squared norm overflows\) is not finite"):
+        grad_cosine(made.model, made.batch, lambda m, b: 1e30 * zoo.vector_loss(m, b), sub_batches=2)
+
+
+def test_gradients_that_are_zero() -> None:
+    made = case("mlp")
+    with pytest.raises(NumericsError, match="report batch 0: the gradients of all sub-batches are zero") as caught:
+        grad_cosine(made.model, made.batch, lambda m, b: 0 * zoo.vector_loss(m, b), sub_batches=2)
+    assert "compares samples" not in str(caught.value)
+
+    def second_only(model: nn.Module, batch: Any) -> Tensor:
+        return zoo.vector_loss(model, batch) * float(torch.equal(batch[0], made.batch[0][4:]))
+
+    with pytest.raises(NumericsError, match="sub-batch 0: the gradient is zero, so it has no direction"):
+        grad_cosine(made.model, made.batch, second_only, sub_batches=2)
+
+
+def contrastive(model: nn.Module, batch: Any) -> Tensor:
+    """A loss that compares the samples of a batch with each other: 0 for one alone."""
+    outputs = nn.functional.normalize(model(batch[0]), dim=-1)
+    return nn.functional.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
+
+
+def test_single_samples_of_a_loss_that_compares_samples_are_pointed_out() -> None:
+    made = case("mlp")
+    message = r"all sub-batches are zero.* compares samples with each other .* choose fewer sub-batches"
+    with pytest.raises(NumericsError, match=message):
+        grad_cosine(made.model, made.batch, contrastive)
+    with pytest.raises(NumericsError, match=message):
+        initialize(made.model, batches_of("mlp", 8), contrastive, NIOConfig(sub_batches=8))
+    assert grad_cosine(made.model, made.batch, contrastive, sub_batches=4).grad_norm > 0
+
+
+# Batch normalisation.
+
+
+@pytest.mark.parametrize(
+    ("sub_batches", "micro_batch_size", "message"),
+    [
+        (8, None, r"sub_batches: one sample for a sub-batch under batch normalisation\. Choose fewer"),
+        (5, None, "one sample for a sub-batch"),
+        (2, 2, r"micro_batch_size: given for a model with batch normalisation\. Leave it out"),
+    ],
+)
+def test_sub_batches_that_have_no_statistics(sub_batches: int, micro_batch_size: int | None, message: str) -> None:
+    made = case("resnet")
+    with pytest.raises(ConfigError, match=message):
+        parts_of(made, sub_batches, micro_batch_size=micro_batch_size)
+    with pytest.raises(ConfigError, match=message):
+        grad_cosine(made.model, made.batch, made.loss_fn, sub_batches=sub_batches, micro_batch_size=micro_batch_size)
+
+
+# Errors of others.
+
+
+@pytest.mark.parametrize(
+    ("error", "type_", "message"),
+    [
+        (IndexError("Target 77 is out of bounds."), DataError, r"batch 3: an index is out of range \(Target 77"),
+        (IndexError("index out of range in self"), DataError, "tokens in the vocabulary"),
+        (RuntimeError("derivative for aten::f is not implemented\nlong"), ModelError, "no second derivative"),
+        (
+            RuntimeError("f(): functions with out=... arguments don't support automatic differentiation"),
+            ModelError,
+            "out",
+        ),
+        (
+            RuntimeError("Checkpointing is not compatible with .grad() ... use_reentrant"),
+            ModelError,
+            "use_reentrant=Fal",
+        ),
+    ],
+)
+def test_known_errors_become_ours(error: Exception, type_: type[Exception], message: str) -> None:
+    with pytest.raises(type_, match=message), located("batch 3"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError("Target is out of bounds"), RuntimeError("mine"), KeyError("labels")])
+def test_other_errors_stay_as_they_are_and_say_where(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, located("batch 3"):
+        raise error
+    assert caught.value is error
+    assert caught.value.__notes__ == ["raised at batch 3"]
+
+
+def test_checkpointing_that_gives_no_gradient_of_chosen_tensors() -> None:
+    made = case("mlp")
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(checkpoint(model[1:], model[0](batch[0]), use_reentrant=True), batch[1])
+
+    with pytest.raises(ModelError, match=r"Checkpoint with use_reentrant=False"):
+        grad_cosine(made.model, made.batch, loss_fn, sub_batches=2)

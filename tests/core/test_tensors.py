@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from nio_hf import NIOConfig, initialize
-from nio_hf.core import LayerScales, register_gradient_module
-from nio_hf.errors import ModelError
+from nio_hf.core import find_tensors, register_gradient_module
+from nio_hf.core.tensors import ModelTensors, copied_values, set_scales
+from nio_hf.errors import ConfigError, ModelError
 from tests import zoo
 from tests.core.cases import FAMILIES, PER_TENSOR, batches_of, case
 
@@ -36,26 +39,81 @@ BLOCKS = {
 }
 
 
+def ones(tensors: ModelTensors) -> list[float]:
+    return [1.0] * len(tensors.scaled)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tensors_are_chosen_by_what_they_are(name: str) -> None:
     model = case(name).model
     parameters = dict(model.named_parameters())
     owners = [(type(module).__name__, p) for module in model.modules() for p in module.parameters(recurse=False)]
     owned = {id(parameter) for owner, parameter in owners if owner in OWNERS}
-    scales = LayerScales(model)
-    assert [id(p) for p in scales.gradient] == [id(p) for p in parameters.values() if id(p) in owned]
-    assert [id(p) for p in scales.scaled] == [id(p) for p in parameters.values() if p.any()]
+    found = find_tensors(model)
+    assert [id(p) for p in found.gradient_parameters] == [id(p) for p in parameters.values() if id(p) in owned]
+    assert [id(p) for p in found.scaled_parameters] == [id(p) for p in parameters.values() if p.any()]
     zeros = {parameter_name for parameter_name, parameter in parameters.items() if not parameter.any()}
-    assert {(tensor.name, tensor.reason) for tensor in scales.excluded} == {(zero, "zero") for zero in zeros}
+    assert {(tensor.name, tensor.reason) for tensor in found.excluded} == {(zero, "zero") for zero in zeros}
     assert zeros or name == "mlp"
+    assert [place.name for place in found.places] == list(parameters)
+    assert {id(p) for p in found.trainable} == {id(p) for p in parameters.values() if p.any() or id(p) in owned}
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2", "resnet", "mlp"])
+def test_weights_are_the_tensors_of_two_or_more_dimensions(name: str) -> None:
+    model = case(name).model
+    found = find_tensors(model, "weights")
+    matrices = [n for n, parameter in model.named_parameters() if parameter.ndim >= 2 and parameter.any()]
+    assert [place.name for place in found.scaled] == matrices
+    reasons = {tensor.name: tensor.reason for tensor in found.excluded}
+    assert reasons == {n: "vector" if p.any() else "zero" for n, p in model.named_parameters() if n not in matrices}
+    assert found.gradient == find_tensors(model).gradient
+
+
+@pytest.mark.parametrize("groups", ["model", "kind", "tensor", {"values": "v_proj", "positions": "position"}])
+def test_groups_are_a_partition_of_the_scaled_tensors(groups: Any) -> None:
+    found = find_tensors(case("vit").model, "weights", groups)
+    positions = [position for members in found.groups.values() for position in members]
+    assert sorted(positions) == list(range(len(found.scaled)))
+    by_group = [float(number) for number in range(2, 2 + len(found.groups))]
+    omega = found.by_tensor(by_group)
+    for tensor, value in zip(found.report(omega), omega, strict=True):
+        assert (tensor.omega, by_group[list(found.groups).index(tensor.group)]) == (value, value)
+    if groups == "tensor":
+        assert list(found.groups) == [place.name for place in found.scaled]
+
+
+def test_a_mapping_decides_what_is_scaled() -> None:
+    model = case("vit").model
+    found = find_tensors(model, "weights", {"values": r"v_proj", "norms": r"layernorm_before\.weight"})
+    assert set(found.groups) == {"values", "norms"}
+    names = [place.name for place in found.scaled]
+    assert names == [n for n, p in model.named_parameters() if re.search(r"v_proj\.weight|norm_before\.weight", n)]
+    reasons = {tensor.name: tensor.reason for tensor in found.excluded}
+    matrices = [n for n, p in model.named_parameters() if p.ndim >= 2 and p.any()]
+    assert {reasons[name] for name in matrices if name not in names} == {"no group"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"decoder": "decoder"}, r'NIOConfig\.groups\["decoder"\]: .decoder. matches no parameter'),
+        ({"values": "v_proj", "all": "proj"}, r'groups\["all"\]: claims .*, as the group "values" does'),
+        ({"biases": r"classifier\.bias"}, r"matches only tensors that cannot be scaled: classifier\.bias \(zero\)"),
+        ({}, "an empty mapping"),
+    ],
+)
+def test_groups_that_do_not_fit_the_model_are_refused(groups: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_tensors(case("vit").model, groups=groups)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_kinds_name_the_layer_that_owns_a_tensor(name: str) -> None:
     model = case(name).model
-    scales = LayerScales(model)
-    kinds = {tensor.name: tensor.kind for tensor in scales.report(torch.ones(len(scales.scaled)))}
-    kinds |= {tensor.name: tensor.kind for tensor in scales.excluded}
+    found = find_tensors(model)
+    kinds = {tensor.name: tensor.kind for tensor in found.report(ones(found))}
+    kinds |= {tensor.name: tensor.kind for tensor in found.excluded}
     assert sorted(kinds) == sorted(parameter for parameter, _ in model.named_parameters())
     for parameter, kind in kinds.items():
         module_name, _, role = parameter.rpartition(".")
@@ -71,8 +129,8 @@ def test_depth_is_the_position_of_the_block(name: str) -> None:
     modules = dict(model.named_modules())
     blocks = [module_name for module_name, module in modules.items() if type(module).__name__ == BLOCKS[name]]
     assert len(blocks) >= 2
-    scales = LayerScales(model)
-    depths = {tensor.name: tensor.depth for tensor in scales.report(torch.ones(len(scales.scaled)))}
+    tensors = find_tensors(model)
+    depths = {tensor.name: tensor.depth for tensor in tensors.report(ones(tensors))}
     of_block = [{depths[t] for t in depths if t.startswith(f"{block}.")} for block in blocks]
     assert all(len(found) == 1 for found in of_block), of_block
     in_order = [found.pop() for found in of_block]
@@ -85,14 +143,14 @@ def test_depth_is_the_position_of_the_block(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["resnet", "mlp"])
 def test_depth_grows_through_a_convolutional_or_plain_network(name: str) -> None:
-    scales = LayerScales(case(name).model)
-    depths = [tensor.depth for tensor in scales.report(torch.ones(len(scales.scaled)))]
+    tensors = find_tensors(case(name).model)
+    depths = [tensor.depth for tensor in tensors.report(ones(tensors))]
     assert depths == sorted(depths)
     assert len(set(depths)) >= 4
 
 
 def test_zero_tokens_are_left_out_with_the_reason() -> None:
-    excluded = {tensor.name: tensor for tensor in LayerScales(case("deit").model).excluded}
+    excluded = {tensor.name: tensor for tensor in find_tensors(case("deit").model).excluded}
     for token in ("cls_token", "distillation_token", "position_embeddings"):
         found = excluded[f"deit.embeddings.{token}"]
         assert (found.reason, found.kind) == ("zero", "parameter")
@@ -103,11 +161,18 @@ def test_tied_tensors_are_scaled_once(name: str) -> None:
     made = case(name)
     embedding, head = made.model.get_input_embeddings().weight, made.model.get_output_embeddings().weight
     assert embedding is head
-    scales = LayerScales(made.model)
-    assert sum(parameter is embedding for parameter in scales.scaled) == 1
-    assert sum(parameter is embedding for parameter in scales.gradient) == 1
+    tensors = find_tensors(made.model)
+    assert sum(parameter is embedding for parameter in tensors.scaled_parameters) == 1
+    assert sum(parameter is embedding for parameter in tensors.gradient_parameters) == 1
     before = embedding.detach().clone()
-    scales.apply([2 * parameter.detach() for parameter in scales.scaled])
+    with copied_values(tensors) as initial:
+        set_scales(tensors, initial, [2.0] * len(initial))
+        assert torch.equal(embedding, 2 * before)
+        assert head.data_ptr() == embedding.data_ptr()
+        set_scales(tensors, initial, [0.5] * len(initial))
+        values = [parameter.data for parameter in tensors.scaled_parameters]
+    assert torch.equal(embedding, before)
+    torch._foreach_copy_([parameter.data for parameter in tensors.scaled_parameters], [4 * value for value in values])
     assert torch.equal(embedding, 2 * before)
 
 
@@ -120,7 +185,7 @@ def test_frozen_and_unused_tensors_are_reported_and_left_alone() -> None:
         made.model.dinov2.embeddings.mask_token.fill_(0.1)
     before = [tensor.detach().clone() for tensor in (unused.weight, unused.bias, frozen)]
     result = initialize(
-        made.model, batches_of("dinov2", 2), made.loss_fn, NIOConfig(**PER_TENSOR, iterations=1, holdout_batches=1)
+        made.model, batches_of("dinov2", 2), made.loss_fn, NIOConfig(**PER_TENSOR, iterations=1, report_batches=1)
     )
     reasons = {tensor.name: tensor.reason for tensor in result.excluded}
     assert reasons["dinov2.encoder.layer.0.mlp.fc1.weight"] == "frozen"
@@ -136,28 +201,28 @@ def test_layer_types_that_are_not_known_are_named_until_they_are_registered() ->
 
     model = zoo.text_model("gpt2")
     with pytest.raises(ModelError, match=r"unknown: Conv1D \(6,144\).*register_gradient_module"):
-        LayerScales(model)
+        find_tensors(model)
     register_gradient_module(Conv1D, "linear")
-    scales = LayerScales(model)
     weight = model.transformer.h[0].mlp.c_fc.weight
-    assert any(parameter is weight for parameter in scales.gradient)
+    assert any(parameter is weight for parameter in find_tensors(model).gradient_parameters)
 
 
 def test_subclasses_of_known_layers_are_known() -> None:
     class Own(nn.Linear):
         pass
 
-    assert len(LayerScales(nn.Sequential(Own(3, 3))).gradient) == 2
+    assert len(find_tensors(nn.Sequential(Own(3, 3))).gradient) == 2
 
 
-def test_substituted_tensors_are_copies_until_the_originals_return() -> None:
+def test_parameters_hold_copies_until_the_originals_return() -> None:
     model = case("mlp").model
-    scales = LayerScales(model)
+    tensors = find_tensors(model, "weights")
     pointers = [parameter.data_ptr() for parameter in model.parameters()]
     values = [parameter.detach().clone() for parameter in model.parameters()]
-    with contextlib.suppress(KeyboardInterrupt), scales.substituted() as initial:
+    with contextlib.suppress(KeyboardInterrupt), copied_values(tensors) as initial:
         for parameter in model.parameters():
             parameter.data.zero_()
+        assert len(initial) == 3
         assert all(tensor.any() for tensor in initial)
         raise KeyboardInterrupt
     assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
@@ -189,10 +254,64 @@ def test_models_that_cannot_be_initialised_are_refused(kind: str) -> None:
         case "no layers":
             model = nn.Embedding(3, 2)
     with pytest.raises(ModelError, match=message):
-        LayerScales(model)
+        find_tensors(model)
 
 
 def test_frozen_tensors_may_be_in_half_precision() -> None:
     model = case("mlp").model
     model[0].requires_grad_(False).half()
-    assert len(LayerScales(model).gradient) == 6
+    assert len(find_tensors(model).gradient) == 6
+
+
+class TwoScalars(nn.Module):
+    """y = a + b x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a + self.b * x
+
+
+def test_a_model_of_two_scalars_is_told_to_scale_all_tensors() -> None:
+    register_gradient_module(TwoScalars, "linear")
+    with pytest.raises(ModelError, match=r'\(2 vector\)\. Set NIOConfig\.scaled_tensors to "all"'):
+        find_tensors(TwoScalars(), "weights")
+    assert [place.name for place in find_tensors(TwoScalars(), "all").scaled] == ["a", "b"]
+
+    def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+        return (model(batch) - 1).square().mean()
+
+    batches = [torch.randn(8, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+    with pytest.raises(ModelError, match=r'Set NIOConfig\.scaled_tensors to "all"'):
+        initialize(TwoScalars(), batches, loss_fn)
+    assert set(initialize(TwoScalars(), batches, loss_fn, NIOConfig(scaled_tensors="all")).scales) == {"a", "b"}
+
+
+def test_a_second_look_leaves_out_what_no_gradient_reaches() -> None:
+    model = case("mlp").model
+    found = find_tensors(model, "weights", "tensor", unused=["4.weight", "4.bias"])
+    assert [place.name for place in found.scaled] == ["0.weight", "6.weight"]
+    assert found.groups == {"0.weight": (0,), "6.weight": (1,)}
+    assert [place.name for place in found.gradient] == [
+        "0.weight",
+        "0.bias",
+        "1.weight",
+        "1.bias",
+        "6.weight",
+        "6.bias",
+    ]
+    assert {tensor.name for tensor in found.excluded if tensor.reason == "unused"} == {"4.weight", "4.bias"}
+
+
+def test_a_large_part_that_is_not_used_is_no_unknown_layer() -> None:
+    made = case("mlp")
+    made.model.auxiliary = nn.Linear(6, 500)
+
+    def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model[:-1](batch[0]), batch[1])
+
+    result = initialize(made.model, batches_of("mlp", 6), loss_fn)
+    assert list(result.scales) == ["0.weight", "4.weight", "6.weight"]
+    assert {t.name for t in result.excluded if t.reason == "unused"} == {"auxiliary.weight", "auxiliary.bias"}

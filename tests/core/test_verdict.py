@@ -6,58 +6,114 @@ import math
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from nio_hf import GradCosine, NIOConfig
-from nio_hf.core import IterationRecord
-from nio_hf.core.verdict import judge
+from nio_hf.core import GroupScale
+from nio_hf.core.verdict import describe_scales, judge, rise_interval, t_quantile
 
-BEFORE = GradCosine(value=0.2, grad_norm=3.0, norms=(3.0, 3.0), loss=2.0, batch_size=8)
-GOOD: dict[str, Any] = {
-    "value": 0.4,
-    "grad_norm": 4.0,
-    "loss": 2.05,
-    "error": 0.05,
-    "gamma": 5.0,
-    "iterations": 3,
-    "loss_rise": None,
-}
+VALUES = (0.18, 0.22, 0.21, 0.19)
+RISES = (0.19, 0.21, 0.2, 0.2)
+NOISE = (0.3, -0.3, 0.2, -0.1)
 
 
-def verdict(**changes: Any) -> tuple[str, str]:
-    given = {**GOOD, **changes}
-    after = GradCosine(given["value"], given["grad_norm"], (3.0, 3.0), given["loss"], 8)
-    history = [IterationRecord(i, 0.2, 3.0, 2.0, "objective", 0.1, "exact", None) for i in range(given["iterations"])]
-    return judge(BEFORE, after, given["error"], history, NIOConfig(iterations=3), given["gamma"], given["loss_rise"])
+def measured(values: tuple[float, ...], grad_norm: float = 3.0, loss: float = 2.0) -> GradCosine:
+    return GradCosine.mean([GradCosine(value, grad_norm, (grad_norm,) * 2, loss, 8) for value in values])
+
+
+def groups(*scales: float) -> tuple[GroupScale, ...]:
+    return tuple(GroupScale(f"group {index}", scale, 1, 10) for index, scale in enumerate(scales))
+
+
+def verdict(
+    *,
+    before: tuple[float, ...] = VALUES,
+    rises: tuple[float, ...] = RISES,
+    scales: tuple[float, ...] = (2.0,),
+    exhausted: bool = False,
+    gamma: float | None = None,
+    **after: float,
+) -> tuple[str, str]:
+    config = NIOConfig() if gamma is None else NIOConfig.published(gamma=gamma, iterations=3)
+    later = tuple(value + rise for value, rise in zip(before, rises, strict=True))
+    return judge(measured(before), measured(later, **after), groups(*scales), config, data_exhausted=exhausted)
 
 
 @pytest.mark.parametrize(
-    ("changes", "status", "message"),
+    ("given", "status", "message"),
     [
-        ({}, "improved", "Improved: "),
-        ({"gamma": None, "grad_norm": 99.0}, "improved", "gradient norm 3 -> 99"),
-        ({"error": 0.09}, "improved", "Improved"),
-        ({"error": 0.11}, "no_improvement", "No improvement beyond the noise"),
-        ({"value": 0.1}, "no_improvement", "0.2000 -> 0.1000"),
-        ({"error": math.nan, "value": 0.1}, "no_improvement", "0.2000 -> 0.1000"),
-        ({"grad_norm": 5.4}, "improved", "Improved"),
-        ({"grad_norm": 5.6}, "constraint_violated", "ended above gamma = 5. "),
+        ({}, "improved", "GradCosine rose. All scaled weights were multiplied by 2"),
+        ({"grad_norm": 99.0}, "improved", "gradient norm 3 -> 99"),
+        ({"rises": NOISE}, "changed", "The report batches do not tell whether GradCosine rose or fell"),
+        ({"before": (0.2,), "rises": (0.2,)}, "changed", "One report batch does not tell"),
+        ({"rises": tuple(-rise for rise in RISES)}, "worsened", "GradCosine fell. "),
+        ({"rises": (-0.1, -0.11, -0.1, -0.09)}, "worsened", "0.2000 -> 0.1000"),
+        ({"grad_norm": 5.4, "gamma": 5.0}, "improved", "GradCosine rose"),
+        ({"grad_norm": 5.6, "gamma": 5.0}, "constraint_violated", "ended above gamma = 5. "),
         ({"loss": 2.49}, "improved", "loss at init 2.0000 -> 2.4900"),
-        ({"loss": 2.51}, "collapse_suspected", "Collapse suspected"),
-        ({"value": 0.96}, "collapse_suspected", "Lower lr or iterations, or set a lower gamma"),
-        ({"loss": 2.51, "grad_norm": 9.0}, "collapse_suspected", "gradient norm 3 -> 9"),
-        ({"iterations": 2}, "data_exhausted", "The data ended after 2 of 3 iterations"),
-        ({"iterations": 1, "loss": 9.0}, "data_exhausted", "1 of 3"),
-        (
-            {"iterations": 2, "loss_rise": 0.15},
-            "improved",
-            "ended after 2 of 3 iterations: the loss of a batch had risen by 15%",
-        ),
-        ({"iterations": 2, "loss_rise": 0.15, "value": 0.1}, "no_improvement", "the loss of a batch had risen by 15%"),
+        ({"loss": 2.51}, "collapse_suspected", "Collapse suspected: gradients agree at the cost of the loss"),
+        ({"loss": 2.51, "grad_norm": 9.0, "gamma": 5.0}, "collapse_suspected", "gradient norm 3 -> 9"),
+        ({"exhausted": True}, "data_exhausted", "The data ended before the 3 iterations were done"),
+        ({"exhausted": True, "loss": 9.0}, "data_exhausted", "The data ended"),
+        ({"scales": (1.0,)}, "unchanged", "No scale was changed: nothing that was tried was better within the bounds"),
+        ({"scales": (1.0, 1.0), "rises": (0.0,) * 4}, "unchanged", "No scale was changed"),
     ],
 )
-def test_status_and_message_follow_the_measurements(changes: dict[str, Any], status: str, message: str) -> None:
-    found, said = verdict(**changes)
+def test_status_and_message_follow_the_measurements(given: dict[str, Any], status: str, message: str) -> None:
+    settings = {"gamma": 99.0, **given} if "exhausted" in given else given
+    found, said = verdict(**settings)
     assert found == status
     assert message in said
-    for number in ("GradCosine", "gradient norm 3 ->", "loss at init 2.0000 ->"):
-        assert number in said
+    for part in ("GradCosine (D = 2, B/D = 4) 0.2000 ->", "gradient norm 3 ->", "loss at init 2.0000 ->"):
+        assert part in said
+    assert said.endswith(".")
+
+
+@pytest.mark.parametrize("rise", [0.0, 1e-4, -1e-4])
+def test_agreement_that_was_above_the_threshold_before_is_no_collapse(rise: float) -> None:
+    """Regression starts at 0.9965 and stays there."""
+    noise = (2e-3, -2e-3, 1e-3, -1e-3)
+    before = (0.9965, 0.9962, 0.9968, 0.9965)
+    found, said = verdict(before=before, rises=tuple(rise + change for change in noise))
+    assert found == "changed"
+    assert "ollapse" not in said
+
+
+def test_agreement_that_rises_above_the_threshold_is_a_collapse() -> None:
+    found, said = verdict(rises=tuple(0.77 + change for change in (0.001, -0.001, 0.002, -0.002)))
+    assert found == "collapse_suspected"
+    assert "Set a lower NIOConfig.loss_bound, or a narrower NIOConfig.norm_band" in said
+
+
+def test_a_clear_fall_says_what_was_done_to_the_weights() -> None:
+    found, said = verdict(rises=tuple(-rise for rise in RISES), scales=(3.7,))
+    assert found == "worsened"
+    assert "GradCosine fell. All scaled weights were multiplied by 3.7. " in said
+
+
+@pytest.mark.parametrize(
+    ("scales", "said"),
+    [
+        ((3.6996,), "All scaled weights were multiplied by 3.7"),
+        ((0.5, 1.0, 4.0), "Weights were multiplied: group 0 by 0.5, group 1 by 1, group 2 by 4"),
+        ((1.0, 0.5, 4.0, 1.0, 1.0, 1.0, 1.0), "The weights of 7 groups were multiplied by 0.5 to 4"),
+        ((1.0,) * 7, "No scale was changed: nothing that was tried was better within the bounds"),
+    ],
+)
+def test_the_message_says_by_how_much_weights_were_multiplied(scales: tuple[float, ...], said: str) -> None:
+    assert describe_scales(groups(*scales)) == said
+    assert said in verdict(scales=scales)[1]
+
+
+@pytest.mark.parametrize("degrees", [*range(1, 12), 30, 1000])
+def test_quantiles_are_those_of_student(degrees: int) -> None:
+    assert t_quantile(degrees) == pytest.approx(stats.t.ppf(0.95, degrees), rel=3e-3)
+
+
+def test_the_interval_is_that_of_the_textbook() -> None:
+    rises = [0.19, 0.21, 0.2, 0.2]
+    low, high = rise_interval(measured(VALUES), measured(tuple(v + r for v, r in zip(VALUES, rises, strict=True))))
+    expected = stats.t.interval(0.9, 3, loc=0.2, scale=stats.sem(rises))
+    assert (low, high) == pytest.approx(expected, abs=1e-4)
+    low, high = rise_interval(measured((0.1,)), measured((0.3,)))
+    assert (low, high) == (-math.inf, math.inf)

@@ -1,0 +1,342 @@
+"""The scan: factors of one group after the other, judged by losses and first gradients on a few fixed batches.
+
+    common    omega = 2^x for all groups: the largest x that keeps the bound on the loss. Classes draw their weights
+              with one standard deviation at any width, and larger weights train better until the loss at the start
+              rises. x grows by forward passes alone; the gradient norm is measured where they end.
+    groups    one group at a time, its scale times 4, then 2, or divided by 4, then 2, for as long as the objective
+              rises by more than its noise and the bounds are kept; group after group, until a round changes nothing
+              or the budget is spent. The group with the most parameters keeps the common factor, which the others
+              are relative to.
+
+Every candidate is measured on the same batches with the same random numbers, so that differences are paired.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from nio_hf.core.bounds import Bounds
+from nio_hf.core.config import NIOConfig
+from nio_hf.core.objectives import Objective, make_objective
+from nio_hf.core.problem import FORWARD_SHARE, ScalingProblem, loss_at, measure_point
+from nio_hf.core.result import IterationRecord, Outcome, Reading
+from nio_hf.core.sub_batches import SubBatches
+from nio_hf.errors import NumericsError
+
+Stage = Literal["start", "common", "groups", "finished"]
+
+FIRST_STEP, LAST_STEP = 1.0, 0.25
+"""Steps of x, halved each time that the loss breaks its bound; our choice."""
+GROUP_STEP, LAST_GROUP_STEP = 2.0, 1.0
+"""Steps of log2 of the scale of a group, halved when one is refused; our choice."""
+LEAST_GAIN = 0.01
+"""Rise of the objective for a doubling or halving below which it does not count; our choice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanState:
+    """A scan after some of its iterations, in numbers that JSON keeps exactly.
+
+    Attributes:
+        exponents: (K,) log2 of the accepted scales.
+        readings: at omega = 1, at the common factor (which the norm band of the groups is relative to), and at the
+            accepted scales; None before the start is measured.
+        stage: what it is at.
+        reach: largest x whose loss keeps its bound, not accepted yet.
+        step: change of log2 that it tries next; below `LAST_STEP` in the common stage where x is to be measured.
+        free: positions of the groups but the one with the most parameters.
+        untried: those that are left in this round, the one that it tries next in front.
+        moved: whether that one has moved in this direction already.
+        changed: whether this round has changed a group.
+        gains: (K,) rise of the objective by the accepted steps of each group alone.
+        history: one record for each iteration.
+        micro_batch_size: samples computed at once.
+    """
+
+    exponents: tuple[float, ...]
+    readings: Readings | None
+    stage: Stage
+    reach: float
+    step: float
+    free: tuple[int, ...]
+    untried: tuple[int, ...]
+    moved: bool
+    changed: bool
+    gains: tuple[float, ...]
+    history: tuple[IterationRecord, ...]
+    micro_batch_size: int | None
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """(K,) accepted scales."""
+        return tuple(2.0**exponent for exponent in self.exponents)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ScanState:
+        """Inverse of `dataclasses.asdict`, after a trip through JSON."""
+        readings = fields["readings"]
+        return cls(
+            **{
+                **fields,
+                **{name: tuple(fields[name]) for name in ("exponents", "free", "untried", "gains")},
+                "readings": readings
+                and Readings(**{name: Reading.from_dict(reading) for name, reading in readings.items()}),
+                "history": tuple(IterationRecord(**record) for record in fields["history"]),
+            }
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Readings:
+    """What the bounds and gains of a scan are relative to.
+
+    Attributes:
+        start: at omega = 1.
+        common: at the common factor.
+        current: at the accepted scales.
+    """
+
+    start: Reading
+    common: Reading
+    current: Reading
+
+
+def init(problem: ScalingProblem) -> ScanState:
+    """The state before the start is measured."""
+    zeros = (0.0,) * len(problem.tensors.groups)
+    return ScanState(
+        exponents=zeros,
+        readings=None,
+        stage="start",
+        reach=0.0,
+        step=_step_within(FIRST_STEP, 0.0, problem.config),
+        free=_free_groups(problem),
+        untried=(),
+        moved=False,
+        changed=False,
+        gains=zeros,
+        history=(),
+        micro_batch_size=problem.micro_batch_size,
+    )
+
+
+def finished(problem: ScalingProblem, state: ScanState) -> bool:
+    """Whether there is nothing left to try, or no budget for it."""
+    if state.stage == "groups":
+        spent = math.fsum(record.cost for record in state.history)
+        return spent + problem.config.search_batches > problem.config.budget
+    return state.stage == "finished"
+
+
+def step(problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState) -> ScanState:
+    """One iteration: try what comes next, and decide on it."""
+    readings = state.readings
+    if readings is None:
+        state = _measure_start(problem, parts, state)
+    elif state.stage == "groups":
+        state = _try_group(problem, parts, state, readings)
+    elif state.step >= LAST_STEP:
+        state = _try_loss(problem, parts, state, readings)
+    else:
+        state = _try_common(problem, parts, state, readings)
+    return _within_range(problem.config, state)
+
+
+def describe(problem: ScalingProblem, state: ScanState) -> str:
+    """What the next iteration tries, e.g. "positions x2"."""
+    if state.stage == "start":
+        return "start"
+    if state.stage == "groups":
+        group = state.untried[0]
+        return f"{list(problem.tensors.groups)[group]} x{2.0 ** (state.exponents[group] + state.step):.3g}"
+    further = state.step if state.step >= LAST_STEP else 0.0
+    return f"all x{2.0 ** (state.reach + further):.3g}"
+
+
+def most_cost(config: NIOConfig, groups: int) -> float:
+    """Training steps that a scan may take, reports not counted: the budget, or what the common factor alone takes."""
+    doublings = math.log2(config.scale_range[1])
+    losses = math.floor(doublings / FIRST_STEP) + math.log2(FIRST_STEP / LAST_STEP)
+    # The start, and the exponent that is halved for as long as the gradient norm is out of its band.
+    readings = 1 + (1 + math.floor(math.log2(doublings / LAST_STEP)) if doublings >= LAST_STEP else 0)
+    alone = config.search_batches * (readings + FORWARD_SHARE * losses)
+    return alone if groups == 1 else max(alone, config.budget)
+
+
+def _measure_start(problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState) -> ScanState:
+    objective, ones = _objective(problem), (1.0,) * len(state.exponents)
+    start, size = measure_point(problem, parts, objective, ones, state.micro_batch_size)
+    record = _record(problem, state, "start", len(parts), size, start)
+    state = _recorded(state, record)
+    state = dataclasses.replace(state, readings=Readings(start, start, start), stage="common")
+    return state if state.step >= LAST_STEP else _with_groups_next(state)
+
+
+def _try_loss(problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState, readings: Readings) -> ScanState:
+    """Try a larger common factor by forward passes."""
+    exponent = state.reach + state.step
+    by_group = (2.0**exponent,) * len(state.exponents)
+    loss, size = loss_at(problem, parts, by_group, state.micro_batch_size)
+    broken = _bounds_of_common(problem, state, readings).broken_by_loss(loss)
+    outcome: Outcome = "loss_bound" if broken else "within_loss"
+    cost = FORWARD_SHARE * len(parts)
+    record = _record(problem, state, outcome, cost, size, loss=loss, scale=2.0**exponent)
+    reach = state.reach if broken else exponent
+    # Once a bound was broken, the exponents above are known: each further step is half of the last.
+    halves = broken or state.step < FIRST_STEP
+    following = _step_within(state.step / 2 if halves else state.step, reach, problem.config)
+    state = dataclasses.replace(_recorded(state, record), reach=reach, step=following)
+    return _with_groups_next(state) if following < LAST_STEP and reach == 0 else state
+
+
+def _try_common(
+    problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState, readings: Readings
+) -> ScanState:
+    """Measure the common factor that forward passes reached; accept it, or take half of its exponent."""
+    by_group = (2.0**state.reach,) * len(state.exponents)
+    bounds = _bounds_of_common(problem, state, readings)
+    reading, outcome, size = _judge(problem, parts, state, by_group, bounds)
+    record = _record(problem, state, outcome, len(parts), size, reading, scale=2.0**state.reach)
+    state = _recorded(state, record)
+    if reading is not None and outcome == "accepted":
+        accepted = Readings(readings.start, reading, reading)
+        exponents = (state.reach,) * len(state.exponents)
+        return _with_groups_next(dataclasses.replace(state, exponents=exponents, readings=accepted))
+    reach = state.reach / 2
+    return dataclasses.replace(state, reach=reach) if reach >= LAST_STEP else _with_groups_next(state)
+
+
+def _try_group(problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState, readings: Readings) -> ScanState:
+    """Try a scale of the group in front; go on in its direction, turn round, or go on to the next group."""
+    group = state.untried[0]
+    exponents, gains = list(state.exponents), list(state.gains)
+    exponents[group] += state.step
+    bounds = Bounds.of(problem.config, readings.start, readings.common)
+    reading, outcome, size = _judge(problem, parts, state, [2.0**exponent for exponent in exponents], bounds)
+    if reading is not None and outcome == "accepted":
+        gain, error = reading.gain_over(readings.current)
+        gains[group] += gain
+        if not gain > LEAST_GAIN * abs(state.step):
+            outcome = "no_gain"
+        elif not gain > error:
+            outcome = "noise"
+    name = list(problem.tensors.groups)[group]
+    record = _record(problem, state, outcome, len(parts), size, reading, group=name, scale=2.0 ** exponents[group])
+    state = _recorded(state, record)
+    if reading is None or outcome != "accepted":
+        return _turned(state)
+    moved = dataclasses.replace(
+        state,
+        exponents=tuple(exponents),
+        gains=tuple(gains),
+        readings=dataclasses.replace(readings, current=reading),
+        moved=True,
+        changed=True,
+    )
+    # Behind a halved step lies what was refused before.
+    return moved if abs(state.step) == GROUP_STEP else _with_next_group(moved)
+
+
+def _bounds_of_common(problem: ScalingProblem, state: ScanState, readings: Readings) -> Bounds:
+    """The bounds of the common factor, which leaves half of the rise of the loss to the groups."""
+    return Bounds.of(problem.config, readings.start, share=0.5 if state.free else 1.0)
+
+
+def _judge(
+    problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState, by_group: Sequence[float], bounds: Bounds
+) -> tuple[Reading | None, Outcome, int | None]:
+    """Measure a point and hold it against the bounds; a loss or gradient that is not finite breaks that on the loss."""
+    try:
+        reading, size = measure_point(problem, parts, _objective(problem), by_group, state.micro_batch_size)
+    except NumericsError:
+        return None, "loss_bound", state.micro_batch_size
+    return reading, bounds.broken_by(reading) or "accepted", size
+
+
+def _recorded(state: ScanState, record: IterationRecord) -> ScanState:
+    return dataclasses.replace(state, history=(*state.history, record), micro_batch_size=record.micro_batch_size)
+
+
+def _with_groups_next(state: ScanState) -> ScanState:
+    """The state with the common factor settled."""
+    if not state.free:
+        return dataclasses.replace(state, stage="finished")
+    return dataclasses.replace(state, stage="groups", step=GROUP_STEP, untried=state.free, moved=False, changed=False)
+
+
+def _free_groups(problem: ScalingProblem) -> tuple[int, ...]:
+    sizes = [sum(problem.initial[member].numel() for member in members) for members in problem.tensors.groups.values()]
+    largest = sizes.index(max(sizes))
+    return tuple(position for position in range(len(sizes)) if position != largest)
+
+
+def _within_range(config: NIOConfig, state: ScanState) -> ScanState:
+    """The state with the next trial of a group that stays within the range of the scales in front."""
+    least, largest = config.scale_range
+    while state.stage == "groups" and not least <= 2.0 ** (state.exponents[state.untried[0]] + state.step) <= largest:
+        state = _turned(state)
+    return state
+
+
+def _turned(state: ScanState) -> ScanState:
+    """The state where a step is refused: a smaller one follows, the other direction, or the next group."""
+    if abs(state.step) > LAST_GROUP_STEP:
+        return dataclasses.replace(state, step=state.step / 2)
+    if state.step > 0 and not state.moved:
+        return dataclasses.replace(state, step=-GROUP_STEP)
+    return _with_next_group(state)
+
+
+def _with_next_group(state: ScanState) -> ScanState:
+    """The state with the group in front settled for this round."""
+    state = dataclasses.replace(state, untried=state.untried[1:], step=GROUP_STEP, moved=False)
+    if state.untried:
+        return state
+    if not state.changed or len(state.free) == 1:
+        return dataclasses.replace(state, stage="finished")
+    return dataclasses.replace(state, untried=state.free, changed=False)
+
+
+def _step_within(step: float, reach: float, config: NIOConfig) -> float:
+    """The step, halved until it stays within the range of the scales; below `LAST_STEP` where none does."""
+    largest = math.log2(config.scale_range[1])
+    while step >= LAST_STEP and reach + step > largest:
+        step /= 2
+    return step
+
+
+def _objective(problem: ScalingProblem) -> Objective:
+    config = problem.config
+    return make_objective(config.objective, config.sub_batches, problem.before.grad_norm)
+
+
+def _record(
+    problem: ScalingProblem,
+    state: ScanState,
+    outcome: Outcome,
+    cost: float,
+    micro_batch_size: int | None,
+    reading: Reading | None = None,
+    *,
+    loss: float = math.nan,
+    group: str | None = None,
+    scale: float | None = None,
+) -> IterationRecord:
+    """The record of what the state was about to try."""
+    measured = None if reading is None else reading.measured
+    return IterationRecord(
+        iteration=len(state.history) + 1,
+        tried=describe(problem, state),
+        outcome=outcome,
+        loss=loss if measured is None else measured.loss,
+        grad_cosine=None if measured is None else measured.value,
+        grad_norm=None if measured is None else measured.grad_norm,
+        objective=None if reading is None or problem.config.objective == "gc" else reading.score,
+        group=group,
+        scale=scale,
+        cost=cost,
+        micro_batch_size=micro_batch_size,
+    )

@@ -1,0 +1,342 @@
+"""Pass 1 over the sub-batches of a batch: their gradients, of which GC, GN, the losses and a score are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from nio_hf.core import mode
+from nio_hf.core.batches import all_ignored_labels, batch_size, take, to_device
+from nio_hf.core.collective import Collective
+from nio_hf.core.gradcosine import ExtraSum, GradientSums
+from nio_hf.core.loss import Loss, check_micro_batches, dense_gradient, graph_gradient, mean_loss
+from nio_hf.core.memory import with_less_memory
+from nio_hf.core.result import GradCosine
+from nio_hf.core.tensors import ModelTensors
+from nio_hf.errors import ConfigError, DataError, ModelError, NIOError, NumericsError, Problem
+
+Keep = Literal["graphs", "gradients"] | None
+
+_LABELS_OR_TOKENS = "Check that labels lie between 0 and the number of classes minus 1, and tokens in the vocabulary"
+_KNOWN_ERRORS: list[tuple[str, type[NIOError], str, str]] = [
+    ("out of bounds", DataError, "an index is out of range", _LABELS_OR_TOKENS),
+    ("out of range in self", DataError, "an index is out of range", _LABELS_OR_TOKENS),
+    (
+        "derivative for",
+        ModelError,
+        "an operation has no second derivative",
+        'Set NIOConfig.curvature to "finite_difference", which needs first derivatives only',
+    ),
+    (
+        "don't support automatic differentiation",
+        ModelError,
+        "an operation with out=... has no derivative",
+        'Set NIOConfig.curvature to "finite_difference", or compute without out=',
+    ),
+    (
+        "use_reentrant",
+        ModelError,
+        "reentrant activation checkpointing gives no gradient of chosen tensors",
+        'Checkpoint with use_reentrant=False, in transformers activation_checkpointing_kwargs={"use_reentrant": False}',
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class SubBatches:
+    """The sub-batches of one batch that this process computes.
+
+    Attributes:
+        count: D.
+        owned: {d: samples of sub-batch d}, on the device of the model.
+        seed: of the random numbers that the loss may draw: each pass over a sub-batch draws the same ones.
+        batch_size: B.
+        where: names the batch in errors.
+    """
+
+    count: int
+    owned: dict[int, Any]
+    seed: int
+    batch_size: int
+    where: str
+
+    def seed_of(self, index: int) -> int:
+        """Seed of sub-batch `index`."""
+        return self.seed * self.count + index
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstPass:
+    """What pass 1 gives.
+
+    Attributes:
+        sums: over all D sub-batches; nothing of them is read by the host yet.
+        kept: {d: gradient of sub-batch d}, with its graph or without; empty where nothing is kept.
+        micro_batch_size: that it took.
+    """
+
+    sums: GradientSums
+    kept: dict[int, list[Tensor]]
+    micro_batch_size: int | None
+
+
+def split(
+    batch: Any,
+    windows: Sequence[Sequence[int]],
+    loss: Loss,
+    collective: Collective,
+    *,
+    where: str,
+    seed: int = 0,
+    order: Tensor | None = None,
+    micro_batch_size: int | None = None,
+) -> SubBatches:
+    """Split a batch into the sub-batches that this process owns.
+
+    Args:
+        batch: B samples.
+        windows: positions of each sub-batch, after the samples are put in `order`.
+        loss: gives model and device.
+        collective: the processes that share the sub-batches.
+        where: names the batch in errors.
+        seed: of the random numbers of the loss.
+        order: (B,) permutation; None for the order of the batch.
+        micro_batch_size: that is asked for.
+
+    Raises:
+        ConfigError: for sub-batches that are too small for batch normalisation, or computed in parts under it.
+    """
+    check_batch_norm(loss.model, min(map(len, windows)), micro_batch_size)
+    owned = {}
+    for index in collective.owned(len(windows)):
+        positions = torch.as_tensor(windows[index])
+        owned[index] = to_device(take(batch, positions if order is None else order[positions]), loss.device)
+    return SubBatches(len(windows), owned, seed, batch_size(batch), where)
+
+
+def first_pass(
+    loss: Loss,
+    wrt: Sequence[nn.Parameter],
+    parts: SubBatches,
+    collective: Collective,
+    *,
+    micro_batch_size: int | None = None,
+    extra: ExtraSum = None,
+    keep: Keep = None,
+    observe: Callable[[Sequence[Tensor]], None] | None = None,
+) -> FirstPass:
+    """Pass 1 over the sub-batches of all processes: one forward and one backward for each.
+
+    Args:
+        loss: of the model.
+        wrt: the gradient tensors.
+        parts: the sub-batches of this process.
+        collective: the processes that share the work.
+        micro_batch_size: samples computed at once; None for all.
+        extra: what is summed beside u.
+        keep: what pass 2 is given of each sub-batch, where memory allows it.
+        observe: called with each g_d of this process, tensor by tensor.
+    """
+    kept: dict[int, list[Tensor]] = {}
+    keeping = keep
+
+    def drop_kept() -> bool:
+        nonlocal keeping
+        dropped, keeping = keeping is not None, None
+        kept.clear()
+        return dropped
+
+    with collective.together():
+        sums = GradientSums(wrt, parts.count, extra)
+        for index, part in parts.owned.items():
+            with located(f"{parts.where}, sub-batch {index}"):
+
+                def compute(size: int | None, part: Any = part, index: int = index) -> tuple[list[Tensor], Tensor]:
+                    seed = parts.seed_of(index)
+                    if keeping == "graphs" and not splits(part, size):
+                        return graph_gradient(loss, part, wrt, seed=seed)
+                    return dense_gradient(loss, part, wrt, seed=seed, micro_batch_size=size)
+
+                (gradient, value), micro_batch_size = with_less_memory(
+                    compute,
+                    batch_size(part),
+                    micro_batch_size,
+                    where=parts.where,
+                    device=loss.device,
+                    drop_kept=drop_kept,
+                    check_split=split_check(loss, part, parts.seed_of(index)),
+                )
+                if keeping == "gradients" or (keeping == "graphs" and gradient[0].requires_grad):
+                    kept[index] = gradient
+                detached = [tensor.detach() for tensor in gradient]
+                sums.add(index, detached, value)
+                if observe is not None:
+                    observe(detached)
+                del gradient, detached
+    collective.sum_(sums.buffer)
+    collective.sum_(sums.scalars)
+    return FirstPass(sums, kept, micro_batch_size)
+
+
+def read(sums: GradientSums, parts: SubBatches, carry: Sequence[Tensor] = ()) -> tuple[GradCosine, list[float]]:
+    """What the host reads of pass 1, and scalar tensors along with it, in one transfer."""
+    values = torch.cat(
+        [
+            torch.stack([sums.grad_cosine, *(scalar.reshape(()).to(sums.buffer.dtype) for scalar in carry)]),
+            sums.scalars[:2].flatten(),
+        ]
+    ).tolist()
+    carried, per_part = values[1 : 1 + len(carry)], values[1 + len(carry) :]
+    norms, losses = per_part[: sums.sub_batches], per_part[sums.sub_batches :]
+    measured = GradCosine(
+        value=values[0],
+        grad_norm=math.fsum(norms) / len(norms),
+        norms=tuple(norms),
+        loss=math.fsum(losses) / len(losses),
+        batch_size=parts.batch_size,
+    )
+    return measured, carried
+
+
+def check(
+    measured: GradCosine,
+    sums: GradientSums,
+    parts: SubBatches,
+    tensors: ModelTensors,
+    loss: Loss,
+    collective: Collective,
+) -> None:
+    """Refuse losses and gradients that are not finite, and gradients that are zero.
+
+    Raises:
+        NumericsError: names the first such sub-batch, the tensor and, of several, the rank that computed it.
+    """
+    losses = sums.scalars[1].tolist() if not math.isfinite(measured.loss) else [measured.loss] * parts.count
+    if not any(measured.norms) and math.isfinite(measured.loss):
+        _refuse_zero(parts, collective)
+    for index, (grad_norm, value) in enumerate(zip(measured.norms, losses, strict=True)):
+        if not math.isfinite(value) or not math.isfinite(grad_norm) or grad_norm == 0:
+            with collective.together():
+                if index in parts.owned:
+                    _refuse(grad_norm, value, index, parts, tensors, loss)
+
+
+def batch_loss(
+    loss: Loss, parts: SubBatches, collective: Collective, *, micro_batch_size: int | None = None
+) -> tuple[float, int | None]:
+    """Mean loss over the sub-batches of all processes, by forward passes alone, and the micro-batch size it took."""
+    with collective.together():
+        total = torch.zeros((), dtype=torch.float64, device=loss.device)
+        for index, part in parts.owned.items():
+            with located(f"{parts.where}, sub-batch {index}"):
+                seed = parts.seed_of(index)
+
+                def compute(size: int | None, part: Any = part, seed: int = seed) -> Tensor:
+                    return mean_loss(loss, part, seed=seed, micro_batch_size=size)
+
+                value, micro_batch_size = with_less_memory(
+                    compute,
+                    batch_size(part),
+                    micro_batch_size,
+                    where=parts.where,
+                    device=loss.device,
+                    check_split=split_check(loss, part, seed),
+                )
+                total += value
+    collective.sum_(total)
+    return float(total) / parts.count, micro_batch_size
+
+
+def splits(batch: Any, micro_batch_size: int | None) -> bool:
+    """Whether a batch is computed in micro-batches."""
+    return micro_batch_size is not None and micro_batch_size < batch_size(batch)
+
+
+def split_check(loss: Loss, part: Any, seed: int) -> Callable[[int], None] | None:
+    """Checks whether a sub-batch may be computed in parts of a size; None where batch normalisation forbids it."""
+    if mode.batch_norms(loss.model):
+        return None
+    return functools.partial(check_micro_batches, loss, part, seed=seed)
+
+
+def check_batch_norm(model: nn.Module, smallest: int, micro_batch_size: int | None) -> None:
+    """Refuse sub-batches that batch normalisation cannot take its own statistics from.
+
+    Raises:
+        ConfigError: for sub-batches of one sample, or computed in parts.
+    """
+    if not mode.batch_norms(model):
+        return
+    if micro_batch_size is not None:
+        fix = "Leave it out: the statistics are those of a whole sub-batch. Larger NIOConfig.sub_batches save memory"
+        raise ConfigError(Problem("NIOConfig.micro_batch_size", "given for a model with batch normalisation", fix))
+    if smallest < 2:
+        fix = "Choose fewer sub-batches, or give larger batches"
+        raise ConfigError(Problem("NIOConfig.sub_batches", "one sample for a sub-batch under batch normalisation", fix))
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Say where an error of loss_fn came from; what the data or the model cause becomes an error of ours.
+
+    Raises:
+        DataError: for labels or tokens out of range.
+        ModelError: for an operation without a second derivative, or checkpointing that does not give one.
+    """
+    try:
+        yield
+    except Exception as error:
+        for text, error_type, found, fix in _KNOWN_ERRORS if isinstance(error, IndexError | RuntimeError) else ():
+            if text in str(error):
+                raise error_type(Problem(where, f"{found} ({str(error).splitlines()[0]})", fix)) from error
+        error.add_note(f"raised at {where}")
+        raise
+
+
+def _refuse_zero(parts: SubBatches, collective: Collective) -> NoReturn:
+    """Say why the gradients of all sub-batches are zero, as far as it is known."""
+    fix = "Check that the loss depends on the trainable tensors and the inputs are not constant"
+    with collective.together():
+        ignored = [index for index, part in parts.owned.items() if all_ignored_labels(part)]
+        if ignored:
+            _refuse_ignored(f"{parts.where}, sub-batch {ignored[0]}")
+    if parts.count == parts.batch_size:
+        fix += ". A loss that compares samples with each other is constant on one sample: choose fewer sub-batches"
+    raise NumericsError(Problem(parts.where, "the gradients of all sub-batches are zero", fix))
+
+
+def _refuse_ignored(place: str) -> NoReturn:
+    fix = "Give larger batches, choose fewer sub-batches, or leave such samples out"
+    raise DataError(Problem(place, "every label is ignored, so there is no loss to differentiate", fix))
+
+
+def _refuse(
+    grad_norm: float, value: float, index: int, parts: SubBatches, tensors: ModelTensors, loss: Loss
+) -> NoReturn:
+    """Say what is wrong with a sub-batch of this process."""
+    part, place = parts.owned[index], f"{parts.where}, sub-batch {index}"
+    if all_ignored_labels(part):
+        _refuse_ignored(place)
+    if not math.isfinite(value):
+        raise NumericsError(Problem(place, f"the loss is {value}", "Check inputs, labels and the initial weights"))
+    if not math.isfinite(grad_norm):
+        fix = "Check inputs, labels and the initial weights, or narrow NIOConfig.scale_range"
+        found = f"the gradient of {_first_non_finite(part, parts.seed_of(index), tensors, loss)} is not finite"
+        raise NumericsError(Problem(place, found, fix))
+    fix = "Use fewer sub-batches, or check the samples of the batch"
+    raise NumericsError(Problem(place, "the gradient is zero, so it has no direction", fix))
+
+
+def _first_non_finite(part: Any, seed: int, tensors: ModelTensors, loss: Loss) -> str:
+    grads, _ = dense_gradient(loss, part, tensors.gradient_parameters, seed=seed)
+    for place, grad in zip(tensors.gradient, grads, strict=True):
+        if not grad.isfinite().all():
+            return place.name
+    return "all tensors together (their squared norm overflows)"

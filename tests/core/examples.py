@@ -1,0 +1,20 @@
+"""How hypothesis draws examples: the same ones in every run, and nothing is written to disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+
+
+def examples(count: int) -> Any:
+    """At most `count` examples, whatever time they take; one that fails is shown as it was found."""
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )

@@ -1,0 +1,85 @@
+"""What a method is given: points, batches and their measurements."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from nio_hf import NIOConfig, grad_cosine
+from nio_hf.core.gradcosine import published_windows, sub_batch_windows
+from nio_hf.core.objectives import make_objective
+from nio_hf.core.problem import FORWARD_SHARE, loss_at, measure_point, search_parts, seed_of, shuffled_parts
+from tests.core.cases import batches_of, double_case, scaling_problem
+
+
+def test_a_point_multiplies_the_tensors_of_each_group_and_none_else() -> None:
+    made = double_case("vit")
+    values = {name: parameter.detach().clone() for name, parameter in made.model.named_parameters()}
+    config = NIOConfig(groups={"values": "v_proj.weight", "positions": "position"})
+    with scaling_problem(made.model, made.loss_fn, config) as problem:
+        for by_group in ([2.0, 0.5], [3.0, 1.0]):
+            problem.place(by_group)
+            for name, parameter in made.model.named_parameters():
+                factor = by_group[0] if "v_proj.weight" in name else by_group[1] if "position" in name else 1.0
+                assert torch.equal(parameter, factor * values[name])
+        pairs = zip(problem.theta, problem.tensors.scaled_parameters, strict=True)
+        assert all(theta.data_ptr() == parameter.data_ptr() for theta, parameter in pairs)
+    assert all(torch.equal(parameter, values[name]) for name, parameter in made.model.named_parameters())
+
+
+@pytest.mark.parametrize("objective", ["gc", "gc_norm", "gc_sum_norm", "variance", "gc_sign"])
+def test_a_point_is_measured_as_the_diagnostic_does_it(objective: Any) -> None:
+    made, batches = double_case("mlp"), batches_of("mlp", 3)
+    config = NIOConfig(groups="tensor", sub_batches=4, objective=objective)
+    with scaling_problem(made.model, made.loss_fn, config, grad_norm=2.0) as problem:
+        parts = search_parts(problem, batches)
+        assert [part.where for part in parts] == ["search batch 0", "search batch 1", "search batch 2"]
+        by_group = [1.5, 0.5, 2.0]
+        reading, size = measure_point(problem, parts, make_objective(objective, 4, 2.0), by_group, None)
+        loss, _ = loss_at(problem, parts, by_group, None)
+        in_parts, small = measure_point(problem, parts, make_objective(objective, 4, 2.0), by_group, 1)
+    assert (size, small) == (None, 1)
+    assert in_parts.score == pytest.approx(reading.score, rel=1e-6)
+    for name, omega in zip(("0.weight", "4.weight", "6.weight"), by_group, strict=True):
+        made.model.get_parameter(name).data.mul_(omega)
+    expected = [grad_cosine(made.model, batch, made.loss_fn, sub_batches=4) for batch in batches]
+    for one, other in zip(reading.measured.parts, expected, strict=True):
+        assert (one.value, one.loss) == pytest.approx((other.value, other.loss), rel=1e-9)
+        assert one.norms == pytest.approx(other.norms, rel=1e-9)
+    assert loss == pytest.approx(sum(one.loss for one in expected) / 3, rel=1e-9)
+    if objective == "gc":
+        assert reading.scores == pytest.approx([one.value for one in expected])
+    if objective == "gc_norm":
+        assert reading.scores == pytest.approx([one.value + one.grad_norm / 2 for one in expected])
+
+
+def test_shuffled_batches_have_the_windows_of_the_paper() -> None:
+    made = double_case("mlp", 10)
+    config = NIOConfig.published(sub_batches=3, overlap=0.3, seed=4)
+    with scaling_problem(made.model, made.loss_fn, config) as problem:
+        first, again, other = (shuffled_parts(problem, made.batch, iteration) for iteration in (1, 1, 2))
+    windows = published_windows(10, 3, 0.3)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(seed_of(4, 1)))
+    for index, window in enumerate(windows):
+        assert torch.equal(first.owned[index][1], made.batch[1][order[window]])
+        assert torch.equal(first.owned[index][0], again.owned[index][0])
+    assert any(not torch.equal(first.owned[index][0], other.owned[index][0]) for index in range(3))
+    assert first.where == "iteration 1"
+
+
+def test_search_batches_are_split_in_the_order_of_their_samples() -> None:
+    made = double_case("mlp", 10)
+    with scaling_problem(made.model, made.loss_fn, NIOConfig(sub_batches=3)) as problem:
+        (part,) = search_parts(problem, [made.batch])
+    for index, window in enumerate(sub_batch_windows(10, 3)):
+        assert torch.equal(part.owned[index][0], made.batch[0][window])
+
+
+def test_numbers_of_runs_and_batches_have_seeds_of_their_own() -> None:
+    numbers = [*range(200), *range(500_000, 500_020), *range(600_000, 600_020)]
+    seeds = [seed_of(seed, number) for seed, number in itertools.product(range(5), numbers)]
+    assert len(set(seeds)) == len(seeds)
+    assert pytest.approx(1 / 3) == FORWARD_SHARE

@@ -1,0 +1,190 @@
+"""The search of the paper against a plain loop of it, written by hand on the joint graph."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nio_hf import NIOConfig, grad_cosine, initialize
+from nio_hf.core import find_tensors, published
+from nio_hf.core.mode import measuring
+from nio_hf.core.problem import seed_of
+from nio_hf.core.published import PublishedState
+from nio_hf.core.reference import joint_graph
+from tests.core.cases import PER_TENSOR, Case, batches_of, case, double_case, scaling_problem
+
+SAMPLES, REPORTED = 10, 2
+
+
+@dataclasses.dataclass
+class ByHand:
+    """What the plain loop found."""
+
+    scales: dict[str, float]
+    branches: list[str]
+    norms: list[float]
+    cosines: list[float]
+
+
+def slices(samples: int, sub_batches: int, overlap: float) -> list[range]:
+    """The windows of the paper."""
+    length = samples // sub_batches
+    windows = []
+    for i in range(sub_batches):
+        start, end = int((1 - overlap) * length * i), int((1 + overlap) * length * (i + 1))
+        if i == 0:
+            start = 0
+        if i == sub_batches - 1:
+            end = samples
+        windows.append(range(start, min(end, samples)))
+    return windows
+
+
+def by_hand(made: Case, batches: list[Any], config: NIOConfig, initial_grad_norm: float) -> ByHand:
+    """Algorithm 1 of the paper in plain numbers, on scales that groups of tensors share."""
+    found = find_tensors(made.model, config.scaled_tensors, config.groups)
+    group_of = {found.scaled[position].name: group for group, members in found.groups.items() for position in members}
+    gradient = [place.name for place in found.gradient]
+    omega, first = dict.fromkeys(found.groups, 1.0), {}
+    second, steps = dict.fromkeys(found.groups, 0.0), {"objective": 0, "constraint": 0}
+    for branch in steps:
+        first[branch] = dict.fromkeys(found.groups, 0.0)
+    result = ByHand({}, [], [], [])
+    for iteration, batch in enumerate(batches, 1):
+        generator = torch.Generator().manual_seed(seed_of(config.seed, iteration))
+        order = torch.randperm(SAMPLES, generator=generator).tolist()
+        model = copy.deepcopy(made.model)
+        with torch.no_grad():
+            for name, group in group_of.items():
+                model.get_parameter(name).mul_(omega[group])
+        here = dataclasses.replace(made, batch=batch)
+        windows = slices(SAMPLES, config.sub_batches, config.overlap)
+
+        def losses(
+            model: nn.Module, here: Case = here, order: list[int] = order, windows: Any = windows
+        ) -> list[Tensor]:
+            return [here.mean_loss([order[i] for i in window], model) for window in windows]
+
+        settings: dict[str, Any] = {"gradient": gradient, "scaled": list(group_of), "objective": config.objective}
+        with measuring(model):
+            joint = joint_graph(model, losses, initial_grad_norm=initial_grad_norm, **settings)
+            branch = "objective"
+            if config.gamma is not None and float(joint.grad_norm) > config.gamma:
+                branch = "constraint"
+                joint = joint_graph(model, losses, branch="constraint", **settings)
+        steps[branch] += 1
+        result.branches.append(branch)
+        result.norms.append(float(joint.grad_norm))
+        result.cosines.append(float(joint.grad_cosine))
+        for group in omega:
+            own = [i for i, name in enumerate(group_of) if group_of[name] == group]
+            # The oracle differentiates by a factor of the weights as they are, which hold the scale so far.
+            slope = float(joint.scale_gradient[own].sum()) / omega[group]
+            slope = max(-1.0, min(1.0, slope))
+            first[branch][group] = 0.9 * first[branch][group] + 0.1 * slope
+            second[group] = 0.999 * second[group] + 0.001 * slope**2
+            mean = first[branch][group] / (1 - 0.9 ** steps[branch])
+            square = second[group] / (1 - 0.999 ** sum(steps.values()))
+            moved = omega[group] - config.rate * mean / (math.sqrt(square) + 1e-8)
+            omega[group] = max(config.scale_range[0], min(config.scale_range[1], moved))
+    result.scales = {name: omega[group] for name, group in group_of.items()}
+    return result
+
+
+def both(name: str, config: NIOConfig) -> tuple[ByHand, Any]:
+    batches = batches_of(name, REPORTED + config.steps, SAMPLES)
+    made = double_case(name, SAMPLES)
+    norms = [
+        grad_cosine(made.model, batch, made.loss_fn, sub_batches=config.sub_batches).grad_norm
+        for batch in batches[:REPORTED]
+    ]
+    expected = by_hand(made, batches[REPORTED:], config, sum(norms) / REPORTED)
+    return expected, initialize(made.model, batches, made.loss_fn, config)
+
+
+# gamma lies between the gradient norms of the iterations, so that both kinds of step are taken.
+GAMMA = {"mlp": 2.0, "vit": 9.0, "gpt2": 6.0, "resnet": 2.5}
+PUBLISHED: dict[str, Any] = {"iterations": 5, "lr": 0.1, "report_batches": REPORTED}
+
+
+@pytest.mark.parametrize("name", GAMMA)
+def test_published_settings_give_the_scales_of_the_plain_loop(name: str) -> None:
+    config = NIOConfig.published(gamma=GAMMA[name], curvature="exact", **PUBLISHED)
+    expected, exact = both(name, config)
+    assert set(expected.branches) == {"objective", "constraint"}
+    outcome = {"objective": "accepted", "constraint": "lower_norm"}
+    made, batches = double_case(name, SAMPLES), batches_of(name, REPORTED + config.steps, SAMPLES)
+    config = dataclasses.replace(config, curvature="finite_difference")
+    approximate = initialize(made.model, batches, made.loss_fn, config)
+    for result, tolerance in ((exact, 1e-7), (approximate, 1e-3)):
+        assert [record.outcome for record in result.history] == [outcome[branch] for branch in expected.branches]
+        assert [record.grad_norm for record in result.history] == pytest.approx(expected.norms, rel=tolerance)
+        assert [record.grad_cosine for record in result.history] == pytest.approx(expected.cosines, abs=tolerance)
+        assert result.scales == pytest.approx(expected.scales, rel=tolerance)
+    assert max(abs(omega - 1) for omega in exact.scales.values()) > 0.2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "gc"},
+        {"objective": "gc_norm", "groups": "kind", "scaled_tensors": "weights"},
+        {"objective": "variance", "groups": "model"},
+        {"groups": {"attention": "attention", "rest": "mlp|classifier"}, "gamma": None},
+        {"overlap": 0.0, "sub_batches": 3, "seed": 5},
+        {"overlap": 0.5, "sub_batches": 2, "lr": 0.3, "scale_range": (0.9, 1.05)},
+    ],
+)
+def test_other_settings_too(changes: dict[str, Any]) -> None:
+    config = NIOConfig.published(**{"gamma": GAMMA["vit"], **PUBLISHED, "iterations": 4, **changes})
+    expected, result = both("vit", config)
+    assert result.scales == pytest.approx(expected.scales, rel=1e-7)
+    least, largest = config.scale_range
+    assert all(least <= omega <= largest for omega in result.scales.values())
+    if least > 0.5:
+        assert {least, largest} <= set(result.scales.values())
+
+
+def test_what_the_last_step_gives_is_applied_whatever_it_is() -> None:
+    made = case("mlp")
+    config = NIOConfig(**{**PER_TENSOR, "objective": "gc_sum_norm"}, iterations=6, lr=0.5, sub_batches=2)
+    result = initialize(made.model, batches_of("mlp", 10), made.loss_fn, config)
+    assert result.after.loss > 1.5 * result.before.loss
+    assert max(result.scales.values()) > 2
+    assert result.status == "collapse_suspected"
+
+
+@pytest.mark.parametrize(("gamma", "outcome"), [(1e-3, "lower_norm"), (1e3, "accepted"), (None, "accepted")])
+def test_above_gamma_the_norm_is_lowered(gamma: float | None, outcome: str) -> None:
+    made = case("mlp")
+    config = NIOConfig(**PER_TENSOR, gamma=gamma, iterations=8, lr=0.05, report_batches=2, sub_batches=2)
+    result = initialize(made.model, batches_of("mlp", 10), made.loss_fn, config)
+    assert {record.outcome for record in result.history} == {outcome}
+    if outcome == "lower_norm":
+        assert result.after.grad_norm < 0.8 * result.before.grad_norm
+        assert result.status == "constraint_violated"
+    else:
+        assert result.after.value > result.before.value
+
+
+def test_a_state_goes_on_exactly_after_a_trip_through_json() -> None:
+    made, batches = double_case("mlp", SAMPLES), batches_of("mlp", 4, SAMPLES)
+    config = NIOConfig.published(iterations=4, lr=0.05, gamma=2.0)
+    with scaling_problem(made.model, made.loss_fn, config) as problem:
+        states = [published.init(problem)]
+        for batch in batches:
+            assert not published.finished(problem, states[-1])
+            assert published.describe(problem, states[-1]) == "a step of 0.05"
+            states.append(published.step(problem, batch, states[-1]))
+        assert published.finished(problem, states[-1])
+        again = PublishedState.from_dict(json.loads(json.dumps(dataclasses.asdict(states[2]))))
+        assert again == states[2]
+        assert published.step(problem, batches[2], again) == states[3]
+    assert [record.iteration for record in states[-1].history] == [1, 2, 3, 4]
