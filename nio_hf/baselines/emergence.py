@@ -1,35 +1,18 @@
-"""Emergence-promoting initialisation: smaller weights before the middle of a model, larger ones behind it.
-
-Source: Li, George, Silva, "Advancing Neural Network Performance through Emergence-Promoting Initialization Scheme",
-arXiv 2407.19044.
-"""
+"""Emergence-promoting initialisation: smaller weights before the middle of a model, larger ones behind it."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any
+import collections
+from collections.abc import Iterable
 
-from torch import nn
-
-from nio_hf.baselines.options import check_options, is_positive
-from nio_hf.baselines.tensors import LayerWeight, layer_weights
-from nio_hf.core import Collective, InitResult, NIOConfig
-from nio_hf.core.differentiator import LossFn
-from nio_hf.core.method import SINGLE_PROCESS, Learned, OnIteration, Workspace, run_method
+from nio_hf.baselines.tensors import layer_weights
+from nio_hf.core.config import is_positive
+from nio_hf.core.method import Learned, Method, Options, Watch
+from nio_hf.core.problem import ScalingProblem
+from nio_hf.core.tensors import TensorPlace
 
 
-def emergence(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss_fn: LossFn,
-    config: NIOConfig | None = None,
-    *,
-    holdout: Sequence[Any] | None = None,
-    on_iteration: OnIteration | None = None,
-    collective: Collective = SINGLE_PROCESS,
-    alpha: float = 1.1,
-) -> InitResult:
+def scale_by_depth(problem: ScalingProblem, options: Options, watch: Watch) -> Learned:
     """Divide the weights of the n-th layer before the middle by alpha^n, multiply those of the n-th behind it.
 
         W_{-n} <- W_{-n} / alpha^n        W_n <- W_n alpha^n        n = 1, 2, ... counted from the middle outwards
@@ -42,45 +25,22 @@ def emergence(
     last one. In a Transformer that is a whole block: its projections work side by side or on branches of one residual
     stream, and the signal passes through the model block by block, which is the depth that the paper counts. In a
     chain of layers each of them is a block. In a model without blocks each weight counts as a layer, in parameter
-    order. Biases, normalisation layers and embeddings are left alone.
+    order. Biases, normalisation layers and embeddings are left alone. No batch is used.
 
-    Args:
-        model: as in [`initialize`], and likewise what follows.
-        batches: see there; only the held-out ones are used.
-        loss_fn: see there.
-        config: `sub_batches`, `holdout_batches` and how to compute are used.
-        holdout: see there.
-        on_iteration: never called.
-        collective: see there.
+    Options:
         alpha: above 1 to promote emergence; 1 leaves the model as it is. The default is our choice.
 
     Raises:
-        ConfigError: for an alpha that is not above 0.
         ModelError: for a model without linear or convolution layers.
-        NIOError: as in [`initialize`].
+
+    Source: Li, George, Silva, "Advancing Neural Network Performance through Emergence-Promoting Initialization Scheme",
+    arXiv 2407.19044.
     """
-    check_options("emergence", ("alpha", alpha, is_positive(alpha), "Give a finite number above 0, such as 1.1"))
-
-    def learn(workspace: Workspace) -> Learned:
-        layers = _layers(layer_weights(workspace.model, workspace.scales))
-        for exponent, layer in zip(exponents(len(layers)), layers, strict=True):
-            for weight in layer:
-                weight.parameter.data.mul_(float(alpha) ** exponent)
-        return Learned()
-
-    return run_method(
-        "emergence",
-        learn,
-        model,
-        batches,
-        loss_fn,
-        config,
-        iterations=0,
-        holdout=holdout,
-        on_iteration=on_iteration,
-        collective=collective,
-        options={"alpha": alpha},
-    )
+    layers = _layers(layer_weights(problem.loss.model, problem.tensors))
+    for exponent, layer in zip(exponents(len(layers)), layers, strict=True):
+        for place in layer:
+            place.parameter.data.mul_(float(options["alpha"]) ** exponent)
+    return Learned()
 
 
 def exponents(layers: int) -> list[int]:
@@ -89,8 +49,29 @@ def exponents(layers: int) -> list[int]:
     return [*range(-half, 0), *([0] * (layers % 2)), *range(1, half + 1)]
 
 
-def _layers(weights: Sequence[LayerWeight]) -> list[list[LayerWeight]]:
+def _layers(weights: Iterable[TensorPlace]) -> list[list[TensorPlace]]:
     """The weights by layer, from input to output."""
-    by_depth = sorted(weights, key=lambda weight: weight.place.depth)
-    layers = [list(group) for _, group in itertools.groupby(by_depth, key=lambda weight: weight.place.depth)]
-    return [[weight] for weight in weights] if len(layers) == 1 else layers
+    by_depth: dict[int, list[TensorPlace]] = collections.defaultdict(list)
+    for place in weights:
+        by_depth[place.depth].append(place)
+    if len(by_depth) == 1:
+        return [[place] for place in weights]
+    return [by_depth[depth] for depth in sorted(by_depth)]
+
+
+EMERGENCE = Method(
+    name="emergence",
+    title="emergence-promoting initialisation",
+    describe=lambda config: (
+        "Emergence-promoting initialisation (Li et al., 2024) scaled the weights of each layer by powers of alpha, "
+        "down before the middle layer and up behind it."
+    ),
+    learn=scale_by_depth,
+    batches=lambda config, options: 0,
+    most_cost=lambda config, groups, options: 0.0,
+    options={"alpha": 1.1},
+    check=lambda options: [
+        ("alpha", options["alpha"], is_positive(options["alpha"]), "Give a finite number above 0, such as 1.1")
+    ],
+)
+"""Emergence-promoting initialisation."""

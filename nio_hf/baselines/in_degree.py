@@ -32,87 +32,40 @@ def in_degrees(loss: Tensor, weights: Sequence[nn.Parameter]) -> list[int]:
         loss: with its graph.
         weights: of linear and convolution layers.
     """
-    graph = _Graph(loss, weights)
-    found = {id(weight): 1 for weight in weights}
-    for node in graph.nodes:
-        if graph.is_sum(node) and not graph.is_part_of_sum(node):
-            summands = graph.summands(node)
-            for summand in summands:
-                for weight in graph.weights_behind(summand):
-                    found[weight] = max(found[weight], len(summands))
-    return [found[id(weight)] for weight in weights]
-
-
-class _Graph:
-    """The graph of a loss, seen from its operations.
-
-    Args:
-        loss: the root.
-        weights: the leaves that make an operation a layer.
-
-    Attributes:
-        nodes: from the leaves to the loss.
-    """
-
-    def __init__(self, loss: Tensor, weights: Sequence[nn.Parameter]) -> None:
-        self._weights = {id(weight) for weight in weights}
-        self.nodes = _from_leaves(loss.grad_fn)
-        self._users: dict[Node, list[Node]] = collections.defaultdict(list)
-        self._leaf: dict[Node, int] = {}
-        self._activations: set[Node] = set()
-        for node in self.nodes:
-            for child in _children(node):
-                self._users[child].append(node)
-            self._place(node)
-
-    def _place(self, node: Node) -> None:
-        """Note whether a node is a parameter, perhaps rearranged, or the value of a layer, perhaps worked on."""
-        children = _children(node)
-        if node.name().endswith(_LEAF):
-            self._leaf[node] = id(node.variable)
-        elif len(children) == 1 and children[0] in self._leaf and _operation(node) in (*_REARRANGING, *_TAKING):
-            self._leaf[node] = self._leaf[children[0]]
-        elif _operation(node) in _PRODUCTS or any(child in self._activations for child in children):
-            self._activations.add(node)
-
-    def _own(self, node: Node) -> list[int]:
-        """The weights that an operation takes directly."""
-        return [self._leaf[child] for child in _children(node) if self._leaf.get(child) in self._weights]
-
-    def is_sum(self, node: Node) -> bool:
-        """Whether a node adds two activations."""
-        children = _children(node)
-        return _operation(node) == _SUM and len(children) == 2 and all(child in self._activations for child in children)
-
-    def is_part_of_sum(self, node: Node) -> bool:
-        """Whether a sum is only the first part of another one."""
-        users = self._users[node]
-        return self.is_sum(node) and len(users) == 1 and self.is_sum(users[0])
-
-    def summands(self, node: Node) -> list[Node]:
-        """What a sum adds, the summands of sums that are a part of it included."""
-        found = []
-        for child in _children(node):
-            found += self.summands(child) if self.is_part_of_sum(child) else [child]
-        return found
-
-    def weights_behind(self, node: Node) -> list[int]:
-        """The weights of the layer that a value comes from, if nothing else uses it on the way."""
-        while len(self._users[node]) == 1:
-            own = self._own(node)
-            inputs = [child for child in _children(node) if child not in self._leaf]
-            if own or len(inputs) != 1:
-                return own
-            node = inputs[0]
-        return []
+    nodes, known = _from_leaves(loss.grad_fn), {id(weight) for weight in weights}
+    users = collections.Counter(child for node in nodes for child in _children(node))
+    parameters: dict[Node, int] = {}
+    activations: set[Node] = set()
+    sources: dict[Node, list[int]] = {}
+    sums: dict[Node, list[Node]] = {}
+    for node in nodes:
+        children, operation = _children(node), str(node.name()).split("Backward")[0]
+        if operation.endswith(_LEAF):
+            parameters[node] = id(node.variable)
+            continue
+        if len(children) == 1 and children[0] in parameters and operation in (*_REARRANGING, *_TAKING):
+            parameters[node] = parameters[children[0]]
+            continue
+        if operation in _PRODUCTS or any(child in activations for child in children):
+            activations.add(node)
+        # The weights of the layer that this value comes from, if nothing else uses it on the way.
+        sources[node] = [parameters[child] for child in children if parameters.get(child) in known]
+        inputs = [child for child in children if child not in parameters]
+        if not sources[node] and len(inputs) == 1 and users[inputs[0]] == 1:
+            sources[node] = sources[inputs[0]]
+        if operation == _SUM and len(children) == 2 and all(child in activations for child in children):
+            # A sum that nothing but another one uses is a part of it.
+            parts = [sums.pop(child) if child in sums and users[child] == 1 else [child] for child in children]
+            sums[node] = parts[0] + parts[1]
+    degrees = dict.fromkeys(known, 1)
+    for summands in sums.values():
+        for weight in (weight for node in summands if users[node] == 1 for weight in sources[node]):
+            degrees[weight] = max(degrees[weight], len(summands))
+    return [degrees[id(weight)] for weight in weights]
 
 
 def _children(node: Node) -> list[Node]:
     return [child for child, _ in node.next_functions if child is not None]
-
-
-def _operation(node: Node) -> str:
-    return str(node.name()).split("Backward")[0]
 
 
 def _from_leaves(root: Node) -> list[Node]:

@@ -1,7 +1,4 @@
-"""LSUV: layer after layer, weights scaled until the output of the layer has unit variance.
-
-Source: Mishkin and Matas, "All you need is a good init", ICLR 2016, arXiv 1511.06422, algorithm 1.
-"""
+"""LSUV: layer after layer, weights scaled until the output of the layer has unit variance."""
 
 from __future__ import annotations
 
@@ -10,38 +7,26 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nio_hf.baselines.options import check_options, is_count, is_number
-from nio_hf.baselines.tensors import LayerWeight, layer_weights
-from nio_hf.core import Collective, InitResult, NIOConfig
-from nio_hf.core.batches import chunks, to_device
-from nio_hf.core.differentiator import LossFn
-from nio_hf.core.loop import iteration_seed
-from nio_hf.core.method import SINGLE_PROCESS, Learned, OnIteration, Workspace, run_method
-from nio_hf.core.two_pass import located
+from nio_hf.baselines.tensors import layer_weights
+from nio_hf.core.batches import batch_size, chunks, to_device
+from nio_hf.core.config import is_count, is_number
+from nio_hf.core.memory import with_less_memory
+from nio_hf.core.method import Check, Learned, Method, Options, Watch
+from nio_hf.core.problem import FORWARD_SHARE, ScalingProblem, seed_of
+from nio_hf.core.sub_batches import located, split_check
+from nio_hf.core.tensors import TensorPlace
 from nio_hf.errors import NumericsError, Problem
 
 logger = logging.getLogger(__name__)
 
 
-def lsuv(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss_fn: LossFn,
-    config: NIOConfig | None = None,
-    *,
-    holdout: Sequence[Any] | None = None,
-    on_iteration: OnIteration | None = None,
-    collective: Collective = SINGLE_PROCESS,
-    orthonormal: bool = True,
-    tolerance: float = 0.1,
-    max_trials: int = 10,
-) -> InitResult:
+def scale_outputs(problem: ScalingProblem, options: Options, watch: Watch) -> Learned:
     """Scale the weight of each layer until the variance of its output is 1, in the order in which layers are computed.
 
         while |Var(y_l) - 1| >= tolerance, at most max_trials times:   W_l <- W_l / sqrt(Var(y_l))
@@ -58,198 +43,182 @@ def lsuv(
     last trial of the latter; putting the weight back is our choice, as a layer with a large bias would lose its weight.
     Layers that are never called and weights that are tied to an embedding are not touched.
 
-    Args:
-        model: as in [`initialize`], and likewise what follows.
-        batches: see there; one that is not held out is used.
-        loss_fn: see there; it is called to run the model.
-        config: of the shared settings, `seed` decides on the orthonormal matrices; the others are used to measure.
-        holdout: see there.
-        on_iteration: never called.
-        collective: see there. Every process computes the whole batch, and the weights of rank 0 count.
-        orthonormal: False keeps the weights that the model has and only scales them.
+    Every process computes the whole batch, and the weights of rank 0 count.
+
+    Options:
+        orthonormal: False keeps the weights that the model has and only scales them; the seed decides on new ones.
         tolerance: in (0, 1).
         max_trials: at least 1.
 
     Raises:
-        ConfigError: lists the options that are out of range.
         ModelError: for a model without linear or convolution layers.
         NumericsError: for an output variance that is not finite.
-        NIOError: as in [`initialize`].
+
+    Source: Mishkin and Matas, "All you need is a good init", ICLR 2016, arXiv 1511.06422, algorithm 1.
     """
-    check_options(
-        "lsuv",
-        ("orthonormal", orthonormal, isinstance(orthonormal, bool), "Give true or false"),
-        ("tolerance", tolerance, is_number(tolerance) and 0 < tolerance < 1, "Give a number between 0 and 1"),
-        ("max_trials", max_trials, is_count(max_trials), "Give a whole number of at least 1"),
-    )
-
-    def learn(workspace: Workspace) -> Learned:
-        collective, device = workspace.passes.collective, workspace.differentiator.device
-        layers = layer_weights(workspace.model, workspace.scales)
-        batch = workspace.stream.next()
-        with collective.together():
-            if orthonormal:
-                _make_orthonormal(layers, workspace.config.seed)
-            _Scaling(workspace, layers, to_device(batch, device), tolerance, max_trials).run()
-        for value in workspace.theta:
-            collective.broadcast_(value)
-        return Learned()
-
-    return run_method(
-        "lsuv",
-        learn,
-        model,
-        batches,
-        loss_fn,
-        config,
-        iterations=1,
-        holdout=holdout,
-        on_iteration=on_iteration,
-        collective=collective,
-        options={"orthonormal": orthonormal, "tolerance": tolerance, "max_trials": max_trials},
-    )
+    layers = layer_weights(problem.loss.model, problem.tensors)
+    batch = problem.stream.next()
+    with problem.collective.together():
+        if options["orthonormal"]:
+            _make_orthonormal(layers, problem.config.seed)
+        outputs = _Outputs(problem, layers, to_device(batch, problem.loss.device), problem.micro_batch_size)
+        left = _scale_in_turn(outputs, options["tolerance"], options["max_trials"])
+    for name, reason in left.items() if problem.collective.rank == 0 else ():
+        logger.warning("LSUV: %s has no unit variance: %s.", name, reason)
+    for value in problem.theta:
+        problem.collective.broadcast_(value)
+    return Learned(cost=outputs.forwards * FORWARD_SHARE)
 
 
-def _make_orthonormal(layers: Sequence[LayerWeight], seed: int) -> None:
+def _make_orthonormal(layers: Iterable[TensorPlace], seed: int) -> None:
     """Draw the weights anew, the same ones on every device."""
-    generator = torch.Generator().manual_seed(iteration_seed(seed, 0))
-    for layer in layers:
-        drawn = torch.empty(layer.parameter.shape, dtype=layer.parameter.dtype)
+    generator = torch.Generator().manual_seed(seed_of(seed, 0))
+    for place in layers:
+        drawn = torch.empty(place.parameter.shape, dtype=place.parameter.dtype)
         nn.init.orthogonal_(drawn, generator=generator)
-        layer.parameter.data.copy_(drawn)
+        place.parameter.data.copy_(drawn)
+
+
+def _scale_in_turn(outputs: _Outputs, tolerance: float, max_trials: int) -> dict[str, str]:
+    """Scale the layers in the order of their first calls; why which of them were left, by name."""
+    called = list(outputs.variances(outputs.layers))
+    left = {place.name: "no module shows its output" for place in outputs.layers if place not in called}
+    # A layer that is called again later moves what was scaled before it: then the sequence starts anew.
+    for _ in range(max_trials):
+        given_up = {p.name: reason for p in called if (reason := _scale(p, outputs, tolerance, max_trials)) is not None}
+        scaled = {p.name: v for p, v in outputs.variances(called).items() if p.name not in given_up}
+        moved = {name: variance for name, variance in scaled.items() if not abs(variance - 1) < tolerance}
+        if not moved:
+            break
+    return left | given_up | {name: f"layers behind it move it to {variance:.4g}" for name, variance in moved.items()}
+
+
+def _scale(place: TensorPlace, outputs: _Outputs, tolerance: float, max_trials: int) -> str | None:
+    """Scale one layer; why it was left as it was, or None."""
+    weight = place.parameter.data
+    saved = weight.clone()
+    for trial in range(max_trials + 1):
+        variance = outputs.variances([place])[place]
+        if abs(variance - 1) < tolerance:
+            return None
+        if variance == 0:
+            break
+        if trial < max_trials:
+            weight.div_(math.sqrt(variance))
+    weight.copy_(saved)
+    if variance == 0:
+        return "its output has no variance"
+    return f"its output variance is {variance:.4g} after {max_trials} trials"
 
 
 @dataclasses.dataclass
-class Moments:
-    """Mean and variance of numbers that come in parts.
+class _Outputs:
+    """The outputs of the layers on a batch.
 
     Attributes:
-        count: of the numbers so far.
-        mean: of them.
-        squares: sum of their squared distances from the mean.
-        rounding: size of a number that differs from 0 by rounding only.
-    """
-
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
-    rounding: float = 0.0
-
-    def add(self, values: Tensor) -> None:
-        """Add the entries of a tensor."""
-        precise = values.detach().double()
-        mean, squares, largest = torch.stack(
-            [precise.mean(), (precise - precise.mean()).square().sum(), precise.abs().max()]
-        ).tolist()
-        total = self.count + values.numel()
-        shift = mean - self.mean
-        self.squares += squares + shift**2 * self.count * values.numel() / total
-        self.mean += shift * values.numel() / total
-        self.count = total
-        self.rounding = max(self.rounding, torch.finfo(values.dtype).eps * largest)
-
-    @property
-    def variance(self) -> float:
-        """Mean squared distance from the mean; exactly 0 where that is rounding."""
-        variance = self.squares / self.count
-        return 0.0 if variance <= self.rounding**2 else variance
-
-
-class _Scaling:
-    """The sequence over the layers.
-
-    Args:
-        workspace: of the run.
-        layers: in any order.
+        problem: of the run.
+        layers: {weight: the modules that own it}.
         batch: on the device of the model.
-        tolerance: of the variance.
-        max_trials: per layer.
+        micro_batch_size: samples computed at once.
+        forwards: number of forward passes so far.
     """
 
-    def __init__(
-        self, workspace: Workspace, layers: Sequence[LayerWeight], batch: Any, tolerance: float, max_trials: int
-    ) -> None:
-        self._workspace = workspace
-        self._layers = layers
-        self._batch = batch
-        self._tolerance = tolerance
-        self._max_trials = max_trials
+    problem: ScalingProblem
+    layers: Mapping[TensorPlace, Sequence[nn.Module]]
+    batch: Any
+    micro_batch_size: int | None
+    forwards: int = 0
 
-    def run(self) -> None:
-        """Scale the layers and say which were left."""
-        called = list(self._variances(self._layers))
-        left = {layer.place.name: "no module shows its output" for layer in self._layers if layer not in called}
-        # A layer that is called again later moves what was scaled before it: then the sequence starts anew.
-        for _ in range(self._max_trials):
-            given_up = {layer: reason for layer in called if (reason := self._scale(layer)) is not None}
-            variances = self._variances(called)
-            moved = [layer for layer in called if layer not in given_up and not self._is_unit(variances[layer])]
-            if not moved:
-                break
-        left |= {layer.place.name: reason for layer, reason in given_up.items()}
-        left |= {layer.place.name: f"layers behind it move it to {variances[layer]:.4g}" for layer in moved}
-        for name, reason in left.items() if self._workspace.passes.collective.rank == 0 else ():
-            logger.warning("LSUV: %s has no unit variance: %s.", name, reason)
-
-    def _scale(self, layer: LayerWeight) -> str | None:
-        """Scale one layer; why it was left as it was, or None."""
-        weight = layer.parameter.data
-        saved = weight.clone()
-        variance = self._variance(layer)
-        for _ in range(self._max_trials):
-            if variance == 0 or self._is_unit(variance):
-                break
-            weight.div_(math.sqrt(variance))
-            variance = self._variance(layer)
-        if self._is_unit(variance):
-            return None
-        weight.copy_(saved)
-        if variance == 0:
-            return "its output has no variance"
-        return f"its output variance is {variance:.4g} after {self._max_trials} trials"
-
-    def _is_unit(self, variance: float) -> bool:
-        return abs(variance - 1) < self._tolerance
-
-    def _variance(self, layer: LayerWeight) -> float:
-        return self._variances([layer])[layer]
-
-    def _variances(self, layers: Sequence[LayerWeight]) -> dict[LayerWeight, float]:
+    def variances(self, layers: Iterable[TensorPlace]) -> dict[TensorPlace, float]:
         """Output variance of those layers that are called, in the order of their first calls.
 
         Raises:
             NumericsError: for one that is not finite.
         """
-        compute = functools.partial(self._forward, layers)
-        moments = self._workspace.passes.back_off.run(compute, self._batch, "LSUV")
-        for layer, found in moments.items():
-            if not math.isfinite(found.squares):
+        loss, seed = self.problem.loss, seed_of(self.problem.config.seed, 1)
+
+        @torch.no_grad()
+        def compute(size: int | None) -> dict[TensorPlace, Moments]:
+            with self._observed(layers) as moments:
+                for index, part in enumerate(chunks(self.batch, size)):
+                    loss(part, seed, index)
+            return moments
+
+        with located("LSUV"):
+            moments, self.micro_batch_size = with_less_memory(
+                compute,
+                batch_size(self.batch),
+                self.micro_batch_size,
+                where="LSUV",
+                device=loss.device,
+                check_split=split_check(loss, self.batch, seed),
+            )
+        self.forwards += 1
+        variances = {place: found.variance for place, found in moments.items()}
+        for place, variance in variances.items():
+            if not math.isfinite(variance):
                 fix = "Check the inputs and the layers in front of it"
-                raise NumericsError(Problem(f"LSUV, {layer.place.name}", "its output is not finite", fix))
-        return {layer: found.variance for layer, found in moments.items()}
+                raise NumericsError(Problem(f"LSUV, {place.name}", "its output is not finite", fix))
+        return variances
 
-    @torch.no_grad()
-    def _forward(self, layers: Sequence[LayerWeight]) -> dict[LayerWeight, Moments]:
-        differentiator = self._workspace.differentiator
-        differentiator.seed = iteration_seed(self._workspace.config.seed, 1)
-        with self._workspace.passes.statistics(self._batch), _observed(layers) as moments, located("LSUV"):
-            for index, part in enumerate(chunks(self._batch, differentiator.micro_batch_size)):
-                differentiator.loss_sum(part, index)
-        return moments
+    @contextlib.contextmanager
+    def _observed(self, layers: Iterable[TensorPlace]) -> Iterator[dict[TensorPlace, Moments]]:
+        """Collect the outputs of layers, in the order of their first calls."""
+        moments: dict[TensorPlace, Moments] = {}
+
+        def observe(place: TensorPlace, module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.numel():
+                moments.setdefault(place, Moments()).add(output)
+
+        with contextlib.ExitStack() as stack:
+            for place in layers:
+                for owner in self.layers[place]:
+                    stack.enter_context(owner.register_forward_hook(functools.partial(observe, place)))
+            yield moments
 
 
-@contextlib.contextmanager
-def _observed(layers: Sequence[LayerWeight]) -> Iterator[dict[LayerWeight, Moments]]:
-    """Collect the outputs of layers, in the order of their first calls."""
-    moments: dict[LayerWeight, Moments] = {}
+@dataclasses.dataclass
+class Moments:
+    """Variance of numbers that come in parts.
 
-    def observe(layer: LayerWeight, module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.numel():
-            moments.setdefault(layer, Moments()).add(output)
+    Attributes:
+        parts: (count, mean, variance, size of a number that differs from 0 by rounding only) of each part.
+    """
 
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-            for owner in layer.owners:
-                handle = owner.register_forward_hook(functools.partial(observe, layer))
-                stack.callback(handle.remove)
-        yield moments
+    parts: list[tuple[int, float, float, float]] = dataclasses.field(default_factory=list)
+
+    def add(self, values: Tensor) -> None:
+        """Add the entries of a tensor."""
+        precise = values.detach().double()
+        mean, variance, largest = torch.stack([precise.mean(), precise.var(correction=0), precise.abs().max()]).tolist()
+        self.parts.append((values.numel(), mean, variance, torch.finfo(values.dtype).eps * largest))
+
+    @property
+    def variance(self) -> float:
+        """Mean squared distance from the mean; exactly 0 where that is rounding."""
+        total = sum(count for count, *_ in self.parts)
+        mean = sum(count * own_mean for count, own_mean, *_ in self.parts) / total
+        variance = sum(count * (own + (own_mean - mean) ** 2) for count, own_mean, own, _ in self.parts) / total
+        return 0.0 if variance <= max(rounding for *_, rounding in self.parts) ** 2 else variance
+
+
+def _checks(options: Options) -> Iterator[Check]:
+    orthonormal, tolerance, max_trials = (options[name] for name in ("orthonormal", "tolerance", "max_trials"))
+    yield "orthonormal", orthonormal, isinstance(orthonormal, bool), "Give true or false"
+    yield "tolerance", tolerance, is_number(tolerance) and 0 < tolerance < 1, "Give a number between 0 and 1"
+    yield "max_trials", max_trials, is_count(max_trials), "Give a whole number of at least 1"
+
+
+LSUV = Method(
+    name="lsuv",
+    title="LSUV",
+    describe=lambda config: (
+        "LSUV (Mishkin and Matas, 2015) scaled the weights of each layer to an output variance of 1."
+    ),
+    learn=scale_outputs,
+    batches=lambda config, options: 1,
+    most_cost=lambda config, groups, options: None,
+    options={"orthonormal": True, "tolerance": 0.1, "max_trials": 10},
+    check=_checks,
+)
+"""LSUV."""

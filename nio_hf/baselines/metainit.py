@@ -1,48 +1,39 @@
-"""MetaInit: norms of the weights at which the gradient changes least along itself.
-
-Source: Dauphin and Schoenholz, "MetaInit: Initializing learning by learning to initialize", NeurIPS 2019.
-"""
+"""MetaInit: norms of the weights at which the gradient changes least along itself."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nio_hf.baselines.composite_norms import CompositeNorms
-from nio_hf.baselines.options import check_options, is_number, is_positive
-from nio_hf.baselines.tensors import gradient_over, layer_weights
-from nio_hf.core import Collective, InitResult, IterationRecord, NIOConfig
-from nio_hf.core.batches import to_device
-from nio_hf.core.differentiator import LossFn, dense
+from nio_hf.baselines.iterations import POSITIVE, check_finite, describe_step, iterate, iteration_checks, move
+from nio_hf.baselines.tensors import layer_weights
+from nio_hf.core.batches import batch_size, to_device
+from nio_hf.core.config import is_number, is_positive
 from nio_hf.core.gradcosine import dots, norm
-from nio_hf.core.loop import iteration_seed
-from nio_hf.core.memory import is_out_of_memory
-from nio_hf.core.method import SINGLE_PROCESS, Learned, OnIteration, Workspace, run_method
-from nio_hf.errors import ConfigError, ModelError, NIOMemoryError, NumericsError, Problem, one_line
+from nio_hf.core.loss import Loss, dense, graph_gradient
+from nio_hf.core.memory import with_less_memory
+from nio_hf.core.method import Check, Learned, Method, Options, Watch
+from nio_hf.core.problem import ScalingProblem, seed_of
+from nio_hf.core.result import IterationRecord
+from nio_hf.core.sub_batches import located
+from nio_hf.core.tensors import set_scales
+from nio_hf.errors import ConfigError, ModelError, NumericsError, Problem, one_line
 
-DEFAULTS = NIOConfig(iterations=100, lr=0.1)
-"""Settings where none are given: the rate of the paper."""
+Numbers = tuple[float, ...]
+
+_COST = 9.0
+"""Training steps of one iteration: to differentiate takes twice what it took to compute, and that three times."""
 
 
-def metainit(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss_fn: LossFn,
-    config: NIOConfig | None = None,
-    *,
-    holdout: Sequence[Any] | None = None,
-    on_iteration: OnIteration | None = None,
-    collective: Collective = SINGLE_PROCESS,
-    momentum: float = 0.9,
-    epsilon: float = 1e-5,
-) -> InitResult:
+def learn_norms(problem: ScalingProblem, options: Options, watch: Watch) -> Learned:
     """Learn the norm of each weight so that the gradient quotient becomes small.
 
         GQ = (1/N) || (g - H g) / (g + eps_g) - 1 ||_1        eps_g = epsilon where g >= 0, else -epsilon
@@ -56,56 +47,36 @@ def metainit(
     Biases, normalisation layers and embeddings are left alone: the paper initialises biases with zero and learns the
     norms of weight matrices; what of a Transformer belongs to them is our reading. GQ is differentiated through g and
     through H g: that takes third derivatives, for which normalisation is computed in elementary operations (see
-    [`CompositeNorms`]), and a graph over the whole batch, so activation checkpointing is off meanwhile.
+    [`CompositeNorms`]), and a graph over the whole batch, so activation checkpointing is off meanwhile. A record has
+    ||g|| as `grad_norm` and GQ as `objective`.
 
-    Every process computes the whole batch, and the numbers of rank 0 count.
-
-    Args:
-        model: as in [`initialize`], and likewise what follows.
-        batches: see there.
-        loss_fn: see there.
-        config: None for `DEFAULTS`. Of the shared settings, those of GradCosine and curvature are used to measure only.
-            `lr` is in units of the norm of a weight (the paper has 0.1 for 500 iterations); `min_scale` and `max_scale`
-            bound n_l over its first value.
-        holdout: see there.
-        on_iteration: see there. A record has ||g|| as `grad_norm` and GQ as `objective`.
-        collective: see there.
+    Options:
         momentum: mu in [0, 1).
         epsilon: above 0, in the units of the gradient.
+        iterations: steps on the norms. The default is our choice.
+        lr: in units of the norm of a weight; the paper has 0.1, for 500 iterations.
+        scale_range: (least, largest) n_l over its first value.
 
     Raises:
-        ConfigError: lists the options that are out of range; micro-batches, which GQ is no mean over.
+        ConfigError: for micro-batches, which GQ is no mean over.
         ModelError: for an operation without third derivatives, or no layer with a weight.
         NumericsError: for a quotient or a derivative of it that is not finite.
         NIOMemoryError: where the graph does not fit into memory.
-        NIOError: as in [`initialize`].
+
+    Source: Dauphin and Schoenholz, "MetaInit: Initializing learning by learning to initialize", NeurIPS 2019.
     """
-    check_options(
-        "metainit",
-        ("momentum", momentum, is_number(momentum) and 0 <= momentum < 1, "Give a number in [0, 1)"),
-        ("epsilon", epsilon, is_positive(epsilon), "Give a finite number above 0, such as 1e-5"),
-    )
-    if isinstance(config, NIOConfig) and config.micro_batch_size is not None:
+    if problem.config.micro_batch_size is not None:
         fix = "Leave it out and give smaller batches: MetaInit takes its quotient over a whole batch"
-        raise ConfigError(Problem("NIOConfig.micro_batch_size", repr(config.micro_batch_size), fix))
-
-    def learn(workspace: Workspace) -> Learned:
-        weights = [weight.parameter for weight in layer_weights(workspace.model, workspace.scales)]
-        with gradient_over(workspace.scales, weights), _checkpointing_off(workspace.model):
-            return Learned(history=_learn_norms(workspace, weights, momentum, epsilon), curvature="exact")
-
-    return run_method(
-        "metainit",
-        learn,
-        model,
-        batches,
-        loss_fn,
-        DEFAULTS if config is None else config,
-        holdout=holdout,
-        on_iteration=on_iteration,
-        collective=collective,
-        options={"momentum": momentum, "epsilon": epsilon},
-    )
+        raise ConfigError(Problem("NIOConfig.micro_batch_size", repr(problem.config.micro_batch_size), fix))
+    places = tuple(layer_weights(problem.loss.model, problem.tensors))
+    by_place = dict(zip(problem.tensors.scaled, problem.initial, strict=True))
+    tensors = dataclasses.replace(problem.tensors, scaled=places)
+    problem = dataclasses.replace(problem, tensors=tensors, initial=[by_place[place] for place in places])
+    start = (1.0,) * len(places), (0.0,) * len(places)
+    with _checkpointing_off(problem.loss.model):
+        (scales, _), learned = iterate(problem, options, watch, start, functools.partial(_step, problem, options))
+    set_scales(tensors, problem.initial, scales)
+    return learned
 
 
 def gradient_quotient(gradient: Sequence[Tensor], weights: Sequence[Tensor], epsilon: float) -> Tensor:
@@ -131,59 +102,66 @@ def gradient_quotient(gradient: Sequence[Tensor], weights: Sequence[Tensor], eps
     return total / sum(g.numel() for g in gradient)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Quotient:
-    """What one batch gives.
+def differentiate_quotient(
+    loss: Loss, batch: Any, weights: Sequence[nn.Parameter], epsilon: float, *, seed: int, where: str
+) -> tuple[Tensor, list[float]]:
+    """dGQ/dn_l for each weight, on a batch, and GQ, ||g|| and the loss.
 
-    Attributes:
-        by_norm: (number of weights,) dGQ/dn_l.
-        read: (3,) GQ, ||g|| and the loss.
+    Raises:
+        ModelError: for an operation without third derivatives.
+        NIOMemoryError: where the graph does not fit into memory.
     """
 
-    by_norm: Tensor
-    read: Tensor
+    def compute(size: int | None) -> tuple[Tensor, list[float]]:
+        with CompositeNorms():
+            gradient, mean = graph_gradient(loss, batch, weights, seed=seed)
+            value = gradient_quotient(gradient, weights, epsilon)
+            slopes: Sequence[Tensor | None] = [None] * len(weights)
+            if value.requires_grad:
+                slopes = torch.autograd.grad(value, weights, allow_unused=True)
+        values = [weight.detach() for weight in weights]
+        by_norm = dots(dense(slopes, values), values) / torch.stack(torch._foreach_norm(values))
+        return by_norm, torch.stack([value.detach(), norm([g.detach() for g in gradient]), mean]).tolist()
+
+    with located(where):
+        try:
+            return with_less_memory(compute, batch_size(batch), None, where=where, device=loss.device)[0]
+        except RuntimeError as error:
+            if "derivative for" not in str(error):
+                raise
+            fix = "Choose another method: MetaInit differentiates three times"
+            raise ModelError(Problem(where, f"an operation has no derivative ({one_line(error)})", fix)) from error
 
 
-def _learn_norms(
-    workspace: Workspace, weights: Sequence[nn.Parameter], momentum: float, epsilon: float
-) -> list[IterationRecord]:
-    """Leave the weights with the norms that were learned."""
-    config, collective = workspace.config, workspace.passes.collective
-    start = [weight.detach().clone() for weight in weights]
-    start_norms = torch.stack(torch._foreach_norm(start))
-    norms, velocity = start_norms.clone(), torch.zeros_like(start_norms)
-    history: list[IterationRecord] = []
-    for iteration in range(1, config.iterations + 1):
-        started, where = time.perf_counter(), f"MetaInit iteration {iteration}"
-        batch = workspace.stream.next()
-        if collective.any(batch is None)[0]:
-            break
-        with collective.together():
-            quotient = _quotient(workspace, weights, batch, epsilon, iteration, where)
-        collective.broadcast_(quotient.by_norm)
-        collective.broadcast_(quotient.read)
-        value, grad_norm, loss = quotient.read.tolist()
-        _check_finite(workspace, weights, quotient, value, where)
-        velocity.mul_(momentum).sub_(quotient.by_norm.sign(), alpha=config.lr)
-        norms.add_(velocity)
-        norms = norms.clamp(config.least_scale * start_norms, config.max_scale * start_norms)
-        ratios = list((norms / start_norms).unbind())
-        torch._foreach_copy_([weight.data for weight in weights], torch._foreach_mul(start, ratios))
-        record = IterationRecord(
-            iteration=iteration,
-            grad_cosine=None,
-            grad_norm=grad_norm,
-            loss=loss,
-            branch="objective",
-            seconds=time.perf_counter() - started,
-            curvature="exact",
-            micro_batch_size=None,
-            objective=value,
-        )
-        history.append(record)
-        if workspace.on_iteration is not None:
-            workspace.on_iteration(record)
-    return history
+def _step(
+    problem: ScalingProblem, options: Options, iteration: int, batch: Any, state: tuple[Numbers, Numbers]
+) -> tuple[tuple[Numbers, Numbers], IterationRecord]:
+    """One iteration, from (n_l over its first value, v_l) to the next ones."""
+    (scales, velocity), where = state, f"MetaInit iteration {iteration}"
+    fix = "Check the initial weights, lower metainit.lr, or raise metainit.epsilon"
+    set_scales(problem.tensors, problem.initial, scales)
+    batch, seed = to_device(batch, problem.loss.device), seed_of(problem.config.seed, iteration)
+    by_norm, (quotient, grad_norm, loss) = differentiate_quotient(
+        problem.loss, batch, problem.tensors.scaled_parameters, options["epsilon"], seed=seed, where=where
+    )
+    if not math.isfinite(quotient):
+        raise NumericsError(Problem(where, f"the gradient quotient is {quotient}", fix))
+    check_finite(by_norm, problem.tensors.scaled, "derivative by the norm", where, fix)
+    signs, lengths = by_norm.sign().tolist(), [float(tensor.norm()) for tensor in problem.initial]
+    velocity = tuple(
+        options["momentum"] * before - options["lr"] * sign for before, sign in zip(velocity, signs, strict=True)
+    )
+    scales = move(scales, (change / length for change, length in zip(velocity, lengths, strict=True)), options)
+    record = IterationRecord(
+        iteration=iteration,
+        tried=describe_step(options),
+        outcome="accepted",
+        loss=loss,
+        grad_norm=grad_norm,
+        objective=quotient,
+        cost=_COST,
+    )
+    return (scales, velocity), record
 
 
 @contextlib.contextmanager
@@ -203,45 +181,24 @@ def _checkpointing_off(model: nn.Module) -> Iterator[None]:
             layer.training = flag
 
 
-def _quotient(
-    workspace: Workspace, weights: Sequence[nn.Parameter], batch: Any, epsilon: float, iteration: int, where: str
-) -> _Quotient:
-    """GQ on a batch, and its derivative by the norm of each weight."""
-    differentiator = workspace.differentiator
-    differentiator.seed = iteration_seed(workspace.config.seed, iteration)
-    try:
-        with workspace.passes.statistics(batch), CompositeNorms():
-            gradient, loss = differentiator.graph_gradient(to_device(batch, differentiator.device))
-            value = gradient_quotient(gradient, weights, epsilon)
-            slopes = (
-                torch.autograd.grad(value, weights, allow_unused=True) if value.requires_grad else [None] * len(weights)
-            )
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            fix = "Give smaller batches, or a device with more memory"
-            raise NIOMemoryError(Problem(where, f"out of memory ({one_line(error)})", fix)) from error
-        if "derivative for" in str(error):
-            fix = "Choose another method: MetaInit differentiates three times"
-            raise ModelError(Problem(where, f"an operation has no derivative ({one_line(error)})", fix)) from error
-        error.add_note(f"raised at {where}")
-        raise
-    values = [weight.detach() for weight in weights]
-    by_norm = dots(dense(slopes, values), values) / torch.stack(torch._foreach_norm(values))
-    return _Quotient(by_norm, torch.stack([value.detach(), norm([g.detach() for g in gradient]), loss]))
+def _checks(options: Options) -> Iterator[Check]:
+    momentum, epsilon = options["momentum"], options["epsilon"]
+    yield "momentum", momentum, is_number(momentum) and 0 <= momentum < 1, "Give a number in [0, 1)"
+    yield "epsilon", epsilon, is_positive(epsilon), f"{POSITIVE}, such as 1e-5"
+    yield from iteration_checks(options)
 
 
-def _check_finite(
-    workspace: Workspace, weights: Sequence[nn.Parameter], quotient: _Quotient, value: float, where: str
-) -> None:
-    """Refuse numbers that no norm can be learned from.
-
-    Raises:
-        NumericsError: names the weight where only its derivative is not finite.
-    """
-    fix = "Check the initial weights, lower lr, or raise epsilon"
-    if not math.isfinite(value):
-        raise NumericsError(Problem(where, f"the gradient quotient is {value}", fix))
-    unsound = (~quotient.by_norm.isfinite()).nonzero()
-    if unsound.numel():
-        name = workspace.scales.name_of(weights[int(unsound[0])])
-        raise NumericsError(Problem(where, f"the derivative by the norm of {name} is not finite", fix))
+METAINIT = Method(
+    name="metainit",
+    title="MetaInit",
+    describe=lambda config: (
+        "MetaInit (Dauphin and Schoenholz, 2019) learned the norm of each weight tensor, so that the gradient changes "
+        "little along itself."
+    ),
+    learn=learn_norms,
+    batches=lambda config, options: options["iterations"],
+    most_cost=lambda config, groups, options: _COST * options["iterations"],
+    options={"momentum": 0.9, "epsilon": 1e-5, "iterations": 100, "lr": 0.1, "scale_range": (0.01, 100.0)},
+    check=_checks,
+)
+"""MetaInit."""

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from nio_hf.baselines import emergence
+from nio_hf.baselines import METHODS
 from nio_hf.baselines.emergence import exponents
-from nio_hf.core import NIOConfig
+from nio_hf.core import InitResult, NIOConfig, initialize
 from tests import zoo
 from tests.core.cases import batches_of, case
 
-CONFIG = NIOConfig(sub_batches=2, holdout_batches=1)
+CONFIG = NIOConfig(sub_batches=2, report_batches=1)
+
+
+def run(model: nn.Module, batches: Any, loss_fn: Any, **options: Any) -> InitResult:
+    return initialize(model, batches, loss_fn, CONFIG, method=METHODS["emergence"], options=options)
 
 
 def chain(layers: int, bias: bool = False) -> nn.Sequential:
@@ -32,7 +37,7 @@ def chain(layers: int, bias: bool = False) -> nn.Sequential:
 def test_layers_are_numbered_from_the_middle(layers: int, expected: list[int]) -> None:
     assert exponents(layers) == expected
     model = chain(layers)
-    result = emergence(model, batches_of("mlp", 1), zoo.vector_loss, CONFIG, alpha=1.5)
+    result = run(model, batches_of("mlp", 1), zoo.vector_loss, alpha=1.5)
     assert list(result.scales.values()) == pytest.approx([1.5**exponent for exponent in expected])
 
 
@@ -40,13 +45,13 @@ def test_layers_are_numbered_from_the_middle(layers: int, expected: list[int]) -
 def test_a_chain_without_biases_computes_the_same(layers: int) -> None:
     model, inputs = chain(layers), zoo.vectors(8)[0]
     expected = model(inputs)
-    emergence(model, batches_of("mlp", 1), zoo.vector_loss, CONFIG, alpha=2.0)
+    run(model, batches_of("mlp", 1), zoo.vector_loss, alpha=2.0)
     torch.testing.assert_close(model(inputs), expected)
     assert model[0].weight.norm() < 0.51 * chain(layers)[0].weight.norm()
 
 
 def test_biases_are_left_alone() -> None:
-    result = emergence(chain(4, bias=True), batches_of("mlp", 1), zoo.vector_loss, CONFIG)
+    result = run(chain(4, bias=True), batches_of("mlp", 1), zoo.vector_loss)
     biases = [omega for name, omega in result.scales.items() if name.endswith("bias")]
     assert biases == [1] * 4
     assert result.scales["0.weight"] == pytest.approx(1.1**-2)
@@ -54,7 +59,7 @@ def test_biases_are_left_alone() -> None:
 
 def test_the_block_of_a_transformer_is_a_layer() -> None:
     made = case("vit")
-    result = emergence(made.model, batches_of("vit", 1), made.loss_fn, CONFIG, alpha=2.0)
+    result = run(made.model, batches_of("vit", 1), made.loss_fn, alpha=2.0)
     # Patch embedding, two blocks, classifier.
     for tensor in result.tensors:
         moved = len(tensor.shape) > 1 and tensor.kind.endswith("weight")
@@ -75,6 +80,6 @@ class Flat(nn.Module):
 
 
 def test_without_blocks_each_weight_is_a_layer() -> None:
-    result = emergence(Flat(), batches_of("mlp", 1), zoo.vector_loss, CONFIG, alpha=2.0)
+    result = run(Flat(), batches_of("mlp", 1), zoo.vector_loss, alpha=2.0)
     weights = [omega for name, omega in result.scales.items() if name.endswith("weight")]
     assert weights == pytest.approx([0.5, 1, 2])

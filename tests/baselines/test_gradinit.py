@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nio_hf.baselines import gradinit
+from nio_hf.baselines import METHODS, gradinit
 from nio_hf.baselines.gradinit import shared_halves
-from nio_hf.core import NIOConfig, loop
-from nio_hf.core.loop import iteration_seed
+from nio_hf.core import InitResult, NIOConfig, curvature, find_tensors, initialize
 from nio_hf.core.mode import measuring
-from nio_hf.core.scales import LayerScales
+from nio_hf.core.problem import seed_of
 from nio_hf.errors import NumericsError
 from tests.core.cases import Case, batches_of, case, double_case
 
-CONFIG: dict[str, Any] = {"iterations": 2, "sub_batches": 2, "seed": 3}
-BRANCHES = {"objective": {"gamma_relative": None}, "constraint": {"gamma": 1e-9}}
+CONFIG = NIOConfig(sub_batches=2, seed=3)
+BRANCHES: dict[str, dict[str, Any]] = {"objective": {"gamma_relative": None}, "constraint": {"gamma": 1e-9}}
+OUTCOMES = {"objective": "accepted", "constraint": "lower_norm"}
 ETA = 0.05
+
+
+def run(made: Case, batches: Any, config: NIOConfig = CONFIG, *, report: Any = None, **options: Any) -> InitResult:
+    options = {"iterations": 2, **options}
+    return initialize(
+        made.model, batches, made.loss_fn, config, method=METHODS["gradinit"], options=options, report=report
+    )
 
 
 class Oracle(nn.Module):
@@ -28,13 +36,13 @@ class Oracle(nn.Module):
     def __init__(self, made: Case, omega: Tensor) -> None:
         super().__init__()
         self.model, self._loss_fn = made.model, made.loss_fn
-        scales = LayerScales(made.model)
+        tensors = find_tensors(made.model)
         weights = dict(made.model.named_parameters())
-        scaled = [name for name, weight in weights.items() if any(weight is tensor for tensor in scales.scaled)]
+        scaled = [place.name for place in tensors.scaled]
         self._omega = omega.clone().requires_grad_()
         self._theta = dict(weights)
         self._theta.update({name: o * weights[name] for name, o in zip(scaled, self._omega, strict=True)})
-        self._moved = [n for n, weight in weights.items() if any(weight is tensor for tensor in scales.trainable)]
+        self._moved = [n for n, weight in weights.items() if any(weight is tensor for tensor in tensors.trainable)]
 
     def forward(self, batch: Any) -> Tensor:
         returned = self._loss_fn(self.model, batch)
@@ -65,51 +73,68 @@ class Oracle(nn.Module):
 def test_the_gradient_of_the_scales_is_that_of_the_oracle(
     name: str, optimizer: Any, branch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _compare(name, optimizer, branch, monkeypatch, 1e-10)
+    _compare(name, optimizer, branch, monkeypatch, 1e-10, curvature="exact")
 
 
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [
-        ({"curvature": "exact_kept"}, 1e-10),
+        ({"curvature": "auto"}, 1e-10),
         ({"curvature": "exact", "micro_batch_size": 2}, 1e-10),
         ({"curvature": "finite_difference"}, 1e-5),
     ],
 )
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_all_paths_give_the_gradient_of_the_oracle(
-    optimizer: Any, branch: str, settings: Any, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    optimizer: Any, branch: str, kept: bool, settings: Any, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _compare("vit", optimizer, branch, monkeypatch, tolerance, **settings)
+    monkeypatch.setattr(curvature, "available_memory", lambda device: 2**40 if kept else None)
+    result = _compare("vit", optimizer, branch, monkeypatch, tolerance, **settings)
+    # The first product keeps nothing: it is where the path is chosen.
+    products = [3, 2 if kept and "micro_batch_size" not in settings else 3]
+    passes = {"constraint": [1 + steps for steps in products], "objective": [2 + steps for steps in products]}
+    if optimizer == "adam":
+        passes["objective"] = [2, 2]
+    assert [record.cost for record in result.history] == [steps * 5 / 8 for steps in passes[branch]]
 
 
 def _compare(
     name: str, optimizer: Any, branch: str, monkeypatch: pytest.MonkeyPatch, tolerance: float, **settings: Any
-) -> None:
-    made, (held_out, *batches) = double_case(name), batches_of(name, 3)
-    seen: list[tuple[Tensor, Tensor]] = []
+) -> InitResult:
+    made, (reported, *batches) = double_case(name), batches_of(name, 3)
+    before: list[tuple[float, ...]] = []
+    found: list[Tensor] = []
 
-    def step(adam: Any, scale_gradient: Tensor, of: str) -> None:
+    def adam_step(adam: Any, by_scale: Tensor, of: str) -> Any:
         assert of == branch
-        seen.append((adam.omega.clone(), scale_gradient.clone()))
-        adam.omega.copy_(torch.linspace(0.7, 1.4, adam.omega.numel(), dtype=adam.omega.dtype))
+        found.append(by_scale.clone())
+        return torch.zeros_like(by_scale), adam
 
-    monkeypatch.setattr(loop.ScaleAdam, "step", step)
+    def move(scales: tuple[float, ...], changes: Any, options: Any) -> tuple[float, ...]:
+        before.append(scales)
+        return tuple(torch.linspace(0.7, 1.4, len(scales), dtype=torch.float64).tolist())
+
+    monkeypatch.setattr(gradinit, "adam_step", adam_step)
+    monkeypatch.setattr(gradinit, "move", move)
     oracle_model = double_case(name)
-    config = NIOConfig(**{**CONFIG, "curvature": "exact", **BRANCHES[branch], **settings})
-    result = gradinit(made.model, batches, made.loss_fn, config, holdout=[held_out], optimizer=optimizer, step_size=ETA)
-    for number, (record, (omega, found)) in enumerate(zip(result.history, seen, strict=True), 1):
-        halves = shared_halves(batches[number - 1], iteration_seed(3, number))
+    config = NIOConfig(sub_batches=2, seed=3, **settings)
+    options = {"optimizer": optimizer, "step_size": ETA, **BRANCHES[branch]}
+    result = run(made, batches, config, report=[reported], **options)
+    for number, (record, scales, by_scale) in enumerate(zip(result.history, before, found, strict=True), 1):
+        halves = shared_halves(batches[number - 1], seed_of(3, number))
         with measuring(oracle_model.model):
+            omega = torch.tensor(scales, dtype=torch.float64)
             expected, value, grad_norm = Oracle(oracle_model, omega).gradient(optimizer, branch, *halves)
         scale = expected.abs().max().item()
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * scale)
+        torch.testing.assert_close(by_scale, expected, rtol=tolerance, atol=tolerance * scale)
         assert record.grad_norm == pytest.approx(grad_norm.item(), rel=1e-10)
-        assert record.branch == branch
+        assert record.outcome == OUTCOMES[branch]
         assert record.objective == (None if branch == "constraint" else pytest.approx(value.item(), rel=1e-10))
-    assert seen[0][0].eq(1).all()
-    assert not seen[1][0].eq(1).any()
+    assert set(before[0]) == {1.0}
+    assert 1.0 not in before[1]
+    return result
 
 
 @pytest.mark.parametrize(("samples", "third"), [(2, 1), (3, 1), (8, 3), (9, 3), (64, 21)])
@@ -122,32 +147,41 @@ def test_the_parts_share_half_of_their_samples(samples: int, third: int) -> None
 
 
 def test_the_bound_is_relative_to_the_first_norm() -> None:
-    made = case("mlp")
-    config = NIOConfig(**CONFIG, gamma_relative=1.5)
-    result = gradinit(made.model, batches_of("mlp", 6), made.loss_fn, config)
-    assert result.gamma == pytest.approx(1.5 * result.history[0].grad_norm)
-    assert result.before.grad_norm < result.history[0].grad_norm / 2, "p is 1, not 2"
+    relative = run(case("mlp"), batches_of("mlp", 6), iterations=40, lr=0.03, gamma_relative=0.9)
+    first = relative.history[0].grad_norm
+    absolute = run(case("mlp"), batches_of("mlp", 6), iterations=40, lr=0.03, gamma=0.9 * first, gamma_relative=2.0)
+    assert {record.outcome for record in relative.history} == {"lower_norm", "accepted"}
+    for mine, other in zip(relative.history, absolute.history, strict=True):
+        assert dataclasses.replace(mine, seconds=0.0) == dataclasses.replace(other, seconds=0.0)
+    assert relative.before.grad_norm < first / 2, "p is 1, not 2"
 
 
 def test_the_norm_is_lowered_above_gamma_only() -> None:
-    made, data = case("mlp"), batches_of("mlp", 5)
-    config = NIOConfig(**{**CONFIG, "iterations": 40}, gamma_relative=0.5, lr=0.03)
-    result = gradinit(made.model, data, made.loss_fn, config)
-    assert {record.branch for record in result.history} == {"constraint", "objective"}
+    result = run(case("mlp"), batches_of("mlp", 5), iterations=40, lr=0.03, gamma_relative=0.5)
+    gamma = 0.5 * result.history[0].grad_norm
+    assert {record.outcome for record in result.history} == {"lower_norm", "accepted"}
     for record in result.history:
-        assert record.branch == ("constraint" if record.grad_norm > result.gamma else "objective")
-        assert (record.objective is None) == (record.branch == "constraint")
+        assert record.outcome == ("lower_norm" if record.grad_norm > gamma else "accepted")
+        assert (record.objective is None) == (record.outcome == "lower_norm")
     assert result.after.grad_norm < result.before.grad_norm
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_the_loss_after_a_step_falls(optimizer: Any) -> None:
-    made = case("mlp")
     batch = batches_of("mlp", 1, samples=32)
-    config = NIOConfig(**{**CONFIG, "iterations": 60}, gamma_relative=None, lr=0.05)
-    result = gradinit(made.model, batch, made.loss_fn, config, holdout=batch, optimizer=optimizer)
+    options = {"iterations": 60, "gamma_relative": None, "lr": 0.05, "optimizer": optimizer}
+    result = run(case("mlp"), batch, report=batch, **options)
     assert result.after.loss < result.before.loss - 0.05
-    assert result.options == {"optimizer": optimizer, "step_size": {"adam": 0.001, "sgd": 0.1}[optimizer]}
+    assert result.options == {**METHODS["gradinit"].options, **options}
+    same = run(case("mlp"), batch, report=batch, **options, step_size={"adam": 0.001, "sgd": 0.1}[optimizer])
+    assert same.scales == result.scales
+
+
+def test_scales_stay_within_their_range() -> None:
+    options = {"iterations": 30, "lr": 0.5, "scale_range": [0.8, 1.25]}
+    result = run(case("mlp"), batches_of("mlp", 5), **options)
+    assert result.options["scale_range"] == (0.8, 1.25)
+    assert {min(result.scales.values()), max(result.scales.values())} == {0.8, 1.25}
 
 
 def test_a_step_that_is_far_too_long_is_named() -> None:
@@ -156,5 +190,7 @@ def test_a_step_that_is_far_too_long_is_named() -> None:
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:
         return made.loss_fn(model, batch) + model.get_parameter("0.weight").square().sum().pow(9)
 
-    with pytest.raises(NumericsError, match=r"GradInit iteration 1: the loss after the step is .*Lower step_size"):
-        gradinit(made.model, batches_of("mlp", 6), loss_fn, NIOConfig(**CONFIG), step_size=1e30)
+    steep = dataclasses.replace(made, loss_fn=loss_fn)
+    found = r"GradInit iteration 1: the loss after the step is .*Lower gradinit\.step_size"
+    with pytest.raises(NumericsError, match=found):
+        run(steep, batches_of("mlp", 6), step_size=1e30)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nio_hf.baselines.in_degree import in_degrees
 from nio_hf.baselines.tensors import layer_weights
 from nio_hf.core.mode import measuring
-from nio_hf.core.scales import LayerScales
+from nio_hf.core.tensors import find_tensors
 from tests import zoo
 from tests.core.cases import case
 
@@ -29,11 +29,11 @@ BRANCH_ENDS = {
 @pytest.mark.parametrize("name", BRANCH_ENDS)
 def test_layers_at_the_end_of_a_branch_have_two(name: str) -> None:
     made = case(name)
-    weights = layer_weights(made.model, LayerScales(made.model))
+    weights = layer_weights(made.model, find_tensors(made.model))
     with measuring(made.model):
         loss = made.loss_fn(made.model, made.batch)
-        found = in_degrees(loss[0] if isinstance(loss, tuple) else loss, [weight.parameter for weight in weights])
-    expected = {w.place.name: 2 if w.place.name.endswith(BRANCH_ENDS[name]) else 1 for w in weights}
+        found = in_degrees(loss[0] if isinstance(loss, tuple) else loss, [place.parameter for place in weights])
+    expected = {place.name: 2 if place.name.endswith(BRANCH_ENDS[name]) else 1 for place in weights}
     assert dict(zip(expected, found, strict=True)) == expected
     assert name == "mlp" or 2 in found
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nio_hf.baselines import lsuv
+from nio_hf.baselines import METHODS
 from nio_hf.baselines.lsuv import Moments
-from nio_hf.core import InitResult, NIOConfig
+from nio_hf.core import InitResult, NIOConfig, initialize
 from nio_hf.core.mode import measuring
 from nio_hf.errors import NumericsError
 from tests import zoo
@@ -39,7 +39,7 @@ def image_batch(samples: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def run(model: nn.Module, batch: Any, loss_fn: Any = zoo.vector_loss, **options: Any) -> InitResult:
-    return lsuv(model, [batch], loss_fn, CONFIG, holdout=[batch], **options)
+    return initialize(model, [batch], loss_fn, CONFIG, method=METHODS["lsuv"], options=options, report=[batch])
 
 
 def output_variances(model: nn.Module, batch: Any, loss_fn: Any = zoo.vector_loss) -> dict[str, float]:
@@ -200,7 +200,7 @@ def test_an_infinite_output_is_named() -> None:
 
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:
         calls.append(None)
-        # After the probe and one held-out batch of two sub-batches.
+        # After the probe and one report batch of two sub-batches.
         inputs = batch[0] * (torch.inf if len(calls) > 3 else 1)
         return zoo.vector_loss(model, (inputs, batch[1]))
 
@@ -211,9 +211,10 @@ def test_an_infinite_output_is_named() -> None:
 def test_micro_batches_give_the_same_weights() -> None:
     made, split = case("vit"), case("vit")
     batches = batches_of("vit", 2)
-    lsuv(made.model, batches[1:], made.loss_fn, CONFIG, holdout=batches[:1])
+    method, report = METHODS["lsuv"], batches[:1]
+    initialize(made.model, batches[1:], made.loss_fn, CONFIG, method=method, report=report)
     config = NIOConfig(sub_batches=2, micro_batch_size=3)
-    lsuv(split.model, batches[1:], made.loss_fn, config, holdout=batches[:1])
+    initialize(split.model, batches[1:], made.loss_fn, config, method=method, report=report)
     for mine, other in zip(made.model.parameters(), split.model.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nio_hf.baselines import metainit
-from nio_hf.baselines.metainit import gradient_quotient
-from nio_hf.core import NIOConfig
+from nio_hf.baselines import METHODS, metainit
+from nio_hf.baselines.metainit import differentiate_quotient, gradient_quotient
+from nio_hf.core import InitResult, NIOConfig, initialize
 from nio_hf.core.mode import measuring
 from nio_hf.errors import ConfigError, ModelError, NumericsError
 from tests import zoo
 from tests.core.cases import batches_of, case, double_case
 
-# The package has the function under the name of its module.
-MODULE = importlib.import_module("nio_hf.baselines.metainit")
 EPSILON = 1e-5
-CONFIG: dict[str, Any] = {"iterations": 2, "sub_batches": 2, "holdout_batches": 1, "lr": 0.01}
+CONFIG = NIOConfig(sub_batches=2, report_batches=1)
+
+
+def run(
+    model: nn.Module, batches: Any, loss_fn: Any, config: NIOConfig = CONFIG, *, report: Any = None, **options: Any
+) -> InitResult:
+    options = {"iterations": 2, "lr": 0.01, **options}
+    return initialize(model, batches, loss_fn, config, method=METHODS["metainit"], options=options, report=report)
 
 
 def quotient_of(loss: Tensor, weights: list[Any], epsilon: float = EPSILON) -> Tensor:
@@ -64,11 +68,16 @@ def test_derivatives_by_the_norms_are_the_slopes_of_the_quotient(name: str, monk
     """The slopes need second derivatives only, so they show whether torch has the third ones right."""
     made, batch = double_case(name), batches_of(name, 1)
     seen: list[Any] = []
-    monkeypatch.setattr(MODULE, "_check_finite", lambda workspace, weights, found, *_: seen.append((weights, found)))
+
+    def spy(loss: Any, batch: Any, weights: Any, *args: Any, **settings: Any) -> Any:
+        found = differentiate_quotient(loss, batch, weights, *args, **settings)
+        seen.append((weights, found[0]))
+        return found
+
+    monkeypatch.setattr(metainit, "differentiate_quotient", spy)
     values = {name: value.detach().clone() for name, value in made.model.named_parameters()}
-    config = NIOConfig(**{**CONFIG, "iterations": 1})
-    result = metainit(made.model, batch, made.loss_fn, config, holdout=batch, epsilon=1e-3)
-    [(weights, quotient)] = seen
+    result = run(made.model, batch, made.loss_fn, report=batch, iterations=1, epsilon=1e-3)
+    [(weights, by_norm)] = seen
     assert len(weights) > 2
     with torch.no_grad():
         for parameter, value in values.items():
@@ -80,7 +89,7 @@ def test_derivatives_by_the_norms_are_the_slopes_of_the_quotient(name: str, monk
 
     with measuring(made.model):
         assert result.history[0].objective == pytest.approx(value(), rel=1e-10)
-        for weight, derivative in zip(weights, quotient.by_norm.tolist(), strict=True):
+        for weight, derivative in zip(weights, by_norm.tolist(), strict=True):
             original, length = weight.detach().clone(), weight.detach().norm()
             around = []
             for step in (1e-7, -1e-7):
@@ -97,8 +106,7 @@ def test_norms_take_steps_of_sign_sgd_with_momentum() -> None:
         return sum(p.pow(4).sum() for p in model.parameters()) / 4
 
     start = {name: p.detach().clone() for name, p in made.model.named_parameters()}
-    config = NIOConfig(**CONFIG)
-    result = metainit(made.model, batches_of("mlp", 3), quartic, config, momentum=0.8, epsilon=1e-12)
+    result = run(made.model, batches_of("mlp", 3), quartic, momentum=0.8, epsilon=1e-12)
     weights = [name for name, p in start.items() if p.ndim > 1]
     for name, before in start.items():
         if not before.any():
@@ -115,8 +123,7 @@ def test_norms_take_steps_of_sign_sgd_with_momentum() -> None:
 
 def test_norms_stay_within_their_bounds() -> None:
     made = case("mlp")
-    config = NIOConfig(**{**CONFIG, "iterations": 30, "lr": 0.5}, min_scale=0.8, max_scale=1.25)
-    result = metainit(made.model, batches_of("mlp", 5), made.loss_fn, config)
+    result = run(made.model, batches_of("mlp", 5), made.loss_fn, iterations=30, lr=0.5, scale_range=(0.8, 1.25))
     changed = [omega for name, omega in result.scales.items() if name.endswith("weight") and name != "1.weight"]
     assert all(omega == pytest.approx(0.8) or omega == pytest.approx(1.25) for omega in changed)
 
@@ -124,15 +131,19 @@ def test_norms_stay_within_their_bounds() -> None:
 def test_the_quotient_falls() -> None:
     made = case("mlp")
     batch = batches_of("mlp", 1, samples=32)
-    config = NIOConfig(**{**CONFIG, "iterations": 60, "lr": 0.003})
-    result = metainit(made.model, batch, made.loss_fn, config, holdout=batch)
+    result = run(made.model, batch, made.loss_fn, report=batch, iterations=60, lr=0.003)
     assert result.history[-1].objective < 0.7 * result.history[0].objective
 
 
 def test_micro_batches_are_refused() -> None:
     made = case("mlp")
     with pytest.raises(ConfigError, match=r"NIOConfig\.micro_batch_size: 2\. .*MetaInit"):
-        metainit(made.model, batches_of("mlp", 3), made.loss_fn, NIOConfig(**CONFIG, micro_batch_size=2))
+        run(
+            made.model,
+            batches_of("mlp", 3),
+            made.loss_fn,
+            NIOConfig(sub_batches=2, report_batches=1, micro_batch_size=2),
+        )
 
 
 def test_an_infinite_quotient_is_named() -> None:
@@ -143,7 +154,7 @@ def test_an_infinite_quotient_is_named() -> None:
         return made.loss_fn(model, batch) + (model.get_parameter("4.weight") * 0).sum().abs().pow(1.5)
 
     with pytest.raises(NumericsError, match=r"MetaInit iteration 1: the gradient quotient is nan"):
-        metainit(made.model, batches_of("mlp", 3), loss_fn, NIOConfig(**CONFIG))
+        run(made.model, batches_of("mlp", 3), loss_fn)
 
 
 def test_an_operation_without_derivative_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +163,6 @@ def test_an_operation_without_derivative_is_named(monkeypatch: pytest.MonkeyPatc
     def refuse(*args: Any) -> Any:
         raise RuntimeError("derivative for aten::some_kernel_backward is not implemented")
 
-    monkeypatch.setattr(MODULE, "gradient_quotient", refuse)
+    monkeypatch.setattr(metainit, "gradient_quotient", refuse)
     with pytest.raises(ModelError, match=r"MetaInit iteration 1: .*some_kernel.*differentiates three times"):
-        metainit(made.model, batches_of("mlp", 3), made.loss_fn, NIOConfig(**CONFIG))
+        run(made.model, batches_of("mlp", 3), made.loss_fn)
