@@ -16,11 +16,19 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from nio_hf.core.result import InitResult
 from nio_hf.errors import OutputError, Problem, one_line
 from nio_hf.hub.access import Destination, hub, is_repo_id
 from nio_hf.hub.sharing import shareable_run
 from nio_hf.report.run import Run
-from nio_hf.report.tables import described_method, excluded_text, initialisation_rows, kept_text, scale_rows
+from nio_hf.report.tables import (
+    cost_text,
+    excluded_text,
+    initialisation_rows,
+    kept_text,
+    markdown_table,
+    scale_table,
+)
 from nio_hf.report.templating import render
 
 logger = logging.getLogger(__name__)
@@ -40,6 +48,7 @@ _TASKS = {
     "ForSemanticSegmentation": "image-segmentation",
     "ForObjectDetection": "object-detection",
 }
+_PROCESSOR_NAME = "preprocessor_config.json"
 _METRIC_NAMES = {"accuracy": "Accuracy", "top5_accuracy": "Accuracy, top 5", "loss": "Loss"}
 _NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 _FORMATS = {"digits", "imagefolder", "parquet", "webdataset", "json", "csv", "text", "arrow", "generator"}
@@ -131,17 +140,27 @@ def card_text(
         repo_id=repo_id or "USER/NAME",
         title=(repo_id or run.name).rpartition("/")[2],
         headline=_headline(run),
-        described=None if result is None else described_method(result),
-        before_after=() if result is None else initialisation_rows(result),
-        scales=() if result is None else scale_rows(result),
-        excluded="" if result is None else excluded_text(result),
+        **({} if result is None else _initialisation(run, result)),
         metrics=evaluation_metrics(run),
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", run.recipe or "")), default=0)),
         plots={what: path.relative_to(directory).as_posix() for what, path in plots.items()},
         licence=None if license_id == NO_LICENCE_YET else license_id,
         task=_task(run),
+        has_processor=(directory / _PROCESSOR_NAME).is_file(),
         marker=MARKER,
     )
+
+
+def _initialisation(run: Run, result: InitResult) -> dict[str, str]:
+    """What the card says of an initialisation."""
+    table = scale_table(result)
+    return {
+        "before_after": markdown_table(("", "before", "after"), initialisation_rows(result)),
+        "cost": cost_text(run, result),
+        "scales_caption": table.caption,
+        "scales": markdown_table(table.columns, table.rows),
+        "excluded": excluded_text(result),
+    }
 
 
 def card_metadata(run: Run, license_id: str, tags: Sequence[str] = ()) -> ModelCardData:

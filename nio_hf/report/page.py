@@ -11,19 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nio_hf.core.result import GradCosine, NIOResult, Status
+from nio_hf.core.result import InitResult, Status
 from nio_hf.errors import OutputError, Problem, one_line
-from nio_hf.report.plots import plot_history, plot_inspection, plot_scales, plot_training
+from nio_hf.report.history import plot_history
+from nio_hf.report.plots import plot_inspection, plot_scales, plot_training
 from nio_hf.report.run import Run
 from nio_hf.report.style import Target
 from nio_hf.report.tables import (
     LAYER_COLUMNS,
-    SCALE_COLUMNS,
-    described_method,
+    cost_text,
     excluded_text,
     kept_text,
     layer_rows,
-    scale_rows,
+    scale_table,
     shape_of_sub_batches,
     summary_rows,
 )
@@ -35,7 +35,9 @@ _DRAWN = ("loss", "eval_loss", "eval_accuracy")
 _TONES: dict[Status, tuple[str, str]] = {
     "improved": ("good", "✓"),
     "applied": ("neutral", "="),
-    "no_improvement": ("neutral", "="),
+    "changed": ("neutral", "="),
+    "unchanged": ("neutral", "="),
+    "worsened": ("warning", "!"),
     "constraint_violated": ("warning", "!"),
     "data_exhausted": ("warning", "!"),
     "collapse_suspected": ("bad", "✕"),
@@ -71,17 +73,16 @@ def render_page(run: Run) -> str:
         run=run,
         result=result,
         headline=_headline(run),
-        described=None if result is None else described_method(result),
         facts=_facts(run),
         summary=summary_rows(result, run.metrics),
         tone=None if result is None else _TONES[result.status],
         nio_facts=() if result is None else _nio_facts(result),
         history_plot=_drawn(plot_history, result) if result is not None and result.history else None,
         scales_plot=_drawn(plot_scales, result) if result is not None and result.tensors else None,
-        scale_columns=SCALE_COLUMNS,
-        scales=() if result is None else scale_rows(result),
+        cost=None if result is None else cost_text(run, result),
+        scales=None if result is None else scale_table(result),
         excluded="" if result is None else excluded_text(result),
-        settings={} if result is None else dataclasses.asdict(result.config),
+        settings={} if result is None else {**dataclasses.asdict(result.config), **result.options},
         training_plot=_drawn(plot_training, run.log_history) if logged else None,
         not_finite=sum(not math.isfinite(value) for value in logged),
         metrics={name: _readable(name, value) for name, value in run.metrics.items()},
@@ -151,15 +152,13 @@ def _facts(run: Run) -> dict[str, str]:
     return {name: value for name, value in known.items() if value}
 
 
-def _nio_facts(result: NIOResult) -> dict[str, str]:
-    held_out: GradCosine = result.before
-    batches = len(held_out.parts) or 1
+def _nio_facts(result: InitResult) -> dict[str, str]:
+    batches = len(result.before.parts) or 1
     return {
-        "Iterations": f"{len(result.history):,} of {result.config.iterations:,}" if result.history else "none",
+        "Iterations": f"{len(result.history):,}",
         "Scaled tensors": f"{len(result.tensors):,}",
-        "Held out": f"{batches} batch{'es' if batches > 1 else ''} of {held_out.batch_size} samples",
-        "Gamma (bound on the gradient norm)": "none" if result.gamma is None else f"{result.gamma:.4g}",
-        "Curvature": result.curvature or "none",
+        "Groups that share a scale": f"{len(result.groups):,}",
+        "Reported on": f"{batches} batch{'es' if batches > 1 else ''} of {result.before.batch_size} samples",
         "Peak memory": f"{result.peak_memory / 2**30:.2f} GiB",
     }
 

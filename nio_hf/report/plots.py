@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import collections
 import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nio_hf.core.layerwise import GradientInspection, LayerGradient
-from nio_hf.core.result import GradCosine, NIOResult, TensorScale
+from nio_hf.core.result import InitResult, TensorScale
+from nio_hf.report.history import plot_history
 from nio_hf.report.run import Run
 from nio_hf.report.style import (
     BLUE,
@@ -19,14 +19,15 @@ from nio_hf.report.style import (
     VERMILLION,
     Target,
     figure,
+    group_marker,
     integer_ticks,
     is_bias,
+    kind_marker,
     kind_order,
     legend_below,
     mark_blocks,
-    marker,
 )
-from nio_hf.report.tables import shape_of_sub_batches
+from nio_hf.report.tables import MOST_GROUPS, shape_of_sub_batches
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,11 +38,11 @@ _PLOT_NAMES = ("nio_scales.png", "nio_history.png", "training.png", "inspection.
 _FINE_TICKS_UP_TO = 3.0
 
 
-def plot_scales(result: NIOResult, target: Target) -> None:
-    """Draw the learned scale of each tensor against the depth of its block, by kind.
+def plot_scales(result: InitResult, target: Target) -> None:
+    """Draw the scale of each tensor against the depth of its block, by group, or by kind where groups are one or many.
 
-    Filled markers are weights, open ones biases. The y axis is logarithmic and symmetric around 1, so that a scale
-    and its inverse are equally far from the line.
+    By kind, filled markers are weights, open ones biases. The y axis is logarithmic and symmetric around 1, so that a
+    scale and its inverse are equally far from the line.
 
     Args:
         result: of `initialize`.
@@ -53,48 +54,19 @@ def plot_scales(result: NIOResult, target: Target) -> None:
     blocks = sorted({tensor.depth for tensor in result.tensors})
     with figure(target, width=min(max(6.5, 0.34 * len(blocks) + 2), 16), height=4.4) as drawn:
         axes = drawn.subplots()
-        for kind, points in _place(result.tensors).items():
-            positions, scales = zip(*points, strict=True)
-            axes.plot(positions, scales, linestyle="none", label=kind, **marker(kind))
+        places = _place(result.tensors)
+        for label, (look, tensors) in _legend(result).items():
+            scales = [tensor.omega for tensor in tensors]
+            axes.plot([places[tensor.name] for tensor in tensors], scales, label=label, **look)
         axes.axhline(1, color=DARK, linewidth=0.8, zorder=1)
         _symmetric_log_scale(axes, [tensor.omega for tensor in result.tensors])
         mark_blocks(axes, blocks)
         axes.set_ylabel("scale (omega)")
-        iterations = f", {len(result.history)} iterations" if result.history else ""
-        axes.set_title(f"Scales of {result.title}: {len(result.tensors)} tensors{iterations}")
-        legend_below(drawn, axes)
-
-
-def plot_history(result: NIOResult, target: Target) -> None:
-    """Draw GradCosine, gradient norm and loss by iteration, with the held-out values before and after.
-
-    The curves are measured on the batches that NIO optimises on, at its overlap; the held-out values are at overlap
-    0, with one standard error over the held-out batches.
-
-    Args:
-        result: of `initialize`.
-        target: PNG file to write.
-
-    Raises:
-        OutputError: where the file cannot be written.
-    """
-    with figure(target, width=7, height=7.5) as drawn:
-        cosine, norm, loss = drawn.subplots(3, sharex=True)
-        _draw_quantity(cosine, result, "grad_cosine", lambda measured: measured.value)
-        _draw_objective(cosine, result)
-        _draw_quantity(norm, result, "grad_norm", lambda measured: measured.grad_norm)
-        _draw_quantity(loss, result, "loss", lambda measured: measured.loss)
-        _draw_constraint(norm, result)
-        cosine.set_title(
-            f"{result.title} on batches with {shape_of_sub_batches(result.before)}, overlap {result.config.overlap:g}"
+        count = len(result.groups)
+        axes.set_title(
+            f"Scales of {result.title}: {len(result.tensors)} tensors in {count} group{'s' if count > 1 else ''}"
         )
-        cosine.set_ylabel("GradCosine")
-        norm.set_ylabel("gradient norm")
-        loss.set_ylabel("loss")
-        loss.set_xlabel(f"{result.title} iteration")
-        integer_ticks(loss)
-        drawn.align_ylabels()
-        legend_below(drawn, cosine, norm, columns=2)
+        legend_below(drawn, axes)
 
 
 def plot_training(log_history: Sequence[Mapping[str, Any]], target: Target) -> None:
@@ -198,14 +170,14 @@ def _draw_agreement(axes: Axes, groups: Mapping[tuple[str, int], LayerGradient],
         offset = _BLOCK_WIDTH * ((position + 0.5) / len(kinds) - 0.5)
         points = [(depth + offset, group.agreement) for (own, depth), group in groups.items() if own == kind]
         places, values = zip(*points, strict=True)
-        axes.plot(places, values, linestyle="none", label=kind, **marker(kind))
+        axes.plot(places, values, label=kind, **kind_marker(kind))
 
 
 def _draw_shares(axes: Axes, groups: Mapping[tuple[str, int], LayerGradient], kinds: Sequence[str]) -> None:
     """Stacked bars, those of biases hatched."""
     heights: dict[int, float] = collections.defaultdict(float)
     for kind in kinds:
-        color = marker(kind)["markeredgecolor"]
+        color = kind_marker(kind)["markeredgecolor"]
         for (own, depth), group in groups.items():
             if own == kind:
                 axes.bar(
@@ -221,17 +193,31 @@ def _draw_shares(axes: Axes, groups: Mapping[tuple[str, int], LayerGradient], ki
                 heights[depth] += 100 * group.share
 
 
-def _place(tensors: Sequence[TensorScale]) -> dict[str, list[tuple[float, float]]]:
-    """(x, omega) of each tensor by kind: the tensors of a block stand side by side, grouped by kind."""
+def _legend(result: InitResult) -> dict[str, tuple[dict[str, Any], list[TensorScale]]]:
+    """{label: (its marker, its tensors)}."""
+    tensors = result.tensors
+    if 1 < len(result.groups) <= MOST_GROUPS:
+        return {
+            f"{group.name}: {group.omega:.3g}": (
+                group_marker(position),
+                [tensor for tensor in tensors if tensor.group == group.name],
+            )
+            for position, group in enumerate(result.groups)
+        }
+    kinds = sorted({tensor.kind for tensor in tensors}, key=kind_order)
+    return {kind: (kind_marker(kind), [tensor for tensor in tensors if tensor.kind == kind]) for kind in kinds}
+
+
+def _place(tensors: Sequence[TensorScale]) -> dict[str, float]:
+    """{name of a tensor: x}: the tensors of a block stand side by side, ordered by kind."""
     blocks = collections.defaultdict(list)
     for tensor in tensors:
         blocks[tensor.depth].append(tensor)
-    points = collections.defaultdict(list)
-    for depth, members in blocks.items():
-        for position, tensor in enumerate(sorted(members, key=lambda member: kind_order(member.kind))):
-            offset = _BLOCK_WIDTH * ((position + 0.5) / len(members) - 0.5)
-            points[tensor.kind].append((depth + offset, tensor.omega))
-    return {kind: points[kind] for kind in sorted(points, key=kind_order)}
+    return {
+        tensor.name: depth + _BLOCK_WIDTH * ((position + 0.5) / len(members) - 0.5)
+        for depth, members in blocks.items()
+        for position, tensor in enumerate(sorted(members, key=lambda member: kind_order(member.kind)))
+    }
 
 
 def _symmetric_log_scale(axes: Axes, scales: Sequence[float]) -> None:
@@ -246,61 +232,6 @@ def _symmetric_log_scale(axes: Axes, scales: Sequence[float]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _draw_quantity(axes: Axes, result: NIOResult, field: str, measure: Callable[[GradCosine], float]) -> None:
-    iterations = [record.iteration for record in result.history]
-    values = [getattr(record, field) for record in result.history]
-    if None not in values:
-        axes.plot(iterations, values, color=BLUE, label=f"{result.title} batches")
-    held_out = {"before": (0, result.before), "after": (len(result.history) + 1, result.after)}
-    for (when, (position, measured)), face in zip(held_out.items(), ("white", DARK), strict=True):
-        axes.errorbar(
-            position,
-            measure(measured),
-            yerr=_error_over_batches(measured, measure),
-            color=DARK,
-            linestyle="none",
-            marker="o",
-            markersize=5,
-            markerfacecolor=face,
-            capsize=3,
-            zorder=3,
-            label=f"held-out {when} (overlap 0, ± standard error)",
-        )
-
-
-def _draw_objective(axes: Axes, result: NIOResult) -> None:
-    """Draw what the method optimises, which is not GC, on an axis of its own."""
-    points = [(record.iteration, record.objective) for record in result.history if record.objective is not None]
-    if points:
-        own = axes.twinx()
-        own.plot(*zip(*points, strict=True), color=BLUE, linewidth=1)
-        own.set_ylabel("objective", color=BLUE)
-
-
-def _error_over_batches(measured: GradCosine, measure: Callable[[GradCosine], float]) -> float | None:
-    values = [measure(part) for part in measured.parts]
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def _draw_constraint(axes: Axes, result: NIOResult) -> None:
-    """Draw gamma, and a rug of the iterations that lowered the gradient norm instead of the objective."""
-    if result.gamma is not None:
-        axes.axhline(result.gamma, color=VERMILLION, linestyle="--", label=f"gamma = {result.gamma:.4g}")
-    constrained = [record.iteration for record in result.history if record.branch == "constraint"]
-    if constrained:
-        axes.margins(y=0.15)
-        axes.plot(
-            constrained,
-            [0.96] * len(constrained),
-            transform=axes.get_xaxis_transform(),
-            color=VERMILLION,
-            linestyle="none",
-            marker="|",
-            markersize=8,
-            label=f"constraint steps ({len(constrained)} of {len(result.history)})",
-        )
 
 
 def _series(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nio_hf.core.layerwise import GradientInspection
-from nio_hf.core.result import NIOResult
+from nio_hf.core.result import InitResult
 
 _BEFORE_NAME = "For"
 
@@ -57,7 +57,7 @@ class Run:
     Attributes:
         name: of the folder, or of the repository.
         facts: what it was made from.
-        result: of NIO; None where it did not run.
+        result: of the initialisation; None where there was none.
         versions: of the libraries.
         steps: optimiser steps that were trained; 0 for an initialised checkpoint.
         max_steps: that were meant to be trained.
@@ -71,7 +71,7 @@ class Run:
 
     name: str
     facts: Facts
-    result: NIOResult | None = None
+    result: InitResult | None = None
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     steps: int = 0
     max_steps: int = 0
@@ -93,8 +93,13 @@ class Run:
         return self.has_ended or self.steps >= self.max_steps
 
     @property
+    def has_accuracy(self) -> bool:
+        """Whether an accuracy was logged."""
+        return any("eval_accuracy" in entry for entry in self.log_history)
+
+    @property
     def nio_share(self) -> float | None:
-        """Seconds of NIO as a share of the seconds of NIO and training together; None where one is not known."""
+        """Seconds of the initialisation as a share of those of both together; None where one is not known."""
         training = self.metrics.get("train_runtime")
         if self.result is None or training is None:
             return None

@@ -26,6 +26,7 @@ _LAYER_STYLES = {
     "parameter": (PURPLE, "P"),
 }
 _OTHER_STYLE = (GREY, "X")
+_GROUP_STYLES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (VERMILLION, "D"), (PURPLE, "P"), (SKY, "v"))
 _MAX_BLOCK_LABELS = 30
 ROUND_STEPS = (1, 2, 5, 10)
 """Distances of ticks."""
@@ -82,15 +83,26 @@ def is_bias(kind: str) -> bool:
     return kind.endswith("bias")
 
 
-def marker(kind: str) -> dict[str, Any]:
-    """How a kind of tensors is drawn: filled markers are weights, open ones biases."""
-    color, shape = _LAYER_STYLES.get(kind.split()[0], _OTHER_STYLE)
+def marker(color: str, shape: str, *, is_open: bool = False) -> dict[str, Any]:
+    """How points without a line are drawn."""
     return {
+        "linestyle": "none",
         "marker": shape,
         "markersize": 5,
         "markeredgecolor": color,
-        "markerfacecolor": "white" if is_bias(kind) else color,
+        "markerfacecolor": "white" if is_open else color,
     }
+
+
+def kind_marker(kind: str) -> dict[str, Any]:
+    """How a kind of tensors is drawn: filled markers are weights, open ones biases."""
+    return marker(*_LAYER_STYLES.get(kind.split()[0], _OTHER_STYLE), is_open=is_bias(kind))
+
+
+def group_marker(position: int) -> dict[str, Any]:
+    """How the group at a position is drawn; 12 groups look different."""
+    turn, color = divmod(position, len(_GROUP_STYLES))
+    return marker(_GROUP_STYLES[color][0], _GROUP_STYLES[(color + turn) % len(_GROUP_STYLES)][1])
 
 
 def mark_blocks(axes: Axes, blocks: Sequence[int]) -> None:

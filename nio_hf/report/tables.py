@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 
 from nio_hf.core.layerwise import GradientInspection, LayerGradient
-from nio_hf.core.result import GradCosine, NIOResult
+from nio_hf.core.result import GradCosine, GroupScale, InitResult, Outcome
 from nio_hf.report.run import Run
 from nio_hf.report.style import kind_order
 
@@ -18,18 +19,31 @@ _ACCURACIES = {
 }
 
 SummaryRow = tuple[str, str, str]
-ScaleRow = tuple[str, str, str, str, str, str]
 LayerRow = tuple[str, str, str, str, str, str]
-SCALE_COLUMNS: ScaleRow = ("kind", "tensors", "parameters", "smallest", "median", "largest")
+MOST_GROUPS = 12
+"""Groups that are shown one by one; tensors of more groups are shown by their kind."""
+_GROUP_COLUMNS = ("group", "tensors", "parameters", "scale")
+_TRIAL_COLUMNS = ("tried", "gain", "last trial")
+_KIND_COLUMNS = ("kind", "tensors", "parameters", "smallest", "median", "largest")
+_TRIALS: dict[Outcome | None, str] = {
+    None: "none: the budget was spent",
+    "accepted": "accepted",
+    "loss_bound": "broke the loss bound",
+    "norm_band": "the gradient norm left its band",
+    "no_gain": "no gain",
+    "noise": "no gain beyond the noise",
+}
+"""{outcome of the last trial of a group: the same in words}."""
 LAYER_COLUMNS: LayerRow = ("", "parameters", "gradient norm", "share", "agreement", "contribution")
 _SMALL_SHARE = 0.001
+_BAR = r"\|"
 
 
-def summary_rows(result: NIOResult | None, metrics: Mapping[str, float]) -> list[SummaryRow]:
+def summary_rows(result: InitResult | None, metrics: Mapping[str, float]) -> list[SummaryRow]:
     """The summary table of a run, as (quantity, before, after).
 
     Args:
-        result: of NIO; None where it did not run.
+        result: of the initialisation; None where there was none.
         metrics: of the Trainer; used are `eval_accuracy`, `eval_top5_accuracy`, `eval_ema_accuracy`, `eval_loss` and
             `train_runtime`.
 
@@ -41,45 +55,15 @@ def summary_rows(result: NIOResult | None, metrics: Mapping[str, float]) -> list
     if "eval_loss" in metrics:
         rows.append(("Evaluation loss", "", f"{metrics['eval_loss']:.4f}"))
     if result is not None:
+        rows.append((f"Cost of {result.title} in training steps", "", f"{result.cost:,.1f}"))
         rows.append((f"Seconds of {result.title}", "", f"{result.seconds:.1f}"))
     if "train_runtime" in metrics:
         rows.append(("Seconds of training", "", f"{metrics['train_runtime']:.1f}"))
     return rows
 
 
-_SHARED_BY = {
-    "tensor": "scalar (omega) per tensor",
-    "kind": "scalar (omega) per kind of tensors",
-    "model": "scalar (omega) for all of them",
-}
-_DESCRIPTIONS = {
-    "none": "The model has the initialisation that its class gives it.",
-    "gradinit": "GradInit (Zhu et al., 2021) learned one scalar per weight tensor, so that the loss after one step of "
-    "the optimizer is small.",
-    "metainit": "MetaInit (Dauphin and Schoenholz, 2019) learned the norm of each weight tensor, so that the gradient "
-    "changes little along itself.",
-    "lsuv": "LSUV (Mishkin and Matas, 2015) scaled the weights of each layer to an output variance of 1.",
-    "emergence": "Emergence-promoting initialisation (Li et al., 2024) scaled the weights of each layer by powers of "
-    "alpha, down before the middle layer and up behind it.",
-    "architecture_aware": "Architecture-aware initialisation (Chen et al., 2024) scaled the weights of each layer to "
-    "the variance that its fan-in and its in-degree ask for.",
-}
-
-
-def described_method(result: NIOResult) -> str:
-    """What a method does, in a sentence."""
-    if result.method in _DESCRIPTIONS:
-        return _DESCRIPTIONS[result.method]
-    bound = "" if result.gamma is None else " under a bound on their norm (gamma)"
-    one = _SHARED_BY[result.config.scale_sharing]
-    return (
-        f"Neural Initialization Optimization (NIO) learned scales of the weights, one {one}, so that the gradients of "
-        f"different sub-batches agree (GradCosine){bound}."
-    )
-
-
-def initialisation_rows(result: NIOResult) -> list[SummaryRow]:
-    """What NIO changed on the held-out batches, as (quantity, before, after)."""
+def initialisation_rows(result: InitResult) -> list[SummaryRow]:
+    """What a method changed on the report batches, as (quantity, before, after)."""
     before, after = result.before, result.after
     return [
         (f"GradCosine ({shape_of_sub_batches(before)})", cosine_with_error(before), cosine_with_error(after)),
@@ -100,9 +84,43 @@ def shape_of_sub_batches(measured: GradCosine) -> str:
     return f"D = {measured.sub_batches}, B/D = {per_sub_batch:.4g}"
 
 
-def scale_rows(result: NIOResult) -> list[ScaleRow]:
-    """The learned scales by kind of tensor, as `SCALE_COLUMNS`."""
-    rows = []
+@dataclasses.dataclass(frozen=True)
+class ScaleTable:
+    """The scales of a run as a table of text.
+
+    Attributes:
+        caption: what a row is.
+        columns: their names.
+        rows: one for each group, or for each kind of tensors.
+    """
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def scale_table(result: InitResult) -> ScaleTable:
+    """The scales by group, with what was tried; for more than `MOST_GROUPS` groups by kind of tensors."""
+    if len(result.groups) > MOST_GROUPS:
+        return ScaleTable(
+            f"Scales of {len(result.groups)} groups by kind of tensors", _KIND_COLUMNS, _kind_rows(result)
+        )
+    rows: list[tuple[str, ...]] = [
+        (group.name, f"{group.tensors:,}", f"{group.parameters:,}", f"{group.omega:#.4g}") for group in result.groups
+    ]
+    # One group alone gets the common factor, without trials of its own.
+    if len(rows) == 1 or any(group.gain is None for group in result.groups):
+        return ScaleTable("Scale of each group of tensors", _GROUP_COLUMNS, rows)
+    rows = [(*row, *_trial_cells(group)) for row, group in zip(rows, result.groups, strict=True)]
+    return ScaleTable("Scale of each group of tensors, and its trials", (*_GROUP_COLUMNS, *_TRIAL_COLUMNS), rows)
+
+
+def _trial_cells(group: GroupScale) -> tuple[str, ...]:
+    return f"{group.tried}", f"{group.gain:+.4f}" if group.gain else "-", _TRIALS.get(group.ended, "-")
+
+
+def _kind_rows(result: InitResult) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
     for kind in sorted({tensor.kind for tensor in result.tensors}, key=kind_order):
         members = [tensor for tensor in result.tensors if tensor.kind == kind]
         scales = [tensor.omega for tensor in members]
@@ -114,14 +132,22 @@ def scale_rows(result: NIOResult) -> list[ScaleRow]:
     return rows
 
 
-def excluded_text(result: NIOResult) -> str:
+def cost_text(run: Run, result: InitResult) -> str:
+    """What an initialisation cost, as a sentence."""
+    title, share = result.title, run.nio_share
+    part = "" if share is None else f", {share:.1%} of the time of {title} and training together"
+    steps = f"{result.cost:,.1f} training steps of {result.before.batch_size} samples"
+    return f"{title} took the arithmetic of {steps}, its reports included, in {result.seconds:,.1f} seconds{part}."
+
+
+def excluded_text(result: InitResult) -> str:
     """What is not scaled and why, as a sentence; empty where all is."""
     reasons = [tensor.reason for tensor in result.excluded]
     meanings = {
         "zero": "all zero",
         "unused": "without a gradient",
         "vector": "of one dimension",
-        "name": "not chosen by name",
+        "no group": "in no group",
     }
     parts = [f"{reasons.count(reason)} {meanings.get(reason, reason)}" for reason in dict.fromkeys(reasons)]
     return f"Left as they were: {', '.join(parts)}." if parts else ""
@@ -154,4 +180,4 @@ def _layer_row(group: LayerGradient) -> LayerRow:
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cell.replace('|', _BAR) for cell in line)} |" for line in lines)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nio_hf.core.result import IterationRecord, NIOResult
+from nio_hf.core.config import is_number
+from nio_hf.core.result import InitResult, IterationRecord
 from nio_hf.training.trackers import report_to_tracker
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ class NIOReportCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._pending: NIOResult | None = None
+        self._pending: InitResult | None = None
         self._model: nn.Module | None = None
 
-    def report_later(self, result: NIOResult, model: nn.Module) -> None:
+    def report_later(self, result: InitResult, model: nn.Module) -> None:
         """Keep the result of a model until its next training ends."""
         self._pending, self._model = result, model
 
@@ -61,7 +62,7 @@ class NIOReportCallback(TrainerCallback):
         self.forget()
 
 
-def summary(result: NIOResult) -> dict[str, float]:
+def summary(result: InitResult) -> dict[str, float]:
     """The measurements of a run as flat log values."""
     return {
         "nio_grad_cosine_before": result.before.value,
@@ -72,10 +73,13 @@ def summary(result: NIOResult) -> dict[str, float]:
         "nio_loss_after": result.after.loss,
         "nio_sub_batches": result.before.sub_batches,
         "nio_batch_size": result.before.batch_size,
+        "nio_cost": result.cost,
         "nio_seconds": result.seconds,
     }
 
 
 def _history_entry(record: IterationRecord) -> dict[str, Any]:
+    """An iteration as an entry of the log history; what is not known or not finite is left out."""
     fields = {f"nio_{name}": value for name, value in dataclasses.asdict(record).items()}
-    return {**fields, "epoch": 0.0, "step": 0}
+    known = {name: value for name, value in fields.items() if isinstance(value, str) or is_number(value)}
+    return {**known, "epoch": 0.0, "step": 0}

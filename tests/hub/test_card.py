@@ -18,7 +18,7 @@ from nio_hf.hub.card import MARKER, card_text
 from nio_hf.report import draw_run
 from nio_hf.report.run import Facts, Run
 from tests.hub.loopback import LoopbackHub
-from tests.report.test_plots import _result
+from tests.report.runs import result
 
 FACTS = Facts(
     model="ViTForImageClassification",
@@ -32,7 +32,9 @@ FACTS = Facts(
     processes=2,
 )
 METRICS = {"eval_accuracy": 0.8765432, "eval_loss": 0.5, "eval_runtime": 3.0, "train_runtime": 321.0}
-INITIALISED = Run("my-vit", FACTS, _result(), {"nio_hf": "0.1.0", "torch": "2.13.0"}, recipe="learning_rate: 0.001\n")
+INITIALISED = Run(
+    "my-vit", FACTS, result(groups=3), {"nio_hf": "0.1.0", "torch": "2.13.0"}, recipe="learning_rate: 0.001\n"
+)
 TRAINED = dataclasses.replace(INITIALISED, steps=90, max_steps=90, metrics=METRICS)
 
 
@@ -74,7 +76,7 @@ def test_the_metadata_of_a_trained_model_has_its_evaluation() -> None:
     data = card.data
     assert (data.license, data.pipeline_tag, data.metrics) == ("apache-2.0", "image-classification", ["accuracy"])
     assert "untrained" not in data.tags
-    results = {result.metric_name: result for result in data.eval_results}
+    results = {one.metric_name: one for one in data.eval_results}
     accuracy = results["Accuracy"]
     assert (accuracy.metric_value, accuracy.metric_type) == (0.876543, "accuracy")
     assert (accuracy.dataset_name, accuracy.dataset_config, accuracy.dataset_split) == (
@@ -84,29 +86,36 @@ def test_the_metadata_of_a_trained_model_has_its_evaluation() -> None:
     )
     assert set(results) == {"Accuracy", "Loss"}, "seconds are no result"
     diverged = parsed(dataclasses.replace(TRAINED, metrics={**METRICS, "eval_loss": math.nan}))
-    assert [result.metric_name for result in diverged.data.eval_results] == ["Accuracy"]
+    assert [one.metric_name for one in diverged.data.eval_results] == ["Accuracy"]
     raw = yaml.safe_load(card.content.split("---")[1])
     assert raw["model-index"][0]["name"] == "my-vit"
 
 
 def test_the_numbers_are_those_of_the_run() -> None:
     content = text(TRAINED)
-    result = TRAINED.result
-    assert result is not None
-    assert f"| GradCosine (D = 2, B/D = 32) | {result.before.value:.4f}" in content
-    assert f"| {result.after.value:.4f} ±" in content
-    assert f"{result.seconds:.1f} seconds, {100 * 3.21 / (3.21 + 321):.1f}% of those of NIO and training" in content
-    assert "| linear weight | 2 | 8 |" in content
+    outcome = TRAINED.result
+    assert outcome is not None
+    assert f"| GradCosine (D = 4, B/D = 16) | {outcome.before.value:.4f}" in content
+    assert f"| {outcome.after.value:.4f} ±" in content
+    assert f"in 7.2 seconds, {100 * 7.25 / (7.25 + 321):.1f}% of the time of NIO and training together." in content
+    assert "NIO took the arithmetic of 33.5 training steps of 64 samples" in content
+    assert "| group 1 | 8 | 1,536 | 1.301 | 1 | +0.0100 | no gain |" in content
     assert "1,234,567 parameters, 10 classes, data set `uoft-cs/cifar10` (plain_text)" in content
     assert "| accuracy | 0.8765 |" in content
-    assert result.message in content
-    assert "On 4 held-out batches of 64 samples" in content
+    assert outcome.message in content
+    assert outcome.description in content
+    assert "On 4 report batches of 64 samples" in content
+    assert "1,234,567 parameters, 1 class, " in text(
+        dataclasses.replace(TRAINED, facts=dataclasses.replace(FACTS, classes=1))
+    )
+    many = dataclasses.replace(TRAINED, result=result(4, groups=48))
+    assert "Scales of 48 groups by kind of tensors:\n\n| kind | tensors |" in text(many)
 
 
 @pytest.mark.parametrize("run", [INITIALISED, TRAINED])
 def test_it_says_how_to_load_reproduce_and_cite(run: Run) -> None:
     content = text(run)
-    assert 'AutoModelForImageClassification.from_pretrained("user/my-vit")' in content
+    assert 'ViTForImageClassification.from_pretrained("user/my-vit")' in content
     assert "learning_rate: 0.001" in content
     assert f"nio-hf {'train' if run.is_trained else 'init'} nio_recipe.yaml" in content
     assert "nio_hf 0.1.0, torch 2.13.0." in content
@@ -130,6 +139,12 @@ def test_it_is_clean_markdown_without_talk_of_fine_tuning(run: Run) -> None:
     for number, line in enumerate(lines):
         if line.startswith("|") and not lines[number - 1].startswith("|"):
             assert lines[number - 1] == "", f"a table without an empty line before it: {line}"
+
+
+def test_an_image_processor_is_loaded_where_there_is_one(tmp_path: Path) -> None:
+    assert "AutoImageProcessor" not in card_text(TRAINED, tmp_path, {}, "user/my-vit", "mit")
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    assert 'AutoImageProcessor.from_pretrained("user/my-vit"' in card_text(TRAINED, tmp_path, {}, "user/my-vit", "mit")
 
 
 def test_other_models_are_loaded_in_their_own_way() -> None:
@@ -157,6 +172,14 @@ def test_plots_are_embedded_by_a_path_in_the_repository(tmp_path: Path) -> None:
     for name in ("nio_history", "nio_scales", "training"):
         assert f"](plots/{name}.png)" in content
         assert (tmp_path / "plots" / f"{name}.png").is_file()
+
+
+def test_an_accuracy_is_named_where_there_is_one(tmp_path: Path) -> None:
+    logs: list[list[dict[str, float]]] = [[{"step": 1, "loss": 2.0}], [{"step": 1, "eval_accuracy": 0.5}]]
+    for log, named in zip(logs, ("Loss", "Loss and accuracy"), strict=True):
+        run = dataclasses.replace(TRAINED, log_history=log)
+        plots = {"Plot of the training": tmp_path / "training.png"}
+        assert f"![{named} by training step](training.png)" in card_text(run, tmp_path, plots, None, "mit")
 
 
 def test_the_hub_accepts_every_card(hub: LoopbackHub, tmp_path: Path) -> None:

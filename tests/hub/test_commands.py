@@ -21,7 +21,7 @@ from tests.hub.loopback import LoopbackHub
 
 NIO = [sys.executable, "-m", "nio_hf.cli"]
 RECIPE = "vit-tiny/digits/nio"
-SMALL = ["--use_cpu", "true", "--nio_iterations", "2", "--max_steps", "3", "--disable_tqdm", "true"]
+SMALL = ["--use_cpu", "true", "--max_steps", "3", "--disable_tqdm", "true"]
 LOAD = """
 import sys
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed

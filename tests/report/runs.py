@@ -8,7 +8,16 @@ from typing import Any
 
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.layerwise import GradientInspection, LayerGradient
-from nio_hf.core.result import ExcludedTensor, GradCosine, IterationRecord, NIOResult, Status, TensorScale
+from nio_hf.core.result import (
+    ExcludedTensor,
+    GradCosine,
+    GroupScale,
+    InitResult,
+    IterationRecord,
+    Outcome,
+    Status,
+    TensorScale,
+)
 from nio_hf.report.run import Facts, Run
 
 KINDS = ("linear weight", "linear bias", "norm weight", "norm bias")
@@ -35,38 +44,74 @@ BROKEN_LOG: tuple[dict[str, Any], ...] = (
 
 
 def measured(value: float, parts: int = 4) -> GradCosine:
-    """GradCosine over held-out batches; of a single one the standard error is NaN."""
+    """GradCosine over report batches; of a single one the standard error is NaN."""
     spread = [0.02 * (index - (parts - 1) / 2) for index in range(parts)]
     return GradCosine.mean([GradCosine(value + off, 6.0 + value, (5.0, 6.0, 7.0, 8.0), 2.31, 64) for off in spread])
 
 
 def result(
-    blocks: int = 2, iterations: int = 5, parts: int = 4, status: Status = "improved", gamma: float | None = 12.0
-) -> NIOResult:
-    """An outcome of NIO with 12 tensors in each block."""
-    return NIOResult(
-        config=NIOConfig(iterations=max(iterations, 1)),
+    blocks: int = 2,
+    iterations: int = 5,
+    parts: int = 4,
+    status: Status = "improved",
+    *,
+    groups: int = 1,
+    config: NIOConfig | None = None,
+) -> InitResult:
+    """An outcome of NIO with 12 tensors in each block; of the scan, unless the settings say otherwise."""
+    config = NIOConfig() if config is None else config
+    names, tensors = [f"group {i}" for i in range(groups)], 12 * blocks
+    scales = [math.exp(0.4 * math.sin(7 * i)) for i in range(groups)]
+    has_trials = config.search == "scan" and groups > 1
+    record = step if config.search == "published" else trial
+    return InitResult(
+        config=config,
+        groups=tuple(
+            GroupScale(
+                name,
+                omega,
+                tensors // groups,
+                192 * tensors // groups,
+                0.01 * (i % 3) if config.search == "scan" else None,
+                i % 3 if has_trials else 0,
+                (None, "no_gain", "loss_bound")[i % 3] if has_trials else None,
+            )
+            for i, (name, omega) in enumerate(zip(names, scales, strict=True))
+        ),
         tensors=tuple(
-            TensorScale(f"t{i}", KINDS[i % len(KINDS)], 1 + i // 12, (48, 4), math.exp(0.4 * math.sin(7 * i)))
-            for i in range(12 * blocks)
+            TensorScale(f"t{i}", KINDS[i % len(KINDS)], 1 + i // 12, (48, 4), scales[i % groups], names[i % groups])
+            for i in range(tensors)
         ),
         excluded=(ExcludedTensor("frozen", "linear weight", (4,), "frozen"),),
-        history=tuple(
-            IterationRecord(
-                i + 1, 0.3 * math.sin(i) + 0.004 * i, 6 + 0.05 * i, 2.3, "constraint" if i % 9 == 8 else "objective",
-                0.1, "exact", None,
-            )
-            for i in range(iterations)
-        ),
+        history=tuple(record(i, groups) for i in range(iterations)),
         before=measured(0.0123, parts),
         after=measured(0.2176, parts),
-        gamma=gamma,
-        curvature="exact",
+        cost=33.5,
         seconds=7.25,
         peak_memory=3 * 2**29,
         status=status,
-        message="GradCosine 0.0123 -> 0.2176 on held-out batches.",
-    )  # fmt: skip
+        message="GradCosine rose. GradCosine 0.0123 -> 0.2176 on the report batches.",
+        description="NIO learned scales of the weights.",
+    )
+
+
+def trial(i: int, groups: int) -> IterationRecord:
+    """A trial of a search that judges: the first common ones, then those of the groups."""
+    if 0 < i < 4:
+        outcome: Outcome = "within_loss" if i % 2 else "loss_bound"
+        return IterationRecord(i + 1, f"all x{2**i}", outcome, 2.3 + 0.1 * i if i < 3 else math.nan, cost=4 / 3)
+    outcomes: tuple[Outcome, ...] = ("accepted", "norm_band", "no_gain", "noise", "worse", "loss_bound")
+    outcome = outcomes[i % len(outcomes)] if i else "start"
+    group = None if i < 5 else f"group {i % groups}"
+    loss, gc, norm = 2.3 + 0.01 * i, 0.3 * math.sin(i) + 0.004 * i, 6 + (9 if outcome == "norm_band" else 0.05) * i
+    return IterationRecord(i + 1, f"{group or 'all'} x1.41", outcome, loss, gc, norm, gc, group, 1.41, 4.0)
+
+
+def step(i: int, groups: int) -> IterationRecord:
+    """A step of a search that goes on whatever it measures."""
+    outcome: Outcome = "lower_norm" if i % 9 == 8 else "accepted"
+    loss = math.nan if i % 9 == 7 else 2.3
+    return IterationRecord(i + 1, "a step of 0.003", outcome, loss, 0.3 * math.sin(i), 6 + 0.05 * i, cost=4.0)
 
 
 def inspection(blocks: int = 3) -> GradientInspection:
@@ -84,7 +129,7 @@ def run(
     name: str = "vit-digits",
     *,
     facts: Facts | None = None,
-    result: NIOResult | None = None,
+    result: InitResult | None = None,
     versions: dict[str, str] | None = None,
     steps: tuple[int, int] = (0, 0),
     metrics: dict[str, float] | None = None,
@@ -115,7 +160,7 @@ def full_run(blocks: int = 12, iterations: int = 100) -> Run:
     )
     return run(
         facts=facts,
-        result=result(blocks, iterations),
+        result=result(blocks, iterations, groups=4),
         versions=VERSIONS,
         steps=(600, 600),
         metrics=METRICS,

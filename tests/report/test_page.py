@@ -21,7 +21,7 @@ from nio_hf.errors import OutputError
 from nio_hf.report import page
 from nio_hf.report.page import render_page, write_page
 from nio_hf.report.run import Facts, Run
-from nio_hf.report.tables import layer_rows, scale_rows, summary_rows
+from nio_hf.report.tables import layer_rows, scale_table, summary_rows
 from tests.report.runs import (
     BROKEN_LOG,
     LOG,
@@ -152,7 +152,7 @@ def test_the_values_are_those_of_the_run() -> None:
     rows = [row[:1] + tuple("" if cell == "\N{EN DASH}" else cell for cell in row[1:]) for row in shown.rows]
     expected: list[tuple[str, ...]] = [
         *summary_rows(whole.result, whole.metrics),
-        *scale_rows(whole.result),
+        *scale_table(whole.result).rows,
         *layer_rows(whole.inspection, "kind"),
         *layer_rows(whole.inspection, "depth"),
         *((name, str(value)) for name, value in dataclasses.asdict(whole.result.config).items()),
@@ -173,13 +173,15 @@ def test_the_values_are_those_of_the_run() -> None:
     assert facts["Device"] == "cuda, 2 processes"
     assert facts["Recipe"] == "vit-tiny/cifar10/nio"
     assert facts["Started from"] == "outputs/init/nio_init"
-    assert facts["Iterations"] == "9 of 9"
-    assert facts["Held out"] == "4 batches of 64 samples"
+    assert facts["Iterations"] == "9"
+    assert facts["Groups that share a scale"] == "4"
+    assert facts["Reported on"] == "4 batches of 64 samples"
     assert facts["Peak memory"] == "1.50 GiB"
     assert facts["torch"] == "2.13.0"
     text = shown.text["body"][0]
     assert whole.result.message in text
-    assert "NIO took 7.2 seconds, 10.6% of the time of NIO and training together." in text
+    assert whole.result.description in text
+    assert "33.5 training steps of 64 samples, its reports included, in 7.2 seconds, 10.6% of the time of NIO" in text
     gain, error = whole.result.gain, whole.result.gain_standard_error
     assert f"GradCosine changed by +{gain:.4f} ± {error:.4f}, with the standard error" in text
     assert "Left as they were: 1 frozen." in text
@@ -250,7 +252,7 @@ def test_every_status_has_its_word_and_colour() -> None:
     "shown",
     [
         run(result=result(iterations=0, parts=1, status="data_exhausted")),
-        run(result=dataclasses.replace(result(gamma=None), tensors=(), excluded=())),
+        run(result=dataclasses.replace(result(), groups=(), tensors=(), excluded=())),
         run(result=result(1, 1, 1), steps=(3, 3), log=BROKEN_LOG, metrics={"eval_loss": math.nan, "x": math.inf}),
         run(steps=(3, 3), log=[{"step": 1, "grad_norm": 2.0}, {"step": 1, "loss": math.nan}]),
         run(inspection=GradientInspection(measured(0.3, 1), ())),
@@ -281,7 +283,7 @@ def test_text_of_the_user_is_no_html() -> None:
         run(
             NASTY,
             facts=facts,
-            result=dataclasses.replace(result(), message=NASTY, curvature=NASTY),
+            result=dataclasses.replace(result(), message=NASTY, description=NASTY, title=NASTY),
             versions={NASTY: NASTY, "nio_hf": NASTY},
             metrics={NASTY: 1.0},
             steps=(1, 1),

@@ -2,64 +2,122 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
-from nio_hf.core import GradCosine, IterationRecord, NIOConfig, NIOResult, TensorScale
+from nio_hf.core import InitResult, NIOConfig
 from nio_hf.errors import OutputError
-from nio_hf.report import plot_history, plot_scales, plot_training, summary_rows
-
-
-def _measured(value: float, parts: int) -> GradCosine:
-    single = [GradCosine(value + 0.01 * index, 2.0, (1.0, 3.0), 2.3, 64) for index in range(parts)]
-    return GradCosine.mean(single)
-
-
-def _result(tensors: int = 12, iterations: int = 5, parts: int = 4, omega: float = 1.3) -> NIOResult:
-    kinds = ["linear weight", "linear bias", "norm weight", "convolution weight", "embedding", "parameter", "other"]
-    return NIOResult(
-        config=NIOConfig(),
-        tensors=tuple(
-            TensorScale(f"t{i}", kinds[i % len(kinds)], i // 6, (4,), omega ** (i % 3 - 1)) for i in range(tensors)
-        ),
-        excluded=(),
-        history=tuple(
-            IterationRecord(i + 1, 0.1 * i, 2.0 + i, 2.3, "constraint" if i % 2 else "objective", 0.1, "exact", None)
-            for i in range(iterations)
-        ),
-        before=_measured(0.1, parts),
-        after=_measured(0.3, parts),
-        gamma=4.0,
-        curvature="exact",
-        seconds=3.21,
-        peak_memory=1,
-        status="improved",
-        message="Improved.",
-    )
+from nio_hf.report import history, plot_history, plot_scales, plot_training, plots, style, summary_rows
+from nio_hf.report.tables import MOST_GROUPS, markdown_table, scale_table
+from tests.report.runs import KINDS, measured, result
 
 
 @pytest.mark.parametrize(
-    "result", [_result(), _result(1, 1, 1), _result(600, 200), _result(omega=1.0), _result(omega=40)]
+    "drawn",
+    [
+        result(),
+        result(1, 1, 1),
+        result(4, 24, groups=4),
+        result(50, 200, groups=600),
+        result(4, 30, groups=MOST_GROUPS, config=NIOConfig(loss_bound=None, norm_band=None)),
+        result(4, 12, groups=4, config=NIOConfig(search="gradient")),
+        result(4, 60, groups=48, config=NIOConfig.published()),
+        result(1, 9, config=NIOConfig.published(gamma=None, overlap=0.0)),
+    ],
+    ids=["few", "one", "named", "many", "unbounded", "gradient", "published", "without gamma"],
 )
-def test_results_of_any_size_are_drawn(result: NIOResult, tmp_path: Path) -> None:
+def test_results_of_any_size_and_search_are_drawn(drawn: InitResult, tmp_path: Path) -> None:
     for draw in (plot_scales, plot_history):
         path = tmp_path / "plots" / f"{draw.__name__}.png"
-        draw(result, path)
+        draw(drawn, path)
         with Image.open(path) as image:
             assert min(image.size) > 400
             assert len(set(image.convert("L").resize((64, 64)).get_flattened_data())) > 5, "nothing is drawn"
 
 
-def test_an_unbounded_run_without_gamma_is_drawn(tmp_path: Path) -> None:
-    plot_history(dataclasses.replace(_result(), gamma=None), tmp_path / "history.png")
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are drawn."""
+    kept: list[Figure] = []
+
+    @contextlib.contextmanager
+    def figure(*args: Any, **kwargs: Any) -> Iterator[Figure]:
+        with style.figure(*args, **kwargs) as drawn:
+            kept.append(drawn)
+            yield drawn
+
+    for module in (history, plots):
+        monkeypatch.setattr(module, "figure", figure)
+    return kept
+
+
+def points(axes: Axes, label: str) -> list[float]:
+    """The x of all points with a label."""
+    return [float(x) for line in axes.lines if line.get_label() == label for x in line.get_xdata()]
+
+
+def test_trials_are_shown_as_far_as_they_were_measured_with_their_bounds(figures: list[Figure]) -> None:
+    drawn = result(4, 12, groups=4)
+    plot_history(drawn, io.BytesIO())
+    cosine, norm, loss = figures[0].axes
+    for axes in (cosine, norm, loss):
+        assert points(axes, "start, or accepted") == [1, 7]
+        assert points(axes, "refused: not better") == [5, 9, 10, 11]
+    assert points(cosine, "refused: bound on loss or gradient norm") == [6, 8, 12]
+    assert points(loss, "within the loss bound, gradient not measured") == [2]
+    assert points(loss, "refused: bound on loss or gradient norm") == [3, 6, 8, 12]
+    assert points(norm, "refused, beyond the axis or not finite") == [8]
+    assert points(loss, "refused, beyond the axis or not finite") == [4], "its loss is NaN"
+    assert drawn.history[0].loss * 1.1 in [line.get_ydata()[0] for line in loss.lines]  # type: ignore[index]
+    first, second = (band.get_datalim(norm.transData) for band in norm.collections[-2:])
+    start = drawn.history[0].grad_norm
+    assert start is not None
+    assert (first.x0, first.x1, first.y0, first.y1) == pytest.approx((0.5, 5.5, 0.8 * start, 1.5 * start))
+    assert (second.x0, second.x1) == (5.5, 12.5)
+    ticks = [tick.get_text() for tick in loss.get_xticklabels()]
+    assert ticks == ["before", *(record.tried for record in drawn.history), "after"]
+
+
+def test_steps_are_curves_with_a_rug_where_they_lower_the_norm(figures: list[Figure]) -> None:
+    plot_history(result(4, 60, groups=48, config=NIOConfig.published()), io.BytesIO())
+    cosine, norm, loss = figures[0].axes
+    assert len(points(cosine, "search batches")) == 60
+    assert points(norm, "steps that lower the norm (6 of 60)") == [9, 18, 27, 36, 45, 54]
+    assert points(norm, "gamma = 10") == [0, 1]
+    assert loss.get_xlabel() == "NIO iteration"
+
+
+def test_an_objective_other_than_gradcosine_has_a_panel(figures: list[Figure]) -> None:
+    drawn = result()
+    other = tuple(dataclasses.replace(record, objective=-2.0) for record in drawn.history)
+    plot_history(dataclasses.replace(drawn, history=other), io.BytesIO())
+    plot_history(drawn, io.BytesIO())
+    assert [axes.get_ylabel() for axes in figures[0].axes][:2] == ["objective", "GradCosine"]
+    assert [axes.get_ylabel() for axes in figures[1].axes][:2] == ["GradCosine", "gradient norm"]
+
+
+def test_scales_are_told_apart_by_group_where_there_are_several(figures: list[Figure]) -> None:
+    by_kind = [*KINDS]
+    for groups, labels in ((1, by_kind), (2, ["group 0: 1", "group 1: 1.3"]), (MOST_GROUPS + 1, by_kind)):
+        plot_scales(result(4, groups=groups), io.BytesIO())
+        assert figures[-1].axes[0].get_legend_handles_labels()[1] == labels
+    plot_scales(result(4, groups=MOST_GROUPS), io.BytesIO())
+    looks = {(line.get_color(), line.get_marker(), line.get_markerfacecolor()) for line in figures[-1].axes[0].lines}
+    assert len({look[1:] for look in looks}) == MOST_GROUPS + 1, "of the groups, and the line at 1"
 
 
 @pytest.mark.parametrize(
-    "history",
+    "log",
     [
         [],
         [{"step": 1, "loss": 2.0}],
@@ -67,25 +125,47 @@ def test_an_unbounded_run_without_gamma_is_drawn(tmp_path: Path) -> None:
         [{"step": 3, "eval_loss": 1.0}, {"step": 0, "nio_loss": 2.0}],
     ],
 )
-def test_training_is_drawn_from_whatever_was_logged(history: list[dict[str, float]], tmp_path: Path) -> None:
-    plot_training(history, tmp_path / "training.png")
+def test_training_is_drawn_from_whatever_was_logged(log: list[dict[str, float]], tmp_path: Path) -> None:
+    plot_training(log, tmp_path / "training.png")
     assert (tmp_path / "training.png").stat().st_size > 0
 
 
 def test_a_plot_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="Free space or choose another"):
-        plot_scales(_result(), tmp_path / "file" / "plot.png")
+        plot_scales(result(), tmp_path / "file" / "plot.png")
 
 
 def test_the_table_holds_what_is_known() -> None:
-    rows = summary_rows(_result(), {"eval_accuracy": 0.9639, "eval_loss": 0.12, "train_runtime": 61.24})
+    rows = summary_rows(result(), {"eval_accuracy": 0.9639, "eval_loss": 0.12, "train_runtime": 61.24})
     table = {name: (before, after) for name, before, after in rows}
-    error = _measured(0.1, 4).standard_error
-    assert table["GradCosine (D = 2, B/D = 32)"] == (f"0.1150 ± {error:.4f}", f"0.3150 ± {error:.4f}")
+    error = measured(0.1).standard_error
+    assert table["GradCosine (D = 4, B/D = 16)"] == (f"0.0123 ± {error:.4f}", f"0.2176 ± {error:.4f}")
     assert table["Evaluation accuracy"] == ("", "96.39%")
-    assert table["Seconds of NIO"] == ("", "3.2")
+    assert table["Cost of NIO in training steps"] == ("", "33.5")
+    assert table["Seconds of NIO"] == ("", "7.2")
     assert table["Seconds of training"] == ("", "61.2")
     assert [name for name, *_ in summary_rows(None, {"eval_loss": 0.12})] == ["Evaluation loss"]
-    assert math.isnan(_measured(0.1, 1).standard_error)
-    assert "±" not in summary_rows(_result(parts=1), {})[0][1]
+    assert math.isnan(measured(0.1, 1).standard_error)
+    assert "±" not in summary_rows(result(parts=1), {})[0][1]
+
+
+def test_scales_are_listed_by_group_or_by_kind() -> None:
+    columns = ("group", "tensors", "parameters", "scale")
+    assert scale_table(result()).rows == [("group 0", "24", "4,608", "1.000")]
+    assert scale_table(result(groups=3, config=NIOConfig(search="gradient"))).columns == columns
+    trials = scale_table(result(groups=3))
+    assert trials.columns == (*columns, "tried", "gain", "last trial")
+    assert [row[4:] for row in trials.rows] == [
+        ("0", "-", "none: the budget was spent"),
+        ("1", "+0.0100", "no gain"),
+        ("2", "+0.0200", "broke the loss bound"),
+    ]
+    many = scale_table(result(4, groups=MOST_GROUPS + 1))
+    assert many.caption == "Scales of 13 groups by kind of tensors"
+    assert [row[0] for row in many.rows] == [*KINDS]
+    assert all(row[1] == "12" and float(row[3]) <= float(row[4]) <= float(row[5]) for row in many.rows)
+
+
+def test_a_bar_in_a_name_is_no_column() -> None:
+    assert markdown_table(("a",), [("fc1|fc2",)]).splitlines()[-1] == r"| fc1\|fc2 |"
