@@ -1,4 +1,4 @@
-"""What an iteration of NIO costs each of several processes: bytes summed, operations, memory.
+"""What a batch of NIO costs each of several processes: bytes summed, operations, memory.
 
 python -m benchmarks.scaling
 """
@@ -6,6 +6,7 @@ python -m benchmarks.scaling
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -17,13 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.accounting import Counts, counted
-from benchmarks.workloads import Workload, mean_loss, workload
-from nio_hf.core import Collective, IterationRecord, NIOConfig, initialize
+from benchmarks.accounting import counted
+from benchmarks.workloads import FIRST_PASS, Workload, workload
+from nio_hf.core import Collective
 from nio_hf.core.collective import SIGNALS
-from nio_hf.core.config import CurvatureName
 from nio_hf.training.checkpoints import versions
 
 RESULT = Path(__file__).parent / "results" / "scaling-cpu.json"
@@ -31,31 +30,32 @@ MODEL = "vit-tiny-32"
 BATCH_SIZE = 32
 PROCESSES = (1, 2, 3, 4)
 SUB_BATCHES = (2, 4, 8)
-PATHS: tuple[CurvatureName, ...] = ("exact", "exact_kept")
-STEPS = {"exact": 4, "exact_kept": 3}
-"""Training steps of arithmetic of an iteration on one process."""
+STEPS = {FIRST_PASS: 1, "exact": 4, "exact_kept": 3}
+"""{way: training steps of arithmetic of a batch on one process}."""
 BYTES = 4
 
 
-def bytes_summed(gradient_numbers: int, scaled_tensors: int, sub_batches: int, processes: int) -> int:
-    """The model: bytes of all tensors that an iteration sums over the processes.
+def bytes_summed(path: str, gradient_numbers: int, scaled_tensors: int, sub_batches: int, processes: int) -> int:
+    """The model: bytes of all tensors that a batch sums over the processes.
 
-    u with P numbers, n_d and L_d of D sub-batches, the gradient of m scales, and three times how it goes.
+    The first pass sums u with P numbers, three numbers of each of the D sub-batches, and how it goes; the second one
+    the gradient of m scales, and how it goes.
     """
     if processes == 1:
         return 0
-    return BYTES * (gradient_numbers + 2 * sub_batches + scaled_tensors + 3 * SIGNALS)
+    first = gradient_numbers + 3 * sub_batches + SIGNALS
+    return BYTES * (first if path == FIRST_PASS else first + scaled_tensors + SIGNALS)
 
 
 def share_of_work(sub_batches: int, processes: int) -> float:
-    """The model: what the busiest process computes of an iteration, ceil(D / processes) / D."""
+    """The model: what the busiest process computes of a batch, ceil(D / processes) / D."""
     return -(-sub_batches // processes) / sub_batches
 
 
 def samples_at_once(batch_size: int, sub_batches: int, processes: int, path: str) -> int:
     """The model: samples whose graph a process holds, one sub-batch or, where graphs are kept, all of its own.
 
-    The peak of an iteration is about 4 P numbers, and what the graphs of so many samples hold.
+    The peak is a few times P numbers, and what the graphs of so many samples hold.
     """
     own = -(-sub_batches // processes) if path == "exact_kept" else 1
     return own * -(-batch_size // sub_batches)
@@ -69,7 +69,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         processes, sub_batches, path = row["processes"], row["sub_batches"], row["path"]
-        summed = bytes_summed(row["gradient_numbers"], row["scaled_tensors"], sub_batches, processes)
+        summed = bytes_summed(path, row["gradient_numbers"], row["scaled_tensors"], sub_batches, processes)
         steps = STEPS[path] * share_of_work(sub_batches, processes)
         lines.append(
             f"| {processes} | {sub_batches} | {path.replace('_', ' ')} | {row['bytes_summed'] / 1e6:.3f} "
@@ -103,50 +103,36 @@ def _measure(rank: int, processes: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=processes)
     rows = []
-    for path in PATHS:
+    base = workload(MODEL, torch.device("cpu"), batch_size=BATCH_SIZE)
+    base = dataclasses.replace(base, collective=Collective.current())
+    step = counted(base.training_step(math_attention=True)).operations
+    for path in STEPS:
         for sub_batches in SUB_BATCHES:
-            work = workload(MODEL, torch.device("cpu"), batch_size=BATCH_SIZE, sub_batches=sub_batches)
-            rows.append({"processes": processes, "sub_batches": sub_batches, "path": path, **_iteration(work, path)})
+            work = dataclasses.replace(base, sub_batches=sub_batches)
+            rows.append({"processes": processes, "sub_batches": sub_batches, "path": path, **_batch(work, path, step)})
     Path(folder, f"{rank}.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
 
 
-def _iteration(work: Workload, path: CurvatureName) -> dict[str, Any]:
-    """What this process does in the second of two iterations."""
-    counts = Counts()
-    sent: list[int] = []
-    marks: list[int] = []
-
-    def on_iteration(record: IterationRecord) -> None:
-        marks.append(sum(sent))
-        if record.iteration == 1:
-            counts.__enter__()
-        else:
-            counts.__exit__(None, None, None)
-
-    with sdpa_kernel(SDPBackend.MATH), _recorded(sent):
-        result = initialize(
-            work.model,
-            [work.batch() for _ in range(3)],
-            mean_loss,
-            NIOConfig(iterations=2, sub_batches=work.sub_batches, holdout_batches=1, curvature=path),
-            collective=Collective.current(),
-            on_iteration=on_iteration,
-        )
+def _batch(work: Workload, path: str, step: int) -> dict[str, Any]:
+    """What this process does for a batch; `step` is the number of operations of a training step."""
+    with _recorded() as sent:
+        counts = counted(work.iteration(path, host_read=True))
     return {
-        "bytes_summed": marks[1] - marks[0],
-        "gradient_numbers": sum(parameter.numel() for parameter in work.scales.gradient),
-        "scaled_tensors": len(result.tensors),
-        "training_steps": counts.operations / counted(work.training_step(math_attention=True)).operations,
+        "bytes_summed": sum(sent),
+        "gradient_numbers": sum(parameter.numel() for parameter in work.tensors.gradient_parameters),
+        "scaled_tensors": len(work.tensors.scaled),
+        "training_steps": counts.operations / step,
         "peak_bytes": counts.peak,
         "parameter_bytes": work.parameter_bytes,
     }
 
 
 @contextlib.contextmanager
-def _recorded(sent: list[int]) -> Iterator[None]:
-    """Write down the bytes of each sum over the processes."""
+def _recorded() -> Iterator[list[int]]:
+    """The bytes of each sum over the processes."""
     original = dist.all_reduce
+    sent: list[int] = []
 
     def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         sent.append(tensor.numel() * tensor.element_size())
@@ -154,7 +140,7 @@ def _recorded(sent: list[int]) -> Iterator[None]:
 
     dist.all_reduce = all_reduce
     try:
-        yield
+        yield sent
     finally:
         dist.all_reduce = original
 

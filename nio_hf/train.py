@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -138,6 +139,8 @@ def _report(trainer: ImageTrainer, recipe: Recipe, metrics: dict[str, float]) ->
         # A training that was resumed, or loaded an initialised checkpoint, has not run NIO itself.
         result = result or run.result
         written |= draw_run(run, output_dir / PLOTS_DIR_NAME)
+        if not all(math.isfinite(metrics.get(name, 0.0)) for name in ("train_loss", "eval_loss")):
+            logger.warning("The training diverged: its loss is not finite. Lower learning_rate.")
     rows = summary_rows(result, metrics)
     if trainer.skipped_images:
         rows.append(("Images skipped, broken", "", str(trainer.skipped_images)))

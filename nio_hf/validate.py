@@ -1,4 +1,4 @@
-"""Check recipes: keys, types, consistency, and with data one batch and one iteration of NIO."""
+"""Check recipes: keys, types, consistency, and with data one batch and a short run of NIO."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import dataclasses
 import itertools
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from nio_hf.console import exit_status, print_validation
 from nio_hf.errors import NIOError, Problem, RecipeError
 from nio_hf.image_training.building import build_trainer, check_buildable
+from nio_hf.image_training.trainer import ImageTrainer, Samples
 from nio_hf.recipe.consistency import consistency_notes, consistency_problems
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import with_values
+from nio_hf.training.methods import METHODS
+from nio_hf.vision.samples import ImageStream
 
-_TRIAL = {
-    "nio_iterations": 1,
-    "nio_holdout_batches": 1,
-    "nio_save_init": False,
-    "report_to": "none",
-    "push_to_hub": False,
-}
+_QUIET = {"nio_save_init": False, "report_to": "none", "push_to_hub": False}
+_SHORTEST = {"nio_search_batches": 2, "nio_report_batches": 1, "nio_budget": 1.0, "nio_iterations": 1}
+"""Settings of the cheapest run of NIO."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +50,11 @@ def validate_recipe(
     Args:
         name: a YAML file or the name of a recipe that comes with the package.
         overrides: options as of [`load_recipe`].
-        with_data: also load one batch to train on and one to evaluate on, and run one iteration of NIO.
+        with_data: also load one batch to train on and one to evaluate on, and run NIO as shortly as it can.
         num_processes: processes to check for; None for those of this run.
     """
     try:
-        if not torch.accelerator.is_available():
+        if not with_data and not torch.accelerator.is_available():
             # A recipe is checked for the machine that it is meant for: settings that need a GPU are no fault of it.
             overrides = with_values(overrides, {"use_cpu": True})
         recipe = load_recipe(name, overrides, world_size=num_processes)
@@ -81,18 +80,37 @@ def _described_batch(recipe: Recipe, world_size: int) -> str:
 
 
 def _try_data(name: str, overrides: Sequence[str]) -> str:
-    """Load a batch of each part and run one iteration of NIO, in a folder that is thrown away; say what happened."""
+    """Load a batch of each split and run NIO shortly, in a folder that is thrown away; say what happened."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer: Any = build_trainer(load_recipe(name, with_values(overrides, {**_TRIAL, "output_dir": folder})))
+        trainer = build_trainer(load_recipe(name, with_values(overrides, {**_QUIET, "output_dir": folder})))
         batch = next(iter(trainer.get_train_dataloader()))
         next(iter(trainer.get_eval_dataloader()))
-        after = trainer.run_nio().history[0]
-    size = "x".join(map(str, batch["pixel_values"].shape[-2:]))
-    parameters = trainer.model.num_parameters()
-    return (
-        f"{len(batch['labels'])} images of {size} read, {parameters:,} parameters, "
-        f"one iteration of NIO at GradCosine {after.grad_cosine:.3f}, gradient norm {after.grad_norm:.3g}"
-    )
+        size = "x".join(map(str, batch["pixel_values"].shape[-2:]))
+        model: Any = trainer.model
+        found = [
+            f"{model.config.num_labels} classes, {_images(trainer.data.train)} to train on, "
+            f"{_images(trainer.data.evaluation)} to evaluate on",
+            f"{len(batch['labels'])} images of {size} read, {model.num_parameters():,} parameters",
+        ]
+        if trainer.args.nio:
+            found.append(_try_nio(trainer))
+    return "; ".join(found)
+
+
+def _try_nio(trainer: ImageTrainer) -> str:
+    """Check that there is data for the run of NIO that the recipe asks for, do the shortest one; say what it did."""
+    args = trainer.args
+    trainer.get_nio_dataloader()
+    vars(args).update(_SHORTEST)
+    if "iterations" in METHODS[args.nio_method].options:
+        args.nio_method_kwargs = {**cast(dict[str, Any], args.nio_method_kwargs or {}), "iterations": 1}
+    result = trainer.run_nio()
+    return f"a short run of {result.title}: GradCosine {result.before.value:.3f} -> {result.after.value:.3f}"
+
+
+def _images(samples: Samples) -> str:
+    """Number of images of a split."""
+    return "a stream of images" if isinstance(samples, ImageStream) else f"{len(samples):,} images"
 
 
 def run_validation(arguments: Sequence[str], *, with_data: bool, num_processes: int | None) -> int:

@@ -24,7 +24,7 @@ from nio_hf.training.run_folder import read_run
 from tests.training.toys import ToyImages, arguments, build
 
 RECIPE = "vit-tiny/digits/nio"
-SMALL = ["--use_cpu", "true", "--disable_tqdm", "true", "--nio_iterations", "2", "--max_steps", "4"]
+SMALL = ["--use_cpu", "true", "--disable_tqdm", "true", "--nio_search_batches", "2", "--max_steps", "4"]
 
 
 def options(output_dir: Path, *more: str) -> list[str]:
@@ -79,7 +79,7 @@ def test_a_trained_model_is_measured_on_the_data_of_its_recipe(trained: Path) ->
 
 
 def test_each_sample_can_be_its_own_sub_batch(trained: Path, tmp_path: Path) -> None:
-    sizes = ["--nio_batch_size", "16", "--nio_sub_batches", "16", "--nio_holdout_batches", "1"]
+    sizes = ["--nio_batch_size", "16", "--nio_sub_batches", "16", "--nio_report_batches", "1"]
     assert run_inspection([str(trained), "--use_cpu", "true", "--output_dir", str(tmp_path), *sizes]) == 0
     assert len(inspected(tmp_path / "inspect")["measured"]["norms"]) == 16
 
@@ -143,7 +143,7 @@ def test_the_recipe_that_is_saved_runs_and_keeps_no_secret(tmp_path: Path) -> No
     assert again.training.output_dir == str(tmp_path / "run"), "here it runs as it did"
     assert not again.training.push_to_hub
     assert again.model.model_config["num_hidden_layers"] == 2
-    assert again.training.nio_iterations == 2
+    assert again.training.nio_search_batches == 2
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import nio_hf
 from nio_hf import NIOConfig, NIOTrainingArguments
@@ -68,15 +71,27 @@ def test_every_recipe_and_setting_of_a_command_exists() -> None:
 
 
 def test_the_defaults_are_those_of_the_table() -> None:
-    table = README.split("| setting | default | published, for ResNet-50 |")[1].split("\n\n")[0].splitlines()[2:]
-    defaults = {**vars(NIOConfig()), "nio_batch_size": NIOTrainingArguments.nio_batch_size, "gamma": None}
+    table = README.split("| setting | default | `NIOConfig.published()` |")[1].split("\n\n")[0].splitlines()[2:]
+    size = {"nio_batch_size": NIOTrainingArguments.nio_batch_size}
+    defaults, published = ({**vars(config), **size} for config in (NIOConfig(), NIOConfig.published()))
+    of_another_search = {"loss_bound", "norm_band", "search_batches"}
     for row in table:
-        names, text, _ = (cell.strip() for cell in row.strip("|").split("|"))
-        own = [defaults[name] for name in re.findall(r"`(\w+)`", names)]
+        names, text, of_paper = (cell.strip() for cell in row.strip("|").split("|"))
+        own = re.findall(r"`(\w+)`", names)
         assert own, row
-        for value in own:
-            shown = f"{value:g}" if isinstance(value, float) else value
-            assert value is None or re.search(rf"(?<![\w.]){shown}(?![\w.]\w)", text), row
+        for name in own:
+            assert _shows(text, defaults[name]), row
+            assert name in of_another_search or _shows(of_paper, published[name]), row
+    assert len(table) == 8
+    for name in ("gamma", "overlap", "steps"):
+        assert any(_shows(row.split("|")[3], getattr(NIOConfig.published(), name)) for row in table), name
+
+
+def _shows(text: str, value: Any) -> bool:
+    """Whether a cell of a table names a value, or each of several."""
+    values = value if isinstance(value, tuple) else (value,)
+    shown = [f"{one:g}" if isinstance(one, float) else str(one) for one in values]
+    return all(re.search(rf"(?<![\w.]){re.escape(one)}(?![\w.]\w)", text) for one in shown)
 
 
 def test_public_names_are_those_that_are_exported() -> None:
@@ -95,18 +110,33 @@ def test_a_test_stands_behind_each_row_of_what_nio_works_with() -> None:
         assert f"def {name}" in (ROOT / "tests" / file).read_text(), place
 
 
+@pytest.fixture
+def forgotten_accelerator() -> Iterator[None]:
+    """What an example sets up for the process does not reach other tests."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("forgotten_accelerator")
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_examples_run_as_they_stand(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code = EXAMPLES[number].replace(
-        "nio_sub_batches=4,", "nio_iterations=2, max_steps=1, report_to='none', use_cpu=True,"
+    # One that goes on from another is run behind it.
+    parts = EXAMPLES[number - 1 : number + 1] if "Accelerator()" in EXAMPLES[number] else [EXAMPLES[number]]
+    code = "\n".join(parts).replace(
+        "nio_sub_batches=4,", "nio_search_batches=2, max_steps=1, report_to='none', use_cpu=True,"
     )
     code = code.replace("image_size=32,", "image_size=32, num_hidden_layers=1, hidden_size=48, intermediate_size=96,")
     torch.manual_seed(0)
-    exec(code, {"train_dataset": ToyImages(400)})
+    names: dict[str, Any] = {"train_dataset": ToyImages(400)}
+    exec(code, names)
     assert capsys.readouterr().out.strip()
+    if "Accelerator()" in code:
+        optimized = {id(tensor) for group in names["optimizer"].param_groups for tensor in group["params"]}
+        assert optimized == {id(tensor) for tensor in names["model"].parameters()}
+        assert len(list(names["loader"])) == len(names["batches"])
 
 
 def test_no_path_of_a_machine_and_no_registry_is_named() -> None:

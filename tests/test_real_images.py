@@ -30,8 +30,8 @@ RUNS = {
     ),
 }
 SHORTENED = (
-    "--max_steps 4 --save_strategy steps --save_steps 2 --eval_strategy no --logging_steps 1 --nio_iterations 2 "
-    "--nio_holdout_batches 1 --dataloader_num_workers 1 --dataloader_pin_memory false --disable_tqdm true --use_cpu"
+    "--max_steps 4 --save_strategy steps --save_steps 2 --eval_strategy no --logging_steps 1 --nio_search_batches 2 "
+    "--nio_report_batches 1 --dataloader_num_workers 1 --dataloader_pin_memory false --disable_tqdm true --use_cpu"
 )
 
 
@@ -48,7 +48,9 @@ def options_for(name: str, output_dir: Path) -> list[str]:
 def test_a_recipe_runs_from_real_images_to_a_model_and_goes_on_where_it_was(name: str, tmp_path: Path) -> None:
     run = train(load_recipe(name, options_for(name, tmp_path / "whole")))
     assert run.result is not None
-    assert len(run.result.history) == 2
+    history = run.result.history
+    assert [record.iteration for record in history] == list(range(1, len(history) + 1))
+    assert (history[0].outcome, history[0].cost) == ("start", 2)
     assert 0 <= run.metrics["eval_accuracy"] <= run.metrics["eval_top5_accuracy"] <= 1
     # From scratch, ten classes: the loss is that of chance or not far from it.
     assert run.result.before.loss == pytest.approx(torch.log(torch.tensor(10.0)).item(), abs=0.5)
@@ -68,9 +70,9 @@ def test_a_recipe_runs_from_real_images_to_a_model_and_goes_on_where_it_was(name
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_validation_with_data_reads_a_batch_and_runs_an_iteration(name: str, tmp_path: Path) -> None:
+def test_validation_with_data_reads_a_batch_and_runs_nio(name: str, tmp_path: Path) -> None:
     options = options_for(name, tmp_path)
     validation = validate_recipe(name, options, with_data=True)
     assert validation.error is None, str(validation.error)
-    assert "one iteration of NIO at GradCosine" in validation.summary
+    assert "a short run of NIO: GradCosine" in validation.summary
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from nio_hf.recipe.loading import load_recipe
 from nio_hf.train import build_trainer, initialise, main, train
 from nio_hf.training.checkpoints import load_state
 
-QUICK = ["--nio_iterations", "3", "--max_steps", "4", "--logging_steps", "2", "--eval_strategy", "no"]
+QUICK = ["--nio_search_batches", "2", "--max_steps", "4", "--logging_steps", "2", "--eval_strategy", "no"]
 SMALL = ["--model_config.num_hidden_layers", "1", "--nio_batch_size", "16", "--disable_tqdm", "--use_cpu"]
 
 
@@ -57,14 +57,18 @@ def test_the_initialised_checkpoint_is_whole(digits_run: Path) -> None:
     model = AutoModelForImageClassification.from_pretrained(init, dtype=torch.float32)
     assert model.config.id2label[3] == "3"
     assert AutoImageProcessor.from_pretrained(init, backend="pil").size["height"] == 8
-    assert len(load_state(init).history) == 3
+    result = load_state(init)
+    assert [record.iteration for record in result.history] == list(range(1, len(result.history) + 1))
+    assert result.history[0].outcome == "start"
+    assert result.cost == pytest.approx(2 * 4 + sum(record.cost for record in result.history)), "two reports"
 
 
 def test_metrics_and_state_are_saved_as_trainer_saves_them(digits_run: Path) -> None:
     results = json.loads((digits_run / "all_results.json").read_text())
     assert 0 <= results["eval_accuracy"] <= 1
     state = json.loads((digits_run / "trainer_state.json").read_text())
-    assert sum("nio_grad_cosine" in entry for entry in state["log_history"]) == 3
+    logged = [entry["nio_loss"] for entry in state["log_history"] if "nio_iteration" in entry]
+    assert logged == [record.loss for record in load_state(digits_run / "_nio_init").history]
     assert AutoModelForImageClassification.from_pretrained(digits_run).num_parameters() > 0
 
 
@@ -84,6 +88,12 @@ def test_init_saves_and_does_not_train(tmp_path: Path) -> None:
     assert run.metrics == {}
     assert set(run.written) == {"Initialised checkpoint", "Plot of the scales", "Plot of NIO by iteration"}
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_training_that_diverges_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = [*_options(tmp_path), "--nio", "false", "--max_grad_norm", "0"]
+    train(load_recipe("vit-tiny/digits/nio", [*options, "--learning_rate", "1e38"]))
+    assert "The training diverged: its loss is not finite" in caplog.text
 
 
 def test_a_run_over_the_output_of_another_replaces_it(tmp_path: Path) -> None:
@@ -106,8 +116,13 @@ def test_the_same_seed_gives_the_same_model_and_another_another(tmp_path: Path) 
     [
         (["missing.yaml"], 2, "RecipeError: missing.yaml: no such recipe file"),
         (["--nio_gama", "3"], 2, "Did you mean 'nio_gamma'?"),
+        (
+            ["--nio_max_loss_rise", "0.1"],
+            2,
+            "--nio_max_loss_rise: is a setting of a former version. Set nio_loss_bound",
+        ),
         (["--nio_sub_batches", "1"], 2, "--nio_sub_batches: 1. Give a whole number of at least 2."),
-        (["--nio_batch_size", "2048", "--use_cpu"], 1, "DataError: train_dataset: 1437 samples for 4 held-out"),
+        (["--nio_batch_size", "2048", "--use_cpu"], 1, "DataError: train_dataset: 1437 samples for 4 report batches"),
         (["--dataset_name", "no/such/place"], 1, "DataError: dataset_name: 'no/such/place' cannot be loaded"),
         (["--model_name_or_path", "no/such/place"], 1, "ModelError: model_name_or_path: 'no/such/place'"),
         (["--output_dir", "/dev/null/run"], 1, "OutputError: /dev/null/run"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from nio_hf.cli.main import app
@@ -62,15 +63,31 @@ def test_the_exit_status_says_whether_all_is_well(arguments: list[str], status: 
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
-def test_with_data_a_batch_is_read_an_iteration_run_and_nothing_kept(
-    streaming: str, images: Path, tmp_path: Path
-) -> None:
+def test_with_data_a_batch_is_read_nio_run_and_nothing_kept(streaming: str, images: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, images)
     found = validate_recipe(recipe, ["--streaming", streaming, "--output_dir", str(tmp_path / "mine")], with_data=True)
     assert found.error is None, str(found.error)
     assert "8 images of 16x16 read" in found.summary
-    assert "one iteration of NIO at GradCosine" in found.summary
+    images = "a stream of images" if streaming == "true" else "36 images"
+    assert f"3 classes, {images} to train on, {images} to evaluate on" in found.summary
+    assert "a short run of NIO: GradCosine" in found.summary
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("options", "run"),
+    [
+        (["--nio", "false", "--nio_batch_size", "64"], None),
+        (["--nio_method", "gradinit"], "GradInit"),
+        (["--nio_search", "published"], "NIO"),
+    ],
+)
+def test_with_data_the_method_of_the_recipe_runs(
+    options: list[str], run: str | None, images: Path, tmp_path: Path
+) -> None:
+    found = validate_recipe(write_recipe(tmp_path, images), options, with_data=True)
+    assert found.error is None, str(found.error)
+    assert (f"a short run of {run}: GradCosine" in found.summary) == (run is not None)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +95,14 @@ def test_with_data_a_batch_is_read_an_iteration_run_and_nothing_kept(
     [
         (["--data_dir", "nowhere"], "data_dir: 'nowhere' cannot be loaded as 'imagefolder'"),
         (["--label_column", "path"], "label_column: 'path' is no column"),
-        (["--nio_batch_size", "64"], "train_dataset: 36 samples for 1 held-out batches and one more of 64"),
+        (["--nio_batch_size", "64"], "train_dataset: 36 samples for 1 report batches and one more of 64"),
+        (["--nio_report_batches", "4"], "train_dataset: 36 samples for 4 report batches and one more of 8"),
         (["--model_config.num_labels", "7"], "num_labels"),
+        pytest.param(
+            ["--bf16", "true", "--use_cpu", "false"],
+            "--bf16: this machine has no GPU for it",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_data_that_do_not_fit_are_an_error_of_that_recipe(

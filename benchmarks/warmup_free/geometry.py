@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from benchmarks.warmup_free.study import FOLDER, RESULTS, data_options
 from nio_hf.core.batches import take
 from nio_hf.core.mode import measuring
-from nio_hf.core.scales import LayerScales
+from nio_hf.core.tensors import ModelTensors, find_tensors, set_scales
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.loading import load_recipe
@@ -100,10 +100,10 @@ class Columns:
     subsets: dict[str, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, scales: LayerScales) -> Columns:
-        """Those of a model."""
+    def of(cls, model: nn.Module, found: ModelTensors) -> Columns:
+        """The columns of a model."""
         named = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-        gradient = {id(tensor) for tensor in scales.gradient}
+        gradient = {id(tensor) for tensor in found.gradient_parameters}
 
         def where(is_in: Callable[[str, nn.Parameter], bool]) -> Tensor:
             return torch.cat([torch.full((tensor.numel(),), is_in(name, tensor)) for name, tensor in named.items()])
@@ -148,19 +148,19 @@ def options_of(data: Path, seed: int) -> list[str]:
 
 def along_the_factor(recipe: str, data: Path, seed: int) -> list[dict[str, float]]:
     """The quantities at each factor."""
-    options = [*options_of(data, seed), f"--nio_holdout_batches={BATCHES}"]
+    options = [*options_of(data, seed), f"--nio_report_batches={BATCHES}"]
     trainer = build_trainer(load_recipe(str(FOLDER / f"{recipe}.yaml"), options))
     model = trainer.model
     assert isinstance(model, nn.Module)
     register_transformers_layers()
-    scales = LayerScales(model, "weights")
-    columns = Columns.of(model, scales)
-    initial = [parameter.detach().clone() for parameter in scales.scaled]
+    tensors = find_tensors(model, "weights")
+    columns = Columns.of(model, tensors)
+    initial = [parameter.detach().clone() for parameter in tensors.scaled_parameters]
     loader = itertools.islice(trainer.get_nio_dataloader(), BATCHES)
     batches = [trainer.prepare_nio_batch(batch, number) for number, batch in enumerate(loader)]
     rows = []
     for factor in FACTORS:
-        scales.apply([factor * weight for weight in initial])
+        set_scales(tensors, initial, [factor] * len(initial))
         with measuring(model):
             rows.append({"factor": factor, **measured(trainer, batches, columns)})
     return rows

@@ -37,32 +37,6 @@ SPLITS = {
     "imagenette224": {"train": "train", "validation": "validation"},
 }
 
-VARIANTS = {
-    "published": "nio_scaled_tensors=all,nio_scale_sharing=tensor,nio_objective=gc_sum_norm,nio_gamma=10,nio_lr=0.003,"
-    "nio_iterations=100,nio_overlap=0.2,nio_max_loss_rise=null",
-    "tensor_gc": "nio_scaled_tensors=all,nio_scale_sharing=tensor,nio_objective=gc,nio_lr=0.03,nio_iterations=30,"
-    "nio_max_loss_rise=null",
-    "tensor": "nio_scale_sharing=tensor,nio_lr=0.1",
-    "kind": "nio_scale_sharing=kind",
-    "all_tensors": "nio_scaled_tensors=all",
-    "attention": "nio_scaled_names=attention",
-    "residual": "nio_scaled_names=o_proj|fc2",
-    "gc": "nio_objective=gc",
-    "variance": "nio_objective=variance",
-    "gamma_below": "nio_gamma_relative=0.8",
-    "gamma_1_25": "nio_gamma_relative=1.25",
-    "gamma_none": "nio_gamma_relative=null",
-    "loss_0_05": "nio_max_loss_rise=0.05",
-    "loss_0_2": "nio_max_loss_rise=0.2",
-    "loss_none": "nio_max_loss_rise=null",
-    "slow": "nio_lr=0.1,nio_iterations=60",
-    "d2": "nio_sub_batches=2",
-    "d8": "nio_sub_batches=8",
-    "overlap": "nio_overlap=0.2",
-    "batch32": "nio_batch_size=32",
-    "batch128": "nio_batch_size=128",
-}
-"""{name: what differs from the defaults of NIO}."""
 CONTROLS = {
     "range2": "no_warmup,model_config.initializer_range=0.04",
     "range4": "no_warmup,model_config.initializer_range=0.08",
@@ -125,8 +99,6 @@ class Comparison:
 
 def _small(model: str) -> dict[str, Comparison]:
     """The comparisons of one of the two small models."""
-    variants = {name: f"nio,{settings}" for name, settings in VARIANTS.items()}
-    variants["tensor_gc_warmup"] = f"warmup,nio=true,nio_method=nio,{VARIANTS['tensor_gc']}"
     return {
         model: Comparison(model, learning_rates=GRIDS[model]),
         f"{model}-clipped": Comparison(
@@ -152,9 +124,6 @@ def _small(model: str) -> dict[str, Comparison]:
             "0.3",
             verdict_seeds=0,
             basis=model,
-        ),
-        f"{model}-variants": Comparison(
-            model, "no_warmup,warmup,nio", variants, "1e-3", "0.3", verdict_seeds=0, basis=model
         ),
     }
 

@@ -14,16 +14,11 @@ _option = option_in("The search")
 
 def tune(
     arguments: RecipeArguments = None,
-    gammas: Annotated[
-        str,
-        _option("gammas", "Bounds on the gradient norm to try, as multiples of that before NIO; none for no bound."),
-    ] = "1.3,2",
-    loss_rises: Annotated[
-        str,
-        _option("loss_rises", "Rises of the loss that end NIO to try, as shares of that before it; none for no bound."),
+    groups: Annotated[str, _option("groups", "Values of nio_groups to try, in words.")] = "model,kind",
+    loss_bounds: Annotated[
+        str, _option("loss_bounds", "Shares by which the loss may rise, to try; none for no bound.")
     ] = "0.05,0.1,0.2",
-    rates: Annotated[str, _option("rates", "Learning rates of the scales to try.")] = "0.1,0.3",
-    iterations: Annotated[str, _option("iterations", "Numbers of steps on the scales to try.")] = "10,20",
+    objectives: Annotated[str, _option("objectives", "Objectives to try.")] = "gc,gc_norm",
     seeds: Annotated[int, _option("seeds", "Rounds, each on a seed of its own; each halves the candidates.")] = 3,
     verdict_seeds: Annotated[
         int | None, _option("verdict_seeds", "Fresh seeds to judge by; default: as many as --seeds.")
@@ -42,16 +37,15 @@ def tune(
         Path | None, _option("output_dir", "Where to write; default: that of the recipe + -tune.")
     ] = None,
 ) -> None:
-    """Choose bounds, rate and iterations of NIO by short trainings without warmup, and judge them by whole ones."""
+    """Choose groups, loss bound and objective of NIO by short trainings without warmup, and judge by whole ones."""
     from nio_hf.tuning.command import run_tuning
 
     raise typer.Exit(
         run_tuning(
             arguments or [],
-            gammas=gammas,
-            loss_rises=loss_rises,
-            rates=rates,
-            iterations=iterations,
+            groups=groups,
+            loss_bounds=loss_bounds,
+            objectives=objectives,
             seeds=seeds,
             verdict_seeds=0 if not verdict else seeds if verdict_seeds is None else verdict_seeds,
             probe_steps=probe_steps,

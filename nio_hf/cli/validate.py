@@ -17,7 +17,7 @@ def validate(
         ),
     ],
     data: Annotated[
-        bool, typer.Option("--data", help="Also load a batch and run one iteration of NIO; nothing is kept.")
+        bool, typer.Option("--data", help="Also load a batch and run NIO shortly; nothing is kept.")
     ] = False,
     num_processes: Annotated[
         int | None,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.strict_yaml import parse_scalar
 from nio_hf.trials.bench import QUIET
-from nio_hf.trials.run import Arm
+from nio_hf.trials.run import WITH_NIO, Arm
 
 NO_WARMUP, WARMUP = "no_warmup", "warmup"
 CONTROLLED = {
@@ -21,6 +22,7 @@ CONTROLLED = {
     "nio_seed": "Use --seeds",
     "nio": "Use --arms",
     "nio_method": "Use --arms",
+    "nio_method_kwargs": "Use --arm, e.g. --arm long=gradinit,nio_method_kwargs.iterations=60",
     "nio_seed_optimizer": "Use --arms",
     "optimizer": "Use --arms",
     "eval_from_train": "Leave it out: a part of the training data chooses, the evaluation data judge",
@@ -28,18 +30,20 @@ CONTROLLED = {
     "push_to_hub": "Leave it out: a comparison is not pushed",
 }
 """{setting of the recipe that a comparison decides itself: what to do instead}."""
-_OWN_OF_ARMS = {"nio", "nio_method", "nio_seed_optimizer", "optimizer"}
+_OWN_OF_ARMS = {"nio", "nio_method", "nio_method_kwargs", "nio_seed_optimizer", "optimizer"}
 _DECIDED = {**dict.fromkeys([*QUIET, "output_dir"], "Leave it out"), **CONTROLLED}
 _PLAIN: dict[str, Any] = {"nio": False, "nio_seed_optimizer": None, "optimizer": None}
 _SEEDED = {"nio_seed_optimizer": "gi_adam"}
+_COMMA = re.compile(r",(?![^\[{]*[\]}])")
+"""A comma outside a list or mapping."""
 
 
 def _arm(name: str, description: str, **settings: Any) -> Arm:
     return Arm(name, description, {**_PLAIN, **settings}, has_warmup=name == WARMUP)
 
 
-def _method(name: str, description: str, **settings: Any) -> Arm:
-    return _arm(name, f"{description}, no warmup", nio=True, nio_method=name, **settings)
+def _method(name: str, description: str, options: dict[str, Any] | None = None) -> Arm:
+    return _arm(name, f"{description}, no warmup", nio=True, nio_method=name, nio_method_kwargs=options)
 
 
 ARMS = {
@@ -47,13 +51,13 @@ ARMS = {
     for arm in (
         _arm(NO_WARMUP, "the model's own initialisation, no warmup"),
         _arm(WARMUP, "linear warmup of the learning rate"),
-        _arm("nio", "NIO, no warmup", nio=True, nio_method="nio"),
+        _method("nio", "NIO"),
         _arm("gi_adam", "Adam's second moment seeded (GI-Adam), no warmup", **_SEEDED),
-        _arm("nio_seeded", "NIO and the second moment seeded, no warmup", nio=True, nio_method="nio", **_SEEDED),
+        _arm("nio_seeded", "NIO and the second moment seeded, no warmup", **WITH_NIO, **_SEEDED),
         _arm("uncorrected", "second moment seeded without bias correction", nio_seed_optimizer="uncorrected"),
         _arm("radam", "RAdam, no warmup", optimizer="radam"),
-        _method("gradinit", "GradInit", nio_iterations=30, nio_lr=0.03),
-        _method("metainit", "MetaInit", nio_iterations=30, nio_lr=0.02),
+        _method("gradinit", "GradInit", {"iterations": 30, "lr": 0.03}),
+        _method("metainit", "MetaInit", {"iterations": 30, "lr": 0.02}),
         _method("lsuv", "LSUV"),
         _method("emergence", "emergence-promoting initialisation"),
         _method("architecture_aware", "architecture-aware initialisation"),
@@ -101,9 +105,9 @@ def choose_arms(names: Sequence[str], definitions: Sequence[str] = ()) -> tuple[
 
 def _defined(definition: str) -> Arm:
     """The arm of `NAME=ARM,key=value,...`."""
-    head, *settings = definition.split(",")
+    head, *settings = _COMMA.split(definition)
     name, equals, base = head.partition("=")
-    fix = "Write NAME=ARM,key=value,... e.g. nio_low=nio,nio_gamma_relative=0.5"
+    fix = "Write NAME=ARM,key=value,... e.g. strict=nio,nio_loss_bound=0.05"
     if not equals or not name.isidentifier() or base not in ARMS:
         raise RecipeError(Problem("--arm", f"{definition!r}", fix))
     changes: dict[str, Any] = {}

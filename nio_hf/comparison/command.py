@@ -14,7 +14,7 @@ from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.catalog import split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.trials.bench import Bench
-from nio_hf.trials.options import GO_ON, check_overrides, directory_beside, numbers, settled, steps_of
+from nio_hf.trials.options import GO_ON, check_overrides, directory_beside, merge_problems, read_numbers, steps_of
 
 RATE_FACTORS = (0.5, 1.0, 2.0, 4.0)
 """The learning rates of the grid where none are given, as multiples of the recipe's."""
@@ -41,15 +41,15 @@ def run_comparison(
         check_overrides(overrides, CONTROLLED)
         recipe = load_recipe(name, overrides)
         problems: list[Problem] = []
-        given = numbers("--learning_rates", learning_rates, problems, float, "5e-4,1e-3")
+        given = read_numbers("--learning_rates", learning_rates, problems, "5e-4,1e-3")
         rates = given if learning_rates is not None else _default_rates(recipe)
-        ratios = numbers("--warmup_ratios", warmup_ratios, problems, float, "0.05,0.1")
+        ratios = read_numbers("--warmup_ratios", warmup_ratios, problems, "0.05,0.1")
         budget = steps_of(recipe, steps, problems)
         try:
             chosen = choose_arms([arm for arm in arms.split(",") if arm], definitions)
             plan = Plan(chosen, tuple(sorted(rates)), tuple(sorted(ratios)), seeds, verdict_seeds, budget)
         except RecipeError as error:
-            problems = settled(problems, error.problems)
+            problems = merge_problems(problems, error.problems)
         if problems:
             raise RecipeError(*problems)
         directory = output_dir or directory_beside(recipe, "compare")

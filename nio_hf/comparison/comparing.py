@@ -45,7 +45,9 @@ def compare(bench: Bench, plan: Plan) -> tuple[Findings, dict[str, Path]]:
                 most = largest_gain(warmup_gains(found))
                 if most is not None:
                     runs += plan.gain_runs(most.learning_rate, most.warmup_ratio)
-                trials.complete(plan.trials(dict.fromkeys(runs)), progress)
+                fresh = dict.fromkeys(runs)
+                progress.expect(len(plan.grid()) + len(fresh))
+                trials.complete(plan.trials(fresh), progress)
         findings = Findings.of(title, plan, trials.outcomes, chance, data.is_split)
         return findings, write_report(findings, bench.directory)
 

@@ -51,5 +51,5 @@ class Findings:
 
     @property
     def no_warmup_loses(self) -> bool:
-        """Whether warmup gains something for certain: where it does not, there is nothing to replace."""
+        """Whether the gain of warmup is significant: where it is not, there is nothing to replace."""
         return self.tested_gain is not None and self.tested_gain.gain.low > 0

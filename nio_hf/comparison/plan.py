@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from nio_hf.comparison.arms import NO_WARMUP, WARMUP
 from nio_hf.errors import Problem, RecipeError
-from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, Arm, Run, Trial, are_distinct, can_be_tried, written
+from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, Arm, Run, Trial, are_distinct, can_be_tried, format_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Plan:
         if not rates:
             yield Problem("--learning_rates", "none", "Give at least one, e.g. 5e-4,1e-3,2e-3")
         if not can_be_tried(rates):
-            yield Problem("--learning_rates", ", ".join(map(written, rates)), "Give different ones above 0")
+            yield Problem("--learning_rates", ", ".join(map(format_number, rates)), "Give different ones above 0")
         if not 1 <= self.seeds <= FIRST_VERDICT_SEED:
             yield Problem("--seeds", f"{self.seeds}", f"Give 1 to {FIRST_VERDICT_SEED}")
         if self.steps < 1:

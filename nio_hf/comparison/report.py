@@ -39,7 +39,7 @@ def sentences(findings: Findings) -> list[str]:
     if findings.no_warmup_loses:
         said.append(f"No warmup loses: there warmup gains {tested.gain} points {seeds}.")
     else:
-        said.append(f"Warmup gains nothing for certain: there it gains {tested.gain} points {seeds}.")
+        said.append(f"The gain of warmup is not significant: there it gains {tested.gain} points {seeds}.")
     added = [
         f"What the initialisation of {share.arm} adds: {share.difference} points over {share.without}, "
         "the same training without it."

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nio_hf.core.config import refuse_replaced
 from nio_hf.errors import ConfigError, Problem, RecipeError, one_line
 from nio_hf.recipe.catalog import find_recipe
 from nio_hf.recipe.layering import merge, read_layers, settings_yaml
@@ -163,7 +164,7 @@ def _check_types(settings: dict[str, Setting]) -> tuple[dict[type, dict[str, Any
     problems = []
     for key, setting in settings.items():
         if key not in known:
-            problems.append(unknown_key(setting.where, key, known))
+            problems.append(_replaced_key(setting.where, key) or unknown_key(setting.where, key, known))
             continue
         group, annotation = known[key]
         value, problem = checked(setting, annotation)
@@ -172,6 +173,15 @@ def _check_types(settings: dict[str, Setting]) -> tuple[dict[type, dict[str, Any
         else:
             problems.append(dataclasses.replace(problem, fix=_FIXES.get(key, problem.fix)))
     return values, problems
+
+
+def _replaced_key(where: str, key: str) -> Problem | None:
+    """The problem of a setting of a former version, with what replaces it; None for any other key."""
+    try:
+        refuse_replaced({key: None}, "nio_")
+    except ConfigError as error:
+        return dataclasses.replace(error.problems[0], where=where)
+    return None
 
 
 def _contradictions(settings: dict[str, Setting], path: Path) -> Iterator[Problem]:
@@ -250,10 +260,11 @@ def _deepspeed_warmup(deepspeed: Any, warmup_steps: Any, settings: dict[str, Set
 def _argument_problem(error: Exception, settings: dict[str, Setting], path: Path) -> Problem:
     """The problem behind an error of TrainingArguments, at the first setting that its message names."""
     message = one_line(error)
-    named = next((key for key in settings if re.search(rf"\b{key}\b", message)), None)
+    places = {key: match.start() for key in settings if (match := re.search(rf"\b{key}\b", message))}
+    named = min(places, key=places.__getitem__, default=None)
     where = str(path) if named is None else settings[named].where
     if named in ("bf16", "fp16"):
-        return Problem(where, "this machine has no GPU for it", f"Set {named}: false here")
+        return Problem(where, "this machine has no GPU for it", f"Set {named}: false here, or give --{named} false")
     return Problem(where, message, "Correct that setting")
 
 

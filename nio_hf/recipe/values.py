@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import enum
 import types
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any, Literal, Union, get_args, get_origin
 
 from nio_hf.errors import Problem
@@ -20,10 +20,14 @@ _NAMES = {
     dict: "a mapping",
     type(None): "null",
 }
+_NONE = "none"
 
 
 def checked(setting: Setting, annotation: Any) -> tuple[Any, Problem | None]:
-    """The value for a field, a whole number made a float where the field is one, or what is wrong with it."""
+    """The value for a field, or what is wrong with it.
+
+    A whole number becomes a float where the field is one, and "none" becomes null where the field is no text.
+    """
     members = _members(annotation)
     choices = _choices(members)
     if choices and isinstance(setting.value, str):
@@ -33,6 +37,8 @@ def checked(setting: Setting, annotation: Any) -> tuple[Any, Problem | None]:
     if isinstance(setting.value, list):
         return _checked_items(setting, members)
     plain = [get_origin(member) or member for member in members]
+    if setting.value == _NONE and type(None) in plain and str not in plain:
+        return None, None
     if _is_number(setting.value) and float in plain and int not in plain:
         return float(setting.value), None
     if type(setting.value) in plain:
@@ -54,9 +60,10 @@ def _checked_items(setting: Setting, members: list[Any]) -> tuple[Any, Problem |
     return (None if problem else [item for item, _ in items]), problem
 
 
-def unknown_key(where: str, key: str, known: Iterable[str]) -> Problem:
+def unknown_key(where: str, key: str, known: Collection[str]) -> Problem:
     """The problem of a key that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(key, list(known), n=1)
+    longer = [other for other in known if other.endswith(f"_{key}")]
+    near = longer or difflib.get_close_matches(key, list(known), n=1)
     return Problem(where, f"{key!r} is no known key", f"Did you mean {near[0]!r}?" if near else "Remove it")
 
 

@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from nio_hf.baselines import defaults_of
 from nio_hf.core.batches import too_many_sub_batches
-from nio_hf.core.config import NIOConfig
-from nio_hf.core.scales import check_storage
+from nio_hf.core.config import NIOConfig, refuse_replaced
+from nio_hf.core.tensors import check_storage
 from nio_hf.errors import ConfigError, Problem
-from nio_hf.training.methods import method_problems, parsed_options
+from nio_hf.training.methods import method_problems, parsed_mapping
+from nio_hf.training.naming import in_arguments, named_as_arguments
 from nio_hf.training.seeding import SEED_MODES
 
 
@@ -53,45 +53,57 @@ class NIOTrainingArguments(TrainingArguments):
     # Data
     nio_batch_size: int = _option(64, "B, samples of a NIO batch over all devices.")
     nio_sub_batches: int = _option(NIOConfig.sub_batches, "D, sub-batches that a NIO batch is split into.")
-    nio_overlap: float = _option(NIOConfig.overlap, "Overlap of neighbouring sub-batches, in [0, 1).")
-    nio_holdout_batches: int = _option(NIOConfig.holdout_batches, "NIO batches set aside for before and after.")
+    nio_search_batches: int = _option(NIOConfig.search_batches, "NIO batches that scan and gradient judge by.")
+    nio_report_batches: int = _option(NIOConfig.report_batches, "Other NIO batches, for the report before and after.")
     nio_seed: int | None = _option(None, "Seed of the NIO data order; default: data_seed, else seed.")
 
-    # Optimisation of the scales
-    nio_iterations: int | None = _option(
-        None, f"Steps on the scales, at most; default: {NIOConfig.iterations}, of gradinit and metainit 100."
+    # What is searched
+    nio_search: str = _option(
+        NIOConfig.search, "scan (first gradients), gradient (second derivatives) or published (the paper's algorithm)."
     )
-    nio_objective: str = _option(NIOConfig.objective, "gc, gc_norm, gc_sum_norm (as published) or variance.")
-    nio_beta: float = _option(NIOConfig.beta, "Weight of the gradient norm in the objective gc_norm.")
-    nio_gamma: float | None = _option(None, "Absolute bound on the gradient norm; it replaces nio_gamma_relative.")
-    nio_gamma_relative: float | None = _option(
-        NIOConfig.gamma_relative, "Bound on the gradient norm as a multiple of the gradient norm before NIO."
-    )
-    nio_max_loss_rise: float | None = _option(
-        NIOConfig.max_loss_rise, "End once scaling has raised the loss of a batch by more than this share."
-    )
-    nio_lr: float | None = _option(
-        None, f"Learning rate of the scales; default: {NIOConfig.lr}, of gradinit 0.01, of metainit 0.1."
+    # HfArgumentParser takes the second of three types.
+    nio_groups: dict[str, str] | str | None = dataclasses.field(
+        default="model",
+        metadata={
+            "help": "Tensors that share a scale: model, additive, kind, tensor, or a mapping from names of groups to regular "
+            'expressions of parameter names, e.g. {"positions": "position_embeddings"}.'
+        },
     )
     nio_scaled_tensors: str = _option(
         NIOConfig.scaled_tensors, "What is scaled: all tensors, or weights (two or more dimensions)."
     )
-    nio_scaled_names: str | None = _option(
-        None, 'Regular expression that the name of a scaled tensor contains, e.g. "attention"; default: any name.'
+    nio_objective: str = _option(
+        NIOConfig.objective, "gc, gc_norm, gc_sum_norm (as published), variance, or gc_sign (scan only)."
     )
-    nio_scale_sharing: str = _option(NIOConfig.scale_sharing, "One scale for each tensor, kind, or the whole model.")
-    nio_min_scale: float | None = _option(
-        NIOConfig.min_scale, "Lower clamp of the scales; none for 1 with one scale for the whole model, else 0.01."
+    nio_loss_bound: float | None = _option(
+        NIOConfig.loss_bound, "Share by which the loss of the search batches may rise; none for no such bound."
     )
-    nio_max_scale: float = _option(NIOConfig.max_scale, "Upper clamp of the scales.")
+    nio_norm_band: list[float] | None = dataclasses.field(
+        default_factory=lambda: list(NIOConfig.norm_band or ()),
+        metadata={"help": "Least and largest gradient norm, relative to that of the stage; none for no such bound."},
+    )
+    nio_scale_range: list[float] = dataclasses.field(
+        default_factory=lambda: list(NIOConfig.scale_range), metadata={"help": "Least and largest scale."}
+    )
+    nio_budget: float = _option(NIOConfig.budget, "Training steps of a NIO batch that scan may cost at most.")
+    nio_iterations: int | None = _option(None, "Steps of gradient (default: 20) and published (100).")
+    nio_lr: float | None = _option(None, "Learning rate of gradient (default: 0.25) and published (0.003).")
+    nio_gamma: float | None = _option(None, "Bound on the gradient norm of published.")
+    nio_overlap: float = _option(NIOConfig.overlap, "Overlap of neighbouring sub-batches of published, in [0, 1).")
 
     # Computation
-    nio_curvature: str = _option(
-        NIOConfig.curvature, "auto, exact, exact_kept, finite_difference or finite_difference_kept."
-    )
+    nio_curvature: str = _option(NIOConfig.curvature, "Second derivatives: auto, exact or finite_difference.")
     nio_micro_batch_size: int | None = _option(None, "Samples of a sub-batch computed at once; default: all.")
     nio_precision: str = _option(NIOConfig.precision, "fp32, or bf16 for the loss under bfloat16 autocast.")
-    nio_batch_norm: str = _option(NIOConfig.batch_norm, "Batch normalisation statistics: batch or frozen.")
+
+    def __new__(cls, *args: Any, **settings: Any) -> NIOTrainingArguments:
+        """Refuse former settings of NIO by name.
+
+        Raises:
+            ConfigError: names each, with what replaces it.
+        """
+        refuse_replaced(settings, "nio_")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check the settings of NIO together, beside what TrainingArguments checks.
@@ -100,7 +112,8 @@ class NIOTrainingArguments(TrainingArguments):
             ConfigError: lists every `nio_*` setting that is out of range.
         """
         super().__post_init__()
-        self.nio_method_kwargs = parsed_options(self.nio_method_kwargs)
+        self.nio_method_kwargs = parsed_mapping(self.nio_method_kwargs)
+        self.nio_groups = parsed_mapping(self.nio_groups)
         self.to_nio_config()
 
     @property
@@ -117,10 +130,10 @@ class NIOTrainingArguments(TrainingArguments):
         problems = [*self._batch_size_problems(), *self._save_steps_problems(), *self._seed_optimizer_problems()]
         problems += method_problems(self.nio_method, self.nio_method_kwargs)
         try:
-            config = self._nio_config()
+            with named_as_arguments():
+                config = self._nio_config()
         except ConfigError as error:
-            renamed = [dataclasses.replace(problem, where=_own_name(problem.where)) for problem in error.problems]
-            raise ConfigError(*problems, *renamed) from None
+            raise ConfigError(*problems, *error.problems) from None
         if problems:
             raise ConfigError(*problems)
         return config
@@ -130,7 +143,7 @@ class NIOTrainingArguments(TrainingArguments):
         if not isinstance(size, int) or isinstance(size, bool) or size < 2:
             yield Problem("nio_batch_size", f"{size!r}", "Give a whole number of at least 2")
         elif isinstance(self.nio_sub_batches, int) and self.nio_sub_batches > size:
-            yield dataclasses.replace(too_many_sub_batches(self.nio_sub_batches, size), where="nio_sub_batches")
+            yield in_arguments(too_many_sub_batches(self.nio_sub_batches, size))
 
     def _save_steps_problems(self) -> Iterator[Problem]:
         steps = self.nio_save_steps
@@ -143,30 +156,9 @@ class NIOTrainingArguments(TrainingArguments):
             yield Problem("nio_seed_optimizer", f"{self.nio_seed_optimizer!r}", fix)
 
     def _nio_config(self) -> NIOConfig:
-        seed = self.order_seed if self.nio_seed is None else self.nio_seed
-        defaults = defaults_of(self.nio_method)
-        return NIOConfig(
-            iterations=defaults.iterations if self.nio_iterations is None else self.nio_iterations,
-            sub_batches=self.nio_sub_batches,
-            overlap=self.nio_overlap,
-            gamma=self.nio_gamma,
-            gamma_relative=self.nio_gamma_relative,
-            max_loss_rise=self.nio_max_loss_rise,
-            lr=defaults.lr if self.nio_lr is None else self.nio_lr,
-            scaled_tensors=self.nio_scaled_tensors,  # type: ignore[arg-type]
-            scaled_names=self.nio_scaled_names,
-            scale_sharing=self.nio_scale_sharing,  # type: ignore[arg-type]
-            min_scale=self.nio_min_scale,
-            max_scale=self.nio_max_scale,
-            objective=self.nio_objective,  # type: ignore[arg-type]
-            beta=self.nio_beta,
-            curvature=self.nio_curvature,  # type: ignore[arg-type]
-            micro_batch_size=self.nio_micro_batch_size,
-            precision=self.nio_precision,  # type: ignore[arg-type]
-            batch_norm=self.nio_batch_norm,  # type: ignore[arg-type]
-            holdout_batches=self.nio_holdout_batches,
-            seed=seed,
-        )
+        names = [field.name for field in dataclasses.fields(NIOConfig) if field.name != "seed"]
+        settings = {name: getattr(self, f"nio_{name}") for name in names}
+        return NIOConfig(**settings, seed=self.order_seed if self.nio_seed is None else self.nio_seed)
 
 
 def checked_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -216,11 +208,8 @@ def _restore(base: type[TrainingArguments], state: dict[str, Any]) -> NIOTrainin
         bases = (_WithNIO, NIOTrainingArguments, base)
         combined = dataclasses.dataclass(type(f"NIO{base.__name__}", bases, {}))
     args: NIOTrainingArguments = combined.__new__(combined)
-    args.__dict__.update({field.name: field.default for field in dataclasses.fields(NIOTrainingArguments)})
+    for field in dataclasses.fields(NIOTrainingArguments):
+        factory = field.default_factory
+        args.__dict__[field.name] = field.default if factory is dataclasses.MISSING else factory()
     args.__dict__.update(state)
     return args
-
-
-def _own_name(where: str) -> str:
-    """The argument that sets `NIOConfig.field`."""
-    return f"nio_{where.removeprefix('NIOConfig.')}"

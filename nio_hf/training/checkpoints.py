@@ -20,6 +20,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 import nio_hf
 from nio_hf.core import NIOResult, NIOState
+from nio_hf.core.config import REPLACED
 from nio_hf.errors import CheckpointError, OutputError, Problem, one_line
 from nio_hf.training.digests import fingerprint
 from nio_hf.training.manifest import fault_of, sync_directory, write_atomically, write_manifest
@@ -33,11 +34,17 @@ INIT_DIR_NAME = "_nio_init"
 STATE_NAME = "nio_state.json"
 PROGRESS_NAME = "_nio_progress.json"
 MARK_KEY = "nio"
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 Task = dict[str, Any]
 """What a NIO run was given, in plain values: the same task gives the same scales."""
 State = dict[str, Any]
 """What is written of a NIO run, in plain values."""
+
+
+def plain_values(task: Task) -> Task:
+    """A task as it comes back from JSON, so that it equals the one that was written."""
+    values: Task = json.loads(json.dumps(task))
+    return values
 
 
 def is_marked(model: nn.Module) -> bool:
@@ -265,10 +272,12 @@ def read_state(directory: Path) -> State:
     path = directory / STATE_NAME
     try:
         state: State = json.loads(path.read_text(encoding="utf-8"))
-        found = f"format {state['format']}, known is {STATE_FORMAT}"
         if state["format"] == STATE_FORMAT:
             NIOResult.from_dict(state["result"])
             return state
+        former = ", ".join(f"nio_{name}" for name in state.get("result", {}).get("config", {}) if name in REPLACED)
+        found = f"format {state['format']}, known is {STATE_FORMAT}"
+        found += f", with settings of a former version: {former}" if former else ""
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"{type(error).__name__}: {error}"
     raise CheckpointError(Problem(str(path), found, "Initialise again, or use the nio_hf version that wrote it"))

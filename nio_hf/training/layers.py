@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.pytorch_utils import Conv1D
 
-from nio_hf.core.scales import register_gradient_module
+from nio_hf.core.tensors import register_gradient_module
 
 
 def register_transformers_layers() -> None:

@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import nn
 
-from nio_hf.baselines import METHODS, options_of
-from nio_hf.core import Collective, InitResult, IterationRecord, NIOConfig
-from nio_hf.core.differentiator import LossFn
-from nio_hf.core.method import NIO
+from nio_hf.baselines import METHODS as BASELINES
+from nio_hf.core import NIO, Collective, InitResult, IterationRecord, Method, NIOConfig, initialize
+from nio_hf.core.loss import LossFn
 from nio_hf.errors import Problem
 from nio_hf.training.replica import broadcast
 
-METHOD_NAMES = (NIO, *METHODS)
+METHODS: dict[str, Method] = {NIO.name: NIO, **BASELINES}
+"""{name: method}."""
 
 
-def parsed_options(options: dict[str, Any] | str | None) -> Any:
-    """The options of a method, which a command line gives as JSON; text that is no JSON as it is."""
+def parsed_mapping(options: dict[str, Any] | str | None) -> Any:
+    """A mapping, which a command line gives as JSON; text that is no JSON as it is."""
     if not isinstance(options, str):
         return options
     try:
@@ -30,15 +30,15 @@ def parsed_options(options: dict[str, Any] | str | None) -> Any:
 
 def method_problems(name: Any, options: Any) -> Iterator[Problem]:
     """What is wrong with `nio_method` and `nio_method_kwargs`; values of options are checked where the method runs."""
-    if name not in METHOD_NAMES:
-        yield Problem("nio_method", f"{name!r}", f"Choose one of {', '.join(METHOD_NAMES)}")
+    if name not in METHODS:
+        yield Problem("nio_method", f"{name!r}", f"Choose one of {', '.join(METHODS)}")
         return
     if options is None:
         return
     if not isinstance(options, dict):
         yield Problem("nio_method_kwargs", f"{options!r}", 'Give a mapping, e.g. {"optimizer": "sgd"}')
         return
-    known = [] if name == NIO else list(options_of(name))
+    known = list(METHODS[name].options)
     for key in options:
         if key not in known:
             fix = f"Choose from {', '.join(known)}" if known else "Leave it out: it has none of its own"
@@ -46,14 +46,16 @@ def method_problems(name: Any, options: Any) -> Iterator[Problem]:
 
 
 def run_baseline(
-    name: str,
+    method: Method,
     options: dict[str, Any],
     replica: nn.Module,
     batches: Iterable[Any],
     loss_fn: LossFn,
     config: NIOConfig,
-    on_iteration: Callable[[IterationRecord], None],
     collective: Collective,
+    *,
+    on_iteration: Callable[[IterationRecord], None],
+    on_trial: Callable[[str], None],
 ) -> InitResult:
     """Initialise a replica by another method than NIO, on rank 0, whose weights the others are given.
 
@@ -63,7 +65,17 @@ def run_baseline(
     result = None
     with collective.together():
         if collective.rank == 0:
-            result = METHODS[name](replica, batches, loss_fn, config, on_iteration=on_iteration, **options)
+            result = initialize(
+                replica,
+                batches,
+                loss_fn,
+                config,
+                method=method,
+                options=options,
+                on_iteration=on_iteration,
+                on_trial=on_trial,
+                collective=Collective(),
+            )
     broadcast(replica, collective)
     shared: InitResult = collective.broadcast_object(result)  # type: ignore[assignment]
     return shared

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from nio_hf.core import Collective
 from nio_hf.core.memory import available_memory
-from nio_hf.core.scales import check_storage
+from nio_hf.core.tensors import check_storage
 from nio_hf.errors import ModelError, NIOMemoryError, Problem
 
 COPIES = 4

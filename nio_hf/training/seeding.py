@@ -18,7 +18,8 @@ Source: Kalra and Barkeshli, arXiv 2406.09405 (GI-Adam, the first form); the sec
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -29,6 +30,8 @@ from nio_hf.errors import ConfigError, Problem
 
 SeedMode = Literal["gi_adam", "uncorrected"]
 SEED_MODES: tuple[str, ...] = get_args(SeedMode)
+_WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|_orig_mod)\.")
+"""What torch puts into the names of parameters when it wraps modules for checkpointing or compiles them."""
 _NEGLIGIBLE = 1e-8
 """beta^t from which on a bias correction is 1 in fp32."""
 
@@ -67,18 +70,37 @@ def seed_second_moment(
         mode: whether the bias correction applies.
 
     Raises:
-        ConfigError: for an optimizer that has taken steps.
+        ConfigError: for an optimizer that has taken steps, one without a parameter of the model, and squares that lack
+            one that it trains.
     """
     inner = _unwrapped(optimizer)
     if inner.state:
         fix = "Give a new optimizer, or leave nio_seed_optimizer out"
         raise ConfigError(Problem("nio_seed_optimizer", "the optimizer has a state already", fix))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            square = squares.get(names.get(id(parameter), ""))
-            if square is not None and parameter.requires_grad:
-                inner.state[parameter] = _state(parameter, square, group, mode)
+    named = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    names = {id(parameter): _WRAPPERS.sub("", name) for name, parameter in named}
+    trained = [
+        (names[id(parameter)], parameter, group)
+        for group in inner.param_groups
+        for parameter in group["params"]
+        if id(parameter) in names
+    ]
+    _check_squares(squares, [name for name, _, _ in trained])
+    for name, parameter, group in trained:
+        inner.state[parameter] = _state(parameter, squares[name], group, mode)
+
+
+def _check_squares(squares: Mapping[str, Tensor], trained: Sequence[str]) -> None:
+    """Refuse an optimizer that would be seeded in part or not at all."""
+    missing = [name for name in trained if name not in squares]
+    if trained and not missing:
+        return
+    if trained:
+        found = f"no squared gradient of {len(missing)} of the {len(trained)} tensors that it trains, e.g. {missing[0]}"
+    else:
+        found = "the optimizer trains no parameter of the model"
+    fix = "Give the optimizer the parameters of the model that is trained, or leave nio_seed_optimizer out"
+    raise ConfigError(Problem("nio_seed_optimizer", found, fix))
 
 
 def _state(parameter: nn.Parameter, square: Tensor, group: dict[str, Any], mode: SeedMode) -> dict[str, Tensor]:

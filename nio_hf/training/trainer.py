@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -22,19 +21,23 @@ from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
 from nio_hf.core import (
+    NIO,
     Collective,
     GradientInspection,
     IterationRecord,
+    NIOConfig,
     NIOResult,
     NIOState,
     Resumption,
+    expected_cost,
+    find_tensors,
     initialize,
     inspect_gradients,
     squared_gradients,
 )
 from nio_hf.core.batches import map_tensors
+from nio_hf.core.initializer import INITIALISED
 from nio_hf.core.memory import is_out_of_memory
-from nio_hf.core.method import NIO
 from nio_hf.errors import DataError, ModelError, NIOMemoryError, Problem, StoppedError
 from nio_hf.training.arguments import NIOTrainingArguments, checked_arguments
 from nio_hf.training.checkpoints import (
@@ -47,6 +50,7 @@ from nio_hf.training.checkpoints import (
     load_initialised,
     load_progress,
     origin_of,
+    plain_values,
     read_state,
     remove_mark,
     save_initialised,
@@ -56,7 +60,8 @@ from nio_hf.training.digests import batch_digest, fingerprint
 from nio_hf.training.isolation import isolated_random_state
 from nio_hf.training.layers import register_transformers_layers
 from nio_hf.training.losses import ignores_num_items
-from nio_hf.training.methods import run_baseline
+from nio_hf.training.methods import METHODS, run_baseline
+from nio_hf.training.naming import in_arguments, named_as_arguments
 from nio_hf.training.nio_batches import CheckedBatches
 from nio_hf.training.preemption import SpareWorkers
 from nio_hf.training.publishing import PublishingTrainerMixin
@@ -66,9 +71,6 @@ from nio_hf.training.sampling import nio_dataloader, seed_everything
 from nio_hf.training.seeding import SeedMode, check_seedable, seed_second_moment
 
 logger = logging.getLogger(__name__)
-
-_INITIALISED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""The models that this process has initialised."""
 
 
 class NIOTrainerMixin(PublishingTrainerMixin):
@@ -92,6 +94,7 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         args, kwargs = checked_arguments(args, kwargs)
         super().__init__(*args, **kwargs)
         self.nio_result: NIOResult | None = None
+        self._seeded: torch.optim.Optimizer | None = None
         if not self._has_own_loss() and ignores_num_items(self._nio_model()):
             self.model_accepts_loss_kwargs = False
         self._nio_report = NIOReportCallback(self)
@@ -122,6 +125,7 @@ class NIOTrainerMixin(PublishingTrainerMixin):
                 self._listening(),
                 collective.together(),
                 isolated_random_state(self.args.device, self.train_dataset),
+                named_as_arguments(),
                 _memory_errors(),
             ):
                 self._check_output(model)
@@ -136,13 +140,13 @@ class NIOTrainerMixin(PublishingTrainerMixin):
                 take_over(replica, model, collective)
         except StoppedError as error:
             raise self._preempted(f"during NIO, {error.problems[0].found}") from error
-        _INITIALISED.add(model)
+        INITIALISED.add(model)
         self.nio_result = result
         self._nio_report.report_later(result, model)
         return result
 
     def inspect(self) -> GradientInspection:
-        """Measure where in the model the gradients of sub-batches agree, on the batches that NIO sets aside.
+        """Measure where in the model the gradients of sub-batches agree, on the report batches of NIO.
 
         The model is left as it is, trained or not. On the model before and after NIO, it gives what NIO measured.
 
@@ -150,16 +154,16 @@ class NIOTrainerMixin(PublishingTrainerMixin):
             NIOError: as in [`inspect_gradients`].
         """
         register_transformers_layers()
-        with self._held_out("Inspecting") as held_out:
-            return inspect_gradients(self._nio_model(), held_out, self.compute_nio_loss, self.args.to_nio_config())
+        with self._reported("Inspecting") as reported:
+            return inspect_gradients(self._nio_model(), reported, self.compute_nio_loss, self.args.to_nio_config())
 
     def squared_gradients(self, batches: int | None = None) -> dict[str, torch.Tensor]:
         """Squared gradient at the weights as they are, which `nio_seed_optimizer` seeds the optimizer with.
 
-        Gradients are clipped to `max_grad_norm`, as those are that the optimizer will see.
+        It is that of the gradient of a step of the training, clipped to `max_grad_norm`.
 
         Args:
-            batches: number of the batches that NIO sets aside to measure on; None for all.
+            batches: number of report batches of NIO to measure on; None for all.
 
         Returns:
             {parameter name: tensor of its shape}.
@@ -169,19 +173,25 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         """
         register_transformers_layers()
         collective = Collective.current()
-        with self._held_out("Squared gradients", batches) as held_out, collective.together():
+        with self._reported("Squared gradients", batches) as reported, collective.together():
             replica = make_replica(self._nio_model(), self.args.device, collective)
             config = self.args.to_nio_config()
             max_norm = self.args.max_grad_norm if self.args.max_grad_norm and self.args.max_grad_norm > 0 else None
             return squared_gradients(
-                replica, held_out, self.compute_nio_loss, config, max_norm=max_norm, collective=collective
+                replica,
+                reported,
+                self.compute_nio_loss,
+                config,
+                training_batch_size=self.get_total_train_batch_size(self.args),
+                max_norm=max_norm,
+                collective=collective,
             )
 
     @contextlib.contextmanager
-    def _held_out(self, what: str, batches: int | None = None) -> Iterator[Iterable[Any]]:
-        """The batches that NIO sets aside, behind a progress bar; errors and random numbers as in a NIO run."""
-        config, count = self.args.to_nio_config(), batches or max(self.args.nio_holdout_batches, 1)
-        with isolated_random_state(self.args.device, self.train_dataset), _memory_errors():
+    def _reported(self, what: str, batches: int | None = None) -> Iterator[Iterable[Any]]:
+        """The report batches of NIO, behind a progress bar; errors and random numbers as in a NIO run."""
+        config, count = self.args.to_nio_config(), batches or self.args.nio_report_batches
+        with isolated_random_state(self.args.device, self.train_dataset), named_as_arguments(), _memory_errors():
             seed_everything(config.seed)
             source = CheckedBatches(self.get_nio_dataloader(), self._classes_of_labels(), self.prepare_nio_batch)
             hidden = self.args.disable_tqdm or not self.is_world_process_zero()
@@ -223,16 +233,22 @@ class NIOTrainerMixin(PublishingTrainerMixin):
             should_stop=lambda: self._preemption is not None and self._preemption.requested,
         )
         seed_everything(config.seed)
-        method, options = self.args.nio_method, cast(dict[str, Any], self.args.nio_method_kwargs or {})
-        with self._nio_progress(config.iterations, 0 if state is None else state.iterations) as bar:
-            on_iteration = functools.partial(_advance, bar)
+        method, options = METHODS[self.args.nio_method], cast(dict[str, Any], self.args.nio_method_kwargs or {})
+        with self._nio_progress(replica, config) as bar:
+            for record in () if state is None else state.progress.history:
+                _advance(bar, record)
+            watched: dict[str, Any] = {
+                "on_iteration": functools.partial(_advance, bar),
+                "on_trial": lambda tried: bar.set_description_str(f"{method.title}: {tried}"),
+            }
             task_of_method = (replica, batches, self.compute_nio_loss, config)
-            if method == NIO:
-                result = initialize(
-                    *task_of_method, on_iteration=on_iteration, collective=collective, resumption=resumption
-                )
+            if method is NIO:
+                result = initialize(*task_of_method, **watched, collective=collective, resumption=resumption)
             else:
-                result = run_baseline(method, options, *task_of_method, on_iteration, collective)
+                result = run_baseline(method, options, *task_of_method, collective, **watched)
+            _finish(bar, result, method.title)
+        result = dataclasses.replace(result, message=in_arguments(result.message))
+        self._tell_result(result)
         with collective.together():
             if self.args.should_save:
                 self._nio_state = describe_state(replica, result, {**task, "data": batches.digest})
@@ -247,15 +263,17 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         if resume and self.is_world_process_zero():
             seed_everything(config.seed)
             first = batch_digest(next(iter(self.get_nio_dataloader())))
-        return {
-            "weights": fingerprint(replica),
-            "settings": dataclasses.asdict(config),
-            "method": self.args.nio_method,
-            "method_kwargs": self.args.nio_method_kwargs or {},
-            "batch_size": self.args.nio_batch_size,
-            "label_smoothing_factor": self.args.label_smoothing_factor,
-            "data": first,
-        }
+        return plain_values(
+            {
+                "weights": fingerprint(replica),
+                "settings": dataclasses.asdict(config),
+                "method": self.args.nio_method,
+                "method_kwargs": self.args.nio_method_kwargs or {},
+                "batch_size": self.args.nio_batch_size,
+                "label_smoothing_factor": self.args.label_smoothing_factor,
+                "data": first,
+            }
+        )
 
     def _check_not_wrapped(self) -> None:
         if getattr(self, "deepspeed", None) is not None:
@@ -301,10 +319,11 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         return batch
 
     def get_nio_dataloader(self) -> DataLoader[Any]:
-        """The held-out batches of NIO, then one per iteration.
+        """The report batches of NIO, then those that it searches on.
 
         Raises:
             DataError: without training data, or with too little.
+            ConfigError: for options of a method that are out of range.
         """
         dataset = self.get_nio_dataset()
         if dataset is None:
@@ -316,13 +335,14 @@ class NIOTrainerMixin(PublishingTrainerMixin):
             dataset = self._remove_unused_columns(dataset, description="NIO")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="NIO")
-        config = self.args.to_nio_config()
+        config, method = self.args.to_nio_config(), METHODS[self.args.nio_method]
+        options = method.checked(cast(dict[str, Any], self.args.nio_method_kwargs or {}))
         return nio_dataloader(
             dataset,
             collate,
             batch_size=self.args.nio_batch_size,
-            holdout_batches=config.holdout_batches,
-            iterations=config.iterations,
+            report_batches=config.report_batches,
+            further_batches=method.batches(config, options),
             seed=config.seed,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
@@ -351,15 +371,26 @@ class NIOTrainerMixin(PublishingTrainerMixin):
                 self.args.warmup_steps,
             )
 
-    def _nio_progress(self, iterations: int, behind: int) -> Any:
+    def _nio_progress(self, replica: nn.Module, config: NIOConfig) -> Any:
+        """A bar in training steps, whose end is what the run may cost at most; it says so beforehand."""
+        method = METHODS[self.args.nio_method]
+        groups = len(find_tensors(replica, config.scaled_tensors, config.groups).groups) if method is NIO else 1
+        cost = expected_cost(config, groups, method, cast(dict[str, Any], self.args.nio_method_kwargs or {}))
+        if cost is not None and self.args.nio_method != "none":
+            self._tell(
+                "%s will cost %.0f training steps of %d samples at most.",
+                method.title,
+                cost,
+                self.args.nio_batch_size,
+            )
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        return tqdm(
-            total=iterations,
-            initial=behind,
-            desc="NIO" if self.args.nio_method == NIO else self.args.nio_method,
-            unit="iteration",
-            disable=hidden,
-        )
+        return tqdm(total=cost, desc=method.title, unit="step", disable=hidden, bar_format=_bar_format(cost))
+
+    def _tell_result(self, result: NIOResult) -> None:
+        """Log what NIO achieved, as a warning where that calls for a look."""
+        if self.is_world_process_zero():
+            sound = result.status in ("improved", "applied", "changed", "unchanged")
+            logger.log(logging.INFO if sound else logging.WARNING, "%s", result.message)
 
     def _nio_is_due(self, resume_from_checkpoint: str | None) -> bool:
         """Whether NIO has something to do, which rank 0 decides."""
@@ -369,7 +400,7 @@ class NIOTrainerMixin(PublishingTrainerMixin):
             self._tell("NIO is skipped: training resumes from %s.", resume_from_checkpoint)
             return False
         model, collective = self._nio_model(), Collective.current()
-        if collective.first(model in _INITIALISED):
+        if collective.first(model in INITIALISED):
             self._tell("NIO is skipped: it has initialised this model already. Call run_nio() to run it again.")
             return False
         with collective.together(), gathered(model):
@@ -379,7 +410,7 @@ class NIOTrainerMixin(PublishingTrainerMixin):
             if self.is_world_process_zero():
                 self._started_from, self._nio_state = origin_of(model)
             remove_mark(model)
-            _INITIALISED.add(model)
+            INITIALISED.add(model)
             return False
         return True
 
@@ -412,9 +443,17 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         squares = self.squared_gradients() if seeds else {}
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if seeds:
-            mode = cast(SeedMode, self.args.nio_seed_optimizer)
-            seed_second_moment(cast(torch.optim.Optimizer, self.optimizer), self._nio_model(), squares, mode)
+            optimizer = cast(torch.optim.Optimizer, self.optimizer)
+            if optimizer is self._seeded:
+                # This training begins again, in smaller batches.
+                optimizer.state.clear()
+            seed_second_moment(optimizer, self._nio_model(), squares, cast(SeedMode, self.args.nio_seed_optimizer))
+            self._seeded = optimizer
         return prepared
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._seeded = None
+        return super()._finalize_training(*args, **kwargs)
 
 
 class NIOTrainer(NIOTrainerMixin, Trainer):
@@ -425,11 +464,29 @@ class NIOTrainer(NIOTrainerMixin, Trainer):
     """
 
 
+def _bar_format(total: float | None) -> str:
+    """How a bar in training steps looks, whose end may not be known."""
+    if not total:
+        return "{desc}: {n:.0f} steps [{elapsed}{postfix}]"
+    return "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} steps [{elapsed}{postfix}]"
+
+
 def _advance(bar: Any, record: IterationRecord) -> None:
-    values = {"GC": record.grad_cosine, "objective": record.objective, "GN": record.grad_norm}
+    """Move a bar by what an iteration cost, and show what it found."""
+    values = {"GC": record.grad_cosine, "GN": record.grad_norm, "loss": record.loss}
     shown = {name: f"{value:.3g}" for name, value in values.items() if value is not None}
-    bar.set_postfix(**shown, step=record.branch, refresh=False)
-    bar.update()
+    bar.set_postfix(**shown, last=record.outcome.replace("_", " "), refresh=False)
+    # A bar in this format cannot be drawn beyond its end.
+    bar.total = bar.total and max(bar.total, bar.n + record.cost)
+    bar.update(record.cost)
+
+
+def _finish(bar: Any, result: NIOResult, title: str) -> None:
+    """Move a bar to its end, which is what the run did cost."""
+    bar.set_description_str(title, refresh=False)
+    bar.total = bar.total and result.cost
+    bar.update(result.cost - bar.n)
+    bar.refresh()
 
 
 def _check_has_samples(dataset: Any) -> None:

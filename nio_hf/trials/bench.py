@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nio_hf.errors import NIOError, Problem, RecipeError
+from nio_hf.errors import NIOError, RecipeError
 from nio_hf.hub.sharing import shareable
 from nio_hf.recipe.catalog import recipe_name
 from nio_hf.recipe.loading import Recipe, load_recipe
@@ -19,7 +19,7 @@ from nio_hf.trials.progress import Progress
 from nio_hf.trials.results import Outcome, Results, locked
 from nio_hf.trials.run import Run, Trial
 from nio_hf.trials.schedule import default_threads, execute
-from nio_hf.trials.worker import Order
+from nio_hf.trials.worker import Order, remove_folders
 
 QUIET = {
     "report_to": "none",
@@ -64,16 +64,20 @@ class Bench:
         """
         return load_recipe(self.recipe, self.overrides)
 
+    @property
+    def runs(self) -> Path:
+        """Folder of the outcomes and logs of the runs."""
+        return self.directory / "runs"
+
     def order_for(self, trial: Trial) -> Order:
         """What the process of a trial is to do."""
-        folder = self.directory / "runs"
-        with output_errors(folder, trained=False):
-            folder.mkdir(parents=True, exist_ok=True)
+        with output_errors(self.runs, trained=False):
+            self.runs.mkdir(parents=True, exist_ok=True)
         return Order(
             recipe=self.recipe,
             overrides=tuple(self._overrides(trial)),
-            outcome_file=folder / f"{trial.run.name}.json",
-            log_file=folder / f"{trial.run.name}.log",
+            outcome_file=self.runs / f"{trial.run.name}.json",
+            log_file=self.runs / f"{trial.run.name}.log",
             threads=default_threads(self.jobs),
             diagnostics=self.diagnostics,
             cost_share=trial.cost_share,
@@ -83,14 +87,16 @@ class Bench:
         """Find out before the first trial whether the recipe of every arm can be read.
 
         Raises:
-            RecipeError: with what is wrong, and the arm.
+            RecipeError: lists what is wrong with each arm.
         """
-        for trial in {trial.arm.name: trial for trial in trials}.values():
+        problems = []
+        for name, trial in {trial.arm.name: trial for trial in trials}.items():
             try:
                 load_recipe(self.recipe, self._overrides(trial))
             except NIOError as error:
-                arm = f"arm {trial.arm.name}"
-                raise RecipeError(*(Problem(f"{arm}, {p.where}", p.found, p.fix) for p in error.problems)) from error
+                problems += [dataclasses.replace(p, where=f"arm {name}, {p.where}") for p in error.problems]
+        if problems:
+            raise RecipeError(*problems)
 
     def _overrides(self, trial: Trial) -> list[str]:
         """The settings of a trial, as command line options."""
@@ -122,6 +128,8 @@ class Trials:
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self._bench.directory))
             self._results = Results(self._bench.directory, self._task)
+            stack.callback(remove_folders, self._bench.runs)
+            remove_folders(self._bench.runs)
             self._locks = stack.pop_all()
         return self
 
@@ -182,5 +190,5 @@ def _shared_settings(recipe: Recipe, decided: Iterable[str]) -> dict[str, Any]:
     given = {key: setting.value for key, setting in recipe.settings.items()}
     config = recipe.training.to_nio_config()
     defaults = {key: value for key, value in vars(recipe.training).items() if key.startswith("nio_")}
-    defaults.update(nio_iterations=config.iterations, nio_lr=config.lr)
+    defaults.update(nio_iterations=config.steps, nio_lr=config.rate)
     return {key: shareable(value) for key, value in {**defaults, **given}.items() if key not in own}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.loading import Recipe
@@ -12,7 +11,6 @@ from nio_hf.recipe.strict_yaml import read_overrides
 
 GO_ON = "The runs that have ended are kept: the same command goes on."
 """How to go on after Ctrl-C."""
-Number = TypeVar("Number", int, float)
 
 
 def check_overrides(overrides: Sequence[str], decided: Mapping[str, str]) -> None:
@@ -26,39 +24,35 @@ def check_overrides(overrides: Sequence[str], decided: Mapping[str, str]) -> Non
         RecipeError: lists all of them.
     """
     problems = [
-        Problem(setting.where, "is decided by this command", decided[key])
+        Problem(setting.where, "is decided by this command", decided[owner])
         for key, setting in read_overrides(overrides).items()
-        if key in decided
+        if (owner := key.partition(".")[0]) in decided
     ]
     if problems:
         raise RecipeError(*problems)
 
 
-def numbers(
-    option: str, text: str | None, problems: list[Problem], read: Callable[[str], Number], example: str
-) -> list[Number]:
-    """The numbers between the commas of an option; what is none becomes a problem.
+def read_numbers(option: str, text: str | None, problems: list[Problem], example: str) -> list[float]:
+    """The numbers between the commas of an option; anything else there becomes a problem.
 
     Args:
-        option: its name, for the message.
+        option: name of the option, for the message.
         text: its value.
         problems: list to add to.
-        read: int or float.
-        example: of a value, for the message.
+        example: a value, for the message.
     """
     found = []
     for part in (text or "").split(","):
         try:
             if part.strip():
-                found.append(read(part))
+                found.append(float(part))
         except ValueError:
-            kind = "whole number" if read is int else "number"
-            problems.append(Problem(option, f"{part!r} is no {kind}", f"Give numbers between commas, e.g. {example}"))
+            problems.append(Problem(option, f"{part!r} is no number", f"Give numbers between commas, e.g. {example}"))
     return found
 
 
-def settled(problems: Sequence[Problem], more: Sequence[Problem]) -> list[Problem]:
-    """Problems, and more of them but for those of options that have one already."""
+def merge_problems(problems: Sequence[Problem], more: Sequence[Problem]) -> list[Problem]:
+    """Problems, and more of them except for options that have one already."""
     places = {problem.where for problem in problems}
     return [*problems, *(problem for problem in more if problem.where not in places)]
 

@@ -21,7 +21,7 @@ class Progress:
 
     Args:
         title: what is being done.
-        total: number of trials, at the most.
+        total: number of trials at the most, until [`Progress.expect`] says more.
         table: gives the table.
     """
 
@@ -50,6 +50,10 @@ class Progress:
     ) -> None:
         if self._console.is_terminal:
             self._live.stop()
+
+    def expect(self, total: int) -> None:
+        """Set the number of trials, once it is known."""
+        self._bar.update(self._bar_of_all, total=total)
 
     def advance(self, known: int) -> None:
         """Count trials that ended before."""

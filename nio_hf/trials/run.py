@@ -12,16 +12,18 @@ FIRST_VERDICT_SEED = 1000
 """Seeds to judge by count from here, those to choose by from 0."""
 MIN_SEEDS = 3
 """Paired seeds below which nothing is judged."""
+WITH_NIO = {"nio": True, "nio_method": "nio", "nio_method_kwargs": None}
+"""Settings of an arm that starts with NIO."""
 
 
-def written(value: float | None) -> str:
-    """A number as it is written in the names of runs; "none" where there is none."""
+def format_number(value: float | None) -> str:
+    """A number as the names of runs have it; "none" where there is none."""
     return "none" if value is None else f"{value:g}"
 
 
 def are_distinct(values: Iterable[float | None]) -> bool:
-    """Whether values are different as they are written in names of runs."""
-    names = [written(value) for value in values]
+    """Whether values are different as the names of runs have them."""
+    names = [format_number(value) for value in values]
     return len(set(names)) == len(names)
 
 

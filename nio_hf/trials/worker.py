@@ -8,6 +8,7 @@ import logging
 import math
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -30,6 +31,9 @@ from nio_hf.training.manifest import write_atomically
 from nio_hf.trials.diagnostics import StepDiagnostics
 from nio_hf.trials.operations import OperationCount
 from nio_hf.trials.results import Outcome
+
+_FOLDER = ".nio-trial-"
+"""What the names of temporary folders begin with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +71,7 @@ def carry_out(order: Order) -> None:
     logging.getLogger("nio_hf").setLevel(logging.INFO)
     if order.threads is not None:
         torch.set_num_threads(order.threads)
-    with tempfile.TemporaryDirectory(dir=order.outcome_file.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=order.outcome_file.parent) as folder:
         overrides = with_values(order.overrides, {"output_dir": folder})
         try:
             written = dataclasses.asdict(train_once(order.recipe, overrides, order.diagnostics, order.cost_share))
@@ -77,6 +81,12 @@ def carry_out(order: Order) -> None:
             is_usage = isinstance(error, ConfigError | RecipeError)
             written = {"problems": [dataclasses.astuple(problem) for problem in error.problems], "is_usage": is_usage}
     write_atomically(order.outcome_file, json.dumps(written) + "\n")
+
+
+def remove_folders(directory: Path) -> None:
+    """Remove the folders of trainings that were ended in the middle."""
+    for folder in directory.glob(f"{_FOLDER}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def end_with_parent() -> None:
@@ -116,7 +126,8 @@ def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool, co
         found = f"the initialisation costs {cost * cost_share:.0f} training steps, the budget is {budget}"
         if cost_share < 1:
             return Outcome.failure(found, time.perf_counter() - started, cost)
-        raise ConfigError(Problem("--steps", found, "Give more steps, or fewer nio_iterations"))
+        fix = "Give more steps, or lower nio_search_batches, nio_report_batches or nio_batch_size"
+        raise ConfigError(Problem("--steps", found, fix))
     trainer.args.max_steps = steps
     losses = _Losses()
     trainer.add_callback(losses)
@@ -128,8 +139,8 @@ def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool, co
     return Outcome(
         accuracy=None if failed else 100 * metrics["eval_accuracy"],
         eval_loss=None if failed else metrics["eval_loss"],
-        losses=tuple(float(f"{loss:.5g}") for loss in losses.losses),
-        grad_norms=tuple(float(f"{norm:.5g}") for norm in losses.grad_norms),
+        losses=tuple(map(_rounded, losses.losses)),
+        grad_norms=tuple(map(_rounded, losses.grad_norms)),
         steps=steps,
         cost_steps=cost,
         cost_seconds=initialised - started,
@@ -155,7 +166,7 @@ def _initialise(trainer: ImageTrainer) -> float:
             trainer.run_nio()
         operations += initialisation.operations
     if args.nio_seed_optimizer is not None:
-        operations += per_sample * args.nio_batch_size * max(args.nio_holdout_batches, 1)
+        operations += per_sample * args.nio_batch_size * args.nio_report_batches
     return float(operations / (per_sample * samples_of_step))
 
 
@@ -183,12 +194,17 @@ def _diagnostics(trainer: ImageTrainer) -> StepDiagnostics:
 
 def summary(result: NIOResult) -> dict[str, Any]:
     """What is kept of an initialisation."""
-    scales = [tensor.omega for tensor in result.tensors]
     return {
         "method": result.method,
         "status": result.status,
         "grad_cosine": [result.before.value, result.after.value],
         "grad_norm": [result.before.grad_norm, result.after.grad_norm],
         "loss": [result.before.loss, result.after.loss],
-        "scales": [float(f"{scale:.5g}") for scale in scales],
+        "scales": [_rounded(tensor.omega) for tensor in result.tensors],
+        "scales_by_group": {group.name: _rounded(group.omega) for group in result.groups},
+        "cost": result.cost,
     }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")

@@ -10,25 +10,24 @@ from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.catalog import split_arguments
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.trials.bench import Bench
-from nio_hf.trials.options import GO_ON, check_overrides, directory_beside, numbers, settled, steps_of
-from nio_hf.trials.run import written
+from nio_hf.trials.options import GO_ON, check_overrides, directory_beside, merge_problems, read_numbers, steps_of
+from nio_hf.trials.run import format_number
 from nio_hf.tuning.plan import DECIDED, Plan
 from nio_hf.tuning.report import COLUMNS, rows, sentences, write_report
 from nio_hf.tuning.tuning import tune
 
 SHOWN = 5
 """Columns of the table that a terminal has room for."""
-NO_BOUND = written(None)
-"""How a command line names the absence of a bound."""
+NO_BOUND = format_number(None)
+"""Word for no bound on a command line."""
 
 
 def run_tuning(
     arguments: Sequence[str],
     *,
-    gammas: str,
-    loss_rises: str,
-    rates: str,
-    iterations: str,
+    groups: str,
+    loss_bounds: str,
+    objectives: str,
     seeds: int,
     verdict_seeds: int,
     probe_steps: int,
@@ -44,17 +43,13 @@ def run_tuning(
         check_overrides(overrides, DECIDED)
         recipe = load_recipe(name, overrides)
         problems: list[Problem] = []
-        tried_gammas = _bounds("--gammas", gammas, problems, "1.5,none")
-        tried_rises = _bounds("--loss_rises", loss_rises, problems, "0.1,none")
-        tried_rates = numbers("--rates", rates, problems, float, "0.1,0.3")
-        tried_iterations = numbers("--iterations", iterations, problems, int, "5,10")
+        bounds = _read_bounds(loss_bounds, problems)
         length = steps_of(recipe, steps, problems)
         try:
             plan = Plan(
-                gammas=tried_gammas,
-                loss_rises=tried_rises,
-                rates=tuple(sorted(tried_rates)),
-                iterations=tuple(sorted(tried_iterations)),
+                groups=_words(groups),
+                loss_bounds=bounds,
+                objectives=_words(objectives),
                 learning_rate=recipe.training.learning_rate,
                 seeds=seeds,
                 probe_steps=probe_steps,
@@ -63,7 +58,7 @@ def run_tuning(
                 budget=budget,
             )
         except RecipeError as error:
-            problems = settled(problems, error.problems)
+            problems = merge_problems(problems, error.problems)
         if problems:
             raise RecipeError(*problems)
         bench = Bench(name, tuple(overrides), output_dir or directory_beside(recipe, "tune"), jobs)
@@ -78,8 +73,14 @@ def run_tuning(
     return exit_status(command, interrupted=GO_ON)
 
 
-def _bounds(option: str, text: str, problems: list[Problem], example: str) -> tuple[float | None, ...]:
+def _words(text: str) -> tuple[str, ...]:
+    """The words that a command line lists."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _read_bounds(text: str, problems: list[Problem]) -> tuple[float | None, ...]:
     """Bounds that a command line lists, the tightest first, no bound last."""
-    parts = [part.strip() for part in text.split(",")]
-    bounded = numbers(option, ",".join(part for part in parts if part != NO_BOUND), problems, float, example)
+    parts = _words(text)
+    numbers = ",".join(part for part in parts if part != NO_BOUND)
+    bounded = read_numbers("--loss_bounds", numbers, problems, "0.1,none")
     return (*sorted(bounded), *(None for part in parts if part == NO_BOUND))

@@ -13,15 +13,16 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast, get_args
 
+from nio_hf.core import expected_cost
+from nio_hf.core.config import Grouping, ObjectiveName
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.loading import Recipe
 from nio_hf.trials.results import Outcome
-from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, Arm, Run, Trial, can_be_tried, written
+from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, WITH_NIO, Arm, Run, Trial, can_be_tried, format_number
 
-_WITH_NIO = {"nio": True, "nio_method": "nio"}
-OWN = Arm("own", "the recipe's own settings", _WITH_NIO)
+OWN = Arm("own", "the recipe's own settings", WITH_NIO)
 DECIDED = {
     "warmup_steps": "Leave it out: the trainings have no warmup",
     "max_steps": "Use --steps",
@@ -31,14 +32,14 @@ DECIDED = {
     "nio_seed": "Use --seeds",
     "nio": "Leave it out: every training starts with NIO",
     "nio_method": "Leave it out: only NIO is tuned",
+    "nio_method_kwargs": "Leave it out: only NIO is tuned",
     "eval_from_train": "Leave it out: a part of the training data chooses, the evaluation data judge",
     "resume_from_checkpoint": "Leave it out: the same command goes on",
     "push_to_hub": "Leave it out: trainings of a search are not pushed",
 }
 """{setting of the recipe that a search decides itself: what to do instead}."""
-STEPS_PER_ITERATION, STEPS_PER_HELD_OUT_BATCH = 3, 2
-"""What NIO costs at the least, in training steps of its batch size: an iteration with kept graphs, and the measurements
-before and after."""
+MANY_GROUPS = 8
+"""Number of groups that the cost beforehand counts with, where there may be more than one."""
 Outcomes = Mapping[Run, Outcome]
 
 
@@ -47,10 +48,9 @@ class Plan:
     """A search.
 
     Attributes:
-        gammas: bounds on the gradient norm to try, as multiples of the gradient norm before NIO; None for no bound.
-        loss_rises: rises of the loss that end NIO to try, as shares of the loss before it; None for no bound.
-        rates: learning rates of the scales to try.
-        iterations: numbers of steps on the scales to try.
+        groups: values of `nio_groups` to try, in words.
+        loss_bounds: values of `nio_loss_bound` to try; None for no bound.
+        objectives: values of `nio_objective` to try.
         learning_rate: peak of the trainings.
         seeds: number of rounds.
         probe_steps: length of a probe, in training steps.
@@ -59,10 +59,9 @@ class Plan:
         budget: training steps, initialisations included, beyond which no round of probes is begun; None for no limit.
     """
 
-    gammas: tuple[float | None, ...]
-    loss_rises: tuple[float | None, ...]
-    rates: tuple[float, ...]
-    iterations: tuple[int, ...]
+    groups: tuple[str, ...]
+    loss_bounds: tuple[float | None, ...]
+    objectives: tuple[str, ...]
     learning_rate: float
     seeds: int
     probe_steps: int
@@ -76,16 +75,19 @@ class Plan:
             raise RecipeError(*problems)
 
     def _problems(self) -> Iterator[Problem]:
-        for option, tried in (
-            ("--gammas", self.gammas),
-            ("--loss_rises", self.loss_rises),
-            ("--rates", self.rates),
-            ("--iterations", self.iterations),
-        ):
-            if not tried:
-                yield Problem(option, "none", "Give at least one")
-            elif not can_be_tried(tried):
-                yield Problem(option, ", ".join(map(written, tried)), "Give different ones above 0")
+        words = (
+            ("--groups", self.groups, get_args(Grouping)),
+            ("--objectives", self.objectives, get_args(ObjectiveName)),
+        )
+        for option, chosen, known in words:
+            if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
+                fix = f"Give at least one of {', '.join(known)}, each once"
+                yield Problem(option, ", ".join(chosen) or "none", fix)
+        if not self.loss_bounds:
+            yield Problem("--loss_bounds", "none", "Give at least one, e.g. 0.1")
+        elif not can_be_tried(self.loss_bounds):
+            bounds = ", ".join(map(format_number, self.loss_bounds))
+            yield Problem("--loss_bounds", bounds, "Give different ones above 0")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             yield Problem("--learning_rate", f"{self.learning_rate:g}", "Give a number above 0")
         if not 1 <= self.seeds <= FIRST_VERDICT_SEED:
@@ -100,9 +102,9 @@ class Plan:
     def candidates(self, recipe: Recipe) -> list[Arm]:
         """The recipe's own settings and the grid, without the point of it that is the same."""
         config = recipe.training.to_nio_config()
-        own = (config.gamma_relative, config.max_loss_rise, config.lr, config.iterations)
-        grid = itertools.product(self.gammas, self.loss_rises, self.rates, self.iterations)
-        return [OWN, *(_candidate(*point) for point in grid if point != own or config.gamma is not None)]
+        own = (config.groups, config.loss_bound, config.objective)
+        grid = itertools.product(self.groups, self.loss_bounds, self.objectives)
+        return [OWN, *(_candidate(*point) for point in grid if point != own)]
 
     def probes(self, arms: Sequence[Arm], seed: int) -> list[Trial]:
         """The probes of a round. An initialisation pays the same share of a probe as it would of a whole training."""
@@ -143,11 +145,11 @@ class Plan:
         return sum(outcome.steps + outcome.cost_steps for run, outcome in outcomes.items() if run.stage == "probe")
 
     def expected(self, arms: Sequence[Arm], recipe: Recipe, outcomes: Outcomes) -> float:
-        """About how many training steps the probes of a round take, initialisations included."""
+        """Training steps that the probes of a round may take, initialisations included."""
         return sum(self._expected_of(arm, recipe, outcomes) for arm in arms)
 
     def _expected_of(self, arm: Arm, recipe: Recipe, outcomes: Outcomes) -> float:
-        """By what the probes of a candidate took so far, or else by what its initialisation should cost."""
+        """What the probes of a candidate took so far, or else what its initialisation may cost."""
         known = [outcomes[run] for seed in range(self.seeds) if (run := self._probe(arm, seed)) in outcomes]
         if known:
             return statistics.fmean(outcome.steps + outcome.cost_steps for outcome in known)
@@ -157,30 +159,21 @@ class Plan:
         return Run("probe", arm.name, self.learning_rate, 0.0, seed)
 
 
-def _candidate(gamma: float | None, loss_rise: float | None, rate: float, iterations: int) -> Arm:
-    settings = {
-        "nio_gamma": None,
-        "nio_gamma_relative": gamma,
-        "nio_max_loss_rise": loss_rise,
-        "nio_lr": rate,
-        "nio_iterations": iterations,
-    }
-    bounds = [
-        "any gamma" if gamma is None else f"gamma {gamma:g} x the start",
-        "any loss" if loss_rise is None else f"loss +{100 * loss_rise:g}%",
-    ]
-    name = f"gamma{written(gamma)}-rise{written(loss_rise)}-lr{rate:g}-it{iterations}"
-    return Arm(name, f"{', '.join(bounds)}, rate {rate:g}, {iterations} iterations", {**_WITH_NIO, **settings})
+def _candidate(groups: str, loss_bound: float | None, objective: str) -> Arm:
+    settings = {"nio_groups": groups, "nio_loss_bound": loss_bound, "nio_objective": objective}
+    bound = "any loss" if loss_bound is None else f"loss +{100 * loss_bound:g}%"
+    name = f"{groups}-loss{format_number(loss_bound)}-{objective}"
+    return Arm(name, f"groups {groups}, {bound}, objective {objective}", {**WITH_NIO, **settings})
 
 
 def tuned_settings(arm: Arm) -> dict[str, Any]:
     """The settings of a recipe that a candidate changes."""
-    return {key: value for key, value in arm.settings.items() if key not in _WITH_NIO}
+    return {key: value for key, value in arm.settings.items() if key not in WITH_NIO}
 
 
 def initialisation_cost(arm: Arm, recipe: Recipe) -> float:
-    """About what the initialisation of a candidate costs, in training steps."""
+    """Training steps that the initialisation of a candidate may cost at most."""
     args, config = recipe.training, recipe.training.to_nio_config()
-    iterations = arm.settings.get("nio_iterations", config.iterations)
-    batches = STEPS_PER_ITERATION * iterations + STEPS_PER_HELD_OUT_BATCH * config.holdout_batches
-    return float(batches * args.nio_batch_size / (args.train_batch_size * args.gradient_accumulation_steps))
+    groups = 1 if arm.settings.get("nio_groups", config.groups) == "model" else MANY_GROUPS
+    batches = cast(float, expected_cost(config, groups))
+    return batches * args.nio_batch_size / (args.train_batch_size * args.gradient_accumulation_steps)

@@ -40,7 +40,7 @@ def sentences(tuned: Tuned) -> list[str]:
     )
     if tuned.difference is None:
         return [*said, "It was not judged: a short training chose it, a long one may not agree."]
-    word = {"better": "better than", "worse": "worse than", "undecided": "not surely different from"}[tuned.word]
+    word = {"better": "better than", "worse": "worse than", "undecided": "not significantly different from"}[tuned.word]
     advice = "" if tuned.word == "better" else ": keep those"
     said.append(
         f"On {plan.verdict_seeds} fresh seeds and {plan.steps:,} steps it is {word} {OWN.description} "

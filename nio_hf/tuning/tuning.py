@@ -84,10 +84,10 @@ def tune(bench: Bench, plan: Plan) -> Tuned:
             if math.isinf(statistics.fmean(plan.losses(ranked[0], trials.outcomes))):
                 fix = f"Lower --learning_rate, with another --output_dir; the logs lie in {bench.directory / 'runs'}"
                 raise RunError(Problem("probes", "every one failed", fix))
-            difference = None
-            if plan.verdict_seeds and ranked[0] is not OWN:
-                trials.complete(plan.judgement(ranked[0]), progress)
-                difference = _difference(plan, ranked[0], trials.outcomes, chance)
+            judgement = [] if ranked[0] is OWN else plan.judgement(ranked[0])
+            progress.expect(len(trials.outcomes) + len(judgement))
+            trials.complete(judgement, progress)
+            difference = _difference(plan, ranked[0], trials.outcomes, chance) if judgement else None
         return Tuned(title, plan, ranked, dict(trials.outcomes), rounds, difference)
 
 
@@ -95,10 +95,10 @@ def budget_sentence(plan: Plan, candidates: Sequence[Arm], recipe: Recipe) -> st
     """What a search takes, before it begins."""
     sizes = plan.sizes(len(candidates))
     probes = plan.expected(candidates, recipe, {}) * sum(sizes) / len(candidates)
-    limit = "" if plan.budget is None else f", of at most {plan.budget:,}"
+    limit = "" if plan.budget is None else f", of which --budget allows {plan.budget:,}"
     judged = 2 * plan.verdict_seeds * plan.steps
     return (
-        f"{sum(sizes)} probes in {plan.seeds} rounds ({', '.join(map(str, sizes))} candidates): about "
+        f"{sum(sizes)} probes in {plan.seeds} rounds ({', '.join(map(str, sizes))} candidates): up to "
         f"{probes:,.0f} training steps, initialisations included{limit}; then {judged:,} to judge."
     )
 
@@ -108,14 +108,14 @@ def _check_costs(plan: Plan, candidates: Sequence[Arm], recipe: Recipe) -> None:
         cost = initialisation_cost(arm, recipe)
         if math.ceil(cost * plan.probe_steps / plan.steps) >= plan.probe_steps:
             found = (
-                f"{plan.steps:,}, where the initialisation takes about {cost:,.0f} with {arm.description}; the same "
+                f"{plan.steps:,}, where the initialisation takes up to {cost:,.0f} with {arm.description}; the same "
                 f"share of a probe of {plan.probe_steps} leaves nothing"
             )
-            fix = "Give more, longer --probe_steps, fewer iterations, or a smaller nio_batch_size"
+            fix = "Give more, or lower nio_budget, nio_search_batches, nio_report_batches or nio_batch_size"
             raise RecipeError(Problem("--steps", found, fix))
     first = plan.expected(candidates, recipe, {})
     if plan.budget is not None and first > plan.budget:
-        found = f"{plan.budget:,} training steps, where the first round takes about {math.ceil(first):,}"
+        found = f"{plan.budget:,} training steps, where the first round takes up to {math.ceil(first):,}"
         fix = "Give more, fewer candidates, or fewer --probe_steps"
         raise RecipeError(Problem("--budget", found, fix))
 

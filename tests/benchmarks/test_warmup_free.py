@@ -8,17 +8,30 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks.warmup_free import width
+from benchmarks.warmup_free import study, width
 from benchmarks.warmup_free.differences import table
 from benchmarks.warmup_free.first_steps import COLUMNS, draw, read_comparisons, read_runs, rows
-from benchmarks.warmup_free.study import BEST, BEST_SEEDED, COMPARISONS, FOLDER, RESULTS, VARIANTS, take_runs
+from benchmarks.warmup_free.study import (
+    BEST,
+    BEST_SEEDED,
+    COMPARISONS,
+    FOLDER,
+    RESULTS,
+    Comparison,
+    carry_out,
+    take_runs,
+)
 from nio_hf.comparison.arms import choose_arms
 from nio_hf.comparison.plan import Plan
+from nio_hf.console import USAGE_ERROR
 from nio_hf.report.tables import markdown_table
 from nio_hf.trials.bench import Bench
-from nio_hf.trials.results import RESULTS_NAME, Results
+from nio_hf.trials.results import RESULTS_NAME, Outcome, Results
 from nio_hf.trials.run import Run
 
 SIDE_BY_SIDE = [
@@ -44,16 +57,24 @@ def test_every_arm_of_a_comparison_can_be_carried_out(name: str, tmp_path: Path)
     bench.check(plan.trials(plan.grid()))
 
 
-def test_every_variant_differs_from_the_defaults_in_what_it_says() -> None:
-    arms = choose_arms(["nio"], [f"{name}=nio,{settings}" for name, settings in VARIANTS.items()])
-    assert len({tuple(sorted(map(str, arm.settings.items()))) for arm in arms}) == len(VARIANTS) + 1
+def _write_grid(directory: Path, made: Comparison) -> Path:
+    """The runs of the grid of a comparison, as the present arms make them."""
+    directory.mkdir(parents=True)
+    outcome = dataclasses.asdict(Outcome.failure("not carried out", 0.0))
+    records: list[dict[str, Any]] = [{"format": 1, "task": {}}]
+    for trial in made.plan().trials(made.plan().grid()):
+        run = dataclasses.asdict(trial.run)
+        records.append({"run": run, "settings": dict(trial.arm.settings), "outcome": outcome})
+    target = directory / RESULTS_NAME
+    target.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return target
 
 
 @pytest.mark.parametrize("name", [name for name, made in COMPARISONS.items() if made.basis])
 def test_a_comparison_takes_the_runs_that_it_shares_with_its_basis(name: str, tmp_path: Path) -> None:
     made = COMPARISONS[name]
     assert made.basis is not None
-    basis = RESULTS / made.basis / RESULTS_NAME
+    basis = _write_grid(tmp_path / "basis", COMPARISONS[made.basis])
     take_runs(made, basis, tmp_path / "own" / RESULTS_NAME)
     results = Results(tmp_path / "own", json.loads(basis.read_text().splitlines()[0])["task"])
     arms = choose_arms(made.arms.split(","), [f"{arm}={text}" for arm, text in made.definitions.items()])
@@ -69,6 +90,29 @@ def test_a_comparison_takes_the_runs_that_it_shares_with_its_basis(name: str, tm
     other_rate = next(rate for rate in _numbers(COMPARISONS[made.basis].learning_rates) if rate not in rates)
     left_out = Run("selection", arms[0].name, other_rate, 0.0, 0)
     assert results.get(left_out, arms[0]) is None
+
+
+def _write_images(file: Path) -> None:
+    """One image of each of ten classes."""
+    images = [Image.fromarray(np.full((32, 32, 3), 20 * label, np.uint8)) for label in range(10)]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(10))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict({"image": images, "label": list(range(10))}, features=features).to_parquet(file)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin-controls"])
+def test_runs_of_former_settings_are_refused_and_stay_as_they_are(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        _write_images(tmp_path / "data" / "cifar10" / f"{split}.parquet")
+    monkeypatch.setattr(study, "OUTPUTS", tmp_path / "outputs")
+    before = {file: file.read_bytes() for file in (RESULTS / name).iterdir()}
+    assert carry_out(name, tmp_path / "data", jobs=1) == USAGE_ERROR
+    message = capsys.readouterr().err
+    assert "nio_gamma_relative is 2.0 there, None here" in message
+    assert "nio_search is None there, 'scan' here" in message
+    assert {file: file.read_bytes() for file in (RESULTS / name).iterdir()} == before
 
 
 def _write_runs(directory: Path, accuracies: dict[str, list[float | None]], scales: dict[str, list[float]]) -> None:

@@ -85,7 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for processes, options in launches.items():
         outputs[processes] = folder / f"output-{processes}"
         command = [sys.executable, "-m", "nio_hf.cli", "train", recipe, *options, *plain]
-        command += ["--output_dir", str(outputs[processes]), "--nio_iterations", "3"]
+        command += ["--output_dir", str(outputs[processes])]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
         finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
         assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -100,7 +100,7 @@ def test_where_warmup_gains_nothing_there_is_no_verdict() -> None:
     findings = _findings(gain=3.0, tested=-0.5)
     text = " ".join(sentences(findings))
     assert "warmup (10%) gains most over no warmup on the seeds of the selection: +3" in text
-    assert "Warmup gains nothing for certain: there it gains -0.5" in text
+    assert "The gain of warmup is not significant: there it gains -0.5" in text
     assert "there is no verdict" in text
     assert all(row[-1] == "-" for row in verdict_rows(findings))
 

@@ -20,7 +20,8 @@ from nio_hf.recipe.loading import known_keys
 from nio_hf.trials.bench import QUIET
 from nio_hf.trials.results import RESULTS_NAME
 
-SMALL = ["--nio_iterations", "2", "--nio_batch_size", "16", "--max_eval_samples", "50", "--max_train_samples", "200"]
+SMALL = ["--nio_search_batches", "2", "--nio_report_batches", "1", "--nio_batch_size", "16"]
+SMALL += ["--max_eval_samples", "50", "--max_train_samples", "200"]
 
 
 def _compare(*arguments: str) -> tuple[int, str]:
@@ -53,6 +54,11 @@ def test_what_a_comparison_decides_are_settings_of_a_recipe() -> None:
         (["--arms", "nio", "--seeds", "3"], "to hold the others against"),
         (["--learning_rate", "1e-3"], "--learning_rate: is decided by this command. Use --learning_rates"),
         (["--seed", "1"], "Use --seeds"),
+        (
+            ["--nio_method_kwargs.iterations", "9"],
+            "--nio_method_kwargs.iterations: is decided by this command. Use --arm",
+        ),
+        (["--nio_max_loss_rise", "0.1"], "--nio_max_loss_rise: is a setting of a former version. Set nio_loss_bound"),
         (["--weight_decoy", "1"], "'weight_decoy' is no known key"),
         (["--arm", "x=nio,nio_gama=1"], "arm x, --nio_gama"),
         (["--arm", "x=nio,nio_lr=-1"], "arm x, "),
@@ -88,6 +94,7 @@ def test_a_comparison_from_the_grid_to_the_verdict(tmp_path: Path) -> None:
     records = _records(tmp_path)
     runs = [json.dumps(record["run"]) for record in records]
     assert len(runs) == len(set(runs)) == 3 * 2 * 3 + 3 * 3
+    assert "[27/27]" in done.stderr
     for record in records:
         run, outcome = record["run"], record["outcome"]
         seeded = run["arm"] == "nio_seeded"
@@ -132,9 +139,9 @@ def test_killed_and_started_again_it_goes_on_and_counts_nothing_twice(tmp_path: 
 
 def test_what_is_wrong_with_a_run_is_told_without_a_traceback(tmp_path: Path) -> None:
     arguments = ["--arms", "nio", "--learning_rates", "1e-3", "--seeds", "1", "--no_verdict", "--nio_sub_batches", "8"]
-    command = [*_command(tmp_path, *arguments), "--nio_iterations", "2"]
+    command = _command(tmp_path, *arguments)
     command[command.index("8")] = "1"
-    done = subprocess.run(command[:-2], capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "run selection-nio-lr0.001-s0, --steps: the initialisation costs" in done.stderr
     assert "Traceback" not in done.stderr

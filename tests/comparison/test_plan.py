@@ -20,13 +20,14 @@ def test_every_arm_sets_what_the_others_set() -> None:
         assert {"nio", "nio_seed_optimizer", "optimizer"} <= arm.settings.keys()
         assert arm.settings.keys() <= known_keys().keys()
         if arm.settings["nio"]:
-            assert "nio_method" in arm.settings
+            assert {"nio_method", "nio_method_kwargs"} <= arm.settings.keys()
 
 
 def test_a_defined_arm_is_a_known_one_with_other_settings() -> None:
-    (arm,) = choose_arms([], ["low=nio_seeded,nio_gamma_relative=0.5,nio_lr=1e-2"])
+    (arm,) = choose_arms([], ["low=nio_seeded,nio_loss_bound=0.5,nio_norm_band=[0.8,2],nio_lr=1e-2"])
     assert arm.name == "low"
-    assert arm.settings == {**ARMS["nio_seeded"].settings, "nio_gamma_relative": 0.5, "nio_lr": 0.01}
+    changes = {"nio_loss_bound": 0.5, "nio_norm_band": [0.8, 2], "nio_lr": 0.01}
+    assert arm.settings == {**ARMS["nio_seeded"].settings, **changes}
     assert choose_arms([], ["long=warmup"])[0].has_warmup
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import time
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nio_hf import NIOConfig, initialize
-from nio_hf.core import Collective, NIOState, Resumption
+from nio_hf.core import Collective, InitResult, IterationRecord, NIOState, Resumption, curvature
 from nio_hf.core.collective import SIGNALS
 from nio_hf.errors import (
     CheckpointError,
@@ -23,21 +25,34 @@ from nio_hf.errors import (
     RankError,
     StoppedError,
 )
-from tests.core.cases import PER_TENSOR, batches_of, case
+from tests.core.cases import PER_TENSOR, batches_of, case, differences, state
 from tests.distributed.ranks import run_ranks
 
 SAMPLES = 12
 ITERATIONS = 4
-FLAGS = 3 * SIGNALS
+SEARCH_BATCHES = 2
+SCAN: dict[str, Any] = {
+    "search": "scan",
+    "groups": "kind",
+    "search_batches": SEARCH_BATCHES,
+    "norm_band": (0.5, 2.0),
+    "budget": 24.0,
+}
+GRADIENT: dict[str, Any] = {**SCAN, "search": "gradient", "iterations": ITERATIONS, "curvature": "exact"}
+PUBLISHED: dict[str, Any] = {**PER_TENSOR, "iterations": ITERATIONS, "lr": 0.05, "curvature": "exact"}
+EXCHANGE = SIGNALS
 """Numbers in which the processes tell each other how it goes: at the start of an iteration and after each pass."""
 
 
 def _config(sub_batches: int = 4, **settings: Any) -> NIOConfig:
-    common = {**PER_TENSOR, "iterations": ITERATIONS, "holdout_batches": 2, "lr": 0.05, "curvature": "exact"}
-    return NIOConfig(sub_batches=sub_batches, **{**common, **settings})
+    return NIOConfig(**{**PUBLISHED, "sub_batches": sub_batches, "report_batches": 2, **settings})
 
 
-def _initialise(name: str, config: NIOConfig, loss_fn: Any = None, resumption: Resumption | None = None) -> Any:
+def _scan(sub_batches: int = 4, **settings: Any) -> NIOConfig:
+    return NIOConfig(**{**SCAN, "sub_batches": sub_batches, "report_batches": 2, **settings})
+
+
+def _initialise(name: str, config: NIOConfig, loss_fn: Any = None, resumption: Resumption | None = None) -> InitResult:
     made = case(name, SAMPLES)
     collective = Collective.current()
     batches = batches_of(name, 6, SAMPLES)
@@ -49,51 +64,90 @@ def _scales(name: str, config: NIOConfig) -> dict[str, float]:
     return _initialise(name, config).scales
 
 
+def _found(name: str, config: NIOConfig, loss_fn: Any = None) -> tuple[dict[str, float], list[Any], list[Any], str]:
+    """Scales; what was tried and became of it; what was measured; the message."""
+    result = _initialise(name, config, loss_fn)
+    decisions = [(record.tried, record.outcome, record.group, record.scale) for record in result.history]
+    values = (value for record in result.history for value in (record.grad_cosine, record.grad_norm, record.loss))
+    measured = [value for value in values if value is not None]
+    measured += [*(part.value for part in (*result.before.parts, *result.after.parts)), result.gain]
+    return result.scales, decisions, measured, result.message
+
+
 @pytest.mark.parametrize(
     ("name", "sub_batches", "sizes", "settings"),
     [
-        ("vit", 4, (2, 3, 4), {}),
-        ("vit", 3, (2,), {"overlap": 0.3}),
-        ("vit", 2, (3, 4), {"curvature": "exact_kept"}),
-        ("swin", 4, (3,), {"curvature": "auto", "micro_batch_size": 2}),
-        ("mlp", 5, (2, 3, 4), {"objective": "variance"}),
-        ("mlp", 4, (2, 3, 4), {"gamma": 0.01, "gamma_relative": None}),
-        ("resnet", 3, (2,), {"batch_norm": "frozen"}),
-        ("bert", 4, (2,), {}),
+        ("vit", 4, (2, 3, 4), SCAN),
+        ("vit", 3, (2,), {**SCAN, "objective": "gc_sign"}),
+        ("mlp", 5, (2, 3, 4), {**SCAN, "objective": "variance"}),
+        ("swin", 4, (3,), {**SCAN, "micro_batch_size": 2}),
+        ("resnet", 3, (2,), SCAN),
+        ("bert", 2, (3, 4), SCAN),
+        ("bert", 4, (2, 3), GRADIENT),
+        ("resnet", 3, (2,), GRADIENT),
+        ("vit", 4, (2, 3, 4), PUBLISHED),
+        ("vit", 3, (2,), {**PUBLISHED, "overlap": 0.3}),
+        ("vit", 2, (3, 4), PUBLISHED),
+        ("swin", 4, (3,), {**PUBLISHED, "curvature": "auto", "micro_batch_size": 2}),
+        ("mlp", 5, (2, 3, 4), {**PUBLISHED, "objective": "variance"}),
+        ("mlp", 4, (2, 3, 4), {**PUBLISHED, "gamma": 0.01}),
+        ("resnet", 3, (2,), PUBLISHED),
+        ("bert", 4, (2,), PUBLISHED),
     ],
 )
 def test_any_number_of_processes_finds_the_same_scales(
     name: str, sub_batches: int, sizes: tuple[int, ...], settings: dict[str, Any]
 ) -> None:
     """D = 3 and 5 are shared unequally; with D = 2, a third and a fourth process only take part in the sums."""
-    config = _config(sub_batches, **settings)
-    alone = _scales(name, config)
+    config = NIOConfig(sub_batches=sub_batches, report_batches=2, **settings)
+    alone, decisions, measured, _ = _found(name, config)
     assert max(abs(omega - 1) for omega in alone.values()) > 0.02
     for size in sizes:
-        found = run_ranks(size, _scales, name, config)
-        assert all(scales == found[0] for scales in found)
-        assert found[0] == pytest.approx(alone, rel=1e-5)
+        found = run_ranks(size, _found, name, config)
+        assert all(of_rank == found[0] for of_rank in found)
+        assert found[0][0] == pytest.approx(alone, rel=1e-5)
+        assert found[0][1] == decisions
+        assert found[0][2] == pytest.approx(measured, rel=1e-3, abs=1e-4)
 
 
-def _ended_by_the_loss(name: str, batch_norm: str) -> tuple[dict[str, float], int, str]:
-    """What the default settings learn where a small rise of the loss ends them."""
-    config = NIOConfig(
-        sub_batches=3, iterations=30, holdout_batches=2, max_loss_rise=0.05, gamma_relative=None, batch_norm=batch_norm
-    )
-    result = _initialise(name, config)
-    return result.scales, len(result.history), result.message
-
-
-@pytest.mark.parametrize(("name", "batch_norm"), [("vit", "batch"), ("mlp", "batch"), ("resnet", "frozen")])
-def test_a_loss_that_rises_ends_all_processes_at_once(name: str, batch_norm: str) -> None:
-    scales, iterations, message = _ended_by_the_loss(name, batch_norm)
+@pytest.mark.parametrize("name", ["vit", "mlp", "resnet"])
+def test_a_loss_that_rises_bounds_all_processes_at_once(name: str) -> None:
+    config = NIOConfig(sub_batches=3, search_batches=2, report_batches=2, loss_bound=0.05, norm_band=None)
+    scales, decisions, _, message = _found(name, config)
     assert len(set(scales.values())) == 1
-    assert 1 <= iterations < 30
-    assert "the loss of a batch had risen by" in message
-    found = run_ranks(2, _ended_by_the_loss, name, batch_norm)
+    assert "loss_bound" in [outcome for _, outcome, _, _ in decisions]
+    found = run_ranks(2, _found, name, config)
     assert found[0] == found[1]
     assert found[0][0] == pytest.approx(scales, rel=1e-5)
-    assert found[0][1] == iterations
+    assert found[0][1] == decisions
+    assert found[0][3].split(". ")[0] == message.split(". ")[0]
+
+
+class _OverflowingOnOneRank:
+    """A loss that is no number on rank 1 where the weights are more than 1.5 times as large as they were."""
+
+    def __init__(self, loss_fn: Any, model: Any) -> None:
+        self.loss_fn, self.limit = loss_fn, 1.5 * float(next(model.parameters()).detach().norm())
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        large = float(next(model.parameters()).detach().norm()) > self.limit
+        loss = self.loss_fn(model, batch)
+        return loss * float("nan") if large and Collective.current().rank == 1 else loss
+
+
+def _overflowing(config: NIOConfig) -> Any:
+    made = case("vit", SAMPLES)
+    return _found("vit", config, _OverflowingOnOneRank(made.loss_fn, made.model))[:2]
+
+
+@pytest.mark.parametrize("settings", [{"groups": "model"}, {"groups": "kind", "loss_bound": None}])
+def test_a_loss_that_is_no_number_on_one_process_bounds_all(settings: dict[str, Any]) -> None:
+    found = run_ranks(2, _overflowing, _scan(**settings))
+    assert found[0] == found[1]
+    scales, decisions = found[0]
+    assert "loss_bound" in [outcome for _, outcome, _, _ in decisions]
+    assert next(iter(scales.values())) <= 1.5
+    assert _overflowing(_scan(**settings))[1] != decisions, "alone there is no rank 1"
 
 
 class _Counting:
@@ -108,27 +162,37 @@ class _Counting:
         return self.loss_fn(model, batch)
 
 
-def _forward_passes(sub_batches: int) -> list[frozenset[float]]:
+def _forward_passes(config: NIOConfig) -> tuple[list[frozenset[float]], int]:
+    """The calls of the loss, and how many iterations there were."""
     counting = _Counting(case("mlp").loss_fn)
-    _initialise("mlp", _config(sub_batches), counting)
-    return counting.calls
+    result = _initialise("mlp", config, counting)
+    return counting.calls, len(result.history)
 
 
 @pytest.mark.parametrize(("sub_batches", "size"), [(4, 2), (3, 2), (2, 3)])
-def test_no_process_computes_the_sub_batch_of_another(sub_batches: int, size: int) -> None:
-    alone = set(_forward_passes(sub_batches))
-    calls = run_ranks(size, _forward_passes, sub_batches)
-    assert set().union(*calls) == alone
-    for rank, own in enumerate(calls):
+@pytest.mark.parametrize("search", ["scan", "published"])
+def test_no_process_computes_the_sub_batch_of_another(search: str, sub_batches: int, size: int) -> None:
+    config = _scan(sub_batches) if search == "scan" else _config(sub_batches)
+    alone, _ = _forward_passes(config)
+    found = run_ranks(size, _forward_passes, config)
+    calls = [calls for calls, _ in found]
+    assert set().union(*calls) == set(alone)
+    for rank, (own, iterations) in enumerate(found):
         others = set().union(*(calls[other] for other in range(size) if other != rank))
         assert not set(own) & others
         shares = len(range(rank, sub_batches, size))
-        # Two held-out batches before and after, two passes per iteration, and on rank 0 the first look at the tensors.
-        assert len(own) == shares * (2 * 2 + 2 * ITERATIONS) + (rank == 0)
+        # Two report batches before and after, and on rank 0 the first look at the tensors.
+        expected = shares * 2 * 2 + (rank == 0)
+        if search == "scan":
+            expected += shares * SEARCH_BATCHES * iterations
+        elif shares:
+            # Three looks at the first sub-batch: for second derivatives, and for the size of their graphs.
+            expected += shares * iterations + 3
+        assert len(own) == expected
 
 
-def _bytes_summed(name: str, config: NIOConfig) -> tuple[list[int], int, int]:
-    """Bytes of each all-reduce from the first iteration on to the last, and P and m of the model."""
+def _bytes_summed(name: str, config: NIOConfig) -> tuple[list[list[int]], list[IterationRecord], int]:
+    """Bytes of each all-reduce of each iteration but the first, the records of these, and m of the model."""
     sent: list[int] = []
     original = dist.all_reduce
 
@@ -150,20 +214,39 @@ def _bytes_summed(name: str, config: NIOConfig) -> tuple[list[int], int, int]:
         )
     finally:
         dist.all_reduce = original
-    return sent[marks[0] : marks[-1]], len(marks) - 1, len(result.tensors)
+    of_iterations = [sent[start:end] for start, end in itertools.pairwise(marks)]
+    return of_iterations, list(result.history[1:]), len(result.tensors)
+
+
+def _numbers_of_gradients() -> int:
+    return sum(parameter.numel() for parameter in case("mlp").model.parameters())
 
 
 @pytest.mark.parametrize("sub_batches", [2, 4, 6])
 @pytest.mark.parametrize("objective", ["gc", "variance"])
-def test_an_iteration_sums_the_gradients_once_and_the_scales_once(sub_batches: int, objective: str) -> None:
-    gradient_numbers = sum(parameter.numel() for parameter in case("mlp").model.parameters())
+def test_a_published_iteration_sums_the_gradients_once_and_the_scales_once(sub_batches: int, objective: str) -> None:
+    vectors = _numbers_of_gradients() * (2 if objective == "variance" else 1)
     config = _config(sub_batches, objective=objective)
-    for sent, iterations, scaled in run_ranks(2, _bytes_summed, "mlp", config):
-        vectors = gradient_numbers * (2 if objective == "variance" else 1)
-        expected = 4 * (vectors + 2 * sub_batches + scaled + FLAGS)
-        assert sum(sent) == iterations * expected
-        large = [size for size in sent if size >= 4 * gradient_numbers]
-        assert len(large) == iterations
+    for sent, records, scaled in run_ranks(2, _bytes_summed, "mlp", config):
+        assert len(sent) == len(records) == ITERATIONS - 1
+        for iteration in sent:
+            assert sum(iteration) == 4 * (vectors + 3 * sub_batches + scaled + 3 * EXCHANGE)
+            assert [size for size in iteration if size >= 4 * vectors] == [4 * vectors]
+
+
+@pytest.mark.parametrize("sub_batches", [2, 4, 6])
+@pytest.mark.parametrize("objective", ["gc", "gc_sign"])
+def test_an_iteration_of_a_scan_sums_the_gradients_of_each_batch_once_and_those_of_a_loss_never(
+    sub_batches: int, objective: str
+) -> None:
+    vectors = _numbers_of_gradients() * (2 if objective == "gc_sign" else 1)
+    config = _scan(sub_batches, objective=objective)
+    for sent, records, _ in run_ranks(2, _bytes_summed, "mlp", config):
+        assert len(sent) == len(records)
+        assert {record.grad_cosine is None for record in records} == {True, False}
+        for iteration, record in zip(sent, records, strict=True):
+            of_batch = 8 if record.grad_cosine is None else 4 * (vectors + 3 * sub_batches)
+            assert sum(iteration) == 4 * EXCHANGE + SEARCH_BATCHES * (of_batch + 4 * EXCHANGE)
 
 
 class _MyDataError(DataError):
@@ -197,9 +280,11 @@ class _FailingLoss:
                 raise KeyError("pixels")
 
 
-def _fail(failure: str, rank: int, call: int) -> None:
+def _fail(failure: str, rank: int, call: int, config: NIOConfig) -> None:
+    # Nothing is kept, so that the second pass computes losses.
+    curvature.MEMORY_SHARE = 0.0
     loss = _FailingLoss(case("mlp").loss_fn, failure, rank, call)
-    _initialise("mlp", _config(), loss)
+    _initialise("mlp", config, loss)
 
 
 @pytest.mark.parametrize(
@@ -213,13 +298,13 @@ def _fail(failure: str, rank: int, call: int) -> None:
         ("mine", DataError, "my set: is of mine"),
     ],
 )
-@pytest.mark.parametrize(("rank", "call"), [(1, 1), (2, 9), (0, 10), (1, 6)])
+@pytest.mark.parametrize(("rank", "call"), [(1, 1), (2, 9), (0, 10), (1, 6), (1, 4)])
 def test_an_error_of_one_process_stops_all_at_once(
     failure: str, error_type: type[NIOError], text: str | tuple[str, str], rank: int, call: int
 ) -> None:
-    """The calls lie in the measurement before, and in the first and second pass of an iteration."""
+    """The calls lie in the measurement before, in both passes of an iteration, and in the choice of the path."""
     started = time.monotonic()
-    errors = run_ranks(3, _fail, failure, rank, call, seconds=20)
+    errors = run_ranks(3, _fail, failure, rank, call, _config(), seconds=20)
     assert time.monotonic() - started < 20
     assert {type(error) for error in errors} == {error_type}
     assert len({str(error) for error in errors}) == 1
@@ -227,7 +312,28 @@ def test_an_error_of_one_process_stops_all_at_once(
     assert any(part in str(errors[0]) for part in ([text] if isinstance(text, str) else text))
 
 
-def _bad_batches(rank: int, number: int) -> None:
+@pytest.mark.parametrize(
+    ("failure", "error_type", "text"),
+    [
+        ("memory", NIOMemoryError, "out of memory"),
+        ("data", DataError, "image 7: broken"),
+        ("other", RankError, "KeyError: 'pixels'"),
+        ("mine", DataError, "my set: is of mine"),
+    ],
+)
+@pytest.mark.parametrize(("rank", "call"), [(2, 3), (1, 6), (0, 12)])
+def test_an_error_of_one_process_stops_the_scan_of_all(
+    failure: str, error_type: type[NIOError], text: str, rank: int, call: int
+) -> None:
+    """The calls lie in the start, in a loss and in a loss of the next iteration."""
+    errors = run_ranks(3, _fail, failure, rank, call, _scan(), seconds=20)
+    assert {type(error) for error in errors} == {error_type}
+    assert len({str(error) for error in errors}) == 1
+    assert f"rank {rank}" in str(errors[0])
+    assert text in str(errors[0])
+
+
+def _bad_batches(rank: int, number: int, config: NIOConfig) -> None:
     made = case("mlp")
 
     def batches() -> Any:
@@ -236,29 +342,32 @@ def _bad_batches(rank: int, number: int) -> None:
                 raise OSError("disk unplugged")
             yield batch
 
-    initialize(made.model, batches(), made.loss_fn, _config(), collective=Collective.current())
+    initialize(made.model, batches(), made.loss_fn, config, collective=Collective.current())
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 4])
-def test_an_exception_in_the_data_of_one_process_stops_all(number: int) -> None:
-    errors = run_ranks(2, _bad_batches, 1, number, seconds=20)
+@pytest.mark.parametrize(
+    ("number", "config"), [(0, _config()), (1, _config()), (2, _config()), (4, _config()), (1, _scan()), (3, _scan())]
+)
+def test_an_exception_in_the_data_of_one_process_stops_all(number: int, config: NIOConfig) -> None:
+    errors = run_ranks(2, _bad_batches, 1, number, config, seconds=20)
     assert [type(error) for error in errors] == [RankError, RankError]
     assert {str(error).splitlines()[0] for error in errors} == {str(errors[0]).splitlines()[0]}
     assert str(errors[0]).startswith("rank 1: OSError: disk unplugged")
 
 
-def _interrupted_callback() -> None:
+def _interrupted_callback(config: NIOConfig) -> None:
     def on_iteration(record: Any) -> None:
         if Collective.current().rank == 1 and record.iteration == 2:
             raise ValueError("the bar is broken")
 
     made = case("mlp")
     batches = batches_of("mlp", 6)
-    initialize(made.model, batches, made.loss_fn, _config(), collective=Collective.current(), on_iteration=on_iteration)
+    initialize(made.model, batches, made.loss_fn, config, collective=Collective.current(), on_iteration=on_iteration)
 
 
-def test_an_exception_in_a_callback_of_one_process_stops_all() -> None:
-    errors = run_ranks(2, _interrupted_callback, seconds=20)
+@pytest.mark.parametrize("config", [_scan(), _config()], ids=["scan", "published"])
+def test_an_exception_in_a_callback_of_one_process_stops_all(config: NIOConfig) -> None:
+    errors = run_ranks(2, _interrupted_callback, config, seconds=20)
     assert [type(error) for error in errors] == [RankError, RankError]
     assert "rank 1: ValueError: the bar is broken" in str(errors[0])
 
@@ -274,17 +383,101 @@ def _unlike(what: str) -> None:
     made = case("mlp")
     if what == "model" and rank == 1:
         made = case("vit")
+    if what == "weights" and rank == 1:
+        with torch.no_grad():
+            made.model[0].bias += 1e-3
     config = _config(lr=0.05 if what != "settings" or rank == 0 else 0.1)
-    samples = 8 if what != "batches" or rank == 0 else 10
+    samples = 8 if what != "sizes" or rank == 0 else 10
     batches = batches_of("vit" if what == "model" and rank == 1 else "mlp", 6, samples)
-    initialize(made.model, batches, made.loss_fn, config, collective=Collective.current())
+    if what == "report batches" and rank == 1:
+        batches = batches[1:]
+    if what == "search batches" and rank == 1:
+        config, batches = _scan(), [*batches[:3], batches[5]]
+    elif what == "search batches":
+        config = _scan()
+    before = state(made.model)
+    try:
+        initialize(made.model, batches, made.loss_fn, config, collective=Collective.current())
+    finally:
+        assert not differences(before, state(made.model))
 
 
-@pytest.mark.parametrize("what", ["model", "settings", "batches"])
-def test_processes_with_another_task_are_refused(what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "found", "fix"),
+    [
+        ("model", "the model class and settings of NIO", "the same model class, settings and data"),
+        ("settings", "the model class and settings of NIO", "the same model class, settings and data"),
+        ("weights", "the weights", "Build the model from the same seed on all processes, and call initialize before"),
+        ("sizes", "the report batches", "neither accelerate.prepare nor a distributed sampler has split"),
+        ("report batches", "the report batches", "neither accelerate.prepare nor a distributed sampler has split"),
+        ("search batches", "the search batches", "neither accelerate.prepare nor a distributed sampler has split"),
+    ],
+)
+def test_processes_with_another_task_are_refused_by_what_differs(what: str, found: str, fix: str) -> None:
     for error in run_ranks(2, _unlike, what, seconds=20):
         assert isinstance(error, NumericsError)
-        assert "not the same on rank 0 and rank 1" in str(error)
+        (problem,) = error.problems
+        assert (problem.where, problem.found) == (found, "not the same on rank 0 and rank 1")
+        assert fix in problem.fix
+
+
+def _fewer_search_batches() -> None:
+    made = case("mlp")
+    count = 6 if Collective.current().rank == 0 else 5
+    config = _scan(search_batches=4)
+    initialize(made.model, batches_of("mlp", count), made.loss_fn, config, collective=Collective.current())
+
+
+def test_a_process_with_fewer_search_batches_is_refused() -> None:
+    for error in run_ranks(2, _fewer_search_batches, seconds=20):
+        assert isinstance(error, NumericsError)
+        assert error.problems[0].where == "the search batches"
+
+
+def _broken_data() -> None:
+    made = case("mlp")
+    batches = batches_of("mlp", 6)
+    batches[0][0][:] = float("nan")
+    initialize(made.model, batches, made.loss_fn, _scan(), collective=Collective.current())
+
+
+def test_broken_data_of_all_processes_are_not_taken_for_other_data() -> None:
+    errors = run_ranks(2, _broken_data, seconds=20)
+    assert {str(error) for error in errors} == {
+        "rank 0, report batch 0, sub-batch 0: the loss is nan. Check inputs, labels and the initial weights."
+    }
+
+
+def _unguarded() -> None:
+    made = case("mlp")
+    before = state(made.model)
+    try:
+        initialize(made.model, batches_of("mlp", 6), made.loss_fn, _scan())
+    finally:
+        assert not differences(before, state(made.model))
+
+
+def test_a_call_without_collective_is_refused_with_the_remedy() -> None:
+    for error in run_ranks(2, _unguarded, seconds=20):
+        assert isinstance(error, ConfigError)
+        assert str(error) == (
+            "collective: not given, with torch.distributed in use by 2 processes. Call initialize on all of them with "
+            "collective=Collective.current(), the same weights and the same batches, or on one of them with "
+            "collective=Collective() and broadcast the weights."
+        )
+
+
+def _by_itself() -> dict[str, float]:
+    made = case("mlp", SAMPLES)
+    if Collective.current().rank == 1:
+        return {}
+    return initialize(
+        made.model, batches_of("mlp", 6, SAMPLES), made.loss_fn, _config(), collective=Collective()
+    ).scales
+
+
+def test_a_process_may_work_by_itself_where_that_is_said() -> None:
+    assert run_ranks(2, _by_itself, seconds=20) == [_scales("mlp", _config()), {}]
 
 
 def _data_that_end(rank: int) -> tuple[str, int]:
@@ -299,7 +492,12 @@ def test_where_the_data_of_one_process_end_all_end() -> None:
     assert run_ranks(2, _data_that_end, 1, seconds=20) == [("data_exhausted", 2)] * 2
 
 
-def _state_after(count: int) -> dict[str, Any]:
+def _scales_and_history(config: NIOConfig) -> tuple[dict[str, float], list[tuple[Any, ...]]]:
+    result = _initialise("vit", config)
+    return result.scales, [(record.tried, record.outcome, record.loss) for record in result.history]
+
+
+def _state_after(count: int, config: NIOConfig) -> dict[str, Any]:
     """The state at a stop that only the last rank was asked for."""
     states: list[NIOState] = []
     collective = Collective.current()
@@ -310,32 +508,47 @@ def _state_after(count: int) -> dict[str, Any]:
         asked += 1
         return asked > count and collective.rank == collective.size - 1
 
-    with pytest.raises(StoppedError, match=f"stopped after {count} of {ITERATIONS} iterations"):
-        _initialise("vit", _config(), resumption=Resumption(None, states.append, 100, should_stop))
+    with pytest.raises(StoppedError, match=f"stopped after {count} iterations, which are saved"):
+        _initialise("vit", config, resumption=Resumption(None, states.append, 100, should_stop))
     assert len(states) == (count > 0)
     return states[0].to_dict() if states else {}
 
 
-def _scales_from(state: dict[str, Any]) -> dict[str, float]:
-    return _initialise("vit", _config(), resumption=Resumption(NIOState.from_dict(state))).scales
+def _found_from(written: dict[str, Any], config: NIOConfig) -> tuple[dict[str, float], list[tuple[Any, ...]]]:
+    result = _initialise("vit", config, resumption=Resumption(NIOState.from_dict(written)))
+    return result.scales, [(record.tried, record.outcome, record.loss) for record in result.history]
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_run_that_was_stopped_goes_on_to_the_same_scales(count: int) -> None:
-    uninterrupted = run_ranks(2, _scales, "vit", _config())
-    states = run_ranks(2, _state_after, count)
-    assert [state["omega"] for state in states] == [states[0]["omega"]] * 2
-    assert run_ranks(2, _scales_from, states[0]) == uninterrupted
+def _without_times(written: dict[str, Any]) -> dict[str, Any]:
+    progress = written["progress"]
+    history = [{**record, "seconds": 0.0} for record in progress["history"]]
+    return {**written, "seconds": 0.0, "progress": {**progress, "history": history}}
 
 
-def test_a_stop_before_the_first_iteration_saves_nothing() -> None:
-    assert run_ranks(2, _state_after, 0) == [{}, {}]
+@pytest.mark.parametrize(
+    ("count", "config"),
+    [(1, _config()), (3, _config()), (1, _scan()), (3, _scan()), (7, _scan()), (2, _config(**GRADIENT))],
+)
+def test_a_run_that_was_stopped_goes_on_to_the_same_scales(count: int, config: NIOConfig) -> None:
+    uninterrupted = run_ranks(2, _scales_and_history, config)
+    states = run_ranks(2, _state_after, count, config)
+    assert _without_times(states[0]) == _without_times(states[1])
+    assert len(states[0]["progress"]["history"]) == count < len(uninterrupted[0][1])
+    written = json.loads(json.dumps(states[0]))
+    assert run_ranks(2, _found_from, written, config) == uninterrupted
+
+
+@pytest.mark.parametrize("config", [_scan(), _config()], ids=["scan", "published"])
+def test_a_stop_before_the_first_iteration_saves_nothing(config: NIOConfig) -> None:
+    assert run_ranks(2, _state_after, 0, config) == [{}, {}]
 
 
 def test_a_state_of_another_model_is_refused() -> None:
-    state = NIOState.from_dict(_state_after_alone())
-    with pytest.raises(CheckpointError, match="scales for a model with"):
-        _initialise("mlp", _config(), resumption=Resumption(state))
+    of_another = NIOState.from_dict(_state_after_alone())
+    with pytest.raises(CheckpointError, match=r"\d+ scales for 7 groups of tensors"):
+        _initialise("mlp", _config(), resumption=Resumption(of_another))
+    with pytest.raises(CheckpointError, match="is of the search 'published', not 'scan'"):
+        _initialise("vit", _scan(), resumption=Resumption(of_another))
 
 
 def _state_after_alone() -> dict[str, Any]:

@@ -34,9 +34,9 @@ mixup_alpha: 0.8
 cutmix_alpha: 1.0
 label_smoothing_factor: 0.1
 
-nio_iterations: 2
 nio_batch_size: 8
-nio_holdout_batches: 1
+nio_search_batches: 2
+nio_report_batches: 1
 
 per_device_train_batch_size: 8
 max_steps: 4

@@ -135,7 +135,7 @@ def test_the_order_and_the_draws_of_training_do_not_depend_on_nio(images: Path, 
     losses = []
     for nio, learning_rate in (("true", "0"), ("false", "0")):
         # With scales that stay 1 the only difference is that NIO ran.
-        options = ["--nio", nio, "--nio_min_scale", "1", "--nio_max_scale", "1", "--learning_rate", learning_rate]
+        options = ["--nio", nio, "--nio_scale_range", "[1, 1]", "--learning_rate", learning_rate]
         trainer = trainer_of(tmp_path / nio, images, *options)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])

@@ -25,6 +25,9 @@ class Strategy(enum.Enum):
         (3, int | float, 3),
         (0.5, float, 0.5),
         (None, float | None, None),
+        ("none", float | None, None),
+        ("none", list[float] | None, None),
+        ("none", str | None, "none"),
         (True, bool, True),
         ("x", str, "x"),
         ("no", Strategy | str, "no"),
@@ -46,6 +49,7 @@ def test_values_of_the_right_type_pass(value: Any, annotation: Any, expected: An
     [
         ("1e-3", float, "key: '1e-3', text. Give a number, without quotes."),
         ("fast", float, "key: 'fast', text. Give a number."),
+        ("none", float, "key: 'none', text. Give a number."),
         (1.5, int, "key: 1.5, a number. Give a whole number."),
         (True, int, "key: True, true or false. Give a whole number."),
         (True, float, "key: True, true or false. Give a number."),
@@ -68,3 +72,7 @@ def test_an_unknown_key_is_shown_the_nearest_one() -> None:
         "nio_gama: 'nio_gama' is no known key. Did you mean 'nio_gamma'?"
     )
     assert unknown_key("x", "zzzz", ["seed"]).fix == "Remove it"
+    found = str(
+        unknown_key("--train_batch_size", "train_batch_size", ["nio_batch_size", "per_device_train_batch_size"])
+    )
+    assert found.endswith("Did you mean 'per_device_train_batch_size'?")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 
 from nio_hf import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments
+from nio_hf.core import NIOConfig
+from nio_hf.core.config import REPLACED
 from nio_hf.errors import ConfigError
 from nio_hf.training.arguments import with_nio_settings
 from tests.training.toys import ToyImages, arguments, build
@@ -26,6 +30,16 @@ from tests.training.toys import ToyImages, arguments, build
         ({"nio_iterations": 0}, "nio_iterations: 0"),
         ({"nio_gamma": -1.0}, "nio_gamma: -1.0"),
         ({"nio_objective": "cosine"}, "nio_objective: 'cosine'"),
+        ({"nio_search": "scam"}, "nio_search: 'scam'. Choose one of scan, gradient, published"),
+        ({"nio_search_batches": 1}, "nio_search_batches: 1"),
+        ({"nio_report_batches": 0}, "nio_report_batches: 0"),
+        ({"nio_groups": None}, "nio_groups: None"),
+        ({"nio_groups": "[1]"}, "nio_groups: [1]"),
+        ({"nio_norm_band": [1.2]}, "nio_norm_band: (1.2,)"),
+        ({"nio_norm_band": 1.5}, "nio_norm_band: 1.5"),
+        ({"nio_scale_range": [1.0, float("inf")]}, "nio_scale_range: (1.0, inf)"),
+        ({"nio_budget": 0}, "nio_budget: 0"),
+        ({"nio_loss_bound": -0.1}, "nio_loss_bound: -0.1"),
     ],
 )
 def test_settings_out_of_range_are_refused_at_once_by_their_own_name(
@@ -38,8 +52,64 @@ def test_settings_out_of_range_are_refused_at_once_by_their_own_name(
 
 def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
-        arguments(tmp_path, nio_batch_size=1, nio_lr=0.0, nio_overlap=2.0)
+        arguments(tmp_path, nio_search="published", nio_batch_size=1, nio_lr=0.0, nio_overlap=2.0)
     assert [problem.where for problem in raised.value.problems] == ["nio_batch_size", "nio_lr", "nio_overlap"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "fix"),
+    [
+        (
+            {"nio_precision": "bf16", "nio_curvature": "finite_difference"},
+            "nio_precision",
+            'Set nio_curvature to "exact": bfloat16 rounds away the difference of two gradients',
+        ),
+        (
+            {"nio_gamma": 1.0},
+            "nio_gamma",
+            'Leave it out, or set nio_search to "published", the only one that reads it',
+        ),
+        (
+            {"nio_search": "gradient", "nio_objective": "gc_sign"},
+            "nio_objective",
+            'Set nio_search to "scan": signs have no derivative',
+        ),
+        (
+            {"nio_batch_size": 4, "nio_sub_batches": 8},
+            "nio_sub_batches",
+            "Choose 2 to 4 sub-batches, or a larger batch",
+        ),
+    ],
+)
+def test_problems_call_every_setting_as_the_trainer_does(
+    changes: dict[str, Any], where: str, fix: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        arguments(tmp_path, **changes)
+    assert [(problem.where, problem.fix) for problem in raised.value.problems] == [(where, fix)]
+    assert "NIOConfig" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_former_setting_is_refused_with_what_replaces_it(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        arguments(tmp_path, **{f"nio_{name}": 1})
+    (problem,) = raised.value.problems
+    assert (problem.where, problem.found) == (f"nio_{name}", "is a setting of a former version")
+    assert problem.fix == REPLACED[name].replace("NIOConfig.", "nio_")
+    named = re.findall(r"\bnio_\w+", problem.fix)
+    assert {*named} <= {field.name for field in dataclasses.fields(NIOTrainingArguments)}
+    assert named or problem.fix.startswith("Leave it out")
+
+
+def test_former_settings_are_reported_together(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        NIOTrainingArguments(output_dir=str(tmp_path), nio_holdout_batches=2, nio_max_loss_rise=0.1)
+    assert [problem.where for problem in raised.value.problems] == ["nio_holdout_batches", "nio_max_loss_rise"]
+
+
+def test_every_setting_of_nio_has_an_argument_with_the_same_default(tmp_path: Path) -> None:
+    assert NIOTrainingArguments(output_dir=str(tmp_path), seed=NIOConfig.seed).to_nio_config() == NIOConfig()
 
 
 def test_the_seed_of_nio_follows_that_of_the_data(tmp_path: Path) -> None:
@@ -52,6 +122,13 @@ def test_the_command_line_parser_of_transformers_knows_the_settings(tmp_path: Pa
     options = ["--output_dir", str(tmp_path), "--nio_lr", "1e-3", "--nio_sub_batches", "8", "--nio", "false"]
     (args,) = HfArgumentParser(NIOTrainingArguments).parse_args_into_dataclasses(options)
     assert (args.nio_lr, args.nio_sub_batches, args.nio) == (1e-3, 8, False)
+    assert args.nio_groups == "model"
+    options += ["--nio_norm_band", "0.9", "1.2", "--nio_groups", '{"positions": "position_embeddings"}']
+    (args,) = HfArgumentParser(NIOTrainingArguments).parse_args_into_dataclasses(options)
+    assert args.nio_groups == {"positions": "position_embeddings"}
+    assert args.to_nio_config().norm_band == (0.9, 1.2)
+    (args,) = HfArgumentParser(NIOTrainingArguments).parse_args_into_dataclasses([*options[:-1], "kind"])
+    assert args.nio_groups == "kind"
 
 
 def test_arguments_of_a_subclass_keep_everything_and_can_be_pickled(tmp_path: Path) -> None:

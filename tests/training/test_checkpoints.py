@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from nio_hf.errors import CheckpointError, OutputError
-from nio_hf.training.checkpoints import STATE_NAME, ensure_writable, load_state
+from nio_hf.training.checkpoints import STATE_NAME, ensure_writable, load_state, plain_values, read_state
 from nio_hf.training.digests import fingerprint
 from nio_hf.training.losses import ignores_num_items
 from tests.training.toys import build
@@ -31,6 +33,33 @@ def test_unreadable_states_are_refused_with_their_path(content: str | None, tmp_
         (tmp_path / STATE_NAME).write_text(content)
     with pytest.raises(CheckpointError, match=STATE_NAME):
         load_state(tmp_path)
+
+
+def test_a_state_of_a_former_version_is_refused_with_its_former_settings(tmp_path: Path) -> None:
+    config = {"iterations": 20, "holdout_batches": 4, "scale_sharing": "all", "max_loss_rise": 0.1, "lr": 0.05}
+    (tmp_path / STATE_NAME).write_text(json.dumps({"format": 1, "task": {}, "result": {"config": config}}))
+    with pytest.raises(CheckpointError) as raised:
+        read_state(tmp_path)
+    (problem,) = raised.value.problems
+    assert problem.where == str(tmp_path / STATE_NAME)
+    assert problem.found == (
+        "format 1, known is 2, with settings of a former version: nio_holdout_batches, nio_scale_sharing, "
+        "nio_max_loss_rise"
+    )
+    assert problem.fix == "Initialise again, or use the nio_hf version that wrote it"
+
+
+def test_a_state_of_a_later_version_is_refused_with_its_format(tmp_path: Path) -> None:
+    (tmp_path / STATE_NAME).write_text('{"format": 99}')
+    with pytest.raises(CheckpointError, match=r"format 99, known is 2\. Initialise again"):
+        read_state(tmp_path)
+
+
+def test_a_task_equals_itself_after_a_trip_through_json() -> None:
+    settings = {"norm_band": (0.8, math.inf), "groups": {"positions": "position"}, "lr": None, "rate": 0.1 + 0.2}
+    task = plain_values({"settings": settings, "batch_size": 64})
+    assert json.loads(json.dumps(task)) == task
+    assert task["settings"] == {**settings, "norm_band": [0.8, math.inf]}
 
 
 def test_a_path_that_is_a_file_is_not_writable(tmp_path: Path) -> None:

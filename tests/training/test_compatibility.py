@@ -20,6 +20,8 @@ from tests.zoo import vision_model
 Weights = dict[str, torch.Tensor]
 
 SMOOTHING = 0.1
+SENSITIVE: dict[str, Any] = {"nio_search": "published", "nio_groups": "tensor", "nio_iterations": 5, "nio_lr": 0.05}
+"""Settings whose scales differ where a loss does; a scan takes steps."""
 INDUCTOR_WARNING = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated and will be removed in v6:FutureWarning"
 
@@ -85,6 +87,7 @@ def test_bf16_is_for_training_and_nio_stays_in_fp32(name: str, plain: dict[str, 
 
 def test_another_precision_of_nio_would_be_noticed(plain: dict[str, Observed], tmp_path: Path) -> None:
     trainer = _trained(tmp_path, build("vit"), bf16=True, nio_precision="bf16")
+    assert abs(trainer.results[0].before.value - plain["vit"].results[0].before.value) > 1e-5
     assert _difference(trainer.results[0], plain["vit"].results[0]) > 1e-4
 
 
@@ -92,7 +95,7 @@ def test_initialising_again_after_a_training_in_bf16_is_in_fp32(tmp_path: Path) 
     trainer = _trained(tmp_path / "trained", build("vit"), bf16=True)
     copy = build("vit")
     copy.load_state_dict(trainer.model.state_dict())
-    fresh = NIOTrainer(model=copy, args=arguments(tmp_path / "fresh"), train_dataset=ToyImages())
+    fresh = NIOTrainer(model=copy, args=arguments(tmp_path / "fresh", **SENSITIVE), train_dataset=ToyImages())
     assert _difference(trainer.run_nio(), fresh.run_nio()) < 1e-5
 
 
@@ -149,13 +152,17 @@ def test_activation_checkpointing_changes_no_scale(
     _check(trainer, plain[name])
 
 
-@pytest.mark.parametrize("curvature", ["exact", "finite_difference"])
+@pytest.mark.parametrize(
+    "search",
+    [{}, {**SENSITIVE, "nio_curvature": "exact"}, {**SENSITIVE, "nio_curvature": "finite_difference"}],
+    ids=["scan", "exact", "finite_difference"],
+)
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_reentrant_activation_checkpointing_is_refused(name: str, curvature: str, tmp_path: Path) -> None:
+def test_reentrant_activation_checkpointing_is_refused(name: str, search: dict[str, Any], tmp_path: Path) -> None:
     reentrant = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
     model = build(name)
     before = snapshot(model)
-    args = arguments(tmp_path, nio_curvature=curvature, **reentrant)
+    args = arguments(tmp_path, **search, **reentrant)
     with pytest.raises(ModelError, match=r"reentrant activation checkpointing .* Checkpoint with use_reentrant=False"):
         NIOTrainer(model=model, args=args, train_dataset=ToyImages()).train()
     assert unchanged(before, snapshot(model))
@@ -324,7 +331,7 @@ def test_adapters_added_after_nio_train_on_the_initialised_weights(
     way: str, plain: dict[str, Observed], tmp_path: Path
 ) -> None:
     model = build("vit")
-    base = Observed(model=model, args=arguments(tmp_path / "base"), train_dataset=ToyImages())
+    base = Observed(model=model, args=arguments(tmp_path / "base", **SENSITIVE), train_dataset=ToyImages())
     base.run_nio()
     frozen = dict(model.named_parameters())
     adapted = _with_adapters(model, way)
@@ -354,7 +361,7 @@ def _trained(
     **changes: Any,
 ) -> Observed:
     """A trainer that has trained; `settings` are those of the trainer, `changes` those of its arguments."""
-    args = arguments(output_dir, **changes)
+    args = arguments(output_dir, **{**SENSITIVE, **changes})
     trainer = trainer_class(model=model, args=args, train_dataset=ToyImages(), **(settings or {}))
     trainer.train()
     return trainer
@@ -365,6 +372,9 @@ def _check(trainer: Observed, expected: Observed, tolerance: float = 1e-5) -> No
     assert len(trainer.results) == 1
     assert trainer.results[0].scales.keys() == expected.results[0].scales.keys()
     assert _difference(trainer.results[0], expected.results[0]) < tolerance
+    for name in ("before", "after"):
+        one, other = (getattr(result, name).value for result in (trainer.results[0], expected.results[0]))
+        assert one == pytest.approx(other, abs=10 * tolerance), name
     _close(trainer.initialised[0], expected.initialised[0], tolerance)
     assert unchanged(trainer.begun_with[0], trainer.initialised[0])
     trained = trainer.model.state_dict()
@@ -415,7 +425,8 @@ def _smoothed(way: str, output_dir: Path) -> Observed:
 
 def _searching(output_dir: Path, **changes: Any) -> Observed:
     """A trainer for a search, whose model is made from the random state as it is."""
-    args = arguments(output_dir, nio_iterations=2, nio_holdout_batches=1, max_steps=1, **changes)
+    quick = {**SENSITIVE, "nio_iterations": 2, "nio_report_batches": 1, "max_steps": 1}
+    args = arguments(output_dir, **{**quick, **changes})
     data = {"train_dataset": ToyImages(), "eval_dataset": ToyImages(8)}
     return Observed(model_init=lambda: vision_model("vit", CLASSES, num_hidden_layers=1), args=args, **data)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
-from nio_hf import NIOResult, NIOTrainer
+from nio_hf import NIOResult, NIOTrainer, core
 from nio_hf.errors import CheckpointError, ConfigError, OutputError
 from nio_hf.training import publishing
 from nio_hf.training.checkpoints import INIT_DIR_NAME, PROGRESS_NAME, STATE_NAME
@@ -54,15 +56,9 @@ class Average(TrainerCallback):
 
 
 class Counting(NIOTrainer):
-    """Counts the losses of NIO, evaluates to the distance from step 1, and may be interrupted in NIO."""
+    """Counts the losses of NIO, and evaluates to the distance from step 1."""
 
     losses = 0
-    interrupted_at = -1
-
-    def prepare_nio_batch(self, batch: Any, number: int) -> Any:
-        if number == self.interrupted_at:
-            raise Interruption
-        return super().prepare_nio_batch(batch, number)
 
     def compute_nio_loss(self, *args: Any, **kwargs: Any) -> Any:
         self.losses += 1
@@ -87,20 +83,30 @@ def run(whole: Path, tmp_path: Path) -> Path:
 
 
 class NIORun(NamedTuple):
-    """A run of NIO, its model after it and how many losses it took."""
+    """A run of NIO with its settings, its model after it and how many losses it took."""
 
+    settings: dict[str, Any]
     result: NIOResult
     weights: Weights
     losses: int
     output_dir: Path
 
 
-@pytest.fixture(scope="module")
-def nio_run(tmp_path_factory: pytest.TempPathFactory) -> NIORun:
+SEARCHES: dict[str, dict[str, Any]] = {
+    "scan": {"nio_search": "scan", "nio_groups": "kind", "nio_budget": 32.0},
+    "published": {"nio_search": "published", "nio_groups": "tensor", "nio_iterations": 5, "nio_lr": 0.05},
+}
+
+
+@pytest.fixture(scope="module", params=SEARCHES)
+def nio_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NIORun:
     """A run of NIO that nothing happened to."""
-    trainer = _trainer(tmp_path_factory.mktemp("nio"), nio_save_steps=2)
+    settings = {**SEARCHES[request.param], "nio_save_steps": 2}
+    trainer = _trainer(tmp_path_factory.mktemp("nio"), **settings)
     result = trainer.run_nio()
-    return NIORun(result, snapshot(trainer.model), trainer.losses, trainer.nio_init_dir.parent)
+    assert len(result.history) >= 5
+    assert max(abs(omega - 1) for omega in result.scales.values()) > 0.01
+    return NIORun(settings, result, snapshot(trainer.model), trainer.losses, trainer.nio_init_dir.parent)
 
 
 def test_auto_begins_without_checkpoints_and_goes_on_with_them(whole: Path, tmp_path: Path) -> None:
@@ -372,7 +378,7 @@ def test_the_room_that_a_training_needs_is_that_of_model_and_optimizer(
         "only_model": {"save_strategy": "steps", "save_only_model": True},
         "sgd": {"save_strategy": "steps", "optim": "sgd"},
     }.items():
-        trainer = _trainer(tmp_path / name, nio_iterations=1, max_steps=1, **changes)
+        trainer = _trainer(tmp_path / name, max_steps=1, **changes)
         with monkeypatch.context() as patch:
             target = "nio_hf.training.trainer.ensure_writable"
             patch.setattr(target, lambda folder, size=0, name=name: needed.update({name: size}))
@@ -382,18 +388,16 @@ def test_the_room_that_a_training_needs_is_that_of_model_and_optimizer(
     assert copies == {"nothing": 0, "init": 1, "training": 4, "only_model": 2, "sgd": 2}
 
 
-@pytest.mark.parametrize("iteration", [2, 4, 5])
-def test_an_interrupted_nio_goes_on_to_the_same_scales(
-    iteration: int, nio_run: NIORun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupted = _trainer(tmp_path, nio_save_steps=2)
-    monkeypatch.setattr(interrupted, "interrupted_at", 2 + iteration - 1)
+@pytest.mark.parametrize("iteration", [2, 4, 5, None])
+def test_an_interrupted_nio_goes_on_to_the_same_scales(iteration: int | None, nio_run: NIORun, tmp_path: Path) -> None:
+    iteration = iteration or len(nio_run.result.history)
+    interrupted = _trainer(tmp_path, **nio_run.settings)
     before = snapshot(interrupted.model)
-    with pytest.raises(Interruption):
+    with pytest.raises(Interruption), _interrupted_in(iteration):
         interrupted.run_nio()
     assert unchanged(before, snapshot(interrupted.model))
     assert (tmp_path / PROGRESS_NAME).exists() == (iteration > 2)
-    resumed = _trainer(tmp_path, nio_save_steps=2)
+    resumed = _trainer(tmp_path, **nio_run.settings)
     assert _same(resumed.run_nio(resume=True), nio_run.result)
     assert unchanged(nio_run.weights, snapshot(resumed.model))
     assert (resumed.losses < nio_run.losses) == (iteration > 2)
@@ -401,8 +405,8 @@ def test_an_interrupted_nio_goes_on_to_the_same_scales(
 
 
 def test_without_resume_an_interrupted_nio_begins_again(nio_run: NIORun, tmp_path: Path) -> None:
-    _interrupt(tmp_path)
-    again = _trainer(tmp_path, nio_save_steps=2)
+    _interrupt(tmp_path, **nio_run.settings)
+    again = _trainer(tmp_path, **nio_run.settings)
     assert _same(again.run_nio(), nio_run.result)
     assert again.losses == nio_run.losses
     assert not (tmp_path / PROGRESS_NAME).exists()
@@ -410,8 +414,8 @@ def test_without_resume_an_interrupted_nio_begins_again(nio_run: NIORun, tmp_pat
 
 def test_training_resumes_nio_only_where_it_may_begin(tmp_path: Path, nio_run: NIORun) -> None:
     for asked, fewer in ((None, False), ("auto", True)):
-        _interrupt(tmp_path / str(asked))
-        trainer = _trainer(tmp_path / str(asked), nio_save_steps=2)
+        _interrupt(tmp_path / str(asked), **nio_run.settings)
+        trainer = _trainer(tmp_path / str(asked), **nio_run.settings)
         trainer.train(resume_from_checkpoint=asked)
         assert (trainer.losses < nio_run.losses) == fewer
 
@@ -422,7 +426,7 @@ def _of_other_weights(trainer: Any, progress: Path) -> None:
 
 
 def _of_other_settings(trainer: Any, progress: Path) -> None:
-    trainer.args.nio_lr = 0.02
+    trainer.args.nio_scale_range = [0.5, 2.0]
 
 
 def _of_other_batches(trainer: Any, progress: Path) -> None:
@@ -465,8 +469,9 @@ def _without_state(trainer: Any, progress: Path) -> None:
 def test_progress_that_does_not_fit_is_passed_over(
     change: Callable[[Any, Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _interrupt(tmp_path / "run")
-    trainers = [_trainer(tmp_path / name, nio_save_steps=2) for name in ("run", "fresh")]
+    settings = {**SEARCHES["published"], "nio_save_steps": 2}
+    _interrupt(tmp_path / "run", **settings)
+    trainers = [_trainer(tmp_path / name, **settings) for name in ("run", "fresh")]
     for trainer in trainers:
         change(trainer, tmp_path / "run" / PROGRESS_NAME)
     with caplog.at_level(logging.WARNING, "nio_hf.training"):
@@ -478,7 +483,7 @@ def test_progress_that_does_not_fit_is_passed_over(
 
 def test_a_finished_nio_is_taken_over_without_computing(nio_run: NIORun, tmp_path: Path) -> None:
     output_dir = shutil.copytree(nio_run.output_dir, tmp_path / "run")
-    trainer = _trainer(output_dir, nio_save_steps=2)
+    trainer = _trainer(output_dir, **nio_run.settings)
     result = trainer.run_nio(resume=True)
     assert trainer.losses == 0
     assert unchanged(nio_run.weights, snapshot(trainer.model))
@@ -492,17 +497,17 @@ def test_a_finished_nio_is_taken_over_without_computing(nio_run: NIORun, tmp_pat
 
 
 def test_the_scales_of_a_finished_nio_keep_the_names_of_their_parameters(nio_run: NIORun, tmp_path: Path) -> None:
-    trainer = _trainer(shutil.copytree(nio_run.output_dir, tmp_path / "run"))
+    trainer = _trainer(shutil.copytree(nio_run.output_dir, tmp_path / "run"), **nio_run.settings)
     assert trainer.run_nio(resume=True).scales == nio_run.result.scales
 
 
 def test_a_training_with_auto_takes_over_a_finished_nio_and_reports_it(nio_run: NIORun, tmp_path: Path) -> None:
     output_dir = shutil.copytree(nio_run.output_dir, tmp_path / "run")
-    trainer = _trainer(output_dir, nio_save_steps=2)
+    trainer = _trainer(output_dir, **nio_run.settings)
     trainer.train(resume_from_checkpoint="auto")
     assert trainer.losses == 0
-    assert sum("nio_grad_cosine" in entry for entry in trainer.state.log_history) == 5
-    whole = _trainer(tmp_path / "whole")
+    assert _logged_iterations(trainer) == [record.iteration for record in nio_run.result.history]
+    whole = _trainer(tmp_path / "whole", **nio_run.settings)
     whole.train()
     assert unchanged(snapshot(whole.model), snapshot(trainer.model))
 
@@ -522,7 +527,7 @@ def _its_state_of_another_version(trainer: Any, directory: Path) -> None:
 
 
 def _its_settings_others(trainer: Any, directory: Path) -> None:
-    trainer.args.nio_lr = 0.02
+    trainer.args.nio_scale_range = [0.5, 2.0]
 
 
 def _its_batches_others(trainer: Any, directory: Path) -> None:
@@ -561,7 +566,7 @@ def test_a_finished_nio_that_does_not_fit_is_passed_over(
     change: Callable[[Any, Path], None], nio_run: NIORun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     output_dir = shutil.copytree(nio_run.output_dir, tmp_path / "run")
-    trainer = _trainer(output_dir)
+    trainer = _trainer(output_dir, **nio_run.settings)
     change(trainer, trainer.nio_init_dir)
     with caplog.at_level(logging.WARNING, "nio_hf.training"):
         trainer.run_nio(resume=True)
@@ -573,9 +578,10 @@ def test_a_finished_nio_that_does_not_fit_is_passed_over(
 
 
 def test_no_progress_is_written_where_none_is_asked_for(tmp_path: Path, nio_run: NIORun) -> None:
-    _interrupt(tmp_path, nio_save_steps=0)
+    settings = {**nio_run.settings, "nio_save_steps": 0}
+    _interrupt(tmp_path, **settings)
     assert not (tmp_path / PROGRESS_NAME).exists()
-    trainer = _trainer(tmp_path, nio_save_steps=0)
+    trainer = _trainer(tmp_path, **settings)
     assert _same(trainer.run_nio(resume=True), nio_run.result)
 
 
@@ -598,7 +604,7 @@ def test_an_initialised_checkpoint_that_cannot_be_written_leaves_the_former_one(
     nio_run: NIORun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output_dir = shutil.copytree(nio_run.output_dir, tmp_path / "run")
-    trainer = _trainer(output_dir, nio_save_steps=0)
+    trainer = _trainer(output_dir, **{**nio_run.settings, "nio_save_steps": 0})
     before = snapshot(trainer.model)
     monkeypatch.setattr(os, "fsync", _full_file)
     with pytest.raises(OutputError, match=r"No space left"):
@@ -617,7 +623,7 @@ def test_a_training_that_goes_on_in_the_same_trainer_logs_nio_once(tmp_path: Pat
         trainer.train()
     trainer.remove_callback(stop)
     trainer.train(resume_from_checkpoint=True)
-    assert sum("nio_grad_cosine" in entry for entry in trainer.state.log_history) == 5
+    assert _logged_iterations(trainer) == [record.iteration for record in trainer.nio_result.history]
     assert sum("nio_grad_cosine_after" in entry for entry in trainer.state.log_history) == 1
 
 
@@ -649,19 +655,38 @@ def _trainer(
     )
 
 
-def _interrupt(output_dir: Path, nio_save_steps: int = 2) -> None:
-    """Leave what NIO has learned when it is interrupted in its last iteration."""
-    trainer = _trainer(output_dir, nio_save_steps=nio_save_steps)
-    trainer.interrupted_at = 6
-    with pytest.raises(Interruption):
-        trainer.run_nio()
+@contextlib.contextmanager
+def _interrupted_in(iteration: int) -> Iterator[None]:
+    """Let NIO be interrupted in an iteration, before the state is saved that is due at its end."""
+
+    def initialize(*args: Any, on_iteration: Callable[[Any], None], **kwargs: Any) -> NIOResult:
+        def watched(record: Any) -> None:
+            on_iteration(record)
+            if record.iteration == iteration:
+                raise Interruption
+
+        return core.initialize(*args, on_iteration=watched, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nio_hf.training.trainer.initialize", initialize)
+        yield
+
+
+def _interrupt(output_dir: Path, **settings: Any) -> None:
+    """Leave what NIO has learned when it is interrupted in its fifth iteration."""
+    with pytest.raises(Interruption), _interrupted_in(5):
+        _trainer(output_dir, **settings).run_nio()
+
+
+def _logged_iterations(trainer: NIOTrainer) -> list[int]:
+    return [entry["nio_iteration"] for entry in trainer.state.log_history if "nio_iteration" in entry]
 
 
 def _same(left: NIOResult, right: NIOResult) -> bool:
     """Whether two runs measured and learned the same, but for the time that they took."""
-    histories = [[(r.grad_cosine, r.grad_norm, r.loss, r.branch) for r in result.history] for result in (left, right)]
+    histories = [[dataclasses.replace(record, seconds=0.0) for record in result.history] for result in (left, right)]
     return (
-        left.scales == right.scales
+        (left.scales, left.groups, left.cost) == (right.scales, right.groups, right.cost)
         and histories[0] == histories[1]
         and (left.before, left.after) == (right.before, right.after)
     )

@@ -15,7 +15,7 @@ from nio_hf.errors import ConfigError
 from nio_hf.report import draw_run
 from nio_hf.report.page import render_page
 from nio_hf.training.checkpoints import INIT_DIR_NAME, load_state
-from nio_hf.training.methods import METHOD_NAMES
+from nio_hf.training.methods import METHODS as ALL_METHODS
 from nio_hf.training.run_folder import read_run
 from tests.training.toys import ToyImages, arguments, build, snapshot
 
@@ -45,6 +45,13 @@ def test_every_method_initialises_saves_and_is_reported(tmp_path: Path, method: 
     assert result.title in render_page(run)
     drawn = draw_run(run, tmp_path / "plots")
     assert any("iteration" in what for what in drawn) == bool(result.history)
+
+
+@pytest.mark.parametrize("method", ["gradinit", "metainit"])
+def test_a_method_has_iterations_of_its_own(tmp_path: Path, method: str) -> None:
+    result = _trainer(tmp_path, nio_method=method, nio_method_kwargs={"iterations": 3}).run_nio()
+    assert [record.iteration for record in result.history] == [1, 2, 3]
+    assert result.options["iterations"] == 3
 
 
 def test_a_method_is_taken_over_only_by_the_same_one(tmp_path: Path) -> None:
@@ -84,10 +91,11 @@ def test_settings_that_no_method_has_are_refused(tmp_path: Path, changes: dict[s
         arguments(tmp_path, **changes)
 
 
-def test_a_value_that_a_method_refuses_leaves_the_model_as_it_was(tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path, nio_method="gradinit", nio_method_kwargs={"optimizer": "lion"})
+@pytest.mark.parametrize("options", [{"optimizer": "lion"}, {"iterations": "many"}, {"iterations": -3}])
+def test_a_value_that_a_method_refuses_leaves_the_model_as_it_was(tmp_path: Path, options: dict[str, Any]) -> None:
+    trainer = _trainer(tmp_path, nio_method="gradinit", nio_method_kwargs=options)
     before = snapshot(trainer.model)
-    with pytest.raises(ConfigError, match="optimizer"):
+    with pytest.raises(ConfigError, match=rf"gradinit.{next(iter(options))}: "):
         trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in snapshot(trainer.model).items())
 
@@ -98,4 +106,4 @@ def test_the_help_names_every_method() -> None:
     from nio_hf import NIOTrainingArguments
 
     text = next(field.metadata["help"] for field in fields(NIOTrainingArguments) if field.name == "nio_method")
-    assert all(name in text for name in METHOD_NAMES)
+    assert all(name in text for name in ALL_METHODS)

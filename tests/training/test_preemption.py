@@ -24,6 +24,10 @@ from tests.training.toys import ToyImages, arguments, build, snapshot, unchanged
 Weights = dict[str, torch.Tensor]
 STEPS_PER_EPOCH = 4
 STEPS = 6
+SEARCHES: dict[str, dict[str, Any]] = {
+    "scan": {},
+    "published": {"nio_search": "published", "nio_groups": "tensor", "nio_iterations": 5, "nio_lr": 0.05},
+}
 
 
 class Sigterm(TrainerCallback):
@@ -190,30 +194,34 @@ def test_a_signal_that_comes_after_the_last_step_leaves_the_training_finished(tm
     assert trainer.state.global_step == STEPS
 
 
-def test_a_signal_during_nio_saves_what_it_learned_and_leaves_the_model(tmp_path: Path) -> None:
-    whole = _trainer(tmp_path / "whole", nio=True)
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_signal_during_nio_saves_what_it_learned_and_leaves_the_model(search: str, tmp_path: Path) -> None:
+    settings = {"nio": True, **SEARCHES[search]}
+    whole = _trainer(tmp_path / "whole", **settings)
     expected = whole.run_nio()
-    stopping = _trainer(tmp_path / "run", NIOThatIsStopped, nio=True)
+    stopping = _trainer(tmp_path / "run", NIOThatIsStopped, **settings)
     before = snapshot(stopping.model)
-    with pytest.raises(Preempted, match="during NIO") as raised:
+    with pytest.raises(Preempted, match=r"during NIO, stopped after [2-9] iterations, which are saved") as raised:
         stopping.run_nio()
     assert raised.value.code == 75
     assert unchanged(before, snapshot(stopping.model))
     assert (tmp_path / "run" / PROGRESS_NAME).is_file()
     assert not (tmp_path / "run" / INIT_DIR_NAME).exists()
-    resumed = _trainer(tmp_path / "run", Counting, nio=True)
+    resumed = _trainer(tmp_path / "run", Counting, **settings)
     assert resumed.run_nio(resume=True).scales == expected.scales
     assert 0 < resumed.losses < whole.losses
     assert unchanged(snapshot(whole.model), snapshot(resumed.model))
 
 
-def test_a_signal_during_the_nio_of_a_training_is_gone_on_from(tmp_path: Path) -> None:
-    whole = _trainer(tmp_path / "whole", nio=True)
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_signal_during_the_nio_of_a_training_is_gone_on_from(search: str, tmp_path: Path) -> None:
+    settings = {"nio": True, **SEARCHES[search]}
+    whole = _trainer(tmp_path / "whole", **settings)
     whole.train()
     with pytest.raises(Preempted, match="during NIO"):
-        _trainer(tmp_path / "run", NIOThatIsStopped, nio=True).train(resume_from_checkpoint="auto")
+        _trainer(tmp_path / "run", NIOThatIsStopped, **settings).train(resume_from_checkpoint="auto")
     assert _checkpoints(tmp_path / "run") == []
-    resumed = _trainer(tmp_path / "run", nio=True)
+    resumed = _trainer(tmp_path / "run", **settings)
     resumed.train(resume_from_checkpoint="auto")
     assert unchanged(snapshot(whole.model), snapshot(resumed.model))
 
@@ -324,12 +332,12 @@ class Counting(NIOTrainer):
 
 
 class NIOThatIsStopped(Counting):
-    """Gets SIGTERM in the second iteration of NIO, behind two batches for the measurements."""
+    """Gets SIGTERM in an early iteration of NIO, behind the first one."""
 
-    def prepare_nio_batch(self, batch: Any, number: int) -> Any:
-        if number == 3 and self.nio_result is None:
+    def compute_nio_loss(self, *args: Any, **kwargs: Any) -> Any:
+        if self.losses == 20:
             _terminate()
-        return super().prepare_nio_batch(batch, number)
+        return super().compute_nio_loss(*args, **kwargs)
 
 
 def _terminate() -> None:

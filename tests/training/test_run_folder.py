@@ -37,7 +37,8 @@ EVALUATED = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a training with checkpoints, saved, and inspected at its end."""
     output_dir = tmp_path_factory.mktemp("run")
-    args = arguments(output_dir, save_strategy="steps", save_steps=1, max_steps=3, logging_steps=1, learning_rate=1e-3)
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3}
+    args = arguments(output_dir, nio_search="published", nio_iterations=5, **saving)
     trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
     trainer.train()
     trainer.save_model()

@@ -88,7 +88,7 @@ def test_each_trial_saves_and_seals_in_a_folder_of_its_own(tmp_path: Path) -> No
 
 
 def _searching(output_dir: Path, callbacks: list[TrainerCallback], **changes: Any) -> Any:
-    args = arguments(output_dir, nio_iterations=2, nio_holdout_batches=1, max_steps=1, **changes)
+    args = arguments(output_dir, nio_search="published", nio_iterations=2, nio_report_batches=1, max_steps=1, **changes)
     data = {"train_dataset": ToyImages(), "eval_dataset": ToyImages(8)}
 
     def make() -> torch.nn.Module:

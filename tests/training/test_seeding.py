@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -9,25 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from nio_hf import NIOTrainer
-from nio_hf.core import NIOConfig, squared_gradients
-from nio_hf.errors import ConfigError, DataError
+from nio_hf.core import squared_gradients
+from nio_hf.errors import ConfigError
 from nio_hf.training.seeding import seed_second_moment
 from tests.training.toys import ToyImages, arguments, build, snapshot
 
 LR, BETA1, BETA2, EPS = 1e-2, 0.9, 0.999, 1e-8
-
-
-def _mse(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    return nn.functional.mse_loss(model(batch[0]), batch[1])
-
-
-def _problem() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-    batches = [(torch.randn(8, 3).double(), torch.randn(8, 2).double()) for _ in range(3)]
-    return model, batches
 
 
 def _trainer(output_dir: Path, **changes: Any) -> NIOTrainer:
@@ -35,40 +26,56 @@ def _trainer(output_dir: Path, **changes: Any) -> NIOTrainer:
     return NIOTrainer(build("vit"), arguments(output_dir, **settings), train_dataset=ToyImages())
 
 
-def test_the_squares_are_those_of_whole_batches_whatever_the_sub_batches() -> None:
-    model, batches = _problem()
-    expected = [
-        torch.stack(squares).mean(0)
-        for squares in zip(
-            *([g.square() for g in torch.autograd.grad(_mse(model, b), list(model.parameters()))] for b in batches),
-            strict=True,
-        )
-    ]
-    for sub_batches in (2, 3, 8):
-        found = squared_gradients(model, batches, _mse, NIOConfig(sub_batches=sub_batches))
-        assert list(found) == [name for name, _ in model.named_parameters()]
-        for square, value in zip(found.values(), expected, strict=True):
-            torch.testing.assert_close(square, value, rtol=1e-12, atol=0)
+@pytest.mark.parametrize(
+    ("changes", "samples"),
+    [
+        ({"per_device_train_batch_size": 16}, 16),
+        ({"per_device_train_batch_size": 4}, 4),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8}, 32),
+    ],
+)
+def test_the_squares_are_those_of_the_batch_that_a_step_sees(
+    tmp_path: Path, changes: dict[str, Any], samples: int
+) -> None:
+    trainer = _trainer(tmp_path, max_grad_norm=0.0, **changes)
+    config = trainer.args.to_nio_config()
+    batches = list(itertools.islice(trainer.get_nio_dataloader(), config.report_batches))
+    model = build("vit")
+    expected, another = (
+        squared_gradients(model, batches, lambda model, batch: model(**batch).loss, config, training_batch_size=size)
+        for size in (samples, samples + 1)
+    )
+    found = trainer.squared_gradients()
+    assert found.keys() == expected.keys()
+    for name, square in found.items():
+        torch.testing.assert_close(square, expected[name], rtol=1e-5, atol=1e-12)
+    assert any(not torch.allclose(square, another[name], rtol=1e-4) for name, square in found.items())
 
 
-def test_the_gradient_of_each_batch_is_clipped_as_in_training() -> None:
-    model, batches = _problem()
-    parameters = list(model.parameters())
-    norms = [
-        float(torch.cat([g.flatten() for g in torch.autograd.grad(_mse(model, b), parameters)]).norm()) for b in batches
-    ]
-    max_norm = sorted(norms)[1]
-    expected = [torch.zeros_like(parameter) for parameter in parameters]
-    for batch in batches:
-        model.zero_grad()
-        _mse(model, batch).backward()
-        nn.utils.clip_grad_norm_(parameters, max_norm)
-        for total, parameter in zip(expected, parameters, strict=True):
-            assert parameter.grad is not None
-            total += parameter.grad.square() / len(batches)
-    found = squared_gradients(model, batches, _mse, NIOConfig(sub_batches=2), max_norm=max_norm)
-    for square, value in zip(found.values(), expected, strict=True):
-        torch.testing.assert_close(square, value, rtol=1e-12, atol=0)
+def test_the_squares_follow_a_batch_that_was_found_automatically(tmp_path: Path) -> None:
+    """The training begins again with fewer samples where memory runs out."""
+    seen = []
+
+    class Observed(NIOTrainer):
+        def squared_gradients(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+            found = super().squared_gradients(*args, **kwargs)
+            seen.append((self._train_batch_size, sum(float(square.sum()) for square in found.values())))
+            return found
+
+        def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(inputs["labels"]) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    settings = {"nio": False, "nio_seed_optimizer": "gi_adam", "max_grad_norm": 0.0, "max_steps": 1}
+    args = arguments(tmp_path, auto_find_batch_size=True, **settings)
+    Observed(build("vit"), args, train_dataset=ToyImages()).train()
+    sizes = [size for size, _ in seen]
+    sums = [total for _, total in seen]
+    assert sizes[0] == 8
+    assert sizes[-1] <= 4
+    assert sums == sorted(sums)
+    assert sums[-1] > 1.05 * sums[0]
 
 
 @pytest.mark.parametrize("max_grad_norm", [-1.0, 0.0, 1e-3])
@@ -80,12 +87,6 @@ def test_a_training_that_clips_is_seeded_with_what_its_optimizer_sees(tmp_path: 
     whole = norm(1e9)
     assert whole > 1e-2
     assert math.isclose(norm(max_grad_norm), max_grad_norm if max_grad_norm > 0 else whole, rel_tol=1e-2)
-
-
-def test_without_a_batch_there_is_nothing_to_seed_from() -> None:
-    model, _ = _problem()
-    with pytest.raises(DataError, match="none"):
-        squared_gradients(model, [], _mse)
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"amsgrad": True}])
@@ -140,6 +141,59 @@ def test_an_optimizer_that_has_taken_steps_is_left_alone() -> None:
     model.register_parameter("w", parameter)
     with pytest.raises(ConfigError, match="has a state already"):
         seed_second_moment(optimizer, model, {"w": torch.ones(1)}, "gi_adam")
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(other.parameters())
+    squares = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+    with pytest.raises(ConfigError) as raised:
+        seed_second_moment(optimizer, model, squares, "gi_adam")
+    assert str(raised.value) == (
+        "nio_seed_optimizer: the optimizer trains no parameter of the model. Give the optimizer the parameters of the "
+        "model that is trained, or leave nio_seed_optimizer out."
+    )
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("named", ["nothing", "weight"])
+def test_squares_that_lack_a_parameter_of_the_optimizer_are_refused(named: str) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    missing = {"nothing": "2 of the 2 tensors that it trains, e.g. weight", "weight": "1 of the 2 .*e.g. bias"}[named]
+    with pytest.raises(ConfigError, match=f"nio_seed_optimizer: no squared gradient of {missing}"):
+        seed_second_moment(optimizer, model, {named: torch.ones(2, 2)}, "gi_adam")
+    assert not optimizer.state
+
+
+def test_parameters_that_are_not_of_the_model_begin_as_usual() -> None:
+    model, temperature = nn.Linear(2, 2), nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.Adam([*model.parameters(), temperature])
+    squares = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+    seed_second_moment(optimizer, model, squares, "gi_adam")
+    assert {id(parameter) for parameter in optimizer.state} == {id(parameter) for parameter in model.parameters()}
+
+
+def test_modules_that_were_wrapped_for_checkpointing_keep_their_squares() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    named = enumerate(model.named_parameters(), 1)
+    squares = {name: torch.full_like(parameter, number) for number, (name, parameter) in named}
+    model[1] = checkpoint_wrapper(model[1])
+    assert "1._checkpoint_wrapped_module.0.weight" in dict(model.named_parameters())
+    optimizer = torch.optim.Adam(model.parameters())
+    seed_second_moment(optimizer, model, squares, "gi_adam")
+    seeds = [float(optimizer.state[parameter]["exp_avg_sq"].mean()) for parameter in model.parameters()]
+    assert seeds == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_training_with_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    settings = {"nio": False, "nio_seed_optimizer": "gi_adam"}
+    optimizers = (torch.optim.AdamW(build("vit").parameters()), None)
+    args = arguments(tmp_path, **settings)
+    trainer = NIOTrainer(build("vit"), args, train_dataset=ToyImages(), optimizers=optimizers)
+    with pytest.raises(ConfigError, match="the optimizer trains no parameter of the model"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
-from nio_hf import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments
+from nio_hf import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments, initialize
+from nio_hf.baselines import METHODS
 from nio_hf.errors import DataError, ModelError, NIOMemoryError, NumericsError, OutputError
 from nio_hf.training.checkpoints import STATE_NAME, load_state
 from nio_hf.training.digests import fingerprint
@@ -126,6 +128,40 @@ def test_nio_runs_once_per_model_and_once_per_model_init(tmp_path: Path) -> None
     trainer.train()
     trainer.train()
     assert runs == [1, 1]
+
+
+def test_a_model_that_initialize_has_seen_is_not_initialised_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("vit")
+    data = ToyImages()
+    batches = [{"pixel_values": data.images[i : i + 8], "labels": data.labels[i : i + 8]} for i in range(0, 64, 8)]
+    initialize(model, batches, lambda model, batch: model(**batch).loss)
+    initialised = snapshot(model)
+    trainer = NIOTrainer(model=model, args=arguments(tmp_path, learning_rate=0.0), train_dataset=data)
+    runs = _count_runs(trainer)
+    with caplog.at_level(logging.INFO, "nio_hf.training"):
+        trainer.train()
+    assert runs == []
+    assert "NIO is skipped: it has initialised this model already. Call run_nio() to run it again." in caplog.text
+    assert unchanged(initialised, snapshot(model))
+    assert not trainer.nio_init_dir.exists()
+
+    same = NIOTrainer(model=build("vit"), args=arguments(tmp_path / "another"), train_dataset=data)
+    runs = _count_runs(same)
+    same.train()
+    assert runs == [1], "a model of its own"
+
+
+@pytest.mark.parametrize(("method", "again"), [("none", True), ("lsuv", False)])
+def test_a_model_that_a_baseline_has_changed_is_not_initialised_again(method: str, again: bool, tmp_path: Path) -> None:
+    model, data = build("vit"), ToyImages()
+    batches = [{"pixel_values": data.images[i : i + 8], "labels": data.labels[i : i + 8]} for i in range(0, 64, 8)]
+    initialize(model, batches, lambda model, batch: model(**batch).loss, method=METHODS[method])
+    trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=data)
+    runs = _count_runs(trainer)
+    trainer.train()
+    assert runs == [1] * again
 
 
 def test_models_of_a_shared_config_do_not_inherit_the_mark(tmp_path: Path) -> None:
@@ -270,12 +306,19 @@ def test_a_module_that_is_no_transformers_model_is_initialised_and_saved(tmp_pat
     assert (trainer.nio_init_dir / "model.safetensors").is_file()
 
 
-def test_history_reaches_the_log(tmp_path: Path) -> None:
-    args = arguments(tmp_path, nio_iterations=3)
+@pytest.mark.parametrize("changes", [{}, {"nio_search": "published", "nio_iterations": 3}], ids=["scan", "published"])
+def test_history_reaches_the_log(changes: dict[str, Any], tmp_path: Path) -> None:
+    args = arguments(tmp_path, **changes)
     trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
     trainer.train()
-    curves = [entry for entry in trainer.state.log_history if "nio_grad_cosine" in entry]
-    assert [entry["nio_iteration"] for entry in curves] == [1, 2, 3]
+    logged = [entry for entry in trainer.state.log_history if "nio_iteration" in entry]
+    history = trainer.nio_result.history
+    assert [entry["nio_iteration"] for entry in logged] == list(range(1, len(history) + 1))
+    assert [(entry["nio_tried"], entry["nio_outcome"]) for entry in logged] == [(r.tried, r.outcome) for r in history]
+    for name in ("grad_cosine", "grad_norm", "loss"):
+        assert [entry.get(f"nio_{name}") for entry in logged] == [getattr(record, name) for record in history], name
+    if changes:
+        assert len([entry for entry in logged if "nio_grad_cosine" in entry]) == 3
     summary = next(entry for entry in trainer.state.log_history if "nio_grad_cosine_after" in entry)
     assert summary["nio_grad_norm_before"] == trainer.nio_result.before.grad_norm
 
@@ -288,11 +331,79 @@ def test_warmup_beside_nio_is_warned_about(tmp_path: Path, caplog: pytest.LogCap
         assert ("warmup_steps=2" in caplog.text) is nio
 
 
-def test_progress_bar_only_where_progress_bars_are_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for disable_tqdm in (False, True):
-        args = arguments(tmp_path / str(disable_tqdm), disable_tqdm=disable_tqdm)
-        NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages()).run_nio()
-        assert ("NIO: 100%" in capsys.readouterr().err) == (not disable_tqdm)
+@pytest.mark.parametrize(
+    ("changes", "title", "tried"),
+    [
+        ({}, "NIO", ["NIO: start: ", "NIO: all x2: ", "NIO: all x4: "]),
+        ({"nio_groups": "kind"}, "NIO", ["NIO: start: ", "NIO: all x2: ", "NIO: additive x"]),
+        ({"nio_search": "published", "nio_iterations": 3}, "NIO", ["NIO: a step of 0.003: "]),
+        ({"nio_search": "gradient", "nio_iterations": 3}, "NIO", ["NIO: start: ", "NIO: a step of 0.25: "]),
+        (
+            {"nio_method": "gradinit", "nio_method_kwargs": {"iterations": 3}},
+            "GradInit",
+            ["GradInit: a step of 0.01: "],
+        ),
+    ],
+    ids=["scan", "groups", "published", "gradient", "baseline"],
+)
+def test_the_progress_bar_counts_training_steps_and_says_what_is_tried(
+    changes: dict[str, Any],
+    title: str,
+    tried: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    args = arguments(tmp_path, disable_tqdm=False, **changes)
+    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+    with caplog.at_level(logging.INFO, "nio_hf.training"):
+        result = trainer.run_nio()
+    most = re.search(rf"{title} will cost (\d+) training steps of 8 samples at most", caplog.text)
+    assert most is not None
+    shown = capsys.readouterr().err
+    drawn = re.findall(rf"{title}.*?\| (\d+)/(\d+) steps", shown)
+    assert [what for what in tried if what not in shown] == []
+    assert drawn[0] == ("0", most[1])
+    assert drawn[-1] == (f"{result.cost:.0f}",) * 2
+    assert f"{title}: 100%" in shown
+    counted = [int(done) for done, _ in drawn]
+    assert counted == sorted(counted)
+
+
+def test_a_run_says_beforehand_what_it_will_cost_at_most(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, changes in {
+        "default": {},
+        "no bound on the loss": {"nio_loss_bound": None, "nio_norm_band": [0.99, 1.01]},
+        "groups": {"nio_groups": "kind", "nio_budget": 16.0},
+    }.items():
+        args = arguments(tmp_path / name, **changes)
+        trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+        caplog.clear()
+        before = []
+        with caplog.at_level(logging.INFO, "nio_hf.training"):
+            trainer.compute_nio_loss = lambda *a, log=before, f=trainer.compute_nio_loss: (  # type: ignore[method-assign]
+                log.append(caplog.text) or f(*a)
+            )
+            result = trainer.run_nio()
+        most = re.search(r"NIO will cost (\d+) training steps of 8 samples at most", before[0])
+        assert most is not None, name
+        assert result.cost <= int(most[1]) + 0.5, name
+
+
+@pytest.mark.parametrize("method", ["lsuv", "none", "emergence"])
+def test_a_method_without_iterations_has_a_bar_too(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = arguments(tmp_path, disable_tqdm=False, nio_method=method)
+    result = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages()).run_nio()
+    assert re.search(rf"{re.escape(result.title)}: .*\b{result.cost:.0f} steps", capsys.readouterr().err)
+
+
+def test_no_progress_bar_where_progress_bars_are_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path), train_dataset=ToyImages())
+    assert trainer.args.disable_tqdm
+    trainer.run_nio()
+    assert "NIO" not in capsys.readouterr().err
 
 
 def test_too_large_a_batch_leaves_the_model_alone(tmp_path: Path) -> None:

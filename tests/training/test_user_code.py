@@ -92,7 +92,7 @@ def test_batches_keep_their_type_and_become_fp32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["torch", "datasets"])
 def test_streams_are_iterated_as_often_as_it_takes(kind: str, tmp_path: Path) -> None:
     stream = ImageStream() if kind == "torch" else datasets.IterableDataset.from_generator(lambda: iter(ImageStream()))
-    args = arguments(tmp_path, nio_iterations=6)
+    args = arguments(tmp_path, nio_search="published", nio_iterations=6)
     result = NIOTrainer(model=build("vit"), args=args, train_dataset=stream).run_nio()
     assert len(result.history) == 6
 
@@ -122,7 +122,8 @@ def test_a_training_that_starts_again_in_smaller_batches_keeps_nio_and_its_histo
     trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages(), callbacks=[_OutOfMemoryOnce()])
     trainer.train()
     assert trainer._train_batch_size < 8
-    assert sum("nio_grad_cosine" in entry for entry in trainer.state.log_history) == 5
+    logged = [entry["nio_iteration"] for entry in trainer.state.log_history if "nio_iteration" in entry]
+    assert logged == [record.iteration for record in trainer.nio_result.history]
 
 
 def test_an_out_of_memory_of_nio_on_the_cpu_does_not_shrink_the_training_batch(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def build(name: str, **config: Any) -> nn.Module:
 
 
 def arguments(output_dir: Path, **changes: Any) -> NIOTrainingArguments:
-    """Arguments for two training steps behind five iterations of NIO."""
+    """Arguments for two training steps behind a short scan."""
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
         "use_cpu": True,
@@ -49,9 +49,9 @@ def arguments(output_dir: Path, **changes: Any) -> NIOTrainingArguments:
         "max_steps": 2,
         "per_device_train_batch_size": 8,
         "save_strategy": "no",
-        "nio_iterations": 5,
         "nio_batch_size": 8,
-        "nio_holdout_batches": 2,
+        "nio_search_batches": 2,
+        "nio_report_batches": 2,
     }
     return NIOTrainingArguments(**{**settings, **changes})
 

@@ -15,8 +15,9 @@ from nio_hf.recipe.loading import known_keys
 from nio_hf.trials.results import RESULTS_NAME
 from nio_hf.tuning.plan import DECIDED
 
-SMALL = ["--nio_iterations", "2", "--nio_batch_size", "16", "--max_eval_samples", "50", "--max_train_samples", "200"]
-GRID = ["--gammas", "1.5,none", "--loss_rises", "0.1", "--rates", "0.1", "--iterations", "1,2"]
+SMALL = ["--nio_search_batches", "2", "--nio_report_batches", "1", "--nio_batch_size", "16"]
+SMALL += ["--max_eval_samples", "50", "--max_train_samples", "200"]
+GRID = ["--groups", "model,kind", "--loss_bounds", "0.05,none", "--objectives", "gc"]
 
 
 def _tune(*arguments: str) -> tuple[int, str]:
@@ -31,19 +32,25 @@ def test_what_a_search_decides_are_settings_of_a_recipe() -> None:
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
-        (["--gammas", ""], "--gammas: none"),
-        (["--gammas", "1.5,big"], "--gammas: 'big' is no number"),
-        (["--loss_rises", "10%"], "--loss_rises: '10%' is no number"),
-        (["--loss_rises", "none,none"], "--loss_rises: none, none. Give different ones above 0"),
-        (["--iterations", "1.5"], "--iterations: '1.5' is no whole number"),
-        (["--rates", "0"], "--rates: 0. Give different ones above 0"),
+        (["--groups", ""], "--groups: none"),
+        (["--groups", "kind,block"], "--groups: kind, block. Give at least one of model, "),
+        (["--objectives", "gain"], "--objectives: gain. Give at least one of gc, gc_norm"),
+        (["--loss_bounds", "0.1,big"], "--loss_bounds: 'big' is no number"),
+        (["--loss_bounds", "10%"], "--loss_bounds: '10%' is no number"),
+        (["--loss_bounds", "none,none"], "--loss_bounds: none, none. Give different ones above 0"),
+        (["--loss_bounds", "0"], "--loss_bounds: 0. Give different ones above 0"),
+        (
+            ["--objectives", "gc_sign", "--nio_search", "gradient"],
+            "arm kind-lossnone-gc_sign, --nio_objective: 'gc_sign'",
+        ),
+        (["--nio_gamma_relative", "2"], "--nio_gamma_relative: is a setting of a former version. Set nio_norm_band"),
         (["--verdict_seeds", "2"], "Give 3 or more to judge by, or --no_verdict"),
         (["--probe_steps", "200"], "--probe_steps: 200, of whole trainings of 100"),
         (["--warmup_steps", "5"], "--warmup_steps: is decided by this command"),
         (["--nio_method", "lsuv"], "only NIO is tuned"),
         (["--nio_gama", "1"], "'nio_gama' is no known key"),
-        (["--budget", "100"], "--budget: 100 training steps, where the first round takes about"),
-        (["--iterations", "500"], "--steps: 100, where the initialisation takes about"),
+        (["--budget", "100"], "--budget: 100 training steps, where the first round takes up to"),
+        (["--nio_budget", "500"], "--steps: 100, where the initialisation takes up to"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(tmp_path: Path, arguments: list[str], found: str) -> None:
@@ -68,7 +75,7 @@ def test_a_search_from_the_probes_to_the_judgement(tmp_path: Path) -> None:
     command = [*start, "--steps", "20", "--probe_steps", "4", "--seeds", "2", "--verdict_seeds", "3", *GRID, *SMALL]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "8 probes in 2 rounds (5, 3 candidates): about" in done.stderr
+    assert "8 probes in 2 rounds (5, 3 candidates): up to" in done.stderr
     lines = (tmp_path / RESULTS_NAME).read_text(encoding="utf-8").splitlines()[1:]
     records = [json.loads(line) for line in lines]
     names = [json.dumps(record["run"]) for record in records]
@@ -77,6 +84,10 @@ def test_a_search_from_the_probes_to_the_judgement(tmp_path: Path) -> None:
         outcome, share = record["outcome"], {"probe": 0.2, "verdict": 1.0}[record["run"]["stage"]]
         budget = 4 if record["run"]["stage"] == "probe" else 20
         assert outcome["steps"] == budget - -(-outcome["cost_steps"] * share // 1)
+        assert outcome["initialisation"]["cost"] > 0
+        groups = outcome["initialisation"]["scales_by_group"]
+        assert set(groups.values()) == set(outcome["initialisation"]["scales"])
+        assert (len(groups) > 1) == record["run"]["arm"].startswith("kind")
     found = json.loads((tmp_path / "tuning.json").read_text(encoding="utf-8"))
     assert len(records) == 8 + (0 if found["chosen"] == "own" else 6)
     again = subprocess.run(command, capture_output=True, text=True, check=False)

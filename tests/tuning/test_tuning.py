@@ -6,10 +6,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from nio_hf.core import expected_cost
+from nio_hf.core.config import Grouping
 from nio_hf.errors import RecipeError
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.trials import bench as bench_module
@@ -23,15 +25,15 @@ from nio_hf.tuning.report import rows, sentences, settings_yaml, write_report
 from nio_hf.tuning.tuning import Tuned, tune
 
 RECIPE = "vit-tiny/digits/nio"
+WORDS = ", ".join(get_args(Grouping))
 Loss = Callable[[Run], float | None]
 
 
 def plan(**changes: Any) -> Plan:
     settings: dict[str, Any] = {
-        "gammas": (1.25, None),
-        "loss_rises": (0.2,),
-        "rates": (0.1, 0.3),
-        "iterations": (5, 10),
+        "groups": ("model", "kind"),
+        "loss_bounds": (0.05, None),
+        "objectives": ("gc", "gc_norm"),
         "learning_rate": 1e-3,
         "seeds": 3,
         "probe_steps": 50,
@@ -71,35 +73,35 @@ def _outcome(run: Run, loss: float | None, accuracy: float | None) -> Outcome:
     return Outcome(accuracy, loss, (2.0,), (1.0,), steps, 20.0, 1.0, 2.0, error, summary)
 
 
-def _rate(run: Run) -> float:
-    """Loss that is best at rate 0.3 and 10 iterations without a bound, with a spread over the seeds that all share."""
-    better = 0.2 * ("lr0.3" in run.arm) + 0.1 * ("it10" in run.arm) + 0.05 * ("gammanone" in run.arm)
+def _kinds(run: Run) -> float:
+    """Loss that is best by kind with gc_norm and without a bound, with a spread over the seeds that all share."""
+    better = 0.2 * ("kind" in run.arm) + 0.1 * ("gc_norm" in run.arm) + 0.05 * ("lossnone" in run.arm)
     return 2.0 + 0.3 * run.seed - better
 
 
 def test_each_round_halves_the_candidates_and_keeps_the_recipes_own(search: Any) -> None:
     made = plan()
-    tuned, runs, orders = search(made, _rate, lambda run: 50.0 + (run.arm != "own") + run.seed % 3)
+    tuned, runs, orders = search(made, _kinds, lambda run: 50.0 + (run.arm != "own") + run.seed % 3)
     probes = [run for run in runs if run.stage == "probe"]
     by_seed = [[run.arm for run in probes if run.seed == seed] for seed in range(3)]
     assert [len(arms) for arms in by_seed] == made.sizes(9) == [9, 5, 3]
     assert all(OWN.name in arms for arms in by_seed)
-    assert set(by_seed[1]) == {"own", *(f"gamma{g}-rise0.2-lr0.3-it{i}" for g in ("1.25", "none") for i in (5, 10))}
-    assert set(by_seed[2]) == {"own", "gamma1.25-rise0.2-lr0.3-it10", "gammanone-rise0.2-lr0.3-it10"}
-    assert tuned.chosen.name == "gammanone-rise0.2-lr0.3-it10"
+    assert set(by_seed[1]) == {"own", *(f"kind-loss{b}-{o}" for b in ("0.05", "none") for o in ("gc", "gc_norm"))}
+    assert set(by_seed[2]) == {"own", "kind-loss0.05-gc_norm", "kind-lossnone-gc_norm"}
+    assert tuned.chosen.name == "kind-lossnone-gc_norm"
     assert tuned.difference is not None
     assert tuned.difference.values == (1.0, 1.0, 1.0)
     assert tuned.word == "better"
     judged = [run for run in runs if run.stage == "verdict"]
     assert {run.seed for run in judged} == set(range(FIRST_VERDICT_SEED, FIRST_VERDICT_SEED + 3))
-    assert {run.arm for run in judged} == {"own", "gammanone-rise0.2-lr0.3-it10"}
+    assert {run.arm for run in judged} == {"own", "kind-lossnone-gc_norm"}
     for order, run in zip(orders, runs, strict=True):
         probe = run.stage == "probe"
         assert ("--eval_from_train" in " ".join(order.overrides)) == probe
         assert order.cost_share == (0.1 if probe else 1.0)
     text = " ".join(sentences(tuned))
     assert "17 probes of 50 steps took 1,190 training steps, 340 of them for initialisations" in text
-    assert "Chosen: any gamma, loss +20%, rate 0.3, 10 iterations. Loss 1.9500" in text
+    assert "Chosen: groups kind, any loss, objective gc_norm. Loss 1.9500" in text
     assert "2.3000 with the recipe's own settings (mean of 3 seeds)" in text
     assert "On 3 fresh seeds and 500 steps it is better than the recipe's own settings (+1.00 ± 0.00 points" in text
 
@@ -115,18 +117,18 @@ def test_what_is_best_by_itself_is_kept_and_not_judged(search: Any) -> None:
 @pytest.mark.parametrize(("gain", "word"), [(-2.0, "worse"), (0.01, "undecided")])
 def test_a_choice_that_is_not_surely_better_is_not_advised(search: Any, gain: float, word: str) -> None:
     noise = {FIRST_VERDICT_SEED: 0.5, FIRST_VERDICT_SEED + 1: -0.5}
-    tuned, _, _ = search(plan(), _rate, lambda run: 50.0 + (run.arm != "own") * (gain + noise.get(run.seed, 0.0)))
+    tuned, _, _ = search(plan(), _kinds, lambda run: 50.0 + (run.arm != "own") * (gain + noise.get(run.seed, 0.0)))
     assert tuned.word == word
     assert "keep those" in " ".join(sentences(tuned))
-    assert "\n# nio_lr: 0.3\n" in settings_yaml(tuned)
+    assert '\n# nio_groups: "kind"\n' in settings_yaml(tuned)
 
 
 def test_probes_that_fail_come_last_and_failed_trainings_count_as_chance(search: Any) -> None:
     tuned, _, _ = search(
-        plan(), lambda run: None if "lr0.3" in run.arm else 2.0 - ("lr0.1" in run.arm), lambda run: None
+        plan(), lambda run: None if "kind" in run.arm else 2.0 - ("model" in run.arm), lambda run: None
     )
-    assert "lr0.1" in tuned.chosen.name
-    assert all("lr0.3" in arm.name for arm in tuned.candidates[-4:])
+    assert "model" in tuned.chosen.name
+    assert all("kind" in arm.name for arm in tuned.candidates[-4:])
     assert tuned.difference is not None
     assert tuned.difference.values == (0.0, 0.0, 0.0)
 
@@ -139,12 +141,12 @@ def test_probes_that_all_fail_are_an_error(search: Any) -> None:
 def test_the_point_of_the_grid_that_the_recipe_has_is_not_tried_twice() -> None:
     recipe = load_recipe(RECIPE)
     own = recipe.training.to_nio_config()
-    grid = {"gammas": (own.gamma_relative, 7.0), "rates": (own.lr,), "iterations": (own.iterations,)}
-    made = plan(loss_rises=(own.max_loss_rise, None), **grid)
+    made = plan(groups=(own.groups, "kind"), loss_bounds=(own.loss_bound, None), objectives=(own.objective,))
     assert len(made.candidates(recipe)) == 4
-    absolute = load_recipe(RECIPE, ["--nio_gamma", "3.0"])
-    assert len(made.candidates(absolute)) == 5
-    assert all(tuned_settings(arm)["nio_gamma"] is None for arm in made.candidates(absolute)[1:])
+    named = load_recipe(RECIPE, ["--nio_groups", '{"positions": "position_embeddings"}'])
+    assert len(made.candidates(named)) == 5
+    words = {tuned_settings(arm)["nio_groups"] for arm in made.candidates(named)[1:]}
+    assert words == {"model", "kind"}
 
 
 def test_the_budget_ends_the_search(search: Any) -> None:
@@ -152,7 +154,7 @@ def test_the_budget_ends_the_search(search: Any) -> None:
     made = plan(verdict_seeds=0)
     candidates = made.candidates(recipe)
     first = made.expected(candidates, recipe, {})
-    tuned, runs, _ = search(plan(verdict_seeds=0, budget=math.ceil(first)), _rate)
+    tuned, runs, _ = search(plan(verdict_seeds=0, budget=math.ceil(first)), _kinds)
     assert {run.seed for run in runs} == {0}
     assert tuned.rounds == 1
     assert "The budget ended the search after 1 of 3 rounds" in " ".join(sentences(tuned))
@@ -160,38 +162,41 @@ def test_the_budget_ends_the_search(search: Any) -> None:
 
 
 def test_a_budget_that_one_round_does_not_fit_into_is_refused(search: Any) -> None:
-    with pytest.raises(RecipeError, match=r"--budget: 400 training steps, where the first round takes about"):
-        search(plan(budget=400), _rate)
+    with pytest.raises(RecipeError, match=r"--budget: 400 training steps, where the first round takes up to"):
+        search(plan(budget=400), _kinds)
 
 
 def test_an_initialisation_that_costs_the_whole_training_is_refused(search: Any) -> None:
-    with pytest.raises(RecipeError, match=r"--steps: 60, where the initialisation takes about \d+ with"):
-        search(plan(steps=60, iterations=(200,)), _rate)
+    with pytest.raises(RecipeError, match=r"--steps: 10, where the initialisation takes up to \d+ with"):
+        search(plan(probe_steps=10, steps=10), _kinds)
 
 
-def test_the_expected_cost_is_that_of_kept_graphs_and_two_measurements() -> None:
-    recipe = load_recipe(RECIPE, ["--nio_iterations", "10", "--per_device_train_batch_size", "32"])
+def test_the_cost_beforehand_is_that_of_the_search_and_two_reports() -> None:
+    options = ["--nio_budget", "50", "--nio_report_batches", "3", "--per_device_train_batch_size", "32"]
+    recipe = load_recipe(RECIPE, options)
     assert recipe.training.nio_batch_size == 64
-    assert initialisation_cost(OWN, recipe) == (3 * 10 + 2 * 4) * 2
+    own, *others = plan().candidates(recipe)
+    by_kind = [arm for arm in others if arm.settings["nio_groups"] == "kind"]
+    assert initialisation_cost(own, recipe) == 2 * expected_cost(recipe.training.to_nio_config(), groups=1)
+    assert {initialisation_cost(arm, recipe) for arm in by_kind} == {(50 + 2 * 3) * 2}, "the budget and the reports"
 
 
 def test_a_search_goes_on_where_it_was(search: Any) -> None:
-    _, first, _ = search(plan(seeds=1, verdict_seeds=0), _rate)
-    tuned, rest, _ = search(plan(), _rate)
+    _, first, _ = search(plan(seeds=1, verdict_seeds=0), _kinds)
+    tuned, rest, _ = search(plan(), _kinds)
     assert len(first) == 9
     assert not set(first) & set(rest)
     assert tuned.rounds == 3
-    assert search(plan(), _rate)[1] == []
+    assert search(plan(), _kinds)[1] == []
 
 
 def test_what_a_search_writes(search: Any, tmp_path: Path) -> None:
-    tuned, _, _ = search(plan(), _rate, lambda run: 50.0 + (run.arm != "own"))
+    tuned, _, _ = search(plan(), _kinds, lambda run: 50.0 + (run.arm != "own"))
     written = write_report(tuned, tmp_path)
     assert all(file.stat().st_size > 0 for file in written.values())
     again = load_recipe(RECIPE, [f"--{line.replace(': ', '=')}" for line in _settings(written["Settings"])])
-    assert (again.training.nio_lr, again.training.nio_iterations) == (0.3, 10)
-    assert again.training.nio_gamma_relative is None
-    assert again.training.nio_max_loss_rise == 0.2
+    assert (again.training.nio_groups, again.training.nio_objective) == ("kind", "gc_norm")
+    assert again.training.nio_loss_bound is None
     found = json.loads(written["Numbers"].read_text(encoding="utf-8"))
     assert found["chosen"] == tuned.chosen.name
     assert len(found["candidates"]) == 9
@@ -206,12 +211,14 @@ def _settings(file: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"gammas": ()}, "--gammas: none"),
-        ({"gammas": (1.5, 1.5)}, "--gammas: 1.5, 1.5. Give different ones above 0"),
-        ({"loss_rises": (0.0, None)}, "--loss_rises: 0, none. Give different ones above 0"),
-        ({"loss_rises": (None, None)}, "--loss_rises: none, none. Give different ones above 0"),
-        ({"rates": (-0.1,)}, "--rates: -0.1"),
-        ({"iterations": (0,)}, "--iterations: 0"),
+        ({"groups": ()}, "--groups: none"),
+        ({"groups": ("kind", "block")}, f"--groups: kind, block. Give at least one of {WORDS}, each once"),
+        ({"loss_bounds": ()}, "--loss_bounds: none. Give at least one"),
+        ({"loss_bounds": (1.5, 1.5)}, "--loss_bounds: 1.5, 1.5. Give different ones above 0"),
+        ({"loss_bounds": (0.0, None)}, "--loss_bounds: 0, none. Give different ones above 0"),
+        ({"loss_bounds": (None, None)}, "--loss_bounds: none, none. Give different ones above 0"),
+        ({"loss_bounds": (-0.1,)}, "--loss_bounds: -0.1"),
+        ({"objectives": ("gc", "gc")}, "--objectives: gc, gc. Give at least one of gc, gc_norm"),
         ({"seeds": 0}, "--seeds: 0"),
         ({"probe_steps": 501}, "--probe_steps: 501, of whole trainings of 500"),
         ({"probe_steps": 0}, "--probe_steps: 0"),
