@@ -61,7 +61,7 @@ class LayerGradient:
 
     @property
     def agreement(self) -> float:
-        """a_l, the inner product of slices of two sub-batches over their squared norm; NaN where the gradient is zero."""
+        """a_l, the mean inner product of two sub-batches over the mean squared norm; NaN where the gradient is zero."""
         return self.contribution / self.share if self.share > 0 else math.nan
 
 

@@ -139,19 +139,22 @@ def _most_loss(result: InitResult) -> float | None:
     return None if bound is None else start + bound * abs(start)
 
 
-def _bands(result: InitResult) -> list[tuple[float, float, float, float]]:
-    """(left, right, least, most) of the gradient norm at an accepted point: of the common factor, of the groups."""
+def _bands(result: InitResult) -> list[tuple[float, float, float, float | None]]:
+    """(left, right, least, most) of the gradient norm at an accepted point: of the common factor, of the groups.
+
+    The common factor of a scan has no largest norm.
+    """
     history, band = result.history, result.config.norm_band
     of_groups = [record.iteration for record in history if record.group is not None]
     turn, end = (of_groups[0] if of_groups else len(history) + 1) - 0.5, len(history) + 0.5
     common = [record.grad_norm for record in history if record.outcome in _KEPT and record.group is None]
     norms = [norm for norm in common if norm is not None]
-    stages = [(0.5, turn, norms[0]), (turn, end, norms[-1])]
-    return [
-        (left, right, band[0] * norm, band[1] * norm)
-        for left, right, norm in stages
-        if band is not None and left < right
-    ]
+    if band is None:
+        return []
+    open_above = result.config.search == "scan"
+    common_stage = (0.5, turn, band[0] * norms[0], None if open_above else band[1] * norms[0])
+    stages = [common_stage, (turn, end, band[0] * norms[-1], band[1] * norms[-1])]
+    return [stage for stage in stages if stage[0] < stage[1]]
 
 
 def _draw_bounds(loss: Axes, norm: Axes, result: InitResult) -> None:
@@ -159,7 +162,11 @@ def _draw_bounds(loss: Axes, norm: Axes, result: InitResult) -> None:
     if most is not None:
         loss.axhline(most, color=VERMILLION, linestyle="--", linewidth=1, label=f"loss bound: {most:.4g}")
     for left, right, least, greatest in _bands(result):
-        norm.fill_between([left, right], least, greatest, color=GREY, alpha=0.2, linewidth=0, label="band of the norm")
+        if greatest is None:
+            norm.hlines(least, left, right, color=VERMILLION, linestyle="--", linewidth=1, label="least norm")
+        else:
+            sides = [left, right]
+            norm.fill_between(sides, least, greatest, color=GREY, alpha=0.2, linewidth=0, label="band of the norm")
 
 
 def _draw_gamma(axes: Axes, result: InitResult) -> None:

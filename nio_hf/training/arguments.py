@@ -65,8 +65,8 @@ class NIOTrainingArguments(TrainingArguments):
     nio_groups: dict[str, str] | str | None = dataclasses.field(
         default="model",
         metadata={
-            "help": "Tensors that share a scale: model, additive, kind, tensor, or a mapping from names of groups to regular "
-            'expressions of parameter names, e.g. {"positions": "position_embeddings"}.'
+            "help": "Tensors that share a scale: model, additive, kind, tensor, or a mapping from names of groups to "
+            'regular expressions of parameter names, e.g. {"positions": "position_embeddings"}.'
         },
     )
     nio_scaled_tensors: str = _option(

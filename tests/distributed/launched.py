@@ -34,19 +34,28 @@ COMMON: dict[str, Any] = {
     "save_strategy": "steps",
     "save_steps": 2,
     "learning_rate": 1e-3,
-    "nio_iterations": 4,
     "nio_batch_size": 12,
     "nio_sub_batches": 3,
-    "nio_holdout_batches": 2,
-    "nio_curvature": "exact",
+    "nio_search_batches": 2,
+    "nio_report_batches": 2,
     "nio_save_steps": 1,
 }
+PUBLISHED: dict[str, Any] = {
+    "nio_search": "published",
+    "nio_groups": "tensor",
+    "nio_iterations": 4,
+    "nio_lr": 0.05,
+    "nio_curvature": "exact",
+}
+"""Settings with one batch for an iteration, and scales that any difference of a loss would change."""
+SCAN: dict[str, Any] = {"nio_search": "scan", "nio_groups": "kind"}
 
 
 class _Reporting(NIOTrainer):
     """Writes down the weights after NIO, and is killed or asked to stop where the settings say so."""
 
     initialised = ""
+    losses = 0
     seeds: list[float] | None = None
     partitioned = False
     pace = 0.0
@@ -73,6 +82,11 @@ class _Reporting(NIOTrainer):
         if self.faults.get("nan") == [Collective.current().rank, number]:
             batch["pixel_values"][:] = float("nan")
         return batch
+
+    def compute_nio_loss(self, *args: Any) -> Any:
+        self.losses += 1
+        self._fault("loss", self.losses)
+        return super().compute_nio_loss(*args)
 
     def _save_rng_state(self, output_dir: str) -> None:
         self._fault("checkpoint", self.state.global_step)

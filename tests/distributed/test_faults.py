@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from nio_hf.errors import Preempted
 from nio_hf.training.checkpoints import INIT_DIR_NAME, PROGRESS_NAME
 from nio_hf.training.manifest import fault_of, has_manifest
+from tests.distributed.launched import PUBLISHED, SCAN
 from tests.distributed.launching import Outcome, launch, start
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "kills.json"
@@ -25,6 +27,7 @@ SETTINGS: dict[str, Any] = {
     "arguments": {
         "max_steps": 8,
         "save_total_limit": 2,
+        **PUBLISHED,
         "nio_iterations": 6,
         "nio_save_steps": 2,
         "enable_jit_checkpoint": True,
@@ -32,19 +35,20 @@ SETTINGS: dict[str, Any] = {
 }
 PACE, SECONDS = 0.25, 5.0
 """Seconds that each of 16 batches takes longer where moments are random, so that all of them take about five."""
-HELD_OUT = 2
-"""Batches in front of those that NIO learns from."""
+REPORTED = 2
+"""Batches in front of those that NIO searches on."""
+OF_SCAN: dict[str, Any] = {**SETTINGS, "arguments": {"max_steps": 8, **SCAN, "enable_jit_checkpoint": True}}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(strategy, processes) -> digest of the weights of a training that nothing happened to."""
-    digests: dict[tuple[str, int], str] = {}
+    """(strategy, processes, settings) -> digest of the weights of a training that nothing happened to."""
+    digests: dict[tuple[str, int, str], str] = {}
 
-    def digest(strategy: str, processes: int) -> str:
-        key = (strategy, processes)
+    def digest(strategy: str, processes: int, settings: dict[str, Any] = SETTINGS) -> str:
+        key = (strategy, processes, json.dumps(settings))
         if key not in digests:
-            outcome = launch(tmp_path_factory.mktemp("whole"), strategy, processes, **SETTINGS)
+            outcome = launch(tmp_path_factory.mktemp("whole"), strategy, processes, **settings)
             assert outcome.status == 0, outcome.output[-3000:]
             digests[key] = outcome.reports[0]["trained"]
         return digests[key]
@@ -52,23 +56,43 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return digest
 
 
-def _started_again(folder: Path, strategy: str, processes: int, faults: dict[str, Any]) -> tuple[Outcome, Outcome]:
+def _started_again(
+    folder: Path, strategy: str, processes: int, faults: dict[str, Any], settings: dict[str, Any] = SETTINGS
+) -> tuple[Outcome, Outcome]:
     """A training with a fault, and the same command once more."""
-    first = launch(folder, strategy, processes, **SETTINGS, faults=faults)
+    first = launch(folder, strategy, processes, **settings, faults=faults)
     assert first.status != 0
     assert not first.reports
-    second = launch(folder, strategy, processes, **SETTINGS, faults=faults)
+    second = launch(folder, strategy, processes, **settings, faults=faults)
     assert second.status == 0, second.output[-3000:]
     return first, second
 
 
 def test_killed_in_nio(tmp_path: Path, uninterrupted: Any) -> None:
-    faults = {"nio": {"number": HELD_OUT + 4, "signal": "SIGKILL"}}
+    faults = {"nio": {"number": REPORTED + 4, "signal": "SIGKILL"}}
     first, second = _started_again(tmp_path, "single", 1, faults)
     assert first.status == -signal.SIGKILL
     assert "NIO goes on after 4 iterations" in second.output
     assert second.reports[0]["trained"] == uninterrupted("single", 1)
     assert not (tmp_path / "output" / PROGRESS_NAME).exists()
+
+
+def test_killed_in_a_scan(tmp_path: Path, uninterrupted: Any) -> None:
+    faults = {"loss": {"number": 40, "signal": "SIGKILL"}}
+    first, second = _started_again(tmp_path, "single", 1, faults, OF_SCAN)
+    assert first.status == -signal.SIGKILL
+    assert re.search(r"NIO goes on after [3-9] iterations", second.output)
+    assert second.reports[0]["trained"] == uninterrupted("single", 1, OF_SCAN)
+    assert not (tmp_path / "output" / PROGRESS_NAME).exists()
+
+
+def test_sigterm_to_one_process_in_a_scan_saves_and_stops_all(tmp_path: Path, uninterrupted: Any) -> None:
+    faults = {"loss": {"number": 16, "signal": "SIGTERM", "rank": 1}}
+    first, second = _started_again(tmp_path, "ddp", 2, faults, OF_SCAN)
+    assert "SIGTERM: during NIO, stopped after" in first.output
+    assert f"exitcode  : {Preempted.STATUS}" in first.output
+    assert re.search(r"NIO goes on after [3-9] iterations", second.output)
+    assert [report["trained"] for report in second.reports] == [uninterrupted("ddp", 2, OF_SCAN)] * 2
 
 
 def test_killed_in_the_save_of_the_initialised_checkpoint(tmp_path: Path, uninterrupted: Any) -> None:
@@ -110,7 +134,7 @@ def test_sigterm_to_one_process_saves_and_stops_all(rank: int, tmp_path: Path, u
 
 
 def test_sigterm_in_nio_saves_and_exits_with_its_status(tmp_path: Path, uninterrupted: Any) -> None:
-    faults = {"nio": {"number": HELD_OUT + 2, "signal": "SIGTERM"}}
+    faults = {"nio": {"number": REPORTED + 2, "signal": "SIGTERM"}}
     first, second = _started_again(tmp_path, "single", 1, faults)
     assert first.status == Preempted.STATUS
     assert "SIGTERM: during NIO, stopped after" in first.output
@@ -123,7 +147,7 @@ def test_sigterm_to_every_process_of_a_job_spares_the_workers_that_load_data(
     phase: str, tmp_path: Path, uninterrupted: Any
 ) -> None:
     arguments = {**SETTINGS["arguments"], "dataloader_num_workers": 2}
-    faults = {phase: {"number": HELD_OUT + 2, "signal": "SIGTERM", "group": True}}
+    faults = {phase: {"number": REPORTED + 2, "signal": "SIGTERM", "group": True}}
     settings = {**SETTINGS, "arguments": arguments, "faults": faults}
     first = launch(tmp_path, "single", 1, **settings)
     assert first.status == Preempted.STATUS, first.output[-3000:]
@@ -145,7 +169,7 @@ def test_a_second_training_into_the_same_folder_is_refused(tmp_path: Path) -> No
 
 
 def test_a_rank_that_fails_stops_the_launch_within_seconds(tmp_path: Path) -> None:
-    process = start(tmp_path, "ddp", 2, **SETTINGS, faults={"nan": [1, HELD_OUT + 1]})
+    process = start(tmp_path, "ddp", 2, **SETTINGS, faults={"nan": [1, REPORTED + 1]})
     try:
         output = _read_until(process, "ready")
         began = time.monotonic()
@@ -155,7 +179,9 @@ def test_a_rank_that_fails_stops_the_launch_within_seconds(tmp_path: Path) -> No
     assert time.monotonic() - began < 30
     assert process.returncode != 0
     errors = [
-        line for line in (output + rest).splitlines() if line.startswith("NumericsError: rank 1, NIO iteration 2")
+        line
+        for line in (output + rest).splitlines()
+        if line.startswith("NumericsError: rank 1, iteration 2, sub-batch 1: the loss is nan")
     ]
     assert len(errors) == 1
 

@@ -10,26 +10,32 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from nio_hf.training.checkpoints import INIT_DIR_NAME, load_state
-from tests.distributed.launched import make_trainer
+from tests.distributed.launched import PUBLISHED, SCAN, make_trainer
 from tests.distributed.launching import DISTRIBUTED_TYPES, launch, save_model
 
 STRATEGIES = ["ddp", "fsdp2", "zero2", "zero3"]
+SEARCHES = {"published": PUBLISHED, "scan": SCAN}
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """NIO in this process: its scales, and the weights that it makes."""
-    folder = tmp_path_factory.mktemp("alone")
-    save_model(folder)
-    settings = {"strategy": "single", "model_dir": str(folder / "model"), "output_dir": str(folder / "output")}
-    trainer = make_trainer(settings)
-    return [tensor.omega for tensor in trainer.run_nio().tensors], trainer.model.state_dict()
+    """{search: NIO in this process, its scales and the weights that it makes}."""
+    found = {}
+    for search, arguments in SEARCHES.items():
+        folder = tmp_path_factory.mktemp(search)
+        save_model(folder)
+        settings = {"strategy": "single", "model_dir": str(folder / "model"), "output_dir": str(folder / "output")}
+        trainer = make_trainer({**settings, "arguments": arguments})
+        scales = [tensor.omega for tensor in trainer.run_nio().tensors]
+        assert max(abs(omega - 1) for omega in scales) > 0.02
+        found[search] = scales, trainer.model.state_dict()
+    return found
 
 
-def _check(folder: Path, strategy: str, processes: int, alone: Any) -> None:
-    outcome = launch(folder, strategy, processes)
+def _check(folder: Path, strategy: str, search: str, processes: int, alone: Any) -> None:
+    outcome = launch(folder, strategy, processes, arguments=SEARCHES[search])
     assert outcome.status == 0, outcome.output[-3000:]
-    scales, expected = alone
+    scales, expected = alone[search]
     assert len(outcome.reports) == processes
     for report in outcome.reports:
         assert report["num_processes"] == processes
@@ -49,9 +55,12 @@ def _check(folder: Path, strategy: str, processes: int, alone: Any) -> None:
     assert any(not torch.equal(trained[name], loaded[name]) for name in loaded)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_processes_find_the_scales_of_one_and_train(strategy: str, tmp_path: Path, alone: Any) -> None:
-    _check(tmp_path, strategy, 2, alone)
+@pytest.mark.parametrize(
+    ("strategy", "search"),
+    [("ddp", "published"), ("ddp", "scan"), ("fsdp2", "scan"), ("zero2", "published"), ("zero3", "scan")],
+)
+def test_two_processes_find_the_scales_of_one_and_train(strategy: str, search: str, tmp_path: Path, alone: Any) -> None:
+    _check(tmp_path, strategy, search, 2, alone)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -69,7 +78,8 @@ def test_two_processes_seed_the_optimizer_as_one_does(strategy: str, tmp_path: P
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_another_method_gives_two_processes_the_weights_of_one(strategy: str, tmp_path: Path) -> None:
-    settings = {"nio_method": "gradinit", "max_steps": 2, "save_strategy": "no"}
+    options = {"iterations": 4}
+    settings = {"nio_method": "gradinit", "nio_method_kwargs": options, "max_steps": 2, "save_strategy": "no"}
     alone = launch(tmp_path / "alone", "single", 1, arguments=settings)
     together = launch(tmp_path / "together", strategy, 2, arguments=settings)
     assert together.status == alone.status == 0, together.output[-3000:]
@@ -86,6 +96,9 @@ def test_deepspeed_has_no_second_moment_to_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "zero1"])
-def test_three_processes_find_the_scales_of_one_and_train(strategy: str, tmp_path: Path, alone: Any) -> None:
-    _check(tmp_path, strategy, 3, alone)
+def test_three_processes_find_the_scales_of_one_and_train(
+    strategy: str, search: str, tmp_path: Path, alone: Any
+) -> None:
+    _check(tmp_path, strategy, search, 3, alone)

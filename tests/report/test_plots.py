@@ -79,11 +79,11 @@ def test_trials_are_shown_as_far_as_they_were_measured_with_their_bounds(figures
     assert points(norm, "refused, beyond the axis or not finite") == [8]
     assert points(loss, "refused, beyond the axis or not finite") == [4], "its loss is NaN"
     assert drawn.history[0].loss * 1.1 in [line.get_ydata()[0] for line in loss.lines]  # type: ignore[index]
-    first, second = (band.get_datalim(norm.transData) for band in norm.collections[-2:])
+    least, band = (found.get_datalim(norm.transData) for found in norm.collections[-2:])
     start = drawn.history[0].grad_norm
     assert start is not None
-    assert (first.x0, first.x1, first.y0, first.y1) == pytest.approx((0.5, 5.5, 0.8 * start, 1.5 * start))
-    assert (second.x0, second.x1) == (5.5, 12.5)
+    assert (least.x0, least.x1, least.y0, least.y1) == pytest.approx((0.5, 5.5, 0.8 * start, 0.8 * start))
+    assert (band.x0, band.x1, band.y0, band.y1) == pytest.approx((5.5, 12.5, 0.8 * start, 1.25 * start))
     ticks = [tick.get_text() for tick in loss.get_xticklabels()]
     assert ticks == ["before", *(record.tried for record in drawn.history), "after"]
 
