@@ -10,18 +10,21 @@ import pytest
 import torch
 
 from benchmarks.accounting import counted
+from benchmarks.cost import RUNS, count_run
 from benchmarks.cost_report import (
     ARITHMETIC_BOUNDS,
+    RUN_BOUND,
     Claim,
     claims,
     markdown_errors,
     markdown_seconds,
     markdown_table,
     print_claims,
+    print_runs,
     print_tables,
     save_plot,
 )
-from benchmarks.workloads import JOINT, MODELS, PATHS, workload
+from benchmarks.workloads import FIRST_PASS, JOINT, MODELS, PATHS, STUDY_MODELS, workload
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cost-cpu"
 
@@ -30,8 +33,14 @@ def _committed() -> list[dict[str, Any]]:
     return [json.loads((RESULTS / f"{model}.json").read_text()) for model in MODELS]
 
 
+def _committed_runs() -> list[dict[str, Any]]:
+    runs: list[dict[str, Any]] = json.loads((RESULTS / f"{RUNS}.json").read_text())["runs"]
+    return runs
+
+
 def test_every_claim_holds_in_the_committed_results() -> None:
-    found = claims(_committed())
+    assert {run["model"] for run in _committed_runs()} == set(STUDY_MODELS)
+    found = claims(_committed(), _committed_runs())
     assert len(found) > 3 * 8 * len(ARITHMETIC_BOUNDS)
     assert [claim for claim in found if not claim.holds] == []
 
@@ -68,6 +77,9 @@ def test_tables_and_plot_show_every_model(tmp_path: Path, capsys: pytest.Capture
     print_tables(_committed())
     shown = capsys.readouterr().out
     assert all(f"{model}: training steps of arithmetic" in shown for model in MODELS)
+    print_runs(_committed_runs())
+    shown = capsys.readouterr().out
+    assert all(f"{run['counted_steps']:.2f} training steps counted" in shown for run in _committed_runs())
     save_plot(_committed(), tmp_path / "cost.png")
     assert (tmp_path / "cost.png").stat().st_size > 10_000
 
@@ -76,9 +88,16 @@ def test_the_committed_numbers_are_those_of_this_code() -> None:
     (result,) = [result for result in _committed() if result["model"] == "vit-tiny-32"]
     row = next(row for row in result["counts"] if (row["sub_batches"], row["overlap"]) == (2, 0.0))
     cell = workload("vit-tiny-32", torch.device("meta"), batch_size=row["batch_size"], sub_batches=2)
-    for path in ("exact_kept", "finite_difference"):
+    for path in (FIRST_PASS, "exact_kept", "finite_difference"):
         counts = counted(cell.iteration(path, host_read=False))
         assert (counts.operations, counts.peak) == (row[path]["operations"], row[path]["bytes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDY_MODELS)
+def test_a_default_run_takes_the_operations_that_it_reports(name: str) -> None:
+    run = count_run(name, torch.device("cpu"))
+    assert run["counted_steps"] == pytest.approx(run["reported_steps"], rel=RUN_BOUND - 1)
 
 
 @pytest.mark.parametrize("path", [*PATHS, JOINT])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -158,3 +159,20 @@ class Agreement(nn.Module):
         """The same batch so many times, so that differences between points have no noise."""
         numbers = torch.tensor([2.0, 1.0, -1.5, 0.5, 0.0, -2.5, 1.5, -1.0], dtype=torch.float64)
         return [numbers] * count
+
+    def measured(self, exponents: Sequence[float], batch: Tensor, objective: str) -> tuple[float, float, float]:
+        """Loss, gradient norm and objective of a batch in four parts, at log2 of the scales, by a plain loop."""
+        originals = [layer.weight.data for layer in self.layers]
+        for layer, weight, exponent in zip(self.layers, originals, exponents, strict=True):
+            layer.weight.data = weight * 2.0**exponent
+        losses = [Agreement.loss(self, part) for part in batch.view(4, 2)]
+        rows = [torch.autograd.grad(loss, list(self.parameters())) for loss in losses]
+        for layer, weight in zip(self.layers, originals, strict=True):
+            layer.weight.data = weight
+        gradients = torch.stack([torch.cat([grad.flatten() for grad in row]) for row in rows])
+        if objective == "gc":
+            pairs = itertools.combinations(gradients, 2)
+            score = float(torch.stack([nn.functional.cosine_similarity(a, b, dim=0) for a, b in pairs]).mean())
+        else:
+            score = -float((gradients - gradients.mean(0)).square().sum(1).mean())
+        return float(torch.stack(losses).detach().mean()), float(gradients.norm(dim=1).mean()), score

@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import math
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -70,43 +72,46 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 GROUPS = [
-    "model",
-    "kind",
-    "tensor",
     {"first": r"^0\.", "rest": r"^[^0]\.weight"},
-    {"weights": "weight"},
+    "tensor",
+    "kind",
     {"last bias": r"2\.bias", "first weight": r"^0\.weight"},
+    "model",
 ]
 BOUNDS = {
-    "loss_bound": [None, 0.02, 0.1, 0.5],
-    "norm_band": [None, (0.8, 1.5), (0.95, 1.05), (0.3, 3.0), (1.0, 1.0)],
-    "scale_range": [(0.01, 100.0), (0.3, 4.0), (1.0, 1.7), (0.5, 1.0)],
+    "loss_bound": [None, 0.5, 0.1],
+    "norm_band": [(0.3, 3.0), (0.7, 1.5), None, (0.95, 1.05)],
+    "scale_range": [(0.3, 4.0), (0.01, 100.0), (0.5, 1.5), (0.5, 1.0)],
 }
 
 
-@st.composite
-def trials(draw: st.DrawFn, searches: tuple[str, ...] = ("scan", "gradient")) -> Trial:
-    search = draw(st.sampled_from(searches))
-    settings: dict[str, Any] = {name: draw(st.sampled_from(values)) for name, values in BOUNDS.items()}
+def trials(searches: Sequence[str] = ("scan", "gradient", "published")) -> st.SearchStrategy[Trial]:
+    """Trials whose parts are all equally likely; hypothesis alone would draw the first of each most of the time."""
+    return st.integers(0, 10**9).map(lambda seed: random_trial(random.Random(seed), searches))
+
+
+def random_trial(draw: random.Random, searches: Sequence[str]) -> Trial:
+    search = draw.choice(searches)
+    settings: dict[str, Any] = {name: draw.choice(values) for name, values in BOUNDS.items()}
     settings |= {
         "search": search,
-        "groups": draw(st.sampled_from(GROUPS)),
-        "scaled_tensors": draw(st.sampled_from(["all", "weights"])),
-        "objective": draw(st.sampled_from(["gc", "gc_norm", "variance", *(["gc_sign"] if search == "scan" else [])])),
-        "sub_batches": draw(st.integers(2, 4)),
-        "search_batches": draw(st.integers(2, 3)),
-        "budget": draw(st.sampled_from([4.0, 12.0, 30.0])),
-        "iterations": draw(st.integers(1, 8)),
-        "lr": draw(st.sampled_from([None, 0.05, 0.7])),
-        "curvature": draw(st.sampled_from(["auto", "finite_difference"])),
-        "micro_batch_size": draw(st.sampled_from([None, None, 2])),
+        "groups": draw.choice(GROUPS),
+        "scaled_tensors": draw.choice(["all", "weights"]),
+        "objective": draw.choice(["gc", "gc_norm", "variance", *(["gc_sign"] if search == "scan" else [])]),
+        "sub_batches": draw.randint(2, 4),
+        "search_batches": 2,
+        "budget": draw.choice([60.0, 15.0]),
+        "iterations": draw.randint(3, 9),
+        "lr": draw.choice([None, 0.05, *([0.7] if search == "gradient" else [])]),
+        "curvature": draw.choice(["auto", "finite_difference"]),
+        "micro_batch_size": draw.choice([None, None, 2]),
     }
     return Trial(
-        widths=tuple(draw(st.integers(2, 6)) for _ in range(draw(st.integers(3, 4)))),
-        activation=draw(st.sampled_from(["tanh", "gelu"])),
-        gain=draw(st.floats(0.2, 3.0)),
-        samples=draw(st.integers(4, 13)),
-        seed=draw(st.integers(0, 2**31)),
+        widths=tuple(draw.randint(3, 6) for _ in range(draw.randint(3, 4))),
+        activation=draw.choice(["tanh", "gelu"]),
+        gain=draw.choice([0.5, 1.0, 2.0]),
+        samples=draw.randint(8, 32),
+        seed=draw.randint(0, 10**6),
         settings=settings,
     )
 
@@ -163,9 +168,21 @@ def scaled(trial: Trial, result: NIOResult, omega: float) -> nn.Module:
     return model
 
 
-@examples(60)
-@given(trial=trials())
-def test_bounds_hold_and_the_objective_does_not_fall_on_the_search_batches(trial: Trial) -> None:
+@pytest.mark.parametrize("search", ["scan", "gradient"])
+def test_bounds_hold_and_the_objective_does_not_fall_on_the_search_batches(search: str) -> None:
+    changed = []
+
+    @examples(50)
+    @given(trial=trials([search]))
+    def check(trial: Trial) -> None:
+        changed.append(keeps_its_promises(trial))
+
+    check()
+    assert sum(changed) > len(changed) / 4, "there is little to find"
+
+
+def keeps_its_promises(trial: Trial) -> bool:
+    """Hold a run against what its settings promise; whether a group has got a scale of its own."""
     config, model = trial.config, trial.model()
     result = trial.run(model)
     initial_norm = result.before.grad_norm
@@ -194,10 +211,11 @@ def test_bounds_hold_and_the_objective_does_not_fall_on_the_search_batches(trial
     values = dict(trial.model().named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, values[name] * result.scales.get(name, 1.0))
+    return len(set(result.scales.values())) > 1
 
 
 @examples(25)
-@given(trial=trials(("scan", "gradient", "published")))
+@given(trial=trials())
 def test_the_same_call_gives_the_same_scales(trial: Trial) -> None:
     first, second = trial.model(), trial.model()
     one = trial.run(first)
@@ -212,7 +230,7 @@ def test_the_same_call_gives_the_same_scales(trial: Trial) -> None:
 
 
 @examples(12)
-@given(trial=trials(("scan", "gradient", "published")))
+@given(trial=trials())
 def test_a_run_that_is_interrupted_and_resumed_gives_the_same_scales(trial: Trial) -> None:
     whole = trial.run(trial.model())
     saved: list[NIOState] = []
@@ -242,7 +260,7 @@ def test_a_run_that_is_interrupted_and_resumed_gives_the_same_scales(trial: Tria
 
 @examples(25)
 @given(
-    trial=trials(("scan", "gradient", "published")),
+    trial=trials(),
     calls=st.integers(0, 60),
     kind=st.sampled_from(["error", "interrupt", "memory", "nan"]),
 )

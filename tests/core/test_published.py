@@ -120,10 +120,12 @@ def test_published_settings_give_the_scales_of_the_plain_loop(name: str) -> None
     expected, exact = both(name, config)
     assert set(expected.branches) == {"objective", "constraint"}
     outcome = {"objective": "accepted", "constraint": "lower_norm"}
-    made, batches = double_case(name, SAMPLES), batches_of(name, REPORTED + config.steps, SAMPLES)
-    config = dataclasses.replace(config, curvature="finite_difference")
-    approximate = initialize(made.model, batches, made.loss_fn, config)
-    for result, tolerance in ((exact, 1e-7), (approximate, 1e-3)):
+    results = [(exact, 1e-7)]
+    if name in ("mlp", "vit"):
+        made, batches = double_case(name, SAMPLES), batches_of(name, REPORTED + config.steps, SAMPLES)
+        config = dataclasses.replace(config, curvature="finite_difference")
+        results.append((initialize(made.model, batches, made.loss_fn, config), 1e-3))
+    for result, tolerance in results:
         assert [record.outcome for record in result.history] == [outcome[branch] for branch in expected.branches]
         assert [record.grad_norm for record in result.history] == pytest.approx(expected.norms, rel=tolerance)
         assert [record.grad_cosine for record in result.history] == pytest.approx(expected.cosines, abs=tolerance)
@@ -132,19 +134,19 @@ def test_published_settings_give_the_scales_of_the_plain_loop(name: str) -> None
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("name", "changes"),
     [
-        {"objective": "gc"},
-        {"objective": "gc_norm", "groups": "kind", "scaled_tensors": "weights"},
-        {"objective": "variance", "groups": "model"},
-        {"groups": {"attention": "attention", "rest": "mlp|classifier"}, "gamma": None},
-        {"overlap": 0.0, "sub_batches": 3, "seed": 5},
-        {"overlap": 0.5, "sub_batches": 2, "lr": 0.3, "scale_range": (0.9, 1.05)},
+        ("mlp", {"objective": "gc"}),
+        ("vit", {"objective": "gc_norm", "groups": "kind", "scaled_tensors": "weights"}),
+        ("mlp", {"objective": "variance", "groups": "model"}),
+        ("vit", {"groups": {"attention": "attention", "rest": "mlp|classifier"}, "gamma": None}),
+        ("mlp", {"overlap": 0.0, "sub_batches": 3, "seed": 5}),
+        ("mlp", {"overlap": 0.5, "sub_batches": 2, "lr": 0.3, "scale_range": (0.9, 1.05)}),
     ],
 )
-def test_other_settings_too(changes: dict[str, Any]) -> None:
-    config = NIOConfig.published(**{"gamma": GAMMA["vit"], **PUBLISHED, "iterations": 4, **changes})
-    expected, result = both("vit", config)
+def test_other_settings_too(name: str, changes: dict[str, Any]) -> None:
+    config = NIOConfig.published(**{"gamma": GAMMA[name], **PUBLISHED, "iterations": 4, **changes})
+    expected, result = both(name, config)
     assert result.scales == pytest.approx(expected.scales, rel=1e-7)
     least, largest = config.scale_range
     assert all(least <= omega <= largest for omega in result.scales.values())

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nio_hf import GradCosine, NIOConfig, grad_cosine, initialize
+from nio_hf import GradCosine, NIOConfig, initialize
 from nio_hf.core import scan
 from nio_hf.core.problem import search_parts
 from nio_hf.core.result import Reading
@@ -145,9 +145,13 @@ def test_the_exponent_is_halved_below_the_least_norm() -> None:
 
 
 def test_no_common_factor_is_applied_where_none_keeps_both_bounds() -> None:
-    state = Measured(flat(lambda x: 1.0, lambda x: 1.0 if x[0] == 0 else 0.7), free=0).run()
+    landscape = flat(lambda x: 1.0 if x[0] < 5.8 else 9.0, lambda x: 1.0 if x[0] == 0 else 0.7)
+    measured = Measured(landscape, free=0)
+    state = measured.run()
     assert state.exponents == (0.0,)
-    assert {outcome for _, outcome in trials(state)[-4:]} == {"norm_band"}
+    assert {outcome for _, outcome in trials(state)[-5:]} == {"norm_band"}
+    # Nothing costs more than this.
+    assert sum(record.cost for record in state.history) == pytest.approx(scan.most_cost(measured.problem.config, 1))
 
 
 # The groups.
@@ -346,43 +350,20 @@ def test_the_scan_finds_the_best_of_a_grid(objective: Any, best: Any, levels: An
     common = [r.scale for r in result.history if r.group is None and r.outcome == "accepted"]
     body, *found = [math.log2(group.omega) for group in result.groups]
     assert body == pytest.approx(math.log2(common[0]) if common else 0.0)
-    wanted = brute_force(made[1], batches[:1], config, body)
+    wanted = brute_force(made[1], batches[0], config, body)
     assert all(abs(mine - other) <= 1 + 1e-9 for mine, other in zip(found, wanted, strict=True)), (found, wanted)
     assert any(each != body for each in found)
     assert any(each != body for each in wanted)
 
 
-def variance(model: Agreement, batch: Any) -> float:
-    """(1 / D) sum_d ||g_d - mean g||^2 of four sub-batches."""
-    rows = []
-    for part in batch.view(4, 2):
-        grads = torch.autograd.grad(Agreement.loss(model, part), [layer.weight for layer in model.layers])
-        rows.append(torch.cat([grad.flatten() for grad in grads]))
-    gradients = torch.stack(rows)
-    return float((gradients - gradients.mean(0)).square().sum(1).mean())
-
-
-def brute_force(model: Agreement, batches: list[Any], config: NIOConfig, common: float) -> tuple[float, ...]:
+def brute_force(model: Agreement, batch: Any, config: NIOConfig, common: float) -> tuple[float, ...]:
     """log2 of the scales of the best point of a grid of doublings around a common factor, within the bounds."""
-    weights = [layer.weight.detach().clone() for layer in model.layers]
-
-    def measure(exponents: tuple[float, ...]) -> tuple[float, float, float]:
-        for layer, weight, exponent in zip(model.layers, weights, exponents, strict=True):
-            layer.weight.data = weight * 2.0**exponent
-        found = [grad_cosine(model, batch, Agreement.loss, sub_batches=config.sub_batches) for batch in batches]
-        score = [
-            one.value if config.objective == "gc" else -variance(model, batch)
-            for one, batch in zip(found, batches, strict=True)
-        ]
-        loss, norm = (sum(getattr(one, name) for one in found) / len(found) for name in ("loss", "grad_norm"))
-        return loss, norm, sum(score) / len(score)
-
-    start, stage = measure((0.0, 0.0, 0.0)), measure((common, common, common))
+    start, stage = (model.measured((x,) * 3, batch, config.objective) for x in (0.0, common))
     least, largest = (math.log2(bound) for bound in config.scale_range)
     points = [common + step for step in range(-7, 8) if least <= common + step <= largest]
     best, best_score = (common, common), stage[2]
     for exponents in itertools.product(points, repeat=2):
-        loss, norm, score = measure((common, *exponents))
+        loss, norm, score = model.measured((common, *exponents), batch, config.objective)
         within = config.norm_band[0] * stage[1] <= norm <= config.norm_band[1] * stage[1]
         if within and loss <= start[0] * (1 + config.loss_bound) and score > best_score:
             best, best_score = exponents, score

@@ -178,11 +178,8 @@ def test_a_rank_that_fails_stops_the_launch_within_seconds(tmp_path: Path) -> No
         _kill(process)
     assert time.monotonic() - began < 30
     assert process.returncode != 0
-    errors = [
-        line
-        for line in (output + rest).splitlines()
-        if line.startswith("NumericsError: rank 1, iteration 2, sub-batch 1: the loss is nan")
-    ]
+    found = "NumericsError: rank 1, iteration 2, sub-batch 1: the loss is nan"
+    errors = [line for line in (output + rest).splitlines() if line.startswith(found)]
     assert len(errors) == 1
 
 

@@ -65,8 +65,9 @@ def test_two_processes_find_the_scales_of_one_and_train(strategy: str, search: s
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_seed_the_optimizer_as_one_does(strategy: str, tmp_path: Path) -> None:
+    """A step of two processes sees as many samples as one of a process with batches of twice the size."""
     settings = {"nio_seed_optimizer": "gi_adam", "max_steps": 2, "save_strategy": "no"}
-    alone = launch(tmp_path / "alone", "single", 1, arguments=settings)
+    alone = launch(tmp_path / "alone", "single", 1, arguments={**settings, "per_device_train_batch_size": 8})
     together = launch(tmp_path / "together", strategy, 2, arguments=settings)
     assert together.status == alone.status == 0, together.output[-3000:]
     assert len(together.reports) == 2
