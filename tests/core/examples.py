@@ -1,4 +1,4 @@
-"""How hypothesis draws examples: the same ones in every run, and nothing is written to disk."""
+"""How hypothesis draws examples: the same ones in every run."""
 
 from __future__ import annotations
 

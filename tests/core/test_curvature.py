@@ -411,6 +411,8 @@ def test_operations_of_torch_without_a_second_derivative(caplog: pytest.LogCaptu
         chosen(made, "exact")
     assert chosen(made, "auto").product == "finite_difference"
     assert "no second derivative" in caplog.text
+    config = NIOConfig(search="published", iterations=1, report_batches=1, sub_batches=2, curvature="finite_difference")
+    assert initialize(made.model, batches_of("mlp", 2), ctc, config).history
 
 
 def test_bfloat16_is_not_differentiated_by_finite_differences() -> None:

@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nio_hf import NIOConfig, NIOResult, grad_cosine, initialize
 from nio_hf.core.gradcosine import published_windows
+from nio_hf.core.initializer import INITIALISED
 from nio_hf.core.result import Status
+from nio_hf.errors import ConfigError
 from tests import zoo
 from tests.core.cases import FAMILIES, PER_TENSOR, Case, batches_of, case, differences, state
 
@@ -30,7 +32,7 @@ SCAN: dict[str, Any] = {
     "search_batches": 2,
     "report_batches": 2,
     "sub_batches": 2,
-    "budget": 12.0,
+    "budget": 9.0,
     "loss_bound": 0.5,
     "norm_band": (0.2, 5.0),
 }
@@ -262,6 +264,16 @@ def test_a_run_that_finds_nothing_changes_nothing_and_says_so() -> None:
     assert result.status == "unchanged"
     assert result.message.startswith("No scale was changed: nothing that was tried was better within the bounds. ")
     assert result.after == result.before
+
+
+def test_models_that_are_initialised_are_known_to_be() -> None:
+    made = case("mlp")
+    with pytest.raises(ConfigError):
+        run("mlp", made, sub_batches=9)
+    assert made.model not in INITIALISED
+    run("mlp", made)
+    assert made.model in INITIALISED
+    assert case("mlp").model not in INITIALISED
 
 
 def test_iterations_are_reported_as_they_happen() -> None:

@@ -172,13 +172,13 @@ def scaled(trial: Trial, result: NIOResult, omega: float) -> nn.Module:
 def test_bounds_hold_and_the_objective_does_not_fall_on_the_search_batches(search: str) -> None:
     changed = []
 
-    @examples(50)
+    @examples({"scan": 60, "gradient": 30}[search])
     @given(trial=trials([search]))
     def check(trial: Trial) -> None:
         changed.append(keeps_its_promises(trial))
 
     check()
-    assert sum(changed) > len(changed) / 4, "there is little to find"
+    assert sum(changed) > len(changed) / 6, "there is little to find"
 
 
 def keeps_its_promises(trial: Trial) -> bool:

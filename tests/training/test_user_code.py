@@ -126,14 +126,24 @@ def test_a_training_that_starts_again_in_smaller_batches_keeps_nio_and_its_histo
     assert logged == [record.iteration for record in trainer.nio_result.history]
 
 
-def test_an_out_of_memory_of_nio_on_the_cpu_does_not_shrink_the_training_batch(tmp_path: Path) -> None:
-    class Full(NIOTrainer):
-        def compute_nio_loss(self, *args: Any) -> Any:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("compute_nio_loss", "the first sub-batch: out of memory for 2 samples at once"),
+        ("prepare_nio_batch", r"NIO: out of memory .* Set nio_micro_batch_size, or lower nio_batch_size"),
+    ],
+)
+def test_an_out_of_memory_of_nio_on_the_cpu_does_not_shrink_the_training_batch(
+    where: str, message: str, tmp_path: Path
+) -> None:
+    def full(*args: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
-    trainer = Full(model=build("vit"), args=arguments(tmp_path, auto_find_batch_size=True), train_dataset=ToyImages())
-    with pytest.raises(NIOMemoryError, match="nio_micro_batch_size"):
+    args = arguments(tmp_path, auto_find_batch_size=True)
+    trainer = type("Full", (NIOTrainer,), {where: full})(model=build("vit"), args=args, train_dataset=ToyImages())
+    with pytest.raises(NIOMemoryError, match=message):
         trainer.train()
+    assert trainer._train_batch_size == 8
 
 
 def test_a_trained_model_does_not_carry_the_mark_of_its_initialisation(tmp_path: Path) -> None:
