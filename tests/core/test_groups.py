@@ -436,7 +436,7 @@ def test_groups_of_a_mapping_keep_its_order_and_leave_the_other_tensors_out() ->
     assert list(grouping.items()) == [("late", ["4.weight", "6.weight"]), ("early", ["0.weight"])]
 
 
-CHOICES = "Choose one of model, kind, tensor, or give a mapping {group: regular expression}."
+CHOICES = "Choose one of model, additive, kind, tensor, or give a mapping {group: regular expression}."
 EXPRESSION = 'Give a regular expression, e.g. "attention".'
 
 
@@ -519,3 +519,15 @@ def test_kinds_need_no_data_and_leave_the_model_alone() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     with torch.device("meta"):
         assert kinds_of(model_of("vit")) == kinds
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "gpt2", "bert", "mlp"])
+def test_additive_sets_apart_what_is_added_to_activations(name: str) -> None:
+    model = zoo.mlp() if name == "mlp" else (zoo.vision_model(name) if name in zoo.VISION else zoo.text_model(name))
+    names = [parameter for parameter, _ in model.named_parameters()]
+    kinds = kinds_of(model)
+    apart = [parameter for parameter in names if kinds[parameter] == "additive"]
+    others = [parameter for parameter in names if kinds[parameter] != "additive"]
+    expected = {"additive": apart, "others": others} if apart else {"others": others}
+    assert group_tensors(model, names, "additive") == expected
+    assert bool(apart) == (name != "mlp")
