@@ -42,12 +42,13 @@ def write_manifest(directory: Path) -> None:
         OutputError: where it cannot be written.
     """
     try:
-        (directory / UNFINISHED_NAME).unlink(missing_ok=True)
         files = {file.relative_to(directory).as_posix(): _entry(file) for file in _files(directory)}
         for folder in (directory.parent, directory, *(path for path in directory.rglob("*") if path.is_dir())):
             sync_directory(folder)
         content = {"format": MANIFEST_FORMAT, "saved": time.time(), "files": files}
         write_atomically(directory / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
+        # Until the manifest is there, this tells a checkpoint that was cut off from one that Trainer wrote.
+        (directory / UNFINISHED_NAME).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(Problem(str(directory), str(error), "Free space, then start again")) from error
 
@@ -99,7 +100,8 @@ def newest_verified(directories: Iterable[Path], fault: Callable[[Path], str | N
 
 def foreign(run_dir: Path) -> list[Path]:
     """Checkpoints that were written by something that knows no manifest, such as Trainer itself."""
-    return [path for path in candidates(run_dir) if not has_manifest(path) and not (path / UNFINISHED_NAME).exists()]
+    unsealed = [path for path in candidates(run_dir) if not has_manifest(path) and any(path.iterdir())]
+    return [path for path in unsealed if not (path / UNFINISHED_NAME).exists()]
 
 
 def rotate(run_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
@@ -157,7 +159,8 @@ def _read(directory: Path) -> tuple[float, dict[str, tuple[int, str]]] | None:
 
 
 def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+    own = (MANIFEST_NAME, UNFINISHED_NAME)
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in own)
 
 
 def _entry(file: Path) -> tuple[int, str]:

@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 
 from nio_hf.errors import OutputError
+from nio_hf.training import manifest
 from nio_hf.training.manifest import (
     MANIFEST_NAME,
+    begin,
     candidates,
     fault_of,
+    foreign,
     has_manifest,
     newest_verified,
     rotate,
@@ -53,6 +56,36 @@ def test_a_checkpoint_is_whole_once_its_manifest_is_written(tmp_path: Path) -> N
     write_manifest(checkpoint)
     assert has_manifest(checkpoint)
     assert fault_of(checkpoint) is None
+
+
+@pytest.mark.parametrize("moment", ["_entry", "write_atomically"])
+def test_a_checkpoint_whose_sealing_was_cut_off_is_not_taken_for_one_of_trainer(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    checkpoint = tmp_path / "checkpoint-1"
+    begin(checkpoint)
+    (checkpoint / "model.bin").write_bytes(b"weights")
+    monkeypatch.setattr(manifest, moment, killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_manifest(checkpoint)
+    monkeypatch.undo()
+    assert not has_manifest(checkpoint)
+    assert foreign(tmp_path) == []
+    write_manifest(checkpoint)
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["model.bin", MANIFEST_NAME]
+    assert list(json.loads((checkpoint / MANIFEST_NAME).read_text())["files"]) == ["model.bin"]
+
+
+def test_a_checkpoint_of_something_else_is_known_by_its_files(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    assert foreign(tmp_path) == [], "it was cut off before anything was written"
+    (tmp_path / "checkpoint-1" / "model.bin").write_bytes(b"weights")
+    assert foreign(tmp_path) == [tmp_path / "checkpoint-1"]
+    begin(tmp_path / "checkpoint-1")
+    assert foreign(tmp_path) == []
 
 
 def _truncate(checkpoint: Path) -> None:
