@@ -162,15 +162,20 @@ def _groups(problem: ScalingProblem, state: SearchState) -> tuple[GroupScale, ..
     )
 
 
+_SHARED_BY = {"model": "for all of them", "tensor": "per tensor", "kind": "per kind of tensors"}
+
+
 def _describe(config: NIOConfig) -> str:
-    one = {"tensor": "scalar (omega) per tensor", "kind": "scalar (omega) per kind of tensors"}
-    shared = "scalar (omega) for all of them" if config.groups == "model" else "scalar (omega) per group of tensors"
-    by_word = one.get(config.groups, shared) if isinstance(config.groups, str) else shared
-    bounded = config.loss_bound is not None or config.norm_band is not None or config.gamma is not None
-    bound = " under bounds on loss and gradient norm" if bounded else ""
+    word = config.groups if isinstance(config.groups, str) else ""
+    bounds = {"loss": config.loss_bound, "gradient norm": config.norm_band}
+    if config.search == "published":
+        bounds = {"gradient norm": config.gamma}
+    named = [name for name, bound in bounds.items() if bound is not None]
+    bound = f" under {'bounds' if len(named) > 1 else 'a bound'} on {' and '.join(named)}" if named else ""
     return (
-        f"Neural Initialization Optimization (NIO) learned scales of the weights, one {by_word}, so that the gradients "
-        f"of different sub-batches agree (GradCosine){bound}."
+        f"Neural Initialization Optimization (NIO) learned scales of the weights, one scalar (omega) "
+        f"{_SHARED_BY.get(word, 'per group of tensors')}, so that the gradients of different sub-batches agree "
+        f"(GradCosine){bound}."
     )
 
 

@@ -204,6 +204,9 @@ def test_the_method_of_nio_takes_what_its_search_needs() -> None:
         ({"groups": {"a": "b"}}, "one scalar (omega) per group of tensors"),
         ({}, " under bounds on loss and gradient norm."),
         ({"norm_band": None, "loss_bound": None}, "agree (GradCosine)."),
+        ({"norm_band": None}, " under a bound on loss."),
+        ({"search": "published"}, "agree (GradCosine)."),
+        ({"search": "published", "gamma": 1.0}, " under a bound on gradient norm."),
     ],
 )
 def test_the_description_follows_the_settings(settings: dict[str, Any], words: str) -> None:
