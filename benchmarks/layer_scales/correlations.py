@@ -21,14 +21,10 @@ from benchmarks.layer_scales.landscape import LEARNING_RATES, RESULTS, read
 
 FAMILIES = ("vit", "swin", "digits")
 CHOSEN_ON = ("vit", 0)
-TESTED_ON = (("vit", 1), ("swin", 0), ("swin", 1), ("digits", 0), ("digits", 1))
-"""(model, seed) of the halves."""
 DRAWS, OFFERED = 2_000, 20
-LEVEL = 0.1
 RACE_STEPS = (30, 60, 120)
 WINDOW = 10
 COMMON = "x4"
-SAFE, USEFUL = -0.5, 1.5
 Row = dict[str, Any]
 
 
@@ -87,17 +83,6 @@ def correlation(values: np.ndarray, accuracy: np.ndarray) -> float:
     if len(values) < 3:
         return float("nan")
     return float(stats.spearmanr(np.where(np.isfinite(values), values, -np.inf), accuracy)[0])
-
-
-def interval(values: np.ndarray, accuracy: np.ndarray, level: float) -> tuple[float, float]:
-    """Bootstrap interval of the rank correlation."""
-    draw = np.random.default_rng(0)
-    found = []
-    for _ in range(DRAWS // 4):
-        chosen = draw.integers(0, len(values), len(values))
-        found.append(correlation(values[chosen], accuracy[chosen]))
-    low, high = np.nanquantile(found, [level / 2, 1 - level / 2])
-    return float(low), float(high)
 
 
 def picked(half: Half, rule: Callable[[Half, int], float], accuracy: np.ndarray) -> tuple[float, float, float]:

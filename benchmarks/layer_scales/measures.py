@@ -155,6 +155,7 @@ def _from_vectors(by_sample: list[Tensor], tensors: list[nn.Parameter]) -> dict[
     """Signs and first moments, which inner products do not tell."""
     count = len(by_sample[0])
     halves = torch.arange(count).split(count // 2)
+    pairs = SIGN_SUB_BATCHES * (SIGN_SUB_BATCHES - 1)
     agreements, tensor_cosines, descents, relative = [], [], [], []
     for half in halves:
         parts = half.split(len(half) // SIGN_SUB_BATCHES)
@@ -166,7 +167,6 @@ def _from_vectors(by_sample: list[Tensor], tensors: list[nn.Parameter]) -> dict[
             size += rows.shape[1]
             unit = nn.functional.normalize(means, dim=1)
             tensor_cosines.append(float(unit.sum(0).square().sum() - unit.square().sum()))
-        pairs = SIGN_SUB_BATCHES * (SIGN_SUB_BATCHES - 1)
         agreements.append(total_sign / pairs / size)
     first, second = halves
     for one, two in ((first, second), (second, first)):
@@ -179,7 +179,6 @@ def _from_vectors(by_sample: list[Tensor], tensors: list[nn.Parameter]) -> dict[
                 for slope, tensor in zip(slopes, tensors, strict=True)
             )
         )
-    pairs = SIGN_SUB_BATCHES * (SIGN_SUB_BATCHES - 1)
     mean = [rows.mean(0) for rows in by_sample]
     return {
         "gc_sign.d4": sum(agreements) / len(agreements),

@@ -65,26 +65,18 @@ class Setup:
     batch_size: int = 64
 
 
-_VIT_GROUPS = {
-    "positions": r"position_embeddings|cls_token",
+_BLOCKS = {
     "patches": r"patch_embeddings.*weight",
     "query_key": r"(q_proj|k_proj|query|key)\.weight",
     "value": r"(v_proj|value)\.weight",
     "output": r"(o_proj|attention\.output\.dense)\.weight",
     "mlp_in": r"(fc1|intermediate\.dense)\.weight",
     "mlp_out": r"(fc2|(?<!attention\.)output\.dense)\.weight",
-    "head": r"classifier\.weight",
 }
-_SWIN_GROUPS = {
-    "patches": r"patch_embeddings.*weight",
-    "query_key": r"(q_proj|k_proj|query|key)\.weight",
-    "value": r"(v_proj|value)\.weight",
-    "output": r"(o_proj|attention\.output\.dense)\.weight",
-    "mlp_in": r"(fc1|intermediate\.dense)\.weight",
-    "mlp_out": r"(fc2|(?<!attention\.)output\.dense)\.weight",
-    "reductions": r"reduction\.weight",
-    "head": r"classifier\.weight",
-}
+_HEAD = {"head": r"classifier\.weight"}
+# The order of the groups is that in which their factors are drawn.
+_VIT_GROUPS = {"positions": r"position_embeddings|cls_token", **_BLOCKS, **_HEAD}
+_SWIN_GROUPS = {**_BLOCKS, "reductions": r"reduction\.weight", **_HEAD}
 SETUPS = {
     "vit": Setup("cifar10", _VIT_GROUPS, ("positions",), r"layers?\.\d+$"),
     "swin": Setup("cifar10", _SWIN_GROUPS, ("reductions",), r"blocks\.\d+$"),
@@ -92,45 +84,27 @@ SETUPS = {
 }
 
 
+_VIT = {"image_size": 32, "patch_size": 8, "hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 384}
+_DIGITS_VIT = {"image_size": 8, "patch_size": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+_SWIN = {
+    "image_size": 32,
+    "patch_size": 4,
+    "embed_dim": 32,
+    "depths": [2, 2, 2],
+    "num_heads": [1, 2, 4],
+    "window_size": 2,
+    "drop_path_rate": 0.0,
+}
+CLASSES, LAYERS = 10, 6
+
+
 def build_model(name: str, seed: int) -> nn.Module:
     """A model as its class draws it."""
     torch.manual_seed(seed)
-    match name:
-        case "vit":
-            config = ViTConfig(
-                image_size=32,
-                patch_size=8,
-                hidden_size=96,
-                num_hidden_layers=6,
-                num_attention_heads=3,
-                intermediate_size=384,
-                num_labels=10,
-            )
-            return ViTForImageClassification(config)
-        case "swin":
-            return SwinForImageClassification(
-                SwinConfig(
-                    image_size=32,
-                    patch_size=4,
-                    embed_dim=32,
-                    depths=[2, 2, 2],
-                    num_heads=[1, 2, 4],
-                    window_size=2,
-                    drop_path_rate=0.0,
-                    num_labels=10,
-                )
-            )
-        case _:
-            config = ViTConfig(
-                image_size=8,
-                patch_size=2,
-                hidden_size=64,
-                num_hidden_layers=6,
-                num_attention_heads=4,
-                intermediate_size=128,
-                num_labels=10,
-            )
-            return ViTForImageClassification(config)
+    if name == "swin":
+        return SwinForImageClassification(SwinConfig(**_SWIN, num_labels=CLASSES))
+    sizes = _VIT if name == "vit" else _DIGITS_VIT
+    return ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=LAYERS, num_labels=CLASSES))
 
 
 def grouped_tensors(model: nn.Module, setup: Setup) -> dict[str, list[nn.Parameter]]:
