@@ -62,7 +62,8 @@ class NIOConfig:
         norm_band: (a, b), likewise: at an accepted point GN is between a and b times that at the common factor, and at
             the common factor at least a times that of the start. None for no such bound.
         scale_range: (least, largest) omega.
-        budget: training steps of a search batch that "scan" may cost at most, reports not counted.
+        budget: training steps of a search batch beyond which "scan" tries no further group. The common factor is
+            always searched to its end; reports are not counted.
         iterations: steps of "gradient" and "published"; None for 20 and 100.
         lr: learning rate of Adam, on log omega in "gradient", on omega in "published"; None for 0.25 and 0.003.
         gamma: bound on GN of "published": above it a step lowers GN instead. None for no bound.

@@ -80,12 +80,14 @@ class NIOTrainingArguments(TrainingArguments):
     )
     nio_norm_band: list[float] | None = dataclasses.field(
         default_factory=lambda: list(NIOConfig.norm_band or ()),
-        metadata={"help": "Least and largest gradient norm, relative to that of the stage; none for no such bound."},
+        metadata={"help": "Least and largest gradient norm, relative to that at the common factor; none for no bound."},
     )
     nio_scale_range: list[float] = dataclasses.field(
         default_factory=lambda: list(NIOConfig.scale_range), metadata={"help": "Least and largest scale."}
     )
-    nio_budget: float = _option(NIOConfig.budget, "Training steps of a NIO batch that scan may cost at most.")
+    nio_budget: float = _option(
+        NIOConfig.budget, "Training steps of a NIO batch beyond which scan tries no further group."
+    )
     nio_iterations: int | None = _option(None, "Steps of gradient (default: 20) and published (100).")
     nio_lr: float | None = _option(None, "Learning rate of gradient (default: 0.25) and published (0.003).")
     nio_gamma: float | None = _option(None, "Bound on the gradient norm of published.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -23,12 +24,16 @@ class NIOReportCallback(TrainerCallback):
 
     Args:
         trainer: its log and callbacks are reported to.
+
+    Attributes:
+        seeded: the optimizer whose second moment the training that is under way has seeded; None where there is none.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._pending: InitResult | None = None
         self._model: nn.Module | None = None
+        self.seeded: torch.optim.Optimizer | None = None
 
     def report_later(self, result: InitResult, model: nn.Module) -> None:
         """Keep the result of a model until its next training ends."""
@@ -58,8 +63,9 @@ class NIOReportCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget what was reported; a training that begins again after an out-of-memory reports again."""
+        """Forget what was reported; a training that begins again after an out-of-memory reports and seeds again."""
         self.forget()
+        self.seeded = None
 
 
 def summary(result: InitResult) -> dict[str, float]:

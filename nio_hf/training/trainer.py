@@ -94,7 +94,6 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         args, kwargs = checked_arguments(args, kwargs)
         super().__init__(*args, **kwargs)
         self.nio_result: NIOResult | None = None
-        self._seeded: torch.optim.Optimizer | None = None
         if not self._has_own_loss() and ignores_num_items(self._nio_model()):
             self.model_accepts_loss_kwargs = False
         self._nio_report = NIOReportCallback(self)
@@ -444,16 +443,12 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if seeds:
             optimizer = cast(torch.optim.Optimizer, self.optimizer)
-            if optimizer is self._seeded:
+            if optimizer is self._nio_report.seeded:
                 # This training begins again, in smaller batches.
                 optimizer.state.clear()
             seed_second_moment(optimizer, self._nio_model(), squares, cast(SeedMode, self.args.nio_seed_optimizer))
-            self._seeded = optimizer
+            self._nio_report.seeded = optimizer
         return prepared
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._seeded = None
-        return super()._finalize_training(*args, **kwargs)
 
 
 class NIOTrainer(NIOTrainerMixin, Trainer):
