@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nio_hf.baselines.iterations import POSITIVE, check_finite, describe_step, iterate, iteration_checks, move
+from nio_hf.baselines.iterations import POSITIVE, describe_step, iterate, iteration_checks, move
 from nio_hf.core.adam import AdamState, adam_step
 from nio_hf.core.batches import batch_size, take, to_device
 from nio_hf.core.collective import Collective
@@ -25,7 +25,7 @@ from nio_hf.core.gradcosine import GradientSums, dots, norm
 from nio_hf.core.method import Check, Learned, Method, Options, Watch
 from nio_hf.core.problem import ScalingProblem, seed_of
 from nio_hf.core.result import IterationRecord
-from nio_hf.core.sub_batches import FirstPass, Keep, SubBatches, check, first_pass, read
+from nio_hf.core.sub_batches import FirstPass, Keep, SubBatches, check, check_finite, first_pass, read
 from nio_hf.core.tensors import copied_values, set_scales
 from nio_hf.errors import NumericsError, Problem
 

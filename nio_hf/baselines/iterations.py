@@ -8,14 +8,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from nio_hf.core.config import is_count, is_positive, is_range_around_one
 from nio_hf.core.method import Check, Learned, Options, Watch
 from nio_hf.core.problem import ScalingProblem
 from nio_hf.core.result import IterationRecord
-from nio_hf.core.tensors import TensorPlace
-from nio_hf.errors import NumericsError, Problem
 
 State = TypeVar("State")
 
@@ -78,15 +74,3 @@ def iteration_checks(options: Options) -> Iterator[Check]:
     yield "lr", lr, is_positive(lr), POSITIVE
     fix = "Give two numbers, 0 < first <= 1 <= second"
     yield "scale_range", scale_range, is_range_around_one(scale_range), fix
-
-
-def check_finite(values: Tensor, places: Sequence[TensorPlace], what: str, where: str, fix: str) -> None:
-    """Refuse values, one for each tensor, that are not finite.
-
-    Raises:
-        NumericsError: names the tensor.
-    """
-    unsound = (~values.isfinite()).nonzero()
-    if unsound.numel():
-        name = places[int(unsound[0])].name
-        raise NumericsError(Problem(where, f"the {what} of {name} is not finite", fix))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nio_hf.baselines.composite_norms import CompositeNorms
-from nio_hf.baselines.iterations import POSITIVE, check_finite, describe_step, iterate, iteration_checks, move
+from nio_hf.baselines.iterations import POSITIVE, describe_step, iterate, iteration_checks, move
 from nio_hf.baselines.tensors import layer_weights
 from nio_hf.core.batches import batch_size, to_device
 from nio_hf.core.config import is_number, is_positive
@@ -23,7 +23,7 @@ from nio_hf.core.memory import with_less_memory
 from nio_hf.core.method import Check, Learned, Method, Options, Watch
 from nio_hf.core.problem import ScalingProblem, seed_of
 from nio_hf.core.result import IterationRecord
-from nio_hf.core.sub_batches import located
+from nio_hf.core.sub_batches import check_finite, located
 from nio_hf.core.tensors import set_scales
 from nio_hf.errors import ConfigError, ModelError, NumericsError, Problem, one_line
 

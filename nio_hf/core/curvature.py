@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nio_hf.core.batches import batch_size, chunks
+from nio_hf.core.batches import chunks
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import CurvatureName
 from nio_hf.core.gradcosine import dots, norm
@@ -30,11 +30,11 @@ from nio_hf.core.loss import (
     graph_gradient,
     operations_without_graph,
 )
-from nio_hf.core.memory import available_memory, graph_bytes, is_out_of_memory, release_memory, with_less_memory
+from nio_hf.core.memory import available_memory, graph_bytes, is_out_of_memory, release_memory
 from nio_hf.core.objectives import Differentiable
-from nio_hf.core.sub_batches import FirstPass, Keep, SubBatches, located, split_check, splits
+from nio_hf.core.sub_batches import FirstPass, Keep, SubBatches, check_finite, on_sub_batch, splits
 from nio_hf.core.tensors import ModelTensors
-from nio_hf.errors import ModelError, NumericsError, Problem
+from nio_hf.errors import ModelError, Problem
 
 logger = logging.getLogger(__name__)
 
@@ -79,27 +79,19 @@ def choose_path(
         return Path("finite_difference" if curvature == "finite_difference" else "exact")
     index, part = next(iter(parts.owned.items()))
     seed = parts.seed_of(index)
-    in_memory = functools.partial(
-        with_less_memory,
-        size=batch_size(part),
-        micro_batch_size=micro_batch_size,
-        where=parts.where,
-        device=loss.device,
-        check_split=split_check(loss, part, seed),
-    )
-    with located(f"{parts.where}, sub-batch {index}"):
-        if curvature != "finite_difference":
-            reason, _ = in_memory(lambda size: _obstacle(loss, tensors, next(iter(chunks(part, size))), seed))
-            if reason is None:
-                keep = _graphs_fit(loss, tensors, part, seed, micro_batch_size, len(parts.owned))
-                return Path("exact", "graphs" if keep else None)
-            if curvature == "exact" or loss.autocast is not None:
-                fix = 'Set NIOConfig.curvature to "finite_difference", which needs first derivatives only'
-                if loss.autocast is not None:
-                    fix = 'Set NIOConfig.precision to "fp32": bfloat16 rounds away the difference of two gradients'
-                raise ModelError(Problem(parts.where, reason, fix))
-            logger.warning("Second derivatives by finite differences: %s.", reason)
-        in_memory(lambda size: _check_smooth(loss, tensors, part, seed, size))
+    in_memory = functools.partial(on_sub_batch, loss, parts, index, micro_batch_size=micro_batch_size)
+    if curvature != "finite_difference":
+        reason, _ = in_memory(lambda size: _obstacle(loss, tensors, next(iter(chunks(part, size))), seed))
+        if reason is None:
+            keep = _graphs_fit(loss, tensors, part, seed, micro_batch_size, len(parts.owned))
+            return Path("exact", "graphs" if keep else None)
+        if curvature == "exact" or loss.autocast is not None:
+            fix = 'Set NIOConfig.curvature to "finite_difference", which needs first derivatives only'
+            if loss.autocast is not None:
+                fix = 'Set NIOConfig.precision to "fp32": bfloat16 rounds away the difference of two gradients'
+            raise ModelError(Problem(parts.where, reason, fix))
+        logger.warning("Second derivatives by finite differences: %s.", reason)
+    in_memory(lambda size: _check_smooth(loss, tensors, part, seed, size))
     available = available_memory(loss.device)
     size = sum(parameter.numel() * parameter.element_size() for parameter in tensors.gradient_parameters)
     fits = available is not None and len(parts.owned) * size <= MEMORY_SHARE * available
@@ -145,44 +137,29 @@ def second_pass(
     with collective.together():
         total = initial[0].new_zeros(len(initial))
         for index, part in parts.owned.items():
-            with located(f"{parts.where}, sub-batch {index}"):
-                seed = parts.seed_of(index)
-                # What is kept serves one attempt: a graph is used up by it.
-                kept = [first.kept.pop(index)] if index in first.kept else []
+            # What is kept serves one attempt: a graph is used up by it.
+            kept = [first.kept.pop(index)] if index in first.kept else []
 
-                def cotangent(g: list[Tensor], own_norm: Tensor = first.sums.norms[index]) -> list[Tensor]:
-                    return objective.cotangent(g, own_norm, first.sums)
+            def cotangent(g: list[Tensor], own_norm: Tensor = first.sums.norms[index]) -> list[Tensor]:
+                return objective.cotangent(g, own_norm, first.sums)
 
-                def compute(
-                    size: int | None,
-                    part: Any = part,
-                    seed: int = seed,
-                    kept: list[list[Tensor]] = kept,
-                    cotangent: Cotangent = cotangent,
-                ) -> list[Tensor]:
-                    # No name here holds the gradient, so that the product may free it.
-                    return product(
-                        loss,
-                        tensors,
-                        part,
-                        cotangent,
-                        seed=seed,
-                        micro_batch_size=size,
-                        kept=kept.pop() if kept else None,
-                    )
-
-                found, micro_batch_size = with_less_memory(
-                    compute,
-                    batch_size(part),
-                    micro_batch_size,
-                    where=parts.where,
-                    device=loss.device,
-                    drop_kept=drop_kept,
-                    check_split=split_check(loss, part, seed),
+            def compute(
+                size: int | None,
+                part: Any = part,
+                seed: int = parts.seed_of(index),
+                kept: list[list[Tensor]] = kept,
+                cotangent: Cotangent = cotangent,
+            ) -> list[Tensor]:
+                # No name here holds the gradient, so that the product may free it.
+                return product(
+                    loss, tensors, part, cotangent, seed=seed, micro_batch_size=size, kept=kept.pop() if kept else None
                 )
-                total += dots(initial, found)
-                del found
-        _check_scale_gradient(total, tensors, parts.where)
+
+            found, micro_batch_size = on_sub_batch(loss, parts, index, compute, micro_batch_size, drop_kept)
+            total += dots(initial, found)
+            del found
+        fix = "Lower NIOConfig.lr, narrow NIOConfig.scale_range, or set another NIOConfig.curvature"
+        check_finite(total, tensors.scaled, "scale gradient", parts.where, fix)
     collective.sum_(total)
     return total, micro_batch_size
 
@@ -270,18 +247,6 @@ def finite_difference_product(
         torch._foreach_copy_(theta, saved)
     scale = torch.where(size > 0, 0.5 / size, torch.zeros_like(size))
     return list(torch._foreach_mul(torch._foreach_sub(forward, backward), scale))
-
-
-def _check_scale_gradient(gradient: Tensor, tensors: ModelTensors, where: str) -> None:
-    """Refuse what this process computed of the gradient of the scales (m,), where it is not finite."""
-    if gradient.is_meta:
-        # Operations are counted without data.
-        return
-    unsound = (~gradient.isfinite()).nonzero()
-    if unsound.numel():
-        name = tensors.scaled[int(unsound[0])].name
-        fix = "Lower NIOConfig.lr, narrow NIOConfig.scale_range, or set another NIOConfig.curvature"
-        raise NumericsError(Problem(where, f"the scale gradient of {name} is not finite", fix))
 
 
 def _obstacle(loss: Loss, tensors: ModelTensors, samples: Any, seed: int) -> str | None:

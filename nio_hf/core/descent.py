@@ -20,10 +20,9 @@ from nio_hf.core.adam import AdamState, adam_step
 from nio_hf.core.bounds import Bounds
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.curvature import Path, choose_path, second_pass
-from nio_hf.core.objectives import make_objective
-from nio_hf.core.problem import ScalingProblem
+from nio_hf.core.problem import ScalingProblem, objective_of
 from nio_hf.core.result import GradCosine, IterationRecord, Outcome, Reading
-from nio_hf.core.sub_batches import SubBatches, check, first_pass, read
+from nio_hf.core.sub_batches import SubBatches, measure
 from nio_hf.core.tensors import ModelTensors
 from nio_hf.errors import NumericsError
 
@@ -100,17 +99,13 @@ def step(problem: ScalingProblem, parts: Sequence[SubBatches], state: DescentSta
     if path is None:
         path = choose_path(config.curvature, problem.loss, problem.tensors, parts[0], state.micro_batch_size)
     logs = _moved(state, config)
-    measured = _measure(problem, parts, [math.exp(log) for log in logs], path, state)
-    reading, gradient, size = measured
+    reading, gradient, size = _measure(problem, parts, [math.exp(log) for log in logs], path, state)
     outcome = _outcome(problem, state, reading)
     record = IterationRecord(
         iteration=len(state.history) + 1,
-        tried="start" if state.best is None else f"a step of {config.rate * state.share:.3g}",
+        tried=describe(problem, state),
         outcome=outcome,
-        loss=math.nan if reading is None else reading.measured.loss,
-        grad_cosine=None if reading is None else reading.measured.value,
-        grad_norm=None if reading is None else reading.measured.grad_norm,
-        objective=None if reading is None or config.objective == "gc" else reading.score,
+        **({"loss": math.nan} if reading is None else reading.for_record(config.objective)),
         cost=path.steps * len(parts),
         micro_batch_size=size,
     )
@@ -166,25 +161,22 @@ def _measure(
 
     There is no reading where a loss or gradient is not finite, unless that is the start.
     """
-    config, size = problem.config, state.micro_batch_size
-    objective = make_objective(config.objective, config.sub_batches, problem.before.grad_norm)
+    objective, size = objective_of(problem), state.micro_batch_size
     problem.place(by_group)
     total = torch.zeros(len(problem.initial), dtype=torch.float64)
     measured: list[GradCosine] = []
     scores: list[float] = []
     try:
         for part in parts:
-            first = first_pass(
+            first, one, score = measure(
                 problem.loss,
-                problem.tensors.gradient_parameters,
+                problem.tensors,
                 part,
                 problem.collective,
                 micro_batch_size=size,
-                extra=objective.extra,
+                objective=objective,
                 keep=path.keep,
             )
-            one, (score,) = read(first.sums, part, [objective.score(first.sums)])
-            check(one, first.sums, part, problem.tensors, problem.loss, problem.collective)
             gradient, size = second_pass(
                 problem.loss, problem.tensors, part, first, objective, problem.initial, path, problem.collective
             )

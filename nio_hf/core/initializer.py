@@ -18,7 +18,7 @@ from nio_hf.core import mode
 from nio_hf.core.batches import SAME_BATCHES, batch_size, content_of, take, too_many_sub_batches
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
-from nio_hf.core.loss import Loss, LossFn, check_micro_batches, gradient
+from nio_hf.core.loss import Loss, LossFn, check_micro_batches, gradient, make_loss
 from nio_hf.core.memory import peak_memory, reset_peak_memory, with_less_memory
 from nio_hf.core.method import Learned, Method, OnIteration, Options, Watch
 from nio_hf.core.problem import ScalingProblem, parts_of, report_parts
@@ -26,7 +26,7 @@ from nio_hf.core.result import GradCosine, GroupScale, InitResult
 from nio_hf.core.search import NIO
 from nio_hf.core.state import Resumption
 from nio_hf.core.stream import BatchStream
-from nio_hf.core.sub_batches import check, first_pass, located, read, split_check, splits
+from nio_hf.core.sub_batches import located, measure, split_check, splits
 from nio_hf.core.tensors import ModelTensors, copied_values, find_tensors
 from nio_hf.core.verdict import describe_change, judge
 from nio_hf.errors import CheckpointError, ConfigError, DataError, Problem
@@ -103,7 +103,7 @@ def initialize(
         set_aside = config.report_batches if report is None else 0
         stream = BatchStream(batches, config.sub_batches, set_aside + method.batches(config, chosen))
         reported = stream.set_aside(set_aside) if report is None else _as_batches(report)
-        loss = Loss(model, loss_fn, tensors.device, torch.bfloat16 if config.precision == "bf16" else None)
+        loss = make_loss(model, loss_fn, config, tensors.device)
         _check_alike(processes, config, tensors, reported)
         unused = _unused(loss, tensors, config, processes, reported[0])
         if unused:
@@ -159,7 +159,7 @@ def grad_cosine(
     config = NIOConfig(sub_batches=count, micro_batch_size=micro_batch_size)
     tensors = find_tensors(model)
     with mode.isolated(model, tensors.device):
-        loss = Loss(model, loss_fn, tensors.device)
+        loss = make_loss(model, loss_fn, config, tensors.device)
         measured, _ = _measure(loss, tensors, Collective(), config, [batch], micro_batch_size)
     return measured.parts[0]
 
@@ -234,9 +234,7 @@ def _measure(
     readings = []
     for number, batch in enumerate(reported):
         parts = report_parts(config, loss, processes, batch, number)
-        first = first_pass(loss, tensors.gradient_parameters, parts, processes, micro_batch_size=micro_batch_size)
-        measured, _ = read(first.sums, parts)
-        check(measured, first.sums, parts, tensors, loss, processes)
+        first, measured, _ = measure(loss, tensors, parts, processes, micro_batch_size=micro_batch_size)
         readings.append(measured)
         micro_batch_size = first.micro_batch_size
     return GradCosine.mean(readings), micro_batch_size

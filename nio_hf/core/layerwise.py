@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from nio_hf.core import mode
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
-from nio_hf.core.loss import Loss, LossFn
+from nio_hf.core.loss import Loss, LossFn, make_loss
 from nio_hf.core.problem import report_parts
 from nio_hf.core.result import GradCosine
-from nio_hf.core.sub_batches import check, first_pass, read
+from nio_hf.core.sub_batches import measure
 from nio_hf.core.tensors import ModelTensors, find_tensors
 from nio_hf.errors import DataError, Problem
 
@@ -122,7 +122,7 @@ def inspect_gradients(
     """
     config = NIOConfig() if config is None else config
     tensors = find_tensors(model)
-    loss = Loss(model, loss_fn, tensors.device, torch.bfloat16 if config.precision == "bf16" else None)
+    loss = make_loss(model, loss_fn, config, tensors.device)
     with mode.isolated(model, tensors.device):
         readings = [_inspect(loss, tensors, batch, number, config) for number, batch in enumerate(batches)]
     if not readings:
@@ -148,13 +148,10 @@ def _inspect(
     def observe(gradient: Sequence[Tensor]) -> None:
         squared_norms.append(torch.stack(torch._foreach_norm(list(gradient))).square())
 
-    size, wrt = config.micro_batch_size, tensors.gradient_parameters
-    sums = first_pass(loss, wrt, parts, alone, micro_batch_size=size, observe=observe).sums
-    measured, _ = read(sums, parts)
-    check(measured, sums, parts, tensors, loss, alone)
+    first, measured, _ = measure(loss, tensors, parts, alone, micro_batch_size=config.micro_batch_size, observe=observe)
     per_part = torch.stack(squared_norms).double()
     energies = (per_part / per_part.sum(1, keepdim=True)).sum(0)
-    unit_sums = torch.stack(torch._foreach_norm(sums.unit_sum)).double().square()
+    unit_sums = torch.stack(torch._foreach_norm(first.sums.unit_sum)).double().square()
     return measured, energies / count, (unit_sums - energies) / (count * (count - 1)), per_part.mean(0)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nio_hf.core.batches import batch_size, chunks, take
+from nio_hf.core.config import NIOConfig
 from nio_hf.errors import ConfigError, ModelError, Problem
 
 LossFn = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor | float]]
@@ -69,6 +70,11 @@ class Loss:
             size = batch_size(batch)
             return loss.reshape(()) * size, float(size)
         return loss.reshape(()), weight
+
+
+def make_loss(model: nn.Module, function: LossFn, config: NIOConfig, device: torch.device) -> Loss:
+    """The loss of a model on its device, in the precision of the settings."""
+    return Loss(model, function, device, torch.bfloat16 if config.precision == "bf16" else None)
 
 
 @torch.no_grad()

@@ -15,10 +15,10 @@ from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.gradcosine import published_windows, sub_batch_windows
 from nio_hf.core.loss import Loss
-from nio_hf.core.objectives import Objective
+from nio_hf.core.objectives import Objective, make_objective
 from nio_hf.core.result import GradCosine, Reading
 from nio_hf.core.stream import BatchStream
-from nio_hf.core.sub_batches import SubBatches, batch_loss, check, first_pass, read, split
+from nio_hf.core.sub_batches import SubBatches, batch_loss, measure, split
 from nio_hf.core.tensors import ModelTensors, set_scales
 
 FORWARD_SHARE = 1 / 3
@@ -58,6 +58,11 @@ class ScalingProblem:
     def place(self, by_group: Sequence[float]) -> None:
         """Move the model to a point: theta_l = omega_k W_l with omega (K,) the scales of the groups."""
         set_scales(self.tensors, self.initial, self.tensors.by_tensor(by_group))
+
+
+def objective_of(problem: ScalingProblem) -> Objective:
+    """The objective of the settings, whose GN_0 is that of the report batches at the start."""
+    return make_objective(problem.config.objective, problem.config.sub_batches, problem.before.grad_norm)
 
 
 def search_parts(problem: ScalingProblem, batches: Sequence[Any]) -> list[SubBatches]:
@@ -112,17 +117,15 @@ def measure_point(
     measured: list[GradCosine] = []
     scores: list[float] = []
     for part in parts:
-        first = first_pass(
+        first, one, score = measure(
             problem.loss,
-            problem.tensors.gradient_parameters,
+            problem.tensors,
             part,
             problem.collective,
             micro_batch_size=micro_batch_size,
-            extra=objective.extra,
+            objective=objective,
         )
         micro_batch_size = first.micro_batch_size
-        one, (score,) = read(first.sums, part, [objective.score(first.sums)])
-        check(one, first.sums, part, problem.tensors, problem.loss, problem.collective)
         measured.append(one)
         scores.append(score)
     return Reading(GradCosine.mean(measured), tuple(scores)), micro_batch_size

@@ -15,10 +15,10 @@ from nio_hf.core.adam import AdamState, Branch, adam_step
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.curvature import Path, choose_path, second_pass
 from nio_hf.core.descent import group_gradient
-from nio_hf.core.objectives import NormConstraint, Objective, make_objective
-from nio_hf.core.problem import ScalingProblem, shuffled_parts
+from nio_hf.core.objectives import NormConstraint
+from nio_hf.core.problem import ScalingProblem, objective_of, shuffled_parts
 from nio_hf.core.result import IterationRecord
-from nio_hf.core.sub_batches import check, first_pass, read
+from nio_hf.core.sub_batches import measure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +69,16 @@ def step(problem: ScalingProblem, batch: Any, state: PublishedState) -> Publishe
     problem.place(state.scales)
     if path is None:
         path = choose_path(config.curvature, problem.loss, problem.tensors, parts, state.micro_batch_size)
-    objective: Objective = make_objective(config.objective, config.sub_batches, problem.before.grad_norm)
-    first = first_pass(
+    objective = objective_of(problem)
+    first, measured, _ = measure(
         problem.loss,
-        problem.tensors.gradient_parameters,
+        problem.tensors,
         parts,
         problem.collective,
         micro_batch_size=state.micro_batch_size,
-        extra=objective.extra,
+        objective=objective,
         keep=path.keep,
     )
-    measured, _ = read(first.sums, parts)
-    check(measured, first.sums, parts, problem.tensors, problem.loss, problem.collective)
     constrained = config.gamma is not None and measured.grad_norm > config.gamma
     branch: Branch = "constraint" if constrained else "objective"
     lowered = NormConstraint() if constrained else objective
@@ -91,7 +89,7 @@ def step(problem: ScalingProblem, batch: Any, state: PublishedState) -> Publishe
     least, largest = config.scale_range
     record = IterationRecord(
         iteration=iteration,
-        tried=f"a step of {config.rate:g}",
+        tried=describe(problem, state),
         outcome="lower_norm" if constrained else "accepted",
         loss=measured.loss,
         grad_cosine=measured.value,

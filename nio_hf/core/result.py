@@ -7,7 +7,7 @@ import math
 import statistics
 from typing import Any, Literal
 
-from nio_hf.core.config import NIOConfig
+from nio_hf.core.config import NIOConfig, ObjectiveName
 
 Outcome = Literal[
     "start", "within_loss", "accepted", "loss_bound", "norm_band", "no_gain", "noise", "worse", "lower_norm"
@@ -98,6 +98,15 @@ class Reading:
         """(mean, standard error) of the rise of the objective over another point, paired over the batches."""
         differences = [mine - theirs for mine, theirs in zip(self.scores, other.scores, strict=True)]
         return statistics.fmean(differences), _standard_error(differences)
+
+    def for_record(self, objective: ObjectiveName) -> dict[str, Any]:
+        """What an [`IterationRecord`] holds of it; the score of the objective is left out where that is GC itself."""
+        return {
+            "loss": self.measured.loss,
+            "grad_cosine": self.measured.value,
+            "grad_norm": self.measured.grad_norm,
+            "objective": None if objective == "gc" else self.score,
+        }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Reading:

@@ -20,8 +20,7 @@ from typing import Any, Literal
 
 from nio_hf.core.bounds import Bounds
 from nio_hf.core.config import NIOConfig
-from nio_hf.core.objectives import Objective, make_objective
-from nio_hf.core.problem import FORWARD_SHARE, ScalingProblem, loss_at, measure_point
+from nio_hf.core.problem import FORWARD_SHARE, ScalingProblem, loss_at, measure_point, objective_of
 from nio_hf.core.result import IterationRecord, Outcome, Reading
 from nio_hf.core.sub_batches import SubBatches
 from nio_hf.errors import NumericsError
@@ -167,7 +166,7 @@ def most_cost(config: NIOConfig, groups: int) -> float:
 
 
 def _measure_start(problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState) -> ScanState:
-    objective, ones = _objective(problem), (1.0,) * len(state.exponents)
+    objective, ones = objective_of(problem), (1.0,) * len(state.exponents)
     start, size = measure_point(problem, parts, objective, ones, state.micro_batch_size)
     record = _record(problem, state, "start", len(parts), size, start)
     state = _recorded(state, record)
@@ -250,7 +249,7 @@ def _judge(
 ) -> tuple[Reading | None, Outcome, int | None]:
     """Measure a point and hold it against the bounds; a loss or gradient that is not finite breaks that on the loss."""
     try:
-        reading, size = measure_point(problem, parts, _objective(problem), by_group, state.micro_batch_size)
+        reading, size = measure_point(problem, parts, objective_of(problem), by_group, state.micro_batch_size)
     except NumericsError:
         return None, "loss_bound", state.micro_batch_size
     return reading, bounds.broken_by(reading) or "accepted", size
@@ -308,11 +307,6 @@ def _step_within(step: float, reach: float, config: NIOConfig) -> float:
     return step
 
 
-def _objective(problem: ScalingProblem) -> Objective:
-    config = problem.config
-    return make_objective(config.objective, config.sub_batches, problem.before.grad_norm)
-
-
 def _record(
     problem: ScalingProblem,
     state: ScanState,
@@ -325,16 +319,12 @@ def _record(
     group: str | None = None,
     scale: float | None = None,
 ) -> IterationRecord:
-    """The record of what the state was about to try."""
-    measured = None if reading is None else reading.measured
+    """The record of what the state was about to try; `loss` is that of a point without a reading."""
     return IterationRecord(
         iteration=len(state.history) + 1,
         tried=describe(problem, state),
         outcome=outcome,
-        loss=loss if measured is None else measured.loss,
-        grad_cosine=None if measured is None else measured.value,
-        grad_norm=None if measured is None else measured.grad_norm,
-        objective=None if reading is None or problem.config.objective == "gc" else reading.score,
+        **({"loss": loss} if reading is None else reading.for_record(problem.config.objective)),
         group=group,
         scale=scale,
         cost=cost,

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from nio_hf.core import mode
-from nio_hf.core.batches import batch_size
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
-from nio_hf.core.loss import Loss, LossFn, dense_gradient
-from nio_hf.core.memory import with_less_memory
+from nio_hf.core.loss import LossFn, dense_gradient, make_loss
 from nio_hf.core.problem import report_parts
-from nio_hf.core.sub_batches import located, split_check
+from nio_hf.core.sub_batches import on_sub_batch
 from nio_hf.core.tensors import find_tensors
 from nio_hf.errors import DataError, NumericsError, Problem
 
@@ -70,38 +68,27 @@ def squared_gradients(
         tensors = find_tensors(model)
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         wrt = list(named.values())
-        loss = Loss(model, loss_fn, tensors.device, torch.bfloat16 if config.precision == "bf16" else None)
+        loss = make_loss(model, loss_fn, config, tensors.device)
         total, squares = ([torch.zeros_like(parameter) for parameter in wrt] for _ in range(2))
-        size, count, samples, weights = config.micro_batch_size, 0, 0, 0.0
+        size, count, samples, number = config.micro_batch_size, 0, 0, 0
         with mode.isolated(model, tensors.device):
             for number, batch in enumerate(batches):
                 parts = report_parts(config, loss, processes, batch, number)
                 count += parts.count
                 samples += parts.batch_size
-                weights += 1
                 for index, part in parts.owned.items():
-                    with located(f"batch {number}, sub-batch {index}"):
-                        seed = parts.seed_of(index)
 
-                        def compute(micro: int | None, part: Any = part, seed: int = seed) -> list[Tensor]:
-                            return dense_gradient(loss, part, wrt, seed=seed, micro_batch_size=micro)[0]
+                    def compute(micro: int | None, part: Any = part, seed: int = parts.seed_of(index)) -> list[Tensor]:
+                        return dense_gradient(loss, part, wrt, seed=seed, micro_batch_size=micro)[0]
 
-                        own, size = with_less_memory(
-                            compute,
-                            batch_size(part),
-                            size,
-                            where=f"batch {number}",
-                            device=loss.device,
-                            check_split=split_check(loss, part, seed),
-                        )
+                    own, size = on_sub_batch(loss, parts, index, compute, size)
                     torch._foreach_add_(total, own)
                     torch._foreach_addcmul_(squares, own, own)
     if not count:
         raise DataError(Problem("batches", "none", "Give at least one batch"))
     for tensor in (*total, *squares):
         processes.sum_(tensor)
-    per_batch = samples / weights
-    found = _expected_squares(total, squares, count, samples / count, training_batch_size or per_batch)
+    found = _expected_squares(total, squares, count, samples / count, training_batch_size or samples / (number + 1))
     for name, square in zip(named, found, strict=True):
         if not square.isfinite().all():
             fix = "Check inputs, labels and the initial weights"

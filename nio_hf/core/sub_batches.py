@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,15 @@ from nio_hf.core.collective import Collective
 from nio_hf.core.gradcosine import ExtraSum, GradientSums
 from nio_hf.core.loss import Loss, check_micro_batches, dense_gradient, graph_gradient, mean_loss
 from nio_hf.core.memory import with_less_memory
+from nio_hf.core.objectives import Objective
 from nio_hf.core.result import GradCosine
-from nio_hf.core.tensors import ModelTensors
+from nio_hf.core.tensors import ModelTensors, TensorPlace
 from nio_hf.errors import ConfigError, DataError, ModelError, NIOError, NumericsError, Problem
 
+T = TypeVar("T")
 Keep = Literal["graphs", "gradients"] | None
+
+GradientAndLoss = tuple[list[Tensor], Tensor]
 
 _LABELS_OR_TOKENS = "Check that labels lie between 0 and the number of classes minus 1, and tokens in the vocabulary"
 _KNOWN_ERRORS: list[tuple[str, type[NIOError], str, str]] = [
@@ -156,33 +160,90 @@ def first_pass(
     with collective.together():
         sums = GradientSums(wrt, parts.count, extra)
         for index, part in parts.owned.items():
-            with located(f"{parts.where}, sub-batch {index}"):
 
-                def compute(size: int | None, part: Any = part, index: int = index) -> tuple[list[Tensor], Tensor]:
-                    seed = parts.seed_of(index)
-                    if keeping == "graphs" and not splits(part, size):
-                        return graph_gradient(loss, part, wrt, seed=seed)
-                    return dense_gradient(loss, part, wrt, seed=seed, micro_batch_size=size)
+            def compute(size: int | None, part: Any = part, seed: int = parts.seed_of(index)) -> GradientAndLoss:
+                if keeping == "graphs" and not splits(part, size):
+                    return graph_gradient(loss, part, wrt, seed=seed)
+                return dense_gradient(loss, part, wrt, seed=seed, micro_batch_size=size)
 
-                (gradient, value), micro_batch_size = with_less_memory(
-                    compute,
-                    batch_size(part),
-                    micro_batch_size,
-                    where=parts.where,
-                    device=loss.device,
-                    drop_kept=drop_kept,
-                    check_split=split_check(loss, part, parts.seed_of(index)),
-                )
-                if keeping == "gradients" or (keeping == "graphs" and gradient[0].requires_grad):
-                    kept[index] = gradient
-                detached = [tensor.detach() for tensor in gradient]
-                sums.add(index, detached, value)
-                if observe is not None:
-                    observe(detached)
-                del gradient, detached
+            (gradient, value), micro_batch_size = on_sub_batch(loss, parts, index, compute, micro_batch_size, drop_kept)
+            if keeping == "gradients" or (keeping == "graphs" and gradient[0].requires_grad):
+                kept[index] = gradient
+            detached = [tensor.detach() for tensor in gradient]
+            sums.add(index, detached, value)
+            if observe is not None:
+                observe(detached)
+            del gradient, detached
     collective.sum_(sums.buffer)
     collective.sum_(sums.scalars)
     return FirstPass(sums, kept, micro_batch_size)
+
+
+def on_sub_batch(
+    loss: Loss,
+    parts: SubBatches,
+    index: int,
+    compute: Callable[[int | None], T],
+    micro_batch_size: int | None,
+    drop_kept: Callable[[], bool] = lambda: False,
+) -> tuple[T, int | None]:
+    """Compute on a sub-batch of this process; errors say which it is, and memory that runs out is made.
+
+    Args:
+        loss: of the model.
+        parts: the sub-batches of this process.
+        index: of the sub-batch.
+        compute: gives the result for a micro-batch size.
+        micro_batch_size: to begin with; None for all samples at once.
+        drop_kept: forgets what is kept between the passes; False where there was nothing.
+
+    Returns:
+        The result, and the micro-batch size that it took.
+    """
+    part = parts.owned[index]
+    with located(f"{parts.where}, sub-batch {index}"):
+        return with_less_memory(
+            compute,
+            batch_size(part),
+            micro_batch_size,
+            where=parts.where,
+            device=loss.device,
+            drop_kept=drop_kept,
+            check_split=split_check(loss, part, parts.seed_of(index)),
+        )
+
+
+def measure(
+    loss: Loss,
+    tensors: ModelTensors,
+    parts: SubBatches,
+    collective: Collective,
+    *,
+    micro_batch_size: int | None = None,
+    objective: Objective | None = None,
+    keep: Keep = None,
+    observe: Callable[[Sequence[Tensor]], None] | None = None,
+) -> tuple[FirstPass, GradCosine, float]:
+    """Pass 1 with what the host reads of it, checked: what it gave, GC with GN and loss, and the score.
+
+    The arguments are those of `first_pass`; the score is that of the objective, 0 without one.
+
+    Raises:
+        NumericsError: as [`check`].
+    """
+    first = first_pass(
+        loss,
+        tensors.gradient_parameters,
+        parts,
+        collective,
+        micro_batch_size=micro_batch_size,
+        extra=None if objective is None else objective.extra,
+        keep=keep,
+        observe=observe,
+    )
+    measured, scores = read(first.sums, parts, [] if objective is None else [objective.score(first.sums)])
+    check(measured, first.sums, parts, tensors, loss, collective)
+    return first, measured, sum(scores)
 
 
 def read(sums: GradientSums, parts: SubBatches, carry: Sequence[Tensor] = ()) -> tuple[GradCosine, list[float]]:
@@ -235,23 +296,28 @@ def batch_loss(
     with collective.together():
         total = torch.zeros((), dtype=torch.float64, device=loss.device)
         for index, part in parts.owned.items():
-            with located(f"{parts.where}, sub-batch {index}"):
-                seed = parts.seed_of(index)
 
-                def compute(size: int | None, part: Any = part, seed: int = seed) -> Tensor:
-                    return mean_loss(loss, part, seed=seed, micro_batch_size=size)
+            def compute(size: int | None, part: Any = part, seed: int = parts.seed_of(index)) -> Tensor:
+                return mean_loss(loss, part, seed=seed, micro_batch_size=size)
 
-                value, micro_batch_size = with_less_memory(
-                    compute,
-                    batch_size(part),
-                    micro_batch_size,
-                    where=parts.where,
-                    device=loss.device,
-                    check_split=split_check(loss, part, seed),
-                )
-                total += value
+            value, micro_batch_size = on_sub_batch(loss, parts, index, compute, micro_batch_size)
+            total += value
     collective.sum_(total)
     return float(total) / parts.count, micro_batch_size
+
+
+def check_finite(values: Tensor, places: Sequence[TensorPlace], what: str, where: str, fix: str) -> None:
+    """Refuse values, one for each tensor, that are not finite; without data there is nothing to refuse.
+
+    Raises:
+        NumericsError: names the tensor.
+    """
+    if values.is_meta:
+        return
+    unsound = (~values.isfinite()).nonzero()
+    if unsound.numel():
+        name = places[int(unsound[0])].name
+        raise NumericsError(Problem(where, f"the {what} of {name} is not finite", fix))
 
 
 def splits(batch: Any, micro_batch_size: int | None) -> bool:

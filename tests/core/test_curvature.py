@@ -273,13 +273,17 @@ def test_a_process_without_sub_batches_has_no_path_to_find_out() -> None:
 # Operations whose backward leaves no graph: autograd gives a wrong second derivative without a word.
 
 
-class OnceSquare(torch.autograd.Function):
-    """y = x^2, whose author did not want it differentiated twice."""
+class Square(torch.autograd.Function):
+    """y = x^2."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return x * x
+
+
+class OnceSquare(Square):
+    """y = x^2, whose author did not want it differentiated twice."""
 
     @staticmethod
     @once_differentiable
@@ -288,13 +292,8 @@ class OnceSquare(torch.autograd.Function):
         return 2 * x * incoming
 
 
-class FusedSquare(torch.autograd.Function):
+class FusedSquare(Square):
     """The same as a fused kernel does it: autograd sees nothing of the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> Tensor:
@@ -303,13 +302,8 @@ class FusedSquare(torch.autograd.Function):
             return 2 * x * incoming
 
 
-class SoundSquare(torch.autograd.Function):
+class SoundSquare(Square):
     """The same by operations that can be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> Tensor:
