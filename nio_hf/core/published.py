@@ -15,10 +15,14 @@ from nio_hf.core.adam import AdamState, Branch, adam_step
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.curvature import Path, choose_path, second_pass
 from nio_hf.core.descent import group_gradient
+from nio_hf.core.gradcosine import published_windows
 from nio_hf.core.objectives import NormConstraint
 from nio_hf.core.problem import ScalingProblem, objective_of, shuffled_parts
 from nio_hf.core.result import IterationRecord
 from nio_hf.core.sub_batches import measure
+
+_LARGE = 1000
+"""Samples of a sub-batch beside which truncation of its window is nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +98,7 @@ def step(problem: ScalingProblem, batch: Any, state: PublishedState) -> Publishe
         loss=measured.loss,
         grad_cosine=measured.value,
         grad_norm=measured.grad_norm,
-        cost=path.steps,
+        cost=path.steps * window_share(parts.batch_size, config),
         micro_batch_size=size,
     )
     return PublishedState(
@@ -116,4 +120,9 @@ def describe(problem: ScalingProblem, state: PublishedState) -> str:
 
 def most_cost(config: NIOConfig) -> float:
     """Training steps that the search takes, where nothing is kept between the passes."""
-    return 4.0 * config.steps
+    return 4.0 * window_share(_LARGE * config.sub_batches, config) * config.steps
+
+
+def window_share(batch_size: int, config: NIOConfig) -> float:
+    """Number of samples in the windows of a batch over its own: more than 1 where they overlap."""
+    return sum(map(len, published_windows(batch_size, config.sub_batches, config.overlap))) / batch_size

@@ -190,3 +190,14 @@ def test_a_state_goes_on_exactly_after_a_trip_through_json() -> None:
         assert again == states[2]
         assert published.step(problem, batches[2], again) == states[3]
     assert [record.iteration for record in states[-1].history] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.2])
+def test_an_iteration_costs_what_its_windows_hold(overlap: float) -> None:
+    made, batches = case("mlp", samples=16), batches_of("mlp", 5, 16)
+    config = NIOConfig.published(iterations=2, sub_batches=4, overlap=overlap, report_batches=1, gamma=None)
+    result = initialize(made.model, batches, made.loss_fn, config)
+    samples = sum(map(len, slices(16, 4, overlap)))
+    assert (samples > 16) == (overlap > 0)
+    assert [record.cost for record in result.history] == [pytest.approx(3 * samples / 16)] * 2
+    assert published.most_cost(config) == pytest.approx(4 * 2 * (1.6 if overlap else 1.0))
