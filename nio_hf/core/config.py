@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from nio_hf.errors import ConfigError, Problem
@@ -195,25 +195,28 @@ class NIOConfig:
             )
 
 
-def refuse_replaced(settings: Mapping[str, Any], prefix: str) -> None:
+def refuse_replaced(settings: Iterable[str], prefix: str) -> None:
     """Refuse settings of former versions.
 
     Args:
-        settings: as they were given, by name.
+        settings: names that were given.
         prefix: what stands before the name of a setting of [`NIOConfig`], e.g. "nio_".
 
     Raises:
         ConfigError: names each, with what replaces it.
     """
-    bare = prefix.rpartition(".")[2]
-    former = [name.removeprefix(bare) for name in settings if name.startswith(bare)]
-    problems = [
-        Problem(f"{prefix}{name}", "is a setting of a former version", REPLACED[name].replace("NIOConfig.", prefix))
-        for name in former
-        if name in REPLACED
-    ]
+    problems = [problem for name in settings if (problem := replaced_setting(name, prefix)) is not None]
     if problems:
         raise ConfigError(*problems)
+
+
+def replaced_setting(name: str, prefix: str) -> Problem | None:
+    """The problem of a setting of a former version, with what replaces it; None for any other name."""
+    bare = prefix.rpartition(".")[2]
+    own = name.removeprefix(bare)
+    if not name.startswith(bare) or own not in REPLACED:
+        return None
+    return Problem(f"{prefix}{own}", "is a setting of a former version", REPLACED[own].replace("NIOConfig.", prefix))
 
 
 def is_number(value: object) -> bool:

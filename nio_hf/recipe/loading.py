@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nio_hf.core.config import refuse_replaced
+from nio_hf.core.config import replaced_setting
 from nio_hf.errors import ConfigError, Problem, RecipeError, one_line
 from nio_hf.recipe.catalog import find_recipe
 from nio_hf.recipe.layering import merge, read_layers, settings_yaml
@@ -164,7 +164,9 @@ def _check_types(settings: dict[str, Setting]) -> tuple[dict[type, dict[str, Any
     problems = []
     for key, setting in settings.items():
         if key not in known:
-            problems.append(_replaced_key(setting.where, key) or unknown_key(setting.where, key, known))
+            former = replaced_setting(key, "nio_")
+            unknown = unknown_key(setting.where, key, known)
+            problems.append(unknown if former is None else dataclasses.replace(former, where=setting.where))
             continue
         group, annotation = known[key]
         value, problem = checked(setting, annotation)
@@ -173,15 +175,6 @@ def _check_types(settings: dict[str, Setting]) -> tuple[dict[type, dict[str, Any
         else:
             problems.append(dataclasses.replace(problem, fix=_FIXES.get(key, problem.fix)))
     return values, problems
-
-
-def _replaced_key(where: str, key: str) -> Problem | None:
-    """The problem of a setting of a former version, with what replaces it; None for any other key."""
-    try:
-        refuse_replaced({key: None}, "nio_")
-    except ConfigError as error:
-        return dataclasses.replace(error.problems[0], where=where)
-    return None
 
 
 def _contradictions(settings: dict[str, Setting], path: Path) -> Iterator[Problem]:
