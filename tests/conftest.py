@@ -17,17 +17,9 @@ _CACHE = tempfile.mkdtemp(prefix="nio-hf-datasets-")
 os.environ["HF_DATASETS_CACHE"] = _CACHE
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
-from nio_hf.core import tensors  # noqa: E402
-
 # A shell starts what runs in its background with interrupts ignored, which the commands under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(autouse=True)
-def layer_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layer types that a test registers are forgotten after it."""
-    monkeypatch.setattr(tensors, "_GRADIENT_MODULES", dict(tensors._GRADIENT_MODULES))
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,9 @@ python -m benchmarks.warmup_free.geometry ../shared/data
 All weight matrices are multiplied by one factor a, and everything is measured at a. Letters: g_1..g_D gradients of
 sub-batches, P their size, v the mean squared gradient on other batches.
 
-    GradCosine            mean over pairs of cos(g_i, g_j), of linear, convolution and normalisation layers, as NIO does
-      of all tensors      embeddings, tokens and tables too
-      of matrices         of these layers only tensors of two or more dimensions
-      of blocks           of these layers only those between the embedding and the head
+    GradCosine            mean over pairs of cos(g_i, g_j), of all trainable tensors, as NIO does
+      of matrices         only tensors of two or more dimensions
+      of blocks           only those between the embedding and the head
     sign cosine           mean over pairs of <sign g_i, sign g_j> / P: the geometry of Adam's first step
     preconditioned        mean over pairs of cos(g_i / s, g_j / s), s = sqrt v + eps: the geometry of Adam that knows v
     gradient norm         mean of ||g_d||
@@ -34,13 +33,12 @@ from torch import Tensor, nn
 from benchmarks.warmup_free.study import FOLDER, RESULTS, data_options
 from nio_hf.core.batches import take
 from nio_hf.core.mode import measuring
-from nio_hf.core.tensors import ModelTensors, find_tensors, set_scales
+from nio_hf.core.tensors import find_tensors, set_scales
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.loading import load_recipe
-from nio_hf.report.style import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, figure
+from nio_hf.report.style import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, VERMILLION, figure
 from nio_hf.training.checkpoints import versions
-from nio_hf.training.layers import register_transformers_layers
 
 FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0)
 SEEDS = range(3)
@@ -53,7 +51,6 @@ COSINES = {
     "grad_cosine": ("GradCosine", {"color": BLUE}),
     "sign_cosine": ("sign cosine", {"color": VERMILLION}),
     "preconditioned_cosine": ("preconditioned", {"color": GREEN}),
-    "all_tensors": ("GradCosine of all tensors", {"color": SKY, "linestyle": "--"}),
     "matrices": ("of matrices", {"color": PURPLE, "linestyle": ":"}),
     "blocks": ("of blocks", {"color": DARK, "linestyle": "-."}),
 }
@@ -91,30 +88,25 @@ class Columns:
 
     Attributes:
         tensors: all trainable ones, in the order of a row.
-        own: (P,) what belongs to the gradient tensors of NIO.
         subsets: {quantity: (P,) what its cosine is of}.
     """
 
     tensors: list[nn.Parameter]
-    own: Tensor
     subsets: dict[str, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, found: ModelTensors) -> Columns:
+    def of(cls, model: nn.Module) -> Columns:
         """The columns of a model."""
         named = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-        gradient = {id(tensor) for tensor in found.gradient_parameters}
 
         def where(is_in: Callable[[str, nn.Parameter], bool]) -> Tensor:
             return torch.cat([torch.full((tensor.numel(),), is_in(name, tensor)) for name, tensor in named.items()])
 
-        own = where(lambda name, tensor: id(tensor) in gradient)
         subsets = {
-            "all_tensors": torch.ones_like(own),
-            "matrices": own & where(lambda name, tensor: tensor.ndim >= MATRIX),
-            "blocks": own & where(lambda name, tensor: IN_BLOCK.search(name) is not None),
+            "matrices": where(lambda name, tensor: tensor.ndim >= MATRIX),
+            "blocks": where(lambda name, tensor: IN_BLOCK.search(name) is not None),
         }
-        return cls(list(named.values()), own, subsets)
+        return cls(list(named.values()), subsets)
 
 
 def measured(trainer: ImageTrainer, batches: Sequence[Any], columns: Columns) -> dict[str, float]:
@@ -122,14 +114,13 @@ def measured(trainer: ImageTrainer, batches: Sequence[Any], columns: Columns) ->
     half = len(batches) // 2
     tensors = columns.tensors
     other = torch.stack([sub_batch_gradients(trainer, batch, tensors)[0].square().mean(0) for batch in batches[half:]])
-    root = other.mean(dim=0).sqrt()[columns.own]
+    root = other.mean(dim=0).sqrt()
     found: list[dict[str, float]] = []
     for batch in batches[:half]:
-        whole, loss = sub_batch_gradients(trainer, batch, tensors)
-        rows = whole[:, columns.own]
+        rows, loss = sub_batch_gradients(trainer, batch, tensors)
         found.append(
             {
-                **{name: mean_cosine(whole[:, chosen]) for name, chosen in columns.subsets.items()},
+                **{name: mean_cosine(rows[:, chosen]) for name, chosen in columns.subsets.items()},
                 "grad_cosine": mean_cosine(rows),
                 "sign_cosine": mean_cosine(rows.sign()),
                 "preconditioned_cosine": mean_cosine(rows / (root + ADAM_EPS)),
@@ -152,9 +143,8 @@ def along_the_factor(recipe: str, data: Path, seed: int) -> list[dict[str, float
     trainer = build_trainer(load_recipe(str(FOLDER / f"{recipe}.yaml"), options))
     model = trainer.model
     assert isinstance(model, nn.Module)
-    register_transformers_layers()
     tensors = find_tensors(model, "weights")
-    columns = Columns.of(model, tensors)
+    columns = Columns.of(model)
     initial = [parameter.detach().clone() for parameter in tensors.scaled_parameters]
     loader = itertools.islice(trainer.get_nio_dataloader(), BATCHES)
     batches = [trainer.prepare_nio_batch(batch, number) for number, batch in enumerate(loader)]

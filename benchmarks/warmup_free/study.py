@@ -49,7 +49,7 @@ CONTROLS_SEEDED = {
     "nio_seeded_warmup": "warmup,nio=true,nio_method=nio,nio_seed_optimizer=gi_adam",
 }
 """{name: what is held against NIO with the second moment seeded}."""
-METHODS = "gradinit,metainit,lsuv,emergence,architecture_aware"
+METHODS = "gradinit,lsuv,emergence,architecture_aware"
 GRIDS = {"vit": "1.25e-4,2.5e-4,5e-4,1e-3,2e-3,4e-3,8e-3", "swin": "2.5e-4,5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2"}
 """{small model: learning rates}: 5e-4 to 8e-3, and the next one where the best of an arm lay at an end."""
 GRIDS_CLIPPED = {"vit": "5e-4,1e-3,2e-3,4e-3", "swin": "1e-3,2e-3,4e-3,8e-3"}

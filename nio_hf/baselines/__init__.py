@@ -9,13 +9,10 @@ from nio_hf.baselines.architecture_aware import ARCHITECTURE_AWARE
 from nio_hf.baselines.emergence import EMERGENCE
 from nio_hf.baselines.gradinit import GRADINIT
 from nio_hf.baselines.lsuv import LSUV
-from nio_hf.baselines.metainit import METAINIT
 from nio_hf.baselines.none import NONE
 from nio_hf.core.method import Method
 
 __all__ = ["METHODS"]
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (NONE, GRADINIT, METAINIT, LSUV, EMERGENCE, ARCHITECTURE_AWARE)
-}
+METHODS: dict[str, Method] = {method.name: method for method in (NONE, GRADINIT, LSUV, EMERGENCE, ARCHITECTURE_AWARE)}
 """{name: method}."""

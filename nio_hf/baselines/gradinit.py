@@ -7,19 +7,18 @@ direction of the optimizer's first step, eta its size, p the norm of the optimiz
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from nio_hf.baselines.iterations import POSITIVE, describe_step, iterate, iteration_checks, move
-from nio_hf.core.adam import AdamState, adam_step
+from nio_hf.core.adam import AdamState, adam_step, moved
 from nio_hf.core.batches import batch_size, take, to_device
 from nio_hf.core.collective import Collective
-from nio_hf.core.config import is_positive
+from nio_hf.core.config import is_count, is_positive, is_range_around_one
 from nio_hf.core.curvature import Path, choose_path, second_pass
 from nio_hf.core.gradcosine import GradientSums, dots, norm
 from nio_hf.core.method import Check, Learned, Method, Options, Watch
@@ -49,11 +48,9 @@ def learn_scales(problem: ScalingProblem, options: Options, watch: Watch) -> Lea
         sgd         2   g         <W_l, r_l - eta (H r)_l>, H the Hessian of L(S; theta)
 
     The gradient of ||g||_p is <W_l, (H v)_l> with v = sign(g) for p = 1 and g / ||g|| for p = 2. The step moves, and
-    g is taken over, all tensors that are scaled and all gradient tensors of NIO, biases that are zero among them: what
-    an optimizer would move, except zero tensors outside of linear, convolution and normalisation layers. The scales
-    are learned by Adam on omega, see [`adam_step`]. Of B samples, in an order drawn from the seed, S are the first
-    B - B/3 and S~ the last, rounded. A record has ||g||_p as `grad_norm`, L(S) as `loss` and, where that was lowered,
-    L(S~; theta') as `objective`.
+    g is taken over, all trainable tensors, those that are zero among them. The scales are learned by Adam on omega,
+    see [`adam_step`]. Of B samples, in an order drawn from the seed, S are the first B - B/3 and S~ the last, rounded.
+    A record has ||g||_p as `grad_norm`, L(S) as `loss` and, where that was lowered, L(S~; theta') as `objective`.
 
     Options:
         optimizer: that the model will be trained with, "adam" or "sgd".
@@ -71,13 +68,30 @@ def learn_scales(problem: ScalingProblem, options: Options, watch: Watch) -> Lea
     Efficient Training", NeurIPS 2021, arXiv 2102.08098, algorithm 1. The defaults are our choice.
     """
     # The scaled tensors come first among those that the step moves.
-    moved = tuple(dict.fromkeys((*problem.tensors.scaled, *problem.tensors.gradient)))
-    problem = dataclasses.replace(problem, tensors=dataclasses.replace(problem.tensors, gradient=moved))
+    ordered = tuple(dict.fromkeys((*problem.tensors.scaled, *problem.tensors.trainable)))
+    problem = dataclasses.replace(problem, tensors=dataclasses.replace(problem.tensors, gradient=ordered))
     ones = (1.0,) * len(problem.initial)
-    start = GradInitState(ones, AdamState.zeros(len(ones)), None, None, problem.micro_batch_size)
-    end, learned = iterate(problem, options, watch, start, functools.partial(_step, problem, options))
-    set_scales(problem.tensors, problem.initial, end.scales)
-    return dataclasses.replace(learned, omega=end.scales, micro_batch_size=end.micro_batch_size)
+    state = GradInitState(ones, AdamState.zeros(len(ones)), None, None, problem.micro_batch_size)
+    history: list[IterationRecord] = []
+    exhausted = False
+    for iteration in range(1, options["iterations"] + 1):
+        started = time.perf_counter()
+        batch = problem.stream.next()
+        (exhausted,) = problem.collective.any(batch is None)
+        if exhausted:
+            break
+        if watch.on_trial is not None:
+            watch.on_trial(_describe_step(options))
+        # Every process takes the step by itself, on the whole batch, and what rank 0 found counts.
+        with problem.collective.together():
+            found = _step(problem, options, iteration, batch, state)
+        state, record = problem.collective.broadcast_object(found)
+        history.append(dataclasses.replace(record, seconds=time.perf_counter() - started))
+        if watch.on_iteration is not None:
+            watch.on_iteration(history[-1])
+    set_scales(problem.tensors, problem.initial, state.scales)
+    cost = math.fsum(record.cost for record in history)
+    return Learned(state.scales, (), history, cost, exhausted, micro_batch_size=state.micro_batch_size)
 
 
 def shared_halves(batch: Any, seed: int) -> tuple[Any, Any]:
@@ -147,11 +161,11 @@ def _step(
         by_scale = by_scale + by_curvature
     check_finite(by_scale, tensors.scaled, "scale gradient", where, "Lower gradinit.lr or narrow gradinit.scale_range")
     direction, adam = adam_step(state.adam, by_scale, "constraint" if constrained else "objective")
-    scales = move(state.scales, (options["lr"] * direction).tolist(), options)
+    scales = moved(state.scales, (options["lr"] * direction).tolist(), options["scale_range"])
     steps = 1.0 + (0.0 if slope is None else product_steps) + (0.0 if constrained else 1.0)
     record = IterationRecord(
         iteration=iteration,
-        tried=describe_step(options),
+        tried=_describe_step(options),
         outcome="lower_norm" if constrained else "accepted",
         loss=measured.loss,
         grad_norm=grad_norm,
@@ -201,13 +215,21 @@ def _after_step(
     return by_scale, None if adam else list(torch._foreach_mul(residual, -eta)), loss
 
 
+def _describe_step(options: Options) -> str:
+    return f"a step of {options['lr']:g}"
+
+
 def _checks(options: Options) -> Iterator[Check]:
-    optimizer = options["optimizer"]
+    optimizer, iterations, scale_range = (options[name] for name in ("optimizer", "iterations", "scale_range"))
+    positive = "Give a finite number above 0"
     yield "optimizer", optimizer, optimizer in list(STEP_SIZES), f"Choose one of {', '.join(STEP_SIZES)}"
     for name in ("step_size", "gamma", "gamma_relative"):
         value = options[name]
-        yield name, value, value is None or is_positive(value), f"{POSITIVE}, or None"
-    yield from iteration_checks(options)
+        yield name, value, value is None or is_positive(value), f"{positive}, or None"
+    yield "iterations", iterations, is_count(iterations), "Give a whole number of at least 1"
+    yield "lr", options["lr"], is_positive(options["lr"]), positive
+    fix = "Give two numbers, 0 < first <= 1 <= second"
+    yield "scale_range", scale_range, is_range_around_one(scale_range), fix
 
 
 GRADINIT = Method(

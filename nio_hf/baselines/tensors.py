@@ -20,11 +20,10 @@ def layer_weights(model: nn.Module, tensors: ModelTensors) -> dict[TensorPlace, 
     Raises:
         ModelError: for a model without such a weight.
     """
-    scaled = {place.name for place in tensors.scaled}
     modules = list(model.modules())
     found = {}
-    for place in tensors.gradient:
-        if place.name not in scaled or place.parameter.ndim < 2 or place.kind.startswith("norm"):
+    for place in tensors.scaled:
+        if place.kind not in ("input", "trunk", "transition", "head"):
             continue
         owners = tuple(m for m in modules if any(p is place.parameter for p in m.parameters(recurse=False)))
         if not any(isinstance(owner, nn.Embedding) for owner in owners):

@@ -57,7 +57,6 @@ ARMS = {
         _arm("uncorrected", "second moment seeded without bias correction", nio_seed_optimizer="uncorrected"),
         _arm("radam", "RAdam, no warmup", optimizer="radam"),
         _method("gradinit", "GradInit", {"iterations": 30, "lr": 0.03}),
-        _method("metainit", "MetaInit", {"iterations": 30, "lr": 0.02}),
         _method("lsuv", "LSUV"),
         _method("emergence", "emergence-promoting initialisation"),
         _method("architecture_aware", "architecture-aware initialisation"),

@@ -9,7 +9,7 @@ from nio_hf.core.result import GradCosine, GroupScale, InitResult, IterationReco
 from nio_hf.core.search import NIO
 from nio_hf.core.second_moment import squared_gradients
 from nio_hf.core.state import NIOState, Resumption
-from nio_hf.core.tensors import find_tensors, register_gradient_module
+from nio_hf.core.tensors import find_tensors
 
 __all__ = [
     "NIO",
@@ -31,6 +31,5 @@ __all__ = [
     "grad_cosine",
     "initialize",
     "inspect_gradients",
-    "register_gradient_module",
     "squared_gradients",
 ]

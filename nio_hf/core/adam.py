@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -62,3 +63,9 @@ def adam_step(
     direction = -(first / (1 - BETA1 ** steps[branch])) / denominator
     moments = {**state.first, branch: tuple(first.tolist())}
     return direction, AdamState(moments, tuple(second.tolist()), steps)
+
+
+def moved(scales: Iterable[float], steps: Iterable[float], scale_range: tuple[float, float]) -> tuple[float, ...]:
+    """The scales (K,) after steps, within (least, largest)."""
+    least, largest = scale_range
+    return tuple(min(max(scale + step, least), largest) for scale, step in zip(scales, steps, strict=True))

@@ -292,7 +292,7 @@ def _unused(loss: Loss, tensors: ModelTensors, config: NIOConfig, processes: Col
 
     Rank 0, whose sub-batch it is, tells the others.
     """
-    wrt = tensors.trainable
+    wrt = [place.parameter for place in tensors.trainable]
     flags = torch.zeros(len(wrt), dtype=torch.int32, device=tensors.device)
     with processes.together(), located("the first sub-batch"):
         parts = parts_of(config, loss, Collective(), batch, "the first sub-batch", 0)
@@ -317,7 +317,7 @@ def _unused(loss: Loss, tensors: ModelTensors, config: NIOConfig, processes: Col
             if size is not None and splits(part, size):
                 check_micro_batches(loss, part, size, seed=0)
     processes.broadcast_(flags)
-    return [tensors.name_of(tensor) for tensor, unused in zip(wrt, flags.tolist(), strict=True) if unused]
+    return [place.name for place, unused in zip(tensors.trainable, flags.tolist(), strict=True) if unused]
 
 
 def _each_tensor(tensors: ModelTensors, omega: Sequence[float]) -> tuple[GroupScale, ...]:

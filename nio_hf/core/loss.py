@@ -132,8 +132,9 @@ def graph_gradient(
 
 
 def dense(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients, with zeros where there is none."""
-    return [torch.zeros_like(t) if grad is None else grad for grad, t in zip(grads, like, strict=True)]
+    """The gradients, with zeros where there is none; sparse ones, as of `nn.Embedding(sparse=True)`, become dense."""
+    filled = (torch.zeros_like(t) if grad is None else grad for grad, t in zip(grads, like, strict=True))
+    return [grad.to_dense() if grad.is_sparse else grad for grad in filled]
 
 
 def operations_without_graph(loss: Loss, batch: Any, wrt: Sequence[Tensor], *, seed: int) -> list[str]:

@@ -77,7 +77,7 @@ def graph_bytes(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
     counted: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        storage = (tensor.detach().coalesce().values() if tensor.is_sparse else tensor).untyped_storage()
         if storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from nio_hf.core.adam import AdamState, Branch, adam_step
+from nio_hf.core.adam import AdamState, Branch, adam_step, moved
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.curvature import Path, choose_path, second_pass
 from nio_hf.core.descent import group_gradient
@@ -90,7 +90,6 @@ def step(problem: ScalingProblem, batch: Any, state: PublishedState) -> Publishe
         problem.loss, problem.tensors, parts, first, lowered, problem.initial, path, problem.collective
     )
     direction, adam = adam_step(state.adam, group_gradient(problem.tensors, by_tensor), branch)
-    least, largest = config.scale_range
     record = IterationRecord(
         iteration=iteration,
         tried=describe(problem, state),
@@ -102,10 +101,7 @@ def step(problem: ScalingProblem, batch: Any, state: PublishedState) -> Publishe
         micro_batch_size=size,
     )
     return PublishedState(
-        scales=tuple(
-            min(max(omega + config.rate * change, least), largest)
-            for omega, change in zip(state.scales, direction.tolist(), strict=True)
-        ),
+        scales=moved(state.scales, (config.rate * direction).tolist(), config.scale_range),
         adam=adam,
         path=path,
         history=(*state.history, record),

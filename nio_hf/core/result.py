@@ -177,7 +177,7 @@ class TensorScale:
 
     Attributes:
         name: parameter name in memory. It is not portable and is left out of saved files.
-        kind: what the tensor is, e.g. "linear weight", "norm bias", "embedding", "parameter".
+        kind: what the tensor is, see [`kinds_of`].
         depth: position of the enclosing block, 0 for what comes before the first block.
         shape: shape of the tensor.
         omega: the scale; for a method that draws weights anew, the ratio of their norm to the former one.

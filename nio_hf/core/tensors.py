@@ -1,8 +1,9 @@
-"""Which tensors are scaled, which form the gradient, and how the scales reach the weights.
+"""Which tensors are scaled, and how the scales reach the weights.
 
 A scaled tensor W_l becomes theta_l = omega_l W_l with a scalar omega_l; m is the number of scaled tensors, K that of
-the groups that share a scale. The gradient g is taken over the gradient tensors. Both sets are found by module type
-and tensor identity; names count only in the groups of a user.
+the groups that share a scale. The gradient g is taken over all trainable tensors that the loss depends on, but for
+those that are exactly zero: normalisation has no derivative at a token of zeros, and whatever comes near that outweighs
+all other gradients. Names count only in the groups of a user.
 """
 
 from __future__ import annotations
@@ -16,34 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from nio_hf.core.config import ScaledTensors
-from nio_hf.core.groups import group_tensors
+from nio_hf.core.groups import Kind, group_tensors, kinds_of
 from nio_hf.core.result import ExcludedTensor, TensorScale
 from nio_hf.errors import ModelError, Problem
 
-MIN_COVERAGE = 0.9
 _MATRIX = 2
-_NORM_SUFFIXES = ("RMSNorm", "LayerNorm")
-
-_GRADIENT_MODULES: dict[type[nn.Module], str] = {
-    nn.Linear: "linear",
-    nn.Bilinear: "linear",
-    nn.MultiheadAttention: "attention",
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), "convolution"),
-    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), "convolution"),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), "norm"),
-    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), "norm"),
-    **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), "norm"),
-}
-
-
-def register_gradient_module(module_type: type[nn.Module], kind: str) -> None:
-    """Count the tensors that modules of a type own among the gradient tensors.
-
-    Args:
-        module_type: a linear, convolution or normalisation layer of another library; subclasses are included.
-        kind: "linear", "convolution" or "norm", the group that it is shown in.
-    """
-    _GRADIENT_MODULES[module_type] = kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,24 +33,23 @@ class TensorPlace:
         parameter: itself.
         kind: what it is, as in [`TensorScale`].
         depth: as in [`TensorScale`].
-        in_gradient: whether a registered layer type owns it.
     """
 
     name: str
     parameter: nn.Parameter
-    kind: str
+    kind: Kind
     depth: int
-    in_gradient: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelTensors:
-    """The tensors of a model: which are scaled, and which form the gradient.
+    """The tensors of a model.
 
     Attributes:
         places: all parameters, tied ones once, in parameter order.
         scaled: the m scaled tensors W_l: trainable, not exactly zero, and in a group.
-        gradient: the gradient tensors: trainable and owned by a registered layer type.
+        gradient: the gradient tensors: trainable, used and not exactly zero, the scaled ones among them.
+        trainable: these, and those that are zero.
         groups: {name of a group: positions of its tensors in `scaled`}; the K groups are a partition.
         excluded: the parameters that are not scaled, with the reason.
     """
@@ -80,6 +57,7 @@ class ModelTensors:
     places: tuple[TensorPlace, ...]
     scaled: tuple[TensorPlace, ...]
     gradient: tuple[TensorPlace, ...]
+    trainable: tuple[TensorPlace, ...]
     groups: Mapping[str, tuple[int, ...]]
     excluded: tuple[ExcludedTensor, ...]
 
@@ -94,18 +72,9 @@ class ModelTensors:
         return [place.parameter for place in self.gradient]
 
     @property
-    def trainable(self) -> list[nn.Parameter]:
-        """Scaled and gradient parameters together, each once."""
-        return list(dict.fromkeys([*self.scaled_parameters, *self.gradient_parameters]))
-
-    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.scaled[0].parameter.device
-
-    def name_of(self, parameter: nn.Parameter) -> str:
-        """Name of a parameter, for messages."""
-        return next(place.name for place in self.places if place.parameter is parameter)
 
     def by_tensor(self, by_group: Sequence[float]) -> list[float]:
         """(m,) value of each scaled tensor, from that of its group (K,)."""
@@ -130,7 +99,7 @@ def find_tensors(
     groups: str | Mapping[str, str] = "tensor",
     unused: Collection[str] = (),
 ) -> ModelTensors:
-    """Find the scaled tensors, their groups, and the gradient tensors of a model.
+    """Find the tensors of a model that are scaled, their groups, and those that the gradient is taken over.
 
     Args:
         model: any module with fp32 or fp64 parameters that hold data.
@@ -139,9 +108,8 @@ def find_tensors(
         unused: names of tensors that no gradient reaches.
 
     Raises:
-        ModelError: for parameters on the meta device, sharded or in half precision, a model without trainable or
-            without scalable tensors, and one whose gradient tensors hold less than 90% of the numbers in trainable
-            tensors of two or more dimensions outside embeddings.
+        ModelError: for parameters on the meta device, sharded or in half precision, and a model without trainable or
+            without scalable tensors.
         ConfigError: for groups that do not fit the model, see [`group_tensors`].
     """
     check_storage(model)
@@ -155,7 +123,8 @@ def find_tensors(
     has_values = torch.stack([place.parameter.detach().any() for place in trainable]).tolist()
     reasons |= {place.name: "zero" for place, nonzero in zip(trainable, has_values, strict=True) if not nonzero}
     reasons |= dict.fromkeys(unused, "unused")
-    candidates = [place for place in trainable if place.name not in reasons]
+    used = [place for place in trainable if place.name not in unused]
+    candidates = [place for place in used if place.name not in reasons]
     if scaled_tensors == "weights" and not isinstance(groups, Mapping):
         reasons |= {place.name: "vector" for place in candidates if place.parameter.ndim < _MATRIX}
         candidates = [place for place in candidates if place.name not in reasons]
@@ -167,7 +136,8 @@ def find_tensors(
     found = ModelTensors(
         places=tuple(places),
         scaled=scaled,
-        gradient=tuple(place for place in trainable if place.in_gradient and place.name not in unused),
+        gradient=tuple(place for place in used if reasons.get(place.name) != "zero"),
+        trainable=tuple(used),
         groups={group: tuple(position[name] for name in members) for group, members in by_group.items()},
         excluded=tuple(
             ExcludedTensor(place.name, place.kind, tuple(place.parameter.shape), reasons[place.name])
@@ -176,7 +146,6 @@ def find_tensors(
         ),
     )
     _check_scalable(model, found)
-    _check_coverage(model, [place.parameter for place in trainable if place.in_gradient])
     return found
 
 
@@ -187,7 +156,7 @@ def copied_values(tensors: ModelTensors) -> Iterator[list[Tensor]]:
     Yields:
         The original values of the scaled tensors, W_l.
     """
-    parameters = tensors.trainable
+    parameters = [place.parameter for place in tensors.trainable]
     originals = {parameter: parameter.data for parameter in parameters}
     try:
         for parameter, data in originals.items():
@@ -215,10 +184,6 @@ def _check_scalable(model: nn.Module, found: ModelTensors) -> None:
         if "vector" in reasons:
             fix = 'Set NIOConfig.scaled_tensors to "all", which scales tensors of fewer than two dimensions, too'
         raise ModelError(Problem(where, counts, fix))
-    if not found.gradient:
-        without = "no linear, convolution or normalisation layer is trainable and used"
-        fix = "Register the layer types of the model with nio_hf.core.register_gradient_module"
-        raise ModelError(Problem(where, without, fix))
 
 
 def check_storage(model: nn.Module) -> None:
@@ -253,45 +218,15 @@ def check_storage(model: nn.Module) -> None:
 
 
 def _locate_tensors(model: nn.Module) -> list[TensorPlace]:
-    owners: dict[int, list[tuple[str, nn.Module]]] = collections.defaultdict(list)
-    for module_name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)].append((module_name, module))
-    blocks = _enclosing_blocks(model)
+    kinds, blocks = kinds_of(model), _enclosing_blocks(model)
     depths: dict[str | None, int] = {}
-    tensors = []
+    places = []
     for name, parameter in model.named_parameters():
-        module_name, first_owner = owners[id(parameter)][0]
-        block = blocks[module_name]
+        block = blocks[name.rpartition(".")[0]]
         if depths or block is not None:
             depths.setdefault(block, len(depths) + 1)
-        tensors.append(
-            TensorPlace(
-                name=name,
-                parameter=parameter,
-                kind=_kind(first_owner, parameter),
-                depth=depths.get(block, 0),
-                in_gradient=any(_module_kind(owner) is not None for _, owner in owners[id(parameter)]),
-            )
-        )
-    return tensors
-
-
-def _module_kind(module: nn.Module) -> str | None:
-    """Group of a registered module type; libraries define normalisation layers of their own, known by their suffix."""
-    kinds = (_GRADIENT_MODULES.get(base) for base in type(module).__mro__)
-    own_norm = type(module).__name__.endswith(_NORM_SUFFIXES) and all(p.ndim <= 1 for p in module.parameters())
-    return next((kind for kind in kinds if kind is not None), "norm" if own_norm else None)
-
-
-def _kind(owner: nn.Module, parameter: nn.Parameter) -> str:
-    if isinstance(owner, nn.Embedding):
-        return "embedding"
-    module_kind = _module_kind(owner)
-    if module_kind is None:
-        return "parameter"
-    is_bias = parameter is getattr(owner, "bias", None) or (module_kind != "norm" and parameter.ndim == 1)
-    return f"{module_kind} {'bias' if is_bias else 'weight'}"
+        places.append(TensorPlace(name, parameter, kinds[name], depths.get(block, 0)))
+    return places
 
 
 def _enclosing_blocks(model: nn.Module) -> dict[str, str | None]:
@@ -304,28 +239,3 @@ def _enclosing_blocks(model: nn.Module) -> dict[str, str | None]:
             is_block = isinstance(module, nn.ModuleList | nn.Sequential) and not is_layer
             blocks[child] = child if is_block else blocks[name]
     return blocks
-
-
-def _check_coverage(model: nn.Module, gradient: Sequence[nn.Parameter]) -> None:
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    covered = {id(parameter) for parameter in gradient}
-    missing: collections.Counter[str] = collections.Counter()
-    total = 0
-    counted: set[int] = set()
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            # Tokens and position embeddings that are plain parameters have a leading dimension of 1.
-            matrix = parameter.ndim >= 2 and parameter.shape[0] > 1 and id(parameter) not in embeddings
-            if not (matrix and parameter.requires_grad) or id(parameter) in counted:
-                continue
-            counted.add(id(parameter))
-            total += parameter.numel()
-            if id(parameter) not in covered:
-                missing[type(module).__name__] += parameter.numel()
-    if missing.total() > (1 - MIN_COVERAGE) * total:
-        found = (
-            f"the known layer types hold {1 - missing.total() / total:.0%} of the {total:,} numbers in weight "
-            "matrices; unknown: " + ", ".join(f"{name} ({count:,})" for name, count in missing.most_common())
-        )
-        fix = "Register these classes with nio_hf.core.register_gradient_module(module_type, kind)"
-        raise ModelError(Problem(type(model).__name__, found, fix))

@@ -21,7 +21,6 @@ from nio_hf.report.style import (
     figure,
     group_marker,
     integer_ticks,
-    is_bias,
     kind_marker,
     kind_order,
     legend_below,
@@ -41,8 +40,7 @@ _FINE_TICKS_UP_TO = 3.0
 def plot_scales(result: InitResult, target: Target) -> None:
     """Draw the scale of each tensor against the depth of its block, by group, or by kind where groups are one or many.
 
-    By kind, filled markers are weights, open ones biases. The y axis is logarithmic and symmetric around 1, so that a
-    scale and its inverse are equally far from the line.
+    The y axis is logarithmic and symmetric around 1, so that a scale and its inverse are equally far from the line.
 
     Args:
         result: of `initialize`.
@@ -157,7 +155,7 @@ def plot_inspection(inspection: GradientInspection, target: Target) -> None:
         )
         _draw_shares(share, groups, kinds)
         share.set_ylabel("share of the squared norm (%)")
-        share.set_title("Where the gradient is, in the same colours; hatched: biases")
+        share.set_title("Where the gradient is, in the same colours")
         mark_blocks(agreement, blocks)
         agreement.set_xlabel("")
         mark_blocks(share, blocks)
@@ -174,7 +172,7 @@ def _draw_agreement(axes: Axes, groups: Mapping[tuple[str, int], LayerGradient],
 
 
 def _draw_shares(axes: Axes, groups: Mapping[tuple[str, int], LayerGradient], kinds: Sequence[str]) -> None:
-    """Stacked bars, those of biases hatched."""
+    """Stacked bars."""
     heights: dict[int, float] = collections.defaultdict(float)
     for kind in kinds:
         color = kind_marker(kind)["markeredgecolor"]
@@ -185,10 +183,7 @@ def _draw_shares(axes: Axes, groups: Mapping[tuple[str, int], LayerGradient], ki
                     100 * group.share,
                     width=_BLOCK_WIDTH,
                     bottom=heights[depth],
-                    color="white" if is_bias(kind) else color,
-                    edgecolor=color,
-                    hatch="///" if is_bias(kind) else None,
-                    linewidth=0.8,
+                    color=color,
                 )
                 heights[depth] += 100 * group.share
 

@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
 DARK, GREY = "#333333", "#999999"
 
-_LAYER_STYLES = {
-    "linear": (BLUE, "o"),
-    "convolution": (ORANGE, "s"),
+_KIND_STYLES = {
+    "input": (ORANGE, "s"),
+    "additive": (VERMILLION, "D"),
+    "trunk": (BLUE, "o"),
+    "transition": (SKY, "v"),
+    "head": (PURPLE, "P"),
     "norm": (GREEN, "^"),
-    "embedding": (VERMILLION, "D"),
-    "parameter": (PURPLE, "P"),
+    "bias": (GREY, "X"),
+    "vector": (DARK, "d"),
 }
-_OTHER_STYLE = (GREY, "X")
+"""{kind of tensors, in the order in which they are shown: color and shape}."""
 _GROUP_STYLES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (VERMILLION, "D"), (PURPLE, "P"), (SKY, "v"))
 _MAX_BLOCK_LABELS = 30
 ROUND_STEPS = (1, 2, 5, 10)
@@ -71,16 +74,9 @@ def figure(target: Target, width: float, height: float) -> Iterator[Figure]:
             raise OutputError(Problem(str(target), str(error), "Free space or choose another output_dir")) from error
 
 
-def kind_order(kind: str) -> tuple[int, str, bool]:
-    """Sorts kinds of tensors: by layer, a weight before its bias."""
-    layer = kind.split()[0]
-    known = list(_LAYER_STYLES)
-    return (known.index(layer) if layer in known else len(known), layer, is_bias(kind))
-
-
-def is_bias(kind: str) -> bool:
-    """Whether a kind of tensors is that of biases."""
-    return kind.endswith("bias")
+def kind_order(kind: str) -> int:
+    """Sorts kinds of tensors from the input to the head, then what is no weight matrix."""
+    return list(_KIND_STYLES).index(kind)
 
 
 def marker(color: str, shape: str, *, is_open: bool = False) -> dict[str, Any]:
@@ -95,8 +91,8 @@ def marker(color: str, shape: str, *, is_open: bool = False) -> dict[str, Any]:
 
 
 def kind_marker(kind: str) -> dict[str, Any]:
-    """How a kind of tensors is drawn: filled markers are weights, open ones biases."""
-    return marker(*_LAYER_STYLES.get(kind.split()[0], _OTHER_STYLE), is_open=is_bias(kind))
+    """How a kind of tensors is drawn."""
+    return marker(*_KIND_STYLES[kind])
 
 
 def group_marker(position: int) -> dict[str, Any]:

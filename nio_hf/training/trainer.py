@@ -58,7 +58,6 @@ from nio_hf.training.checkpoints import (
 )
 from nio_hf.training.digests import batch_digest, fingerprint
 from nio_hf.training.isolation import isolated_random_state
-from nio_hf.training.layers import register_transformers_layers
 from nio_hf.training.losses import ignores_num_items
 from nio_hf.training.methods import METHODS, run_baseline
 from nio_hf.training.naming import in_arguments, named_as_arguments
@@ -117,7 +116,6 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         """
         collective = Collective.current()
         self._warn_of_warmup()
-        register_transformers_layers()
         model = self._nio_model()
         try:
             with (
@@ -152,7 +150,6 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         Raises:
             NIOError: as in [`inspect_gradients`].
         """
-        register_transformers_layers()
         with self._reported("Inspecting") as reported:
             return inspect_gradients(self._nio_model(), reported, self.compute_nio_loss, self.args.to_nio_config())
 
@@ -170,7 +167,6 @@ class NIOTrainerMixin(PublishingTrainerMixin):
         Raises:
             NIOError: as in [`squared_gradients`].
         """
-        register_transformers_layers()
         collective = Collective.current()
         with self._reported("Squared gradients", batches) as reported, collective.together():
             replica = make_replica(self._nio_model(), self.args.device, collective)

@@ -42,7 +42,9 @@ class Oracle(nn.Module):
         self._omega = omega.clone().requires_grad_()
         self._theta = dict(weights)
         self._theta.update({name: o * weights[name] for name, o in zip(scaled, self._omega, strict=True)})
-        self._moved = [n for n, weight in weights.items() if any(weight is tensor for tensor in tensors.trainable)]
+        self._moved = [
+            n for n, weight in weights.items() if any(weight is place.parameter for place in tensors.trainable)
+        ]
 
     def forward(self, batch: Any) -> Tensor:
         returned = self._loss_fn(self.model, batch)
@@ -112,12 +114,12 @@ def _compare(
         found.append(by_scale.clone())
         return torch.zeros_like(by_scale), adam
 
-    def move(scales: tuple[float, ...], changes: Any, options: Any) -> tuple[float, ...]:
+    def moved(scales: tuple[float, ...], changes: Any, scale_range: Any) -> tuple[float, ...]:
         before.append(scales)
         return tuple(torch.linspace(0.7, 1.4, len(scales), dtype=torch.float64).tolist())
 
     monkeypatch.setattr(gradinit, "adam_step", adam_step)
-    monkeypatch.setattr(gradinit, "move", move)
+    monkeypatch.setattr(gradinit, "moved", moved)
     oracle_model = double_case(name)
     config = NIOConfig(sub_batches=2, seed=3, **settings)
     options = {"optimizer": optimizer, "step_size": ETA, **BRANCHES[branch]}

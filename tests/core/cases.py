@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import set_seed
-from transformers.pytorch_utils import Conv1D
 
 from nio_hf.core import mode
 from nio_hf.core.batches import take
@@ -21,7 +20,7 @@ from nio_hf.core.loss import Loss, LossFn
 from nio_hf.core.problem import ScalingProblem
 from nio_hf.core.result import GradCosine
 from nio_hf.core.stream import BatchStream
-from nio_hf.core.tensors import copied_values, find_tensors, register_gradient_module
+from nio_hf.core.tensors import copied_values, find_tensors
 from tests import zoo
 
 PER_TENSOR: dict[str, Any] = {
@@ -58,7 +57,6 @@ def case(name: str, samples: int = 8, **config: Any) -> Case:
     if name in zoo.VISION:
         return Case(zoo.vision_model(name, **config), zoo.images(samples), zoo.image_loss)
     model = zoo.text_model(name, **config)
-    register_gradient_module(Conv1D, "linear")
     return Case(model, zoo.sentences(samples), zoo.text_loss)
 
 

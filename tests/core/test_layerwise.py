@@ -80,7 +80,7 @@ def test_agreement_is_one_where_all_slices_are_alike_and_zero_where_they_are_ort
     alike, apart = found.layers
     assert (alike.agreement, apart.agreement) == pytest.approx((1.0, 0.0), abs=1e-12)
     assert (alike.share, apart.share, found.measured.value) == pytest.approx((0.5, 0.5, 0.5))
-    whole = found.grouped(lambda layer: layer.kind)["linear weight"]
+    whole = found.grouped(lambda layer: "all")["all"]
     assert (whole.parameters, whole.contribution, whole.share) == (5, pytest.approx(0.5), pytest.approx(1.0))
 
 

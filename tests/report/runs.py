@@ -20,7 +20,7 @@ from nio_hf.core.result import (
 )
 from nio_hf.report.run import Facts, Run
 
-KINDS = ("linear weight", "linear bias", "norm weight", "norm bias")
+KINDS = ("trunk", "head", "norm", "bias")
 METRICS = {
     "eval_loss": 1.26041,
     "eval_accuracy": 0.4937,
@@ -82,7 +82,7 @@ def result(
             TensorScale(f"t{i}", KINDS[i % len(KINDS)], 1 + i // 12, (48, 4), scales[i % groups], names[i % groups])
             for i in range(tensors)
         ),
-        excluded=(ExcludedTensor("frozen", "linear weight", (4,), "frozen"),),
+        excluded=(ExcludedTensor("frozen", "trunk", (4,), "frozen"),),
         history=tuple(record(i, groups) for i in range(iterations)),
         before=measured(0.0123, parts),
         after=measured(0.2176, parts),

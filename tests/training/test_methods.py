@@ -47,9 +47,8 @@ def test_every_method_initialises_saves_and_is_reported(tmp_path: Path, method: 
     assert any("iteration" in what for what in drawn) == bool(result.history)
 
 
-@pytest.mark.parametrize("method", ["gradinit", "metainit"])
-def test_a_method_has_iterations_of_its_own(tmp_path: Path, method: str) -> None:
-    result = _trainer(tmp_path, nio_method=method, nio_method_kwargs={"iterations": 3}).run_nio()
+def test_a_method_has_iterations_of_its_own(tmp_path: Path) -> None:
+    result = _trainer(tmp_path, nio_method="gradinit", nio_method_kwargs={"iterations": 3}).run_nio()
     assert [record.iteration for record in result.history] == [1, 2, 3]
     assert result.options["iterations"] == 3
 

@@ -27,7 +27,7 @@ def test_folders_of_trainings_that_were_killed_are_removed(tmp_path: Path) -> No
 
 def test_the_problems_of_all_arms_are_reported_at_once(tmp_path: Path) -> None:
     definitions = ["low=nio,nio_gama=1", "high=nio,nio_loss_bound=-1", "other=gradinit,nio_method_kwargs.steps=3"]
-    made = plan(arms=choose_arms(["no_warmup", "warmup", "gradinit", "metainit"], definitions))
+    made = plan(arms=choose_arms(["no_warmup", "warmup", "gradinit", "lsuv"], definitions))
     with pytest.raises(RecipeError) as raised:
         Bench(RECIPE, (), tmp_path).check(made.trials(made.grid()))
     assert [problem.where for problem in raised.value.problems] == [
