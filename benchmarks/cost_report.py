@@ -10,10 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.workloads import FIRST_PASS, FORWARD, JOINT, PATHS, WAYS
+from benchmarks.workloads import FIRST_PASS, JOINT, PATHS, WAYS
 
 ARITHMETIC_BOUNDS = {
-    "forward": 0.34,
     "first_pass": 1.01,
     "exact": 4.05,
     "exact_kept": 3.05,
@@ -30,7 +29,6 @@ SECONDS_BOUNDS = {4: 0.60, 8: 0.35}
 TIMED = "exact_kept"
 """The path whose wall time is claimed: what the curvature "auto" chooses where the graphs fit."""
 _LABELS = {
-    FORWARD: "forward pass alone",
     FIRST_PASS: "first pass alone, a candidate of the scan",
     JOINT: "joint graph, as published",
 }
@@ -180,7 +178,7 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
         "| way | arithmetic, any D | " + " | ".join(f"memory, {model}" for model in rows) + " |",
         "|---|---|" + "---|" * len(rows),
     ]
-    for way in (JOINT, *PATHS, FIRST_PASS, FORWARD):
+    for way in (JOINT, *PATHS, FIRST_PASS):
         steps = max(
             row[way]["operations"] / row["step_operations"] for cells in rows.values() for row in cells.values()
         )

@@ -18,7 +18,6 @@ from nio_hf.core.batches import take
 from nio_hf.core.curvature import Path, exact_product, second_pass
 from nio_hf.core.gradcosine import published_windows, sub_batch_windows
 from nio_hf.core.loss import Loss
-from nio_hf.core.loss import mean_loss as mean_loss_of
 from nio_hf.core.mode import measuring
 from nio_hf.core.objectives import CosineObjective
 from nio_hf.core.reference import Reference, joint_graph
@@ -26,7 +25,7 @@ from nio_hf.core.sub_batches import SubBatches, first_pass, read, split
 from nio_hf.core.tensors import ModelTensors
 from nio_hf.recipe.strict_yaml import read_settings
 
-JOINT, FIRST_PASS, FORWARD = "joint", "first_pass", "forward"
+JOINT, FIRST_PASS = "joint", "first_pass"
 _ALL_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PATHS: dict[str, tuple[Path, bool]] = {
     "exact": (Path("exact"), False),
@@ -36,7 +35,7 @@ PATHS: dict[str, tuple[Path, bool]] = {
     "finite_difference_kept": (Path("finite_difference", "gradients"), False),
 }
 """{name: (path of both passes, whether in micro-batches of half a sub-batch)}."""
-WAYS = (FORWARD, FIRST_PASS, *PATHS, JOINT)
+WAYS = (FIRST_PASS, *PATHS, JOINT)
 """Everything that a batch of NIO is computed by."""
 
 _MODELS: dict[str, dict[str, Any]] = {
@@ -110,13 +109,11 @@ class Workload:
         """One batch by a way, and what the host reads of it.
 
         Returns:
-            A function that gives dJ/domega; the loss of the forward pass alone, the norms of the first pass alone.
+            A function that gives dJ/domega; the norms of the first pass alone.
         """
         match way:
             case "joint":
                 return lambda: self._joint().scale_gradient
-            case "forward":
-                return self._forward
             case "first_pass":
                 return lambda: self._first_pass(self.windows, host_read)
             case _:
@@ -153,13 +150,6 @@ class Workload:
 
     def _split(self, loss: Loss, windows: Sequence[Sequence[int]], micro: int | None = None) -> SubBatches:
         return split(self.batch(), windows, loss, self.collective, where="batch", micro_batch_size=micro)
-
-    def _forward(self) -> Tensor:
-        loss = self._loss()
-        with measuring(self.model):
-            parts = self._split(loss, self.windows)
-            losses = [mean_loss_of(loss, part, seed=parts.seed_of(index)) for index, part in parts.owned.items()]
-            return torch.stack(losses).mean()
 
     def _first_pass(self, windows: Sequence[Sequence[int]], host_read: bool) -> Tensor:
         loss = self._loss()

@@ -21,7 +21,9 @@ from benchmarks.layer_scales.landscape import LEARNING_RATES, RESULTS, read
 
 FAMILIES = ("vit", "swin", "digits")
 CHOSEN_ON = ("vit", 0)
-DRAWS, OFFERED = 2_000, 20
+SINGLE, COMBINED = 12, 20
+"""Number of measures that are tested, and of those that combinations are made of: the first on `CHOSEN_ON`."""
+DRAWS, OFFERED, RESAMPLED = 2_000, 20, 1_000
 RACE_STEPS = (30, 60, 120)
 WINDOW = 10
 COMMON = "x4"
@@ -80,9 +82,91 @@ def load(model: str, seed: int, rates: Sequence[float]) -> Half:
 
 def correlation(values: np.ndarray, accuracy: np.ndarray) -> float:
     """Spearman's rank correlation; a measure that is not finite is ranked below all others."""
-    if len(values) < 3:
+    return _pearson(_ranks(values), _ranks(accuracy))
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A sum of ranks of measures, each with the sign that it has on `CHOSEN_ON`.
+
+    Attributes:
+        signs: {measure: +1 or -1}.
+    """
+
+    signs: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """The measures with their signs."""
+        return " ".join(f"{'+' if sign > 0 else '-'} {measure}" for measure, sign in self.signs.items())
+
+    def of(self, half: Half) -> np.ndarray | None:
+        """(N,) its values on a half; None where that lacks one of the measures."""
+        if not self.signs.keys() <= half.measures.keys():
+            return None
+        return np.sum([_ranks(sign * half.measures[measure]) for measure, sign in self.signs.items()], axis=0)
+
+
+def chosen_scores(half: Half, accuracy: np.ndarray) -> tuple[list[Score], list[Score]]:
+    """The best single measures of a half, and the best pair and triple of them, by their correlation."""
+    target = _ranks(accuracy)
+    found = {key: _pearson(_ranks(values), target) for key, values in half.measures.items()}
+    ranked = sorted((key for key in found if np.isfinite(found[key])), key=lambda key: -abs(found[key]))
+    signs = {key: float(np.sign(found[key])) for key in ranked}
+    rows = {key: _ranks(signs[key] * half.measures[key]) for key in ranked[:COMBINED]}
+    best = [
+        max(itertools.combinations(rows, size), key=lambda keys: _pearson(sum(rows[key] for key in keys), target))
+        for size in (2, 3)
+    ]
+    singles = [Score({key: signs[key]}) for key in ranked[:SINGLE]]
+    return singles, [Score({key: signs[key] for key in keys}) for keys in best]
+
+
+def tested(scores: Sequence[Score], halves: Sequence[Half], accuracies: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Correlations on other halves, with what chance may do.
+
+    Args:
+        scores: that were chosen elsewhere.
+        halves: to test on.
+        accuracies: (N,) of each half.
+
+    Returns:
+        {score: {"halves": (correlation, least, largest) of each, NaN where it is not measured; "mean": of the halves;
+        "p": share of the resampled means that are not above 0, Holm-corrected over the scores}}, with bootstrap
+        intervals of 90%.
+    """
+    draw = np.random.default_rng(2)
+    samples = [draw.integers(len(half.names), size=(RESAMPLED, len(half.names))) for half in halves]
+    found: dict[str, Any] = {}
+    for score in scores:
+        cells, resampled = [], []
+        for half, accuracy, chosen in zip(halves, accuracies, samples, strict=True):
+            values = score.of(half)
+            if values is None:
+                cells.append((np.nan,) * 3)
+                continue
+            own = np.array([correlation(values[rows], accuracy[rows]) for rows in chosen])
+            least, largest = np.nanquantile(own, (0.05, 0.95))
+            cells.append((correlation(values, accuracy), float(least), float(largest)))
+            resampled.append(own)
+        share = float(np.mean(np.nanmean(resampled, axis=0) <= 0))
+        found[score.name] = {"halves": cells, "mean": float(np.nanmean([cell[0] for cell in cells])), "p": share}
+    largest_p = 0.0
+    for rank, row in enumerate(sorted(found.values(), key=lambda row: row["p"])):
+        largest_p = max(largest_p, min(1.0, (len(found) - rank) * row["p"]))
+        row["p"] = largest_p
+    return found
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    ranks: np.ndarray = stats.rankdata(np.where(np.isfinite(values), values, -np.inf))
+    return ranks
+
+
+def _pearson(left: np.ndarray, right: np.ndarray) -> float:
+    if len(left) < 3 or not (np.ptp(left) and np.ptp(right)):
         return float("nan")
-    return float(stats.spearmanr(np.where(np.isfinite(values), values, -np.inf), accuracy)[0])
+    return float(np.corrcoef(left, right)[0, 1])
 
 
 def picked(half: Half, rule: Callable[[Half, int], float], accuracy: np.ndarray) -> tuple[float, float, float]:
@@ -165,38 +249,60 @@ def _loss_after(training: Row, steps: int) -> float:
 
 def main() -> int:
     """Print the tables; returns the exit status."""
-    present = [(model, seed) for model in FAMILIES for seed in (0, 1)]
-    halves = {}
-    for model, seed in present:
-        for rates in (LEARNING_RATES, LEARNING_RATES[:1]):
-            half = load(model, seed, rates)
-            if len(half.names) > OFFERED and COMMON in half.names:
-                halves[model, seed] = half
-                break
-    shown = list(halves)
+    halves = dict(_present())
     out = sys.stdout.write
-    out("configurations: " + ", ".join(f"{m} {s}: {len(halves[m, s].names)}" for m, s in shown) + "\n\n")
-    first = halves[CHOSEN_ON]
-    ranked = sorted(first.measures, key=lambda key: -abs(correlation(first.measures[key], first.accuracy["best"])))
-    table: dict[str, Any] = {"correlations": {}, "rules": {}}
-    out("| measure | " + " | ".join(f"{m} {s}" for m, s in shown) + " |\n")
-    for key in ranked:
-        row = [
-            correlation(h.measures[key], h.accuracy["best"]) if key in h.measures else float("nan")
-            for h in halves.values()
-        ]
-        table["correlations"][key] = dict(zip(map(str, shown), row, strict=True))
-        out(f"| {key} | " + " | ".join(f"{value:+.2f}" for value in row) + " |\n")
-    for steps in RACE_STEPS:
-        row = [correlation(-h.race[steps], h.accuracy["best"]) for h in halves.values()]
-        out(f"| loss after {steps} steps | " + " | ".join(f"{value:+.2f}" for value in row) + " |\n")
-    out("\n| rule | " + " | ".join(f"{m} {s}: gain (best) stays" for m, s in shown) + " |\n")
-    for name, rule in rules():
-        cells = [picked(h, rule, h.accuracy["best"]) for h in halves.values()]
-        table["rules"][name] = dict(zip(map(str, shown), cells, strict=True))
-        out(f"| {name} | " + " | ".join(f"{g:+.1f} ({b:+.1f}) {s:.0%}" for g, b, s in cells) + " |\n")
+    out("configurations: " + ", ".join(f"{_label(h)}: {len(h.names)}" for h in halves.values()) + "\n")
+    table: dict[str, Any] = {}
+    rates = [key for key in halves[CHOSEN_ON].accuracy if all(key in half.accuracy for half in halves.values())]
+    for rate in rates:
+        table[str(rate)] = _tables(halves, rate, out)
     (RESULTS / "correlations.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _present() -> Iterator[tuple[tuple[str, int], Half]]:
+    """The halves that hold enough configurations, trained at both learning rates or at the first."""
+    for model, seed, rates in itertools.product(FAMILIES, (0, 1), (LEARNING_RATES, LEARNING_RATES[:1])):
+        half = load(model, seed, rates)
+        if len(half.names) > OFFERED and COMMON in half.names:
+            yield (model, seed), half
+
+
+def _label(half: Half) -> str:
+    return f"{half.model} {half.seed}"
+
+
+def _tables(halves: dict[tuple[str, int], Half], rate: float | str, out: Callable[[str], object]) -> dict[str, Any]:
+    """Print the tables of accuracies at a learning rate, and return their numbers."""
+    first = halves[CHOSEN_ON]
+    singles, combined = chosen_scores(first, first.accuracy[rate])
+    others = [half for key, half in halves.items() if key != CHOSEN_ON]
+    accuracies = [half.accuracy[rate] for half in others]
+    out(f"\n## Learning rate {rate}\n\n| measures | {_label(first)} | ")
+    out(" | ".join(map(_label, others)) + " | mean, p |\n")
+    correlations = tested([*singles, *combined], others, accuracies)
+    for score in (*singles, *combined):
+        row, values = correlations[score.name], score.of(first)
+        assert values is not None
+        own = row["chosen_on"] = correlation(values, first.accuracy[rate])
+        cells = [f"{value:+.2f} ({least:+.2f} to {most:+.2f})" for value, least, most in row["halves"]]
+        out(f"| {score.name} | {own:+.2f} | {' | '.join(cells)} | {row['mean']:+.2f}, {row['p']:.3f} |\n")
+    races = {}
+    for steps in RACE_STEPS:
+        races[steps] = [correlation(-half.race[steps], half.accuracy[rate]) for half in halves.values()]
+        own, *rest = (f"{value:+.2f}" for value in races[steps])
+        out(f"| - loss after {steps} steps | {own} | {' | '.join(rest)} | |\n")
+    out("\n| rule | " + " | ".join(f"{_label(half)}: gain (best) stays" for half in halves.values()) + " |\n")
+    gains = {}
+    for name, rule in rules():
+        gains[name] = [picked(half, rule, half.accuracy[rate]) for half in halves.values()]
+        out(f"| {name} | " + " | ".join(f"{g:+.1f} ({b:+.1f}) {s:.0%}" for g, b, s in gains[name]) + " |\n")
+    return {
+        "halves": [_label(half) for half in halves.values()],
+        "correlations": correlations,
+        "races": races,
+        "rules": gains,
+    }
 
 
 if __name__ == "__main__":

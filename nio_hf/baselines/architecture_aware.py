@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from nio_hf.baselines.in_degree import in_degrees
-from nio_hf.baselines.tensors import fan_in, layer_weights
 from nio_hf.core.batches import chunks
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import is_positive
+from nio_hf.core.layers import fan_in, layer_weights
 from nio_hf.core.method import Learned, Method, Options, Watch
 from nio_hf.core.problem import FORWARD_SHARE, ScalingProblem, parts_of
 from nio_hf.core.sub_batches import located

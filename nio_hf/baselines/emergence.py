@@ -5,8 +5,8 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterable
 
-from nio_hf.baselines.tensors import layer_weights
 from nio_hf.core.config import is_positive
+from nio_hf.core.layers import layer_weights
 from nio_hf.core.method import Learned, Method, Options, Watch
 from nio_hf.core.problem import ScalingProblem
 from nio_hf.core.tensors import TensorPlace

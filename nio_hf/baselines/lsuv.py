@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nio_hf.baselines.tensors import layer_weights
 from nio_hf.core.batches import batch_size, chunks, to_device
 from nio_hf.core.config import is_count, is_number
+from nio_hf.core.layers import layer_weights
 from nio_hf.core.memory import with_less_memory
 from nio_hf.core.method import Check, Learned, Method, Options, Watch
 from nio_hf.core.problem import FORWARD_SHARE, ScalingProblem, seed_of

@@ -11,7 +11,7 @@ from nio_hf.errors import ConfigError, Problem
 
 SearchName = Literal["scan", "gradient", "published"]
 Grouping = Literal["model", "additive", "kind", "tensor"]
-ObjectiveName = Literal["gc", "gc_norm", "gc_sum_norm", "variance", "gc_sign"]
+ObjectiveName = Literal["largest", "gc", "gc_norm", "gc_sum_norm", "variance", "gc_sign"]
 CurvatureName = Literal["auto", "exact", "finite_difference"]
 Precision = Literal["fp32", "bf16"]
 ScaledTensors = Literal["all", "weights"]
@@ -40,8 +40,8 @@ class NIOConfig:
     norm of a batch (see [`GradCosine`]).
 
     Args:
-        search: how the scales are found. "scan" tries factors of one group after the other, with losses and first
-            gradients on a few fixed batches. "gradient" follows the gradient of the objective by log omega on the same
+        search: how the scales are found. "scan" tries factors of one group after the other, with first gradients on
+            a few fixed batches. "gradient" follows the gradient of the objective by log omega on the same
             batches, for many groups. "published" is the algorithm of the paper: Adam on omega, a new batch for every
             step, and what the last step gives; see [`NIOConfig.published`].
         groups: which tensors share a scale: "model" (all of them), "additive" (what is added to activations, such as
@@ -51,19 +51,20 @@ class NIOConfig:
         objective: what the search raises, the mean over its batches: "gc" (GC), "gc_norm" (GC + GN / GN_0, with GN_0
             the norm at the start), "gc_sum_norm" (GC + sum of the D norms, as published), "variance" (minus the mean
             squared distance of the sub-batch gradients from their mean) or "gc_sign" (the cosine of the signs of
-            the sub-batch gradients, which Adam's first step follows; without derivative, so for "scan" only).
+            the sub-batch gradients, which Adam's first step follows). "largest" lets the groups grow as far as the
+            bounds allow. It has no derivative, nor has "gc_sign": both are for "scan" only. "auto" is "largest" in a
+            scan of "model" or "additive", and "gc" otherwise.
         scaled_tensors: "weights", those of two or more dimensions, or "all" trainable tensors.
         sub_batches: D, from 2 to B.
         search_batches: number of batches that "scan" and "gradient" judge by; the same ones for every candidate.
         report_batches: number of other batches, that the report before and after is measured on.
         loss_bound: rho, of "scan" and "gradient": at an accepted point the loss of the search batches is at most
-            (1 + rho) times that of the start. Where groups follow the common factor, half of rho is left for them.
-            None for no such bound.
+            (1 + rho) times that of the start. None for no such bound.
         norm_band: (a, b), likewise: at an accepted point GN is between a and b times that at the common factor, and at
-            the common factor at least a times that of the start. None for no such bound.
+            the common factor at least a times that of the start. Behind a normalisation GN falls to 0.71 of its value
+            where what is added has grown as large as what it is added to. None for no such bound.
         scale_range: (least, largest) omega.
-        budget: training steps of a search batch beyond which "scan" tries no further group. The common factor is
-            always searched to its end; reports are not counted.
+        budget: training steps of a search batch beyond which "scan" tries no further group; reports are not counted.
         iterations: steps of "gradient" and "published"; None for 20 and 100.
         lr: learning rate of Adam, on log omega in "gradient", on omega in "published"; None for 0.25 and 0.003.
         gamma: bound on GN of "published": above it a step lowers GN instead. None for no bound.
@@ -82,14 +83,14 @@ class NIOConfig:
     """
 
     search: SearchName = "scan"
-    groups: Grouping | Mapping[str, str] = "model"
-    objective: ObjectiveName = "gc"
+    groups: Grouping | Mapping[str, str] = "additive"
+    objective: ObjectiveName | Literal["auto"] = "auto"
     scaled_tensors: ScaledTensors = "weights"
     sub_batches: int = 4
     search_batches: int = 2
     report_batches: int = 4
-    loss_bound: float | None = 0.1
-    norm_band: tuple[float, float] | None = (0.8, 1.25)
+    loss_bound: float | None = 0.5
+    norm_band: tuple[float, float] | None = (0.75, 1.25)
     scale_range: tuple[float, float] = (0.01, 100.0)
     budget: float = 17.0
     iterations: int | None = None
@@ -146,6 +147,13 @@ class NIOConfig:
         return _STEPS[self.search][1] if self.lr is None else self.lr
 
     @property
+    def judged_by(self) -> ObjectiveName:
+        """The objective, with what "auto" stands for."""
+        if self.objective != "auto":
+            return self.objective
+        return "largest" if self.search == "scan" and self.groups in ("model", "additive") else "gc"
+
+    @property
     def batches(self) -> int:
         """Number of batches that the search takes, those of the report not counted."""
         return self.steps if self.search == "published" else self.search_batches
@@ -162,7 +170,7 @@ class NIOConfig:
                 yield name, value, "Give a finite number above 0"
         choices: dict[str, Any] = {
             "search": SearchName,
-            "objective": ObjectiveName,
+            "objective": Literal["auto", ObjectiveName],
             "scaled_tensors": ScaledTensors,
             "curvature": CurvatureName,
             "precision": Precision,
@@ -184,8 +192,9 @@ class NIOConfig:
         if self.precision == "bf16" and self.curvature == "finite_difference":
             fix = 'Set NIOConfig.curvature to "exact": bfloat16 rounds away the difference of two gradients'
             yield "precision", self.precision, fix
-        if self.search != "scan" and self.objective == "gc_sign":
-            yield "objective", self.objective, 'Set NIOConfig.search to "scan": signs have no derivative'
+        if self.search != "scan" and self.objective in ("largest", "gc_sign"):
+            fix = f'Set NIOConfig.search to "scan": {self.objective} has no derivative'
+            yield "objective", self.objective, fix
         if self.search != "published" and (self.gamma is not None or self.overlap):
             name = "overlap" if self.gamma is None else "gamma"
             yield (

@@ -105,7 +105,7 @@ def step(problem: ScalingProblem, parts: Sequence[SubBatches], state: DescentSta
         iteration=len(state.history) + 1,
         tried=describe(problem, state),
         outcome=outcome,
-        **({"loss": math.nan} if reading is None else reading.for_record(config.objective)),
+        **({"loss": math.nan} if reading is None else reading.for_record(config.judged_by)),
         cost=path.steps * len(parts),
         micro_batch_size=size,
     )

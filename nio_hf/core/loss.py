@@ -77,15 +77,6 @@ def make_loss(model: nn.Module, function: LossFn, config: NIOConfig, device: tor
     return Loss(model, function, device, torch.bfloat16 if config.precision == "bf16" else None)
 
 
-@torch.no_grad()
-def mean_loss(loss: Loss, batch: Any, *, seed: int, micro_batch_size: int | None = None) -> Tensor:
-    """The mean loss of a batch."""
-    parts = enumerate(chunks(batch, micro_batch_size))
-    losses, weights = zip(*(loss(part, seed, index) for index, part in parts), strict=True)
-    mean: Tensor = _total(losses) / _total(weights)
-    return mean
-
-
 def gradient(
     loss: Loss, batch: Any, wrt: Sequence[Tensor], *, seed: int, micro_batch_size: int | None = None
 ) -> tuple[list[Tensor | None], Tensor, Tensor | float]:

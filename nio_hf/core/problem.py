@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from nio_hf.core.loss import Loss
 from nio_hf.core.objectives import Objective, make_objective
 from nio_hf.core.result import GradCosine, Reading
 from nio_hf.core.stream import BatchStream
-from nio_hf.core.sub_batches import SubBatches, batch_loss, measure, split
+from nio_hf.core.sub_batches import SubBatches, measure, split
 from nio_hf.core.tensors import ModelTensors, set_scales
 
 FORWARD_SHARE = 1 / 3
@@ -62,7 +61,7 @@ class ScalingProblem:
 
 def objective_of(problem: ScalingProblem) -> Objective:
     """The objective of the settings, whose GN_0 is that of the report batches at the start."""
-    return make_objective(problem.config.objective, problem.config.sub_batches, problem.before.grad_norm)
+    return make_objective(problem.config.judged_by, problem.config.sub_batches, problem.before.grad_norm)
 
 
 def search_parts(problem: ScalingProblem, batches: Sequence[Any]) -> list[SubBatches]:
@@ -129,18 +128,6 @@ def measure_point(
         measured.append(one)
         scores.append(score)
     return Reading(GradCosine.mean(measured), tuple(scores)), micro_batch_size
-
-
-def loss_at(
-    problem: ScalingProblem, parts: Sequence[SubBatches], by_group: Sequence[float], micro_batch_size: int | None
-) -> tuple[float, int | None]:
-    """Mean loss over the batches at scales of the groups (K,), by forward passes alone."""
-    problem.place(by_group)
-    losses: list[float] = []
-    for part in parts:
-        value, micro_batch_size = batch_loss(problem.loss, part, problem.collective, micro_batch_size=micro_batch_size)
-        losses.append(value)
-    return math.fsum(losses) / len(losses), micro_batch_size
 
 
 def seed_of(seed: int, number: int) -> int:

@@ -94,8 +94,8 @@ def _objective(
         case "variance":
             stacked = torch.stack(list(gradients))
             return (stacked - stacked.mean(dim=0)).square().sum(dim=1).mean()
-        case "gc_sign":
-            raise ValueError("signs have no derivative")
+        case "gc_sign" | "largest":
+            raise ValueError(f"{objective} has no derivative")
 
 
 class _Losses(nn.Module):

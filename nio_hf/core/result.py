@@ -9,13 +9,10 @@ from typing import Any, Literal
 
 from nio_hf.core.config import NIOConfig, ObjectiveName
 
-Outcome = Literal[
-    "start", "within_loss", "accepted", "loss_bound", "norm_band", "no_gain", "noise", "worse", "lower_norm"
-]
-"""What became of an iteration: "start", the start was measured; "within_loss", the loss keeps its bound and the
-gradient norm is not known yet; "accepted"; "loss_bound" or "norm_band", refused by a bound; "no_gain" or "noise", the
-objective did not rise, or not beyond its noise; "worse", a step back follows; "lower_norm", a step that lowered the
-gradient norm."""
+Outcome = Literal["start", "accepted", "loss_bound", "norm_band", "no_gain", "noise", "worse", "lower_norm"]
+"""What became of an iteration: "start", the start was measured; "accepted"; "loss_bound" or "norm_band", refused by a
+bound; "no_gain" or "noise", the objective did not rise, or not beyond its noise; "worse", a step back follows;
+"lower_norm", a step that lowered the gradient norm."""
 Status = Literal[
     "improved",
     "worsened",
@@ -105,7 +102,7 @@ class Reading:
             "loss": self.measured.loss,
             "grad_cosine": self.measured.value,
             "grad_norm": self.measured.grad_norm,
-            "objective": None if objective == "gc" else self.score,
+            "objective": None if objective in ("gc", "largest") else self.score,
         }
 
     @classmethod
@@ -156,8 +153,8 @@ class GroupScale:
         omega: its scale.
         tensors: number of its tensors.
         parameters: number of their entries.
-        gain: rise of the objective on the search batches by the accepted steps of this group alone; None for
-            a search that moves all groups at once.
+        gain: rise of the objective on the search batches by the accepted steps of this group alone; None where groups
+            are not judged by one, or all moved at once.
         tried: number of scales of this group that were tried.
         ended: why it stayed at that: the outcome of the last trial of this group; None for a search without trials.
     """

@@ -1,12 +1,11 @@
-"""The scan: factors of one group after the other, judged by losses and first gradients on a few fixed batches.
+"""The scan: factors of one group after the other, judged by first gradients on a few fixed batches.
 
-    common    omega = 2^x for all groups: the largest x that keeps the bound on the loss. Classes draw their weights
-              with one standard deviation at any width, and larger weights train better until the loss at the start
-              rises. x grows by forward passes alone; the gradient norm is measured where they end.
-    groups    one group at a time, its scale times 4, then 2, or divided by 4, then 2, for as long as the objective
-              rises by more than its noise and the bounds are kept; group after group, until a round changes nothing
-              or the budget is spent. The group with the most parameters keeps the common factor, which the others
-              are relative to.
+    common    omega = 2^x for all groups: the factor with which the layers keep the variance of their inputs, see
+              `layers.preserving_factor`, or half of x, a quarter, ... where that breaks a bound.
+    groups    one group at a time, its scale times 4, then 2, for as long as the bounds are kept and, with another
+              objective than "largest", that rises by more than its noise; where it does not, divided by 4, then 2.
+              Group after group, until a round changes nothing or the budget is spent. The group with the most
+              parameters keeps the common factor, which the others are relative to.
 
 Every candidate is measured on the same batches with the same random numbers, so that differences are paired.
 """
@@ -20,15 +19,16 @@ from typing import Any, Literal
 
 from nio_hf.core.bounds import Bounds
 from nio_hf.core.config import NIOConfig
-from nio_hf.core.problem import FORWARD_SHARE, ScalingProblem, loss_at, measure_point, objective_of
+from nio_hf.core.layers import preserving_factor
+from nio_hf.core.problem import ScalingProblem, measure_point, objective_of
 from nio_hf.core.result import IterationRecord, Outcome, Reading
 from nio_hf.core.sub_batches import SubBatches
 from nio_hf.errors import NumericsError
 
 Stage = Literal["start", "common", "groups", "finished"]
 
-FIRST_STEP, LAST_STEP = 1.0, 0.25
-"""Steps of x, halved each time that the loss breaks its bound; our choice."""
+LEAST_EXPONENT = 0.25
+"""log2 of a common factor below which none is tried; our choice."""
 GROUP_STEP, LAST_GROUP_STEP = 2.0, 1.0
 """Steps of log2 of the scale of a group, halved when one is refused; our choice."""
 LEAST_GAIN = 0.01
@@ -44,8 +44,8 @@ class ScanState:
         readings: at omega = 1, at the common factor (which the norm band of the groups is relative to), and at the
             accepted scales; None before the start is measured.
         stage: what it is at.
-        reach: largest x whose loss keeps its bound, not accepted yet.
-        step: change of log2 that it tries next; below `LAST_STEP` in the common stage where x is to be measured.
+        candidate: log2 of the common factor that it tries next.
+        step: change of log2 of the scale of a group that it tries next.
         free: positions of the groups but the one with the most parameters.
         untried: those that are left in this round, the one that it tries next in front.
         moved: whether that one has moved in this direction already.
@@ -58,7 +58,7 @@ class ScanState:
     exponents: tuple[float, ...]
     readings: Readings | None
     stage: Stage
-    reach: float
+    candidate: float
     step: float
     free: tuple[int, ...]
     untried: tuple[int, ...]
@@ -110,8 +110,8 @@ def init(problem: ScalingProblem) -> ScanState:
         exponents=zeros,
         readings=None,
         stage="start",
-        reach=0.0,
-        step=_step_within(FIRST_STEP, 0.0, problem.config),
+        candidate=_preserving_exponent(problem),
+        step=GROUP_STEP,
         free=_free_groups(problem),
         untried=(),
         moved=False,
@@ -137,8 +137,6 @@ def step(problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState)
         state = _measure_start(problem, parts, state)
     elif state.stage == "groups":
         state = _try_group(problem, parts, state, readings)
-    elif state.step >= LAST_STEP:
-        state = _try_loss(problem, parts, state, readings)
     else:
         state = _try_common(problem, parts, state, readings)
     return _within_range(problem.config, state)
@@ -151,61 +149,39 @@ def describe(problem: ScalingProblem, state: ScanState) -> str:
     if state.stage == "groups":
         group = state.untried[0]
         return f"{list(problem.tensors.groups)[group]} x{2.0 ** (state.exponents[group] + state.step):.3g}"
-    further = state.step if state.step >= LAST_STEP else 0.0
-    return f"all x{2.0 ** (state.reach + further):.3g}"
+    return f"all x{2.0**state.candidate:.3g}"
 
 
 def most_cost(config: NIOConfig, groups: int) -> float:
     """Training steps that a scan may take, reports not counted: the budget, or what the common factor alone takes."""
-    doublings = math.log2(config.scale_range[1])
-    losses = math.floor(doublings / FIRST_STEP) + math.log2(FIRST_STEP / LAST_STEP)
-    # The start, and the exponent that is halved for as long as the gradient norm is out of its band.
-    readings = 1 + (1 + math.floor(math.log2(doublings / LAST_STEP)) if doublings >= LAST_STEP else 0)
-    alone = config.search_batches * (readings + FORWARD_SHARE * losses)
+    largest = math.log2(config.scale_range[1])
+    candidates = 1 + math.floor(math.log2(largest / LEAST_EXPONENT)) if largest >= LEAST_EXPONENT else 0
+    alone = float(config.search_batches * (1 + candidates))
     return alone if groups == 1 else max(alone, config.budget)
 
 
 def _measure_start(problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState) -> ScanState:
     objective, ones = objective_of(problem), (1.0,) * len(state.exponents)
     start, size = measure_point(problem, parts, objective, ones, state.micro_batch_size)
-    record = _record(problem, state, "start", len(parts), size, start)
-    state = _recorded(state, record)
+    state = _recorded(state, _record(problem, state, "start", len(parts), size, start))
     state = dataclasses.replace(state, readings=Readings(start, start, start), stage="common")
-    return state if state.step >= LAST_STEP else _with_groups_next(state)
-
-
-def _try_loss(problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState, readings: Readings) -> ScanState:
-    """Try a larger common factor by forward passes."""
-    exponent = state.reach + state.step
-    by_group = (2.0**exponent,) * len(state.exponents)
-    loss, size = loss_at(problem, parts, by_group, state.micro_batch_size)
-    broken = _bounds_of_common(problem, state, readings).broken_by_loss(loss)
-    outcome: Outcome = "loss_bound" if broken else "within_loss"
-    cost = FORWARD_SHARE * len(parts)
-    record = _record(problem, state, outcome, cost, size, loss=loss, scale=2.0**exponent)
-    reach = state.reach if broken else exponent
-    # Once a bound was broken, the exponents above are known: each further step is half of the last.
-    halves = broken or state.step < FIRST_STEP
-    following = _step_within(state.step / 2 if halves else state.step, reach, problem.config)
-    state = dataclasses.replace(_recorded(state, record), reach=reach, step=following)
-    return _with_groups_next(state) if following < LAST_STEP and reach == 0 else state
+    return state if state.candidate >= LEAST_EXPONENT else _with_groups_next(state)
 
 
 def _try_common(
     problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState, readings: Readings
 ) -> ScanState:
-    """Measure the common factor that forward passes reached; accept it, or take half of its exponent."""
-    by_group = (2.0**state.reach,) * len(state.exponents)
-    bounds = _bounds_of_common(problem, state, readings)
-    reading, outcome, size = _judge(problem, parts, state, by_group, bounds)
-    record = _record(problem, state, outcome, len(parts), size, reading, scale=2.0**state.reach)
+    """Measure a common factor; accept it, or take half of its exponent."""
+    exponents = (state.candidate,) * len(state.exponents)
+    bounds = Bounds.of(problem.config, readings.start)
+    reading, outcome, size = _judge(problem, parts, state, [2.0**exponent for exponent in exponents], bounds)
+    record = _record(problem, state, outcome, len(parts), size, reading, scale=2.0**state.candidate)
     state = _recorded(state, record)
     if reading is not None and outcome == "accepted":
         accepted = Readings(readings.start, reading, reading)
-        exponents = (state.reach,) * len(state.exponents)
         return _with_groups_next(dataclasses.replace(state, exponents=exponents, readings=accepted))
-    reach = state.reach / 2
-    return dataclasses.replace(state, reach=reach) if reach >= LAST_STEP else _with_groups_next(state)
+    halved = dataclasses.replace(state, candidate=state.candidate / 2)
+    return halved if halved.candidate >= LEAST_EXPONENT else _with_groups_next(halved)
 
 
 def _try_group(problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState, readings: Readings) -> ScanState:
@@ -215,7 +191,7 @@ def _try_group(problem: ScalingProblem, parts: Sequence[SubBatches], state: Scan
     exponents[group] += state.step
     bounds = Bounds.of(problem.config, readings.start, readings.common)
     reading, outcome, size = _judge(problem, parts, state, [2.0**exponent for exponent in exponents], bounds)
-    if reading is not None and outcome == "accepted":
+    if reading is not None and outcome == "accepted" and problem.config.judged_by != "largest":
         gain, error = reading.gain_over(readings.current)
         gains[group] += gain
         if not gain > LEAST_GAIN * abs(state.step):
@@ -226,7 +202,7 @@ def _try_group(problem: ScalingProblem, parts: Sequence[SubBatches], state: Scan
     record = _record(problem, state, outcome, len(parts), size, reading, group=name, scale=2.0 ** exponents[group])
     state = _recorded(state, record)
     if reading is None or outcome != "accepted":
-        return _turned(state)
+        return _turned(problem.config, state)
     moved = dataclasses.replace(
         state,
         exponents=tuple(exponents),
@@ -237,11 +213,6 @@ def _try_group(problem: ScalingProblem, parts: Sequence[SubBatches], state: Scan
     )
     # Behind a halved step lies what was refused before.
     return moved if abs(state.step) == GROUP_STEP else _with_next_group(moved)
-
-
-def _bounds_of_common(problem: ScalingProblem, state: ScanState, readings: Readings) -> Bounds:
-    """The bounds of the common factor, which leaves half of the rise of the loss to the groups."""
-    return Bounds.of(problem.config, readings.start, share=0.5 if state.free else 1.0)
 
 
 def _judge(
@@ -276,15 +247,15 @@ def _within_range(config: NIOConfig, state: ScanState) -> ScanState:
     """The state with the next trial of a group that stays within the range of the scales in front."""
     least, largest = config.scale_range
     while state.stage == "groups" and not least <= 2.0 ** (state.exponents[state.untried[0]] + state.step) <= largest:
-        state = _turned(state)
+        state = _turned(config, state)
     return state
 
 
-def _turned(state: ScanState) -> ScanState:
+def _turned(config: NIOConfig, state: ScanState) -> ScanState:
     """The state where a step is refused: a smaller one follows, the other direction, or the next group."""
     if abs(state.step) > LAST_GROUP_STEP:
         return dataclasses.replace(state, step=state.step / 2)
-    if state.step > 0 and not state.moved:
+    if state.step > 0 and not state.moved and config.judged_by != "largest":
         return dataclasses.replace(state, step=-GROUP_STEP)
     return _with_next_group(state)
 
@@ -299,12 +270,10 @@ def _with_next_group(state: ScanState) -> ScanState:
     return dataclasses.replace(state, untried=state.free, changed=False)
 
 
-def _step_within(step: float, reach: float, config: NIOConfig) -> float:
-    """The step, halved until it stays within the range of the scales; below `LAST_STEP` where none does."""
-    largest = math.log2(config.scale_range[1])
-    while step >= LAST_STEP and reach + step > largest:
-        step /= 2
-    return step
+def _preserving_exponent(problem: ScalingProblem) -> float:
+    """log2 of the common factor that keeps variances, from 0 to what the range of the scales allows."""
+    factor = preserving_factor(problem.loss.model, problem.tensors)
+    return max(0.0, math.log2(min(factor, problem.config.scale_range[1])))
 
 
 def _record(
@@ -315,16 +284,15 @@ def _record(
     micro_batch_size: int | None,
     reading: Reading | None = None,
     *,
-    loss: float = math.nan,
     group: str | None = None,
     scale: float | None = None,
 ) -> IterationRecord:
-    """The record of what the state was about to try; `loss` is that of a point without a reading."""
+    """The record of what the state was about to try."""
     return IterationRecord(
         iteration=len(state.history) + 1,
         tried=describe(problem, state),
         outcome=outcome,
-        **({"loss": loss} if reading is None else reading.for_record(problem.config.objective)),
+        **({"loss": math.nan} if reading is None else reading.for_record(problem.config.judged_by)),
         group=group,
         scale=scale,
         cost=cost,

@@ -15,6 +15,7 @@ from nio_hf.core.config import NIOConfig
 from nio_hf.core.method import Learned, Method, Options, Watch
 from nio_hf.core.problem import ScalingProblem, search_parts
 from nio_hf.core.result import GroupScale, IterationRecord
+from nio_hf.core.scan import ScanState
 from nio_hf.core.state import NIOState, SearchState
 from nio_hf.errors import DataError, Problem, StoppedError
 
@@ -146,7 +147,9 @@ def _groups(problem: ScalingProblem, state: SearchState) -> tuple[GroupScale, ..
     for record in state.history:
         if record.group is not None:
             trials[record.group].append(record)
-    gains = dict(zip(problem.tensors.groups, getattr(state, "gains", ()), strict=False))
+    gains: dict[str, float] = {}
+    if isinstance(state, ScanState) and problem.config.judged_by != "largest":
+        gains = dict(zip(problem.tensors.groups, state.gains, strict=True))
     rows = zip(problem.tensors.groups.items(), state.scales, strict=True)
     return tuple(
         GroupScale(

@@ -16,7 +16,7 @@ from nio_hf.core import mode
 from nio_hf.core.batches import all_ignored_labels, batch_size, take, to_device
 from nio_hf.core.collective import Collective
 from nio_hf.core.gradcosine import ExtraSum, GradientSums
-from nio_hf.core.loss import Loss, check_micro_batches, dense_gradient, graph_gradient, mean_loss
+from nio_hf.core.loss import Loss, check_micro_batches, dense_gradient, graph_gradient
 from nio_hf.core.memory import with_less_memory
 from nio_hf.core.objectives import Objective
 from nio_hf.core.result import GradCosine
@@ -287,23 +287,6 @@ def check(
             with collective.together():
                 if index in parts.owned:
                     _refuse(grad_norm, value, index, parts, tensors, loss)
-
-
-def batch_loss(
-    loss: Loss, parts: SubBatches, collective: Collective, *, micro_batch_size: int | None = None
-) -> tuple[float, int | None]:
-    """Mean loss over the sub-batches of all processes, by forward passes alone, and the micro-batch size it took."""
-    with collective.together():
-        total = torch.zeros((), dtype=torch.float64, device=loss.device)
-        for index, part in parts.owned.items():
-
-            def compute(size: int | None, part: Any = part, seed: int = parts.seed_of(index)) -> Tensor:
-                return mean_loss(loss, part, seed=seed, micro_batch_size=size)
-
-            value, micro_batch_size = on_sub_batch(loss, parts, index, compute, micro_batch_size)
-            total += value
-    collective.sum_(total)
-    return float(total) / parts.count, micro_batch_size
 
 
 def check_finite(values: Tensor, places: Sequence[TensorPlace], what: str, where: str, fix: str) -> None:

@@ -69,10 +69,10 @@ def judge(
 ) -> tuple[Status, str]:
     """Status and message of a run, from the report batches and the scales.
 
-    In this order: the data ran out; no scale was changed; a collapse is suspected (the loss at init rose by more than
-    25%, or GC rose above 0.95, where a model says the same for every sample); GN exceeds 1.1 gamma; the 90% interval
-    of the rise of GC, paired over the report batches, is above zero, below zero, or holds it. The thresholds are our
-    choice.
+    In this order: the data ran out; no scale was changed; a collapse is suspected (without a bound on it, the loss at
+    init rose by more than 25%, or GC rose above 0.95, where a model says the same for every sample); GN exceeds 1.1
+    gamma; the 90% interval of the rise of GC, paired over the report batches, is above zero, below zero, or holds it.
+    The thresholds are our choice.
     """
     change, scales = describe_change(before, after), describe_scales(groups)
     if data_exhausted:
@@ -84,7 +84,9 @@ def judge(
         return "unchanged", f"{scales}. {change}."
     low, high = rise_interval(before, after)
     agrees_too_much = after.value > COLLAPSE_COSINE and low > 0
-    if after.loss - before.loss > COLLAPSE_LOSS_RISE * abs(before.loss) or agrees_too_much:
+    is_free = config.search == "published" or config.loss_bound is None
+    rose_too_far = is_free and after.loss - before.loss > COLLAPSE_LOSS_RISE * abs(before.loss)
+    if rose_too_far or agrees_too_much:
         advice = "Set a lower NIOConfig.loss_bound, or a narrower NIOConfig.norm_band"
         return (
             "collapse_suspected",

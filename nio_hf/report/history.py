@@ -22,13 +22,12 @@ _REPORTED: dict[str, Callable[[GradCosine], float]] = {
 }
 _LOOKS: dict[str, tuple[dict[str, Any], tuple[Outcome, ...]]] = {
     "start, or accepted": (marker(BLUE, "o"), ("start", "accepted")),
-    "within the loss bound, gradient not measured": (marker(GREY, "."), ("within_loss",)),
     "refused: bound on loss or gradient norm": (marker(VERMILLION, "o", is_open=True), ("loss_bound", "norm_band")),
     "refused: not better": (marker(BLUE, "o", is_open=True), ("no_gain", "noise", "worse")),
 }
 """{label: (marker, outcomes of the trials that have it)}."""
 _BEYOND = marker(VERMILLION, "^", is_open=True)
-_KEPT: tuple[Outcome, ...] = ("start", "accepted", "within_loss")
+_KEPT: tuple[Outcome, ...] = ("start", "accepted")
 _MOST_NAMES = 24
 _LONGEST_NAME = 28
 _LETTER_HEIGHT = 0.05

@@ -72,7 +72,8 @@ class NIOTrainingArguments(TrainingArguments):
         NIOConfig.scaled_tensors, "What is scaled: all tensors, or weights (two or more dimensions)."
     )
     nio_objective: str = _option(
-        NIOConfig.objective, "gc, gc_norm, gc_sum_norm (as published), variance, or gc_sign (scan only)."
+        NIOConfig.objective,
+        "auto, gc, gc_norm, gc_sum_norm (as published), variance, or, for scan only, largest or gc_sign.",
     )
     nio_loss_bound: float | None = _option(
         NIOConfig.loss_bound, "Share by which the loss of the search batches may rise; none for no such bound."

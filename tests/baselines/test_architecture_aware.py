@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nio_hf.baselines import METHODS
-from nio_hf.baselines.tensors import fan_in, layer_weights
-from nio_hf.core import InitResult, NIOConfig, find_tensors, initialize
+from nio_hf.core import InitResult, NIOConfig, initialize
 from nio_hf.errors import ModelError
 from tests import zoo
 from tests.core.cases import batches_of, case
@@ -66,32 +65,6 @@ def test_the_gain_is_that_of_the_option() -> None:
     made = case("mlp")
     run(made.model, batches_of("mlp", 2), made.loss_fn, gain=1.0)
     assert made.model.get_parameter("4.weight").square().mean().item() == pytest.approx(1 / 8)
-
-
-@pytest.mark.parametrize(
-    ("layer", "inputs"),
-    [
-        (nn.Linear(6, 4), 6),
-        (nn.Linear(6, 4, bias=False), 6),
-        (nn.Conv2d(6, 4, (3, 2)), 36),
-        (nn.Conv2d(6, 4, 3, groups=2), 27),
-        (nn.ConvTranspose2d(6, 4, 3, groups=2), 27),
-        (nn.Bilinear(6, 3, 4), 18),
-    ],
-)
-def test_fan_in(layer: nn.Module, inputs: int) -> None:
-    assert [fan_in(place.parameter, owners[0]) for place, owners in _layer_weights(layer)] == [inputs]
-
-
-def test_fan_in_of_a_layer_with_its_inputs_along_dimension_0() -> None:
-    from transformers.pytorch_utils import Conv1D
-
-    layer = Conv1D(4, 6)
-    assert [fan_in(place.parameter, owners[0]) for place, owners in _layer_weights(layer)] == [6]
-
-
-def _layer_weights(layer: nn.Module) -> Any:
-    return layer_weights(layer, find_tensors(layer)).items()
 
 
 def test_a_model_without_weights_of_layers_is_refused() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nio_hf.baselines.in_degree import in_degrees
-from nio_hf.baselines.tensors import layer_weights
+from nio_hf.core.layers import layer_weights
 from nio_hf.core.mode import measuring
 from nio_hf.core.tensors import find_tensors
 from tests import zoo

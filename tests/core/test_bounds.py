@@ -51,7 +51,6 @@ def test_a_point_is_told_which_bound_it_breaks(loss: float, grad_norm: float, br
     start = reading(2.0, 10.0)
     bounds = Bounds.of(CONFIG, start, start)
     assert bounds.broken_by(reading(loss, grad_norm)) == broken
-    assert bounds.broken_by_loss(loss) == (broken == "loss_bound")
 
 
 def test_without_bounds_all_finite_points_are_allowed() -> None:

@@ -69,8 +69,8 @@ def test_the_settings_of_the_published_search(name: str, bad: list[Any], good: l
     [
         ({"gamma": 5.0}, r"NIOConfig\.gamma: 5\.0\. Leave it out, or set NIOConfig\.search to \"published\""),
         ({"search": "gradient", "overlap": 0.2}, r"NIOConfig\.overlap: 0\.2\. Leave it out, or set"),
-        ({"search": "gradient", "objective": "gc_sign"}, 'Set NIOConfig.search to "scan": signs have no derivative'),
-        ({"search": "published", "objective": "gc_sign"}, "signs have no derivative"),
+        ({"search": "gradient", "objective": "gc_sign"}, 'Set NIOConfig.search to "scan": gc_sign has no derivative'),
+        ({"search": "published", "objective": "largest"}, "largest has no derivative"),
         ({"precision": "bf16", "curvature": "finite_difference"}, "bfloat16 rounds away the difference"),
     ],
 )
@@ -139,3 +139,20 @@ def test_the_published_settings_are_those_of_the_paper_but_for_what_is_changed()
 def test_settings_survive_copies_and_json(config: NIOConfig) -> None:
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == dataclasses.replace(config) == config
     assert NIOConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "objective"),
+    [
+        ({}, "largest"),
+        ({"groups": "model"}, "largest"),
+        ({"groups": "kind"}, "gc"),
+        ({"groups": {"values": "v_proj"}}, "gc"),
+        ({"search": "gradient"}, "gc"),
+        ({"search": "published"}, "gc"),
+        ({"groups": "kind", "objective": "largest"}, "largest"),
+        ({"objective": "variance"}, "variance"),
+    ],
+)
+def test_auto_stands_for_an_objective(settings: dict[str, Any], objective: str) -> None:
+    assert NIOConfig(**settings).judged_by == objective

@@ -228,12 +228,14 @@ def test_one_scale_for_the_model_leaves_vectors_alone(name: str, search: Any) ->
     }
     result = initialize(made.model, batches_of(name, 4), made.loss_fn, NIOConfig(**wide))
     (omega,) = set(result.scales.values())
-    assert omega != 1
+    # The weights of a ResNet are drawn with twice the variance that the scan seeks, and it makes nothing smaller.
+    assert (omega == 1) == (name == "resnet" and search == "scan")
     for key, parameter in made.model.named_parameters():
         assert torch.equal(parameter, before[key] * torch.tensor(omega if key in result.scales else 1.0))
         assert (key in result.scales) <= (parameter.ndim >= 2)
     assert {tensor.reason for tensor in result.excluded if len(tensor.shape) < 2} <= {"vector", "zero"}
-    assert f"All scaled weights were multiplied by {omega:.3g}" in result.message
+    said = "No scale was changed" if omega == 1 else f"All scaled weights were multiplied by {omega:.3g}"
+    assert said in result.message
 
 
 def test_tensors_of_a_kind_share_their_scale() -> None:

@@ -34,17 +34,18 @@ class Measured:
     Args:
         landscape: gives the values.
         free: number of groups beside the one with the most parameters, which is the last.
-        common: False keeps the scan from a common factor.
+        factor: that keeps variances; 1 keeps the scan from a common factor.
         **settings: of the run.
     """
 
-    def __init__(self, landscape: Landscape, free: int = 2, common: bool = True, **settings: Any) -> None:
-        self.landscape, self.common = landscape, common
+    def __init__(self, landscape: Landscape, free: int = 2, factor: float = 1.0, **settings: Any) -> None:
+        self.landscape, self.factor = landscape, factor
         self.asked: list[tuple[float, ...]] = []
         config = NIOConfig(groups="kind", search_batches=2, sub_batches=2, **settings)
         names = [*(f"g{index}" for index in range(free)), "body"]
         self.problem: Any = SimpleNamespace(
             config=config,
+            loss=SimpleNamespace(model=None),
             tensors=SimpleNamespace(groups={name: (index,) for index, name in enumerate(names)}),
             initial=[*(torch.zeros(3) for _ in range(free)), torch.zeros(4)],
             before=SimpleNamespace(grad_norm=1.0),
@@ -60,16 +61,11 @@ class Measured:
         parts = [GradCosine(score, grad_norm, (grad_norm,) * 2, loss, 8) for score in scores]
         return Reading(GradCosine.mean(parts), scores), size
 
-    def loss_at(self, problem: Any, parts: Any, by_group: Any, size: Any) -> Any:
-        """As `loss_at` of `problem`."""
-        self.asked.append(tuple(map(math.log2, by_group)))
-        return self.landscape(self.asked[-1])[0] if self.common else math.inf, size
-
     def run(self) -> ScanState:
         """The state at the end."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(scan, "measure_point", self.measure_point)
-            patch.setattr(scan, "loss_at", self.loss_at)
+            patch.setattr(scan, "preserving_factor", lambda model, tensors: self.factor)
             state = scan.init(self.problem)
             while not scan.finished(self.problem, state):
                 told = scan.describe(self.problem, state)
@@ -93,63 +89,43 @@ def trials(state: ScanState) -> list[tuple[str, str]]:
 # The common factor.
 
 
-def test_the_common_factor_is_the_largest_that_keeps_the_bound_on_the_loss() -> None:
-    state = Measured(flat(lambda x: 1.0 if x[0] <= 2.6 else 1.2), free=0).run()
-    assert state.exponents == (2.5,)
-    assert trials(state) == [
-        ("start", "start"),
-        ("all x2", "within_loss"),
-        ("all x4", "within_loss"),
-        ("all x8", "loss_bound"),
-        ("all x5.66", "within_loss"),
-        ("all x6.73", "loss_bound"),
-        ("all x5.66", "accepted"),
-    ]
-    costs = [record.cost for record in state.history]
-    assert costs == pytest.approx([2, 2 / 3, 2 / 3, 2 / 3, 2 / 3, 2 / 3, 2])
+def test_the_common_factor_is_the_one_that_keeps_variances() -> None:
+    state = Measured(flat(lambda x: 1.0 + x[0] / 10), free=0, factor=3.0).run()
+    assert state.scales == pytest.approx((3.0,))
+    assert trials(state) == [("start", "start"), ("all x3", "accepted")]
+    assert [record.cost for record in state.history] == [2, 2]
 
 
-@examples(40)
-@given(edge=st.floats(-0.2, 9.0), largest=st.sampled_from([1.0, 1.1, 2.0, 3.0, 100.0]))
-def test_common_factors_are_found_to_a_quarter_of_a_doubling(edge: float, largest: float) -> None:
-    measured = Measured(flat(lambda x: 1.0 if x[0] <= max(edge, 0) else 1.2), free=0, scale_range=(0.5, largest))
-    (exponent,) = measured.run().exponents
-    assert exponent == max(0.0, math.floor(4 * min(edge, math.log2(largest))) / 4)
-    asked = [x for (x,) in measured.asked]
-    # Nothing is tried twice but what is measured at the end.
-    assert len(set(asked)) >= len(asked) - 1
+@pytest.mark.parametrize(("factor", "expected"), [(0.3, 1.0), (1.0, 1.0), (1.1, 1.0), (1.3, 1.3), (50.0, 8.0)])
+def test_the_common_factor_is_at_least_one_and_in_the_range(factor: float, expected: float) -> None:
+    state = Measured(flat(lambda x: 1.0), free=0, factor=factor, scale_range=(0.01, 8.0)).run()
+    assert state.scales == pytest.approx((expected,))
+    assert len(state.history) == (1 if expected == 1 else 2)
+
+
+def test_its_exponent_is_halved_while_a_bound_is_broken() -> None:
+    state = Measured(flat(lambda x: 1.0 if x[0] <= 1.1 else 1.6), free=0, factor=16.0).run()
+    assert trials(state)[1:] == [("all x16", "loss_bound"), ("all x4", "loss_bound"), ("all x2", "accepted")]
+    state = Measured(flat(lambda x: 1.0, lambda x: 1 - x[0] / 5), free=0, factor=16.0).run()
+    assert trials(state)[1:] == [("all x16", "norm_band"), ("all x4", "norm_band"), ("all x2", "accepted")]
+
+
+def test_the_gradient_norm_may_rise_with_the_common_factor() -> None:
+    assert Measured(flat(lambda x: 1.0, lambda x: 9.0 ** x[0]), free=0, factor=16.0).run().exponents == (4.0,)
 
 
 @pytest.mark.parametrize("unsound", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_breaks_the_bound(unsound: float) -> None:
-    state = Measured(flat(lambda x: 1.0 if x[0] < 1.3 else unsound), free=0, loss_bound=None).run()
-    assert state.exponents == (1.25,)
-
-
-def test_without_a_bound_the_common_factor_ends_at_the_range() -> None:
-    state = Measured(flat(lambda x: 1.0), free=0, loss_bound=None, scale_range=(0.01, 10.0)).run()
-    assert state.exponents == (3.25,)
-
-
-def test_the_common_factor_falls_until_the_gradient_norm_is_above_its_least() -> None:
-    """It may rise by any factor with the weights."""
-    state = Measured(flat(lambda x: 1.0, lambda x: 1 - x[0] / 8), free=0, scale_range=(0.01, 16.0)).run()
+    state = Measured(flat(lambda x: 1.0 if x[0] < 1.3 else unsound), free=0, factor=4.0, loss_bound=None).run()
     assert state.exponents == (1.0,)
-    state = Measured(flat(lambda x: 1.0, lambda x: 9.0 ** x[0]), free=0, scale_range=(0.01, 16.0)).run()
-    assert state.exponents == (4.0,)
+    assert trials(state)[1] == ("all x4", "loss_bound")
 
 
-def test_the_exponent_is_halved_below_the_least_norm() -> None:
-    state = Measured(flat(lambda x: 1.0, lambda x: 1 - x[0] / 8), free=0, scale_range=(0.01, 16.0)).run()
-    assert trials(state)[-3:] == [("all x16", "norm_band"), ("all x4", "norm_band"), ("all x2", "accepted")]
-
-
-def test_no_common_factor_is_applied_where_none_keeps_both_bounds() -> None:
-    landscape = flat(lambda x: 1.0 if x[0] < 5.8 else 9.0, lambda x: 1.0 if x[0] == 0 else 0.7)
-    measured = Measured(landscape, free=0)
+def test_no_common_factor_is_applied_where_none_keeps_the_bounds() -> None:
+    measured = Measured(flat(lambda x: 1.0, lambda x: 1.0 if x[0] == 0 else 0.7), free=0, factor=100.0)
     state = measured.run()
     assert state.exponents == (0.0,)
-    assert {outcome for _, outcome in trials(state)[-5:]} == {"norm_band"}
+    assert {outcome for _, outcome in trials(state)[1:]} == {"norm_band"}
     # Nothing costs more than this.
     assert sum(record.cost for record in state.history) == pytest.approx(scan.most_cost(measured.problem.config, 1))
 
@@ -168,9 +144,9 @@ def bowl(best: tuple[float, ...], width: float = 0.1) -> Landscape:
 
 
 def test_groups_move_one_after_the_other_as_long_as_the_objective_rises() -> None:
-    state = Measured(bowl((3.0, -1.0)), common=False, budget=99.0).run()
+    state = Measured(bowl((3.0, -1.0)), budget=99.0).run()
     assert state.scales == (8.0, 0.5, 1.0)
-    assert trials(state)[4:] == [
+    assert trials(state)[1:] == [
         ("g0 x4", "accepted"),
         ("g0 x16", "no_gain"),
         ("g0 x8", "accepted"),
@@ -189,32 +165,49 @@ def test_groups_move_one_after_the_other_as_long_as_the_objective_rises() -> Non
         ("g1 x0.25", "no_gain"),
     ]
     assert state.gains == pytest.approx((0.3, 0.1, 0.0))
-    named = [(record.group, record.scale) for record in state.history[4:7]]
+    named = [(record.group, record.scale) for record in state.history[1:4]]
     assert named == [("g0", 4.0), ("g0", 16.0), ("g0", 8.0)]
 
 
 def test_the_group_with_the_most_parameters_keeps_the_common_factor() -> None:
-    state = Measured(bowl((2.0, -2.0, 5.0)), budget=1e6, loss_bound=None, scale_range=(0.01, 2.0)).run()
+    state = Measured(bowl((2.0, -2.0, 5.0)), factor=2.0, budget=1e6, scale_range=(0.01, 2.0)).run()
     assert state.scales == (2.0, 0.25, 2.0)
     assert {record.group for record in state.history} == {None, "g0", "g1"}
 
 
 def test_a_single_free_group_is_gone_through_once() -> None:
-    state = Measured(bowl((3.0,)), free=1, common=False, budget=1e6).run()
-    assert [tried for tried, _ in trials(state)[4:]] == ["g0 x4", "g0 x16", "g0 x8"]
+    state = Measured(bowl((3.0,)), free=1, budget=1e6).run()
+    assert [tried for tried, _ in trials(state)[1:]] == ["g0 x4", "g0 x16", "g0 x8"]
 
 
 @examples(30)
 @given(best=st.tuples(st.integers(-4, 4), st.integers(-4, 4), st.integers(-4, 4)))
 def test_the_scan_ends_at_the_best_point_of_a_bowl(best: tuple[int, ...]) -> None:
-    state = Measured(bowl(best), free=3, common=False, budget=1e6).run()
+    state = Measured(bowl(best), free=3, budget=1e6).run()
     assert state.exponents == (*best, 0.0)
 
 
+def test_the_largest_scales_end_at_the_bounds_whatever_the_objective_is() -> None:
+    def landscape(x: tuple[float, ...]) -> tuple[float, float, tuple[float, ...]]:
+        return 1.0, min(1.0, 2.0 ** (1.3 - x[0])), (-x[0], x[1])
+
+    state = Measured(landscape, objective="largest", scale_range=(0.1, 4.0), budget=1e6).run()
+    assert trials(state) == [
+        ("start", "start"),
+        ("g0 x4", "norm_band"),
+        ("g0 x2", "accepted"),
+        ("g1 x4", "accepted"),
+        # Nothing smaller is tried.
+        ("g0 x4", "norm_band"),
+    ]
+    assert state.scales == (2.0, 4.0, 1.0)
+    assert state.gains == (0.0, 0.0, 0.0)
+
+
 def test_a_budget_ends_the_scan_with_the_best_so_far() -> None:
-    measured = Measured(bowl((4.0, -4.0)), common=False, budget=9.0)
+    measured = Measured(bowl((4.0, -4.0)), budget=7.0)
     state = measured.run()
-    assert sum(record.cost for record in state.history) <= 9.0 < sum(r.cost for r in state.history) + 2
+    assert sum(record.cost for record in state.history) <= 7.0 < sum(r.cost for r in state.history) + 2
     assert state.scales == (16.0, 1.0, 1.0)
 
 
@@ -236,7 +229,7 @@ def test_a_rise_must_exceed_its_noise_and_a_least_one(scores: tuple[float, ...],
         rise = scores if x == (2.0, 0.0, 0.0) else (0.0, 0.0)
         return 1.0, 1.0, (base[0] + rise[0], base[1] + rise[1])
 
-    state = Measured(landscape, common=False).run()
+    state = Measured(landscape).run()
     assert ("g0 x4", outcome) in trials(state)
     assert state.scales == ((4.0, 1.0, 1.0) if outcome == "accepted" else (1.0, 1.0, 1.0))
 
@@ -247,7 +240,7 @@ def test_bounds_hold_at_every_accepted_point_the_last_one_too() -> None:
     def landscape(x: tuple[float, ...]) -> tuple[float, float, tuple[float, ...]]:
         return 1.0 + 0.021 * (x[0] + x[1]), 2.0 ** (0.1 * x[0] - 0.1 * x[1]), (x[0] + x[1], x[0] + x[1] + 1)
 
-    state = Measured(landscape, common=False, budget=1e6, norm_band=(0.85, 1.2)).run()
+    state = Measured(landscape, budget=1e6, loss_bound=0.1, norm_band=(0.85, 1.2)).run()
     accepted = [record for record in state.history if record.outcome == "accepted"]
     final = state.readings.current.measured
     assert len(accepted) > 1
@@ -269,7 +262,7 @@ def test_a_point_that_cannot_be_measured_is_refused() -> None:
 @pytest.mark.parametrize("scale_range", [(1.0, 1.0), (0.5, 1.0), (1.0, 1.5), (0.6, 1.9), (0.25, 2.0)])
 def test_no_scale_out_of_range_is_tried(scale_range: tuple[float, float]) -> None:
     for best in itertools.product((-9.0, 0.0, 9.0), repeat=2):
-        measured = Measured(bowl(best), common=False, budget=1e6, scale_range=scale_range)
+        measured = Measured(bowl(best), budget=1e6, scale_range=scale_range)
         state = measured.run()
         tried = [2.0**x for point in measured.asked for x in point]
         assert scale_range[0] <= min(tried) <= max(tried) <= scale_range[1]
@@ -300,11 +293,13 @@ def landscapes(draw: st.DrawFn) -> Landscape:
     norm_band=st.sampled_from([None, (0.8, 1.5), (0.5, 1.0)]),
     scale_range=st.sampled_from([(0.01, 100.0), (0.3, 3.0), (0.5, 1.0)]),
     budget=st.sampled_from([5.0, 24.0, 200.0]),
+    factor=st.sampled_from([0.5, 1.0, 2.7, 30.0]),
 )
 def test_what_a_scan_promises_on_any_landscape(
-    landscape: Landscape, loss_bound: Any, norm_band: Any, scale_range: Any, budget: float
+    landscape: Landscape, loss_bound: Any, norm_band: Any, scale_range: Any, budget: float, factor: float
 ) -> None:
-    measured = Measured(landscape, loss_bound=loss_bound, norm_band=norm_band, scale_range=scale_range, budget=budget)
+    settings = {"loss_bound": loss_bound, "norm_band": norm_band, "scale_range": scale_range, "budget": budget}
+    measured = Measured(landscape, factor=factor, **settings)
     state, config = measured.run(), measured.problem.config
     loss, grad_norm, _ = landscape(tuple(map(math.log2, state.scales)))
     common = [record for record in state.history if record.group is None and record.outcome == "accepted"]
@@ -312,8 +307,7 @@ def test_what_a_scan_promises_on_any_landscape(
     start = landscape((0.0,) * 3)
     if loss_bound is not None:
         assert loss <= (1 + loss_bound) * start[0] + 1e-12
-        # The common factor leaves half of what is allowed to the groups.
-        assert base[0] <= (1 + loss_bound / 2) * start[0] + 1e-12
+        assert base[0] <= (1 + loss_bound) * start[0] + 1e-12
     if norm_band is not None:
         assert norm_band[0] * start[1] <= base[1] * (1 + 1e-12)
         assert norm_band[0] * base[1] <= grad_norm * (1 + 1e-12)

@@ -46,7 +46,7 @@ def same(one: NIOResult, other: NIOResult) -> bool:
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_run_that_is_stopped_after_any_iteration_ends_as_if_it_had_not_been(name: str) -> None:
     whole = run(name)
-    assert len(whole.history) > 3
+    assert len(whole.history) > 1
     for stop_after in range(len(whole.history)):
         asked: list[int] = []
         saved: list[NIOState] = []
@@ -155,8 +155,6 @@ def test_groups_say_what_became_of_them() -> None:
 def test_records_say_what_was_measured(name: str, objective: Any) -> None:
     result = run(name, objective=objective)
     for record in result.history:
-        losses_only = record.group is None and record.outcome in ("within_loss", "loss_bound")
-        assert record.grad_norm is None or not losses_only
         assert (record.grad_cosine is None) == (record.grad_norm is None)
         # An objective of its own is told where it is not GC; the paper's search reads none.
         own = objective != "gc" and result.config.search != "published" and record.grad_norm is not None

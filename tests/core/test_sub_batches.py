@@ -14,7 +14,7 @@ from nio_hf.core import Collective, find_tensors
 from nio_hf.core.gradcosine import sub_batch_windows
 from nio_hf.core.loss import Loss
 from nio_hf.core.mode import measuring
-from nio_hf.core.sub_batches import FirstPass, Keep, SubBatches, batch_loss, first_pass, located, read, split
+from nio_hf.core.sub_batches import FirstPass, Keep, SubBatches, first_pass, located, read, split
 from nio_hf.errors import ConfigError, DataError, ModelError, NumericsError
 from tests import zoo
 from tests.core.cases import Case, batches_of, case, differences, double_case, state
@@ -84,18 +84,6 @@ def test_gradients_are_kept_with_their_graph_or_without(keep: Keep, graphs: bool
     assert [tensor.requires_grad for tensor in first.kept[0]] == [graphs] * len(first.kept[0])
     in_parts = run(made, parts_of(made), keep=keep, micro_batch_size=2)
     assert list(in_parts.kept) == ([] if graphs else [0, 1])
-
-
-@pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
-@pytest.mark.parametrize("name", ["vit", "gpt2"])
-def test_forward_passes_alone_give_the_loss_that_gradients_come_with(name: str, micro_batch_size: int | None) -> None:
-    made = double_case(name)
-    parts = parts_of(made)
-    with measuring(made.model):
-        loss = Loss(made.model, made.loss_fn, CPU)
-        value, size = batch_loss(loss, parts, ALONE, micro_batch_size=micro_batch_size)
-    assert size == micro_batch_size
-    assert value == pytest.approx(read(run(made, parts).sums, parts)[0].loss, rel=1e-10)
 
 
 # Labels that are all ignored.

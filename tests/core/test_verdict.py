@@ -32,9 +32,10 @@ def verdict(
     scales: tuple[float, ...] = (2.0,),
     exhausted: bool = False,
     gamma: float | None = None,
+    loss_bound: float | None = None,
     **after: float,
 ) -> tuple[str, str]:
-    config = NIOConfig() if gamma is None else NIOConfig.published(gamma=gamma, iterations=3)
+    config = NIOConfig(loss_bound=loss_bound) if gamma is None else NIOConfig.published(gamma=gamma, iterations=3)
     later = tuple(value + rise for value, rise in zip(before, rises, strict=True))
     return judge(measured(before), measured(later, **after), groups(*scales), config, data_exhausted=exhausted)
 
@@ -52,6 +53,7 @@ def verdict(
         ({"grad_norm": 5.6, "gamma": 5.0}, "constraint_violated", "ended above gamma = 5. "),
         ({"loss": 2.49}, "improved", "loss at init 2.0000 -> 2.4900"),
         ({"loss": 2.51}, "collapse_suspected", "Collapse suspected: gradients agree at the cost of the loss"),
+        ({"loss": 2.51, "loss_bound": 0.3}, "improved", "loss at init 2.0000 -> 2.5100"),
         ({"loss": 2.51, "grad_norm": 9.0, "gamma": 5.0}, "collapse_suspected", "gradient norm 3 -> 9"),
         ({"exhausted": True}, "data_exhausted", "The data ended before the 3 iterations were done"),
         ({"exhausted": True, "loss": 9.0}, "data_exhausted", "The data ended"),

@@ -96,13 +96,12 @@ def result(
 
 
 def trial(i: int, groups: int) -> IterationRecord:
-    """A trial of a search that judges: the first common ones, then those of the groups."""
-    if 0 < i < 4:
-        outcome: Outcome = "within_loss" if i % 2 else "loss_bound"
-        return IterationRecord(i + 1, f"all x{2**i}", outcome, 2.3 + 0.1 * i if i < 3 else math.nan, cost=4 / 3)
+    """A trial of a search that judges: a common one that is refused, then those of the groups."""
+    if i == 1:
+        return IterationRecord(2, "all x4", "loss_bound", math.nan, cost=4.0)
     outcomes: tuple[Outcome, ...] = ("accepted", "norm_band", "no_gain", "noise", "worse", "loss_bound")
     outcome = outcomes[i % len(outcomes)] if i else "start"
-    group = None if i < 5 else f"group {i % groups}"
+    group = None if i < 3 else f"group {i % groups}"
     loss, gc, norm = 2.3 + 0.01 * i, 0.3 * math.sin(i) + 0.004 * i, 6 + (9 if outcome == "norm_band" else 0.05) * i
     return IterationRecord(i + 1, f"{group or 'all'} x1.41", outcome, loss, gc, norm, gc, group, 1.41, 4.0)
 

@@ -1,0 +1,76 @@
+"""The weights of linear, convolution and attention layers, and the factor with which they keep variances."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from nio_hf.core.tensors import ModelTensors, TensorPlace
+from nio_hf.errors import ModelError, Problem
+
+_STACK = 3
+_NO_STACKS = (nn.Conv1d, nn.ConvTranspose1d, nn.Bilinear)
+"""Layers whose weight has three dimensions and is no stack."""
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def layer_weights(model: nn.Module, tensors: ModelTensors) -> dict[TensorPlace, tuple[nn.Module, ...]]:
+    """{scaled weight of a linear, convolution or attention layer: the modules that own it}, in parameter order.
+
+    A weight that is tied to an embedding is none of them: changing it would change the inputs as well.
+
+    Raises:
+        ModelError: for a model without such a weight.
+    """
+    found = _layers(model, tensors)
+    if not found:
+        fix = "Give a model with a trainable linear or convolution layer that is not tied to an embedding"
+        raise ModelError(Problem(type(model).__name__, "no layer has a weight to initialise", fix))
+    return found
+
+
+def preserving_factor(model: nn.Module, tensors: ModelTensors) -> float:
+    """The common factor with which layers keep the variance of their inputs on average; 1 without a layer.
+
+        factor = prod_l (1 / (rms(W_l) sqrt(fan_in_l)))^(P_l / P)        rms(W)^2 = mean of the squared entries
+
+    over the weights W_l (P_l entries, P together) of [`layer_weights`]. Weights of variance 1 / fan_in keep variances
+    (LeCun, Bottou, Orr, Müller, "Efficient BackProp", 1998); that one factor cannot do so in every layer, and that it
+    is their geometric mean over the entries, is our choice.
+    """
+    weights = [(place.parameter.detach(), owners[0]) for place, owners in _layers(model, tensors).items()]
+    total = sum(weight.numel() for weight, _ in weights)
+    logs = (
+        weight.numel() / total * math.log(float(weight.double().square().mean()) * fan_in(weight, owner)) / 2
+        for weight, owner in weights
+    )
+    return math.exp(-math.fsum(logs))
+
+
+def fan_in(weight: Tensor, owner: nn.Module) -> float:
+    """Number of inputs that one output of a layer is a sum over.
+
+    Layers keep outputs along dimension 0. Transposed convolutions do not, nor do layers whose bias is as long as the
+    last of two dimensions (GPT-2's Conv1D); the stride of transposed convolutions is not counted. Which dimension of a
+    stack of matrices has the inputs is not known: it is given the geometric mean of both.
+    """
+    if weight.ndim == _STACK and not isinstance(owner, _NO_STACKS):
+        return math.sqrt(weight.shape[1] * weight.shape[2])
+    if isinstance(owner, _TRANSPOSED):
+        return weight.shape[0] // owner.groups * math.prod(weight.shape[2:])
+    bias = getattr(owner, "bias", None)
+    if weight.ndim == 2 and isinstance(bias, nn.Parameter) and bias.shape[0] == weight.shape[1]:
+        return weight.shape[0]
+    return weight.numel() // weight.shape[0]
+
+
+def _layers(model: nn.Module, tensors: ModelTensors) -> dict[TensorPlace, tuple[nn.Module, ...]]:
+    modules = list(model.modules())
+    found = {}
+    for place in tensors.scaled:
+        if place.kind in ("input", "trunk", "transition", "head"):
+            owners = tuple(m for m in modules if any(p is place.parameter for p in m.parameters(recurse=False)))
+            if not any(isinstance(owner, nn.Embedding) for owner in owners):
+                found[place] = owners
+    return found

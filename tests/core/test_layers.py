@@ -1,0 +1,106 @@
+"""The weights of layers, their fan-in, and the common factor that keeps variances."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from nio_hf.core import find_tensors
+from nio_hf.core.layers import fan_in, layer_weights, preserving_factor
+from nio_hf.errors import ModelError
+from tests.core.cases import case
+
+
+def factor_of(model: nn.Module) -> float:
+    return preserving_factor(model, find_tensors(model, "weights", "model"))
+
+
+def drawn(layer: nn.Module, std: float) -> nn.Module:
+    """The layer with weights of a standard deviation."""
+    nn.init.normal_(layer.weight, std=std, generator=torch.Generator().manual_seed(0))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs"),
+    [
+        (nn.Linear(6, 4), 6),
+        (nn.Linear(6, 4, bias=False), 6),
+        (nn.Conv1d(6, 4, 5), 30),
+        (nn.Conv2d(6, 4, (3, 2)), 36),
+        (nn.Conv2d(6, 4, 3, groups=2), 27),
+        (nn.ConvTranspose2d(6, 4, 3, groups=2), 27),
+        (nn.Bilinear(6, 3, 4), 18),
+        (Conv1D(4, 6), 6),
+    ],
+)
+def test_fan_in(layer: nn.Module, inputs: int) -> None:
+    assert [fan_in(p.parameter, owners[0]) for p, owners in layer_weights(layer, find_tensors(layer)).items()] == [
+        inputs
+    ]
+
+
+def test_of_a_stack_of_matrices_both_dimensions_count() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 20, 5))
+
+    assert fan_in(Experts().weight, Experts()) == pytest.approx(10)
+
+
+def test_a_factor_makes_the_variance_one_over_fan_in() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(400, 300)
+    before = torch.randn(500, 400)
+    factor = factor_of(layer)
+    with torch.no_grad():
+        layer.weight.mul_(factor)
+        layer.bias.zero_()
+    assert float(layer(before).var()) == pytest.approx(float(before.var()), rel=0.03)
+    assert factor_of(layer) == pytest.approx(1.0)
+
+
+def test_one_factor_for_several_layers_is_their_mean_over_the_entries() -> None:
+    model = nn.Sequential(drawn(nn.Linear(64, 16), 0.02), nn.Tanh(), drawn(nn.Linear(16, 4), 0.5))
+    wanted = [math.log(1 / (0.02 * 8)), math.log(1 / (0.5 * 4))]
+    mean = (wanted[0] * 64 * 16 + wanted[1] * 16 * 4) / (64 * 16 + 16 * 4)
+    assert factor_of(model) == pytest.approx(math.exp(mean), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "gpt2", "bert", "resnet", "mlp"])
+def test_what_is_no_layer_does_not_count(name: str) -> None:
+    model = case(name).model
+    before = factor_of(model)
+    tied = model.get_output_embeddings() if name in ("gpt2", "bert") else None
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.ndim < 2 or "position" in key or "wpe" in key or "token" in key:
+                parameter.mul_(7.0)
+        if tied is not None:
+            tied.weight.mul_(7.0)
+    assert factor_of(model) == pytest.approx(before, rel=1e-6)
+
+
+def test_a_model_without_a_layer_has_the_factor_one() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, 4)
+
+        def forward(self, tokens: Tensor) -> Any:
+            return self.table(tokens)
+
+    assert factor_of(Table()) == 1.0
+    with pytest.raises(ModelError, match="no layer has a weight to initialise"):
+        layer_weights(Table(), find_tensors(Table()))
+
+
+def test_scaled_tensors_alone_count() -> None:
+    model = nn.Sequential(drawn(nn.Linear(64, 16), 0.02), nn.Tanh(), drawn(nn.Linear(16, 4), 0.5))
+    assert preserving_factor(model, find_tensors(model, groups={"last": "^2.weight"})) == pytest.approx(0.5, rel=0.1)
