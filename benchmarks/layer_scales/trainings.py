@@ -24,6 +24,8 @@ from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTF
 
 WEIGHT_DECAY = 0.05
 EVALUATION_BATCH = 500
+PIXELS = 32
+"""Width and height of the images of CIFAR-10, which Imagenette is made as large as."""
 DIGITS_HELD_OUT = 360
 MATRIX = 2
 
@@ -55,6 +57,7 @@ class Setup:
         wide: groups whose factor is drawn from a wider range.
         block: regular expression of the module names of the residual blocks.
         steps, batch_size: of a training.
+        flip: whether images are flipped at random.
     """
 
     data: str
@@ -63,6 +66,7 @@ class Setup:
     block: str
     steps: int = 500
     batch_size: int = 64
+    flip: bool = True
 
 
 _BLOCKS = {
@@ -80,7 +84,8 @@ _SWIN_GROUPS = {**_BLOCKS, "reductions": r"reduction\.weight", **_HEAD}
 SETUPS = {
     "vit": Setup("cifar10", _VIT_GROUPS, ("positions",), r"layers?\.\d+$"),
     "swin": Setup("cifar10", _SWIN_GROUPS, ("reductions",), r"blocks\.\d+$"),
-    "digits": Setup("digits", _VIT_GROUPS, ("positions",), r"layers?\.\d+$", steps=400),
+    "imagenette": Setup("imagenette224", _VIT_GROUPS, ("positions",), r"layers?\.\d+$"),
+    "digits": Setup("digits", _VIT_GROUPS, ("positions",), r"layers?\.\d+$", steps=400, flip=False),
 }
 
 
@@ -103,7 +108,7 @@ def build_model(name: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     if name == "swin":
         return SwinForImageClassification(SwinConfig(**_SWIN, num_labels=CLASSES))
-    sizes = _VIT if name == "vit" else _DIGITS_VIT
+    sizes = _DIGITS_VIT if name == "digits" else _VIT
     return ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=LAYERS, num_labels=CLASSES))
 
 
@@ -145,13 +150,15 @@ def load_images(name: str, data: Path) -> Images:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         train, test = order[DIGITS_HELD_OUT:], order[:DIGITS_HELD_OUT]
         return Images(images[train], labels[train], images[test], labels[test])
-    parts = [_decoded(data / name / f"{split}.parquet") for split in ("train", "test")]
+    splits = ("train", "test") if name == "cifar10" else ("train", "validation")
+    parts = [_decoded(data / name / f"{split}.parquet") for split in splits]
     return Images(*parts[0], *parts[1])
 
 
 def _decoded(file: Path) -> tuple[Tensor, Tensor]:
     table = parquet.read_table(file)
-    images = [np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in table.column("image").to_pylist()]
+    opened = (Image.open(io.BytesIO(row["bytes"])).convert("RGB") for row in table.column("image").to_pylist())
+    images = [np.asarray(image.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)) for image in opened]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(
         table.column("label").to_pylist()
     )
@@ -214,7 +221,7 @@ def train(
     )
     losses: list[float] = []
     model.train()
-    for step, (pixels, labels) in enumerate(batches(images, setup, seed, flip=setup.data == "cifar10")):
+    for step, (pixels, labels) in enumerate(batches(images, setup, seed, flip=setup.flip)):
         if step == setup.steps:
             break
         for group in optimizer.param_groups:

@@ -14,11 +14,11 @@ _option = option_in("The search")
 
 def tune(
     arguments: RecipeArguments = None,
-    groups: Annotated[str, _option("groups", "Values of nio_groups to try, in words.")] = "model,kind",
+    groups: Annotated[str, _option("groups", "Values of nio_groups to try, in words.")] = "model,additive,kind",
     loss_bounds: Annotated[
         str, _option("loss_bounds", "Shares by which the loss may rise, to try; none for no bound.")
-    ] = "0.05,0.1,0.2",
-    objectives: Annotated[str, _option("objectives", "Objectives to try.")] = "gc,gc_norm",
+    ] = "0.1,0.5,none",
+    objectives: Annotated[str, _option("objectives", "Objectives to try.")] = "auto",
     seeds: Annotated[int, _option("seeds", "Rounds, each on a seed of its own; each halves the candidates.")] = 3,
     verdict_seeds: Annotated[
         int | None, _option("verdict_seeds", "Fresh seeds to judge by; default: as many as --seeds.")

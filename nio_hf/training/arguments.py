@@ -62,7 +62,7 @@ class NIOTrainingArguments(TrainingArguments):
     )
     # HfArgumentParser takes the second of three types.
     nio_groups: dict[str, str] | str | None = dataclasses.field(
-        default="model",
+        default="additive",
         metadata={
             "help": "Tensors that share a scale: model, additive, kind, tensor, or a mapping from names of groups to "
             'regular expressions of parameter names, e.g. {"positions": "position_embeddings"}.'

@@ -77,7 +77,7 @@ class Plan:
     def _problems(self) -> Iterator[Problem]:
         words = (
             ("--groups", self.groups, get_args(Grouping)),
-            ("--objectives", self.objectives, get_args(ObjectiveName)),
+            ("--objectives", self.objectives, ("auto", *get_args(ObjectiveName))),
         )
         for option, chosen, known in words:
             if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
