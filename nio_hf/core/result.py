@@ -124,7 +124,7 @@ class IterationRecord:
         grad_norm: GN, or the norm that a baseline bounds; None where it was not computed.
         objective: what the method raises or lowers, where that is not GC.
         group: of the tensors whose scale was tried; None for all.
-        scale: of that group, as it was tried; None for an iteration that moves all scales.
+        scale: of that group, as it was tried; None for the start, and an iteration that moves all scales.
         cost: training steps of arithmetic.
         seconds: wall time, its data included.
         micro_batch_size: samples computed at once; None for whole sub-batches.

@@ -144,9 +144,13 @@ def _timed(state: SearchState, seconds: float) -> SearchState:
 def _groups(problem: ScalingProblem, state: SearchState) -> tuple[GroupScale, ...]:
     """The groups with what became of them."""
     trials: dict[str, list[IterationRecord]] = collections.defaultdict(list)
+    # The trials of the common factor are those of the groups that keep it.
+    free = state.free if isinstance(state, ScanState) else range(len(problem.tensors.groups))
+    keeping = [name for position, name in enumerate(problem.tensors.groups) if position not in free]
     for record in state.history:
-        if record.group is not None:
-            trials[record.group].append(record)
+        if record.scale is not None:
+            for name in keeping if record.group is None else [record.group]:
+                trials[name].append(record)
     gains: dict[str, float] = {}
     if isinstance(state, ScanState) and problem.config.judged_by != "largest":
         gains = dict(zip(problem.tensors.groups, state.gains, strict=True))

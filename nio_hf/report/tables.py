@@ -26,7 +26,7 @@ _GROUP_COLUMNS = ("group", "tensors", "parameters", "scale")
 _TRIAL_COLUMNS = ("tried", "gain", "last trial")
 _KIND_COLUMNS = ("kind", "tensors", "parameters", "smallest", "median", "largest")
 _TRIALS: dict[Outcome | None, str] = {
-    None: "none: the budget was spent",
+    None: "none",
     "accepted": "accepted",
     "loss_bound": "broke the loss bound",
     "norm_band": "the gradient norm left its band",
@@ -108,8 +108,7 @@ def scale_table(result: InitResult) -> ScaleTable:
     rows: list[tuple[str, ...]] = [
         (group.name, f"{group.tensors:,}", f"{group.parameters:,}", f"{group.omega:#.4g}") for group in result.groups
     ]
-    # One group alone gets the common factor, without trials of its own.
-    if len(rows) == 1 or any(group.gain is None for group in result.groups):
+    if not any(group.tried for group in result.groups):
         return ScaleTable("Scale of each group of tensors", _GROUP_COLUMNS, rows)
     rows = [(*row, *_trial_cells(group)) for row, group in zip(rows, result.groups, strict=True)]
     return ScaleTable("Scale of each group of tensors, and its trials", (*_GROUP_COLUMNS, *_TRIAL_COLUMNS), rows)

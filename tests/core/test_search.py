@@ -139,14 +139,17 @@ def test_groups_say_what_became_of_them() -> None:
     assert {group.name for group in result.groups} - {largest.name} == {record.group for record in trials}
     (common,) = [r.scale for r in result.history if r.group is None and r.outcome == "accepted"]
     for group in result.groups:
-        own = [record for record in trials if record.group == group.name]
+        is_largest = group is largest
+        own = [r for r in result.history[1:] if r.group == (None if is_largest else group.name)]
         assert (group.tried, group.ended) == (len(own), own[-1].outcome if own else None)
         accepted = [record for record in own if record.outcome == "accepted"]
         assert group.omega == pytest.approx(accepted[-1].scale if accepted else common)
-        assert (group.gain > 0) == bool(accepted)
+        assert (group.gain > 0) == (bool(accepted) and not is_largest)
     assert any(group.gain > 0 for group in result.groups)
     untried = run("scan", budget=1.0)
-    assert [(group.tried, group.ended, group.gain) for group in untried.groups] == [(0, None, 0.0)] * 3
+    common = next(group for group in untried.groups if group.name == largest.name)
+    assert (common.tried, common.ended) == (1, "accepted")
+    assert [(group.tried, group.ended) for group in untried.groups if group != common] == [(0, None)] * 2
     assert [(group.tried, group.gain) for group in run("gradient").groups] == [(0, None)] * 3
 
 

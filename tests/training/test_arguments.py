@@ -72,7 +72,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         (
             {"nio_search": "gradient", "nio_objective": "gc_sign"},
             "nio_objective",
-            'Set nio_search to "scan": signs have no derivative',
+            'Set nio_search to "scan": gc_sign has no derivative',
         ),
         (
             {"nio_batch_size": 4, "nio_sub_batches": 8},
@@ -122,7 +122,7 @@ def test_the_command_line_parser_of_transformers_knows_the_settings(tmp_path: Pa
     options = ["--output_dir", str(tmp_path), "--nio_lr", "1e-3", "--nio_sub_batches", "8", "--nio", "false"]
     (args,) = HfArgumentParser(NIOTrainingArguments).parse_args_into_dataclasses(options)
     assert (args.nio_lr, args.nio_sub_batches, args.nio) == (1e-3, 8, False)
-    assert args.nio_groups == "model"
+    assert args.nio_groups == "additive"
     options += ["--nio_norm_band", "0.9", "1.2", "--nio_groups", '{"positions": "position_embeddings"}']
     (args,) = HfArgumentParser(NIOTrainingArguments).parse_args_into_dataclasses(options)
     assert args.nio_groups == {"positions": "position_embeddings"}

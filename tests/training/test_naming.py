@@ -78,8 +78,8 @@ def test_a_micro_batch_that_does_not_fit_the_model_is_refused_by_its_name(
 
 
 def test_the_message_of_a_result_calls_settings_as_arguments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Without a bound on the loss and with a wide one on the norm, the largest scales are taken."""
-    trainer = _trainer(tmp_path, build("vit"), nio_loss_bound=None, nio_norm_band=[1e-9, 1e9])
+    """The paper's search has no bound on the loss."""
+    trainer = _trainer(tmp_path, build("vit"), nio_search="published", nio_groups="model", nio_lr=16.0, nio_iterations=4)
     with caplog.at_level(logging.WARNING, "nio_hf.training"):
         result = trainer.run_nio()
     assert result.status == "collapse_suspected"

@@ -146,7 +146,7 @@ def test_the_point_of_the_grid_that_the_recipe_has_is_not_tried_twice() -> None:
     named = load_recipe(RECIPE, ["--nio_groups", '{"positions": "position_embeddings"}'])
     assert len(made.candidates(named)) == 5
     words = {tuned_settings(arm)["nio_groups"] for arm in made.candidates(named)[1:]}
-    assert words == {"model", "kind"}
+    assert words == {"additive", "kind"}
 
 
 def test_the_budget_ends_the_search(search: Any) -> None:
@@ -177,7 +177,7 @@ def test_the_cost_beforehand_is_that_of_the_search_and_two_reports() -> None:
     assert recipe.training.nio_batch_size == 64
     own, *others = plan().candidates(recipe)
     by_kind = [arm for arm in others if arm.settings["nio_groups"] == "kind"]
-    assert initialisation_cost(own, recipe) == 2 * expected_cost(recipe.training.to_nio_config(), groups=1)
+    assert initialisation_cost(own, recipe) == 2 * expected_cost(recipe.training.to_nio_config(), groups=2)
     assert {initialisation_cost(arm, recipe) for arm in by_kind} == {(50 + 2 * 3) * 2}, "the budget and the reports"
 
 
@@ -218,7 +218,7 @@ def _settings(file: Path) -> list[str]:
         ({"loss_bounds": (0.0, None)}, "--loss_bounds: 0, none. Give different ones above 0"),
         ({"loss_bounds": (None, None)}, "--loss_bounds: none, none. Give different ones above 0"),
         ({"loss_bounds": (-0.1,)}, "--loss_bounds: -0.1"),
-        ({"objectives": ("gc", "gc")}, "--objectives: gc, gc. Give at least one of gc, gc_norm"),
+        ({"objectives": ("gc", "gc")}, "--objectives: gc, gc. Give at least one of auto, largest, gc, gc_norm"),
         ({"seeds": 0}, "--seeds: 0"),
         ({"probe_steps": 501}, "--probe_steps: 501, of whole trainings of 500"),
         ({"probe_steps": 0}, "--probe_steps: 0"),
