@@ -78,12 +78,11 @@ def test_a_micro_batch_that_does_not_fit_the_model_is_refused_by_its_name(
 
 
 def test_the_message_of_a_result_calls_settings_as_arguments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The paper's search has no bound on the loss."""
-    trainer = _trainer(tmp_path, build("vit"), nio_search="published", nio_groups="model", nio_lr=16.0, nio_iterations=4)
+    trainer = _trainer(tmp_path, build("vit"), nio_search="published", nio_gamma=1e-3, nio_iterations=2)
     with caplog.at_level(logging.WARNING, "nio_hf.training"):
         result = trainer.run_nio()
-    assert result.status == "collapse_suspected"
-    assert result.message.endswith("Set a lower nio_loss_bound, or a narrower nio_norm_band.")
+    assert result.status == "constraint_violated"
+    assert result.message.endswith("Set a lower nio_lr, or more nio_iterations.")
     assert result.message in caplog.text
     assert "NIOConfig" not in caplog.text
     assert load_state(trainer.nio_init_dir).message == result.message
