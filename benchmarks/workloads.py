@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
+from benchmarks.reference import Reference, joint_graph
 from nio_hf.core import Collective, InitResult, NIOConfig, find_tensors, initialize
 from nio_hf.core.batches import take
 from nio_hf.core.curvature import Path, exact_product, second_pass
@@ -20,7 +21,6 @@ from nio_hf.core.gradcosine import published_windows, sub_batch_windows
 from nio_hf.core.loss import Loss
 from nio_hf.core.mode import measuring
 from nio_hf.core.objectives import CosineObjective
-from nio_hf.core.reference import Reference, joint_graph
 from nio_hf.core.sub_batches import SubBatches, first_pass, read, split
 from nio_hf.core.tensors import ModelTensors
 from nio_hf.recipe.strict_yaml import read_settings

@@ -4,11 +4,10 @@ from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.initializer import expected_cost, grad_cosine, initialize
 from nio_hf.core.layerwise import GradientInspection, LayerGradient, inspect_gradients
-from nio_hf.core.method import Method
+from nio_hf.core.method import Method, Resumption
 from nio_hf.core.result import GradCosine, GroupScale, InitResult, IterationRecord, NIOResult, TensorScale
-from nio_hf.core.search import NIO
+from nio_hf.core.search import NIO, NIOState
 from nio_hf.core.second_moment import squared_gradients
-from nio_hf.core.state import NIOState, Resumption
 from nio_hf.core.tensors import find_tensors
 
 __all__ = [

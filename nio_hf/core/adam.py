@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,12 +33,6 @@ class AdamState:
         """The state before the first step."""
         zeros = (0.0,) * size
         return cls({"objective": zeros, "constraint": zeros}, zeros, {"objective": 0, "constraint": 0})
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> AdamState:
-        """Inverse of `dataclasses.asdict`, after a trip through JSON."""
-        first = {branch: tuple(moment) for branch, moment in fields["first"].items()}
-        return cls(first, tuple(fields["second"]), dict(fields["steps"]))
 
 
 def adam_step(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,22 +62,6 @@ class DescentState:
             return (1.0,) * len(self.logs)
         gain, error = self.best.gain_over(self.start)
         return tuple(math.exp(log) if gain > error else 1.0 for log in self.logs)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> DescentState:
-        """Inverse of `dataclasses.asdict`, after a trip through JSON."""
-        readings = {name: fields[name] and Reading.from_dict(fields[name]) for name in ("best", "start")}
-        return cls(
-            **{
-                **fields,
-                **readings,
-                "logs": tuple(fields["logs"]),
-                "direction": tuple(fields["direction"]),
-                "adam": AdamState.from_dict(fields["adam"]),
-                "path": fields["path"] and Path(**fields["path"]),
-                "history": tuple(IterationRecord(**record) for record in fields["history"]),
-            }
-        )
 
 
 def init(problem: ScalingProblem) -> DescentState:

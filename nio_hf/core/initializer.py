@@ -20,11 +20,10 @@ from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.loss import Loss, LossFn, check_micro_batches, gradient, make_loss
 from nio_hf.core.memory import peak_memory, reset_peak_memory, with_less_memory
-from nio_hf.core.method import Learned, Method, OnIteration, Options, Watch
+from nio_hf.core.method import Learned, Method, OnIteration, Options, Resumption, Watch
 from nio_hf.core.problem import ScalingProblem, parts_of, report_parts
 from nio_hf.core.result import GradCosine, GroupScale, InitResult
 from nio_hf.core.search import NIO
-from nio_hf.core.state import Resumption
 from nio_hf.core.stream import BatchStream
 from nio_hf.core.sub_batches import located, measure, split_check, splits
 from nio_hf.core.tensors import ModelTensors, copied_values, find_tensors

@@ -29,6 +29,7 @@ from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.loss import Loss, LossFn, make_loss
 from nio_hf.core.problem import report_parts
+from nio_hf.core.records import restored
 from nio_hf.core.result import GradCosine
 from nio_hf.core.sub_batches import measure
 from nio_hf.core.tensors import ModelTensors, find_tensors
@@ -96,7 +97,8 @@ class GradientInspection:
     def from_dict(cls, fields: dict[str, Any]) -> GradientInspection:
         """Inverse of `to_dict`."""
         layers = [{key: value for key, value in layer.items() if key != "agreement"} for layer in fields["layers"]]
-        return cls(GradCosine.from_dict(fields["measured"]), tuple(LayerGradient(**layer) for layer in layers))
+        inspection: GradientInspection = restored(cls, {**fields, "layers": layers})
+        return inspection
 
 
 def inspect_gradients(

@@ -5,18 +5,38 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.problem import ScalingProblem
 from nio_hf.core.result import GroupScale, IterationRecord
-from nio_hf.core.state import Resumption
 from nio_hf.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from nio_hf.core.search import NIOState
 
 OnIteration = Callable[[IterationRecord], None]
 Options = Mapping[str, Any]
 Check = tuple[str, Any, bool, str]
 """(option, its value, whether it is sound, how to fix it)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumption:
+    """How a run goes on where another one stopped, and how it lets itself be stopped.
+
+    Attributes:
+        state: of the run that stopped, with the same model, batches and settings; None to begin.
+        save: called with the state of the run, every `every` iterations, after the last one, and when it is stopped.
+        every: iterations from one call of `save` to the next; None to save only when it is stopped.
+        should_stop: asked once for each iteration; where it says yes on any process, the run is saved and ends with
+            [`StoppedError`].
+    """
+
+    state: NIOState | None = None
+    save: Callable[[NIOState], None] = lambda state: None
+    every: int | None = 10
+    should_stop: Callable[[], bool] = lambda: False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,17 +43,6 @@ class PublishedState:
     history: tuple[IterationRecord, ...]
     micro_batch_size: int | None
 
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> PublishedState:
-        """Inverse of `dataclasses.asdict`, after a trip through JSON."""
-        return cls(
-            scales=tuple(fields["scales"]),
-            adam=AdamState.from_dict(fields["adam"]),
-            path=fields["path"] and Path(**fields["path"]),
-            history=tuple(IterationRecord(**record) for record in fields["history"]),
-            micro_batch_size=fields["micro_batch_size"],
-        )
-
 
 def init(problem: ScalingProblem) -> PublishedState:
     """The state at omega = 1."""

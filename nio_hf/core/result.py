@@ -8,6 +8,7 @@ import statistics
 from typing import Any, Literal
 
 from nio_hf.core.config import NIOConfig, ObjectiveName
+from nio_hf.core.records import restored
 
 Outcome = Literal["start", "accepted", "loss_bound", "norm_band", "no_gain", "noise", "worse", "lower_norm"]
 """What became of an iteration: "start", the start was measured; "accepted"; "loss_bound" or "norm_band", refused by a
@@ -67,12 +68,6 @@ class GradCosine:
             parts=tuple(parts),
         )
 
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> GradCosine:
-        """Inverse of `dataclasses.asdict`, after a trip through JSON."""
-        parts = tuple(cls.from_dict(part) for part in fields["parts"])
-        return cls(**{**fields, "norms": tuple(fields["norms"]), "parts": parts})
-
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
@@ -104,11 +99,6 @@ class Reading:
             "grad_norm": self.measured.grad_norm,
             "objective": None if objective in ("gc", "largest") else self.score,
         }
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Reading:
-        """Inverse of `dataclasses.asdict`, after a trip through JSON."""
-        return cls(GradCosine.from_dict(fields["measured"]), tuple(fields["scores"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +163,7 @@ class TensorScale:
     """The scale of one tensor and where in the model it sits.
 
     Attributes:
-        name: parameter name in memory. It is not portable and is left out of saved files.
+        name: parameter name in memory; in saved files its position, as names are not portable.
         kind: what the tensor is, see [`kinds_of`].
         depth: position of the enclosing block, 0 for what comes before the first block.
         shape: shape of the tensor.
@@ -194,7 +184,7 @@ class ExcludedTensor:
     """A tensor that keeps its values.
 
     Attributes:
-        name: parameter name in memory, left out of saved files.
+        name: as in [`TensorScale`].
         kind: as in [`TensorScale`].
         shape: shape of the tensor.
         reason: why it is not scaled: "zero", "frozen", "unused", "vector" where only weights are, or "no group".
@@ -262,15 +252,13 @@ class InitResult:
         return paired_standard_error(self.before, self.after)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary without parameter names, which differ between library versions.
-
-        Groups of one tensor each are named by its position, as `from_dict` names the tensors.
-        """
+        """A JSON-ready dictionary in which tensors are named by their position, since libraries rename parameters."""
         fields = dataclasses.asdict(self)
         if self.config.groups == "tensor":
             _number_groups(fields, {tensor.name: f"tensor {index}" for index, tensor in enumerate(self.tensors)})
-        for tensor in (*fields["tensors"], *fields["excluded"]):
-            del tensor["name"]
+        for rows in (fields["tensors"], fields["excluded"]):
+            for index, row in enumerate(rows):
+                row["name"] = f"tensor {index}"
         for record in fields["history"]:
             # JSON has no word for NaN.
             record["loss"] = record["loss"] if math.isfinite(record["loss"]) else None
@@ -278,24 +266,13 @@ class InitResult:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> InitResult:
-        """Inverse of `to_dict`; tensors are named by their position."""
-        return cls(
-            **{
-                **fields,
-                "config": NIOConfig(**fields["config"]),
-                "groups": tuple(GroupScale(**group) for group in fields["groups"]),
-                "tensors": _unnamed(TensorScale, fields["tensors"]),
-                "excluded": _unnamed(ExcludedTensor, fields["excluded"]),
-                "history": tuple(_record_from_dict(record) for record in fields["history"]),
-                "before": GradCosine.from_dict(fields["before"]),
-                "after": GradCosine.from_dict(fields["after"]),
-                "options": {k: tuple(v) if isinstance(v, list) else v for k, v in fields.get("options", {}).items()},
-            }
-        )
-
-
-def _record_from_dict(fields: dict[str, Any]) -> IterationRecord:
-    return IterationRecord(**{**fields, "loss": math.nan if fields["loss"] is None else fields["loss"]})
+        """Inverse of `to_dict`; tensors keep the numbers that they are named by there."""
+        history = [
+            {**record, "loss": math.nan if record["loss"] is None else record["loss"]} for record in fields["history"]
+        ]
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in fields["options"].items()}
+        result: InitResult = restored(cls, {**fields, "history": history, "options": options})
+        return result
 
 
 NIOResult = InitResult
@@ -324,10 +301,3 @@ def _number_groups(fields: dict[str, Any], numbers: dict[str, str]) -> None:
         if record["group"] is not None:
             record["tried"] = record["tried"].replace(record["group"], numbers[record["group"]])
             record["group"] = numbers[record["group"]]
-
-
-def _unnamed(record_type: type[Any], rows: list[dict[str, Any]]) -> tuple[Any, ...]:
-    return tuple(
-        record_type(**{**row, "name": f"tensor {index}", "shape": tuple(row["shape"])})
-        for index, row in enumerate(rows)
-    )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from nio_hf.core.bounds import Bounds
 from nio_hf.core.config import NIOConfig
@@ -72,20 +72,6 @@ class ScanState:
     def scales(self) -> tuple[float, ...]:
         """(K,) accepted scales."""
         return tuple(2.0**exponent for exponent in self.exponents)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> ScanState:
-        """Inverse of `dataclasses.asdict`, after a trip through JSON."""
-        readings = fields["readings"]
-        return cls(
-            **{
-                **fields,
-                **{name: tuple(fields[name]) for name in ("exponents", "free", "untried", "gains")},
-                "readings": readings
-                and Readings(**{name: Reading.from_dict(reading) for name, reading in readings.items()}),
-                "history": tuple(IterationRecord(**record) for record in fields["history"]),
-            }
-        )
 
 
 @dataclasses.dataclass(frozen=True)

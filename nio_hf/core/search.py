@@ -11,13 +11,49 @@ from typing import Any
 
 from nio_hf.core import descent, published, scan
 from nio_hf.core.batches import SAME_BATCHES, content_of
-from nio_hf.core.config import NIOConfig
+from nio_hf.core.config import NIOConfig, SearchName
+from nio_hf.core.descent import DescentState
 from nio_hf.core.method import Learned, Method, Options, Watch
 from nio_hf.core.problem import ScalingProblem, search_parts
-from nio_hf.core.result import GroupScale, IterationRecord
+from nio_hf.core.published import PublishedState
+from nio_hf.core.records import restored
+from nio_hf.core.result import GradCosine, GroupScale, IterationRecord
 from nio_hf.core.scan import ScanState
-from nio_hf.core.state import NIOState, SearchState
 from nio_hf.errors import DataError, Problem, StoppedError
+
+SearchState = ScanState | DescentState | PublishedState
+
+
+@dataclasses.dataclass(frozen=True)
+class NIOState:
+    """A run after some of its iterations, in numbers that JSON keeps exactly.
+
+    Attributes:
+        search: name of the search.
+        progress: its state.
+        before: GradCosine on the report batches at omega = 1.
+        seconds: wall time so far.
+    """
+
+    search: SearchName
+    progress: SearchState
+    before: GradCosine
+    seconds: float
+
+    @property
+    def iterations(self) -> int:
+        """The iterations that it has behind it."""
+        return len(self.progress.history)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> NIOState:
+        """Inverse of `to_dict`, after a trip through JSON."""
+        progress = restored(SEARCHES[fields["search"]].state, fields["progress"])
+        return cls(**{**fields, "progress": progress, "before": restored(GradCosine, fields["before"])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +61,7 @@ class Search:
     """A search as functions of explicit values.
 
     Attributes:
+        state: type of its state.
         init: (problem) -> state.
         step: (problem, data, state) -> state, one record longer.
         finished: (problem, state) -> whether there is nothing left to do.
@@ -32,6 +69,7 @@ class Search:
         data: (problem, steps behind) -> what each further step is given.
     """
 
+    state: type[SearchState]
     init: Callable[[ScalingProblem], Any]
     step: Callable[[ScalingProblem, Any, Any], Any]
     finished: Callable[[ScalingProblem, Any], bool]
@@ -128,9 +166,11 @@ def _new_batches(problem: ScalingProblem, behind: int) -> Iterator[Any]:
 
 
 SEARCHES: Mapping[str, Search] = {
-    "scan": Search(scan.init, scan.step, scan.finished, scan.describe, _fixed_batches),
-    "gradient": Search(descent.init, descent.step, descent.finished, descent.describe, _fixed_batches),
-    "published": Search(published.init, published.step, published.finished, published.describe, _new_batches),
+    "scan": Search(ScanState, scan.init, scan.step, scan.finished, scan.describe, _fixed_batches),
+    "gradient": Search(DescentState, descent.init, descent.step, descent.finished, descent.describe, _fixed_batches),
+    "published": Search(
+        PublishedState, published.init, published.step, published.finished, published.describe, _new_batches
+    ),
 }
 """{name of a search: its functions}."""
 

@@ -34,7 +34,7 @@ INIT_DIR_NAME = "_nio_init"
 STATE_NAME = "nio_state.json"
 PROGRESS_NAME = "_nio_progress.json"
 MARK_KEY = "nio"
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 Task = dict[str, Any]
 """What a NIO run was given, in plain values: the same task gives the same scales."""
 State = dict[str, Any]

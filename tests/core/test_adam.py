@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nio_hf.core.adam import AdamState, Branch, adam_step
+from nio_hf.core.records import restored
 
 STEPS: list[tuple[Branch, list[float]]] = [
     ("objective", [0.3, -5.0, 1e-4]),
@@ -66,7 +67,7 @@ def test_a_state_goes_on_exactly_after_a_trip_through_json() -> None:
     state = AdamState.zeros(3)
     for branch, gradient in STEPS[:4]:
         _, state = adam_step(state, torch.tensor(gradient), branch)
-    again = AdamState.from_dict(json.loads(json.dumps(dataclasses.asdict(state))))
+    again = restored(AdamState, json.loads(json.dumps(dataclasses.asdict(state))))
     assert again == state
     branch, gradient = STEPS[4]
     assert adam_step(again, torch.tensor(gradient), branch)[0].equal(

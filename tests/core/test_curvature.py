@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.accounting import counted
+from benchmarks.reference import joint_graph
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import Collective, curvature, find_tensors, memory
 from nio_hf.core.curvature import Path, choose_path, second_pass
@@ -21,7 +22,6 @@ from nio_hf.core.gradcosine import published_windows, sub_batch_windows
 from nio_hf.core.loss import Loss
 from nio_hf.core.mode import measuring
 from nio_hf.core.objectives import CosineObjective, NormConstraint, Objective, make_objective
-from nio_hf.core.reference import joint_graph
 from nio_hf.core.sub_batches import SubBatches, first_pass, read, split
 from nio_hf.errors import ModelError
 from tests.core.cases import FAMILIES, Case, batches_of, case, differences, double_case, state

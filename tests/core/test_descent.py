@@ -22,6 +22,7 @@ from nio_hf.core.curvature import Path
 from nio_hf.core.descent import DescentState
 from nio_hf.core.objectives import make_objective
 from nio_hf.core.problem import ScalingProblem, measure_point, search_parts
+from nio_hf.core.records import restored
 from nio_hf.core.result import Reading
 from nio_hf.errors import NumericsError
 from tests.core.cases import Agreement, Case, batches_of, case, double_case, scaling_problem
@@ -97,7 +98,7 @@ def run(
         told = descent.describe(problem, state)
         state = descent.step(problem, [None, None], state)
         assert state.history[-1].tried == told
-        again = DescentState.from_dict(json.loads(json.dumps(dataclasses.asdict(state))))
+        again = restored(DescentState, json.loads(json.dumps(dataclasses.asdict(state))))
         assert repr(again) == repr(state)
     return state, asked
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.reference import joint_graph
 from nio_hf import NIOConfig, grad_cosine, initialize
 from nio_hf.core import find_tensors, published
 from nio_hf.core.mode import measuring
 from nio_hf.core.problem import seed_of
 from nio_hf.core.published import PublishedState
-from nio_hf.core.reference import joint_graph
+from nio_hf.core.records import restored
 from tests.core.cases import PER_TENSOR, Case, batches_of, case, double_case, scaling_problem
 
 SAMPLES, REPORTED = 10, 2
@@ -186,7 +187,7 @@ def test_a_state_goes_on_exactly_after_a_trip_through_json() -> None:
             assert published.describe(problem, states[-1]) == "a step of 0.05"
             states.append(published.step(problem, batch, states[-1]))
         assert published.finished(problem, states[-1])
-        again = PublishedState.from_dict(json.loads(json.dumps(dataclasses.asdict(states[2]))))
+        again = restored(PublishedState, json.loads(json.dumps(dataclasses.asdict(states[2]))))
         assert again == states[2]
         assert published.step(problem, batches[2], again) == states[3]
     assert [record.iteration for record in states[-1].history] == [1, 2, 3, 4]

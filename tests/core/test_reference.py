@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.reference import joint_graph
 from nio_hf.core.mode import measuring
-from nio_hf.core.reference import joint_graph
 from tests.core.cases import double_case
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nio_hf import GradCosine, NIOConfig, NIOResult, initialize
+from nio_hf.core.records import restored
 from nio_hf.core.result import Reading
 from tests.core.cases import batches_of, case
 
@@ -63,7 +64,7 @@ def test_gains_of_the_objective_are_paired_over_the_batches() -> None:
     before, after = Reading(measurement(0.1), (1.0, 5.0, 9.0)), Reading(measurement(0.1), (1.3, 5.1, 9.2))
     assert (before.score, after.score) == pytest.approx((5.0, 5.2))
     assert after.gain_over(before) == pytest.approx((0.2, math.sqrt(0.02 / 2 / 3)))
-    assert Reading.from_dict(json.loads(json.dumps(dataclasses.asdict(after)))) == after
+    assert restored(Reading, json.loads(json.dumps(dataclasses.asdict(after)))) == after
 
 
 def test_a_result_survives_json(result: NIOResult) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from nio_hf import GradCosine, NIOConfig, initialize
 from nio_hf.core import scan
 from nio_hf.core.problem import search_parts
+from nio_hf.core.records import restored
 from nio_hf.core.result import Reading
 from nio_hf.core.scan import ScanState
 from nio_hf.errors import NumericsError, Problem
@@ -71,7 +72,7 @@ class Measured:
                 told = scan.describe(self.problem, state)
                 state = scan.step(self.problem, [None, None], state)
                 assert state.history[-1].tried == told
-                again = ScanState.from_dict(json.loads(json.dumps(dataclasses.asdict(state), sort_keys=True)))
+                again = restored(ScanState, json.loads(json.dumps(dataclasses.asdict(state), sort_keys=True)))
                 # Compared as text, where NaN equals itself.
                 assert repr(again) == repr(state)
         return state
@@ -371,7 +372,7 @@ def test_a_scan_of_a_model_goes_on_exactly_after_a_trip_through_json() -> None:
         parts = search_parts(problem, [made.batch, case("mlp", 12).batch])
         states = [scan.init(problem)]
         while not scan.finished(problem, states[-1]):
-            again = ScanState.from_dict(json.loads(json.dumps(dataclasses.asdict(states[-1]))))
+            again = restored(ScanState, json.loads(json.dumps(dataclasses.asdict(states[-1]))))
             states.append(scan.step(problem, parts, again))
     assert states[-1].stage == "groups"
     assert len(states) > 5
