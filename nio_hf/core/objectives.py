@@ -86,8 +86,8 @@ class SignObjective:
         return (squared_norm(sums.extra_sum) - lengths) / ((sums.sub_batches - 1) * lengths)
 
     def cotangent(self, gradient: Sequence[Tensor], gradient_norm: Tensor, sums: GradientSums) -> list[Tensor]:
-        """Zero: a sign has no derivative. The settings refuse it for searches that need one."""
-        return [torch.zeros_like(tensor) for tensor in gradient]
+        """There is none: the settings refuse signs for searches that need a derivative."""
+        raise NotImplementedError("signs have no derivative")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from nio_hf.core.config import NIOConfig
-from nio_hf.core.result import GradCosine, GroupScale, Status
+from nio_hf.core.result import GradCosine, GroupScale, Status, paired_standard_error
 
 COLLAPSE_LOSS_RISE = 0.25
 COLLAPSE_COSINE = 0.95
@@ -29,11 +29,10 @@ def t_quantile(degrees: int) -> float:
 
 def rise_interval(before: GradCosine, after: GradCosine) -> tuple[float, float]:
     """90% interval of the mean rise of GC, paired over the report batches; infinite with fewer than two."""
-    rises = [late.value - early.value for late, early in zip(after.parts, before.parts, strict=True)]
-    rise = after.value - before.value
-    if len(rises) < 2:
+    if len(after.parts) < 2:
         return -math.inf, math.inf
-    half = t_quantile(len(rises) - 1) * statistics.stdev(rises) / math.sqrt(len(rises))
+    rise = after.value - before.value
+    half = t_quantile(len(after.parts) - 1) * paired_standard_error(before, after)
     return rise - half, rise + half
 
 
