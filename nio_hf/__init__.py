@@ -1,7 +1,6 @@
 """Neural Initialization Optimization (NIO) for Hugging Face Transformers.
 
-NIO learns by how much to scale the weights before training, so that the gradients of different sub-batches agree
-(GradCosine) under a bound on their norm (Yang et al., NeurIPS 2022, arXiv 2210.05956).
+NIO finds by how much to scale the weights before training (Yang et al., NeurIPS 2022, arXiv 2210.05956).
 """
 
 from __future__ import annotations

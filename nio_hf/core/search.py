@@ -209,7 +209,16 @@ def _groups(problem: ScalingProblem, state: SearchState) -> tuple[GroupScale, ..
     )
 
 
-_SHARED_BY = {"model": "for all of them", "tensor": "per tensor", "kind": "per kind of tensors"}
+_SHARED_BY = {
+    "model": "for all of them",
+    "additive": "for additive tensors and one for all others",
+    "tensor": "per tensor",
+    "kind": "per kind of tensors",
+}
+_AIMS = {
+    "largest": "so that layers keep the variance of their inputs on average, and all others are as large as they may",
+    "variance": "so that the gradients of different sub-batches vary little",
+}
 
 
 def _describe(config: NIOConfig) -> str:
@@ -219,10 +228,10 @@ def _describe(config: NIOConfig) -> str:
         bounds = {"gradient norm": config.gamma}
     named = [name for name, bound in bounds.items() if bound is not None]
     bound = f" under {'bounds' if len(named) > 1 else 'a bound'} on {' and '.join(named)}" if named else ""
+    aim = _AIMS.get(config.judged_by, "so that the gradients of different sub-batches agree (GradCosine)")
     return (
         f"Neural Initialization Optimization (NIO) learned scales of the weights, one scalar (omega) "
-        f"{_SHARED_BY.get(word, 'per group of tensors')}, so that the gradients of different sub-batches agree "
-        f"(GradCosine){bound}."
+        f"{_SHARED_BY.get(word, 'per group of tensors')}, {aim}{bound}."
     )
 
 
