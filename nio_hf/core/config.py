@@ -195,13 +195,10 @@ class NIOConfig:
         if self.search != "scan" and self.objective in ("largest", "gc_sign"):
             fix = f'Set NIOConfig.search to "scan": {self.objective} has no derivative'
             yield "objective", self.objective, fix
-        if self.search != "published" and (self.gamma is not None or self.overlap):
-            name = "overlap" if self.gamma is None else "gamma"
-            yield (
-                name,
-                getattr(self, name),
-                'Leave it out, or set NIOConfig.search to "published", the only one that reads it',
-            )
+        for name in ("gamma", "overlap") if self.search != "published" else ():
+            if getattr(self, name):
+                fix = 'Leave it out, or set NIOConfig.search to "published", the only one that reads it'
+                yield name, getattr(self, name), fix
 
 
 def refuse_replaced(settings: Iterable[str], prefix: str) -> None:

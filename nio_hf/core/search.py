@@ -216,7 +216,7 @@ _SHARED_BY = {
     "kind": "per kind of tensors",
 }
 _AIMS = {
-    "largest": "so that layers keep the variance of their inputs on average, and all others are as large as they may",
+    "largest": "so that layers keep the variance of their inputs on average",
     "variance": "so that the gradients of different sub-batches vary little",
 }
 
