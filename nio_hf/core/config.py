@@ -54,7 +54,8 @@ class NIOConfig:
             the sub-batch gradients, which Adam's first step follows). "largest" lets the groups grow as far as the
             bounds allow. It has no derivative, nor has "gc_sign": both are for "scan" only. "auto" is "largest" in a
             scan of "model" or "additive", and "gc" otherwise.
-        scaled_tensors: "weights", those of two or more dimensions, or "all" trainable tensors.
+        scaled_tensors: "weights", which are matrices, tables and tokens, or "all" trainable tensors: biases, weights of
+            normalisation and what else has one number a channel or head, too (see [`kinds_of`]).
         sub_batches: D, from 2 to B.
         search_batches: number of batches that "scan" and "gradient" judge by; the same ones for every candidate.
         report_batches: number of other batches, that the report before and after is measured on.

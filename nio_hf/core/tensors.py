@@ -21,7 +21,7 @@ from nio_hf.core.groups import Kind, group_tensors, kinds_of
 from nio_hf.core.result import ExcludedTensor, TensorScale
 from nio_hf.errors import ModelError, Problem
 
-_MATRIX = 2
+_VECTORS: tuple[Kind, ...] = ("norm", "bias", "vector")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def find_tensors(
     used = [place for place in trainable if place.name not in unused]
     candidates = [place for place in used if place.name not in reasons]
     if scaled_tensors == "weights" and not isinstance(groups, Mapping):
-        reasons |= {place.name: "vector" for place in candidates if place.parameter.ndim < _MATRIX}
+        reasons |= {place.name: "vector" for place in candidates if place.kind in _VECTORS}
         candidates = [place for place in candidates if place.name not in reasons]
     by_group = group_tensors(model, [place.name for place in candidates], groups) if candidates else {}
     grouped = {name for members in by_group.values() for name in members}
@@ -182,7 +182,7 @@ def _check_scalable(model: nn.Module, found: ModelTensors) -> None:
         counts = "no tensor can be scaled (" + ", ".join(f"{n} {reason}" for reason, n in reasons.items()) + ")"
         fix = "Give a model with a trainable tensor that is used and not all zero"
         if "vector" in reasons:
-            fix = 'Set NIOConfig.scaled_tensors to "all", which scales tensors of fewer than two dimensions, too'
+            fix = 'Set NIOConfig.scaled_tensors to "all", which scales what is no matrix, table or token, too'
         raise ModelError(Problem(where, counts, fix))
 
 

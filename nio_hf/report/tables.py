@@ -145,7 +145,7 @@ def excluded_text(result: InitResult) -> str:
     meanings = {
         "zero": "all zero",
         "unused": "without a gradient",
-        "vector": "of one dimension",
+        "vector": "that are vectors",
         "no group": "in no group",
     }
     parts = [f"{reasons.count(reason)} {meanings.get(reason, reason)}" for reason in dict.fromkeys(reasons)]

@@ -69,7 +69,7 @@ class NIOTrainingArguments(TrainingArguments):
         },
     )
     nio_scaled_tensors: str = _option(
-        NIOConfig.scaled_tensors, "What is scaled: all tensors, or weights (two or more dimensions)."
+        NIOConfig.scaled_tensors, "What is scaled: all tensors, or weights (matrices, tables and tokens)."
     )
     nio_objective: str = _option(
         NIOConfig.objective,

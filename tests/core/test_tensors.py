@@ -49,11 +49,13 @@ def test_tensors_are_chosen_by_what_they_are(name: str) -> None:
     assert [place.name for place in found.places] == list(parameters)
 
 
-@pytest.mark.parametrize("name", ["vit", "gpt2", "resnet", "mlp"])
-def test_weights_are_the_tensors_of_two_or_more_dimensions(name: str) -> None:
+@pytest.mark.parametrize("name", ["vit", "gpt2", "resnet", "mlp", "swinv2"])
+def test_weights_are_the_matrices_tables_and_tokens(name: str) -> None:
     model = case(name).model
     found = find_tensors(model, "weights")
-    matrices = [n for n, parameter in model.named_parameters() if parameter.ndim >= 2 and parameter.any()]
+    # A temperature of each head has three dimensions, two of which are 1.
+    named = [(n, p) for n, p in model.named_parameters() if "logit_scale" not in n]
+    matrices = [n for n, parameter in named if parameter.ndim >= 2 and parameter.any()]
     assert [place.name for place in found.scaled] == matrices
     reasons = {tensor.name: tensor.reason for tensor in found.excluded}
     assert reasons == {n: "vector" if p.any() else "zero" for n, p in model.named_parameters() if n not in matrices}
