@@ -5,7 +5,7 @@
     groups    one group at a time, its scale times 4, then 2, for as long as the bounds are kept and, with another
               objective than "largest", that rises by more than its noise; where it does not, divided by 4, then 2.
               Group after group, until a round changes nothing or the budget is spent. The group with the most
-              parameters keeps the common factor, which the others are relative to.
+              parameters, of "additive" that of all others, keeps the common factor.
 
 Every candidate is measured on the same batches with the same random numbers, so that differences are paired.
 """
@@ -46,7 +46,7 @@ class ScanState:
         stage: what it is at.
         candidate: log2 of the common factor that it tries next.
         step: change of log2 of the scale of a group that it tries next.
-        free: positions of the groups but the one with the most parameters.
+        free: positions of the groups but the one that keeps the common factor.
         untried: those that are left in this round, the one that it tries next in front.
         moved: whether that one has moved in this direction already.
         changed: whether this round has changed a group.
@@ -224,9 +224,13 @@ def _with_groups_next(state: ScanState) -> ScanState:
 
 
 def _free_groups(problem: ScalingProblem) -> tuple[int, ...]:
-    sizes = [sum(problem.initial[member].numel() for member in members) for members in problem.tensors.groups.values()]
-    largest = sizes.index(max(sizes))
-    return tuple(position for position in range(len(sizes)) if position != largest)
+    """Positions of the groups but the one that keeps the common factor."""
+    groups = problem.tensors.groups
+    sizes = [sum(problem.initial[member].numel() for member in members) for members in groups.values()]
+    keeping = sizes.index(max(sizes))
+    if problem.config.groups == "additive" and len(groups) > 1:
+        keeping = list(groups).index("others")
+    return tuple(position for position in range(len(sizes)) if position != keeping)
 
 
 def _within_range(config: NIOConfig, state: ScanState) -> ScanState:

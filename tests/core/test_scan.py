@@ -42,7 +42,7 @@ class Measured:
     def __init__(self, landscape: Landscape, free: int = 2, factor: float = 1.0, **settings: Any) -> None:
         self.landscape, self.factor = landscape, factor
         self.asked: list[tuple[float, ...]] = []
-        config = NIOConfig(groups="kind", search_batches=2, sub_batches=2, **settings)
+        config = NIOConfig(**{"groups": "kind", "search_batches": 2, "sub_batches": 2, **settings})
         names = [*(f"g{index}" for index in range(free)), "body"]
         self.problem: Any = SimpleNamespace(
             config=config,
@@ -174,6 +174,14 @@ def test_the_group_with_the_most_parameters_keeps_the_common_factor() -> None:
     state = Measured(bowl((2.0, -2.0, 5.0)), factor=2.0, budget=1e6, scale_range=(0.01, 2.0)).run()
     assert state.scales == (2.0, 0.25, 2.0)
     assert {record.group for record in state.history} == {None, "g0", "g1"}
+
+
+def test_what_is_added_grows_though_it_has_the_most_parameters() -> None:
+    measured = Measured(bowl((3.0,)), free=1, groups="additive", budget=1e6, norm_band=None, scale_range=(0.1, 4.0))
+    groups = {"others": (0,), "additive": (1,)}
+    measured.problem.tensors.groups = groups
+    state = measured.run()
+    assert dict(zip(groups, state.scales, strict=True)) == {"others": 1.0, "additive": 4.0}
 
 
 def test_a_single_free_group_is_gone_through_once() -> None:
