@@ -94,7 +94,7 @@ def _objective(
         case "variance":
             stacked = torch.stack(list(gradients))
             return (stacked - stacked.mean(dim=0)).square().sum(dim=1).mean()
-        case "gc_sign" | "largest":
+        case "gc_sign" | "balance":
             raise ValueError(f"{objective} has no derivative")
 
 

@@ -11,7 +11,7 @@ from nio_hf.errors import ConfigError, Problem
 
 SearchName = Literal["scan", "gradient", "published"]
 Grouping = Literal["model", "additive", "kind", "tensor"]
-ObjectiveName = Literal["largest", "gc", "gc_norm", "gc_sum_norm", "variance", "gc_sign"]
+ObjectiveName = Literal["balance", "gc", "gc_norm", "gc_sum_norm", "variance", "gc_sign"]
 CurvatureName = Literal["auto", "exact", "finite_difference"]
 Precision = Literal["fp32", "bf16"]
 ScaledTensors = Literal["all", "weights"]
@@ -51,9 +51,10 @@ class NIOConfig:
         objective: what the search raises, the mean over its batches: "gc" (GC), "gc_norm" (GC + GN / GN_0, with GN_0
             the norm at the start), "gc_sum_norm" (GC + sum of the D norms, as published), "variance" (minus the mean
             squared distance of the sub-batch gradients from their mean) or "gc_sign" (the cosine of the signs of
-            the sub-batch gradients, which Adam's first step follows). "largest" lets the groups grow as far as the
-            bounds allow. It has no derivative, nor has "gc_sign": both are for "scan" only. "auto" is "largest" in a
-            scan of "model" or "additive", and "gc" otherwise.
+            the sub-batch gradients, which Adam's first step follows). "balance" lets groups grow until what is added
+            is as large as what it is added to, which the spread of the sub-batch gradients tells. It has no
+            derivative, nor has "gc_sign": both are for "scan" only. "auto" is "balance" in a scan of "model" or
+            "additive", and "gc" otherwise.
         scaled_tensors: "weights", which are matrices, tables and tokens, or "all" trainable tensors: biases, weights of
             normalisation and what else has one number a channel or head, too (see [`kinds_of`]).
         sub_batches: D, from 2 to B.
@@ -62,8 +63,7 @@ class NIOConfig:
         loss_bound: rho, of "scan" and "gradient": at an accepted point the loss of the search batches is at most
             (1 + rho) times that of the start. None for no such bound.
         norm_band: (a, b), likewise: at an accepted point GN is between a and b times that at the common factor, and at
-            the common factor at least a times that of the start. Behind a normalisation GN falls to 0.71 of its value
-            where what is added has grown as large as what it is added to. None for no such bound.
+            the common factor at least a times that of the start. None for no such bound.
         scale_range: (least, largest) omega.
         budget: training steps of a search batch beyond which "scan" tries no further group; reports are not counted.
         iterations: steps of "gradient" and "published"; None for 20 and 100.
@@ -91,7 +91,7 @@ class NIOConfig:
     search_batches: int = 2
     report_batches: int = 4
     loss_bound: float | None = 0.5
-    norm_band: tuple[float, float] | None = (0.75, 1.25)
+    norm_band: tuple[float, float] | None = (0.6, 1.25)
     scale_range: tuple[float, float] = (0.01, 100.0)
     budget: float = 17.0
     iterations: int | None = None
@@ -152,7 +152,7 @@ class NIOConfig:
         """The objective, with what "auto" stands for."""
         if self.objective != "auto":
             return self.objective
-        return "largest" if self.search == "scan" and self.groups in ("model", "additive") else "gc"
+        return "balance" if self.search == "scan" and self.groups in ("model", "additive") else "gc"
 
     @property
     def batches(self) -> int:
@@ -193,7 +193,7 @@ class NIOConfig:
         if self.precision == "bf16" and self.curvature == "finite_difference":
             fix = 'Set NIOConfig.curvature to "exact": bfloat16 rounds away the difference of two gradients'
             yield "precision", self.precision, fix
-        if self.search != "scan" and self.objective in ("largest", "gc_sign"):
+        if self.search != "scan" and self.objective in ("balance", "gc_sign"):
             fix = f'Set NIOConfig.search to "scan": {self.objective} has no derivative'
             yield "objective", self.objective, fix
         for name in ("gamma", "overlap") if self.search != "published" else ():

@@ -2,10 +2,15 @@
 
     common    omega = 2^x for all groups: the factor with which the layers keep the variance of their inputs, see
               `layers.preserving_factor`, or half of x, a quarter, ... where that breaks a bound.
-    groups    one group at a time, its scale times 4, then 2, for as long as the bounds are kept and, with another
-              objective than "largest", that rises by more than its noise; where it does not, divided by 4, then 2.
-              Group after group, until a round changes nothing or the budget is spent. The group with the most
-              parameters, of "additive" that of all others, keeps the common factor.
+    groups    one group at a time, its scale times 4, then 2, or divided by 4, then 2, for as long as the objective
+              rises by more than its noise and the bounds are kept; group after group, until a round changes nothing
+              or the budget is spent. The group with the most parameters, of "additive" that of all others, keeps the
+              common factor.
+
+With the objective "balance" groups only grow, for as long as the spread of the sub-batch gradients (their root mean
+squared distance from their mean) is at least 0.7 of that at the common factor. Behind a normalisation gradients are as
+1 / ||a + p||: they fall to 1 / sqrt(2) where p, which is added, has grown as large as a. What all samples share, such
+as the gradient that corrects the offsets of a random head, is no part of the spread.
 
 Every candidate is measured on the same batches with the same random numbers, so that differences are paired.
 """
@@ -33,6 +38,8 @@ GROUP_STEP, LAST_GROUP_STEP = 2.0, 1.0
 """Steps of log2 of the scale of a group, halved when one is refused; our choice."""
 LEAST_GAIN = 0.01
 """Rise of the objective for a doubling or halving below which it does not count; our choice."""
+LEAST_SPREAD = 0.7
+"""Spread of the gradients, as a share of that at the common factor, down to which "balance" lets groups grow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +184,10 @@ def _try_group(problem: ScalingProblem, parts: Sequence[SubBatches], state: Scan
     exponents[group] += state.step
     bounds = Bounds.of(problem.config, readings.start, readings.common)
     reading, outcome, size = _judge(problem, parts, state, [2.0**exponent for exponent in exponents], bounds)
-    if reading is not None and outcome == "accepted" and problem.config.judged_by != "largest":
+    if reading is not None and outcome == "accepted" and problem.config.judged_by == "balance":
+        if reading.spread < LEAST_SPREAD * readings.common.spread:
+            outcome = "unbalanced"
+    elif reading is not None and outcome == "accepted":
         gain, error = reading.gain_over(readings.current)
         gains[group] += gain
         if not gain > LEAST_GAIN * abs(state.step):
@@ -245,7 +255,7 @@ def _turned(config: NIOConfig, state: ScanState) -> ScanState:
     """The state where a step is refused: a smaller one follows, the other direction, or the next group."""
     if abs(state.step) > LAST_GROUP_STEP:
         return dataclasses.replace(state, step=state.step / 2)
-    if state.step > 0 and not state.moved and config.judged_by != "largest":
+    if state.step > 0 and not state.moved and config.judged_by != "balance":
         return dataclasses.replace(state, step=-GROUP_STEP)
     return _with_next_group(state)
 

@@ -192,7 +192,7 @@ def _groups(problem: ScalingProblem, state: SearchState) -> tuple[GroupScale, ..
             for name in keeping if record.group is None else [record.group]:
                 trials[name].append(record)
     gains: dict[str, float] = {}
-    if isinstance(state, ScanState) and problem.config.judged_by != "largest":
+    if isinstance(state, ScanState) and problem.config.judged_by != "balance":
         gains = dict(zip(problem.tensors.groups, state.gains, strict=True))
     rows = zip(problem.tensors.groups.items(), state.scales, strict=True)
     return tuple(
@@ -216,7 +216,7 @@ _SHARED_BY = {
     "kind": "per kind of tensors",
 }
 _AIMS = {
-    "largest": "so that layers keep the variance of their inputs on average",
+    "balance": "so that layers keep the variance of their inputs on average",
     "variance": "so that the gradients of different sub-batches vary little",
 }
 

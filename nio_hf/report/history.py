@@ -23,7 +23,7 @@ _REPORTED: dict[str, Callable[[GradCosine], float]] = {
 _LOOKS: dict[str, tuple[dict[str, Any], tuple[Outcome, ...]]] = {
     "start, or accepted": (marker(BLUE, "o"), ("start", "accepted")),
     "refused: bound on loss or gradient norm": (marker(VERMILLION, "o", is_open=True), ("loss_bound", "norm_band")),
-    "refused: not better": (marker(BLUE, "o", is_open=True), ("no_gain", "noise", "worse")),
+    "refused: not better": (marker(BLUE, "o", is_open=True), ("unbalanced", "no_gain", "noise", "worse")),
 }
 """{label: (marker, outcomes of the trials that have it)}."""
 _BEYOND = marker(VERMILLION, "^", is_open=True)
@@ -57,7 +57,9 @@ def plot_history(result: InitResult, target: Target) -> None:
     with figure(target, width=7, height=height) as drawn:
         panels = dict(zip(names, drawn.subplots(len(names), sharex=True), strict=True))
         for name, axes in panels.items():
-            axes.set_ylabel(_NAMES[name])
+            axes.set_ylabel(
+                "spread of gradients" if (name, config.judged_by) == ("objective", "balance") else _NAMES[name]
+            )
             (_draw_trials if has_trials else _draw_curve)(axes, result, name)
             if name in _REPORTED:
                 _draw_reports(axes, result, _REPORTED[name])

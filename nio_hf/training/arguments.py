@@ -73,7 +73,7 @@ class NIOTrainingArguments(TrainingArguments):
     )
     nio_objective: str = _option(
         NIOConfig.objective,
-        "auto, gc, gc_norm, gc_sum_norm (as published), variance, or, for scan only, largest or gc_sign.",
+        "auto, gc, gc_norm, gc_sum_norm (as published), variance, or, for scan only, balance or gc_sign.",
     )
     nio_loss_bound: float | None = _option(
         NIOConfig.loss_bound, "Share by which the loss of the search batches may rise; none for no such bound."

@@ -70,7 +70,7 @@ def test_the_settings_of_the_published_search(name: str, bad: list[Any], good: l
         ({"gamma": 5.0}, r"NIOConfig\.gamma: 5\.0\. Leave it out, or set NIOConfig\.search to \"published\""),
         ({"search": "gradient", "overlap": 0.2}, r"NIOConfig\.overlap: 0\.2\. Leave it out, or set"),
         ({"search": "gradient", "objective": "gc_sign"}, 'Set NIOConfig.search to "scan": gc_sign has no derivative'),
-        ({"search": "published", "objective": "largest"}, "largest has no derivative"),
+        ({"search": "published", "objective": "balance"}, "balance has no derivative"),
         ({"precision": "bf16", "curvature": "finite_difference"}, "bfloat16 rounds away the difference"),
     ],
 )
@@ -144,13 +144,13 @@ def test_settings_survive_copies_and_json(config: NIOConfig) -> None:
 @pytest.mark.parametrize(
     ("settings", "objective"),
     [
-        ({}, "largest"),
-        ({"groups": "model"}, "largest"),
+        ({}, "balance"),
+        ({"groups": "model"}, "balance"),
         ({"groups": "kind"}, "gc"),
         ({"groups": {"values": "v_proj"}}, "gc"),
         ({"search": "gradient"}, "gc"),
         ({"search": "published"}, "gc"),
-        ({"groups": "kind", "objective": "largest"}, "largest"),
+        ({"groups": "kind", "objective": "balance"}, "balance"),
         ({"objective": "variance"}, "variance"),
     ],
 )

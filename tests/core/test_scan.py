@@ -107,7 +107,7 @@ def test_the_common_factor_is_at_least_one_and_in_the_range(factor: float, expec
 def test_its_exponent_is_halved_while_a_bound_is_broken() -> None:
     state = Measured(flat(lambda x: 1.0 if x[0] <= 1.1 else 1.6), free=0, factor=16.0).run()
     assert trials(state)[1:] == [("all x16", "loss_bound"), ("all x4", "loss_bound"), ("all x2", "accepted")]
-    state = Measured(flat(lambda x: 1.0, lambda x: 1 - x[0] / 5), free=0, factor=16.0).run()
+    state = Measured(flat(lambda x: 1.0, lambda x: 1 - x[0] / 4), free=0, factor=16.0).run()
     assert trials(state)[1:] == [("all x16", "norm_band"), ("all x4", "norm_band"), ("all x2", "accepted")]
 
 
@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_breaks_the_bound(unsound: float) -> None:
 
 
 def test_no_common_factor_is_applied_where_none_keeps_the_bounds() -> None:
-    measured = Measured(flat(lambda x: 1.0, lambda x: 1.0 if x[0] == 0 else 0.7), free=0, factor=100.0)
+    measured = Measured(flat(lambda x: 1.0, lambda x: 1.0 if x[0] == 0 else 0.5), free=0, factor=100.0)
     state = measured.run()
     assert state.exponents == (0.0,)
     assert {outcome for _, outcome in trials(state)[1:]} == {"norm_band"}
@@ -177,7 +177,7 @@ def test_the_group_with_the_most_parameters_keeps_the_common_factor() -> None:
 
 
 def test_what_is_added_grows_though_it_has_the_most_parameters() -> None:
-    measured = Measured(bowl((3.0,)), free=1, groups="additive", budget=1e6, norm_band=None, scale_range=(0.1, 4.0))
+    measured = Measured(bowl((0.0, 3.0)), free=1, groups="additive", objective="gc", budget=1e6, scale_range=(0.1, 4.0))
     groups = {"others": (0,), "additive": (1,)}
     measured.problem.tensors.groups = groups
     state = measured.run()
@@ -196,21 +196,39 @@ def test_the_scan_ends_at_the_best_point_of_a_bowl(best: tuple[int, ...]) -> Non
     assert state.exponents == (*best, 0.0)
 
 
-def test_the_largest_scales_end_at_the_bounds_whatever_the_objective_is() -> None:
-    def landscape(x: tuple[float, ...]) -> tuple[float, float, tuple[float, ...]]:
-        return 1.0, min(1.0, 2.0 ** (1.3 - x[0])), (-x[0], x[1])
+def test_groups_grow_until_they_are_in_balance() -> None:
+    """Each adds p = 2^x to something of size a = 2^1.6, and the gradient is as 1 / sqrt(a^2 + p^2)."""
 
-    state = Measured(landscape, objective="largest", scale_range=(0.1, 4.0), budget=1e6).run()
+    def landscape(x: tuple[float, ...]) -> tuple[float, float, tuple[float, ...]]:
+        squares = [(1 + 2.0 ** (2 * (x[index] - 1.6))) for index in (0, 1)]
+        variance = 3 / math.prod(squares)
+        return 1.0, 1.0, (-variance, -variance)
+
+    state = Measured(landscape, objective="balance", budget=1e6).run()
+    # From balance to twice that size the spread would fall to 0.66 of what it is.
     assert trials(state) == [
         ("start", "start"),
-        ("g0 x4", "norm_band"),
+        ("g0 x4", "unbalanced"),
         ("g0 x2", "accepted"),
-        ("g1 x4", "accepted"),
-        # Nothing smaller is tried.
-        ("g0 x4", "norm_band"),
+        # Nothing smaller is tried, and all grow together no further than that.
+        ("g1 x4", "unbalanced"),
+        ("g1 x2", "accepted"),
+        ("g0 x8", "unbalanced"),
+        ("g0 x4", "unbalanced"),
+        ("g1 x8", "unbalanced"),
+        ("g1 x4", "unbalanced"),
     ]
-    assert state.scales == (2.0, 4.0, 1.0)
+    assert state.scales == (2.0, 2.0, 1.0)
     assert state.gains == (0.0, 0.0, 0.0)
+    assert [record.objective for record in state.history[:3:2]] == pytest.approx(
+        [math.sqrt(3 / (1 + 2**-3.2) ** 2), math.sqrt(3 / (1 + 2**-1.2) / (1 + 2**-3.2))]
+    )
+
+
+def test_bounds_hold_for_what_grows_too() -> None:
+    measured = Measured(lambda x: (1.0 + 0.3 * x[0], 1.0, (-1.0, -1.0)), free=1, objective="balance", budget=1e6)
+    state = measured.run()
+    assert trials(state)[1:] == [("g0 x4", "loss_bound"), ("g0 x2", "accepted")]
 
 
 def test_a_budget_ends_the_scan_with_the_best_so_far() -> None:

@@ -34,7 +34,7 @@ def test_what_a_search_decides_are_settings_of_a_recipe() -> None:
     [
         (["--groups", ""], "--groups: none"),
         (["--groups", "kind,block"], "--groups: kind, block. Give at least one of model, "),
-        (["--objectives", "gain"], "--objectives: gain. Give at least one of auto, largest, gc, gc_norm"),
+        (["--objectives", "gain"], "--objectives: gain. Give at least one of auto, balance, gc, gc_norm"),
         (["--loss_bounds", "0.1,big"], "--loss_bounds: 'big' is no number"),
         (["--loss_bounds", "10%"], "--loss_bounds: '10%' is no number"),
         (["--loss_bounds", "none,none"], "--loss_bounds: none, none. Give different ones above 0"),

@@ -218,7 +218,7 @@ def _settings(file: Path) -> list[str]:
         ({"loss_bounds": (0.0, None)}, "--loss_bounds: 0, none. Give different ones above 0"),
         ({"loss_bounds": (None, None)}, "--loss_bounds: none, none. Give different ones above 0"),
         ({"loss_bounds": (-0.1,)}, "--loss_bounds: -0.1"),
-        ({"objectives": ("gc", "gc")}, "--objectives: gc, gc. Give at least one of auto, largest, gc, gc_norm"),
+        ({"objectives": ("gc", "gc")}, "--objectives: gc, gc. Give at least one of auto, balance, gc, gc_norm"),
         ({"seeds": 0}, "--seeds: 0"),
         ({"probe_steps": 501}, "--probe_steps: 501, of whole trainings of 500"),
         ({"probe_steps": 0}, "--probe_steps: 0"),
