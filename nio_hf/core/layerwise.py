@@ -95,9 +95,9 @@ class GradientInspection:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> GradientInspection:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`; what else has been written beside it is left out."""
         layers = [{key: value for key, value in layer.items() if key != "agreement"} for layer in fields["layers"]]
-        inspection: GradientInspection = restored(cls, {**fields, "layers": layers})
+        inspection: GradientInspection = restored(cls, {"measured": fields["measured"], "layers": layers})
         return inspection
 
 

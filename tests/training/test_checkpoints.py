@@ -43,7 +43,7 @@ def test_a_state_of_a_former_version_is_refused_with_its_former_settings(tmp_pat
     (problem,) = raised.value.problems
     assert problem.where == str(tmp_path / STATE_NAME)
     assert problem.found == (
-        "format 1, known is 2, with settings of a former version: nio_holdout_batches, nio_scale_sharing, "
+        "format 1, known is 3, with settings of a former version: nio_holdout_batches, nio_scale_sharing, "
         "nio_max_loss_rise"
     )
     assert problem.fix == "Initialise again, or use the nio_hf version that wrote it"
@@ -51,7 +51,7 @@ def test_a_state_of_a_former_version_is_refused_with_its_former_settings(tmp_pat
 
 def test_a_state_of_a_later_version_is_refused_with_its_format(tmp_path: Path) -> None:
     (tmp_path / STATE_NAME).write_text('{"format": 99}')
-    with pytest.raises(CheckpointError, match=r"format 99, known is 2\. Initialise again"):
+    with pytest.raises(CheckpointError, match=r"format 99, known is 3\. Initialise again"):
         read_state(tmp_path)
 
 

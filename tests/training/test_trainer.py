@@ -334,8 +334,8 @@ def test_warmup_beside_nio_is_warned_about(tmp_path: Path, caplog: pytest.LogCap
 @pytest.mark.parametrize(
     ("changes", "title", "tried"),
     [
-        ({}, "NIO", ["NIO: start: ", "NIO: all x2: ", "NIO: all x4: "]),
-        ({"nio_groups": "kind"}, "NIO", ["NIO: start: ", "NIO: all x2: ", "NIO: additive x"]),
+        ({}, "NIO", ["NIO: start: ", "NIO: all x7: ", "NIO: additive x"]),
+        ({"nio_groups": "kind"}, "NIO", ["NIO: start: ", "NIO: all x7: ", "NIO: additive x"]),
         ({"nio_search": "published", "nio_iterations": 3}, "NIO", ["NIO: a step of 0.003: "]),
         ({"nio_search": "gradient", "nio_iterations": 3}, "NIO", ["NIO: start: ", "NIO: a step of 0.25: "]),
         (
