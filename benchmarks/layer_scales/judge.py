@@ -186,14 +186,7 @@ def table() -> str:
             cost = statistics.fmean(row["cost"] for row in rows)
             lines.append(f"| {name} | {arm} | {rows[0]['learning_rate']:g} | {cost:.1f} | {mean:.1f} ± {spread:.1f} |")
     lines += ["", "| | NIO minus | difference | 90%, Holm-corrected | p |", "|---|---|---|---|---|"]
-    tests = {pair: _test(*pair) for pair in PAIRS if len(accuracies(pair[0], pair[1])) == len(JUDGING)}
-    largest = 0.0
-    for rank, (pair, (difference, error, p)) in enumerate(sorted(tests.items(), key=lambda item: item[1][2])):
-        share = (1 - CONFIDENCE) / (len(PAIRS) - rank)
-        half = float(stats.t.ppf(1 - share / 2, len(JUDGING) - 1)) * error
-        largest = max(largest, min(1.0, p * (len(PAIRS) - rank)))
-        ends = f"{difference - half:+.2f} to {difference + half:+.2f}"
-        lines.append(f"| {pair[0]} | {pair[1]} | {difference:+.2f} | {ends} | {largest:.3f} |")
+    lines += [f"| {name} | {arm} | {found.cell} | {found.p:.3f} |" for (name, arm), found in differences().items()]
     nio, own = accuracies("digits", "nio"), accuracies("digits", "class")
     pairs = {seed: nio[seed] - own[seed] for seed in nio.keys() & own.keys()}
     if len(pairs) == len(DIGITS_SEEDS):
@@ -207,12 +200,48 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def _test(name: str, arm: str) -> tuple[float, float, float]:
-    """Mean paired difference of NIO from an arm, its standard error, and the two-sided p of Student's t."""
-    nio, other = accuracies(name, "nio"), accuracies(name, arm)
-    differences = [nio[seed] - other[seed] for seed in JUDGING]
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.fmean(differences), error, float(stats.ttest_1samp(differences, 0.0).pvalue)
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """NIO minus another arm, over the seeds that judge.
+
+    Attributes:
+        mean: paired, in points of accuracy.
+        least, largest: of the 90% interval by Student's t, Holm-corrected over `PAIRS`.
+        p: two-sided, likewise.
+    """
+
+    mean: float
+    least: float
+    largest: float
+    p: float
+
+    @property
+    def cell(self) -> str:
+        """Mean and interval as two cells of a table."""
+        return f"{self.mean:+.2f} | {self.least:+.2f} to {self.largest:+.2f}"
+
+
+def holm(samples: dict[tuple[str, str], list[float]]) -> dict[tuple[str, str], Difference]:
+    """Mean of each sample against 0, the smallest p first, corrected for as many samples as there are."""
+    found = {pair: float(stats.ttest_1samp(values, 0.0).pvalue) for pair, values in samples.items()}
+    differences, largest_p = {}, 0.0
+    for rank, pair in enumerate(sorted(found, key=lambda pair: found[pair])):
+        values, left = samples[pair], len(samples) - rank
+        error = statistics.stdev(values) / math.sqrt(len(values))
+        half = error * float(stats.t.ppf(1 - (1 - CONFIDENCE) / left / 2, len(values) - 1))
+        largest_p = max(largest_p, min(1.0, left * found[pair]))
+        mean = statistics.fmean(values)
+        differences[pair] = Difference(mean, mean - half, mean + half, largest_p)
+    return differences
+
+
+def differences() -> dict[tuple[str, str], Difference]:
+    """NIO against the arms of `PAIRS`."""
+    samples = {}
+    for name, arm in PAIRS:
+        nio, other = accuracies(name, "nio"), accuracies(name, arm)
+        samples[name, arm] = [nio[seed] - other[seed] for seed in JUDGING]
+    return holm(samples)
 
 
 def main() -> int:
