@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nio_hf.core.result import GradCosine, InitResult, Outcome
+from nio_hf.core.scan import LEAST_SPREAD
 from nio_hf.report.style import BLUE, DARK, GREY, VERMILLION, Target, figure, integer_ticks, legend_below, marker
 from nio_hf.report.tables import shape_of_sub_batches
 
@@ -23,7 +24,8 @@ _REPORTED: dict[str, Callable[[GradCosine], float]] = {
 _LOOKS: dict[str, tuple[dict[str, Any], tuple[Outcome, ...]]] = {
     "start, or accepted": (marker(BLUE, "o"), ("start", "accepted")),
     "refused: bound on loss or gradient norm": (marker(VERMILLION, "o", is_open=True), ("loss_bound", "norm_band")),
-    "refused: not better": (marker(BLUE, "o", is_open=True), ("unbalanced", "no_gain", "noise", "worse")),
+    "refused: gradients spread too little": (marker(BLUE, "s", is_open=True), ("unbalanced",)),
+    "refused: not better": (marker(BLUE, "o", is_open=True), ("no_gain", "noise", "worse")),
 }
 """{label: (marker, outcomes of the trials that have it)}."""
 _BEYOND = marker(VERMILLION, "^", is_open=True)
@@ -65,6 +67,8 @@ def plot_history(result: InitResult, target: Target) -> None:
                 _draw_reports(axes, result, _REPORTED[name])
         if has_trials:
             _draw_bounds(panels["loss"], panels["grad_norm"], result)
+            if "objective" in panels and config.judged_by == "balance":
+                _draw_least_spread(panels["objective"], result)
         _draw_gamma(panels["grad_norm"], result)
         overlap = f", overlap {config.overlap:g}" if config.overlap else ""
         panels[names[0]].set_title(f"{result.title} on search batches ({shape_of_sub_batches(result.before)}{overlap})")
@@ -168,6 +172,22 @@ def _draw_bounds(loss: Axes, norm: Axes, result: InitResult) -> None:
         else:
             sides = [left, right]
             norm.fill_between(sides, least, greatest, color=GREY, alpha=0.2, linewidth=0, label="band of the norm")
+
+
+def _draw_least_spread(axes: Axes, result: InitResult) -> None:
+    """Draw the spread down to which groups may grow, where groups were tried."""
+    tried = [record.iteration for record in result.history if record.group is not None]
+    common = [record.objective for record in result.history if record.group is None and record.outcome in _KEPT]
+    if tried and common[-1] is not None:
+        axes.hlines(
+            LEAST_SPREAD * common[-1],
+            tried[0] - 0.5,
+            tried[-1] + 0.5,
+            color=VERMILLION,
+            linestyle="--",
+            linewidth=1,
+            label="least spread",
+        )
 
 
 def _draw_gamma(axes: Axes, result: InitResult) -> None:

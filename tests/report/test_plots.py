@@ -81,8 +81,8 @@ def test_trials_are_shown_as_far_as_they_were_measured_with_their_bounds(figures
     least, band = (found.get_datalim(norm.transData) for found in norm.collections[-2:])
     start = drawn.history[0].grad_norm
     assert start is not None
-    assert (least.x0, least.x1, least.y0, least.y1) == pytest.approx((0.5, 3.5, 0.75 * start, 0.75 * start))
-    assert (band.x0, band.x1, band.y0, band.y1) == pytest.approx((3.5, 12.5, 0.75 * start, 1.25 * start))
+    assert (least.x0, least.x1, least.y0, least.y1) == pytest.approx((0.5, 3.5, 0.6 * start, 0.6 * start))
+    assert (band.x0, band.x1, band.y0, band.y1) == pytest.approx((3.5, 12.5, 0.6 * start, 1.25 * start))
     ticks = [tick.get_text() for tick in loss.get_xticklabels()]
     assert ticks == ["before", *(record.tried for record in drawn.history), "after"]
 
@@ -97,12 +97,25 @@ def test_steps_are_curves_with_a_rug_where_they_lower_the_norm(figures: list[Fig
 
 
 def test_an_objective_other_than_gradcosine_has_a_panel(figures: list[Figure]) -> None:
-    drawn = result()
+    drawn = result(config=NIOConfig(objective="gc_norm"))
     other = tuple(dataclasses.replace(record, objective=-2.0) for record in drawn.history)
     plot_history(dataclasses.replace(drawn, history=other), io.BytesIO())
     plot_history(drawn, io.BytesIO())
     assert [axes.get_ylabel() for axes in figures[0].axes][:2] == ["objective", "GradCosine"]
     assert [axes.get_ylabel() for axes in figures[1].axes][:2] == ["GradCosine", "gradient norm"]
+
+
+def test_the_spread_of_gradients_is_shown_with_the_least_one(figures: list[Figure]) -> None:
+    """That of the common factor, which is accepted at iteration 1 here, times 0.7."""
+    drawn = result(4, 12, groups=4)
+    history = [dataclasses.replace(record, objective=4.0 - record.iteration / 10) for record in drawn.history]
+    history[8] = dataclasses.replace(history[8], outcome="unbalanced")
+    plot_history(dataclasses.replace(drawn, history=tuple(history)), io.BytesIO())
+    spread = figures[0].axes[0]
+    assert spread.get_ylabel() == "spread of gradients"
+    assert points(spread, "refused: gradients spread too little") == [9]
+    least = spread.collections[-1].get_datalim(spread.transData)
+    assert (least.x0, least.x1, least.y0, least.y1) == pytest.approx((3.5, 12.5, 0.7 * 3.9, 0.7 * 3.9))
 
 
 def test_scales_are_told_apart_by_group_where_there_are_several(figures: list[Figure]) -> None:
