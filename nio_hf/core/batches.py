@@ -13,7 +13,7 @@ from torch import Tensor
 from nio_hf.errors import DataError, Problem
 
 _MAX_NAMED = 6
-_IGNORED_PIXEL = 255
+_IGNORED, _IGNORED_PIXEL = -100, 255
 
 
 def batch_size(batch: Any) -> int:
@@ -121,17 +121,27 @@ def _leaves(batch: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def all_ignored_labels(batch: Any) -> bool:
-    """Whether a batch has labels, and every one of them is a value that losses ignore.
+    """Whether a batch has labels, and every one of them is a value that losses ignore: -100, or 255 in segmentation."""
+    labels = _labels(batch)
+    return bool(labels) and all(bool(((leaf == _IGNORED) | (leaf == _IGNORED_PIXEL)).all()) for leaf in labels)
 
-    Labels are the integer tensors whose name contains "label" or "target", in a tuple its last tensor; losses ignore
-    -100, and losses of segmentation 255.
-    """
+
+def only_class(batch: Any) -> int | None:
+    """The class of all samples of a batch, where each has one label and all are the same; None otherwise."""
+    labels = _labels(batch)
+    if len(labels) != 1 or labels[0].ndim != 1 or len(labels[0]) < 2:
+        return None
+    classes = labels[0].unique().tolist()
+    return classes[0] if len(classes) == 1 and classes != [_IGNORED] else None
+
+
+def _labels(batch: Any) -> list[Tensor]:
+    """The integer tensors of a batch whose name contains "label" or "target", in a tuple its last tensor."""
     leaves = [(path, leaf) for path, leaf in _leaves(batch, "") if isinstance(leaf, Tensor) and leaf.ndim]
     named = [leaf for path, leaf in leaves if "label" in path.lower() or "target" in path.lower()]
     if not named and isinstance(batch, tuple | list) and leaves:
         named = [leaves[-1][1]]
-    labels = [leaf for leaf in named if not leaf.is_floating_point() and leaf.dtype != torch.bool and leaf.numel()]
-    return bool(labels) and all(bool(((leaf == -100) | (leaf == _IGNORED_PIXEL)).all()) for leaf in labels)
+    return [leaf for leaf in named if not leaf.is_floating_point() and leaf.dtype != torch.bool and leaf.numel()]
 
 
 SAME_BATCHES = (

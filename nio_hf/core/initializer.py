@@ -21,11 +21,11 @@ from nio_hf.core.config import NIOConfig
 from nio_hf.core.loss import Loss, LossFn, check_micro_batches, gradient, make_loss
 from nio_hf.core.memory import peak_memory, reset_peak_memory, with_less_memory
 from nio_hf.core.method import Learned, Method, OnIteration, Options, Resumption, Watch
-from nio_hf.core.problem import ScalingProblem, parts_of, report_parts
+from nio_hf.core.problem import ScalingProblem, measure_batches, parts_of, report_parts
 from nio_hf.core.result import GradCosine, GroupScale, InitResult
 from nio_hf.core.search import NIO
 from nio_hf.core.stream import BatchStream
-from nio_hf.core.sub_batches import located, measure, split_check, splits
+from nio_hf.core.sub_batches import located, split_check, splits
 from nio_hf.core.tensors import ModelTensors, copied_values, find_tensors
 from nio_hf.core.verdict import describe_change, judge
 from nio_hf.errors import CheckpointError, ConfigError, DataError, Problem
@@ -230,13 +230,9 @@ def _measure(
     micro_batch_size: int | None,
 ) -> tuple[GradCosine, int | None]:
     """GC, GN and loss, the mean over the report batches, and the micro-batch size that it took."""
-    readings = []
-    for number, batch in enumerate(reported):
-        parts = report_parts(config, loss, processes, batch, number)
-        first, measured, _ = measure(loss, tensors, parts, processes, micro_batch_size=micro_batch_size)
-        readings.append(measured)
-        micro_batch_size = first.micro_batch_size
-    return GradCosine.mean(readings), micro_batch_size
+    parts = (report_parts(config, loss, processes, batch, number) for number, batch in enumerate(reported))
+    reading, size = measure_batches(loss, tensors, parts, processes, micro_batch_size)
+    return reading.measured, size
 
 
 def _processes(collective: Collective | None) -> Collective:

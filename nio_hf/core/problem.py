@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -102,27 +102,34 @@ def shuffled_parts(problem: ScalingProblem, batch: Any, iteration: int) -> SubBa
 
 def measure_point(
     problem: ScalingProblem,
-    parts: Sequence[SubBatches],
+    parts: Iterable[SubBatches],
     objective: Objective,
     by_group: Sequence[float],
     micro_batch_size: int | None,
 ) -> tuple[Reading, int | None]:
-    """Measure the model at scales of the groups (K,), at one training step of arithmetic for each batch.
+    """Measure the model at scales of the groups (K,), as [`measure_batches`]."""
+    problem.place(by_group)
+    return measure_batches(problem.loss, problem.tensors, parts, problem.collective, micro_batch_size, objective)
+
+
+def measure_batches(
+    loss: Loss,
+    tensors: ModelTensors,
+    parts: Iterable[SubBatches],
+    collective: Collective,
+    micro_batch_size: int | None,
+    objective: Objective | None = None,
+) -> tuple[Reading, int | None]:
+    """GC, GN, loss and scores of several batches, at one training step of arithmetic each, and the micro-batch size.
 
     Raises:
         NumericsError: for a loss or gradient that is not finite, or zero.
     """
-    problem.place(by_group)
     measured: list[GradCosine] = []
     scores: list[float] = []
     for part in parts:
         first, one, score = measure(
-            problem.loss,
-            problem.tensors,
-            part,
-            problem.collective,
-            micro_batch_size=micro_batch_size,
-            objective=objective,
+            loss, tensors, part, collective, micro_batch_size=micro_batch_size, objective=objective
         )
         micro_batch_size = first.micro_batch_size
         measured.append(one)

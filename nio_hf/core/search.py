@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nio_hf.core import descent, published, scan
-from nio_hf.core.batches import SAME_BATCHES, content_of
+from nio_hf.core.batches import SAME_BATCHES, batch_size, content_of, only_class
 from nio_hf.core.config import NIOConfig, SearchName
 from nio_hf.core.descent import DescentState
 from nio_hf.core.method import Learned, Method, Options, Watch
@@ -141,7 +141,7 @@ def _fixed_batches(problem: ScalingProblem, behind: int) -> Iterator[Any]:
     """The search batches, the same ones for every step.
 
     Raises:
-        DataError: where there are fewer than two.
+        DataError: where there are fewer than two, or one holds samples of a single class.
         NumericsError: where processes have others.
     """
     batches = problem.stream.next_of_this_pass(problem.config.search_batches)
@@ -149,6 +149,12 @@ def _fixed_batches(problem: ScalingProblem, behind: int) -> Iterator[Any]:
         found = f"{len(batches)} batches beside those of the report"
         fix = "Give more data, smaller batches, or lower NIOConfig.report_batches"
         raise DataError(Problem("batches", found, fix))
+    for number, batch in enumerate(batches):
+        label = only_class(batch)
+        if label is not None:
+            found = f"all {batch_size(batch)} samples have label {label}"
+            fix = "Shuffle the data, or give larger batches: NIO compares the gradients of samples that differ"
+            raise DataError(Problem(f"search batch {number}", found, fix))
     if problem.collective.size > 1:
         contents = [content_of(batch) for batch in batches]
         problem.collective.check_equal("the search batches", contents, SAME_BATCHES)

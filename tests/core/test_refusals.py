@@ -193,7 +193,7 @@ def test_losses_that_give_no_gradient(loss_fn: Any, message: str) -> None:
 
 def test_labels_and_tokens_out_of_range() -> None:
     inputs, labels = case("mlp").batch
-    wrong = (inputs, torch.full_like(labels, 77))
+    wrong = (inputs, labels + 77)
     refused(DataError, r"the first sub-batch: an index is out of range .*labels lie between", batches=[wrong] * 4)
     later = [*batches_of("mlp", 3), wrong]
     refused(DataError, "iteration 2, sub-batch 0: an index is out of range", batches=later)
@@ -201,6 +201,14 @@ def test_labels_and_tokens_out_of_range() -> None:
     tokens = case("gpt2").batch
     wrong_tokens = {**tokens, "input_ids": tokens["input_ids"] + zoo.VOCABULARY}
     refused(DataError, "tokens in the vocabulary", name="gpt2", batches=[wrong_tokens] * 4)
+
+
+@pytest.mark.parametrize("search", ["scan", "gradient"])
+def test_search_batches_of_a_single_class(search: str) -> None:
+    """As data that are sorted by class give them."""
+    inputs, labels = case("mlp").batch
+    batches = [*batches_of("mlp", 3), (inputs, torch.full_like(labels, 2))]
+    refused(DataError, "search batch 1: all 8 samples have label 2. Shuffle the data", batches=batches, search=search)
 
 
 @pytest.mark.parametrize("batches", [[], iter([])])
