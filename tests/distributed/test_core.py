@@ -98,21 +98,24 @@ def _found(name: str, config: NIOConfig, loss_fn: Any = None) -> tuple[dict[str,
 def test_any_number_of_processes_finds_the_same_scales(
     name: str, sub_batches: int, sizes: tuple[int, ...], settings: dict[str, Any]
 ) -> None:
-    """D = 3 and 5 are shared unequally; with D = 2, a third and a fourth process only take part in the sums."""
+    """D = 3 and 5 are shared unequally; with D = 2, a third and a fourth process only take part in the sums.
+
+    Sums in another order round differently, by some units of 6e-8, which steps of Adam carry on.
+    """
     config = NIOConfig(sub_batches=sub_batches, report_batches=2, **settings)
     alone, decisions, measured, _ = _found(name, config)
     assert max(abs(omega - 1) for omega in alone.values()) > 0.02
     for size in sizes:
         found = run_ranks(size, _found, name, config)
         assert all(of_rank == found[0] for of_rank in found)
-        assert found[0][0] == pytest.approx(alone, rel=1e-5)
+        assert found[0][0] == pytest.approx(alone, rel=3e-5)
         assert found[0][1] == decisions
         assert found[0][2] == pytest.approx(measured, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["vit", "mlp", "resnet"])
+@pytest.mark.parametrize("name", ["vit", "mlp", "swin"])
 def test_a_loss_that_rises_bounds_all_processes_at_once(name: str) -> None:
-    config = NIOConfig(sub_batches=3, search_batches=2, report_batches=2, loss_bound=0.05, norm_band=None)
+    config = _scan(3, groups="model", loss_bound=0.02, norm_band=None)
     scales, decisions, _, message = _found(name, config)
     assert len(set(scales.values())) == 1
     assert "loss_bound" in [outcome for _, outcome, _, _ in decisions]
@@ -219,7 +222,7 @@ def _bytes_summed(name: str, config: NIOConfig) -> tuple[list[list[int]], list[I
 
 
 def _numbers_of_gradients() -> int:
-    return sum(parameter.numel() for parameter in case("mlp").model.parameters())
+    return sum(parameter.numel() for parameter in case("mlp").model.parameters() if parameter.any())
 
 
 @pytest.mark.parametrize("sub_batches", [2, 4, 6])
@@ -235,17 +238,14 @@ def test_a_published_iteration_sums_the_gradients_once_and_the_scales_once(sub_b
 
 
 @pytest.mark.parametrize("sub_batches", [2, 4, 6])
-@pytest.mark.parametrize("objective", ["gc", "gc_sign"])
-def test_an_iteration_of_a_scan_sums_the_gradients_of_each_batch_once_and_those_of_a_loss_never(
-    sub_batches: int, objective: str
-) -> None:
-    vectors = _numbers_of_gradients() * (2 if objective == "gc_sign" else 1)
+@pytest.mark.parametrize("objective", ["gc", "gc_sign", "balance"])
+def test_an_iteration_of_a_scan_sums_the_gradients_of_each_batch_once(sub_batches: int, objective: str) -> None:
+    vectors = _numbers_of_gradients() * (2 if objective in ("balance", "gc_sign") else 1)
     config = _scan(sub_batches, objective=objective)
     for sent, records, _ in run_ranks(2, _bytes_summed, "mlp", config):
         assert len(sent) == len(records)
-        assert {record.grad_cosine is None for record in records} == {True, False}
-        for iteration, record in zip(sent, records, strict=True):
-            of_batch = 8 if record.grad_cosine is None else 4 * (vectors + 3 * sub_batches)
+        for iteration in sent:
+            of_batch = 4 * (vectors + 3 * sub_batches)
             assert sum(iteration) == 4 * EXCHANGE + SEARCH_BATCHES * (of_batch + 4 * EXCHANGE)
 
 
