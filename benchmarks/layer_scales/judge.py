@@ -26,6 +26,7 @@ from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
+from benchmarks.layer_scales import landscape
 from benchmarks.layer_scales.landscape import RESULTS
 from benchmarks.layer_scales.trainings import (
     SETUPS,
@@ -141,8 +142,7 @@ def planned(names: Sequence[str], stage: str) -> Iterator[Run]:
 
 def read(name: str) -> list[Row]:
     """All lines of a model and its data."""
-    files = sorted(RESULTS.glob(f"judged-{name}-*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return list(landscape.read(f"judged-{name}"))
 
 
 def chosen_rate(name: str, arm: str) -> float:

@@ -12,6 +12,7 @@ from nio_hf.errors import ConfigError, Problem
 SearchName = Literal["scan", "gradient", "published"]
 Grouping = Literal["model", "additive", "kind", "tensor"]
 ObjectiveName = Literal["balance", "gc", "gc_norm", "gc_sum_norm", "variance", "gc_sign"]
+ObjectiveSetting = Literal["auto", ObjectiveName]
 CurvatureName = Literal["auto", "exact", "finite_difference"]
 Precision = Literal["fp32", "bf16"]
 ScaledTensors = Literal["all", "weights"]
@@ -85,7 +86,7 @@ class NIOConfig:
 
     search: SearchName = "scan"
     groups: Grouping | Mapping[str, str] = "additive"
-    objective: ObjectiveName | Literal["auto"] = "auto"
+    objective: ObjectiveSetting = "auto"
     scaled_tensors: ScaledTensors = "weights"
     sub_batches: int = 4
     search_batches: int = 2
@@ -171,7 +172,7 @@ class NIOConfig:
                 yield name, value, "Give a finite number above 0"
         choices: dict[str, Any] = {
             "search": SearchName,
-            "objective": Literal["auto", ObjectiveName],
+            "objective": ObjectiveSetting,
             "scaled_tensors": ScaledTensors,
             "curvature": CurvatureName,
             "precision": Precision,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nio_hf.core.adam import AdamState, adam_step
+from nio_hf.core.adam import AdamState, adam_step, moved
 from nio_hf.core.bounds import Bounds
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.curvature import Path, choose_path, second_pass
@@ -133,8 +133,7 @@ def _outcome(problem: ScalingProblem, state: DescentState, reading: Reading | No
 def _moved(state: DescentState, config: NIOConfig) -> tuple[float, ...]:
     """(K,) log omega of the candidate."""
     least, largest = map(math.log, config.scale_range)
-    steps = (log + config.rate * state.share * step for log, step in zip(state.logs, state.direction, strict=True))
-    return tuple(min(max(log, least), largest) for log in steps)
+    return moved(state.logs, (config.rate * state.share * step for step in state.direction), (least, largest))
 
 
 def _measure(

@@ -71,12 +71,14 @@ def kinds_of(model: nn.Module) -> dict[str, Kind]:
     return kinds | dict.fromkeys(_input_names(model, kinds), "input")
 
 
-def group_tensors(model: nn.Module, names: Sequence[str], groups: str | Mapping[str, str]) -> dict[str, list[str]]:
+def group_tensors(
+    model: nn.Module, scalable: Mapping[str, Kind], groups: str | Mapping[str, str]
+) -> dict[str, list[str]]:
     """Tensors of each group.
 
     Args:
         model: the module that owns the tensors.
-        names: names of the tensors that may be scaled, as in `model.named_parameters()`.
+        scalable: {name of a tensor that may be scaled, as in `model.named_parameters()`: its kind, see [`kinds_of`]}.
         groups: "model", "additive", "kind" (see [`kinds_of`]), "tensor", or a mapping {group: regular expression}. An
             expression is searched in the parameter names.
 
@@ -88,7 +90,6 @@ def group_tensors(model: nn.Module, names: Sequence[str], groups: str | Mapping[
         ConfigError: lists every problem: an unknown word, an empty mapping, an invalid expression, an expression that
             matches no parameter or only parameters that cannot be scaled, a tensor that two expressions claim.
     """
-    scalable = set(names)
     ordered = [name for name, _ in model.named_parameters() if name in scalable]
     if isinstance(groups, Mapping):
         return _group_by_expression(model, ordered, groups)
@@ -97,13 +98,12 @@ def group_tensors(model: nn.Module, names: Sequence[str], groups: str | Mapping[
     if groups == "tensor":
         return {name: [name] for name in ordered}
     if groups == "additive":
-        kinds = kinds_of(model)
-        apart = [name for name in ordered if kinds[name] == "additive"]
-        others = [name for name in ordered if kinds[name] != "additive"]
+        apart = [name for name in ordered if scalable[name] == "additive"]
+        others = [name for name in ordered if scalable[name] != "additive"]
         return {group: members for group, members in (("additive", apart), ("others", others)) if members}
     if groups == "kind":
-        kinds = kinds_of(model)
-        return {kind: [n for n in ordered if kinds[n] == kind] for kind in dict.fromkeys(kinds[n] for n in ordered)}
+        kinds = dict.fromkeys(scalable[name] for name in ordered)
+        return {kind: [name for name in ordered if scalable[name] == kind] for kind in kinds}
     fix = "Choose one of model, additive, kind, tensor, or give a mapping {group: regular expression}"
     raise ConfigError(Problem("NIOConfig.groups", f"{groups!r}", fix))
 

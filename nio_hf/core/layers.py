@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import math
 
+import torch
 from torch import Tensor, nn
 
 from nio_hf.core.tensors import ModelTensors, TensorPlace
@@ -39,11 +41,14 @@ def preserving_factor(model: nn.Module, tensors: ModelTensors) -> float:
     (LeCun, Bottou, Orr, Müller, "Efficient BackProp", 1998); that one factor cannot do so in every layer, and that it
     is their geometric mean over the entries, is our choice.
     """
-    weights = [(place.parameter.detach(), owners[0]) for place, owners in _layers(model, tensors).items()]
-    total = sum(weight.numel() for weight, _ in weights)
+    layers = _layers(model, tensors)
+    if not layers:
+        return 1.0
+    weights = [place.parameter.detach() for place in layers]
+    total, norms = sum(weight.numel() for weight in weights), torch.stack(torch._foreach_norm(weights)).tolist()
     logs = (
-        weight.numel() / total * math.log(float(weight.double().square().mean()) * fan_in(weight, owner)) / 2
-        for weight, owner in weights
+        weight.numel() / total * math.log(norm * math.sqrt(fan_in(weight, owners[0]) / weight.numel()))
+        for weight, norm, owners in zip(weights, norms, layers.values(), strict=True)
     )
     return math.exp(-math.fsum(logs))
 
@@ -66,11 +71,13 @@ def fan_in(weight: Tensor, owner: nn.Module) -> float:
 
 
 def _layers(model: nn.Module, tensors: ModelTensors) -> dict[TensorPlace, tuple[nn.Module, ...]]:
-    modules = list(model.modules())
-    found = {}
-    for place in tensors.scaled:
-        if place.kind in ("input", "trunk", "transition", "head"):
-            owners = tuple(m for m in modules if any(p is place.parameter for p in m.parameters(recurse=False)))
-            if not any(isinstance(owner, nn.Embedding) for owner in owners):
-                found[place] = owners
-    return found
+    owners: dict[nn.Parameter, list[nn.Module]] = collections.defaultdict(list)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[parameter].append(module)
+    return {
+        place: tuple(owners[place.parameter])
+        for place in tensors.scaled
+        if place.kind in ("input", "trunk", "transition", "head")
+        and not any(isinstance(owner, nn.Embedding) for owner in owners[place.parameter])
+    }

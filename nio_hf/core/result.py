@@ -100,12 +100,12 @@ class Reading:
 
     def for_record(self, objective: ObjectiveName) -> dict[str, Any]:
         """What an [`IterationRecord`] holds of it; the score of the objective is left out where that is GC itself."""
-        own = self.spread if objective == "balance" else None if objective == "gc" else self.score
+        own: dict[str, float | None] = {"gc": None, "balance": self.spread}
         return {
             "loss": self.measured.loss,
             "grad_cosine": self.measured.value,
             "grad_norm": self.measured.grad_norm,
-            "objective": own,
+            "objective": own.get(objective, self.score),
         }
 
 

@@ -184,16 +184,9 @@ def _try_group(problem: ScalingProblem, parts: Sequence[SubBatches], state: Scan
     exponents[group] += state.step
     bounds = Bounds.of(problem.config, readings.start, readings.common)
     reading, outcome, size = _judge(problem, parts, state, [2.0**exponent for exponent in exponents], bounds)
-    if reading is not None and outcome == "accepted" and problem.config.judged_by == "balance":
-        if reading.spread < LEAST_SPREAD * readings.common.spread:
-            outcome = "unbalanced"
-    elif reading is not None and outcome == "accepted":
-        gain, error = reading.gain_over(readings.current)
+    if reading is not None and outcome == "accepted":
+        outcome, gain = _weigh(problem.config, state.step, reading, readings)
         gains[group] += gain
-        if not gain > LEAST_GAIN * abs(state.step):
-            outcome = "no_gain"
-        elif not gain > error:
-            outcome = "noise"
     name = list(problem.tensors.groups)[group]
     record = _record(problem, state, outcome, len(parts), size, reading, group=name, scale=2.0 ** exponents[group])
     state = _recorded(state, record)
@@ -209,6 +202,17 @@ def _try_group(problem: ScalingProblem, parts: Sequence[SubBatches], state: Scan
     )
     # Behind a halved step lies what was refused before.
     return moved if abs(state.step) == GROUP_STEP else _with_next_group(moved)
+
+
+def _weigh(config: NIOConfig, step: float, reading: Reading, readings: Readings) -> tuple[Outcome, float]:
+    """Whether a step of a group within the bounds is worth it, and what the objective gains by it."""
+    if config.judged_by == "balance":
+        is_balanced = reading.spread >= LEAST_SPREAD * readings.common.spread
+        return "accepted" if is_balanced else "unbalanced", 0.0
+    gain, error = reading.gain_over(readings.current)
+    if not gain > LEAST_GAIN * abs(step):
+        return "no_gain", gain
+    return "accepted" if gain > error else "noise", gain
 
 
 def _judge(

@@ -128,7 +128,8 @@ def find_tensors(
     if scaled_tensors == "weights" and not isinstance(groups, Mapping):
         reasons |= {place.name: "vector" for place in candidates if place.kind in _VECTORS}
         candidates = [place for place in candidates if place.name not in reasons]
-    by_group = group_tensors(model, [place.name for place in candidates], groups) if candidates else {}
+    scalable = {place.name: place.kind for place in candidates}
+    by_group = group_tensors(model, scalable, groups) if candidates else {}
     grouped = {name for members in by_group.values() for name in members}
     reasons |= {place.name: "no group" for place in candidates if place.name not in grouped}
     scaled = tuple(place for place in candidates if place.name in grouped)

@@ -149,17 +149,26 @@ def _bands(result: InitResult) -> list[tuple[float, float, float, float | None]]
 
     The common factor of a scan has no largest norm.
     """
-    history, band = result.history, result.config.norm_band
-    of_groups = [record.iteration for record in history if record.group is not None]
-    turn, end = (of_groups[0] if of_groups else len(history) + 1) - 0.5, len(history) + 0.5
-    common = [record.grad_norm for record in history if record.outcome in _KEPT and record.group is None]
-    norms = [norm for norm in common if norm is not None]
+    band, norms = result.config.norm_band, _of_common_factor(result, "grad_norm")
+    turn, end = _groups_begin(result), len(result.history) + 0.5
     if band is None:
         return []
     open_above = result.config.search == "scan"
     common_stage = (0.5, turn, band[0] * norms[0], None if open_above else band[1] * norms[0])
     stages = [common_stage, (turn, end, band[0] * norms[-1], band[1] * norms[-1])]
     return [stage for stage in stages if stage[0] < stage[1]]
+
+
+def _groups_begin(result: InitResult) -> float:
+    """Where on the x axis the trials of groups begin; behind the last iteration where there are none."""
+    tried = [record.iteration for record in result.history if record.group is not None]
+    return (tried[0] if tried else len(result.history) + 1) - 0.5
+
+
+def _of_common_factor(result: InitResult, name: str) -> list[float]:
+    """A quantity at the start and at what was accepted before groups were tried."""
+    kept = [record for record in result.history if record.group is None and record.outcome in _KEPT]
+    return [value for record in kept if (value := getattr(record, name)) is not None]
 
 
 def _draw_bounds(loss: Axes, norm: Axes, result: InitResult) -> None:
@@ -176,18 +185,10 @@ def _draw_bounds(loss: Axes, norm: Axes, result: InitResult) -> None:
 
 def _draw_least_spread(axes: Axes, result: InitResult) -> None:
     """Draw the spread down to which groups may grow, where groups were tried."""
-    tried = [record.iteration for record in result.history if record.group is not None]
-    common = [record.objective for record in result.history if record.group is None and record.outcome in _KEPT]
-    if tried and common[-1] is not None:
-        axes.hlines(
-            LEAST_SPREAD * common[-1],
-            tried[0] - 0.5,
-            tried[-1] + 0.5,
-            color=VERMILLION,
-            linestyle="--",
-            linewidth=1,
-            label="least spread",
-        )
+    begin, end, spreads = _groups_begin(result), len(result.history) + 0.5, _of_common_factor(result, "objective")
+    if begin < end and spreads:
+        look: dict[str, Any] = {"color": VERMILLION, "linestyle": "--", "linewidth": 1, "label": "least spread"}
+        axes.hlines(LEAST_SPREAD * spreads[-1], begin, end, **look)
 
 
 def _draw_gamma(axes: Axes, result: InitResult) -> None:

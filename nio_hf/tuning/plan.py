@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast, get_args
 
 from nio_hf.core import expected_cost
-from nio_hf.core.config import Grouping, ObjectiveName
+from nio_hf.core.config import Grouping, ObjectiveSetting
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.loading import Recipe
 from nio_hf.trials.results import Outcome
@@ -77,7 +77,7 @@ class Plan:
     def _problems(self) -> Iterator[Problem]:
         words = (
             ("--groups", self.groups, get_args(Grouping)),
-            ("--objectives", self.objectives, ("auto", *get_args(ObjectiveName))),
+            ("--objectives", self.objectives, get_args(ObjectiveSetting)),
         )
         for option, chosen, known in words:
             if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):

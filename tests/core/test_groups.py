@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from nio_hf.core.groups import group_tensors, kinds_of
+from nio_hf.core.groups import Kind, group_tensors, kinds_of
 from nio_hf.errors import ConfigError
 from tests import zoo
 
@@ -402,12 +403,17 @@ def scalable_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.any()]
 
 
+def with_kinds(model: nn.Module, names: Sequence[str]) -> dict[str, Kind]:
+    kinds = kinds_of(model)
+    return {name: kinds[name] for name in names}
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("groups", ["model", "kind", "tensor", {"blocks": r"\.\d\.", "rest": r"^((?!\.\d\.).)*$"}])
 def test_every_grouping_is_a_partition(name: str, groups: str | dict[str, str]) -> None:
     model = model_of(name)
     names = scalable_names(model)
-    grouping = group_tensors(model, names[::-1], groups)
+    grouping = group_tensors(model, with_kinds(model, names[::-1]), groups)
     members = [member for group in grouping.values() for member in group]
     assert sorted(members) == sorted(names)
     assert all(group for group in grouping.values())
@@ -418,9 +424,9 @@ def test_every_grouping_is_a_partition(name: str, groups: str | dict[str, str]) 
 def test_groups_of_the_model_a_kind_and_a_tensor() -> None:
     model = zoo.mlp()
     names = ["0.weight", "1.weight", "4.weight", "4.bias", "6.weight", "6.bias"]
-    assert group_tensors(model, names, "model") == {"model": names}
-    assert group_tensors(model, names, "tensor") == {name: [name] for name in names}
-    assert list(group_tensors(model, names, "kind").items()) == [
+    assert group_tensors(model, with_kinds(model, names), "model") == {"model": names}
+    assert group_tensors(model, with_kinds(model, names), "tensor") == {name: [name] for name in names}
+    assert list(group_tensors(model, with_kinds(model, names), "kind").items()) == [
         ("input", ["0.weight"]),
         ("norm", ["1.weight"]),
         ("trunk", ["4.weight"]),
@@ -432,7 +438,7 @@ def test_groups_of_the_model_a_kind_and_a_tensor() -> None:
 def test_groups_of_a_mapping_keep_its_order_and_leave_the_other_tensors_out() -> None:
     model = zoo.mlp()
     names = ["6.weight", "0.weight", "4.weight", "1.weight"]
-    grouping = group_tensors(model, names, {"late": "^[46].*weight", "early": "0.w"})
+    grouping = group_tensors(model, with_kinds(model, names), {"late": "^[46].*weight", "early": "0.w"})
     assert list(grouping.items()) == [("late", ["4.weight", "6.weight"]), ("early", ["0.weight"])]
 
 
@@ -485,14 +491,14 @@ def test_groups_that_cannot_work_are_refused(groups: Any, message: str) -> None:
     nn.init.zeros_(model[1].bias)
     names = ["0.weight", "1.weight", "4.weight", "6.weight"]
     with pytest.raises(ConfigError) as caught:
-        group_tensors(model, names, groups)
+        group_tensors(model, with_kinds(model, names), groups)
     assert str(caught.value) == message
 
 
 def test_the_other_name_of_a_tied_tensor_is_explained() -> None:
     model = zoo.text_model("gpt2")
     with pytest.raises(ConfigError) as caught:
-        group_tensors(model, scalable_names(model), {"head": "lm_head"})
+        group_tensors(model, with_kinds(model, scalable_names(model)), {"head": "lm_head"})
     assert str(caught.value) == (
         "NIOConfig.groups[\"head\"]: 'lm_head' matches no parameter. Match transformer.wte.weight instead, which "
         "lm_head.weight is tied to."
@@ -503,7 +509,7 @@ def test_all_problems_of_a_mapping_are_reported_together() -> None:
     model = zoo.mlp()
     groups = {"a": "(", "b": "attention", "c": "weight", "d": "0.weight", "e": "[46].weight"}
     with pytest.raises(ConfigError) as caught:
-        group_tensors(model, ["0.weight", "4.weight", "6.weight"], groups)
+        group_tensors(model, with_kinds(model, ["0.weight", "4.weight", "6.weight"]), groups)
     assert [(problem.where[-4:], problem.found) for problem in caught.value.problems] == [
         ('"a"]', "'(' is no regular expression: missing ), unterminated subpattern at position 0"),
         ('"b"]', "'attention' matches no parameter"),
@@ -529,5 +535,5 @@ def test_additive_sets_apart_what_is_added_to_activations(name: str) -> None:
     apart = [parameter for parameter in names if kinds[parameter] == "additive"]
     others = [parameter for parameter in names if kinds[parameter] != "additive"]
     expected = {"additive": apart, "others": others} if apart else {"others": others}
-    assert group_tensors(model, names, "additive") == expected
+    assert group_tensors(model, with_kinds(model, names), "additive") == expected
     assert bool(apart) == (name != "mlp")
