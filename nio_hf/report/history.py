@@ -41,7 +41,7 @@ def plot_history(result: InitResult, target: Target) -> None:
 
     A search that measures its start judges each trial against it: its trials are points, filled where they were
     accepted, with the bounds that they had to keep. Other methods are curves. The objective has a panel of its own
-    where it is not GradCosine. A trial without a value in a panel was not measured that far.
+    where it is not GradCosine. A trial that could not be measured is in the last panel alone.
 
     Args:
         result: of `initialize`.
