@@ -42,8 +42,15 @@ from benchmarks.layer_scales.trainings import (
 from nio_hf import NIOConfig, initialize
 
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
-CHOOSING, JUDGING = range(3), range(1100, 1105)
-DIGITS_SEEDS, DIGITS_RATE, DIGITS_STEPS = range(1100, 1120), 1e-3, 300
+CHOOSING = range(3)
+JUDGING = {
+    "vit": range(1200, 1205),
+    "swin": range(1100, 1105),
+    "imagenette": range(1200, 1205),
+    "digits": range(1200, 1220),
+}
+"""The seeds that judge. Those from 1100 on have judged an earlier rule; in the Swin both rules are the same."""
+DIGITS_RATE, DIGITS_STEPS = 1e-3, 300
 HELD_OUT = 10
 """One of that many training images chooses the learning rate, instead of the test images."""
 CONFIDENCE = 0.9
@@ -133,11 +140,11 @@ def planned(names: Sequence[str], stage: str) -> Iterator[Run]:
     for name in names:
         for arm in ARMS[name]:
             if name == "digits":
-                yield from (Run(name, arm, DIGITS_RATE, seed, False) for seed in DIGITS_SEEDS if stage == "judging")
+                yield from (Run(name, arm, DIGITS_RATE, seed, False) for seed in JUDGING[name] if stage == "judging")
             elif stage == "choosing":
                 yield from (Run(name, arm, rate, seed, True) for rate in LEARNING_RATES for seed in CHOOSING)
             else:
-                yield from (Run(name, arm, chosen_rate(name, arm), seed, False) for seed in JUDGING)
+                yield from (Run(name, arm, chosen_rate(name, arm), seed, False) for seed in JUDGING[name])
 
 
 def read(name: str) -> list[Row]:
@@ -173,14 +180,19 @@ def run_all(names: Sequence[str], data: Path, stage: str, worker: int, workers: 
 
 def accuracies(name: str, arm: str) -> dict[int, float]:
     """{seed: accuracy} of the runs that judge."""
-    return {row["seed"]: row["accuracy"] for row in read(name) if row["arm"] == arm and not row["choosing"]}
+    return {row["seed"]: row["accuracy"] for row in judged(name, arm)}
+
+
+def judged(name: str, arm: str) -> list[Row]:
+    """The lines of the runs that judge."""
+    return [row for row in read(name) if row["arm"] == arm and not row["choosing"] and row["seed"] in JUDGING[name]]
 
 
 def table() -> str:
     """Accuracies of the arms, differences of NIO from them with Holm-corrected intervals, and the digits."""
     lines = ["| | arm | learning rate | cost, steps | accuracy, % |", "|---|---|---|---|---|"]
     for name, arm in [(name, arm) for name, arms in ARMS.items() for arm in arms]:
-        rows = [row for row in read(name) if row["arm"] == arm and not row["choosing"]]
+        rows = judged(name, arm)
         if rows:
             mean, spread = statistics.fmean(r["accuracy"] for r in rows), statistics.stdev(r["accuracy"] for r in rows)
             cost = statistics.fmean(row["cost"] for row in rows)
@@ -189,7 +201,7 @@ def table() -> str:
     lines += [f"| {name} | {arm} | {found.cell} | {found.p:.3f} |" for (name, arm), found in differences().items()]
     nio, own = accuracies("digits", "nio"), accuracies("digits", "class")
     pairs = {seed: nio[seed] - own[seed] for seed in nio.keys() & own.keys()}
-    if len(pairs) == len(DIGITS_SEEDS):
+    if len(pairs) == len(JUDGING["digits"]):
         mean, deviation = statistics.fmean(pairs.values()), statistics.stdev(pairs.values())
         worse = sum(rise < -MOST_DEVIATIONS * deviation for rise in pairs.values())
         lines += [
@@ -240,7 +252,7 @@ def differences() -> dict[tuple[str, str], Difference]:
     samples = {}
     for name, arm in PAIRS:
         nio, other = accuracies(name, "nio"), accuracies(name, arm)
-        samples[name, arm] = [nio[seed] - other[seed] for seed in JUDGING]
+        samples[name, arm] = [nio[seed] - other[seed] for seed in JUDGING[name]]
     return holm(samples)
 
 

@@ -7,10 +7,9 @@
               or the budget is spent. The group with the most parameters, of "additive" that of all others, keeps the
               common factor.
 
-With the objective "balance" groups only grow, for as long as the spread of the sub-batch gradients (their root mean
-squared distance from their mean) is at least 0.7 of that at the common factor. Behind a normalisation gradients are as
-1 / ||a + p||: they fall to 1 / sqrt(2) where p, which is added, has grown as large as a. What all samples share, such
-as the gradient that corrects the offsets of a random head, is no part of the spread.
+With the objective "balance" groups only grow, until what is added is as large as what it is added to. That is told by
+the spread of the sub-batch gradients, their root mean squared distance from their mean, see [`least_spread`]. What all
+samples share, such as the gradient that corrects the offsets of a random head, is no part of the spread.
 
 Every candidate is measured on the same batches with the same random numbers, so that differences are paired.
 """
@@ -38,8 +37,6 @@ GROUP_STEP, LAST_GROUP_STEP = 2.0, 1.0
 """Steps of log2 of the scale of a group, halved when one is refused; our choice."""
 LEAST_GAIN = 0.01
 """Rise of the objective for a doubling or halving below which it does not count; our choice."""
-LEAST_SPREAD = 0.7
-"""Spread of the gradients, as a share of that at the common factor, down to which "balance" lets groups grow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +150,18 @@ def most_cost(config: NIOConfig, groups: int) -> float:
     return alone if groups == 1 else max(alone, config.budget)
 
 
+def least_spread(step: float) -> float:
+    """Share of the spread of the gradients that is left where a factor of 2^step brings a group into balance.
+
+        sqrt((1 + 4^-step) / 2)
+
+    Behind a normalisation gradients are as 1 / ||a + p||, with p what is added and a what it is added to. With p at
+    right angles to a, as many times smaller as it then grows, the share is sqrt(||a||^2 + ||p||^2) / sqrt(2 ||a||^2).
+    Where less is left p has become larger than a. Our choice.
+    """
+    return math.sqrt((1 + 4.0**-step) / 2)
+
+
 def _measure_start(problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState) -> ScanState:
     objective, ones = objective_of(problem), (1.0,) * len(state.exponents)
     start, size = measure_point(problem, parts, objective, ones, state.micro_batch_size)
@@ -207,7 +216,7 @@ def _try_group(problem: ScalingProblem, parts: Sequence[SubBatches], state: Scan
 def _weigh(config: NIOConfig, step: float, reading: Reading, readings: Readings) -> tuple[Outcome, float]:
     """Whether a step of a group within the bounds is worth it, and what the objective gains by it."""
     if config.judged_by == "balance":
-        is_balanced = reading.spread >= LEAST_SPREAD * readings.common.spread
+        is_balanced = reading.spread >= least_spread(step) * readings.current.spread
         return "accepted" if is_balanced else "unbalanced", 0.0
     gain, error = reading.gain_over(readings.current)
     if not gain > LEAST_GAIN * abs(step):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nio_hf.core.result import GradCosine, InitResult, Outcome
-from nio_hf.core.scan import LEAST_SPREAD
+from nio_hf.core.scan import least_spread
 from nio_hf.report.style import BLUE, DARK, GREY, VERMILLION, Target, figure, integer_ticks, legend_below, marker
 from nio_hf.report.tables import shape_of_sub_batches
 
@@ -68,7 +68,7 @@ def plot_history(result: InitResult, target: Target) -> None:
         if has_trials:
             _draw_bounds(panels["loss"], panels["grad_norm"], result)
             if "objective" in panels and config.judged_by == "balance":
-                _draw_least_spread(panels["objective"], result)
+                _draw_least_spreads(panels["objective"], result)
         _draw_gamma(panels["grad_norm"], result)
         overlap = f", overlap {config.overlap:g}" if config.overlap else ""
         panels[names[0]].set_title(f"{result.title} on search batches ({shape_of_sub_batches(result.before)}{overlap})")
@@ -149,7 +149,7 @@ def _bands(result: InitResult) -> list[tuple[float, float, float, float | None]]
 
     The common factor of a scan has no largest norm.
     """
-    band, norms = result.config.norm_band, _of_common_factor(result, "grad_norm")
+    band, norms = result.config.norm_band, _norms_of_common_factor(result)
     turn, end = _groups_begin(result), len(result.history) + 0.5
     if band is None:
         return []
@@ -165,10 +165,10 @@ def _groups_begin(result: InitResult) -> float:
     return (tried[0] if tried else len(result.history) + 1) - 0.5
 
 
-def _of_common_factor(result: InitResult, name: str) -> list[float]:
-    """A quantity at the start and at what was accepted before groups were tried."""
+def _norms_of_common_factor(result: InitResult) -> list[float]:
+    """The gradient norm at the start and at what was accepted before groups were tried."""
     kept = [record for record in result.history if record.group is None and record.outcome in _KEPT]
-    return [value for record in kept if (value := getattr(record, name)) is not None]
+    return [record.grad_norm for record in kept if record.grad_norm is not None]
 
 
 def _draw_bounds(loss: Axes, norm: Axes, result: InitResult) -> None:
@@ -183,12 +183,21 @@ def _draw_bounds(loss: Axes, norm: Axes, result: InitResult) -> None:
             norm.fill_between(sides, least, greatest, color=GREY, alpha=0.2, linewidth=0, label="band of the norm")
 
 
-def _draw_least_spread(axes: Axes, result: InitResult) -> None:
-    """Draw the spread down to which groups may grow, where groups were tried."""
-    begin, end, spreads = _groups_begin(result), len(result.history) + 0.5, _of_common_factor(result, "objective")
-    if begin < end and spreads:
-        look: dict[str, Any] = {"color": VERMILLION, "linestyle": "--", "linewidth": 1, "label": "least spread"}
-        axes.hlines(LEAST_SPREAD * spreads[-1], begin, end, **look)
+def _draw_least_spreads(axes: Axes, result: InitResult) -> None:
+    """Draw the spread that each trial of a group must leave."""
+    scales: dict[str | None, float] = {None: 1.0}
+    spread = 0.0
+    least = {}
+    for record in result.history:
+        if record.group is not None and record.scale is not None:
+            step = math.log2(record.scale / scales.get(record.group, scales[None]))
+            least[record.iteration] = least_spread(step) * spread
+        if record.outcome in _KEPT and record.objective is not None:
+            spread = record.objective
+            scales[record.group] = record.scale or 1.0
+    if least:
+        edges = [[iteration + side for iteration in least] for side in (-0.4, 0.4)]
+        axes.hlines(list(least.values()), *edges, color=VERMILLION, linewidth=1.5, label="least spread")
 
 
 def _draw_gamma(axes: Axes, result: InitResult) -> None:

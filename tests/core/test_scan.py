@@ -205,7 +205,7 @@ def test_groups_grow_until_they_are_in_balance() -> None:
         return 1.0, 1.0, (-variance, -variance)
 
     state = Measured(landscape, objective="balance", budget=1e6).run()
-    # From balance to twice that size the spread would fall to 0.66 of what it is.
+    # A doubling must leave 0.79 of the spread, a factor of four 0.73.
     assert trials(state) == [
         ("start", "start"),
         ("g0 x4", "unbalanced"),
@@ -223,6 +223,16 @@ def test_groups_grow_until_they_are_in_balance() -> None:
     assert [record.objective for record in state.history[:3:2]] == pytest.approx(
         [math.sqrt(3 / (1 + 2**-3.2) ** 2), math.sqrt(3 / (1 + 2**-1.2) / (1 + 2**-3.2))]
     )
+
+
+@examples(30)
+@given(size=st.floats(-3.0, 6.9).filter(lambda size: abs(size - round(size)) > 1e-9))
+def test_what_is_added_becomes_as_large_as_what_it_is_added_to_and_no_larger(size: float) -> None:
+    """p = 2^x beside a = 2^size, to the next power of two; what is larger from the start stays."""
+    state = Measured(
+        lambda x: (1.0, 1.0, (-1 / (4.0**size + 4.0 ** x[0]),) * 2), free=1, objective="balance", budget=1e6
+    ).run()
+    assert state.scales[0] == 2.0 ** max(0, math.floor(size))
 
 
 def test_bounds_hold_for_what_grows_too() -> None:
