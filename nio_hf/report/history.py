@@ -196,8 +196,8 @@ def _draw_least_spreads(axes: Axes, result: InitResult) -> None:
             spread = record.objective
             scales[record.group] = record.scale or 1.0
     if least:
-        edges = [[iteration + side for iteration in least] for side in (-0.4, 0.4)]
-        axes.hlines(list(least.values()), *edges, color=VERMILLION, linewidth=1.5, label="least spread")
+        left, right = ([iteration + side for iteration in least] for side in (-0.4, 0.4))
+        axes.hlines(list(least.values()), left, right, color=VERMILLION, linewidth=1.5, label="least spread")
 
 
 def _draw_gamma(axes: Axes, result: InitResult) -> None:
