@@ -39,7 +39,7 @@ from benchmarks.cost_report import (
 from benchmarks.workloads import MODELS, STUDY_MODELS, WAYS, Workload, workload
 from nio_hf.core import NIOConfig
 from nio_hf.core.memory import is_out_of_memory
-from nio_hf.training.checkpoints import versions
+from nio_hf.hub.run_folder import versions
 
 RESULTS = Path(__file__).parent / "results"
 OF_A_MODEL = ("counts", "seconds", "errors")

@@ -26,8 +26,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import AutoConfig
 
-from nio_hf.training.checkpoints import versions
-from nio_hf.training.sampling import EpochSampler, SeededDataset
+from nio_hf.hub.run_folder import versions
+from nio_hf.trainer.sampling import EpochSampler, SeededDataset
 from nio_hf.vision.augmentation import BatchAugmentation
 from nio_hf.vision.processors import make_image_processor, pixel_format
 from nio_hf.vision.samples import ImageSamples, collate_images

@@ -23,7 +23,7 @@ from benchmarks.accounting import counted
 from benchmarks.workloads import FIRST_PASS, Workload, workload
 from nio_hf.core import Collective
 from nio_hf.core.collective import SIGNALS
-from nio_hf.training.checkpoints import versions
+from nio_hf.hub.run_folder import versions
 
 RESULT = Path(__file__).parent / "results" / "scaling-cpu.json"
 MODEL = "vit-tiny-32"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nio_hf.core import GradCosine, NIOConfig, NIOResult, grad_cosine, initialize
-    from nio_hf.training import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments
+    from nio_hf.trainer import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments
 
 __version__ = "0.1.0"
 
@@ -18,9 +18,9 @@ _HOMES = {
     "GradCosine": "nio_hf.core",
     "NIOConfig": "nio_hf.core",
     "NIOResult": "nio_hf.core",
-    "NIOTrainer": "nio_hf.training",
-    "NIOTrainerMixin": "nio_hf.training",
-    "NIOTrainingArguments": "nio_hf.training",
+    "NIOTrainer": "nio_hf.trainer",
+    "NIOTrainerMixin": "nio_hf.trainer",
+    "NIOTrainingArguments": "nio_hf.trainer",
     "grad_cosine": "nio_hf.core",
     "initialize": "nio_hf.core",
 }

@@ -51,6 +51,10 @@ class ConfigError(NIOError, ValueError):
     """A setting, or a combination of settings, that cannot work."""
 
 
+class MetricError(ConfigError, KeyError):
+    """A metric that no evaluation has."""
+
+
 class ModelError(NIOError, ValueError):
     """A model that NIO cannot initialise as it is."""
 
@@ -83,7 +87,7 @@ class RecipeError(NIOError, ValueError):
     """A recipe that cannot be read or does not validate."""
 
 
-class CheckpointError(NIOError, RuntimeError):
+class CheckpointError(NIOError, ValueError, RuntimeError):
     """A checkpoint that is incomplete or belongs to another model."""
 
 

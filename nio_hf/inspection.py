@@ -15,15 +15,9 @@ from transformers.utils import cached_file
 from nio_hf.console import exit_status, print_inspection
 from nio_hf.core import GradientInspection
 from nio_hf.errors import ModelError, Problem, RecipeError, one_line
+from nio_hf.files import output_errors, write_atomically
 from nio_hf.hub import is_repo_id
-from nio_hf.image_training.building import build_trainer
-from nio_hf.recipe.catalog import find_recipe, split_arguments
-from nio_hf.recipe.loading import Recipe, load_recipe
-from nio_hf.recipe.strict_yaml import read_overrides, with_values
-from nio_hf.report import plot_inspection
-from nio_hf.report.tables import LAYER_COLUMNS, layer_rows, shape_of_sub_batches
-from nio_hf.training.manifest import write_atomically
-from nio_hf.training.run_folder import (
+from nio_hf.hub.run_folder import (
     INSPECTION_DIR_NAME,
     INSPECTION_NAME,
     RECIPE_NAME,
@@ -31,7 +25,12 @@ from nio_hf.training.run_folder import (
     model_folder,
     read_run,
 )
-from nio_hf.training.saving import output_errors
+from nio_hf.image_training.building import build_trainer
+from nio_hf.recipe.catalog import find_recipe, split_arguments
+from nio_hf.recipe.loading import Recipe, load_recipe
+from nio_hf.recipe.strict_yaml import read_overrides, with_values
+from nio_hf.report import plot_inspection
+from nio_hf.report.tables import LAYER_COLUMNS, layer_rows, shape_of_sub_batches
 
 AT_INIT_DIR_NAME = "inspect-init"
 """Where the inspection of a recipe's model is written, as it is before NIO and training."""

@@ -20,7 +20,8 @@ from nio_hf.recipe.catalog import find_accelerate_config
 from nio_hf.recipe.loading import load_recipe
 
 _SIGNAL_STATUS = 128
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_FORWARDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+"""Windows has the first two, and no groups of processes."""
 
 
 def launch_command(options: Mapping[str, str], arguments: Sequence[str]) -> list[str]:
@@ -75,7 +76,7 @@ def _forwarding() -> Iterator[list[subprocess.Popen[bytes]]]:
     def forward(number: int, frame: object) -> None:
         for process in receivers:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
+                os.killpg(process.pid, number) if hasattr(os, "killpg") else process.send_signal(number)
 
     former = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:

@@ -13,18 +13,18 @@ from typing import cast
 
 from nio_hf.console import exit_status, print_run
 from nio_hf.core import NIOResult
+from nio_hf.durable.preemption import preempted_at_once
+from nio_hf.durable.trainer import AUTO
 from nio_hf.errors import ConfigError, HubError, Problem
+from nio_hf.files import output_errors
+from nio_hf.hub.run_folder import read_run
+from nio_hf.hub.trainer import PLOTS_DIR_NAME
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.catalog import DEFAULT_RECIPE, recipe_name, split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.report import SummaryRow, draw_run, summary_rows
 from nio_hf.report.run import Run
-from nio_hf.training.durable import AUTO
-from nio_hf.training.preemption import preempted_at_once
-from nio_hf.training.publishing import PLOTS_DIR_NAME
-from nio_hf.training.run_folder import read_run
-from nio_hf.training.saving import output_errors
 
 EMA_DIR_NAME = "ema"
 

@@ -17,7 +17,7 @@ from nio_hf.image_training.trainer import ImageTrainer, Samples
 from nio_hf.recipe.consistency import consistency_notes, consistency_problems
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import with_values
-from nio_hf.training.methods import METHODS
+from nio_hf.trainer.methods import METHODS
 from nio_hf.vision.samples import ImageStream
 
 _QUIET = {"nio_save_init": False, "report_to": "none", "push_to_hub": False}

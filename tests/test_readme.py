@@ -16,7 +16,7 @@ import nio_hf
 from nio_hf import NIOConfig, NIOTrainingArguments
 from nio_hf.recipe.catalog import find_recipe
 from nio_hf.recipe.loading import known_keys
-from tests.training.toys import ToyImages
+from tests.trainer.toys import ToyImages
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -34,11 +34,11 @@ from benchmarks.warmup_free.study import FOLDER, RESULTS, data_options
 from nio_hf.core.batches import take
 from nio_hf.core.mode import measuring
 from nio_hf.core.tensors import find_tensors, set_scales
+from nio_hf.hub.run_folder import versions
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.report.style import BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, VERMILLION, figure
-from nio_hf.training.checkpoints import versions
 
 FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0)
 SEEDS = range(3)

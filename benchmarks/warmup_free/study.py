@@ -22,7 +22,7 @@ from nio_hf.comparison.arms import choose_arms
 from nio_hf.comparison.command import run_comparison
 from nio_hf.comparison.plan import Plan
 from nio_hf.console import INTERRUPTED
-from nio_hf.training.manifest import write_atomically
+from nio_hf.files import write_atomically
 from nio_hf.trials.results import RESULTS_NAME
 from nio_hf.trials.run import Run
 

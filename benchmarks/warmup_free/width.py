@@ -20,10 +20,10 @@ from typing import Any
 
 from benchmarks.warmup_free.geometry import SEEDS, options_of
 from benchmarks.warmup_free.study import FOLDER, RESULTS
+from nio_hf.hub.run_folder import versions
 from nio_hf.image_training.building import build_trainer
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.report.tables import markdown_table
-from nio_hf.training.checkpoints import versions
 from nio_hf.trials.worker import summary
 
 WIDTHS = (48, 96, 192, 384, 768)

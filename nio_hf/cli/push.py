@@ -29,8 +29,8 @@ def push(
     """Push a model with its card, plots and `nio_state.json` to the Hub."""
     from nio_hf.console import exit_status
     from nio_hf.hub import Destination, check_destination
-    from nio_hf.training.publishing import publish
-    from nio_hf.training.run_folder import model_folder
+    from nio_hf.hub.run_folder import model_folder
+    from nio_hf.hub.trainer import publish
 
     def action() -> int:
         folder = model_folder(directory)

@@ -14,8 +14,8 @@ def report(
 ) -> None:
     """Write one page with all tables and plots of a run, which needs no network."""
     from nio_hf.console import exit_status
+    from nio_hf.hub.run_folder import read_run
     from nio_hf.report.page import write_page
-    from nio_hf.training.run_folder import read_run
 
     def action() -> int:
         path = directory / "report.html" if output is None else output

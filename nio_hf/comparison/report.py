@@ -14,9 +14,8 @@ from nio_hf.comparison.arms import NO_WARMUP, WARMUP
 from nio_hf.comparison.findings import Findings
 from nio_hf.comparison.plan import Plan
 from nio_hf.comparison.plots import plot_first_steps, plot_learning_rates
+from nio_hf.files import output_errors, write_atomically
 from nio_hf.report.tables import markdown_table
-from nio_hf.training.manifest import write_atomically
-from nio_hf.training.saving import output_errors
 
 
 def sentences(findings: Findings) -> list[str]:

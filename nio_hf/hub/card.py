@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import (
@@ -64,6 +65,7 @@ def write_card(
     *,
     license_id: str | None = None,
     tags: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
 ) -> bool:
     """Write the model card into the folder of a model, unless there is one that somebody has made their own.
 
@@ -75,6 +77,7 @@ def write_card(
         former: card that the repository has, whose licence and tags are kept.
         license_id: identifier of the licence on the Hub; None for that of the former card.
         tags: to add.
+        given: further fields of [`~huggingface_hub.ModelCardData`], which go before what is known of the run.
 
     Returns:
         Whether the card of the folder is to be pushed: not where that on the Hub is somebody's own.
@@ -94,7 +97,7 @@ def write_card(
         tags = [*tags, *(() if former is None else _kept_tags(former))]
         # Not into a file that a checkpoint shares.
         path.unlink(missing_ok=True)
-        path.write_text(card_text(run, directory, plots, repo_id, license_id, tags), encoding="utf-8")
+        path.write_text(card_text(run, directory, plots, repo_id, license_id, tags, given), encoding="utf-8")
         return True
     except (OSError, UnicodeDecodeError) as error:
         raise OutputError(Problem(str(path), one_line(error), "Free space or choose another output_dir")) from error
@@ -127,9 +130,10 @@ def card_text(
     repo_id: str | None,
     license_id: str,
     tags: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
 ) -> str:
     """The card as Markdown with the metadata of the Hub in front; see [`write_card`]."""
-    metadata, run = card_metadata(run, license_id, tags), shareable_run(run)
+    metadata, run = card_metadata(run, license_id, tags, given), shareable_run(run)
     result = run.result
     return render(
         "model_card.md.j2",
@@ -163,14 +167,16 @@ def _initialisation(run: Run, result: InitResult) -> dict[str, str]:
     }
 
 
-def card_metadata(run: Run, license_id: str, tags: Sequence[str] = ()) -> ModelCardData:
+def card_metadata(
+    run: Run, license_id: str, tags: Sequence[str] = (), given: Mapping[str, Any] | None = None
+) -> ModelCardData:
     """What the Hub reads: library, task, tags, data set, licence, and of a trained model its evaluation."""
     is_on_hub = _is_on_hub(run.facts.dataset or "")
     run = shareable_run(run)
     facts, trained = run.facts, run.is_trained
     task = _task(run)
     own_tags = ["nio", "initialization", *([] if trained else ["untrained"]), facts.model_type, *tags]
-    return ModelCardData(
+    known = ModelCardData(
         library_name="transformers" if facts.model_type is not None else None,
         license=license_id,
         # An untrained model is nothing to try on a web page.
@@ -181,6 +187,9 @@ def card_metadata(run: Run, license_id: str, tags: Sequence[str] = ()) -> ModelC
         model_name=run.name.rpartition("/")[2] if trained else None,
         eval_results=_eval_results(run, task) or None,
     )
+    for name, value in (given or {}).items():
+        known[name] = value
+    return known
 
 
 def evaluation_metrics(run: Run) -> dict[str, float]:

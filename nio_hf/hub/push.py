@@ -33,6 +33,7 @@ _LEFT_OUT = (
     "*.partial",
     "training_args.bin",
     "nio_manifest.json",
+    "nio_unfinished",
     "runs",
     "wandb",
     "mlruns",

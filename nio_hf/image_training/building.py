@@ -22,13 +22,14 @@ from transformers import (
 )
 
 from nio_hf.errors import ConfigError, ModelError, NIOError, Problem, one_line
+from nio_hf.files import ensure_writable
 from nio_hf.image_training.optimizers import optimizer_options
 from nio_hf.image_training.trainer import ImageTrainer, ImageTrainingData, Samples, Source
 from nio_hf.image_training.weight_decay import decayed_parameters
 from nio_hf.recipe.catalog import recipe_name
 from nio_hf.recipe.loading import Recipe, recipe_yaml
 from nio_hf.recipe.settings import PROCESSOR_KEYS, AugmentationSettings, ModelSettings
-from nio_hf.training.checkpoints import ensure_writable
+from nio_hf.trainer.arguments import order_seed
 from nio_hf.vision.augmentation import BatchAugmentation
 from nio_hf.vision.datasets import ImageData, load_image_data
 from nio_hf.vision.mixing import Mixing
@@ -116,7 +117,7 @@ def load_data(recipe: Recipe) -> ImageData:
         "revision": settings.pop("dataset_revision"),
     }
     settings.pop("skip_broken_images")
-    return load_image_data(**renamed, **settings, seed=recipe.training.order_seed)
+    return load_image_data(**renamed, **settings, seed=order_seed(recipe.training))
 
 
 def make_samples(recipe: Recipe, data: ImageData, processor: BaseImageProcessor) -> ImageTrainingData:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nio_hf.errors import CheckpointError, Problem
-from nio_hf.training.saving import output_errors
+from nio_hf.files import output_errors
+from nio_hf.trainer import NIOTrainer
 
 EMA_NAME = "ema.safetensors"
 
@@ -27,19 +27,14 @@ class EMACallback(TrainerCallback):
     may be tied in any way: one Parameter in several modules, or memory that parameters and buffers share.
 
     Args:
-        current_model: gives the model that is trained, unwrapped.
+        trainer: whose model is averaged.
         decay: in (0, 1).
     """
 
-    def __init__(self, current_model: Callable[[], nn.Module], decay: float) -> None:
-        self._current_model = current_model
+    def __init__(self, trainer: NIOTrainer, decay: float) -> None:
+        self._trainer = trainer
         self._update = get_ema_multi_avg_fn(decay)
-        self._checkpoint: Path | None = None
         self._average: dict[str, torch.Tensor] | None = None
-
-    def resume_from(self, checkpoint: Path) -> None:
-        """Restore the average from a checkpoint when training begins."""
-        self._checkpoint = checkpoint
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -50,8 +45,8 @@ class EMACallback(TrainerCallback):
             CheckpointError: for a checkpoint without an average of each parameter.
         """
         self._average = _copies(self._parameters())
-        if self._checkpoint is not None and state.global_step > 0:
-            _restore(self._average, self._checkpoint / EMA_NAME)
+        if self._trainer.resumed_from is not None:
+            _restore(self._average, self._trainer.resumed_from / EMA_NAME)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Update the average."""
@@ -82,7 +77,7 @@ class EMACallback(TrainerCallback):
 
     def _parameters(self) -> dict[str, torch.Tensor]:
         """The parameters that training can change, each Parameter once. Integers have no gradient."""
-        parameters = self._current_model().named_parameters()
+        parameters = self._trainer.unwrapped_model.named_parameters()
         return {
             name: tensor.detach() for name, tensor in parameters if tensor.is_floating_point() or tensor.is_complex()
         }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nio_hf.recipe.settings import OptimizerName
-from nio_hf.training import NIOTrainingArguments
+from nio_hf.trainer import NIOTrainingArguments
 
 
 def optimizer_options(

@@ -12,13 +12,14 @@ from torch.utils.data import Sampler
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from nio_hf.errors import ConfigError, Problem
+from nio_hf.files import output_errors
 from nio_hf.image_training.ema import EMACallback
 from nio_hf.image_training.weight_decay import decayed_parameters
 from nio_hf.report.run import Facts
-from nio_hf.training import NIOTrainer, NIOTrainingArguments
-from nio_hf.training.checkpoints import Task
-from nio_hf.training.sampling import EpochSampler, SeededDataset, SeededStream, mixed_seed
-from nio_hf.training.saving import output_errors
+from nio_hf.trainer import NIOTrainer, NIOTrainingArguments
+from nio_hf.trainer.arguments import order_seed
+from nio_hf.trainer.checkpoints import Task
+from nio_hf.trainer.sampling import EpochSampler, SeededDataset, SeededStream, mixed_seed
 from nio_hf.vision.augmentation import BatchAugmentation
 from nio_hf.vision.losses import classification_loss
 from nio_hf.vision.metrics import classification_metrics, predictions_and_losses
@@ -87,6 +88,8 @@ class ImageTrainer(NIOTrainer):
         ModelError: for a name in `no_weight_decay` that no parameter has.
     """
 
+    args: NIOTrainingArguments
+
     def __init__(
         self,
         *,
@@ -112,7 +115,7 @@ class ImageTrainer(NIOTrainer):
             model=model,
             args=args,
             data_collator=collate_images,
-            train_dataset=_seeded(data.train, args.order_seed),
+            train_dataset=_seeded(data.train, order_seed(args)),
             eval_dataset=data.evaluation,
             processing_class=processing_class,
             compute_loss_func=self._training_loss,
@@ -121,7 +124,7 @@ class ImageTrainer(NIOTrainer):
             optimizer_cls_and_kwargs=optimizer,
         )
         self.get_decay_parameter_names(model)
-        self._ema = None if ema_decay is None else EMACallback(self._nio_model, ema_decay)
+        self._ema = None if ema_decay is None else EMACallback(self, ema_decay)
         if self._ema is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 found = f"{ema_decay} with weights that are sharded over devices"
@@ -158,7 +161,7 @@ class ImageTrainer(NIOTrainer):
         with self._ema.swapped_in():
             metrics: dict[str, float] = self.evaluate(metric_key_prefix="eval_ema")
             if self.args.should_save:
-                model: Any = self._nio_model()
+                model: Any = self.unwrapped_model
                 with output_errors(directory):
                     model.save_pretrained(directory)
                     if self.processing_class is not None:
@@ -179,7 +182,7 @@ class ImageTrainer(NIOTrainer):
         if self._nio_augment == "clean":
             return batch
         # The global generators: NIO leaves them as it found them.
-        torch.manual_seed(mixed_seed(self.args.to_nio_config().seed, number, 0))
+        torch.manual_seed(mixed_seed(self.nio_config.seed, number, 0))
         return self._augmentation(self._prepare_inputs(batch), mix=self._nio_augment == "mixed")
 
     def compute_nio_loss(self, model: nn.Module, inputs: Any) -> torch.Tensor:
@@ -214,12 +217,7 @@ class ImageTrainer(NIOTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
         if isinstance(self.data.train, ImageStream):
             return None
-        return EpochSampler(len(self.data.train), self.args.order_seed, self._repeats)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._ema is not None:
-            self._ema.resume_from(Path(resume_from_checkpoint))
+        return EpochSampler(len(self.data.train), order_seed(self.args), self._repeats)
 
 
 def _seeded(samples: Samples, seed: int) -> SeededStream | SeededDataset:

@@ -24,7 +24,7 @@ from nio_hf.recipe.ranges import range_problems
 from nio_hf.recipe.settings import AugmentationSettings, DataSettings, ModelSettings, OptimizationSettings
 from nio_hf.recipe.strict_yaml import Setting, read_overrides
 from nio_hf.recipe.values import checked, unknown_key
-from nio_hf.training import NIOTrainingArguments
+from nio_hf.trainer import NIOTrainingArguments
 
 _DEFAULTS = {"remove_unused_columns": False, "report_to": "none", "enable_jit_checkpoint": True}
 """Defaults of a recipe that differ from TrainingArguments: the image column is read by a transform, trackers are asked

@@ -11,7 +11,7 @@ from transformers import Trainer, get_scheduler
 
 from nio_hf.errors import Problem, one_line
 from nio_hf.recipe.strict_yaml import Setting
-from nio_hf.training import NIOTrainingArguments
+from nio_hf.trainer import NIOTrainingArguments
 
 _STEPS = 100
 

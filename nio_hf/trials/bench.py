@@ -10,11 +10,11 @@ from types import TracebackType
 from typing import Any
 
 from nio_hf.errors import NIOError, RecipeError
+from nio_hf.files import output_errors
 from nio_hf.hub.sharing import shareable
 from nio_hf.recipe.catalog import recipe_name
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import with_values
-from nio_hf.training.saving import output_errors
 from nio_hf.trials.progress import Progress
 from nio_hf.trials.results import Outcome, Results, locked
 from nio_hf.trials.run import Run, Trial

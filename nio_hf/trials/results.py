@@ -14,8 +14,8 @@ from typing import Any
 import filelock
 
 from nio_hf.errors import Problem, RecipeError
-from nio_hf.training.checkpoints import versions
-from nio_hf.training.saving import output_errors
+from nio_hf.files import output_errors
+from nio_hf.hub.run_folder import versions
 from nio_hf.trials.run import Arm, Run
 
 RESULTS_NAME = "runs.jsonl"

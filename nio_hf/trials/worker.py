@@ -23,11 +23,11 @@ from transformers import TrainerCallback
 
 from nio_hf.core.result import NIOResult
 from nio_hf.errors import ConfigError, NIOError, NumericsError, Problem, RecipeError
+from nio_hf.files import write_atomically
 from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.recipe.strict_yaml import with_values
-from nio_hf.training.manifest import write_atomically
 from nio_hf.trials.diagnostics import StepDiagnostics
 from nio_hf.trials.operations import OperationCount
 from nio_hf.trials.results import Outcome

@@ -9,10 +9,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from nio_hf.files import output_errors, write_atomically
 from nio_hf.report.style import BLUE, GREY, figure
 from nio_hf.report.tables import markdown_table
-from nio_hf.training.manifest import write_atomically
-from nio_hf.training.saving import output_errors
 from nio_hf.trials.run import Arm
 from nio_hf.tuning.plan import OWN, tuned_settings
 from nio_hf.tuning.tuning import Tuned

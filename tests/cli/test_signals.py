@@ -14,8 +14,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from nio_hf.durable.manifest import candidates, newest_usable
 from nio_hf.errors import Preempted
-from nio_hf.training.manifest import candidates, newest_verified
 
 COMMAND = [sys.executable, "-m", "nio_hf.cli", "train", "vit-tiny/digits/nio"]
 SETTINGS = {
@@ -70,7 +70,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(how: str, tmp_path: Path) ->
     status, output = _stopped_after_a_step(command, signal.SIGTERM)
     assert status == Preempted.STATUS, output
     assert output.count("SIGTERM: saved and stopped at step") == 1
-    assert newest_verified(candidates(tmp_path / "stopped")) is not None
+    assert newest_usable(candidates(tmp_path / "stopped")) is not None
     again = _run(command)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "Resuming from" in again.stdout + again.stderr

@@ -19,11 +19,11 @@ from transformers import AutoModelForImageClassification
 from nio_hf import NIOTrainer, NIOTrainingArguments
 from nio_hf.console import exit_status
 from nio_hf.core import Collective
-from nio_hf.training import checkpoints
-from nio_hf.training.digests import fingerprint
-from nio_hf.training.replica import gathered
+from nio_hf.trainer import checkpoints
+from nio_hf.trainer.digests import fingerprint
+from nio_hf.trainer.replica import gathered
 from tests.distributed import cpu_backends
-from tests.training.toys import ToyImages
+from tests.trainer.toys import ToyImages
 
 COMMON: dict[str, Any] = {
     "use_cpu": True,
@@ -63,7 +63,7 @@ class _Reporting(NIOTrainer):
     faults: dict[str, Any]
 
     def run_nio(self, **kwargs: Any) -> Any:
-        self.partitioned = any(hasattr(parameter, "ds_id") for parameter in self._nio_model().parameters())
+        self.partitioned = any(hasattr(parameter, "ds_id") for parameter in self.unwrapped_model.parameters())
         result = super().run_nio(**kwargs)
         self.initialised = weights(self)
         return result
@@ -72,7 +72,7 @@ class _Reporting(NIOTrainer):
         prepared = super()._prepare_for_training(*args)
         if self.args.nio_seed_optimizer is not None:
             state: Any = self.optimizer.optimizer.state  # type: ignore[union-attr]
-            moments = (state[parameter]["exp_avg_sq"] for parameter in self._nio_model().parameters())
+            moments = (state[parameter]["exp_avg_sq"] for parameter in self.unwrapped_model.parameters())
             self.seeds = [float(whole(moment).double().sum()) for moment in moments]
         return prepared
 
@@ -129,7 +129,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def weights(trainer: NIOTrainer) -> str:
     """Digest of the weights of the model, whole."""
-    model = trainer._nio_model()
+    model = trainer.unwrapped_model
     values = torch.nn.ParameterDict()
     with gathered(model):
         for name, parameter in model.named_parameters():

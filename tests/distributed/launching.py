@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tests.distributed.ranks import free_port
-from tests.training.toys import build
+from tests.trainer.toys import build
 
 ROOT = Path(__file__).parents[2]
 TIME_LIMIT = 240.0

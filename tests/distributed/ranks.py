@@ -19,7 +19,7 @@ from nio_hf.errors import NIOError
 # The server imports once what the processes, which it forks, then have at once. It has computed nothing, so autograd
 # works in them.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "nio_hf", "nio_hf.training", "tests.core.cases"])
+_CONTEXT.set_forkserver_preload(["torch", "nio_hf", "nio_hf.trainer", "tests.core.cases"])
 
 TIME_LIMIT = 60.0
 

@@ -15,9 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
+from nio_hf.durable.manifest import fault_of, has_manifest
 from nio_hf.errors import Preempted
-from nio_hf.training.checkpoints import INIT_DIR_NAME, PROGRESS_NAME
-from nio_hf.training.manifest import fault_of, has_manifest
+from nio_hf.hub.run_folder import INIT_DIR_NAME
+from nio_hf.trainer.checkpoints import PROGRESS_NAME
 from tests.distributed.launched import PUBLISHED, SCAN
 from tests.distributed.launching import Outcome, launch, start
 

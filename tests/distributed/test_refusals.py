@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from nio_hf import NIOTrainer
 from nio_hf.core import Collective, initialize
 from nio_hf.errors import ConfigError, ModelError, NIOMemoryError
-from nio_hf.training.replica import make_replica
+from nio_hf.trainer.replica import make_replica
 from tests.core.cases import batches_of, case
 from tests.distributed.launching import launch
 from tests.distributed.ranks import run_ranks
-from tests.training.toys import ToyImages, arguments, build
+from tests.trainer.toys import ToyImages, arguments, build
 
 
 def _initialise_sharded() -> bool:
@@ -39,7 +39,7 @@ def test_a_model_that_is_sharded_already_is_refused() -> None:
 
 def _replica_on_a_small_device() -> str:
     """Rank 1 has no memory left; what it says."""
-    from nio_hf.training import replica
+    from nio_hf.trainer import replica
 
     rank = Collective.current().rank
     replica.available_memory = lambda device: 1000 if rank == 1 else 10**12

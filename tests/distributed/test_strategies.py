@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
-from nio_hf.training.checkpoints import INIT_DIR_NAME, load_state
+from nio_hf.hub.run_folder import INIT_DIR_NAME
+from nio_hf.trainer.checkpoints import load_state
 from tests.distributed.launched import PUBLISHED, SCAN, make_trainer
 from tests.distributed.launching import DISTRIBUTED_TYPES, launch, save_model
 

@@ -25,7 +25,7 @@ SMALL = ["--use_cpu", "true", "--max_steps", "3", "--disable_tqdm", "true"]
 LOAD = """
 import sys
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
-from nio_hf.training.digests import fingerprint
+from nio_hf.trainer.digests import fingerprint
 set_seed(3)
 model = AutoModelForImageClassification.from_pretrained(sys.argv[1], revision=sys.argv[2])
 AutoImageProcessor.from_pretrained(sys.argv[1], revision=sys.argv[2], backend="pil")
@@ -41,7 +41,7 @@ datasets.Dataset.from_dict(columns, features=features).to_parquet("images.parque
 OTHER_CLASSES = """
 import sys
 from transformers import AutoModelForImageClassification
-from tests.training.toys import ToyImages, arguments
+from tests.trainer.toys import ToyImages, arguments
 from nio_hf import NIOTrainer
 model = AutoModelForImageClassification.from_pretrained(
     sys.argv[1], num_labels=5, image_size=32, ignore_mismatched_sizes=True
@@ -223,7 +223,7 @@ def test_what_is_wrong_is_said_before_nio_starts(desk: Desk, destination: str, t
 def test_the_end_of_a_script_waits_for_its_push(desk: Desk) -> None:
     script = (
         "import sys, safetensors.torch, torch\n"
-        "from tests.training.toys import ToyImages, arguments, build\n"
+        "from tests.trainer.toys import ToyImages, arguments, build\n"
         "from nio_hf import NIOTrainer\n"
         "args = arguments('out', push_to_hub=True, hub_model_id='user/model', hub_strategy='end')\n"
         "trainer = NIOTrainer(model=build('vit'), args=args, train_dataset=ToyImages())\n"

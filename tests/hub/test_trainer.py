@@ -15,11 +15,11 @@ from huggingface_hub import ModelCard
 from nio_hf import NIOTrainer
 from nio_hf.errors import ConfigError, HubError
 from nio_hf.hub import CARD_NAME, Destination, push_folder
+from nio_hf.hub import trainer as publishing
 from nio_hf.hub.card import MARKER
-from nio_hf.training import publishing
-from nio_hf.training.checkpoints import MARK_KEY
+from nio_hf.trainer.checkpoints import MARK_KEY
 from tests.hub.loopback import LoopbackHub
-from tests.training.toys import ToyImages, arguments, build, snapshot, unchanged
+from tests.trainer.toys import ToyImages, arguments, build, snapshot, unchanged
 
 SAVING: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
 
@@ -33,7 +33,7 @@ def make(output_dir: Path, **changes: Any) -> NIOTrainer:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publishing, "_ONE_MORE_TRY", (0.01,))
     monkeypatch.setattr(
-        "nio_hf.training.publishing.publish.__kwdefaults__", {**publishing.publish.__kwdefaults__, "waits": (0.01,)}
+        "nio_hf.hub.trainer.publish.__kwdefaults__", {**publishing.publish.__kwdefaults__, "waits": (0.01,)}
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -82,6 +84,11 @@ def run_of(callback: EMACallback, model: nn.Sequential, folder: Path, step: int 
     callback.on_save(args, state, control)
 
 
+def trainer_of(model: nn.Sequential, resumed_from: Path | None = None) -> Any:
+    """What the callback asks of a Trainer."""
+    return types.SimpleNamespace(unwrapped_model=model, resumed_from=resumed_from)
+
+
 def copies(model: nn.Sequential) -> list[torch.Tensor]:
     return [model[layer].weight.detach().clone() for layer in (0, 2)]
 
@@ -89,7 +96,7 @@ def copies(model: nn.Sequential) -> list[torch.Tensor]:
 @pytest.mark.parametrize("tie", TIES)
 def test_tied_tensors_are_evaluated_at_their_average_and_come_back(tie: Tie, tmp_path: Path) -> None:
     model = tied_model(tie)
-    callback = EMACallback(lambda: model, DECAY)
+    callback = EMACallback(trainer_of(model), DECAY)
     expected = copies(model)
     for weights in run_of(callback, model, tmp_path):
         expected = [DECAY * mean + (1 - DECAY) * weight for mean, weight in zip(expected, weights, strict=True)]
@@ -107,9 +114,9 @@ def test_tied_tensors_are_evaluated_at_their_average_and_come_back(tie: Tie, tmp
 @pytest.mark.parametrize("tie", TIES)
 def test_the_average_of_tied_tensors_is_saved_and_restored(tie: Tie, tmp_path: Path) -> None:
     model, other = tied_model(tie), tied_model(tie, seed=1)
-    saving, restoring = EMACallback(lambda: model, DECAY), EMACallback(lambda: other, DECAY)
+    saving = EMACallback(trainer_of(model), DECAY)
+    restoring = EMACallback(trainer_of(other, resumed_from=tmp_path / f"checkpoint-{STEPS}"), DECAY)
     list(run_of(saving, model, tmp_path))
-    restoring.resume_from(tmp_path / f"checkpoint-{STEPS}")
     next(run_of(restoring, other, tmp_path, step=STEPS))
     with saving.swapped_in(), restoring.swapped_in():
         expected, found = copies(model), copies(other)
@@ -121,7 +128,6 @@ def test_the_average_of_tied_tensors_is_saved_and_restored(tie: Tie, tmp_path: P
 def test_an_average_of_other_parameters_is_refused(tmp_path: Path) -> None:
     model = tied_model(shared_parameter)
     safetensors.torch.save_file({"0.bias": torch.zeros(4), "2.bias": torch.zeros(1)}, tmp_path / EMA_NAME)
-    callback = EMACallback(lambda: model, DECAY)
-    callback.resume_from(tmp_path)
+    callback = EMACallback(trainer_of(model, resumed_from=tmp_path), DECAY)
     with pytest.raises(CheckpointError, match=r"no average that fits 0\.weight, 2\.bias"):
         next(run_of(callback, model, tmp_path, step=1))

@@ -9,7 +9,7 @@ import pytest
 
 from nio_hf.comparison.arms import ARMS
 from nio_hf.errors import RecipeError
-from nio_hf.training.checkpoints import versions
+from nio_hf.hub.run_folder import versions
 from nio_hf.trials.results import RESULTS_NAME, Results, locked
 from nio_hf.trials.run import Run
 from tests.comparison.outcomes import outcome

@@ -1,0 +1,145 @@
+"""SIGTERM, as schedulers send it before they take a machine away: save, stop, and say so with the exit status."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import logging
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.optimization import GreedyLR
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from nio_hf.core import Collective
+from nio_hf.errors import Preempted
+
+logger = logging.getLogger(__name__)
+
+_SCHEDULED_BY_EVALUATION = (ReduceLROnPlateau, GreedyLR)
+
+
+class SpareWorkers:
+    """`worker_init_fn` that lets a worker of a data loader survive the first SIGTERM.
+
+    Schedulers send it to every process of a job. The main process then goes on to the end of the step, for which it may
+    need what the worker is loading. A second signal ends the worker, and the end of the main process does.
+
+    Args:
+        then: called afterwards, with the number of the worker.
+    """
+
+    def __init__(self, then: Callable[[int], Any] | None) -> None:
+        self._then = then
+        _end_workers_at_exit()
+
+    def __call__(self, worker: int) -> None:
+        """Called in the worker as it starts."""
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        if self._then is not None:
+            self._then(worker)
+
+
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Kill the workers that are left at the end of this process.
+
+    Python sends each one SIGTERM once and waits for it, for ever where the worker survives that.
+    """
+    atexit.register(_kill_workers)
+
+
+def _kill_workers() -> None:
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+@contextlib.contextmanager
+def preempted_at_once(message: str) -> Iterator[None]:
+    """Let SIGTERM end what is done within the context, when all is saved already.
+
+    Raises:
+        Preempted: when the signal comes.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        logger.warning(message)
+        raise Preempted(message)
+
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+class PreemptionCallback(TrainerCallback):
+    """The callback of `enable_jit_checkpoint`, for any number of processes, in the place of Trainer's own.
+
+    Trainer's own saves wherever it happens to be, each process by itself. This one saves at the end of a step, the
+    same step on all processes as soon as one of them got the signal, by Trainer's usual way of saving a checkpoint,
+    callbacks included. An evaluation that is due then is left out unless the weights depend on it: by the choice of
+    the best checkpoint, or of the learning rate.
+
+    Attributes:
+        requested: whether this process got the signal.
+        stopped: whether this training has been stopped.
+    """
+
+    def __init__(self) -> None:
+        self.requested = self.stopped = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Wait for the signal within the context; the handler that was there before is put back."""
+        former = signal.getsignal(signal.SIGTERM)
+        if former == self._request:
+            yield
+            return
+        self.requested = self.stopped = False
+        signal.signal(signal.SIGTERM, self._request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, former)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Have a checkpoint saved and the training stopped, on all processes at once."""
+        if Collective.current().any(self.requested)[0]:
+            self.stopped = True
+            control.should_training_stop = True
+            control.should_evaluate = control.should_evaluate and _needs_evaluation(args, kwargs)
+            control.should_save = not _saved_at_epoch_end(args, state, kwargs)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Do nothing that belongs to the end of an epoch that was not reached."""
+        if self.stopped:
+            control.should_save = _saved_at_epoch_end(args, state, kwargs)
+            control.should_evaluate = control.should_evaluate and control.should_save
+            control.should_log = False
+
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
+
+
+def _needs_evaluation(args: TrainingArguments, objects: dict[str, Any]) -> bool:
+    """Whether the weights depend on evaluations."""
+    scheduled = isinstance(objects.get("lr_scheduler"), _SCHEDULED_BY_EVALUATION)
+    return scheduled or args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST
+
+
+def _saved_at_epoch_end(args: TrainingArguments, state: TrainerState, objects: dict[str, Any]) -> bool:
+    """Whether this step ends an epoch with an evaluation that the checkpoint has to know of.
+
+    It is then saved once, behind it: to save it twice would delete the first one for a moment.
+    """
+    ends_epoch = float(state.epoch or 0.0).is_integer()
+    return ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH and _needs_evaluation(args, objects)

@@ -1,0 +1,141 @@
+"""Every tensor of a checkpoint back into a model, also where the library has renamed or re-arranged its parameters.
+
+`save_pretrained` writes the names of the published checkpoints, memory has those of the installed transformers, and
+Trainer loads one into the other with strict=False: of ViT, DeiT, BEiT, DINOv2, Swin and others most tensors stay as
+they are. `from_pretrained` knows the conversion.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from nio_hf.errors import CheckpointError, Problem
+
+logger = logging.getLogger(__name__)
+
+
+def restore(directory: Path, model: nn.Module) -> bool:
+    """Restore every tensor of a model in place, where that takes a conversion; a warning names what is not to be had.
+
+    Args:
+        directory: with the weights as safetensors.
+        model: unwrapped, whole on this process.
+
+    Returns:
+        False, with the model as it was, where the names in the file are those of the model: Trainer restores them.
+
+    Raises:
+        CheckpointError: where a tensor has another shape.
+    """
+    own, shapes = model.state_dict(), _shapes(directory)
+    fitting = [name for name, shape in shapes.items() if name in own and own[name].shape == shape]
+    if not shapes or (not shapes.keys() - own.keys() and not _left_out(fitting, own)):
+        return False
+    tensors = find_tensors(directory, model)
+    missing = _left_out(tensors, own)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        logger.warning("%s does not hold %s%s: they stay as they are.", directory, missing[0], more)
+    model.load_state_dict(tensors, strict=False)
+    return True
+
+
+def restore_all(directory: Path, model: nn.Module) -> bool:
+    """Restore every tensor of a model in place; False, with the model as it was, where one is not to be had."""
+    tensors = find_tensors(directory, model)
+    if _left_out(tensors, model.state_dict()):
+        return False
+    model.load_state_dict(tensors, strict=False)
+    return True
+
+
+def find_tensors(directory: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that fit a model, by the names that they have there.
+
+    What the stock class of the model converts is taken from `from_pretrained`; what somebody has added to the model or
+    replaced in it, from the file by its name.
+
+    Raises:
+        CheckpointError: where one that the model would miss has another shape.
+    """
+    own = model.state_dict()
+    saved: dict[str, Tensor] = {}
+    for file in _files(directory):
+        saved |= safetensors.torch.load_file(file)
+    converted, other_shapes = _converted(directory, model, saved)
+    tensors = _fitting(saved, own) | _fitting(converted, own)
+    for name in _left_out(tensors, own):
+        shape = other_shapes.get(name, saved[name].shape if name in saved else own[name].shape)
+        if shape != own[name].shape:
+            found = f"holds {name} with shape {tuple(shape)}, the model has {tuple(own[name].shape)}"
+            raise CheckpointError(Problem(str(directory), found, "Resume with the model that wrote it"))
+    return tensors
+
+
+def _files(directory: Path) -> list[Path]:
+    """The safetensors of the model in a folder."""
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    names = {SAFE_WEIGHTS_NAME}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [directory / name for name in sorted(names) if (directory / name).is_file()]
+
+
+def _shapes(directory: Path) -> dict[str, torch.Size]:
+    """{name: shape} of the tensors of a folder."""
+    shapes: dict[str, torch.Size] = {}
+    for path in _files(directory):
+        with safetensors.safe_open(path, framework="pt") as file:
+            shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _fitting(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
+
+
+def _left_out(tensors: Iterable[str], own: dict[str, Tensor]) -> list[str]:
+    """Names of a model that would be left as they are. One that shares its memory with a restored one is not."""
+    named = set(tensors)
+    restored = {own[name].data_ptr() for name in named}
+    return [name for name, tensor in own.items() if name not in named and tensor.data_ptr() not in restored]
+
+
+def _converted(
+    directory: Path, model: nn.Module, saved: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, torch.Size]]:
+    """What `from_pretrained` of the model's stock class finds in a checkpoint, by the names in memory.
+
+    Returns:
+        {name: tensor}, and {name: shape in the checkpoint} of those whose shape is not that of the config.
+    """
+    bases = [base for base in type(model).__mro__ if base.__module__.startswith("transformers.models.")]
+    if not bases or not isinstance(model, PreTrainedModel):
+        return {}, {}
+    # The widest precision of the file holds the values of all its tensors exactly.
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in saved.values()) else torch.float32
+    settings = {"config": copy.deepcopy(model.config), "dtype": dtype, "local_files_only": True}
+    stock: Any = bases[0]
+    with torch.random.fork_rng(devices=[]):
+        try:
+            loaded, info = stock.from_pretrained(
+                directory, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+            )
+        except (TypeError, ValueError, RuntimeError, OSError) as error:
+            logger.info("%s is not converted: %s", directory, error)
+            return {}, {}
+    other_shapes = {name: torch.Size(in_file) for name, in_file, _ in info["mismatched_keys"]}
+    tensors = cast(dict[str, Tensor], loaded.state_dict())
+    made_anew = {*info["missing_keys"], *other_shapes}
+    return {name: tensor for name, tensor in tensors.items() if name not in made_anew}, other_shapes

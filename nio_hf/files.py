@@ -1,0 +1,126 @@
+"""Writing into folders: whole or not at all, by one training at a time, with errors that say what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from nio_hf.errors import OutputError, Problem, one_line
+
+LOCK_NAME = "_nio_lock"
+_CHOOSE = "Free space or choose another output_dir"
+_START_AGAIN = f"{_CHOOSE}, then start again: checkpoints saved before are whole"
+
+
+@contextlib.contextmanager
+def output_errors(target: Path, *, delete: bool = False, trained: bool = True) -> Iterator[None]:
+    """Turn what a full disk, or one that cannot be written, makes of a save into an error of ours.
+
+    Args:
+        target: what is written.
+        delete: remove what was written of it, which makes room.
+        trained: whether there may be checkpoints of the training already.
+
+    Raises:
+        OutputError: with the target and the reason.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch reports a failed write as a RuntimeError of its file format.
+        is_torch = "inline_container" in str(error) or "PytorchStream" in str(error)
+        if isinstance(error, RuntimeError) and not is_torch:
+            raise
+        if delete:
+            shutil.rmtree(target, ignore_errors=True)
+        found = error.problems[0].found if isinstance(error, OutputError) else one_line(error)
+        raise OutputError(Problem(str(target), found, _START_AGAIN if trained else _CHOOSE)) from error
+
+
+@contextlib.contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Hold a directory against a second training, as long as the context lasts and this process lives.
+
+    Where the file system has no locks, nothing is held.
+
+    Raises:
+        OutputError: where another training holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (directory / LOCK_NAME).open("w", encoding="ascii") as file:
+        try:
+            # Not flock, which processes that load data would go on holding.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, PermissionError | BlockingIOError):
+                fix = "Wait for it to end, end it, or choose another output_dir"
+                raise OutputError(Problem(str(directory), "another training writes here", fix)) from error
+        try:
+            yield
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+
+def ensure_writable(directory: Path, needed: int = 0) -> None:
+    """Create a directory and try to write into it.
+
+    Args:
+        directory: to create.
+        needed: bytes that are going to be written.
+
+    Raises:
+        OutputError: where that fails, or there is less room than needed.
+    """
+    fix = "Choose an output_dir that you can write to"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise OutputError(Problem(str(directory), str(error), fix)) from error
+    if free < needed:
+        found = f"{free / 2**20:,.0f} MiB are free, a run needs at least {needed / 2**20:,.0f} MiB for its checkpoints"
+        raise OutputError(Problem(str(directory), found, "Free space or choose another output_dir"))
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file so that it holds either what it held or all of the text, whatever happens."""
+    temporary = file.with_name(f"{file.name}.partial")
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(file.parent)
+
+
+def sync_file(file: Path) -> None:
+    """Have the content of a file on the disk, not only handed to the system."""
+    # Windows syncs a file only through a handle that may write.
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename last; systems that cannot open directories do so by themselves."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,48 @@
+"""A Trainer whose loss NIO can compute without leaving a trace in the training."""
+
+from __future__ import annotations
+
+import collections
+import copy
+from typing import Any, TypeVar
+
+from transformers import Trainer, TrainerControl, TrainerState
+
+T = TypeVar("T")
+
+_CONTAINERS = (dict, list, set, collections.deque)
+_DATA = ("train_dataset", "eval_dataset")
+
+
+def copy_apart(trainer: Trainer) -> Trainer:
+    """A copy of a Trainer that shares its model, data and settings, and has counts, lists and logs of its own.
+
+    `compute_loss` of a subclass may count tokens, collect metrics or log. Called on the copy, it does so there.
+    """
+    apart = copy.copy(trainer)
+    for name, value in vars(trainer).items():
+        if name not in _DATA:
+            setattr(apart, name, _copied(value, {}))
+    apart.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    return apart
+
+
+def _copied(value: T, copies: dict[int, Any]) -> T:
+    """A value with its containers copied, and what they hold as it is."""
+    if isinstance(value, TrainerState | TrainerControl):
+        return copy.copy(value)
+    if not isinstance(value, _CONTAINERS):
+        return value
+    if id(value) in copies:
+        found: T = copies[id(value)]
+        return found
+    copied: Any = copy.copy(value)
+    copies[id(value)] = copied
+    if isinstance(copied, dict):
+        for key, entry in copied.items():
+            copied[key] = _copied(entry, copies)
+    elif not isinstance(copied, set):
+        for position, entry in enumerate(copied):
+            copied[position] = _copied(entry, copies)
+    result: T = copied
+    return result

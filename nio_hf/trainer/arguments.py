@@ -1,0 +1,208 @@
+"""`TrainingArguments` with the settings of NIO beside them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Self
+
+from torch import nn
+from transformers import TrainingArguments
+
+from nio_hf.core.batches import too_many_sub_batches
+from nio_hf.core.config import NIOConfig, refuse_replaced
+from nio_hf.core.tensors import check_storage
+from nio_hf.errors import ConfigError, Problem
+from nio_hf.trainer.methods import method_problems, parsed_mapping
+from nio_hf.trainer.naming import in_arguments, named_as_arguments
+from nio_hf.trainer.seeding import SEED_MODES
+
+
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass
+class NIOSettings:
+    """The settings of NIO in the Trainer, flat, each with the prefix `nio_`.
+
+    To have them beside the arguments of another trainer: `@dataclass class MyConfig(NIOSettings, SFTConfig)`. Each one
+    is described, with its equation, under the same name in [`NIOConfig`].
+    """
+
+    # When NIO runs
+    nio: bool = _option(True, "Run NIO before training. It is skipped on resume and for an initialised model.")
+    nio_method: str = _option(
+        "nio",
+        "Method of initialisation: nio, or to compare it with: none, gradinit, lsuv, emergence or architecture_aware.",
+    )
+    nio_method_kwargs: dict[str, Any] | str | None = dataclasses.field(
+        default=None, metadata={"help": 'Settings that such a method has of its own, e.g. {"optimizer": "sgd"}.'}
+    )
+    nio_save_init: bool = _option(True, "Save the initialised checkpoint in OUTPUT_DIR/_nio_init.")
+    nio_save_steps: int = _option(
+        10, "Iterations from one saved state of NIO to the next, from which an interrupted run goes on; 0 for none."
+    )
+
+    nio_seed_optimizer: str | None = _option(
+        None,
+        "Start Adam's second moment from the squared gradient at the initialisation: gi_adam (with bias correction, an "
+        "implicit warmup) or uncorrected; default: Adam as it is.",
+    )
+
+    # Data
+    nio_batch_size: int = _option(64, "B, samples of a NIO batch over all devices.")
+    nio_sub_batches: int = _option(NIOConfig.sub_batches, "D, sub-batches that a NIO batch is split into.")
+    nio_search_batches: int = _option(NIOConfig.search_batches, "NIO batches that scan and gradient judge by.")
+    nio_report_batches: int = _option(NIOConfig.report_batches, "Other NIO batches, for the report before and after.")
+    nio_seed: int | None = _option(None, "Seed of the NIO data order; default: data_seed, else seed.")
+
+    # What is searched
+    nio_search: str = _option(
+        NIOConfig.search, "scan (first gradients), gradient (second derivatives) or published (the paper's algorithm)."
+    )
+    # HfArgumentParser takes the second of three types.
+    nio_groups: dict[str, str] | str | None = dataclasses.field(
+        default="additive",
+        metadata={
+            "help": "Tensors that share a scale: model, additive, kind, tensor, or a mapping from names of groups to "
+            'regular expressions of parameter names, e.g. {"positions": "position_embeddings"}.'
+        },
+    )
+    nio_scaled_tensors: str = _option(
+        NIOConfig.scaled_tensors, "What is scaled: all tensors, or weights (matrices, tables and tokens)."
+    )
+    nio_objective: str = _option(
+        NIOConfig.objective,
+        "auto, gc, gc_norm, gc_sum_norm (as published), variance, or, for scan only, balance or gc_sign.",
+    )
+    nio_loss_bound: float | None = _option(
+        NIOConfig.loss_bound, "Share by which the loss of the search batches may rise; none for no such bound."
+    )
+    nio_norm_band: list[float] | None = dataclasses.field(
+        default_factory=lambda: list(NIOConfig.norm_band or ()),
+        metadata={"help": "Least and largest gradient norm, relative to that at the common factor; none for no bound."},
+    )
+    nio_scale_range: list[float] = dataclasses.field(
+        default_factory=lambda: list(NIOConfig.scale_range), metadata={"help": "Least and largest scale."}
+    )
+    nio_budget: float = _option(
+        NIOConfig.budget, "Training steps of a NIO batch beyond which scan tries no further group."
+    )
+    nio_iterations: int | None = _option(None, "Steps of gradient (default: 20) and published (100).")
+    nio_lr: float | None = _option(None, "Learning rate of gradient (default: 0.25) and published (0.003).")
+    nio_gamma: float | None = _option(None, "Bound on the gradient norm of published.")
+    nio_overlap: float = _option(NIOConfig.overlap, "Overlap of neighbouring sub-batches of published, in [0, 1).")
+
+    # Computation
+    nio_curvature: str = _option(NIOConfig.curvature, "Second derivatives: auto, exact or finite_difference.")
+    nio_micro_batch_size: int | None = _option(None, "Samples of a sub-batch computed at once; default: all.")
+    nio_precision: str = _option(NIOConfig.precision, "fp32, or bf16 for the loss under bfloat16 autocast.")
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """Refuse former settings of NIO by name.
+
+        Raises:
+            ConfigError: names each, with what replaces it.
+        """
+        refuse_replaced(settings, "nio_")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Check the settings together.
+
+        Raises:
+            ConfigError: lists every `nio_*` setting that is out of range.
+        """
+        following: Any = super()
+        if hasattr(following, "__post_init__"):
+            following.__post_init__()
+        self.nio_method_kwargs = parsed_mapping(self.nio_method_kwargs)
+        self.nio_groups = parsed_mapping(self.nio_groups)
+        self.nio_config()
+
+    def nio_config(self, order_seed: int = 0) -> NIOConfig:
+        """The settings as those of core.
+
+        Args:
+            order_seed: seed where `nio_seed` is not given.
+
+        Raises:
+            ConfigError: lists every `nio_*` setting that is out of range.
+        """
+        problems = [*self._batch_size_problems(), *self._save_steps_problems(), *self._seed_optimizer_problems()]
+        problems += method_problems(self.nio_method, self.nio_method_kwargs)
+        names = [field.name for field in dataclasses.fields(NIOConfig) if field.name != "seed"]
+        settings = {name: getattr(self, f"nio_{name}") for name in names}
+        try:
+            with named_as_arguments():
+                config = NIOConfig(**settings, seed=order_seed if self.nio_seed is None else self.nio_seed)
+        except ConfigError as error:
+            raise ConfigError(*problems, *error.problems) from None
+        if problems:
+            raise ConfigError(*problems)
+        return config
+
+    def _batch_size_problems(self) -> Iterator[Problem]:
+        size = self.nio_batch_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 2:
+            yield Problem("nio_batch_size", f"{size!r}", "Give a whole number of at least 2")
+        elif isinstance(self.nio_sub_batches, int) and self.nio_sub_batches > size:
+            yield in_arguments(too_many_sub_batches(self.nio_sub_batches, size))
+
+    def _save_steps_problems(self) -> Iterator[Problem]:
+        steps = self.nio_save_steps
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            yield Problem("nio_save_steps", f"{steps!r}", "Give a whole number, 0 for none")
+
+    def _seed_optimizer_problems(self) -> Iterator[Problem]:
+        if self.nio_seed_optimizer is not None and self.nio_seed_optimizer not in SEED_MODES:
+            fix = f"Choose one of {', '.join(SEED_MODES)}, or None"
+            yield Problem("nio_seed_optimizer", f"{self.nio_seed_optimizer!r}", fix)
+
+
+@dataclasses.dataclass
+class NIOTrainingArguments(NIOSettings, TrainingArguments):
+    """[`~transformers.TrainingArguments`] plus the settings of NIO; no inherited default is changed.
+
+    In a class with other arguments, `class MyConfig(NIOTrainingArguments, SFTConfig)`, the defaults of the others hold.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let the defaults of other arguments hold, which a data class would take from this one."""
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__[1 : cls.__mro__.index(TrainingArguments)]:
+            if issubclass(base, TrainingArguments) and not issubclass(base, NIOTrainingArguments):
+                for field in dataclasses.fields(base):
+                    if field.init and field.name not in vars(cls):
+                        cls.__annotations__[field.name] = field.type
+                        setattr(cls, field.name, copy.copy(field))
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """Make a data class of a class of arguments that is none yet."""
+        if "__dataclass_fields__" not in vars(cls):
+            dataclasses.dataclass(cls)
+        return super().__new__(cls, *args, **settings)
+
+    def to_nio_config(self) -> NIOConfig:
+        """As [`NIOSettings.nio_config`], with the seed of the order of the training data."""
+        return self.nio_config(order_seed(self))
+
+
+def order_seed(args: TrainingArguments) -> int:
+    """Seed of the order of the training data: `data_seed`, else `seed`."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def check_arguments(model: Any, args: Any) -> None:
+    """Refuse what Trainer would fail at without saying why.
+
+    Raises:
+        ConfigError: where `args` are no TrainingArguments.
+        ModelError: for a model without data, on the meta device.
+    """
+    if isinstance(model, nn.Module) and any(parameter.is_meta for parameter in model.parameters()):
+        check_storage(model)
+    if args is not None and not isinstance(args, TrainingArguments):
+        raise ConfigError(Problem("args", f"a {type(args).__name__}", "Give NIOTrainingArguments"))

@@ -1,0 +1,527 @@
+"""`NIOTrainer`: the Trainer, from an initialisation that NIO fitted to the model and the data."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import datasets
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import Trainer
+from transformers.trainer_utils import SaveStrategy
+
+from nio_hf.core import (
+    NIO,
+    Collective,
+    GradientInspection,
+    NIOConfig,
+    NIOResult,
+    NIOState,
+    Resumption,
+    expected_cost,
+    find_tensors,
+    initialize,
+    inspect_gradients,
+    squared_gradients,
+)
+from nio_hf.core.batches import map_tensors
+from nio_hf.core.initializer import INITIALISED
+from nio_hf.core.memory import is_out_of_memory
+from nio_hf.durable import AUTO, GO_ON, DurableTrainerMixin
+from nio_hf.durable.isolation import isolated_random_state
+from nio_hf.durable.preemption import SpareWorkers
+from nio_hf.errors import DataError, ModelError, NIOMemoryError, Preempted, Problem, StoppedError
+from nio_hf.files import ensure_writable
+from nio_hf.hub.run_folder import INIT_DIR_NAME, STATE_NAME, State, find_state, read_state, write_state
+from nio_hf.hub.trainer import HubTrainerMixin
+from nio_hf.trainer.apart import copy_apart
+from nio_hf.trainer.arguments import NIOSettings, check_arguments, order_seed
+from nio_hf.trainer.checkpoints import (
+    PROGRESS_NAME,
+    Task,
+    describe_state,
+    is_marked,
+    load_initialised,
+    load_progress,
+    origin_of,
+    plain_values,
+    remove_mark,
+    save_initialised,
+    save_progress,
+)
+from nio_hf.trainer.digests import batch_digest, fingerprint
+from nio_hf.trainer.early_checks import check_best_metric
+from nio_hf.trainer.methods import METHODS, run_baseline
+from nio_hf.trainer.naming import in_arguments, named_as_arguments
+from nio_hf.trainer.nio_batches import CheckedBatches
+from nio_hf.trainer.progress import NIOProgress
+from nio_hf.trainer.replica import broadcast, gathered, make_replica, replica_bytes, take_over
+from nio_hf.trainer.reporting import NIOReportCallback
+from nio_hf.trainer.sampling import nio_dataloader, seed_everything
+from nio_hf.trainer.seeding import SeedMode, check_seedable, seed_second_moment
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class NIOTrainerMixin(_Base):
+    """NIO for any subclass of [`~transformers.Trainer`], and nothing else.
+
+        class MyTrainer(NIOTrainerMixin, SFTTrainer): ...
+
+    NIO runs once, after the data loader is built and before optimizer and wrapping. It is skipped on resume, for a
+    model loaded from an initialised checkpoint, and for one that this process has initialised already. It uses the
+    Trainer's own `compute_loss`, collator and data set. Batches and random numbers of the training are the same as
+    without it, and so is what `compute_loss` counts and logs.
+
+    Attributes:
+        nio_args: the settings of NIO, of `args` where those have any.
+        nio_result: of the last NIO run of this trainer; None before.
+        started_from: name on the Hub of the initialised checkpoint that the model was loaded from; None without one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_arguments(args[0] if args else kwargs.get("model"), args[1] if len(args) > 1 else kwargs.get("args"))
+        self.nio_result: NIOResult | None = None
+        self.started_from: str | None = None
+        self._nio_state: State | None = None
+        self._nio_trial: Any = None
+        self._resumes_nio = False
+        self._apart: Trainer | None = None
+        super().__init__(*args, **kwargs)
+        own: Any = self.args
+        self.nio_args = own if isinstance(own, NIOSettings) else NIOSettings()
+        self._nio_report = NIOReportCallback(self)
+        self.add_callback(self._nio_report)
+
+    # What to run, and what it gives
+
+    def run_nio(self, *, resume: bool = False) -> NIOResult:
+        """Initialise the model now, and save the initialised checkpoint where `nio_save_init` is set.
+
+        Args:
+            resume: go on where an earlier run in the same `output_dir` stopped, with the same model and settings; or
+                take over what it has finished.
+
+        Returns:
+            What was learned, also kept as `nio_result`.
+
+        Raises:
+            NIOError: in every case with the model as it was, see [`initialize`].
+            NIOMemoryError: also where NIO cannot fit into memory, before it starts.
+            OutputError: where the disk is full or cannot be written, before NIO starts where that can be known.
+            Preempted: where SIGTERM ended it, with `enable_jit_checkpoint`.
+        """
+        collective, model = Collective.current(), self.unwrapped_model
+        preemption = getattr(self, "preemption", None)
+        self._warn_of_warmup()
+        try:
+            with (
+                contextlib.nullcontext() if preemption is None else preemption.listening(),
+                collective.together(),
+                self._set_apart(),
+            ):
+                self._check_before(model)
+                replica = make_replica(model, self.args.device, collective)
+                task = self._nio_task(replica, resume)
+                result = self._take_over_finished(replica, task, collective) if resume else None
+                if result is None:
+                    result = self._initialise(replica, task, collective, resume)
+                if collective.size > 1:
+                    collective.check_equal("the initialised weights", fingerprint(replica))
+                take_over(replica, model, collective)
+        except StoppedError as error:
+            message = f"SIGTERM: during NIO, {error.problems[0].found}. {GO_ON}"
+            self._log(message, level=logging.WARNING)
+            raise Preempted(message) from error
+        INITIALISED.add(model)
+        self.nio_result = result
+        self._nio_report.report_later(result, model)
+        return result
+
+    def inspect(self) -> GradientInspection:
+        """Measure where in the model the gradients of sub-batches agree, on the report batches of NIO.
+
+        The model is left as it is, trained or not. On the model before and after NIO, it gives what NIO measured.
+
+        Raises:
+            NIOError: as in [`inspect_gradients`].
+        """
+        with self._set_apart(), self._reported("Inspecting") as reported:
+            return inspect_gradients(self.unwrapped_model, reported, self.compute_nio_loss, self.nio_config)
+
+    def squared_gradients(self, batches: int | None = None) -> dict[str, torch.Tensor]:
+        """Squared gradient at the weights as they are, which `nio_seed_optimizer` seeds the optimizer with.
+
+        It is that of the gradient of a step of the training, clipped to `max_grad_norm`.
+
+        Args:
+            batches: number of report batches of NIO to measure on; None for all.
+
+        Returns:
+            {parameter name: tensor of its shape}.
+
+        Raises:
+            NIOError: as in [`squared_gradients`].
+        """
+        collective, max_norm = Collective.current(), self.args.max_grad_norm
+        with self._set_apart(), self._reported("Squared gradients", batches) as reported, collective.together():
+            return squared_gradients(
+                make_replica(self.unwrapped_model, self.args.device, collective),
+                reported,
+                self.compute_nio_loss,
+                self.nio_config,
+                training_batch_size=self.get_total_train_batch_size(self.args),
+                max_norm=max_norm if max_norm and max_norm > 0 else None,
+                collective=collective,
+            )
+
+    @property
+    def nio_config(self) -> NIOConfig:
+        """The settings of NIO as those of core."""
+        return self.nio_args.nio_config(order_seed(self.args))
+
+    @property
+    def nio_init_dir(self) -> Path:
+        """Where the initialised checkpoint is saved; each trial of a hyper-parameter search has its own."""
+        return Path(self._get_output_dir(self._nio_trial)) / INIT_DIR_NAME
+
+    @property
+    def unwrapped_model(self) -> nn.Module:
+        """The model itself, inside of what the training wraps it in."""
+        return cast(nn.Module, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+
+    def describe(self, directory: Path) -> None:
+        """Write beside a model how NIO initialised it; where it did not, what an earlier run wrote there is removed."""
+        if self._nio_state is None:
+            (directory / STATE_NAME).unlink(missing_ok=True)
+        else:
+            write_state(self._nio_state, directory)
+
+    # Loss and data of NIO, to be overridden
+
+    def compute_nio_loss(self, model: nn.Module, inputs: Any) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Loss of a batch for NIO: the Trainer's own, on fp32 inputs. Override it for another one.
+
+        Returns:
+            The mean loss over the samples, or (loss_sum, weight) where it is a mean over something else, e.g. tokens:
+            with `nio_micro_batch_size` the parts of a sub-batch are combined by that weight.
+        """
+        inputs = _float32(self._prepare_inputs(inputs))
+        function = self.compute_loss_func
+        if function is None or type(self).compute_loss is not Trainer.compute_loss or "labels" not in inputs:
+            return cast(torch.Tensor, (self._apart or self).compute_loss(model, inputs))
+        # Trainer always tells such a function the number of labels, by which it may divide.
+        labels = inputs.pop("labels")
+        loss: torch.Tensor = function(model(**inputs), labels, num_items_in_batch=(labels != -100).sum())
+        return loss
+
+    def get_nio_dataset(self) -> Any:
+        """The samples of NIO: the training data set. Override it for others, e.g. without augmentation."""
+        return self.train_dataset
+
+    def prepare_nio_batch(self, batch: Any, number: int) -> Any:
+        """A batch of NIO as the loss reads it, once for all passes over it. Override it for augmentation of batches.
+
+        Args:
+            batch: as the collator made it.
+            number: of the batch, from 0; what is drawn must depend on it and the seed alone.
+        """
+        return batch
+
+    def get_nio_dataloader(self) -> DataLoader[Any]:
+        """The report batches of NIO, then those that it searches on.
+
+        Raises:
+            DataError: without training data, or with too little.
+            ConfigError: for options of a method that are out of range.
+        """
+        dataset = self.get_nio_dataset()
+        if dataset is None:
+            fix = "Give one, override get_nio_dataset where get_train_dataloader is your own, or set nio=False"
+            raise DataError(Problem("train_dataset", "None, and NIO takes its samples from it", fix))
+        if hasattr(dataset, "__len__") and len(dataset) == 0:
+            raise DataError(Problem("train_dataset", "no samples", "Give a data set with samples"))
+        # A collator may draw from a generator of its own, which training goes on with.
+        collate = copy.deepcopy(self.data_collator)
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="NIO")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="NIO")
+        config, method = self.nio_config, METHODS[self.nio_args.nio_method]
+        return nio_dataloader(
+            dataset,
+            collate,
+            batch_size=self.nio_args.nio_batch_size,
+            report_batches=config.report_batches,
+            further_batches=method.batches(config, method.checked(self._method_options)),
+            seed=config.seed,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            # Releases of transformers before 5.19 do not have it.
+            multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
+            worker_init_fn=None if getattr(self, "preemption", None) is None else SpareWorkers(None),
+        )
+
+    # One run of NIO
+
+    def _initialise(self, replica: nn.Module, task: Task, collective: Collective, resume: bool) -> NIOResult:
+        """Run NIO on the replica and save what comes of it."""
+        config, directory = self.nio_config, self.nio_init_dir.parent
+        with collective.together():
+            state = load_progress(directory, task) if resume and collective.rank == 0 else None
+        state = collective.broadcast_object(state)
+        if state is not None:
+            self._log("NIO goes on after %d iterations.", state.iterations)
+        batches = self._nio_batches()
+
+        def save(state: NIOState) -> None:
+            if self.args.should_save:
+                save_progress(state, directory, {**task, "data": batches.digest})
+
+        preemption = getattr(self, "preemption", None)
+        resumption = Resumption(
+            state=state,
+            save=save,
+            every=self.nio_args.nio_save_steps or None,
+            should_stop=lambda: preemption is not None and preemption.requested,
+        )
+        seed_everything(config.seed)
+        method, hidden = METHODS[self.nio_args.nio_method], self.args.disable_tqdm or not self.is_world_process_zero()
+        behind = () if state is None else state.progress.history
+        with NIOProgress(method.title, self._told_cost(replica, config), behind, hidden) as progress:
+            watched: dict[str, Any] = {"on_iteration": progress.advance, "on_trial": progress.tell_trial}
+            given = (replica, batches, self.compute_nio_loss, config)
+            if method is NIO:
+                result = initialize(*given, **watched, collective=collective, resumption=resumption)
+            else:
+                result = run_baseline(method, self._method_options, *given, collective, **watched)
+            progress.finish(result)
+        result = dataclasses.replace(result, message=in_arguments(result.message))
+        is_sound = result.status in ("improved", "applied", "changed", "unchanged")
+        self._log("%s", result.message, level=logging.INFO if is_sound else logging.WARNING)
+        with collective.together():
+            if self.args.should_save:
+                self._nio_state = describe_state(replica, result, {**task, "data": batches.digest})
+            if self._nio_state is not None and self.nio_args.nio_save_init:
+                save_initialised(replica, self._nio_state, self.nio_init_dir, self.processing_class, self.describe)
+                (directory / PROGRESS_NAME).unlink(missing_ok=True)
+        return result
+
+    def _take_over_finished(self, replica: nn.Module, task: Task, collective: Collective) -> NIOResult | None:
+        """The result of an earlier run, with its weights in the replica; None where there is none that fits."""
+        result = None
+        with collective.together():
+            if collective.rank == 0:
+                result = load_initialised(self.nio_init_dir, replica, task)
+                self._nio_state = None if result is None else read_state(self.nio_init_dir)
+        result = collective.broadcast_object(result)
+        if result is not None:
+            broadcast(replica, collective)
+            self._log("NIO is finished: taking over %s.", self.nio_init_dir)
+        return result
+
+    def _nio_task(self, replica: nn.Module, resume: bool) -> Task:
+        """What NIO is given: weights, settings, and the first batch, which is read beforehand where it is to resume."""
+        config, first = self.nio_config, None
+        if resume and self.is_world_process_zero():
+            seed_everything(config.seed)
+            first = batch_digest(next(iter(self.get_nio_dataloader())))
+        return plain_values(
+            {
+                "weights": fingerprint(replica),
+                "settings": dataclasses.asdict(config),
+                "method": self.nio_args.nio_method,
+                "method_kwargs": self._method_options,
+                "batch_size": self.nio_args.nio_batch_size,
+                "label_smoothing_factor": self.args.label_smoothing_factor,
+                "data": first,
+            }
+        )
+
+    @property
+    def _method_options(self) -> dict[str, Any]:
+        return cast(dict[str, Any], self.nio_args.nio_method_kwargs or {})
+
+    def _nio_batches(self) -> CheckedBatches:
+        return CheckedBatches(self.get_nio_dataloader(), self._classes_of_labels(), self.prepare_nio_batch)
+
+    def _classes_of_labels(self) -> int | None:
+        """Number of classes that labels can have, where that is known."""
+        model: Any = self.unwrapped_model
+        has_own_loss = self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
+        classifies = type(model).__name__.endswith(("ForImageClassification", "ForSequenceClassification"))
+        if has_own_loss or not classifies or not type(model).__module__.startswith("transformers."):
+            return None
+        num_labels: int = model.config.num_labels
+        return num_labels if num_labels > 1 else None
+
+    @contextlib.contextmanager
+    def _set_apart(self) -> Iterator[None]:
+        """Let what NIO computes leave no trace in random numbers, counts and logs; its errors name arguments."""
+        with isolated_random_state(self.args.device, self.train_dataset), named_as_arguments(), _memory_errors():
+            self._apart = copy_apart(self)
+            try:
+                yield
+            finally:
+                self._apart = None
+
+    @contextlib.contextmanager
+    def _reported(self, what: str, batches: int | None = None) -> Iterator[Iterable[Any]]:
+        """The report batches of NIO, behind a progress bar."""
+        count = batches or self.nio_args.nio_report_batches
+        seed_everything(self.nio_config.seed)
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        source = itertools.islice(self._nio_batches(), count)
+        yield tqdm(source, total=count, desc=what, unit="batch", disable=hidden)
+
+    def _check_before(self, model: nn.Module) -> None:
+        """Find out before NIO starts what can be known, e.g. whether there is room for what this run is going to save.
+
+        Raises:
+            ModelError: for a model that DeepSpeed has taken.
+            OutputError: where there is too little room.
+        """
+        if getattr(self, "deepspeed", None) is not None:
+            fix = "Call run_nio() before train(), or leave it to train()"
+            raise ModelError(Problem("model", "DeepSpeed holds a copy of its weights already", fix))
+        if not self.args.should_save:
+            return
+        copies = float(self.nio_args.nio_save_init)
+        if self.is_in_train and self.args.save_strategy != SaveStrategy.NO:
+            copies += 1 if self.args.save_only_model or "adam" not in self.args.optim else 3
+        ensure_writable(self.nio_init_dir.parent, round(copies * replica_bytes(model)))
+
+    def _warn_of_warmup(self) -> None:
+        if self.args.warmup_steps > 0:
+            self._log(
+                "NIO and warmup_steps=%s are both on: their effects cannot be told apart. Set warmup_steps=0 to train "
+                "without warmup, or nio=False.",
+                self.args.warmup_steps,
+                level=logging.WARNING,
+            )
+
+    def _told_cost(self, replica: nn.Module, config: NIOConfig) -> float | None:
+        """Training steps that the run may cost at most, which is also said; None where that is not known."""
+        method = METHODS[self.nio_args.nio_method]
+        groups = len(find_tensors(replica, config.scaled_tensors, config.groups).groups) if method is NIO else 1
+        cost = expected_cost(config, groups, method, self._method_options)
+        if cost is not None and method.name != "none":
+            size = self.nio_args.nio_batch_size
+            self._log("%s will cost %.0f training steps of %d samples at most.", method.title, cost, size)
+        return cost
+
+    def _log(self, message: str, *values: Any, level: int = logging.INFO) -> None:
+        """Log a message, on the main process only."""
+        if self.is_world_process_zero():
+            logger.log(level, message, *values)
+
+    # What follows overrides Trainer; _prepare_for_training is private, see nio_hf.private
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer, after NIO; with "auto", which [`DurableTrainerMixin`] knows, NIO goes on as well."""
+        check_best_metric(self)
+        self._resumes_nio = resume_from_checkpoint == AUTO
+        self._nio_trial = args[0] if args else kwargs.get("trial")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer, with what NIO did beside the model."""
+        if self.args.should_save:
+            directory = Path(str(output_dir or self.args.output_dir))
+            directory.mkdir(parents=True, exist_ok=True)
+            NIOTrainerMixin.describe(self, directory)
+        super().save_model(output_dir, _internal_call)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader[Any], resume_from_checkpoint: str | None
+    ) -> Any:
+        seeds = self.nio_args.nio_seed_optimizer is not None and resume_from_checkpoint is None
+        if seeds:
+            check_seedable(self)
+        if self._nio_is_due(resume_from_checkpoint):
+            self.run_nio(resume=self._resumes_nio)
+        elif resume_from_checkpoint is not None or not self._nio_report.is_of(self.unwrapped_model):
+            self._nio_report.forget()
+        if resume_from_checkpoint is not None:
+            self._nio_state = find_state(Path(resume_from_checkpoint))
+        # Trackers that were added later must have opened their run before NIO is reported.
+        self.remove_callback(self._nio_report)
+        self.add_callback(self._nio_report)
+        squares = self.squared_gradients() if seeds else {}
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if seeds:
+            optimizer = cast(torch.optim.Optimizer, self.optimizer)
+            if optimizer is self._nio_report.seeded:
+                # This training begins again, in smaller batches.
+                optimizer.state.clear()
+            mode = cast(SeedMode, self.nio_args.nio_seed_optimizer)
+            seed_second_moment(optimizer, self.unwrapped_model, squares, mode)
+            self._nio_report.seeded = optimizer
+        return prepared
+
+    def _nio_is_due(self, resume_from_checkpoint: str | None) -> bool:
+        """Whether NIO has something to do, which rank 0 decides."""
+        if not self.nio_args.nio:
+            return False
+        if resume_from_checkpoint is not None:
+            self._log("NIO is skipped: training resumes from %s.", resume_from_checkpoint)
+            return False
+        model, collective = self.unwrapped_model, Collective.current()
+        if collective.first(model in INITIALISED):
+            self._log("NIO is skipped: it has initialised this model already. Call run_nio() to run it again.")
+            return False
+        with collective.together(), gathered(model):
+            marked = self.is_world_process_zero() and is_marked(model)
+        if collective.first(marked):
+            self._log("NIO is skipped: the model was loaded from an initialised checkpoint.")
+            if self.is_world_process_zero():
+                self.started_from, self._nio_state = origin_of(model)
+            remove_mark(model)
+            INITIALISED.add(model)
+            return False
+        return True
+
+
+class NIOTrainer(NIOTrainerMixin, HubTrainerMixin, DurableTrainerMixin, Trainer):
+    """A drop-in for [`~transformers.Trainer`] that initialises the model with NIO before it trains.
+
+    It takes the arguments of Trainer, with [`NIOTrainingArguments`] for the settings of NIO; plain
+    `TrainingArguments` mean the default settings. Beside NIO it has checkpoints that survive what ends a training, see
+    [`DurableTrainerMixin`], and model cards that say how the model came about, see [`HubTrainerMixin`].
+    """
+
+    def describe(self, directory: Path) -> None:
+        """Write beside a model how it came about."""
+        NIOTrainerMixin.describe(self, directory)
+        HubTrainerMixin.describe(self, directory)
+
+
+def _float32(value: Any) -> Any:
+    """Inputs with their floating point tensors in fp32, whatever they are nested in."""
+    return map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, value)
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn an out-of-memory of NIO into ours: it must not shrink the training batch (`auto_find_batch_size`)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        fix = "Set nio_micro_batch_size, or lower nio_batch_size"
+        raise NIOMemoryError(Problem("NIO", f"out of memory ({error})", fix)) from error

@@ -1,0 +1,183 @@
+"""Checkpoints back into models that are not what their config says."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from nio_hf import NIOTrainer
+from nio_hf.durable import DurableTrainerMixin
+from nio_hf.durable.restoring import restore, restore_all
+from tests.trainer.toys import CLASSES, ToyImages, arguments, build, snapshot, unchanged
+
+
+class DurableTrainer(DurableTrainerMixin, Trainer):
+    """The mixin by itself, without NIO."""
+
+
+class InterruptedAfter(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._step:
+            raise KeyboardInterrupt
+
+
+def with_own_head(name: str = "vit") -> Any:
+    """A model of the library whose head somebody has replaced."""
+    model: Any = build(name)
+    model.classifier = nn.Sequential(nn.Dropout(0.1), nn.Linear(model.classifier.in_features, CLASSES))
+    return model
+
+
+def with_further_arguments(name: str = "vit") -> Any:
+    """A class of somebody's own with a further argument, and a layer behind that of the library."""
+    stock: Any = build(name)
+
+    class Own(type(stock)):  # type: ignore[misc]
+        def __init__(self, config: Any, width: int) -> None:
+            super().__init__(config)
+            self.further = nn.Linear(width, CLASSES)
+
+        def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+            outputs = super().forward(pixel_values=pixel_values, **kwargs)
+            logits = self.further(outputs.logits)
+            loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+            return {"loss": loss, "logits": logits}
+
+    torch.manual_seed(0)
+    return Own(stock.config, CLASSES)
+
+
+def with_edited_config(name: str = "vit") -> Any:
+    """A model whose config was edited after it was built."""
+    model: Any = build(name)
+    if name == "swin":
+        model.config.depths = [depth + 1 for depth in model.config.depths]
+    else:
+        model.config.num_hidden_layers += 1
+    return model
+
+
+def in_two_precisions(name: str = "vit") -> Any:
+    """A frozen body in bfloat16 with a head in fp32."""
+    model: Any = with_own_head(name)
+    body = getattr(model, model.base_model_prefix).to(torch.bfloat16)
+    body.requires_grad_(False)
+    head = model.classifier
+
+    class Cast(nn.Module):
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            return values.float()
+
+    model.classifier = nn.Sequential(Cast(), *head)
+    return model
+
+
+MODELS: dict[str, Callable[[str], Any]] = {
+    "stock": build,
+    "own head": with_own_head,
+    "further arguments": with_further_arguments,
+    "edited config": with_edited_config,
+    "two precisions": in_two_precisions,
+}
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_tensor_comes_back_bit_for_bit(kind: str, name: str, tmp_path: Path) -> None:
+    saved = MODELS[kind](name)
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            parameter += torch.rand_like(parameter) / 3
+    saved.save_pretrained(tmp_path)
+    model = MODELS[kind](name)
+    dtypes = {key: tensor.dtype for key, tensor in model.state_dict().items()}
+    assert not unchanged(snapshot(saved), snapshot(model))
+    assert restore(tmp_path, model), "it takes a conversion"
+    assert unchanged(snapshot(saved), snapshot(model))
+    assert {key: tensor.dtype for key, tensor in model.state_dict().items()} == dtypes
+
+
+@pytest.mark.parametrize("kind", ["own head", "further arguments", "edited config"])
+def test_a_training_goes_on_and_loads_its_best_model(kind: str, tmp_path: Path) -> None:
+    def trainer(folder: str, **changes: Any) -> Any:
+        settings: dict[str, Any] = {"nio": False, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, **changes}
+        args = arguments(tmp_path / folder, **settings)
+        data = {"train_dataset": ToyImages(), "eval_dataset": ToyImages(8)}
+        return DurableTrainer(model=MODELS[kind]("vit"), args=args, **data)
+
+    whole = trainer("whole")
+    whole.train()
+    first = trainer("run")
+    first.add_callback(InterruptedAfter(3))
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    resumed = trainer("run")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.resumed_from == tmp_path / "run" / "checkpoint-2"
+    assert unchanged(snapshot(whole.model), snapshot(resumed.model))
+    best = trainer("best", eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, greater_is_better=True)
+    best.train()
+    assert str(best.state.best_model_checkpoint).endswith("checkpoint-2")
+    kept = MODELS[kind]("vit")
+    assert restore(Path(best.state.best_model_checkpoint), kept)
+    assert unchanged(snapshot(kept), snapshot(best.model))
+
+
+def test_a_model_whose_names_are_those_of_the_file_is_left_to_trainer(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    import safetensors.torch
+
+    safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
+    before = snapshot(model)
+    with torch.no_grad():
+        model[0].weight += 1
+    assert not restore(tmp_path, model)
+    assert restore_all(tmp_path, model)
+    assert unchanged(before, snapshot(model))
+
+
+def test_a_tensor_that_is_not_to_be_had_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved: Any = build("vit")
+    saved.save_pretrained(tmp_path)
+    config = copy.deepcopy(saved.config)
+    config.num_hidden_layers += 1
+    model = type(saved)(config)
+    with caplog.at_level(logging.WARNING):
+        assert restore(tmp_path, model)
+    last = config.num_hidden_layers - 1
+    assert "does not hold" in caplog.text
+    assert f"layers.{last}." in caplog.text or f"layer.{last}." in caplog.text
+    assert "they stay as they are" in caplog.text
+    restored = model.state_dict()
+    assert all(torch.equal(tensor, restored[name]) for name, tensor in saved.state_dict().items())
+    assert not restore_all(tmp_path, type(saved)(config))
+
+
+@pytest.mark.parametrize("trainer_class", [DurableTrainer, NIOTrainer])
+def test_a_checkpoint_of_other_shapes_is_refused(trainer_class: Any, tmp_path: Path) -> None:
+    args = arguments(tmp_path, nio=False, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer_class(model=build("vit"), args=args, train_dataset=ToyImages()).train()
+    model = build("vit", intermediate_size=24)
+    before = snapshot(model)
+    trainer = trainer_class(model=model, args=args, train_dataset=ToyImages())
+    # Trainer has a RuntimeError for it where the names are the same.
+    with pytest.raises(
+        RuntimeError, match=r"checkpoint-1: holds .*weight with shape \(\d+, 16\), the model has \(24, 16\)"
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert unchanged(before, snapshot(model))
+
+
+def test_a_folder_without_weights_is_left_to_trainer(tmp_path: Path) -> None:
+    assert not restore(tmp_path, build("vit"))

@@ -1,0 +1,249 @@
+"""What a run says about itself, and what is read of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import EarlyStoppingCallback
+
+from nio_hf import NIOTrainer, NIOTrainingArguments
+from nio_hf.core import GradientInspection
+from nio_hf.durable.manifest import write_manifest
+from nio_hf.errors import CheckpointError
+from nio_hf.hub.run_folder import (
+    INSPECTION_DIR_NAME,
+    INSPECTION_NAME,
+    RUN_NAME,
+    changed_arguments,
+    final_metrics,
+    inspection_json,
+    model_folder,
+    read_run,
+)
+from nio_hf.report import draw_run
+from tests.trainer.toys import ToyImages, arguments, build
+
+EVALUATED = [
+    {"step": 1, "eval_loss": 0.5, "eval_accuracy": 0.9, "eval_runtime": 1.0},
+    {"step": 2, "eval_loss": 0.7, "eval_accuracy": 0.8, "eval_runtime": 1.0},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a training with checkpoints, saved, and inspected at its end."""
+    output_dir = tmp_path_factory.mktemp("run")
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3}
+    args = arguments(output_dir, nio_search="published", nio_iterations=5, **saving)
+    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    inspection = trainer.inspect()
+    (output_dir / INSPECTION_DIR_NAME).mkdir()
+    (output_dir / INSPECTION_DIR_NAME / INSPECTION_NAME).write_text(inspection_json(inspection, 3))
+    return output_dir
+
+
+def test_a_trained_run(folder: Path) -> None:
+    run = read_run(folder)
+    assert (run.steps, run.max_steps, run.is_trained, run.is_finished) == (3, 3, True, True)
+    assert run.result is not None
+    assert len(run.result.history) == 5
+    assert (run.facts.model, run.facts.model_type, run.facts.classes) == ("ViTForImageClassification", "vit", 5)
+    assert run.facts.parameters == sum(parameter.numel() for parameter in build("vit").parameters())
+    assert run.facts.arguments["learning_rate"] == 1e-3
+    assert "train_runtime" in run.metrics
+    assert run.nio_share is not None
+    assert 0 < run.nio_share < 1
+    assert isinstance(run.inspection, GradientInspection)
+    assert run.versions["nio_hf"]
+
+
+def test_an_inspection_of_another_training_is_not_taken(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    file = copy / INSPECTION_DIR_NAME / INSPECTION_NAME
+    file.write_text(json.dumps({**json.loads(file.read_text()), "steps": 0}))
+    assert read_run(copy).inspection is None
+
+
+def test_an_initialised_checkpoint_and_a_checkpoint(folder: Path) -> None:
+    initialised, checkpoint = read_run(folder / "_nio_init"), read_run(folder / "checkpoint-2")
+    assert (initialised.steps, initialised.is_trained, initialised.metrics) == (0, False, {})
+    assert (checkpoint.steps, checkpoint.max_steps, checkpoint.is_finished) == (2, 3, False)
+    assert initialised.result == checkpoint.result
+
+
+def test_of_an_interrupted_training_it_is_the_last_checkpoint(folder: Path, tmp_path: Path) -> None:
+    for name in ("checkpoint-1", "checkpoint-2", "_nio_init"):
+        shutil.copytree(folder / name, tmp_path / name)
+    assert read_run(tmp_path).steps == 2
+    assert model_folder(tmp_path) == tmp_path / "checkpoint-2"
+    with (tmp_path / "checkpoint-2" / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    assert model_folder(tmp_path) == tmp_path / "checkpoint-1"
+    with pytest.raises(CheckpointError, match=r"model.safetensors has 1,000 bytes, not [\d,]+\. Give a checkpoint"):
+        model_folder(tmp_path / "checkpoint-2")
+    for name in ("checkpoint-1", "checkpoint-2"):
+        shutil.rmtree(tmp_path / name)
+    assert read_run(tmp_path).steps == 0
+
+
+def test_a_resumed_training_knows_its_initialisation(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    args = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
+    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.nio_result is None
+    trainer.save_model()
+    assert read_run(tmp_path).result == read_run(folder).result
+
+
+def test_a_training_from_an_initialised_checkpoint_knows_it(folder: Path, tmp_path: Path) -> None:
+    model = type(build("vit")).from_pretrained(folder / "_nio_init")
+    trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
+    trainer.train()
+    trainer.save_model()
+    run = read_run(tmp_path)
+    assert run.result == read_run(folder).result
+    assert run.facts.started_from is None, "the path of a machine says nothing elsewhere"
+
+
+def test_without_nio_there_is_none(tmp_path: Path) -> None:
+    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path, nio=False), train_dataset=ToyImages())
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    run = read_run(tmp_path)
+    assert (run.result, run.nio_share, run.steps) == (None, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("history", "step", "loss"),
+    [
+        ([*EVALUATED, {"step": 2, "train_runtime": 3.0}], 2, 0.7),
+        ([*EVALUATED, {"step": 2, "train_runtime": 3.0}], 1, 0.5),
+        ([*EVALUATED, {"step": 2, "train_runtime": 3.0}, {"step": 2, "eval_loss": 0.4}], 2, 0.4),
+        (EVALUATED, 2, 0.7),
+        (EVALUATED, 3, None),
+    ],
+)
+def test_the_metrics_are_those_of_the_weights(history: Any, step: int, loss: float | None) -> None:
+    assert final_metrics(history, step).get("eval_loss") == loss
+
+
+@pytest.fixture(scope="module")
+def best_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a training that ends with the weights of its first evaluation, and stops early."""
+    output_dir = tmp_path_factory.mktemp("best")
+    settings = {"max_steps": 5, "learning_rate": 1.0, "eval_strategy": "steps", "eval_steps": 1}
+    keeping = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    args = arguments(output_dir, **settings, **keeping)
+    stopping = [EarlyStoppingCallback(early_stopping_patience=2)]
+    samples = ToyImages()
+    model = build("vit")
+    trainer = NIOTrainer(model=model, args=args, train_dataset=samples, eval_dataset=samples, callbacks=stopping)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    return output_dir
+
+
+def test_of_a_training_that_keeps_its_best_the_metrics_are_those_of_the_best(best_kept: Path) -> None:
+    run = read_run(best_kept)
+    assert run.is_finished
+    assert run.steps < run.max_steps
+    best = min((entry for entry in run.log_history if "eval_loss" in entry), key=lambda entry: entry["eval_loss"])
+    assert run.kept_step == best["step"] < run.steps
+    assert run.metrics["eval_loss"] == best["eval_loss"]
+
+
+def test_of_a_checkpoint_the_metrics_are_its_own(best_kept: Path) -> None:
+    last = read_run(best_kept).steps
+    run = read_run(best_kept / f"checkpoint-{last}")
+    own = next(entry for entry in run.log_history if entry.get("step") == last and "eval_loss" in entry)
+    assert run.metrics["eval_loss"] == own["eval_loss"]
+    assert (run.kept_step, run.is_finished) == (None, False)
+
+
+def test_the_seconds_are_those_of_all_sessions(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    file = tmp_path / "checkpoint-2" / RUN_NAME
+    file.write_text(json.dumps({**json.loads(file.read_text()), "training_seconds": 1000.0}))
+    write_manifest(tmp_path / "checkpoint-2")
+    for _ in range(2):
+        args = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
+        trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+        trainer.train(resume_from_checkpoint=True)
+        trainer.save_model()
+        trainer.save_state()
+        run = read_run(tmp_path)
+        assert 1000 < run.metrics["train_runtime"] < 1200
+        assert run.nio_share is not None
+        assert run.nio_share < 0.1
+
+
+def test_nothing_is_left_of_an_earlier_run_in_the_same_folder(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    draw_run(read_run(tmp_path), tmp_path / "plots")
+    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path, nio=False), train_dataset=ToyImages())
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    run = read_run(tmp_path)
+    assert (run.result, run.inspection) == (None, None)
+    assert [path.name for path in draw_run(run, tmp_path / "plots").values()] == ["training.png"]
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["training.png"]
+
+
+def test_no_token_and_no_path_is_written(tmp_path: Path) -> None:
+    args = NIOTrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        hub_token="hf_secret",
+        hub_model_id="user/model",
+        run_name="mine",
+        nio_lr=0.5,
+    )
+    changed = changed_arguments(args)
+    assert changed["nio_lr"] == 0.5
+    assert "hf_secret" not in str(changed)
+    assert not {"hub_token", "output_dir", "run_name", "report_to"} & changed.keys()
+
+
+def test_folders_that_hold_nothing(tmp_path: Path) -> None:
+    for read in (read_run, model_folder):
+        with pytest.raises(CheckpointError, match=r"no (run|model) in it\. Give an output_dir"):
+            read(tmp_path)
+        with pytest.raises(CheckpointError, match="no such folder"):
+            read(tmp_path / "nowhere")
+        (tmp_path / "file").touch()
+        with pytest.raises(CheckpointError, match="a file, not a folder"):
+            read(tmp_path / "file")
+        (tmp_path / "file").unlink()
+    (tmp_path / "run-0").mkdir()
+    with pytest.raises(CheckpointError, match="no run in it, but those of a search: run-0"):
+        read_run(tmp_path)
+
+
+def test_files_of_the_user_are_left_alone(tmp_path: Path) -> None:
+    own = {name: tmp_path / name for name in ("recipe.yaml", "README.md", "report.html")}
+    for file in own.values():
+        file.write_text("mine")
+    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path), train_dataset=ToyImages())
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert all(file.read_text() == "mine" for file in own.values())
+
+
+@pytest.mark.parametrize("text", ["{", '{"format": 1, "facts": {"model": "A", "new": 1}}', '{"format": 1}', "[]"])
+def test_a_file_that_is_not_ours_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / RUN_NAME).write_text(text)
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        read_run(tmp_path)

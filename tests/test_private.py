@@ -1,0 +1,169 @@
+"""Private names of other libraries: the list of them is complete, and each is what the package takes it for."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import os
+import pkgutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers.integrations import MLflowCallback, WandbCallback
+
+import nio_hf
+from nio_hf.private import OTHERS, TRAINER_CALLS, TRAINER_OVERRIDES
+from tests.trainer.toys import build
+
+PACKAGE = Path(nio_hf.__file__).parent
+PARAMETERS = {
+    "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
+    "_save_checkpoint": ["model", "trial"],
+    "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+    "_load_best_model": [],
+    "_determine_best_metric": ["metrics", "trial"],
+    "_push_from_checkpoint": ["checkpoint_folder"],
+    "_get_train_sampler": ["train_dataset"],
+    "_get_output_dir": ["trial"],
+    "_prepare_inputs": ["inputs"],
+    "_remove_unused_columns": ["dataset", "description"],
+    "_get_collator_with_removed_columns": ["data_collator", "description"],
+    "_finish_current_push": [],
+}
+"""Those of `_run_epoch` are handed on as they are."""
+OWN = {"_accuracy", "_runtime", "_time", "_nio_init", "_nio_lock", "_nio_push", "_fields"}
+"""Texts and names in the package that are private names of nobody."""
+
+
+def test_the_list_of_private_names_is_complete() -> None:
+    files = [file for file in PACKAGE.rglob("*.py") if file.name != "private.py"]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    own = {name for tree in trees for name in _defined(tree)} | OWN
+    used = {name for tree in trees for name in _private_names(tree)} - own
+    assert used == OTHERS.keys() | TRAINER_CALLS.keys()
+
+
+def test_the_list_of_overridden_methods_is_complete() -> None:
+    names = [module.name for module in pkgutil.walk_packages([str(PACKAGE)], "nio_hf.")]
+    modules = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
+    classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
+    found = {
+        name
+        for kind in classes
+        if kind.__module__.startswith("nio_hf.") and "Trainer" in kind.__name__
+        for name in vars(kind)
+        if name.startswith("_") and not name.startswith("__") and hasattr(Trainer, name)
+    }
+    assert found == TRAINER_OVERRIDES.keys()
+
+
+@pytest.mark.parametrize("name", [*TRAINER_OVERRIDES, *TRAINER_CALLS])
+def test_a_method_of_trainer_has_the_parameters_that_are_given(name: str) -> None:
+    parameters = list(inspect.signature(getattr(Trainer, name)).parameters)[1:]
+    assert parameters[: len(PARAMETERS.get(name, []))] == PARAMETERS.get(name, [])
+
+
+def test_names_of_other_libraries_tell_what_they_are_taken_for(tmp_path: Path) -> None:
+    model: Any = build("vit")
+    assert issubclass(torch.nn.BatchNorm2d, _BatchNorm)
+    assert model.config._attn_implementation in ("eager", "sdpa")
+    assert '"_commit_hash"' in inspect.getsource(PreTrainedConfig)
+    assert model._hf_peft_config_loaded is False
+    model.gradient_checkpointing_enable()
+    assert any(hasattr(module, "_gradient_checkpointing_func") for module in model.modules())
+    assert isinstance(model, PreTrainedModel)
+    assert torch.nn.Linear(1, 1)._compiled_call_impl is None
+    assert callable(os._exit)
+    assert callable(getattr(threading, "_register_atexit"))  # noqa: B009
+    buffer = torch.zeros(1)
+    before = buffer._version
+    buffer.add_(1)
+    assert buffer._version > before
+    assert hasattr(np.random.RandomState(0), "_bit_generator")
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{"number": 1}]))
+    assert stream._resolve_features().features is not None
+    assert {"_wandb"} <= _set_in(WandbCallback)
+    assert {"_ml_flow"} <= _set_in(MLflowCallback)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name.startswith("_foreach_")])
+def test_lists_of_tensors_are_computed_with_at_once(name: str) -> None:
+    ones = [torch.ones(2), torch.full((3,), 2.0)]
+    arguments: dict[str, tuple[Any, ...]] = {"norm": (), "sign": (), "addcmul_": (ones, ones)}
+    operation = name.removeprefix("_foreach_")
+    computed = getattr(torch, name)([tensor.clone() for tensor in ones], *arguments.get(operation, (ones,)))
+    single = {
+        "norm": lambda tensor: tensor.norm(),
+        "sign": torch.sign,
+        "addcmul_": lambda tensor: tensor + tensor * tensor,
+        "copy_": lambda tensor: tensor,
+    }
+    for tensor, found in zip(ones, computed or [], strict=False):
+        expected = single.get(operation, lambda one: getattr(torch, operation.rstrip("_"))(one, one))(tensor)
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_operation_of_a_node_of_a_graph_is_known() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+            return 2 * values
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+            return 2 * gradients[0]
+
+    doubled = Double.apply(torch.ones(1, requires_grad=True))
+    assert doubled.grad_fn._forward_cls is Double
+    with FlopCounterMode(display=False):
+        assert torch.ops.aten.mm.default._overloadpacket is torch.ops.aten.mm
+
+
+def test_accelerate_patches_the_forward_of_the_instance_and_keeps_the_original() -> None:
+    model = torch.nn.Linear(1, 1)
+    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    assert hasattr(model, "_original_forward")
+
+
+def _defined(tree: ast.AST) -> set[str]:
+    """Names that the package defines: functions, classes, variables and attributes of `self`."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for part in (part for target in targets if target is not None for part in ast.walk(target)):
+            if isinstance(part, ast.Name):
+                found.add(part.id)
+            elif isinstance(part, ast.Attribute) and getattr(part.value, "id", "") == "self":
+                found.add(part.attr)
+    return found
+
+
+def _private_names(tree: ast.AST) -> set[str]:
+    """Private names that are looked up, imported, or given to getattr and the like as a text."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith("nio_hf"):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            found.add(node.value)
+    listed = {*TRAINER_OVERRIDES}
+    return {name for name in found if name.startswith("_") and not name.startswith("__") and name not in listed}
+
+
+def _set_in(kind: type) -> set[str]:
+    """Attributes that the constructor of a class sets."""
+    return set(inspect.getsource(kind.__init__).replace("self.", " ").split())

@@ -1,0 +1,446 @@
+"""What works together with NIO: a test for each row of the table in the README."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from nio_hf import NIOResult, NIOTrainer
+from nio_hf.errors import ModelError
+from nio_hf.hub.run_folder import INIT_DIR_NAME, STATE_NAME
+from nio_hf.trainer.checkpoints import load_state
+from tests.trainer.toys import CLASSES, ToyImages, arguments, build, snapshot, unchanged
+from tests.zoo import vision_model
+
+Weights = dict[str, torch.Tensor]
+
+SMOOTHING = 0.1
+SENSITIVE: dict[str, Any] = {"nio_search": "published", "nio_groups": "tensor", "nio_iterations": 5, "nio_lr": 0.05}
+"""Settings whose scales differ where a loss does; a scan takes steps."""
+INDUCTOR_WARNING = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated and will be removed in v6:FutureWarning"
+
+
+class Observed(NIOTrainer):
+    """Keeps the weights that each run of NIO left, and those that each training began with."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.results: list[NIOResult] = []
+        self.initialised: list[Weights] = []
+        self.begun_with: list[Weights] = []
+        self.add_callback(_OnTrainBegin(lambda model: self.begun_with.append(snapshot(model))))
+
+    def run_nio(self, *args: Any, **kwargs: Any) -> NIOResult:
+        result = super().run_nio(*args, **kwargs)
+        self.results.append(result)
+        self.initialised.append(snapshot(self.unwrapped_model))
+        return result
+
+
+class _OnTrainBegin(TrainerCallback):
+    def __init__(self, action: Callable[[nn.Module], None]) -> None:
+        self._action = action
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._action(model)
+
+
+class _KeepGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Observed]:
+    """ViT and Swin, trained with nothing beside NIO."""
+    trained = {name: _trained(tmp_path_factory.mktemp(name), build(name)) for name in ("vit", "swin")}
+    for trainer in trained.values():
+        _check(trainer, trainer)
+        assert sum(abs(omega - 1) > 1e-3 for omega in trainer.results[0].scales.values()) > 10
+    return trained
+
+
+@pytest.fixture
+def compiled_graphs() -> Iterator[Callable[[], int]]:
+    """The number of graphs that torch.compile made since the test began."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda: int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_bf16_is_for_training_and_nio_stays_in_fp32(name: str, plain: dict[str, Observed], tmp_path: Path) -> None:
+    model = build(name)
+    seen = _watch_dtypes(model)
+    trainer = _trained(tmp_path, model, bf16=True)
+    assert seen == {"nio": {torch.float32}, "training": {torch.bfloat16}}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    _check(trainer, plain[name])
+
+
+def test_another_precision_of_nio_would_be_noticed(plain: dict[str, Observed], tmp_path: Path) -> None:
+    trainer = _trained(tmp_path, build("vit"), bf16=True, nio_precision="bf16")
+    assert abs(trainer.results[0].before.value - plain["vit"].results[0].before.value) > 1e-5
+    assert _difference(trainer.results[0], plain["vit"].results[0]) > 1e-4
+
+
+def test_initialising_again_after_a_training_in_bf16_is_in_fp32(tmp_path: Path) -> None:
+    trainer = _trained(tmp_path / "trained", build("vit"), bf16=True)
+    copy = build("vit")
+    copy.load_state_dict(trainer.model.state_dict())
+    fresh = NIOTrainer(model=copy, args=arguments(tmp_path / "fresh", **SENSITIVE), train_dataset=ToyImages())
+    assert _difference(trainer.run_nio(), fresh.run_nio()) < 1e-5
+
+
+def test_fp16_on_the_cpu_is_accepted_and_trains_in_fp32(plain: dict[str, Observed], tmp_path: Path) -> None:
+    """Neither TrainingArguments nor Accelerate says so: there is no autocast and no gradient scaler."""
+    model = build("vit")
+    seen = _watch_dtypes(model)
+    trainer = _trained(tmp_path, model, fp16=True)
+    assert trainer.accelerator.mixed_precision == "fp16"
+    assert trainer.accelerator.scaler is None
+    assert seen == {"nio": {torch.float32}, "training": {torch.float32}}
+    _check(trainer, plain["vit"])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_fp16_on_cuda_scales_the_gradients_of_training_only(name: str, tmp_path: Path) -> None:
+    expected = _trained(tmp_path / "fp32", build(name), use_cpu=False)
+    model = build(name)
+    seen = _watch_dtypes(model)
+    trainer = _trained(tmp_path / "fp16", model, use_cpu=False, fp16=True, max_steps=10)
+    assert trainer.accelerator.scaler is not None
+    assert seen == {"nio": {torch.float32}, "training": {torch.float16}}
+    _check(trainer, expected)
+
+
+@pytest.mark.filterwarnings(INDUCTOR_WARNING)
+@pytest.mark.parametrize(
+    "backend",
+    ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.slow)],
+)
+def test_a_compiled_training_starts_from_the_same_initialisation(
+    backend: str, tmp_path: Path, compiled_graphs: Callable[[], int]
+) -> None:
+    expected = _trained(tmp_path / "plain", build("vit", num_hidden_layers=1), max_steps=1)
+    assert compiled_graphs() == 0
+    compiled = {"torch_compile": True, "torch_compile_backend": backend}
+    trainer = _trained(tmp_path / backend, build("vit", num_hidden_layers=1), max_steps=1, **compiled)
+    assert compiled_graphs() > 0
+    _check(trainer, expected)
+    for name, weight in expected.model.state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], weight, rtol=0, atol=3e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_reentrant": False, "every_n_layers": 2}], ids=["all", "every second"])
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_activation_checkpointing_changes_no_scale(
+    name: str, settings: dict[str, Any], plain: dict[str, Observed], tmp_path: Path
+) -> None:
+    kwargs = settings or None
+    trainer = _trained(tmp_path, build(name), activation_checkpointing=True, activation_checkpointing_kwargs=kwargs)
+    assert trainer.model.is_activation_checkpointing
+    _check(trainer, plain[name])
+
+
+@pytest.mark.parametrize(
+    "search",
+    [{}, {**SENSITIVE, "nio_curvature": "exact"}, {**SENSITIVE, "nio_curvature": "finite_difference"}],
+    ids=["scan", "exact", "finite_difference"],
+)
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_reentrant_activation_checkpointing_is_refused(name: str, search: dict[str, Any], tmp_path: Path) -> None:
+    reentrant = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    model = build(name)
+    before = snapshot(model)
+    args = arguments(tmp_path, **search, **reentrant)
+    with pytest.raises(ModelError, match=r"reentrant activation checkpointing .* Checkpoint with use_reentrant=False"):
+        NIOTrainer(model=model, args=args, train_dataset=ToyImages()).train()
+    assert unchanged(before, snapshot(model))
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_initialisation_does_not_depend_on_gradient_accumulation(
+    name: str, plain: dict[str, Observed], tmp_path: Path
+) -> None:
+    trainer = _trained(tmp_path, build(name), per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert trainer.state.global_step == 2
+    _check(trainer, plain[name])
+
+
+def test_a_smaller_training_batch_is_found_from_the_same_initialisation(
+    plain: dict[str, Observed], tmp_path: Path
+) -> None:
+    tried = []
+
+    class Small(Observed):
+        def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            tried.append(len(inputs["labels"]))
+            if tried[-1] > 5:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    trainer = _trained(tmp_path, build("vit"), Small, auto_find_batch_size=True)
+    sizes = sorted(set(tried), reverse=True)
+    assert sizes[0] == 8
+    assert tried == [*sizes[:-1], sizes[-1], sizes[-1]]
+    assert trainer._train_batch_size == sizes[-1] <= 5
+    assert len(trainer.begun_with) == len(sizes)
+    _check(trainer, plain["vit"])
+
+
+def test_out_of_memory_inside_nio_does_not_shrink_the_training_batch(
+    plain: dict[str, Observed], tmp_path: Path
+) -> None:
+    sizes = []
+
+    class Full(Observed):
+        def compute_nio_loss(self, model: nn.Module, inputs: Any) -> Any:
+            sizes.append(len(inputs["labels"]))
+            if sizes[-1] > 1 and torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().compute_nio_loss(model, inputs)
+
+    trainer = _trained(tmp_path, build("vit"), Full, auto_find_batch_size=True)
+    assert {1, 2} <= set(sizes)
+    assert trainer._train_batch_size == 8
+    _check(trainer, plain["vit"], tolerance=1e-4)
+
+
+def test_each_trial_of_a_search_equals_a_run_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    tried = [{"learning_rate": 1e-4, "nio_lr": 0.01}, {"learning_rate": 1e-2, "nio_lr": 0.01}]
+    tried += [{"learning_rate": 1e-4, "nio_lr": 0.02}]
+    losses: list[float] = []
+
+    def space(trial: Any) -> dict[str, float]:
+        return {name: trial.suggest_float(name, value, value) for name, value in tried[trial.number].items()}
+
+    def objective(metrics: dict[str, float]) -> float:
+        losses.append(metrics["eval_loss"])
+        return losses[-1]
+
+    search = _searching(tmp_path / "search")
+    best = search.hyperparameter_search(space, objective, 3, "minimize", "optuna")
+    assert len(search.results) == len(set(losses)) == 3
+    assert best.objective == min(losses)
+    for number, settings in enumerate(tried):
+        alone = _searching(tmp_path / f"alone-{number}", **settings)
+        alone.train()
+        assert _difference(search.results[number], alone.results[0]) < 1e-5
+        _close(search.initialised[number], alone.initialised[0])
+        assert losses[number] == pytest.approx(alone.evaluate()["eval_loss"], rel=1e-5)
+        saved = load_state(tmp_path / "search" / f"run-{number}" / INIT_DIR_NAME)
+        assert [tensor.omega for tensor in saved.tensors] == [*search.results[number].scales.values()]
+    assert _difference(search.results[0], search.results[1]) < 1e-5
+    assert _difference(search.results[0], search.results[2]) > 1e-3
+    assert len(list((tmp_path / "search").rglob(STATE_NAME))) == 3
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_every_tensor_of_the_best_model_is_restored(name: str, tmp_path: Path) -> None:
+    class WorseEachStep(Observed):
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            metrics = super().evaluate(*args, **kwargs)
+            return {**metrics, "eval_step": float(self.state.global_step)}
+
+    often = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "step", "greater_is_better": False}
+    data = {"eval_dataset": ToyImages(8)}
+    trainer = _trained(tmp_path, build(name), WorseEachStep, data, learning_rate=1e-2, **often, **best)
+    first, last = (_saved(trainer.model, tmp_path / f"checkpoint-{step}") for step in (1, 2))
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert unchanged(snapshot(trainer.model), first)
+    assert not [name for name in trainer.results[0].scales if torch.equal(first[name], last[name])]
+
+
+@pytest.mark.parametrize("way", ["subclass", "function"])
+def test_nio_uses_the_loss_of_training(way: str, plain: dict[str, Observed], tmp_path: Path) -> None:
+    """Label smoothing of one's own leads where `label_smoothing_factor` does, and elsewhere than no smoothing."""
+    trainer, expected = (_smoothed(kind, tmp_path / kind) for kind in (way, "argument"))
+    _check(trainer, expected)
+    assert _difference(expected.results[0], plain["vit"].results[0]) > 1e-4
+    _close(snapshot(trainer.model), snapshot(expected.model))
+
+
+def test_an_optimizer_made_before_nio_updates_the_scaled_parameters(plain: dict[str, Observed], tmp_path: Path) -> None:
+    model = build("vit")
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    keep = _KeepGradients()
+    settings = {"optimizers": (optimizer, scheduler), "callbacks": [keep]}
+    trainer = _trained(tmp_path, model, Observed, settings, max_steps=1, max_grad_norm=0.0)
+    _check(trainer, plain["vit"])
+    assert {id(tensor) for group in optimizer.param_groups for tensor in group["params"]} == {
+        id(tensor) for tensor in model.parameters()
+    }
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name]
+        expected = trainer.initialised[0][name] - 0.1 * keep.gradients[name]
+        torch.testing.assert_close(parameter.data, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_optimizer_given_by_its_class_updates_the_scaled_parameters(
+    plain: dict[str, Observed], tmp_path: Path
+) -> None:
+    keep = _KeepGradients()
+    settings = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1}), "callbacks": [keep]}
+    args = {"max_steps": 1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    trainer = _trained(tmp_path, build("vit"), Observed, settings, **args)
+    _check(trainer, plain["vit"])
+    for name, parameter in trainer.model.named_parameters():
+        expected = trainer.initialised[0][name] - 0.1 * keep.gradients[name]
+        torch.testing.assert_close(parameter.data, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("optim", "class_name"), [("adafactor", "Adafactor"), ("sgd", "SGD")])
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_the_choice_of_optimizer_changes_no_scale(
+    name: str, optim: str, class_name: str, plain: dict[str, Observed], tmp_path: Path
+) -> None:
+    trainer = _trained(tmp_path, build(name), optim=optim, learning_rate=1e-2)
+    assert type(trainer.optimizer.optimizer).__name__ == class_name
+    _check(trainer, plain[name])
+
+
+@pytest.mark.filterwarnings(PEFT_WARNING)
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+def test_a_model_with_adapters_is_refused(way: str, tmp_path: Path) -> None:
+    model = _with_adapters(build("vit"), way)
+    before = snapshot(model)
+    trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
+    with pytest.raises(ModelError, match=r"has adapters \(PEFT\).*before adapters are added, or set nio=False"):
+        trainer.train()
+    assert unchanged(before, snapshot(model))
+    assert trainer.nio_result is None
+
+
+@pytest.mark.filterwarnings(PEFT_WARNING)
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+def test_adapters_added_after_nio_train_on_the_initialised_weights(
+    way: str, plain: dict[str, Observed], tmp_path: Path
+) -> None:
+    model = build("vit")
+    base = Observed(model=model, args=arguments(tmp_path / "base", **SENSITIVE), train_dataset=ToyImages())
+    base.run_nio()
+    frozen = dict(model.named_parameters())
+    adapted = _with_adapters(model, way)
+    trainer = _trained(tmp_path / "adapted", adapted, nio=False, learning_rate=1e-2)
+    assert trainer.results == []
+    for name, parameter in frozen.items():
+        torch.testing.assert_close(parameter.data, plain["vit"].initialised[0][name], rtol=1e-5, atol=0)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert len(trained) == 8
+    assert all(parameter.any() for parameter in trained), "lora_B is zero before training"
+
+
+def test_a_second_training_goes_on_without_another_initialisation(plain: dict[str, Observed], tmp_path: Path) -> None:
+    trainer = _trained(tmp_path, build("vit"))
+    after_first = snapshot(trainer.model)
+    trainer.train()
+    assert unchanged(trainer.begun_with[1], after_first)
+    assert not unchanged(snapshot(trainer.model), after_first)
+    _check(trainer, plain["vit"])
+
+
+def _trained(
+    output_dir: Path,
+    model: nn.Module,
+    trainer_class: type[Observed] = Observed,
+    settings: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Observed:
+    """A trainer that has trained; `settings` are those of the trainer, `changes` those of its arguments."""
+    args = arguments(output_dir, **{**SENSITIVE, **changes})
+    trainer = trainer_class(model=model, args=args, train_dataset=ToyImages(), **(settings or {}))
+    trainer.train()
+    return trainer
+
+
+def _check(trainer: Observed, expected: Observed, tolerance: float = 1e-5) -> None:
+    """NIO ran once, made what it makes in the other trainer, and training went on from there in every scaled tensor."""
+    assert len(trainer.results) == 1
+    assert trainer.results[0].scales.keys() == expected.results[0].scales.keys()
+    assert _difference(trainer.results[0], expected.results[0]) < tolerance
+    for name in ("before", "after"):
+        one, other = (getattr(result, name).value for result in (trainer.results[0], expected.results[0]))
+        assert one == pytest.approx(other, abs=10 * tolerance), name
+    _close(trainer.initialised[0], expected.initialised[0], tolerance)
+    assert unchanged(trainer.begun_with[0], trainer.initialised[0])
+    trained = trainer.model.state_dict()
+    assert not [name for name in trainer.results[0].scales if torch.equal(trained[name], trainer.initialised[0][name])]
+
+
+def _difference(result: NIOResult, expected: NIOResult) -> float:
+    """The largest relative difference of a scale."""
+    return max(abs(result.scales[name] / omega - 1) for name, omega in expected.scales.items())
+
+
+def _close(weights: Weights, expected: Weights, tolerance: float = 1e-5) -> None:
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=tolerance, atol=1e-7)
+
+
+def _watch_dtypes(model: nn.Module) -> dict[str, set[torch.dtype]]:
+    """What the linear layers compute in: NIO runs them in evaluation mode, on a copy that has the same hooks."""
+    seen: dict[str, set[torch.dtype]] = {"nio": set(), "training": set()}
+
+    def watch(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        seen["training" if module.training else "nio"].add(output.dtype)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(watch)
+    return seen
+
+
+def _smoothed(way: str, output_dir: Path) -> Observed:
+    """A ViT trained with label smoothing that comes from the argument, a subclass or a function."""
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=SMOOTHING)
+
+    class Smoothing(Observed):
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            labels = inputs.pop("labels")
+            return loss(model(**inputs), labels)
+
+    if way == "argument":
+        return _trained(output_dir, build("vit"), label_smoothing_factor=SMOOTHING)
+    if way == "function":
+        return _trained(output_dir, build("vit"), Observed, {"compute_loss_func": loss})
+    return _trained(output_dir, build("vit"), Smoothing)
+
+
+def _searching(output_dir: Path, **changes: Any) -> Observed:
+    """A trainer for a search, whose model is made from the random state as it is."""
+    quick = {**SENSITIVE, "nio_iterations": 2, "nio_report_batches": 1, "max_steps": 1}
+    args = arguments(output_dir, **{**quick, **changes})
+    data = {"train_dataset": ToyImages(), "eval_dataset": ToyImages(8)}
+    return Observed(model_init=lambda: vision_model("vit", CLASSES, num_hidden_layers=1), args=args, **data)
+
+
+def _saved(model: Any, checkpoint: Path) -> Weights:
+    return snapshot(type(model).from_pretrained(checkpoint, dtype=torch.float32))
+
+
+def _with_adapters(model: Any, way: str) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
+    if way == "add_adapter":
+        model.add_adapter(config)
+        return model
+    wrapped: nn.Module = peft.get_peft_model(model, config)
+    return wrapped

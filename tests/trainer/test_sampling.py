@@ -1,0 +1,324 @@
+"""The batches of NIO depend on seed and number alone."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import ByT5Tokenizer, DataCollatorForLanguageModeling
+
+from nio_hf.errors import DataError
+from nio_hf.trainer.sampling import EpochSampler, NIOBatchSampler, SeededDataset, SeededStream, nio_dataloader
+
+
+class Augmented(Dataset[Any]):
+    """Its samples are random, as augmentation is."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([index, torch.rand(()), random.random(), np.random.rand()], dtype=torch.float64)
+
+
+def test_samples_of_the_report_are_never_searched_on_and_the_others_equally_often() -> None:
+    batches = [[index for _, index in batch] for batch in NIOBatchSampler(40, 8, 2, 12, seed=3)]
+    reported = {index for batch in batches[:2] for index in batch}
+    searched = [index for batch in batches[2:] for index in batch]
+    assert len(reported) == 16
+    assert not reported & set(searched)
+    counts = np.bincount(searched, minlength=40)[sorted(set(range(40)) - reported)]
+    assert set(counts.tolist()) == {4}
+
+
+def test_a_batch_depends_on_seed_and_number_only() -> None:
+    short, long = (list(NIOBatchSampler(40, 8, 2, n, seed=3)) for n in (3, 9))
+    assert short == long[:5]
+    assert short != list(NIOBatchSampler(40, 8, 2, 3, seed=4))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_does_not_depend_on_workers_or_global_state(workers: int) -> None:
+    def draw(seed: int, num_workers: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        settings = {"batch_size": 8, "report_batches": 1, "further_batches": 3, "seed": 5, "num_workers": num_workers}
+        return torch.cat([torch.stack(batch) for batch in nio_dataloader(Augmented(), list, **settings)])
+
+    assert torch.equal(draw(0, 0), draw(1, workers))
+
+
+class Fetched(Augmented):
+    """The same, fetched in batches; `draws` tells whether it is random."""
+
+    def __init__(self, draws: bool) -> None:
+        self.draws = draws
+        self.fetches: list[int] = []
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return super().__getitem__(index) if self.draws else torch.tensor([index, 0.0, 0.0, 0.0]).double()
+
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        self.fetches.append(len(indices))
+        return [self[index] for index in indices]
+
+
+def test_batches_are_fetched_whole_where_nothing_is_drawn_and_by_sample_where_it_is() -> None:
+    settings = {"batch_size": 8, "report_batches": 1, "further_batches": 3, "seed": 5}
+    plain, augmented = Fetched(draws=False), Fetched(draws=True)
+    assert len(list(nio_dataloader(plain, list, **settings))) == 4
+    assert plain.fetches == [8] * 4
+    fetched = torch.cat([torch.stack(batch) for batch in nio_dataloader(augmented, list, **settings)])
+    by_sample = torch.cat([torch.stack(batch) for batch in nio_dataloader(Augmented(), list, **settings)])
+    assert torch.equal(fetched, by_sample)
+    assert augmented.fetches == [8]
+
+
+def test_too_little_data_is_refused_with_the_numbers() -> None:
+    message = r"23 samples for 2 report batches and one more of 8\. Lower nio_batch_size or nio_report_batches"
+    with pytest.raises(DataError, match=message):
+        NIOBatchSampler(23, 8, 2, 1, seed=0)
+
+
+def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> None:
+    sampler, again = EpochSampler(20, seed=1), EpochSampler(20, seed=1)
+    first = list(sampler)
+    assert sorted(index for _, index in first) == list(range(20))
+    sampler.set_epoch(3)
+    fourth = list(sampler)
+    assert fourth != first
+    again.set_epoch(3)
+    assert list(again) == fourth
+    assert [index for _, index in EpochSampler(20, seed=2)] != [index for _, index in first]
+    assert {number for number, _ in fourth} == {3}
+
+
+@pytest.mark.parametrize(("samples", "repeats"), [(12, 3), (13, 3), (5, 4)])
+def test_repeated_augmentation_draws_some_samples_several_times_and_no_draw_twice(samples: int, repeats: int) -> None:
+    sampler = EpochSampler(samples, seed=0, repeats=repeats)
+    draws = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        of_epoch = list(sampler)
+        assert len(of_epoch) == len(sampler) == samples
+        counts = np.bincount([index for _, index in of_epoch])
+        assert counts.max() == repeats
+        assert (counts > 0).sum() == -(-samples // repeats)
+        draws += of_epoch
+    assert len(set(draws)) == len(draws)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_draws_of_the_data_leave_those_of_training_alone(workers: int) -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    expected = (float(torch.rand(())), random.random(), float(np.random.rand()))
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    data, sampler = SeededDataset(Augmented(), seed=0), EpochSampler(40, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(data, 8, sampler=sampler, num_workers=workers, generator=generator, collate_fn=list)
+    batches = torch.cat([torch.stack(batch) for batch in loader])
+    assert (float(torch.rand(())), random.random(), float(np.random.rand())) == expected
+    assert len(batches[:, 1].unique()) == 40
+    for (number, index), sample in zip(EpochSampler(40, seed=0), batches, strict=True):
+        assert torch.equal(data[number, index], sample)
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    """Ten random samples, in an order that depends on the epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for index in range(10):
+            yield torch.tensor([(index + self.epoch) % 10, torch.rand(()), random.random()], dtype=torch.float64)
+
+
+def test_a_stream_is_augmented_by_seed_epoch_and_position() -> None:
+    def epoch_of(seed: int, epoch: int) -> torch.Tensor:
+        torch.manual_seed(epoch + 10 * seed)
+        stream = SeededStream(Stream(), seed)
+        stream.set_epoch(epoch)
+        return torch.stack(list(stream))
+
+    assert torch.equal(epoch_of(0, 1), epoch_of(0, 1))
+    assert epoch_of(0, 1)[0, 0] == 1
+    for other in (epoch_of(0, 2), epoch_of(1, 1)):
+        assert not torch.equal(epoch_of(0, 1)[:, 1], other[:, 1])
+
+
+def test_an_endless_stream_begins_anew_in_the_order_and_with_the_draws_of_the_next_pass() -> None:
+    endless = list(itertools.islice(SeededStream(Stream(), 0, endless=True), 25))
+    passes = []
+    for number in range(3):
+        stream = SeededStream(Stream(), 0)
+        stream.set_epoch(number)
+        passes += list(stream)
+    assert torch.equal(torch.stack(endless), torch.stack(passes[:25]))
+
+
+def test_batches_of_nio_from_a_stream_do_not_depend_on_workers() -> None:
+    settings = {"batch_size": 4, "report_batches": 1, "further_batches": 1, "seed": 5}
+    batches = [list(nio_dataloader(Stream(), torch.stack, num_workers=workers, **settings)) for workers in (0, 2)]
+    assert len(batches[0]) == 2
+    for left, right in zip(*batches, strict=True):
+        assert torch.equal(left, right)
+
+
+SETTINGS: dict[str, Any] = {"batch_size": 4, "report_batches": 1, "further_batches": 5, "seed": 5}
+Collate = Callable[[list[Any]], Any]
+
+
+class Texts(Dataset[Any]):
+    """Tokens of several lengths."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": list(range(10, 30 + index))}
+
+
+def masking(**settings: Any) -> Collate:
+    return DataCollatorForLanguageModeling(ByT5Tokenizer(mask_token="<extra_id_0>"), **settings)
+
+
+def global_noise(samples: list[Any]) -> torch.Tensor:
+    draws = [random.random(), np.random.rand(), float(torch.rand(()))]
+    return torch.tensor([*draws, sum(len(sample["input_ids"]) for sample in samples)], dtype=torch.float64)
+
+
+class OwnNoise:
+    """Draws from generators of its own, kept in several places; takes the samples apart."""
+
+    def __init__(self) -> None:
+        self.torch = torch.Generator().manual_seed(0)
+        self.others = {"python": [random.Random(0)], "numpy": (np.random.default_rng(0), np.random.RandomState(0))}
+
+    def __call__(self, samples: list[Any]) -> torch.Tensor:
+        (python,), (modern, legacy) = self.others["python"], self.others["numpy"]
+        draws = [float(torch.rand((), generator=self.torch)), python.random(), modern.random(), legacy.randn()]
+        return torch.tensor([*draws, sum(len(sample.pop("input_ids")) for sample in samples)], dtype=torch.float64)
+
+
+class LateNoise(OwnNoise):
+    """Makes its generators when it is called first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, samples: list[Any]) -> torch.Tensor:
+        if not vars(self):
+            super().__init__()
+        return super().__call__(samples)
+
+
+def bound_noise(samples: list[Any], generator: random.Random) -> torch.Tensor:
+    return torch.tensor([generator.random(), len(samples)], dtype=torch.float64)
+
+
+COLLATORS: dict[str, Callable[[], Collate]] = {
+    "masking": masking,
+    "masking with a seed": lambda: masking(seed=7),
+    "global": lambda: global_noise,
+    "own": OwnNoise,
+    "late": LateNoise,
+    "partial": lambda: functools.partial(bound_noise, generator=random.Random(0)),
+    "no state": lambda: functools.partial(lambda samples, source: len(samples), source=random.SystemRandom()),
+}
+
+
+def plain(batch: Any) -> Any:
+    tensors = batch if hasattr(batch, "items") else {"batch": torch.as_tensor(batch)}
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+def global_state() -> list[Any]:
+    return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
+
+
+@pytest.mark.parametrize("name", COLLATORS)
+def test_collation_depends_on_seed_and_number_alone(name: str) -> None:
+    def batches(collate: Collate, workers: int, **other: Any) -> list[Any]:
+        loader = nio_dataloader(Texts(), collate, num_workers=workers, **{**SETTINGS, **other})
+        return [plain(batch) for batch in loader]
+
+    expected = batches(COLLATORS[name](), 0)
+    assert len(expected) == 6
+    for workers in (0, 1, 2):
+        torch.manual_seed(workers), random.seed(workers), np.random.seed(workers)
+        before = global_state()
+        collate = COLLATORS[name]()
+        assert batches(collate, workers) == expected
+        assert batches(collate, workers) == expected
+        assert global_state() == before
+    assert batches(COLLATORS[name](), 2, further_batches=2) == expected[:3]
+    if name != "no state":
+        assert batches(COLLATORS[name](), 0, seed=6) != expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_generators_of_a_collator_go_on_where_they_were(workers: int) -> None:
+    collate, untouched = OwnNoise(), OwnNoise()
+    list(nio_dataloader(Texts(), collate, num_workers=workers, **SETTINGS))
+    assert torch.equal(collate([Texts()[0]]), untouched([Texts()[0]]))
+
+
+def test_batches_of_a_collator_differ_from_each_other() -> None:
+    for collate in (global_noise, OwnNoise()):
+        draws = torch.stack(list(nio_dataloader(Texts(), collate, **SETTINGS)))[:, :3]
+        assert len(draws.unique()) == draws.numel()
+
+
+class OwnAugmentation(Dataset[Any]):
+    """Its samples are drawn from generators that it owns."""
+
+    def __init__(self) -> None:
+        self.numpy, self.python = np.random.default_rng(0), random.Random(0)
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([index, self.numpy.random(), self.python.random()], dtype=torch.float64)
+
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        return [self[index] for index in indices]
+
+
+def test_augmentation_from_generators_of_the_data_set_does_not_depend_on_workers() -> None:
+    data = OwnAugmentation()
+    batches = [
+        torch.stack(list(nio_dataloader(data, torch.stack, num_workers=workers, **SETTINGS)))
+        for workers in (0, 0, 1, 2)
+    ]
+    assert all(torch.equal(batch, batches[0]) for batch in batches)
+    assert len(batches[0][..., 1:].unique()) == 2 * 6 * 4
+    assert torch.equal(data[0], OwnAugmentation()[0])
+
+
+def test_collation_of_a_stream_depends_on_seed_and_number_alone() -> None:
+    def noise(samples: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(samples) + torch.rand(()) + random.random() + np.random.rand()
+
+    found = []
+    for workers in (0, 2):
+        torch.manual_seed(workers), random.seed(workers), np.random.seed(workers)
+        before = global_state()
+        loader = nio_dataloader(Stream(), noise, num_workers=workers, **SETTINGS)
+        found += [torch.stack(list(loader)) for _ in range(2)]
+        assert global_state() == before
+    assert len(found[0]) == 2
+    assert all(torch.equal(batches, found[0]) for batches in found)

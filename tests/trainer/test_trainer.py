@@ -1,0 +1,454 @@
+"""NIO inside the Trainer: when it runs, what it leaves alone, what it reports and saves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
+
+from nio_hf import NIOTrainer, NIOTrainerMixin, initialize
+from nio_hf.baselines import METHODS
+from nio_hf.errors import DataError, ModelError, NIOMemoryError, NumericsError, OutputError
+from nio_hf.hub.run_folder import STATE_NAME
+from nio_hf.trainer.checkpoints import load_state
+from nio_hf.trainer.digests import fingerprint
+from tests.trainer.toys import ToyImages, arguments, build, snapshot, unchanged
+
+
+class Probe(TrainerCallback):
+    """Records the learning state and a random draw at each step."""
+
+    def __init__(self) -> None:
+        self.draws: list[tuple[float, float, float]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.draws.append((float(torch.rand(())), random.random(), float(np.random.rand())))
+
+
+class Recording(ToyImages):
+    """Remembers which samples were asked for, in order."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.asked: list[int] = []
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.asked.append(index)
+        return super().__getitem__(index)
+
+
+def test_nio_scales_the_weights_once_and_keeps_the_parameters(tmp_path: Path) -> None:
+    model = build("vit")
+    before = snapshot(model)
+    identities = [id(parameter) for parameter in model.parameters()]
+    trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
+    result = trainer.run_nio()
+    assert [id(parameter) for parameter in model.parameters()] == identities
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name] * torch.tensor(result.scales.get(name, 1.0))), name
+    assert any(abs(omega - 1) > 1e-3 for omega in result.scales.values())
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_training_sees_the_same_batches_and_random_numbers_with_and_without_nio(tmp_path: Path) -> None:
+    seen = {}
+    for nio in (False, True):
+        data, probe = Recording(), Probe()
+        args = arguments(tmp_path / str(nio), nio=nio, max_steps=4)
+        trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=data, callbacks=[probe])
+        nio_asked: list[int] = []
+        if nio:
+            original = trainer.run_nio
+
+            def run_nio(
+                data: Recording = data, original: Any = original, asked: list[int] = nio_asked, **kwargs: Any
+            ) -> Any:
+                result = original()
+                asked += data.asked
+                data.asked.clear()
+                return result
+
+            trainer.run_nio = run_nio  # type: ignore[method-assign]
+        trainer.train()
+        seen[nio] = (data.asked, probe.draws)
+        assert bool(nio_asked) == nio
+    assert seen[True] == seen[False]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_without_nio_it_is_the_trainer_bit_for_bit(name: str, accumulation: int, tmp_path: Path) -> None:
+    weights = []
+    for trainer_class in (Trainer, NIOTrainer):
+        args = arguments(
+            tmp_path / trainer_class.__name__, nio=False, max_steps=3, gradient_accumulation_steps=accumulation
+        )
+        trainer = trainer_class(model=build(name), args=args, train_dataset=ToyImages())
+        trainer.train()
+        weights.append(snapshot(trainer.model))
+    assert unchanged(weights[0], weights[1])
+
+
+def test_nio_runs_once_per_model_and_once_per_model_init(tmp_path: Path) -> None:
+    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path / "a"), train_dataset=ToyImages())
+    runs = _count_runs(trainer)
+    trainer.train()
+    trainer.train()
+    assert runs == [1]
+    trainer = NIOTrainer(model_init=lambda: build("vit"), args=arguments(tmp_path / "b"), train_dataset=ToyImages())
+    runs = _count_runs(trainer)
+    trainer.train()
+    trainer.train()
+    assert runs == [1, 1]
+
+
+def test_a_model_that_initialize_has_seen_is_not_initialised_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("vit")
+    data = ToyImages()
+    batches = [{"pixel_values": data.images[i : i + 8], "labels": data.labels[i : i + 8]} for i in range(0, 64, 8)]
+    initialize(model, batches, lambda model, batch: model(**batch).loss)
+    initialised = snapshot(model)
+    trainer = NIOTrainer(model=model, args=arguments(tmp_path, learning_rate=0.0), train_dataset=data)
+    runs = _count_runs(trainer)
+    with caplog.at_level(logging.INFO, "nio_hf.trainer"):
+        trainer.train()
+    assert runs == []
+    assert "NIO is skipped: it has initialised this model already. Call run_nio() to run it again." in caplog.text
+    assert unchanged(initialised, snapshot(model))
+    assert not trainer.nio_init_dir.exists()
+
+    same = NIOTrainer(model=build("vit"), args=arguments(tmp_path / "another"), train_dataset=data)
+    runs = _count_runs(same)
+    same.train()
+    assert runs == [1], "a model of its own"
+
+
+@pytest.mark.parametrize(("method", "again"), [("none", True), ("lsuv", False)])
+def test_a_model_that_a_baseline_has_changed_is_not_initialised_again(method: str, again: bool, tmp_path: Path) -> None:
+    model, data = build("vit"), ToyImages()
+    batches = [{"pixel_values": data.images[i : i + 8], "labels": data.labels[i : i + 8]} for i in range(0, 64, 8)]
+    initialize(model, batches, lambda model, batch: model(**batch).loss, method=METHODS[method])
+    trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=data)
+    runs = _count_runs(trainer)
+    trainer.train()
+    assert runs == [1] * again
+
+
+def test_models_of_a_shared_config_do_not_inherit_the_mark(tmp_path: Path) -> None:
+    config = build("vit").config
+    for trial in range(3):
+        model = AutoModelForImageClassification.from_config(config)
+        trainer = NIOTrainer(model=model, args=arguments(tmp_path / str(trial)), train_dataset=ToyImages())
+        runs = _count_runs(trainer)
+        trainer.train()
+        assert runs == [1]
+    assert not hasattr(config, "nio")
+
+
+def test_initialised_checkpoint_loads_bit_for_bit_and_is_not_initialised_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("vit")
+    trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
+    result = trainer.run_nio()
+    loaded = AutoModelForImageClassification.from_pretrained(trainer.nio_init_dir, dtype=torch.float32)
+    assert unchanged(snapshot(model), snapshot(loaded))
+    assert loaded.config.nio["fingerprint"] == fingerprint(loaded)
+    assert not hasattr(model.config, "nio")
+
+    again = NIOTrainer(model=loaded, args=arguments(tmp_path / "again"), train_dataset=ToyImages())
+    runs = _count_runs(again)
+    again.train()
+    assert runs == []
+
+    changed = AutoModelForImageClassification.from_pretrained(trainer.nio_init_dir, dtype=torch.float32)
+    with torch.no_grad():
+        changed.classifier.weight.add_(1)
+    third = NIOTrainer(model=changed, args=arguments(tmp_path / "third"), train_dataset=ToyImages())
+    runs = _count_runs(third)
+    with caplog.at_level(logging.WARNING):
+        third.train()
+    assert runs == [1]
+    assert "the weights are others" in caplog.text
+
+    state = json.loads((trainer.nio_init_dir / STATE_NAME).read_text())
+    assert state["result"]["after"]["value"] == result.after.value
+    assert state["versions"]["torch"]
+    names = [name for name, _ in model.named_parameters()]
+    assert not [name for name in names if name in json.dumps(state)]
+    assert [t.omega for t in load_state(trainer.nio_init_dir).tensors] == [t.omega for t in result.tensors]
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_resumed_run_equals_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
+    def trainer(output_dir: Path, max_steps: int) -> NIOTrainer:
+        args = arguments(output_dir, max_steps=6, save_strategy="steps", save_steps=3)
+        made = NIOTrainer(model=build(name), args=args, train_dataset=ToyImages())
+        made.add_callback(_StopAt(max_steps))
+        return made
+
+    whole = trainer(tmp_path / "whole", 6)
+    whole.train()
+    interrupted = trainer(tmp_path / "resumed", 3)
+    interrupted.train()
+    resumed = trainer(tmp_path / "resumed", 6)
+    runs = _count_runs(resumed)
+    resumed.train(resume_from_checkpoint=True)
+    assert runs == []
+    assert unchanged(snapshot(whole.model), snapshot(resumed.model))
+    assert any("nio_grad_cosine" in entry for entry in resumed.state.log_history)
+
+
+def test_best_model_is_restored_in_every_tensor(tmp_path: Path) -> None:
+    args = arguments(
+        tmp_path,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="step",
+        greater_is_better=False,
+        learning_rate=1e-2,
+    )
+    trainer = NIOTrainer(model=build("swin"), args=args, train_dataset=ToyImages(), eval_dataset=ToyImages())
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *a, **k: {**evaluate(*a, **k), "eval_step": float(trainer.state.global_step)}
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint, dtype=torch.float32)
+    assert unchanged(snapshot(best), snapshot(trainer.model))
+
+
+def test_mixin_composes_with_a_trainer_that_computes_its_own_loss(tmp_path: Path) -> None:
+    class Scaled(Trainer):
+        calls = 0
+
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            Scaled.calls += 1
+            labels = inputs.pop("labels")
+            logits = model(**inputs).logits
+            return nn.functional.cross_entropy(logits, labels)
+
+    class NIOScaled(NIOTrainerMixin, Scaled):
+        pass
+
+    trainer = NIOScaled(model=build("vit"), args=arguments(tmp_path), train_dataset=ToyImages())
+    trainer.run_nio()
+    assert Scaled.calls > 0
+    assert trainer.nio_result is not None
+
+
+def test_a_module_that_is_no_transformers_model_is_initialised_and_saved(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16), nn.ReLU(), nn.Linear(16, 5))
+
+        def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            logits = self.layers(pixel_values)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    trainer = NIOTrainer(model=Net(), args=arguments(tmp_path), train_dataset=ToyImages())
+    trainer.train()
+    assert (trainer.nio_init_dir / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("changes", [{}, {"nio_search": "published", "nio_iterations": 3}], ids=["scan", "published"])
+def test_history_reaches_the_log(changes: dict[str, Any], tmp_path: Path) -> None:
+    args = arguments(tmp_path, **changes)
+    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "nio_iteration" in entry]
+    history = trainer.nio_result.history
+    assert [entry["nio_iteration"] for entry in logged] == list(range(1, len(history) + 1))
+    assert [(entry["nio_tried"], entry["nio_outcome"]) for entry in logged] == [(r.tried, r.outcome) for r in history]
+    for name in ("grad_cosine", "grad_norm", "loss"):
+        assert [entry.get(f"nio_{name}") for entry in logged] == [getattr(record, name) for record in history], name
+    if changes:
+        assert len([entry for entry in logged if "nio_grad_cosine" in entry]) == 3
+    summary = next(entry for entry in trainer.state.log_history if "nio_grad_cosine_after" in entry)
+    assert summary["nio_grad_norm_before"] == trainer.nio_result.before.grad_norm
+
+
+def test_warmup_beside_nio_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for nio in (False, True):
+        args = arguments(tmp_path / str(nio), nio=nio, warmup_steps=2)
+        with caplog.at_level(logging.WARNING):
+            NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages()).train()
+        assert ("warmup_steps=2" in caplog.text) is nio
+
+
+@pytest.mark.parametrize(
+    ("changes", "title", "tried"),
+    [
+        ({}, "NIO", ["NIO: start: ", "NIO: all x7: ", "NIO: additive x"]),
+        ({"nio_groups": "kind"}, "NIO", ["NIO: start: ", "NIO: all x7: ", "NIO: additive x"]),
+        ({"nio_search": "published", "nio_iterations": 3}, "NIO", ["NIO: a step of 0.003: "]),
+        ({"nio_search": "gradient", "nio_iterations": 3}, "NIO", ["NIO: start: ", "NIO: a step of 0.25: "]),
+        (
+            {"nio_method": "gradinit", "nio_method_kwargs": {"iterations": 3}},
+            "GradInit",
+            ["GradInit: a step of 0.01: "],
+        ),
+    ],
+    ids=["scan", "groups", "published", "gradient", "baseline"],
+)
+def test_the_progress_bar_counts_training_steps_and_says_what_is_tried(
+    changes: dict[str, Any],
+    title: str,
+    tried: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    args = arguments(tmp_path, disable_tqdm=False, **changes)
+    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+    with caplog.at_level(logging.INFO, "nio_hf.trainer"):
+        result = trainer.run_nio()
+    most = re.search(rf"{title} will cost (\d+) training steps of 8 samples at most", caplog.text)
+    assert most is not None
+    shown = capsys.readouterr().err
+    drawn = re.findall(rf"{title}.*?\| (\d+)/(\d+) steps", shown)
+    assert [what for what in tried if what not in shown] == []
+    assert drawn[0] == ("0", most[1])
+    assert drawn[-1] == (f"{result.cost:.0f}",) * 2
+    assert f"{title}: 100%" in shown
+    counted = [int(done) for done, _ in drawn]
+    assert counted == sorted(counted)
+
+
+def test_a_run_says_beforehand_what_it_will_cost_at_most(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, changes in {
+        "default": {},
+        "no bound on the loss": {"nio_loss_bound": None, "nio_norm_band": [0.99, 1.01]},
+        "groups": {"nio_groups": "kind", "nio_budget": 16.0},
+    }.items():
+        args = arguments(tmp_path / name, **changes)
+        trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+        caplog.clear()
+        before = []
+        with caplog.at_level(logging.INFO, "nio_hf.trainer"):
+            trainer.compute_nio_loss = lambda *a, log=before, f=trainer.compute_nio_loss: (  # type: ignore[method-assign]
+                log.append(caplog.text) or f(*a)
+            )
+            result = trainer.run_nio()
+        most = re.search(r"NIO will cost (\d+) training steps of 8 samples at most", before[0])
+        assert most is not None, name
+        assert result.cost <= int(most[1]) + 0.5, name
+
+
+@pytest.mark.parametrize("method", ["lsuv", "none", "emergence"])
+def test_a_method_without_iterations_has_a_bar_too(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = arguments(tmp_path, disable_tqdm=False, nio_method=method)
+    result = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages()).run_nio()
+    assert re.search(rf"{re.escape(result.title)}: .*\b{result.cost:.0f} steps", capsys.readouterr().err)
+
+
+def test_no_progress_bar_where_progress_bars_are_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path), train_dataset=ToyImages())
+    assert trainer.args.disable_tqdm
+    trainer.run_nio()
+    assert "NIO" not in capsys.readouterr().err
+
+
+def test_too_large_a_batch_leaves_the_model_alone(tmp_path: Path) -> None:
+    _refused(build("vit"), ToyImages(), arguments(tmp_path, nio_batch_size=4096), DataError, "Lower nio_batch_size")
+
+
+def test_bad_data_leaves_the_model_alone(tmp_path: Path) -> None:
+    wrong = ToyImages()
+    wrong.labels[:] = 77
+    _refused(build("vit"), wrong, arguments(tmp_path), DataError, "label 77 for a model of 5 classes")
+    _refused(build("vit"), ToyImages(0), arguments(tmp_path), DataError, "no samples")
+    _refused(build("vit"), None, arguments(tmp_path), DataError, "override get_nio_dataset")
+    broken = ToyImages()
+    broken.images[:] = float("nan")
+    _refused(build("vit"), broken, arguments(tmp_path), NumericsError, "the loss is nan")
+
+
+def test_bad_models_are_refused(tmp_path: Path) -> None:
+    _refused(build("vit").half(), ToyImages(), arguments(tmp_path), ModelError, "torch.float16")
+    _refused(build("vit").requires_grad_(False), ToyImages(), arguments(tmp_path), ModelError, "no parameter requires")
+    with torch.device("meta"):
+        meta = build("vit")
+    with pytest.raises(ModelError, match="Materialise the model"):
+        NIOTrainer(model=meta, args=arguments(tmp_path), train_dataset=ToyImages())
+
+
+def test_interrupt_and_out_of_memory_leave_the_model_alone(tmp_path: Path) -> None:
+    for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (torch.OutOfMemoryError("full"), NIOMemoryError)):
+
+        class Failing(NIOTrainer):
+            calls = 0
+
+            def compute_nio_loss(self, *args: Any, error: BaseException = error, **kwargs: Any) -> torch.Tensor:
+                Failing.calls += 1
+                if Failing.calls > 30:
+                    raise error
+                return super().compute_nio_loss(*args, **kwargs)
+
+        model = build("vit")
+        before = snapshot(model)
+        trainer = Failing(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
+        state = torch.get_rng_state()
+        with pytest.raises(raised):
+            trainer.run_nio()
+        assert unchanged(before, snapshot(model))
+        assert torch.equal(state, torch.get_rng_state())
+        assert not trainer.nio_init_dir.exists()
+
+
+def test_output_that_cannot_be_written_is_found_before_nio_starts(tmp_path: Path) -> None:
+    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path / "out"), train_dataset=ToyImages())
+    (tmp_path / "out").rmdir()
+    (tmp_path / "out").write_text("a file")
+    before = snapshot(trainer.model)
+    with pytest.raises(OutputError, match="Choose an output_dir"):
+        trainer.run_nio()
+    assert unchanged(before, snapshot(trainer.model))
+
+
+class _StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self._step:
+            control.should_training_stop = True
+
+
+def _count_runs(trainer: NIOTrainer) -> list[int]:
+    runs: list[int] = []
+    original = trainer.run_nio
+
+    def run_nio(**kwargs: Any) -> Any:
+        runs.append(1)
+        return original()
+
+    trainer.run_nio = run_nio  # type: ignore[method-assign]
+    return runs
+
+
+def _refused(model: nn.Module, data: Any, args: Any, error: type[Exception], message: str) -> None:
+    before = snapshot(model)
+    trainer = NIOTrainer(model=model, args=args, train_dataset=data)
+    with pytest.raises(error, match=message):
+        trainer.run_nio()
+    assert unchanged(before, snapshot(model))
+    assert trainer.nio_result is None
