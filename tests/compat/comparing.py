@@ -25,6 +25,8 @@ def differences(expected: Any, found: Any, alike: bool = False, where: str = "va
         yield from _keys(expected, found, where)
         for key in expected.keys() & found.keys():
             yield from differences(expected[key], found[key], alike, f"{where}[{key!r}]")
+    elif isinstance(expected, frozenset):
+        yield from _keys(dict.fromkeys(expected), dict.fromkeys(found), where)
     elif isinstance(expected, list | tuple):
         if len(expected) != len(found):
             yield f"{where}: {len(expected)} items in Trainer, {len(found)} here: {_short(expected)}, {_short(found)}"

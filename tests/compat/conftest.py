@@ -11,12 +11,11 @@ import torch
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_collection() -> Iterator[None]:
-    """Trainer collects garbage often; what is imported takes it half a second to go through, and is none."""
-    gc.collect()
-    gc.freeze()
+def collection() -> Iterator[None]:
+    """What the tests keep from the garbage collector is given back to it."""
     yield
     gc.unfreeze()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,13 @@ _ARGUMENTS: dict[str, Any] = {
     "logging_steps": 1,
     "save_strategy": "no",
 }
-_NIO_ARGUMENTS: dict[str, Any] = {"nio_batch_size": 8, "nio_search_batches": 2, "nio_report_batches": 2}
+_NIO_ARGUMENTS: dict[str, Any] = {
+    "nio_batch_size": 8,
+    "nio_sub_batches": 2,
+    "nio_search_batches": 2,
+    "nio_report_batches": 2,
+    "nio_groups": "model",
+}
 
 
 @dataclasses.dataclass

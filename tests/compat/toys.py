@@ -272,10 +272,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 # Observations
 
-CLOCKS = ("runtime", "per_second", "tokens_per_second", "mem_")
-EXTRA_FILES = ("nio_manifest.json", "nio_state.json")
+CLOCKS = ("runtime", "per_second", "preparation_time")
+EXTRA_FILES = ("nio_manifest.json", "nio_run.json", "nio_state.json")
 """Files that NIOTrainer writes beside those of Trainer."""
-EXTRA_FOLDERS = ("_nio_init",)
+EXTRA_FOLDERS = ("_nio_init", "plots")
 """Folders that NIOTrainer writes beside those of Trainer."""
 
 
@@ -309,12 +309,11 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted((path.name for path in folder.glob("checkpoint-*")), key=lambda name: (len(name), name))
 
 
-def files(folder: Path) -> list[str]:
+def files(folder: Path) -> frozenset[str]:
     """The files below a folder that are not in the lists of extra ones."""
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    return sorted(
-        path.as_posix() for path in paths if path.name not in EXTRA_FILES and path.parts[0] not in EXTRA_FOLDERS
-    )
+    kept = (path for path in paths if path.name not in EXTRA_FILES and path.parts[0] not in EXTRA_FOLDERS)
+    return frozenset(path.as_posix() for path in kept)
 
 
 def name_of(path: str | None) -> str | None:
