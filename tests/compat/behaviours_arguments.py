@@ -139,7 +139,7 @@ def arguments_are_read_back(side: Side, folder: Path, own: bool) -> Any:
     trainer.save_model()
     read = torch.load(folder / "training_args.bin", weights_only=False)
     kinds = [isinstance(read, kind) for kind in (TrainingArguments, OwnArguments)]
-    return [kinds, read.learning_rate, read.max_steps, getattr(read, "words", None), Path(read.output_dir).name]
+    return [kinds, read.learning_rate, read.max_steps, getattr(read, "words", None), read.output_dir == str(folder)]
 
 
 @behaviour(nio=Nio.SAME)
@@ -196,7 +196,7 @@ def arguments_are_set_by_their_methods(side: Side, folder: Path) -> Any:
     args.set_lr_scheduler(name="cosine", warmup_steps=1)
     args.set_optimizer(name="adamw_torch", beta1=0.8)
     args.set_logging(strategy="steps", steps=2, report_to="none")
-    args.set_dataloader(train_batch_size=4, drop_last=True)
+    args.set_dataloader(train_batch_size=4, drop_last=True, pin_memory=False)
     args.set_evaluate(strategy="steps", steps=4, batch_size=5)
     args.set_save(strategy="steps", steps=4)
     return [outcome(side.trained(folder, args=args)), checkpoints(folder)]

@@ -37,7 +37,7 @@ EVENTFUL: dict[str, dict[str, Any]] = {
 
 
 class Recorder(TrainerCallback):
-    """Records each event with its step."""
+    """Records each event with its step, but for what NIO logs."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
@@ -46,6 +46,8 @@ class Recorder(TrainerCallback):
 
 def _record(event: str) -> Any:
     def note(self: Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if event == "on_log" and any(name.startswith("nio") for name in kwargs["logs"]):
+            return
         self.events.append((event, state.global_step))
         self.given[event] = sorted(name for name, value in kwargs.items() if value is not None)
 
@@ -56,7 +58,7 @@ for _event in EVENTS:
     setattr(Recorder, _event, _record(_event))
 
 
-@behaviour(nio=Nio.SAME, cases=EVENTFUL)
+@behaviour(nio=Nio.SAME, cases=EVENTFUL, nio_cases=("steps", "accumulation"))
 def events(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
     """All events in their order, and what comes with each of them."""
     recorder = Recorder()
@@ -201,7 +203,7 @@ FLAGS = {
 }
 
 
-@behaviour(cases=FLAGS)
+@behaviour(cases=FLAGS, nio_cases=("stop", "save"))
 def flags(side: Side, folder: Path, case: tuple[Any, ...]) -> Any:
     """What a flag that a callback sets leads to."""
     changes = {"max_steps": 10, "eval_strategy": "steps", "eval_steps": 4, "logging_steps": 5}
@@ -246,11 +248,13 @@ def callback_changes_arguments(side: Side, folder: Path) -> Any:
     return outcome(side.trained(folder, callbacks=[Change()], eval_strategy="steps", eval_steps=10))
 
 
-class Stop(Exception):
+class StopError(Exception):
     """An error of the user's."""
 
 
-@behaviour(cases={"error": Stop, "interrupt": KeyboardInterrupt, "end of iteration": StopIteration})
+@behaviour(
+    cases={"error": StopError, "interrupt": KeyboardInterrupt, "end of iteration": StopIteration}, nio_cases=("error",)
+)
 def callback_raises(side: Side, folder: Path, kind: type[BaseException]) -> Any:
     """What a callback raises reaches the script, which can train again."""
 

@@ -71,7 +71,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
-@behaviour(nio=Nio.SAME, cases=STRATEGIES)
+@behaviour(nio=Nio.SAME, cases=STRATEGIES, nio_cases=("steps", "epochs, limit of one", "limit of two"))
 def names_of_checkpoints(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
     """Which checkpoints are there when the training has ended."""
     side.trained(folder, **changes)
@@ -89,7 +89,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 }
 
 
-@behaviour(nio=Nio.SAME, cases=LIMITS)
+@behaviour(nio=Nio.SAME, cases=LIMITS, nio_cases=("limit of one", "best only"))
 def best_checkpoint(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
     """Which checkpoints are there when the best of them is kept, and which is the best."""
     scores = Scores(0.2, 0.9, 0.3, 0.5)
@@ -99,7 +99,10 @@ def best_checkpoint(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
     return [checkpoints(folder), best]
 
 
-@behaviour(cases={"bert": bert, **UNLIKELY, "gpt2": gpt2, "resnet": resnet})
+@behaviour(
+    cases={"bert": bert, **UNLIKELY, "gpt2": gpt2, "resnet": resnet},
+    nio_cases=("bert", "another head", "several dtypes", "gpt2"),
+)
 def best_model_is_loaded(side: Side, folder: Path, model: Callable[[], nn.Module]) -> Any:
     """The weights at the end are those of the best checkpoint."""
     data = {gpt2: Prose, resnet: Images}.get(model, Texts)
@@ -142,7 +145,7 @@ def files_of_a_checkpoint(side: Side, folder: Path, only_model: bool) -> Any:
     return files(folder / "checkpoint-4")
 
 
-@behaviour(cases={"bert": bert, "vit": vit, "gpt2": gpt2, "perceptron": perceptron})
+@behaviour(cases={"bert": bert, "vit": vit, "gpt2": gpt2, "perceptron": perceptron}, nio_cases=("vit",))
 def tensors_of_a_checkpoint(side: Side, folder: Path, model: Callable[[], nn.Module]) -> Any:
     """The names and values of the weights in a checkpoint."""
     data = {vit: Images, gpt2: Prose}.get(model, Texts)
@@ -245,7 +248,10 @@ ENDS: dict[str, dict[str, Any]] = {
 }
 
 
-@behaviour(cases=ENDS)
+@behaviour(
+    cases=ENDS,
+    nio_cases=("in the middle of an epoch", "with accumulation", "without skipping what was seen", "with more steps"),
+)
 def resume_by_path(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
     """What a resumed training leaves, and whether it is what an uninterrupted one leaves."""
     given = dict(changes)
@@ -260,7 +266,7 @@ def resume_by_path(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
     return [after, same, len(draws.drawn)]
 
 
-@behaviour(cases={"true": True, "path": False})
+@behaviour(cases={"true": True, "path": False}, nio_cases=("true",))
 def resume_of_the_last(side: Side, folder: Path, last: bool) -> Any:
     """True is the checkpoint of the highest step, a path is any."""
     side.trained(folder, **SAVING)
@@ -289,7 +295,10 @@ def resume_of_a_stream(side: Side, folder: Path, stream: Any) -> Any:
     return outcome(trainer)
 
 
-@behaviour(cases={"bert": bert, **UNLIKELY, "gpt2": gpt2, "resnet": resnet})
+@behaviour(
+    cases={"bert": bert, **UNLIKELY, "gpt2": gpt2, "resnet": resnet},
+    nio_cases=("bert", "another head", "several dtypes", "resnet"),
+)
 def resume_of_models(side: Side, folder: Path, model: Callable[[], nn.Module]) -> Any:
     """The resume of each model, also of those that are not what their configurations say."""
     data = {gpt2: Prose, resnet: Images}.get(model, Texts)
@@ -371,7 +380,7 @@ def resume_by_trainer(side: Side, folder: Path, last: bool) -> Any:
     _interrupted(side, folder)
     trainer = plain().trainer(folder)
     trainer.train(resume_from_checkpoint=last or str(folder / "checkpoint-4"))
-    return outcome(trainer)
+    return [weights(trainer), trainer.state.global_step]
 
 
 @behaviour(nio=Nio.NOT_RUN)

@@ -45,7 +45,7 @@ def _evaluated(trainer: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return without_clocks(trainer.evaluate(*args, **kwargs))
 
 
-@behaviour(nio=Nio.SAME, cases=MODELS)
+@behaviour(nio=Nio.SAME, cases=MODELS, nio_cases=("bert", "resnet"))
 def evaluation_without_training(side: Side, folder: Path, case: tuple[Callable[[], nn.Module], type]) -> Any:
     """The metrics of an untrained model, whose weights are left alone."""
     model, data = case
@@ -82,7 +82,9 @@ def prediction_without_labels(side: Side, folder: Path) -> Any:
     return [predicted.predictions, predicted.label_ids is None, without_clocks(predicted.metrics)]
 
 
-@behaviour(cases={"steps": EVALUATING, "epochs": {"eval_strategy": "epoch", "max_steps": 12}, "no": {}})
+@behaviour(
+    cases={"steps": EVALUATING, "epochs": {"eval_strategy": "epoch", "max_steps": 12}, "no": {}}, nio_cases=("steps",)
+)
 def evaluation_while_training(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
     """The metrics of a training that evaluates; the model goes on in training mode."""
     trainer = side.trained(folder, compute_metrics=accuracy, **changes)
@@ -97,7 +99,7 @@ BEGINNINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@behaviour(cases=BEGINNINGS)
+@behaviour(cases=BEGINNINGS, nio_cases=("on start",))
 def first_evaluation(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
     """The steps at which a training evaluates."""
     return outcome(side.trained(folder, **EVALUATING | changes))
@@ -113,7 +115,7 @@ BATCHES: dict[str, dict[str, Any]] = {
 }
 
 
-@behaviour(cases=BATCHES)
+@behaviour(cases=BATCHES, nio_cases=("accumulated", "in bfloat16"))
 def batches_of_an_evaluation(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
     """What the metrics are computed from, for each way to go through the batches."""
     seen: list[Any] = []

@@ -41,7 +41,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@behaviour(nio=Nio.SAME, cases=MODELS)
+@behaviour(nio=Nio.SAME, cases=MODELS, nio_cases=("bert", "vit"))
 def model_is_saved_untrained(side: Side, folder: Path, model: Callable[[], nn.Module]) -> Any:
     """The files and tensors of a model that is saved without training."""
     trainer = side.trainer(folder, model=model())
@@ -169,8 +169,9 @@ def model_card_with_results(side: Side, folder: Path) -> Any:
     trainer.save_model()
     trainer.evaluate()
     trainer.create_model_card(**DESCRIPTION)
-    results = ModelCard.load(folder / "README.md").data.eval_results
-    return [[r.task_type, r.dataset_type, r.dataset_name, r.metric_type, str(r.metric_value)] for r in results or []]
+    results = ModelCard.load(folder / "README.md").data.eval_results or []
+    found = [[r.task_type, r.dataset_type, r.dataset_name, r.metric_type, str(r.metric_value)] for r in results]
+    return [len(found), found]
 
 
 @behaviour(nio=Nio.SAME)

@@ -53,7 +53,7 @@ def final_weights(side: Side, folder: Path, case: tuple[Callable[[], nn.Module],
     return outcome(side.trained(folder, model=model(), train_dataset=data()))
 
 
-@behaviour(cases=MODELS)
+@behaviour(cases=MODELS, nio_cases=("gpt2", "swinv2"))
 def gradient_accumulation(side: Side, folder: Path, case: tuple[Callable[[], nn.Module], type]) -> Any:
     """The weights and logs of a training of each model that accumulates gradients."""
     model, data = case
@@ -62,7 +62,7 @@ def gradient_accumulation(side: Side, folder: Path, case: tuple[Callable[[], nn.
     )
 
 
-@behaviour(cases={"bert": (bert, Texts), "gpt2": (gpt2, Prose), "vit": (vit, Images)})
+@behaviour(cases={"bert": (bert, Texts), "gpt2": (gpt2, Prose), "vit": (vit, Images)}, nio_cases=("gpt2",))
 def accumulation_over_the_end_of_an_epoch(side: Side, folder: Path, case: tuple[Callable[[], nn.Module], type]) -> Any:
     """The last step of an epoch accumulates what is left."""
     model, data = case
@@ -93,7 +93,7 @@ LOGGED: dict[str, dict[str, Any]] = {
 }
 
 
-@behaviour(cases=LOGGED)
+@behaviour(cases=LOGGED, nio_cases=("the first",))
 def logging_of_steps(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
     """Which steps are logged, with which values."""
     return history(side.trained(folder, **changes))
@@ -116,7 +116,7 @@ def log_is_overridden(side: Side, folder: Path) -> Any:
     return history(side.trained(folder, trainer_class=Logging))
 
 
-@behaviour(cases=("all", "non_padding"))
+@behaviour(cases=("all", "non_padding"), nio_cases=("all",))
 def tokens_are_counted(side: Side, folder: Path, kind: str) -> Any:
     """The input tokens seen are logged and kept in the state."""
     trainer = side.trained(folder, include_num_input_tokens_seen=kind)
@@ -201,7 +201,7 @@ def loss_function(side: Side, folder: Path, case: tuple[Callable[[], nn.Module],
     return [outcome(side.trained(folder, model=model(), train_dataset=data(), **changes)), counts]
 
 
-@behaviour(cases={"bert": (bert, Texts), "gpt2": (gpt2, Prose), "vit": (vit, Images)})
+@behaviour(cases={"bert": (bert, Texts), "gpt2": (gpt2, Prose), "vit": (vit, Images)}, nio_cases=("gpt2",))
 def label_smoothing(side: Side, folder: Path, case: tuple[Callable[[], nn.Module], type]) -> Any:
     """The smoothed loss of classifiers and of language models, with accumulation."""
     model, data = case
@@ -273,7 +273,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-@behaviour(cases=SCHEDULES, nio=Nio.ALIKE)
+@behaviour(cases=SCHEDULES, nio=Nio.ALIKE, nio_cases=("linear",))
 def schedules(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
     """The learning rates of each schedule, and the weights that they lead to."""
     name = next(name for name, settings in SCHEDULES.items() if settings is changes)
@@ -312,13 +312,13 @@ def reduce_on_plateau_without_evaluation(side: Side, folder: Path) -> Any:
     )
 
 
-@behaviour(cases=(0.0, 0.05))
+@behaviour(cases=(0.0, 0.05), nio_cases=("0.05",))
 def gradient_clipping(side: Side, folder: Path, norm: float) -> Any:
     """Gradients are clipped at the norm, or not at 0; the norm is logged."""
     return outcome(side.trained(folder, max_grad_norm=norm, optim="sgd", learning_rate=0.5))
 
 
-@behaviour(cases=("sgd", "adamw_torch", "adafactor", "rmsprop"))
+@behaviour(cases=("sgd", "adamw_torch", "adafactor", "rmsprop"), nio_cases=("adafactor",))
 def optimizers_by_name(side: Side, folder: Path, name: str) -> Any:
     """The weights that an optimizer leads to, and its class."""
     trainer = side.trained(folder, optim=name, weight_decay=0.1)
@@ -387,7 +387,7 @@ def optimizer_state(side: Side, folder: Path) -> Any:
     return {str(index): state for index, state in trainer.optimizer.state_dict()["state"].items()}
 
 
-@behaviour(cases={"bert": (bert, Texts), "gpt2": (gpt2, Prose)})
+@behaviour(cases={"bert": (bert, Texts), "gpt2": (gpt2, Prose)}, nio_cases=("gpt2",))
 def embedding_noise(side: Side, folder: Path, case: tuple[Callable[[], nn.Module], type]) -> Any:
     """NEFTune adds noise to embeddings while training, and none afterwards."""
     model, data = case
@@ -488,7 +488,7 @@ LENGTHS: dict[str, dict[str, Any]] = {
 }
 
 
-@behaviour(cases=LENGTHS)
+@behaviour(cases=LENGTHS, nio_cases=("steps beyond an epoch", "a part of an epoch"))
 def lengths(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
     """How long a training is that is given in steps or epochs."""
     trainer = side.trained(folder, **changes)
@@ -504,7 +504,7 @@ STREAMS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@behaviour(cases=STREAMS)
+@behaviour(cases=STREAMS, nio_cases=("without length, more than a pass", "with length"))
 def streams(side: Side, folder: Path, case: tuple[Any, dict[str, Any]]) -> Any:
     """A training on a stream."""
     stream, changes = case

@@ -119,7 +119,7 @@ class Nio(enum.Enum):
 
     SAME = "the same value"
     ALIKE = "the same value but for the numbers that other weights lead to"
-    NOT_RUN = "nothing: NIO has no part in it, or refuses it"
+    NOT_RUN = "nothing: NIO has no part in it, refuses it, or shows it in another case"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,18 +134,26 @@ class Behaviour:
 BEHAVIOURS: list[Behaviour] = []
 
 
-def behaviour(nio: Nio = Nio.ALIKE, cases: Iterable[Any] | dict[str, Any] | None = None) -> Callable[[Any], Any]:
+def behaviour(
+    nio: Nio = Nio.ALIKE,
+    cases: Iterable[Any] | dict[str, Any] | None = None,
+    nio_cases: Iterable[str] | None = None,
+) -> Callable[[Any], Any]:
     """Put a function of a side and a folder on the list.
 
     Args:
         nio: what is asked when NIO is on.
         cases: values of a third argument, each a behaviour of its own; a mapping gives them names.
+        nio_cases: names of the cases that are shown with NIO on, where a few stand for all; default: all.
     """
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
         named = cases if isinstance(cases, dict) else {str(case): case for case in cases or ()}
+        shown = set(named) if nio_cases is None else set(nio_cases)
+        assert shown <= set(named), f"{shown - set(named)} of {function.__name__} is no case"
         for name, case in named.items():
-            BEHAVIOURS.append(Behaviour(f"{function.__name__}[{name}]", _with_case(function, case), nio))
+            asked = nio if name in shown else Nio.NOT_RUN
+            BEHAVIOURS.append(Behaviour(f"{function.__name__}[{name}]", _with_case(function, case), asked))
         if not named:
             BEHAVIOURS.append(Behaviour(function.__name__, function, nio))
         return function
