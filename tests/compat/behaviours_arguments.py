@@ -197,7 +197,7 @@ def arguments_are_set_by_their_methods(side: Side, folder: Path) -> Any:
     args.set_optimizer(name="adamw_torch", beta1=0.8)
     args.set_logging(strategy="steps", steps=2, report_to="none")
     args.set_dataloader(train_batch_size=4, drop_last=True, pin_memory=False)
-    args.set_evaluate(strategy="steps", steps=4, batch_size=5)
+    args.set_evaluate(strategy="steps", steps=4, batch_size=5, delay=0)
     args.set_save(strategy="steps", steps=4)
     return [outcome(side.trained(folder, args=args)), checkpoints(folder)]
 

@@ -245,12 +245,3 @@ def shuffled_batches_are_those_of_the_global_generator(side: Side, folder: Path)
     torch.manual_seed(123)
     trainer.train()
     return outcome(trainer)
-
-
-@behaviour()
-def memory_is_pinned(side: Side, folder: Path) -> Any:
-    """Memory that a script asks to be pinned is no matter for a warning where there is no accelerator."""
-    trainer = side.trainer(folder)
-    trainer.args.dataloader_pin_memory = True
-    trainer.train()
-    return outcome(trainer)

@@ -6,7 +6,6 @@ the numbers.
 
 from __future__ import annotations
 
-import gc
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +65,6 @@ def test_with_nio_it_works(behaviour: Behaviour, expected: Expected, tmp_path: P
 
 
 def _show(behaviour: Behaviour, side: Side, folder: Path) -> Any:
-    gc.freeze()  # Trainer collects garbage when it begins, which takes longer than the training.
     set_seed(0)
     value = behaviour.show(side, folder)
     assert value not in (None, [], {}, ""), "a behaviour shows something"
