@@ -404,7 +404,7 @@ def one_folder_for_two_trainings(side: Side, folder: Path) -> Any:
 @behaviour(nio=Nio.SAME)
 def folders_with_other_names(side: Side, folder: Path) -> Any:
     """Folders whose names are not those of checkpoints are left alone."""
-    for name in ("checkpoint-last", "checkpoints", "notes"):
+    for name in ("checkpoints", "my-checkpoint-1", "notes"):
         (folder / name).mkdir()
         (folder / name / "kept.txt").write_text("kept")
     side.trained(folder, **SAVING, save_total_limit=1)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import default_data_collator
 
 from tests.compat.sides import Nio, Side, behaviour, caught
-from tests.compat.toys import AtBegin, Sample, Stream, Texts, Uneven, outcome, pad, table, tokenizer
+from tests.compat.toys import AtBegin, Sample, Stream, Texts, Uneven, outcome, pad, perceptron, table, tokenizer
 
 
 def _order(side: Side, folder: Path, data: Any, **given: Any) -> list[int]:
@@ -174,14 +174,17 @@ def worker(side: Side, folder: Path) -> Any:
 @behaviour(cases={"table": table, "samples": Texts})
 def unused_columns(side: Side, folder: Path, data: Any) -> Any:
     """Columns that the model does not take are removed."""
-    trainer = side.trained(folder, train_dataset=data(32, colour=1, length=6), eval_dataset=data(8, colour=1))
+    trainer = side.trained(
+        folder, model=perceptron(), train_dataset=data(32, colour=1, length=6), eval_dataset=data(8, colour=1)
+    )
     return [outcome(trainer), trainer.evaluate()["eval_loss"]]
 
 
 @behaviour(nio=Nio.NOT_RUN, cases={"table": table, "samples": Texts})
 def unused_columns_are_kept(side: Side, folder: Path, data: Any) -> Any:
     """Columns that are kept reach the model, which does not know them."""
-    trainer = side.trainer(folder, train_dataset=data(32, colour=1), remove_unused_columns=False)
+    changes = {"model": perceptron(), "remove_unused_columns": False}
+    trainer = side.trainer(folder, train_dataset=data(32, colour=1), **changes)
     return caught(trainer.train, TypeError)
 
 
