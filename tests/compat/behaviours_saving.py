@@ -148,7 +148,7 @@ def _card(folder: Path) -> list[Any]:
 MOMENTS = ("untrained", "evaluated", "trained", "trained and saved")
 
 
-@behaviour(cases=MOMENTS)
+@behaviour(cases=MOMENTS, nio_cases=("untrained", "trained and saved"))
 def model_card(side: Side, folder: Path, moment: str) -> Any:
     """The card says what the script gave, whatever was done before."""
     trainer = side.trainer(folder)
