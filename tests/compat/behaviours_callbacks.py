@@ -1,0 +1,288 @@
+"""What callbacks are told, and what they decide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import DefaultFlowCallback, PrinterCallback, ProgressCallback, TrainerCallback
+
+from tests.compat.sides import Nio, Side, behaviour, caught
+from tests.compat.toys import Texts, checkpoints, history, outcome
+
+EVENTS = (
+    "on_init_end",
+    "on_train_begin",
+    "on_train_end",
+    "on_epoch_begin",
+    "on_epoch_end",
+    "on_step_begin",
+    "on_pre_optimizer_step",
+    "on_optimizer_step",
+    "on_substep_end",
+    "on_step_end",
+    "on_evaluate",
+    "on_predict",
+    "on_save",
+    "on_log",
+    "on_prediction_step",
+)
+EVENTFUL: dict[str, dict[str, Any]] = {
+    "steps": {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3},
+    "epochs": {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch", "save_strategy": "epoch"},
+    "accumulation": {"gradient_accumulation_steps": 3, "max_steps": 4},
+    "evaluation first": {"eval_on_start": True, "max_steps": 2},
+    "nothing": {"max_steps": 2, "logging_strategy": "no"},
+}
+
+
+class Recorder(TrainerCallback):
+    """Records each event with its step, but for what NIO logs."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+        self.given: dict[str, list[str]] = {}
+
+
+def _record(event: str) -> Any:
+    def note(self: Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if event == "on_log" and any(name.startswith("nio") for name in kwargs["logs"]):
+            return
+        self.events.append((event, state.global_step))
+        self.given[event] = sorted(name for name, value in kwargs.items() if value is not None)
+
+    return note
+
+
+for _event in EVENTS:
+    setattr(Recorder, _event, _record(_event))
+
+
+@behaviour(nio=Nio.SAME, cases=EVENTFUL, nio_cases=("steps", "accumulation"))
+def events(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
+    """All events in their order, and what comes with each of them."""
+    recorder = Recorder()
+    trainer = side.trained(folder, callbacks=[recorder], **changes)
+    trainer.evaluate()
+    trainer.predict(Texts(6))
+    return [recorder.events, recorder.given]
+
+
+@behaviour(nio=Nio.SAME)
+def events_of_a_second_training(side: Side, folder: Path) -> Any:
+    """The events of two trainings by one Trainer."""
+    recorder = Recorder()
+    trainer = side.trained(folder, callbacks=[recorder], max_steps=2)
+    trainer.train()
+    return recorder.events
+
+
+@behaviour(nio=Nio.SAME)
+def logs_that_callbacks_are_told(side: Side, folder: Path) -> Any:
+    """The names of the values that `on_log` and `on_evaluate` are told."""
+    told: list[list[str]] = []
+
+    class Listen(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if not any(name.startswith("nio") for name in logs):
+                told.append(sorted(logs))
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            told.append(sorted(metrics))
+
+    side.trained(folder, callbacks=[Listen()], eval_strategy="steps", eval_steps=3, logging_steps=2)
+    return told
+
+
+class First(TrainerCallback):
+    """A callback."""
+
+
+class Second(First):
+    """A callback of a derived class."""
+
+
+def _own(trainer: Any) -> list[str]:
+    names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    return [name for name in names if name in ("First", "Second")]
+
+
+@behaviour(nio=Nio.SAME)
+def callbacks_come_and_go(side: Side, folder: Path) -> Any:
+    """Callbacks are added, popped and removed as classes and as objects."""
+    kept = First()
+    trainer = side.trainer(folder, callbacks=[First, kept, Second()])
+    seen = [_own(trainer)]
+    trainer.add_callback(Second)
+    trainer.add_callback(First())
+    seen.append(_own(trainer))
+    popped = trainer.pop_callback(kept)
+    seen.append(_own(trainer))
+    by_class = trainer.pop_callback(Second)
+    trainer.remove_callback(First)
+    seen.append(_own(trainer))
+    return [seen, popped is kept, type(by_class).__name__, trainer.pop_callback(kept) is None]
+
+
+@behaviour(nio=Nio.SAME)
+def callbacks_that_are_not_there(side: Side, folder: Path) -> Any:
+    """An object that is not there cannot be removed."""
+    trainer = side.trainer(folder)
+    return [caught(lambda: trainer.remove_callback(First()), ValueError), trainer.remove_callback(First)]
+
+
+@behaviour(nio=Nio.SAME)
+def default_callbacks(side: Side, folder: Path) -> Any:
+    """The callbacks that scripts look for are there, with and without progress bars."""
+    found = []
+    for disabled in (True, False):
+        trainer = side.trainer(folder, disable_tqdm=disabled)
+        kinds = (DefaultFlowCallback, PrinterCallback, ProgressCallback)
+        found.append([trainer.pop_callback(kind) is not None for kind in kinds])
+    return found
+
+
+@behaviour()
+def callbacks_are_replaced(side: Side, folder: Path) -> Any:
+    """Without the callback that prints, and with another that draws no bar."""
+    trainer = side.trainer(folder)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return [outcome(trainer), trainer.pop_callback(PrinterCallback) is None]
+
+
+class EveryThird(DefaultFlowCallback):
+    """Saves, evaluates and logs at every third step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control = super().on_step_end(args, state, control, **kwargs)
+        control.should_log = control.should_save = control.should_evaluate = state.global_step % 3 == 0
+        return control
+
+
+@behaviour()
+def flow_is_replaced(side: Side, folder: Path) -> Any:
+    """A flow of the user's takes the place of the default one."""
+    trainer = side.trainer(folder)
+    trainer.remove_callback(DefaultFlowCallback)
+    trainer.add_callback(EveryThird)
+    trainer.train()
+    return [outcome(trainer), checkpoints(folder)]
+
+
+class SetFlag(TrainerCallback):
+    """Sets a flag of the control at the end of a step, or at an event."""
+
+    def __init__(self, flag: str, step: int, event: str = "on_step_end") -> None:
+        self.flag, self.step, self.event = flag, step, event
+
+    def _set(self, event: str, state: Any, control: Any) -> Any:
+        if event == self.event and state.global_step == self.step:
+            setattr(control, self.flag, True)
+        return control
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        return self._set("on_step_end", state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        return self._set("on_evaluate", state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        return self._set("on_epoch_end", state, control)
+
+
+FLAGS = {
+    "stop": ("should_training_stop", 3),
+    "stop the epoch": ("should_epoch_stop", 3),
+    "evaluate": ("should_evaluate", 3),
+    "save": ("should_save", 3),
+    "log": ("should_log", 3),
+    "stop when evaluated": ("should_training_stop", 4, "on_evaluate"),
+    "save when evaluated": ("should_save", 4, "on_evaluate"),
+    "save at the end of an epoch": ("should_save", 8, "on_epoch_end"),
+}
+
+
+@behaviour(cases=FLAGS, nio_cases=("stop", "save"))
+def flags(side: Side, folder: Path, case: tuple[Any, ...]) -> Any:
+    """What a flag that a callback sets leads to."""
+    changes = {"max_steps": 10, "eval_strategy": "steps", "eval_steps": 4, "logging_steps": 5}
+    trainer = side.trained(folder, callbacks=[SetFlag(*case)], **changes)
+    return [outcome(trainer), checkpoints(folder)]
+
+
+@behaviour()
+def callback_resumes_what_it_stopped(side: Side, folder: Path) -> Any:
+    """A checkpoint that a flag asked for is gone on from."""
+    flags = [SetFlag("should_save", 3), SetFlag("should_training_stop", 3)]
+    side.trained(folder, callbacks=flags)
+    trainer = side.trainer(folder)
+    trainer.train(resume_from_checkpoint=True)
+    return [outcome(trainer), checkpoints(folder)]
+
+
+@behaviour()
+def callback_changes_the_training(side: Side, folder: Path) -> Any:
+    """A callback halves the learning rate, and changes a gradient before the optimizer sees it."""
+
+    class Change(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.5
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            model.classifier.bias.grad.zero_()
+
+    return outcome(side.trained(folder, callbacks=[Change()]))
+
+
+@behaviour()
+def callback_changes_arguments(side: Side, folder: Path) -> Any:
+    """A callback evaluates more often from a step on, by the state."""
+
+    class Change(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                state.logging_steps, state.eval_steps, state.max_steps = 2, 1, 5
+
+    return outcome(side.trained(folder, callbacks=[Change()], eval_strategy="steps", eval_steps=10))
+
+
+class StopError(Exception):
+    """An error of the user's."""
+
+
+@behaviour(
+    cases={"error": StopError, "interrupt": KeyboardInterrupt, "end of iteration": StopIteration}, nio_cases=("error",)
+)
+def callback_raises(side: Side, folder: Path, kind: type[BaseException]) -> Any:
+    """What a callback raises reaches the script, which can train again."""
+
+    class Raise(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise kind
+
+    callback = Raise()
+    trainer = side.trainer(folder, callbacks=[callback])
+    raised = caught(trainer.train, kind)
+    step, logged = trainer.state.global_step, len(history(trainer))
+    trainer.remove_callback(callback)
+    trainer.train()
+    return [raised, step, logged, outcome(trainer)]
+
+
+@behaviour(nio=Nio.SAME)
+def callback_sees_the_gradients(side: Side, folder: Path) -> Any:
+    """There are gradients before the step of the optimizer, and none at the end of it."""
+    seen: list[tuple[bool, bool]] = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            self.before = all(p.grad is not None for p in model.parameters())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            seen.append((self.before, all(p.grad is None for p in model.parameters())))
+
+    side.trained(folder, callbacks=[Look()])
+    return seen

@@ -1,0 +1,72 @@
+"""Two values of a behaviour are held against each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def differences(expected: Any, found: Any, alike: bool = False, where: str = "value") -> Iterator[str]:
+    """The places at which two values differ.
+
+    Args:
+        expected: the value of Trainer.
+        found: the value of NIOTrainer.
+        alike: real numbers need only be finite on both sides, and tensors of one shape and dtype; all else is compared.
+        where: the name of the values in what is returned.
+    """
+    if type(expected) is not type(found):
+        yield f"{where}: {_short(expected)} in Trainer, {_short(found)} here"
+    elif isinstance(expected, dict):
+        yield from _keys(expected, found, where)
+        for key in expected.keys() & found.keys():
+            yield from differences(expected[key], found[key], alike, f"{where}[{key!r}]")
+    elif isinstance(expected, frozenset):
+        yield from _keys(dict.fromkeys(expected), dict.fromkeys(found), where)
+    elif isinstance(expected, list | tuple):
+        if len(expected) != len(found):
+            yield f"{where}: {len(expected)} items in Trainer, {len(found)} here: {_short(expected)}, {_short(found)}"
+        for index, (left, right) in enumerate(zip(expected, found, strict=False)):
+            yield from differences(left, right, alike, f"{where}[{index}]")
+    elif isinstance(expected, np.ndarray):
+        yield from differences(torch.from_numpy(expected), torch.from_numpy(found), alike, where)
+    elif isinstance(expected, torch.Tensor):
+        yield from _tensors(expected, found, alike, where)
+    elif isinstance(expected, float):
+        if math.isfinite(expected) != math.isfinite(found) or (not alike and not _equal(expected, found)):
+            yield f"{where}: {expected} in Trainer, {found} here"
+    elif expected != found:
+        yield f"{where}: {_short(expected)} in Trainer, {_short(found)} here"
+
+
+def _keys(expected: dict[Any, Any], found: dict[Any, Any], where: str) -> Iterator[str]:
+    missing, surplus = expected.keys() - found.keys(), found.keys() - expected.keys()
+    if missing:
+        yield f"{where}: {sorted(missing)} in Trainer only"
+    if surplus:
+        yield f"{where}: {sorted(surplus)} here only"
+
+
+def _tensors(expected: torch.Tensor, found: torch.Tensor, alike: bool, where: str) -> Iterator[str]:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        yield f"{where}: {expected.shape}, {expected.dtype} in Trainer, {found.shape}, {found.dtype} here"
+    elif not expected.is_floating_point():
+        if not alike and not torch.equal(expected, found):
+            yield f"{where}: other whole numbers"
+    elif not torch.equal(expected.isfinite(), found.isfinite()):
+        yield f"{where}: finite at other places"
+    elif not alike and not torch.equal(expected.nan_to_num(), found.nan_to_num()):
+        yield f"{where}: differs by up to {(expected.double() - found.double()).abs().max():.3g}"
+
+
+def _equal(left: float, right: float) -> bool:
+    return left == right or (math.isnan(left) and math.isnan(right))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,177 @@
+"""The sides of the comparison, and the list of behaviours that each of them shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+
+from nio_hf import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments
+from tests.compat.toys import Texts, bert
+
+
+class NIOSeq2SeqTrainer(NIOTrainerMixin, Seq2SeqTrainer):
+    """A Trainer of sequences to sequences with NIO."""
+
+
+@dataclasses.dataclass
+class NIOSeq2SeqTrainingArguments(NIOTrainingArguments, Seq2SeqTrainingArguments):
+    """Its arguments."""
+
+
+_TRAINER_TAKES = set(inspect.signature(Trainer.__init__).parameters) - {"self", "args"}
+_ARGUMENTS: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+}
+_NIO_ARGUMENTS: dict[str, Any] = {
+    "nio_batch_size": 8,
+    "nio_sub_batches": 2,
+    "nio_search_batches": 2,
+    "nio_report_batches": 2,
+    "nio_groups": "model",
+}
+
+
+@dataclasses.dataclass
+class Side:
+    """The classes that a script uses, and short ways to make a Trainer of them."""
+
+    name: str
+    Trainer: type[Trainer]
+    Seq2SeqTrainer: type[Seq2SeqTrainer]
+    arguments_class: type[TrainingArguments]
+    seq2seq_arguments_class: type[Seq2SeqTrainingArguments]
+    settings: dict[str, Any]
+    trainers: list[Trainer] = dataclasses.field(default_factory=list)
+
+    def arguments(self, folder: Path, arguments_class: Any = None, **changes: Any) -> Any:
+        """Arguments for a training of six steps."""
+        settings = {"output_dir": str(folder), **_ARGUMENTS, **self.settings, **changes}
+        return (arguments_class or self.arguments_class)(**settings)
+
+    def with_nio(self, own: type[TrainingArguments]) -> Any:
+        """The user's own class of arguments; on the sides of NIO a class that has the settings of NIO, too."""
+        if self.arguments_class is TrainingArguments:
+            return own
+        bases = (NIOTrainingArguments, own)
+        return dataclasses.dataclass(type(f"NIO{own.__name__}", bases, {"__module__": own.__module__}))
+
+    def trainer(self, folder: Path, trainer_class: Any = None, args: Any = None, **given: Any) -> Any:
+        """A Trainer of a small classifier.
+
+        Args:
+            folder: output_dir.
+            trainer_class: a class that a script derived from `Trainer`; default: `Trainer` itself.
+            args: arguments that are made already.
+            given: what Trainer takes goes to it, the rest to its arguments.
+        """
+        taken = {name: given.pop(name) for name in list(given) if name in _TRAINER_TAKES}
+        if "model" not in taken and "model_init" not in taken:
+            taken["model"] = bert()
+        taken.setdefault("train_dataset", Texts())
+        taken.setdefault("eval_dataset", Texts(10))
+        made = (trainer_class or self.Trainer)(args=args or self.arguments(folder, **given), **taken)
+        self.trainers.append(made)
+        return made
+
+    def trained(self, folder: Path, **given: Any) -> Any:
+        """A Trainer that has trained."""
+        made = self.trainer(folder, **given)
+        made.train()
+        return made
+
+
+def plain() -> Side:
+    """Trainer."""
+    return Side("plain", Trainer, Seq2SeqTrainer, TrainingArguments, Seq2SeqTrainingArguments, {})
+
+
+def without_nio() -> Side:
+    """NIOTrainer with NIO off."""
+    return _nio_side("without NIO", {"nio": False})
+
+
+def with_nio() -> Side:
+    """NIOTrainer with NIO on."""
+    return _nio_side("with NIO", _NIO_ARGUMENTS)
+
+
+def _nio_side(name: str, settings: dict[str, Any]) -> Side:
+    classes = (NIOTrainer, NIOSeq2SeqTrainer, NIOTrainingArguments, NIOSeq2SeqTrainingArguments)
+    return Side(name, *classes, settings)
+
+
+class Nio(enum.Enum):
+    """What is asked of a behaviour when NIO is on."""
+
+    SAME = "the same value"
+    ALIKE = "the same value but for the numbers that other weights lead to"
+    NOT_RUN = "nothing: NIO has no part in it, refuses it, or shows it in another case"
+
+
+@dataclasses.dataclass(frozen=True)
+class Behaviour:
+    """Something that a script does with a Trainer, and what it sees."""
+
+    name: str
+    show: Callable[[Side, Path], Any]
+    nio: Nio
+
+
+BEHAVIOURS: list[Behaviour] = []
+
+
+def behaviour(
+    nio: Nio = Nio.ALIKE,
+    cases: Iterable[Any] | dict[str, Any] | None = None,
+    nio_cases: Iterable[str] | None = None,
+) -> Callable[[Any], Any]:
+    """Put a function of a side and a folder on the list.
+
+    Args:
+        nio: what is asked when NIO is on.
+        cases: values of a third argument, each a behaviour of its own; a mapping gives them names.
+        nio_cases: names of the cases that are shown with NIO on, where a few stand for all; default: all.
+    """
+
+    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+        named = cases if isinstance(cases, dict) else {str(case): case for case in cases or ()}
+        shown = set(named) if nio_cases is None else set(nio_cases)
+        assert shown <= set(named), f"{shown - set(named)} of {function.__name__} is no case"
+        for name, case in named.items():
+            asked = nio if name in shown else Nio.NOT_RUN
+            BEHAVIOURS.append(Behaviour(f"{function.__name__}[{name}]", _with_case(function, case), asked))
+        if not named:
+            BEHAVIOURS.append(Behaviour(function.__name__, function, nio))
+        return function
+
+    return enter
+
+
+def _with_case(function: Callable[..., Any], case: Any) -> Callable[[Side, Path], Any]:
+    return lambda side, folder: function(side, folder, case)
+
+
+def caught(action: Callable[[], Any], *kinds: type[BaseException]) -> str:
+    """The name of the first of the kinds by which `except` catches what the action raises.
+
+    What none of them catches goes on its way.
+    """
+    try:
+        action()
+    except kinds as error:
+        return next(kind.__name__ for kind in kinds if isinstance(error, kind))
+    return "nothing is raised"

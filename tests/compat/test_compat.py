@@ -1,0 +1,77 @@
+"""NIOTrainer beside Trainer: each behaviour is shown by both, and they agree.
+
+Without NIO they agree bit for bit. With NIO the same is asked, or, where other weights lead to other numbers, all but
+the numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import set_seed
+
+from tests.compat.comparing import differences
+from tests.compat.sides import BEHAVIOURS, Behaviour, Nio, Side, plain, with_nio, without_nio
+
+SUBJECTS = (
+    "training",
+    "data",
+    "checkpoints",
+    "callbacks",
+    "evaluation",
+    "arguments",
+    "saving",
+    "adapters",
+    "extensions",
+)
+for subject in SUBJECTS:
+    importlib.import_module(f"tests.compat.behaviours_{subject}")
+
+WITH_NIO = [behaviour for behaviour in BEHAVIOURS if behaviour.nio is not Nio.NOT_RUN]
+Expected = Callable[[Behaviour], Any]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    """What Trainer shows for a behaviour; shown once."""
+    shown: dict[str, Any] = {}
+
+    def show(behaviour: Behaviour) -> Any:
+        if behaviour.name not in shown:
+            shown[behaviour.name] = _show(behaviour, plain(), tmp_path_factory.mktemp("plain"))
+        return shown[behaviour.name]
+
+    return show
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
+def test_without_nio_it_does_what_trainer_does(behaviour: Behaviour, expected: Expected, tmp_path: Path) -> None:
+    trainers = expected(behaviour)
+    ours = _show(behaviour, without_nio(), tmp_path)
+    _agree(trainers, ours)
+
+
+@pytest.mark.parametrize("behaviour", WITH_NIO, ids=lambda behaviour: behaviour.name)
+def test_with_nio_it_works(behaviour: Behaviour, expected: Expected, tmp_path: Path) -> None:
+    trainers, side = expected(behaviour), with_nio()
+    ours = _show(behaviour, side, tmp_path)
+    _agree(trainers, ours, alike=behaviour.nio is Nio.ALIKE)
+    trained = [trainer for trainer in side.trainers if trainer.state.global_step]
+    assert not trained or any(trainer.nio_result is not None for trainer in trained), "NIO did not run"
+
+
+def _show(behaviour: Behaviour, side: Side, folder: Path) -> Any:
+    set_seed(0)
+    value = behaviour.show(side, folder)
+    assert value not in (None, [], {}, ""), "a behaviour shows something"
+    return value
+
+
+def _agree(trainers: Any, ours: Any, alike: bool = False) -> None:
+    found = list(differences(trainers, ours, alike))
+    if found:
+        pytest.fail("\n".join(found[:10]), pytrace=False)
