@@ -17,7 +17,7 @@ from nio_hf.image_training.weight_decay import decayed_parameters
 from nio_hf.report.run import Facts
 from nio_hf.training import NIOTrainer, NIOTrainingArguments
 from nio_hf.training.checkpoints import Task
-from nio_hf.training.sampling import EpochSampler, SeededDataset, SeededStream, mixed_seed
+from nio_hf.training.sampling import EpochSampler, SeededDataset, SeededStream
 from nio_hf.training.saving import output_errors
 from nio_hf.vision.augmentation import BatchAugmentation
 from nio_hf.vision.losses import classification_loss
@@ -65,8 +65,8 @@ class Source:
 class ImageTrainer(NIOTrainer):
     """A [`NIOTrainer`] of image classifiers.
 
-    Crops and flips of training have a seed for each sample, which depends on the epoch and the sample alone; batches
-    are augmented on the device. The loss is the cross-entropy against classes or probabilities, the sum over all
+    Crops, flips and what augments batches on the device have a seed for each sample, which depends on the epoch and the
+    sample alone. The loss is the cross-entropy against classes or probabilities, the sum over all
     accumulated samples of all processes divided by their number; label smoothing counts in training only.
 
     Args:
@@ -178,8 +178,6 @@ class ImageTrainer(NIOTrainer):
         """The batch, augmented on the device unless it is to be clean."""
         if self._nio_augment == "clean":
             return batch
-        # The global generators: NIO leaves them as it found them.
-        torch.manual_seed(mixed_seed(self.args.to_nio_config().seed, number, 0))
         return self._augmentation(self._prepare_inputs(batch), mix=self._nio_augment == "mixed")
 
     def compute_nio_loss(self, model: nn.Module, inputs: Any) -> torch.Tensor:

@@ -63,6 +63,17 @@ def test_a_step_is_the_same_however_its_samples_are_accumulated(samples: int, im
         assert loss == pytest.approx(found[0][1], rel=1e-5)
 
 
+def test_a_step_is_augmented_the_same_however_its_samples_are_accumulated(images: Path, tmp_path: Path) -> None:
+    unmixed = ["--mixup_alpha", "0", "--cutmix_alpha", "0", "--nio", "false", "--optim", "sgd"]
+    found = []
+    for size in (12, 4, 1):
+        options = [*unmixed, "--max_steps", "3", "--global_batch_size", "12", "--logging_steps", "3"]
+        trainer = trainer_of(tmp_path / str(size), images, *options, "--per_device_train_batch_size", str(size))
+        trainer.train()
+        found.append(trainer.state.log_history[0]["loss"])
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-5)
+
+
 def test_the_last_samples_of_an_epoch_weigh_as_much_as_the_first(images: Path, tmp_path: Path) -> None:
     # 36 samples: accumulated in batches of 8 the fifth batch has 4, and all 36 make one step.
     options = [*PLAIN, "--max_steps", "-1", "--num_train_epochs", "1"]
