@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,6 +121,7 @@ class ImageTrainer(NIOTrainer):
             preprocess_logits_for_metrics=predictions_and_losses,
             optimizer_cls_and_kwargs=optimizer,
         )
+        self._warn_of_short_epochs()
         self.get_decay_parameter_names(model)
         self._ema = None if ema_decay is None else EMACallback(self._nio_model, ema_decay)
         if self._ema is not None:
@@ -127,6 +129,19 @@ class ImageTrainer(NIOTrainer):
                 found = f"{ema_decay} with weights that are sharded over devices"
                 raise ConfigError(Problem("ema_decay", found, "Leave it out, or train with plain data parallelism"))
             self.add_callback(self._ema)
+
+    def _warn_of_short_epochs(self) -> None:
+        """Say that an epoch is one step, as recipes for larger data sets make it."""
+        size = self.get_total_train_batch_size(self.args)
+        if self.args.max_steps > 0 or isinstance(self.data.train, ImageStream) or len(self.data.train) > size:
+            return
+        self._tell(
+            "An epoch is one step: %d images for batches of %d. Lower the batch size (global_batch_size), or train for "
+            "more epochs.",
+            len(self.data.train),
+            size,
+            level=logging.WARNING,
+        )
 
     @property
     def recipe_text(self) -> str | None:

@@ -87,6 +87,15 @@ def test_the_last_samples_of_an_epoch_weigh_as_much_as_the_first(images: Path, t
     torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("size", "options", "warned"), [(36, [], True), (35, [], False), (64, ["3"], False)])
+def test_an_epoch_of_one_step_is_reported(
+    size: int, options: list[str], warned: bool, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps = ["--max_steps", *(options or ["-1"])]
+    trainer_of(tmp_path, images, *PLAIN, *steps, "--per_device_train_batch_size", str(size))
+    assert (f"An epoch is one step: 36 images for batches of {size}." in caplog.text) == warned
+
+
 def test_smoothing_and_augmentation_are_of_training_only(images: Path, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, images, "--nio", "false")
     metrics = trainer.evaluate()
@@ -199,6 +208,13 @@ def test_resuming_with_an_average_that_was_not_saved_is_refused(images: Path, tm
     resumed = trainer_of(tmp_path, images, *options[:-2], "--max_steps", "3", "--ema_decay", "0.9")
     with pytest.raises(CheckpointError, match="no average of the weights"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-2"))
+
+
+def test_too_few_images_for_nio_are_met_with_the_largest_batch_that_fits(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"36 samples for 2 report batches .* Lower nio_batch_size to 12, or"):
+        trainer_of(tmp_path / "64", images, "--nio_batch_size", "64", "--nio_report_batches", "2").train()
+    loader = trainer_of(tmp_path / "12", images, "--nio_batch_size", "12", "--nio_report_batches", "2")
+    assert len(next(iter(loader.get_nio_dataloader()))["labels"]) == 12
 
 
 def test_weight_decay_of_the_optimiser_is_that_of_the_recipe(images: Path, tmp_path: Path) -> None:
