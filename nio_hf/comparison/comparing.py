@@ -32,7 +32,7 @@ def compare(bench: Bench, plan: Plan) -> tuple[Findings, dict[str, Path]]:
     recipe = bench.load()
     data = load_data(recipe)
     title, chance = recipe_name(recipe.path), 100 / len(data.class_names)
-    total = len(plan.grid()) + plan.verdict_seeds * (len(plan.arms) + 2)
+    total = len(plan.grid()) + plan.verdict_seeds * len(plan.arms)
     with Trials(bench, recipe, CONTROLLED, steps=plan.steps) as trials:
         with Progress("Comparing", total, lambda: _table(plan, trials)) as progress:
             trials.complete(plan.trials(plan.grid()), progress)

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from nio_hf.errors import ConfigError, Problem
+from nio_hf.errors import ConfigError, DataError, Problem
 from nio_hf.image_training.ema import EMACallback
 from nio_hf.image_training.weight_decay import decayed_parameters
 from nio_hf.report.run import Facts
@@ -209,6 +209,20 @@ class ImageTrainer(NIOTrainer):
     ) -> torch.Tensor:
         """As in Trainer, on augmented images."""
         return super().training_step(model, self._augmentation(self._prepare_inputs(inputs)), num_items_in_batch)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in Trainer.
+
+        Raises:
+            DataError: for a data set without samples, and one whose samples fill no batch.
+        """
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        if not isinstance(self.data.train, ImageStream) and len(loader) == 0:
+            found = f"true, and {len(self.data.train)} images fill no batch of {self.args.train_batch_size}"
+            raise DataError(
+                Problem("dataloader_drop_last", found, "Leave it out, or lower per_device_train_batch_size")
+            )
+        return loader
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay."""
