@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-from nio_hf.console import exit_status, print_run
+from nio_hf.console import FAILURE, exit_status, print_run
 from nio_hf.core import NIOResult
 from nio_hf.durable.preemption import preempted_at_once
 from nio_hf.durable.trainer import AUTO
-from nio_hf.errors import ConfigError, HubError, Problem
+from nio_hf.errors import ConfigError, HubError, NIOError, NumericsError, Problem
 from nio_hf.files import output_errors
 from nio_hf.hub.run_folder import read_run
 from nio_hf.hub.trainer import PLOTS_DIR_NAME
@@ -43,7 +43,7 @@ class RunReport:
         metrics: of the Trainer.
         written: {what: path or address} of all that was written.
         is_main_process: whether this process is the one that reports.
-        push_error: why it was not pushed; None where it was, or was not to be.
+        failure: why it is no success, or why it was not pushed; None where all went well.
     """
 
     title: str
@@ -52,7 +52,7 @@ class RunReport:
     metrics: dict[str, float]
     written: dict[str, Path | str]
     is_main_process: bool
-    push_error: HubError | None = None
+    failure: NIOError | None = None
 
 
 def train(recipe: Recipe) -> RunReport:
@@ -109,9 +109,9 @@ def run_recipe(action: Callable[[Recipe], RunReport], arguments: Sequence[str]) 
         run = action(load_recipe(*split_arguments(arguments)))
         if run.is_main_process:
             print_run(run.title, run.rows, run.result.message if run.result else None, run.written)
-        if run.push_error is not None:
-            raise run.push_error
-        return 0
+        if run.failure is not None and run.is_main_process:
+            raise run.failure
+        return FAILURE if run.failure is not None else 0
 
     return exit_status(command)
 
@@ -139,16 +139,20 @@ def _report(trainer: ImageTrainer, recipe: Recipe, metrics: dict[str, float]) ->
         # A training that was resumed, or loaded an initialised checkpoint, has not run NIO itself.
         result = result or run.result
         written |= draw_run(run, output_dir / PLOTS_DIR_NAME)
-        if not all(math.isfinite(metrics.get(name, 0.0)) for name in ("train_loss", "eval_loss")):
-            logger.warning("The training diverged: its loss is not finite. Lower learning_rate.")
     rows = summary_rows(result, metrics)
     if trainer.skipped_images:
         rows.append(("Images skipped, broken", "", str(trainer.skipped_images)))
-    return RunReport(recipe_name(recipe.path), rows, result, metrics, written, trainer.is_world_process_zero())
+    failure = None
+    if not all(math.isfinite(metrics.get(name, 0.0)) for name in ("train_loss", "eval_loss")):
+        failure = NumericsError(Problem("the training", "diverged: its loss is not finite", "Lower learning_rate"))
+    title, is_main_process = recipe_name(recipe.path), trainer.is_world_process_zero()
+    return RunReport(title, rows, result, metrics, written, is_main_process, failure)
 
 
 def _pushed(run: RunReport, trainer: ImageTrainer) -> RunReport:
-    """Push what a run has made, where that is asked for; all of it is saved."""
+    """Push what a run has made, where that is asked for and it did not fail; all of it is saved."""
+    if run.failure is not None:
+        return run
     if not trainer.args.push_to_hub:
         if trainer.args.hub_private_repo and trainer.is_world_process_zero():
             logger.warning("Nothing is pushed: --private needs --push_to_hub USER/NAME beside it.")
@@ -156,7 +160,7 @@ def _pushed(run: RunReport, trainer: ImageTrainer) -> RunReport:
     try:
         commit = trainer.push_to_hub()
     except HubError as error:
-        return dataclasses.replace(run, push_error=error)
+        return dataclasses.replace(run, failure=error)
     return run if commit is None else dataclasses.replace(run, written={**run.written, "On the Hub": commit.repo_url})
 
 

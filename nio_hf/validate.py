@@ -6,22 +6,33 @@ import dataclasses
 import itertools
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from nio_hf.console import exit_status, print_validation
+from nio_hf.durable.manifest import check_checkpoint
+from nio_hf.durable.trainer import AUTO
 from nio_hf.errors import NIOError, Problem, RecipeError
+from nio_hf.files import ensure_writable
 from nio_hf.image_training.building import build_trainer, check_buildable
 from nio_hf.image_training.trainer import ImageTrainer, Samples
 from nio_hf.recipe.consistency import consistency_notes, consistency_problems
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import with_values
+from nio_hf.trainer import NIOTrainingArguments
 from nio_hf.trainer.methods import METHODS
+from nio_hf.trainer.seeding import check_seedable
 from nio_hf.vision.samples import ImageStream
 
-_QUIET = {"nio_save_init": False, "report_to": "none", "push_to_hub": False}
-_SHORTEST = {"nio_search_batches": 2, "nio_report_batches": 1, "nio_budget": 1.0, "nio_iterations": 1}
+_SHORTEST = {
+    "nio_search_batches": 2,
+    "nio_report_batches": 1,
+    "nio_budget": 1.0,
+    "nio_iterations": 1,
+    "nio_save_init": False,
+}
 """Settings of the cheapest run of NIO."""
 
 
@@ -81,8 +92,11 @@ def _described_batch(recipe: Recipe, world_size: int) -> str:
 
 def _try_data(name: str, overrides: Sequence[str]) -> str:
     """Load a batch of each split and run NIO shortly, in a folder that is thrown away; say what happened."""
+    _check_folders(load_recipe(name, overrides).training)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(load_recipe(name, with_values(overrides, {**_QUIET, "output_dir": folder})))
+        trainer = build_trainer(load_recipe(name, with_values(overrides, {"output_dir": folder})))
+        if trainer.args.nio_seed_optimizer is not None:
+            check_seedable(trainer)
         batch = next(iter(trainer.get_train_dataloader()))
         next(iter(trainer.get_eval_dataloader()))
         size = "x".join(map(str, batch["pixel_values"].shape[-2:]))
@@ -95,6 +109,14 @@ def _try_data(name: str, overrides: Sequence[str]) -> str:
         if trainer.args.nio:
             found.append(_try_nio(trainer))
     return "; ".join(found)
+
+
+def _check_folders(args: NIOTrainingArguments) -> None:
+    """Refuse an output that cannot be written, and a checkpoint that cannot be resumed from, without making either."""
+    output_dir = Path(cast(str, args.output_dir))
+    ensure_writable(next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists()))
+    if args.resume_from_checkpoint not in (None, AUTO):
+        check_checkpoint(Path(args.resume_from_checkpoint), verify=True)
 
 
 def _try_nio(trainer: ImageTrainer) -> str:

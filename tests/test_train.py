@@ -90,10 +90,15 @@ def test_init_saves_and_does_not_train(tmp_path: Path) -> None:
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_training_that_diverges_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options = [*_options(tmp_path), "--nio", "false", "--max_grad_norm", "0"]
-    train(load_recipe("vit-tiny/digits/nio", [*options, "--learning_rate", "1e38"]))
-    assert "The training diverged: its loss is not finite" in caplog.text
+def test_a_training_that_diverges_fails_after_all_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*_options(tmp_path), "--nio", "false", "--max_grad_norm", "0", "--learning_rate", "1e38"]
+    assert main(["vit-tiny/digits/nio", *options]) == 1
+    shown = capsys.readouterr()
+    assert "NumericsError: the training: diverged: its loss is not finite. Lower learning_rate." in shown.err
+    assert f"Trained model: {tmp_path}" in shown.out
+    assert (tmp_path / "all_results.json").exists()
 
 
 def test_a_run_over_the_output_of_another_replaces_it(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -98,6 +99,16 @@ def test_with_data_the_method_of_the_recipe_runs(
         (["--nio_batch_size", "64"], "train_dataset: 36 samples for 1 report batches and one more of 64"),
         (["--nio_report_batches", "4"], "train_dataset: 36 samples for 4 report batches and one more of 8"),
         (["--model_config.num_labels", "7"], "num_labels"),
+        (["--report_to", "nowhere"], "nowhere is not supported"),
+        (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint: 'nowhere' is no folder"),
+        (["--nio_seed_optimizer", "gi_adam", "--optim", "sgd"], "nio_seed_optimizer: given with SGD"),
+        (["--output_dir", "/dev/null/run"], "/dev/null"),
+        (["--push_to_hub", "me/mine"], "me/mine: "),
+        (
+            ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "64"],
+            "dataloader_drop_last: true, and 36 images fill no batch of 64",
+        ),
+        (["--streaming", "true", "--nio_batch_size", "64"], "batches: 0 batches, of which 1 are to be reported on"),
         pytest.param(
             ["--bf16", "true", "--use_cpu", "false"],
             "--bf16: this machine has no GPU for it",
@@ -105,8 +116,9 @@ def test_with_data_the_method_of_the_recipe_runs(
         ),
     ],
 )
-def test_data_that_do_not_fit_are_an_error_of_that_recipe(
-    options: list[str], message: str, images: Path, tmp_path: Path
+def test_what_training_refuses_before_it_starts_is_an_error_of_that_recipe(
+    options: list[str], message: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     found = validate_recipe(write_recipe(tmp_path, images), options, with_data=True)
     assert message in str(found.error)

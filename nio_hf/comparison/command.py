@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nio_hf.comparison.arms import CONTROLLED, choose_arms
+from nio_hf.comparison.arms import ARMS, CONTROLLED, choose_arms
 from nio_hf.comparison.comparing import compare
 from nio_hf.comparison.plan import Plan
 from nio_hf.comparison.report import EVALUATED, VERDICT_COLUMNS, grid_columns, grid_rows, sentences, verdict_rows
@@ -14,7 +14,15 @@ from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.catalog import split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.trials.bench import Bench
-from nio_hf.trials.options import GO_ON, check_overrides, directory_beside, merge_problems, read_numbers, steps_of
+from nio_hf.trials.options import (
+    GO_ON,
+    check_overrides,
+    cleaned_up_at_sigterm,
+    directory_beside,
+    merge_problems,
+    read_numbers,
+    steps_of,
+)
 
 RATE_FACTORS = (0.5, 1.0, 2.0, 4.0)
 """The learning rates of the grid where none are given, as multiples of the recipe's."""
@@ -45,8 +53,12 @@ def run_comparison(
         rates = given if learning_rates is not None else _default_rates(recipe)
         ratios = read_numbers("--warmup_ratios", warmup_ratios, problems, "0.05,0.1")
         budget = steps_of(recipe, steps, problems)
+        chosen = tuple(ARMS.values())
         try:
             chosen = choose_arms([arm for arm in arms.split(",") if arm], definitions)
+        except RecipeError as error:
+            problems = merge_problems(problems, error.problems)
+        try:
             plan = Plan(chosen, tuple(sorted(rates)), tuple(sorted(ratios)), seeds, verdict_seeds, budget)
         except RecipeError as error:
             problems = merge_problems(problems, error.problems)
@@ -55,7 +67,8 @@ def run_comparison(
         directory = output_dir or directory_beside(recipe, "compare")
         bench = Bench(name, tuple(overrides), directory, jobs, diagnostics)
         bench.check(plan.trials(plan.grid()))
-        findings, written = compare(bench, plan)
+        with cleaned_up_at_sigterm():
+            findings, written = compare(bench, plan)
         tables = {"Accuracy (%) by learning rate": (grid_columns(plan), grid_rows(findings))}
         if findings.verdicts:
             title = f"On {plan.verdict_seeds} fresh seeds and {EVALUATED[findings.is_split]}"

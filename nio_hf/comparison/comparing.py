@@ -32,9 +32,8 @@ def compare(bench: Bench, plan: Plan) -> tuple[Findings, dict[str, Path]]:
     recipe = bench.load()
     data = load_data(recipe)
     title, chance = recipe_name(recipe.path), 100 / len(data.class_names)
-    total = len(plan.grid()) + plan.verdict_seeds * (len(plan.arms) + 2)
     with Trials(bench, recipe, CONTROLLED, steps=plan.steps) as trials:
-        with Progress("Comparing", total, lambda: _table(plan, trials)) as progress:
+        with Progress("Comparing", plan.least_runs(), lambda: _table(plan, trials)) as progress:
             trials.complete(plan.trials(plan.grid()), progress)
             if all(outcome.error is not None for outcome in trials.outcomes.values()):
                 fix = f"Lower --learning_rates, with another --output_dir; the logs lie in {bench.directory / 'runs'}"

@@ -80,6 +80,10 @@ class Plan:
             for ratio in self.ratios(arm)
         ]
 
+    def least_runs(self) -> int:
+        """Number of runs where the verdict needs no more than the chosen ones."""
+        return len(self.grid()) + self.verdict_seeds * len(self.arms)
+
     def verdict_runs(self, chosen: Sequence[Choice]) -> list[Run]:
         """The runs of the verdict: each arm at its chosen settings, on seeds that the choice has not seen."""
         return [

@@ -19,7 +19,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from nio_hf.errors import OutputError, Problem, one_line
+from nio_hf.errors import CheckpointError, OutputError, Problem, one_line
 from nio_hf.files import sync_directory, sync_file, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ MANIFEST_NAME = "nio_manifest.json"
 MANIFEST_FORMAT = 1
 UNFINISHED_NAME = "nio_unfinished"
 """In a checkpoint that is being written, callbacks that write into it included."""
+_ANOTHER = f"Give a folder OUTPUT_DIR/{PREFIX_CHECKPOINT_DIR}-N, or auto for the newest that can be used"
 _UNFINISHED = 0.0
 """When a checkpoint was written that was not written to its end."""
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
@@ -96,6 +97,24 @@ def checkpoint_fault(directory: Path) -> str | None:
     except (OSError, ValueError, TypeError) as error:
         return f"{TRAINER_STATE_NAME} cannot be read ({one_line(error)})"
     return None
+
+
+def check_checkpoint(directory: Path, *, verify: bool) -> None:
+    """Refuse a folder that was asked for by name and cannot be used.
+
+    Args:
+        directory: that was asked for.
+        verify: look at its files, too.
+
+    Raises:
+        CheckpointError: with what is wrong.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(Problem("resume_from_checkpoint", f"{str(directory)!r} is no folder", _ANOTHER))
+    fault = checkpoint_fault(directory) if verify else None
+    if fault is not None:
+        keep = f". To use it as it is now, delete its {MANIFEST_NAME}" if has_manifest(directory) else ""
+        raise CheckpointError(Problem(str(directory), fault, _ANOTHER + keep))
 
 
 def candidates(run_dir: Path) -> list[Path]:

@@ -20,9 +20,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from nio_hf.core import Collective
 from nio_hf.durable.isolation import isolated_random_state
 from nio_hf.durable.manifest import (
-    MANIFEST_NAME,
     begin,
     candidates,
+    check_checkpoint,
     checkpoint_fault,
     has_manifest,
     newest_usable,
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 GO_ON = f"Start again with resume_from_checkpoint={AUTO} to go on."
-_ANOTHER = f"Give a folder OUTPUT_DIR/{PREFIX_CHECKPOINT_DIR}-N, or auto for the newest that can be used"
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -144,7 +143,7 @@ class DurableTrainerMixin(_Base):
         if asked is None or asked is False:
             return None
         if asked != AUTO and asked is not True:
-            self._check_checkpoint(Path(asked))
+            check_checkpoint(Path(asked), verify=self.args.should_save)
             return Path(asked)
         with collective.together():
             listed = candidates(self._run_dir) if collective.rank == 0 else []
@@ -164,17 +163,6 @@ class DurableTrainerMixin(_Base):
         if found is not None and not has_manifest(found):
             self._tell("%s has no manifest: nobody knows whether it is whole.", found, level=logging.WARNING)
         return found
-
-    def _check_checkpoint(self, directory: Path) -> None:
-        """Refuse a folder that was asked for by name and cannot be used."""
-        if not directory.is_dir():
-            raise CheckpointError(Problem("resume_from_checkpoint", f"{str(directory)!r} is no folder", _ANOTHER))
-        fault = checkpoint_fault(directory) if self.args.should_save else None
-        if fault is not None:
-            fix = _ANOTHER
-            if has_manifest(directory):
-                fix += f". To use it as it is now, delete its {MANIFEST_NAME}"
-            raise CheckpointError(Problem(str(directory), fault, fix))
 
     def _check_state_dict_type(self) -> None:
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None

@@ -58,12 +58,13 @@ def build_trainer(recipe: Recipe) -> ImageTrainer:
     with args.main_process_first(desc="preparing the data"):
         data = load_data(recipe)
     model, processor = load_model(recipe.model, data.class_names)
+    augmentation = make_augmentation(recipe.augmentation, processor, len(data.class_names))
     try:
         return ImageTrainer(
             model=model,
             args=args,
-            data=make_samples(recipe, data, processor),
-            augmentation=make_augmentation(recipe.augmentation, processor, len(data.class_names)),
+            data=make_samples(recipe, data, processor, seeded=augmentation.is_random),
+            augmentation=augmentation,
             nio_augment=recipe.augmentation.nio_augment,
             processing_class=processor,
             no_weight_decay=recipe.optimization.no_weight_decay,
@@ -120,8 +121,15 @@ def load_data(recipe: Recipe) -> ImageData:
     return load_image_data(**renamed, **settings, seed=order_seed(recipe.training))
 
 
-def make_samples(recipe: Recipe, data: ImageData, processor: BaseImageProcessor) -> ImageTrainingData:
-    """The samples that the trainer reads: cropped and flipped for training, as inference sees them for evaluation."""
+def make_samples(recipe: Recipe, data: ImageData, processor: BaseImageProcessor, *, seeded: bool) -> ImageTrainingData:
+    """The samples that the trainer reads: cropped and flipped for training, as inference sees them for evaluation.
+
+    Args:
+        recipe: with the settings of data and augmentation.
+        data: the stored images.
+        processor: of the model.
+        seeded: whether samples of training have seeds, to be augmented by on the device.
+    """
     settings = recipe.augmentation
     training = TrainingTransform(
         processor,
@@ -134,7 +142,8 @@ def make_samples(recipe: Recipe, data: ImageData, processor: BaseImageProcessor)
     evaluation = EvaluationTransform(processor)
 
     def samples(rows: Any, transform: Transform, part: str) -> Samples:
-        common: dict[str, Any] = {"part": part, "skip_broken": recipe.data.skip_broken_images}
+        skip_broken = recipe.data.skip_broken_images
+        common: dict[str, Any] = {"part": part, "skip_broken": skip_broken, "seeded": seeded and transform is training}
         if isinstance(rows, datasets.IterableDataset):
             classes = len(data.class_names)
             return ImageStream(rows, data.image_column, data.label_column, transform, classes=classes, **common)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from nio_hf.errors import ConfigError, Problem
+from nio_hf.errors import ConfigError, DataError, Problem
 from nio_hf.files import output_errors
 from nio_hf.image_training.ema import EMACallback
 from nio_hf.image_training.weight_decay import decayed_parameters
@@ -19,7 +20,7 @@ from nio_hf.report.run import Facts
 from nio_hf.trainer import NIOTrainer, NIOTrainingArguments
 from nio_hf.trainer.arguments import order_seed
 from nio_hf.trainer.checkpoints import Task
-from nio_hf.trainer.sampling import EpochSampler, SeededDataset, SeededStream, mixed_seed
+from nio_hf.trainer.sampling import EpochSampler, SeededDataset, SeededStream
 from nio_hf.vision.augmentation import BatchAugmentation
 from nio_hf.vision.losses import classification_loss
 from nio_hf.vision.metrics import classification_metrics, predictions_and_losses
@@ -66,8 +67,8 @@ class Source:
 class ImageTrainer(NIOTrainer):
     """A [`NIOTrainer`] of image classifiers.
 
-    Crops and flips of training have a seed for each sample, which depends on the epoch and the sample alone; batches
-    are augmented on the device. The loss is the cross-entropy against classes or probabilities, the sum over all
+    Crops, flips and what augments batches on the device have a seed for each sample, which depends on the epoch and the
+    sample alone. The loss is the cross-entropy against classes or probabilities, the sum over all
     accumulated samples of all processes divided by their number; label smoothing counts in training only.
 
     Args:
@@ -123,6 +124,7 @@ class ImageTrainer(NIOTrainer):
             preprocess_logits_for_metrics=predictions_and_losses,
             optimizer_cls_and_kwargs=optimizer,
         )
+        self._warn_of_short_epochs()
         self.get_decay_parameter_names(model)
         self._ema = None if ema_decay is None else EMACallback(self, ema_decay)
         if self._ema is not None:
@@ -130,6 +132,19 @@ class ImageTrainer(NIOTrainer):
                 found = f"{ema_decay} with weights that are sharded over devices"
                 raise ConfigError(Problem("ema_decay", found, "Leave it out, or train with plain data parallelism"))
             self.add_callback(self._ema)
+
+    def _warn_of_short_epochs(self) -> None:
+        """Say that an epoch is one step, as recipes for larger data sets make it."""
+        size = self.get_total_train_batch_size(self.args)
+        if self.args.max_steps > 0 or isinstance(self.data.train, ImageStream) or len(self.data.train) > size:
+            return
+        self._tell(
+            "An epoch is one step: %d images for batches of %d. Lower the batch size (global_batch_size), or train for "
+            "more epochs.",
+            len(self.data.train),
+            size,
+            level=logging.WARNING,
+        )
 
     @property
     def recipe_text(self) -> str | None:
@@ -181,8 +196,6 @@ class ImageTrainer(NIOTrainer):
         """The batch, augmented on the device unless it is to be clean."""
         if self._nio_augment == "clean":
             return batch
-        # The global generators: NIO leaves them as it found them.
-        torch.manual_seed(mixed_seed(self.nio_config.seed, number, 0))
         return self._augmentation(self._prepare_inputs(batch), mix=self._nio_augment == "mixed")
 
     def compute_nio_loss(self, model: nn.Module, inputs: Any) -> torch.Tensor:
@@ -199,6 +212,20 @@ class ImageTrainer(NIOTrainer):
     ) -> torch.Tensor:
         """As in Trainer, on augmented images."""
         return super().training_step(model, self._augmentation(self._prepare_inputs(inputs)), num_items_in_batch)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in Trainer.
+
+        Raises:
+            DataError: for a data set without samples, and one whose samples fill no batch.
+        """
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        if not isinstance(self.data.train, ImageStream) and len(loader) == 0:
+            found = f"true, and {len(self.data.train)} images fill no batch of {self.args.train_batch_size}"
+            raise DataError(
+                Problem("dataloader_drop_last", found, "Leave it out, or lower per_device_train_batch_size")
+            )
+        return loader
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay."""

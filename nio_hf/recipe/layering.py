@@ -75,10 +75,14 @@ def merge(lower: dict[str, Setting], upper: dict[str, Setting]) -> dict[str, Set
     for key, setting in upper.items():
         outer, dot, inner = key.partition(".")
         entries = {inner: setting.value} if dot else setting.value
+        places: dict[str, str] = {}
         if (dot or outer == "model_config") and isinstance(entries, dict):
-            former = merged[outer].value if outer in merged else {}
-            entries = {**(former if isinstance(former, dict) else {}), **entries}
-        merged[outer] = Setting(entries, setting.where)
+            former = merged.get(outer, Setting({}, setting.where))
+            if isinstance(former.value, dict):
+                own = {entry: setting.where if dot else setting.place(entry) for entry in entries}
+                places = {entry: former.place(entry) for entry in former.value} | own
+                entries = {**former.value, **entries}
+        merged[outer] = Setting(entries, setting.where, places)
     return merged
 
 

@@ -257,7 +257,9 @@ def _argument_problem(error: Exception, settings: dict[str, Setting], path: Path
     named = min(places, key=places.__getitem__, default=None)
     where = str(path) if named is None else settings[named].where
     if named in ("bf16", "fp16"):
-        return Problem(where, "this machine has no GPU for it", f"Set {named}: false here, or give --{named} false")
+        # The file of a base is seldom the user's.
+        where = where if where.startswith(("--", f"{path},")) else f"{path}, {named}"
+        return Problem(where, "this machine has no GPU for it", f"Give --{named} false")
     return Problem(where, message, "Correct that setting")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,43 +41,39 @@ def model_problems(model: ModelSettings, settings: dict[str, Setting], path: Pat
         fix = problem.fix if problem.fix != "Remove it" else f"Choose one of {', '.join(architectures)}"
         yield Problem(where, f"{model.model_type!r} is no image classification architecture of transformers", fix)
         return
-    where = settings["model_config"].where if "model_config" in settings else where
-    yield from _config_problems(model, settings, where)
+    config_setting = settings.get("model_config", Setting({}, where))
+    yield from _config_problems(model, settings, dataclasses.replace(config_setting, value=model.model_config))
 
 
-def _config_problems(model: ModelSettings, settings: dict[str, Setting], where: str) -> Iterator[Problem]:
+def _config_problems(model: ModelSettings, settings: dict[str, Setting], config_setting: Setting) -> Iterator[Problem]:
     config_class: type[PreTrainedConfig] = CONFIG_MAPPING[typing.cast(str, model.model_type)]
     known = config_class().to_dict()
     for key in _OURS & model.model_config.keys():
-        yield Problem(_entry(where, key), "is decided by the data set", "Leave it out")
+        yield Problem(config_setting.place(key), "is decided by the data set", "Leave it out")
         return
     channels = model.model_config.get("num_channels", 3)
     if channels != 3:
-        yield Problem(_entry(where, "num_channels"), f"{channels}", "Give 3: all images become RGB")
+        yield Problem(config_setting.place("num_channels"), f"{channels}", "Give 3: all images become RGB")
         return
     unknown = [key for key in model.model_config if key not in known]
     for key in unknown:
-        yield unknown_key(_entry(where, key), key, known)
+        yield unknown_key(config_setting.place(key), key, known)
     if unknown:
         return
     try:
         config = AutoConfig.for_model(typing.cast(str, model.model_type), **model.model_config)
     except (StrictDataclassError, ValueError, TypeError) as error:
-        yield Problem(where, one_line(error), f"Correct it for {config_class.__name__}")
+        named = [key for key in model.model_config if re.search(rf"\b{key}\b", str(error))]
+        yield Problem(_place(config_setting, *named), one_line(error), f"Correct it for {config_class.__name__}")
         return
     own_size = getattr(config, "image_size", None)
     if model.image_size is not None and own_size is not None:
         fix = f"Set image_size in the model_config: {model.model_type} has one there"
         yield Problem(settings["image_size"].where, f"{model.image_size}", fix)
-    yield from _size_problems(config, where)
+    yield from _size_problems(config, config_setting)
 
 
-def _entry(where: str, key: str) -> str:
-    """The place of an entry of model_config, which an override may name already."""
-    return where if where.endswith(f".{key}") else f"{where}.{key}"
-
-
-def _size_problems(config: PreTrainedConfig, where: str) -> Iterator[Problem]:
+def _size_problems(config: PreTrainedConfig, config_setting: Setting) -> Iterator[Problem]:
     """Images that patches do not tile, and feature maps that windows do not tile."""
     image_size: Any = getattr(config, "image_size", None)
     patch_size: Any = getattr(config, "patch_size", None)
@@ -83,11 +81,12 @@ def _size_problems(config: PreTrainedConfig, where: str) -> Iterator[Problem]:
         return
     for key, size in (("image_size", image_size), ("patch_size", patch_size)):
         if size < 1:
-            yield Problem(_entry(where, key), f"{size}", "Give a whole number of at least 1")
+            yield Problem(config_setting.place(key), f"{size}", "Give a whole number of at least 1")
             return
     if image_size % patch_size:
         found = f"image_size {image_size} is no multiple of patch_size {patch_size}"
         smaller = image_size - image_size % patch_size
+        where = _place(config_setting, "image_size", "patch_size")
         yield Problem(where, found, f"Choose e.g. image_size {smaller or patch_size}")
         return
     window: Any = getattr(config, "window_size", None)
@@ -95,8 +94,9 @@ def _size_problems(config: PreTrainedConfig, where: str) -> Iterator[Problem]:
     if not isinstance(window, int) or not isinstance(depths, list | tuple):
         return
     if window < 1:
-        yield Problem(_entry(where, "window_size"), f"{window}", "Give a whole number of at least 1")
+        yield Problem(config_setting.place("window_size"), f"{window}", "Give a whole number of at least 1")
         return
+    where = _place(config_setting, "image_size", "patch_size", "window_size", "depths")
     for stage in range(len(depths)):
         side, odd = divmod(image_size // patch_size, 2**stage)
         if odd:
@@ -111,3 +111,9 @@ def _size_problems(config: PreTrainedConfig, where: str) -> Iterator[Problem]:
             found = f"windows of {window} do not tile the {side} x {side} feature map of stage {stage + 1}"
             yield Problem(where, found, "Choose a window_size or image_size that does: others are padded silently")
             return
+
+
+def _place(config_setting: Setting, *entries: str) -> str:
+    """The place of the entries that a problem is about: the command line, where one of them stands there."""
+    places = [config_setting.place(entry) for entry in entries if entry in config_setting.value]
+    return next((place for place in places if place.startswith("--")), (places or [config_setting.where])[0])

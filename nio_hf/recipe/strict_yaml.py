@@ -24,10 +24,16 @@ class Setting:
     Attributes:
         value: as YAML reads it.
         where: the file, line and key, or the option of the command line.
+        entries: {entry of a mapping: where it was written}, of those that were merged into it one by one.
     """
 
     value: Any
     where: str
+    entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def place(self, entry: str) -> str:
+        """Where an entry of the mapping was written."""
+        return self.entries.get(entry, f"{self.where}.{entry}")
 
 
 class _CoreSchemaLoader(yaml.SafeLoader):

@@ -26,10 +26,13 @@ _NONE = "none"
 def checked(setting: Setting, annotation: Any) -> tuple[Any, Problem | None]:
     """The value for a field, or what is wrong with it.
 
-    A whole number becomes a float where the field is one, and "none" becomes null where the field is no text.
+    A whole number becomes a float where the field is one. "none" becomes null where the field may be null, unless it is
+    a word that it takes: a choice of its own, or one of a list of words (`report_to`).
     """
     members = _members(annotation)
     choices = _choices(members)
+    if setting.value == _NONE and type(None) in members and list[str] not in members and _NONE not in choices:
+        return None, None
     if choices and isinstance(setting.value, str):
         if setting.value in choices:
             return setting.value, None
@@ -37,8 +40,6 @@ def checked(setting: Setting, annotation: Any) -> tuple[Any, Problem | None]:
     if isinstance(setting.value, list):
         return _checked_items(setting, members)
     plain = [get_origin(member) or member for member in members]
-    if setting.value == _NONE and type(None) in plain and str not in plain:
-        return None, None
     if _is_number(setting.value) and float in plain and int not in plain:
         return float(setting.value), None
     if type(setting.value) in plain:
@@ -61,10 +62,13 @@ def _checked_items(setting: Setting, members: list[Any]) -> tuple[Any, Problem |
 
 
 def unknown_key(where: str, key: str, known: Collection[str]) -> Problem:
-    """The problem of a key that does not exist, with the nearest one that does."""
+    """The problem of a key that does not exist, with those that may be meant."""
     longer = [other for other in known if other.endswith(f"_{key}")]
-    near = longer or difflib.get_close_matches(key, list(known), n=1)
-    return Problem(where, f"{key!r} is no known key", f"Did you mean {near[0]!r}?" if near else "Remove it")
+    spelt_out = [other for other in known if key == "".join(word[:1] for word in other.split("_"))]
+    near = [*spelt_out[:1], *longer] or difflib.get_close_matches(key, list(known), n=1)
+    *first, last = map(repr, near or [""])
+    meant = f"Did you mean {', '.join(first)}{' or ' * bool(first)}{last}?"
+    return Problem(where, f"{key!r} is no known key", meant if near else "Remove it")
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -41,7 +41,8 @@ class NIOBatchSampler(Sampler[list[_Draw]]):
     def __init__(self, samples: int, batch_size: int, report_batches: int, further_batches: int, seed: int) -> None:
         if samples < batch_size * (report_batches + 1):
             found = f"{samples} samples for {report_batches} report batches and one more of {batch_size}"
-            raise DataError(Problem("train_dataset", found, "Lower nio_batch_size or nio_report_batches"))
+            fix = f"Lower nio_batch_size to {samples // (report_batches + 1)}, or nio_report_batches"
+            raise DataError(Problem("train_dataset", found, fix))
         self._batch_size = batch_size
         self._batches = report_batches + further_batches
         self._seed = seed

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nio_hf.errors import NIOError, RecipeError
+from nio_hf.errors import NIOError, Problem, RecipeError
 from nio_hf.files import output_errors
 from nio_hf.hub.sharing import shareable
 from nio_hf.recipe.catalog import recipe_name
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import with_values
+from nio_hf.trials.costs import most_steps
 from nio_hf.trials.progress import Progress
 from nio_hf.trials.results import Outcome, Results, locked
 from nio_hf.trials.run import Run, Trial
@@ -84,15 +86,15 @@ class Bench:
         )
 
     def check(self, trials: Iterable[Trial]) -> None:
-        """Find out before the first trial whether the recipe of every arm can be read.
+        """Find out before the first trial whether the recipe of every arm can be read, and its initialisation afforded.
 
         Raises:
             RecipeError: lists what is wrong with each arm.
         """
-        problems = []
+        problems: list[Problem] = []
         for name, trial in {trial.arm.name: trial for trial in trials}.items():
             try:
-                load_recipe(self.recipe, self._overrides(trial))
+                problems += _unaffordable(load_recipe(self.recipe, self._overrides(trial)), trial)
             except NIOError as error:
                 problems += [dataclasses.replace(p, where=f"arm {name}, {p.where}") for p in error.problems]
         if problems:
@@ -179,6 +181,15 @@ class Trials:
         """Whether a run has no diagnostics, which are asked for."""
         outcome = self.outcomes[run]
         return self._bench.diagnostics and not outcome.diagnostics and outcome.error is None
+
+
+def _unaffordable(recipe: Recipe, trial: Trial) -> Iterator[Problem]:
+    """The problem of an initialisation that may take the whole budget."""
+    most = most_steps(recipe.training) or 0.0
+    if trial.cost_share == 1 and math.ceil(most) >= trial.steps:
+        found = f"{trial.steps}, where the initialisation takes up to {most:,.0f} training steps"
+        fix = "Give more steps, or lower nio_budget, nio_search_batches, nio_report_batches or nio_batch_size"
+        yield Problem(f"arm {trial.arm.name}, --steps", found, fix)
 
 
 def _shared_settings(recipe: Recipe, decided: Iterable[str]) -> dict[str, Any]:

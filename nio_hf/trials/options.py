@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.loading import Recipe
 from nio_hf.recipe.strict_yaml import read_overrides
 
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status of a command that SIGTERM ended, as shells count it."""
 GO_ON = "The runs that have ended are kept: the same command goes on."
 """How to go on after Ctrl-C."""
+
+
+@contextlib.contextmanager
+def cleaned_up_at_sigterm() -> Iterator[None]:
+    """Let SIGTERM end what is within the context as an exit does, so that nothing temporary is left behind."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    former = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def check_overrides(overrides: Sequence[str], decided: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ class Progress:
 
     Args:
         title: what is being done.
-        total: number of trials at the most, until [`Progress.expect`] says more.
+        total: number of trials at the least, until [`Progress.expect`] says more.
         table: gives the table.
     """
 

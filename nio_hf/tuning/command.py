@@ -10,7 +10,15 @@ from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.catalog import split_arguments
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.trials.bench import Bench
-from nio_hf.trials.options import GO_ON, check_overrides, directory_beside, merge_problems, read_numbers, steps_of
+from nio_hf.trials.options import (
+    GO_ON,
+    check_overrides,
+    cleaned_up_at_sigterm,
+    directory_beside,
+    merge_problems,
+    read_numbers,
+    steps_of,
+)
 from nio_hf.trials.run import format_number
 from nio_hf.tuning.plan import DECIDED, Plan
 from nio_hf.tuning.report import COLUMNS, rows, sentences, write_report
@@ -63,7 +71,8 @@ def run_tuning(
             raise RecipeError(*problems)
         bench = Bench(name, tuple(overrides), output_dir or directory_beside(recipe, "tune"), jobs)
         bench.check(plan.probes(plan.candidates(recipe), 0))
-        tuned = tune(bench, plan)
+        with cleaned_up_at_sigterm():
+            tuned = tune(bench, plan)
         written = write_report(tuned, bench.directory)
         title = f"Probes of {plan.probe_steps} steps at learning rate {plan.learning_rate:g}"
         shown = [row[:SHOWN] for row in rows(tuned)]

@@ -15,10 +15,10 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast, get_args
 
-from nio_hf.core import expected_cost
 from nio_hf.core.config import Grouping, ObjectiveSetting
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.loading import Recipe
+from nio_hf.trials.costs import most_steps
 from nio_hf.trials.results import Outcome
 from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, WITH_NIO, Arm, Run, Trial, can_be_tried, format_number
 
@@ -38,8 +38,6 @@ DECIDED = {
     "push_to_hub": "Leave it out: trainings of a search are not pushed",
 }
 """{setting of the recipe that a search decides itself: what to do instead}."""
-MANY_GROUPS = 8
-"""Number of groups that the cost beforehand counts with, where there may be more than one."""
 Outcomes = Mapping[Run, Outcome]
 
 
@@ -173,7 +171,4 @@ def tuned_settings(arm: Arm) -> dict[str, Any]:
 
 def initialisation_cost(arm: Arm, recipe: Recipe) -> float:
     """Training steps that the initialisation of a candidate may cost at most."""
-    args, config = recipe.training, recipe.training.to_nio_config()
-    groups = 1 if arm.settings.get("nio_groups", config.groups) == "model" else MANY_GROUPS
-    batches = cast(float, expected_cost(config, groups))
-    return batches * args.nio_batch_size / (args.train_batch_size * args.gradient_accumulation_steps)
+    return cast(float, most_steps(recipe.training, arm.settings.get("nio_groups")))

@@ -72,7 +72,7 @@ def tune(bench: Bench, plan: Plan) -> Tuned:
     title, chance = recipe_name(recipe.path), 100 / len(load_data(recipe).class_names)
     task = {"purpose": "tune", "steps": plan.steps, "probe_steps": plan.probe_steps}
     with Trials(bench, recipe, DECIDED, **task) as trials:
-        total = sum(plan.sizes(len(candidates))) + 2 * plan.verdict_seeds
+        total = sum(plan.sizes(len(candidates)))
         with Progress("Tuning", total, lambda: _table(plan, candidates, trials.outcomes)) as progress:
             progress.say(budget_sentence(plan, candidates, recipe))
             left, rounds = candidates, 0

@@ -164,6 +164,11 @@ def _find(rows: Rows, column: str | None, name: str, kind: _Kind) -> str:
     fix = f"Name one of its columns: {_listed(features)}"
     if name == "imagefolder" and kind.feature_type is datasets.ClassLabel and not candidates:
         fix = "Put the images of each class into a folder of their own"
+        if len(features) > 1:
+            fix = (
+                "Its metadata files replace the names of folders: add a column label to them, name one with "
+                f"label_column, or remove them. Their columns are {_listed(features)}"
+            )
     raise DataError(Problem(kind.key, f"{len(candidates) or 'no'} columns of {kind.what} in {name}", fix))
 
 

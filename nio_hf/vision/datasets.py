@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -127,7 +125,6 @@ def load_image_data(
         evaluation = _labelled(rows, image_column, label_column, class_names, f"{eval_split!r} of {name}")
     if isinstance(train, datasets.Dataset) and isinstance(evaluation, datasets.Dataset):
         _check_classes(train, evaluation, label_column, class_names, name)
-    _report_empty_folders(Path(data_dir if name == "imagefolder" and data_dir is not None else name))
     train = _limited(train, max_train_samples, seed)
     evaluation = _limited(evaluation, max_eval_samples, seed)
     if isinstance(train, datasets.IterableDataset):
@@ -221,13 +218,6 @@ def _check_classes(
         logger.warning("%s has no image of %s: the model cannot learn it.", name, _named(class_names, ~trained))
     if (trained & ~evaluated).any():
         logger.warning("No image to evaluate on of %s.", _named(class_names, trained & ~evaluated))
-
-
-def _report_empty_folders(data_dir: Path) -> None:
-    """Folders without a file are no class; more often than not something is missing."""
-    empty = sorted(folder for folder, folders, files in os.walk(data_dir) if not folders and not files)
-    if empty:
-        logger.warning("No class is made of empty folders: %s.", ", ".join(empty[:_MAX_NAMED]))
 
 
 def _named(class_names: tuple[str, ...], which: Any) -> str:

@@ -15,6 +15,8 @@ from kornia import enhance
 from kornia.geometry.transform import warp_affine
 from torch import Tensor
 
+from nio_hf.vision.sample_random import SampleRandom
+
 _Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(images (n, 3, H, W) in [0, 1], signed strength (n,) in [-1, 1], fill (3,)) to images of the same shape."""
 
@@ -25,6 +27,7 @@ _MAX_TRANSLATION = 0.45
 _MAX_ENHANCEMENT = 0.9
 _MAX_SOLARIZE_ADD = 110.0
 _LEVELS = 10.0
+_COLORS = ("brightness", "contrast", "color")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,31 +63,59 @@ class RandAugment:
         self._prob = prob
         self._fill = fill
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Augmented images (B, 3, H, W) in [0, 1], of images likewise; drawn from torch's CPU generator."""
-        return self.apply(images, self.draw(len(images)))
+    def __call__(self, images: Tensor, random: SampleRandom) -> Tensor:
+        """Augmented images (B, 3, H, W) in [0, 1], of images likewise."""
+        return self.apply(images, self.draw(random))
 
-    def draw(self, batch_size: int) -> Draws:
+    def draw(self, random: SampleRandom) -> Draws:
         """Draw the operations and strengths of B images."""
-        shape = (self._layers, batch_size)
-        operations = torch.randint(len(OPERATIONS), shape)
-        operations = torch.where(torch.rand(shape) < self._prob, operations, -1)
-        magnitudes = (self._magnitude + self._magnitude_std * torch.randn(shape)).clamp(0, _LEVELS)
-        signs = torch.where(torch.rand(shape) < 0.5, -1.0, 1.0)
-        return Draws(operations, magnitudes / _LEVELS * signs)
+        chosen, applied, sign = random.uniform(3 * self._layers).T.chunk(3)
+        operations = torch.where(applied < self._prob, (chosen * len(OPERATIONS)).long(), -1)
+        magnitudes = self._magnitude + self._magnitude_std * random.normal(self._layers).T
+        strengths = magnitudes.clamp(0, _LEVELS) / _LEVELS * torch.where(sign < 0.5, -1.0, 1.0)
+        return Draws(operations, strengths)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        """Apply what was drawn: per layer, each operation at once to all images that drew it."""
-        fill = torch.tensor(self._fill, device=images.device, dtype=images.dtype)
-        for operations, strengths in zip(draws.operations, draws.strengths, strict=True):
-            augmented = images.clone()
-            for number, operation in enumerate(OPERATIONS.values()):
-                chosen = (operations == number).nonzero().flatten()
-                if len(chosen):
-                    rows, strength = chosen.to(images.device), strengths[chosen].to(images.device, images.dtype)
-                    augmented[rows] = operation(images[rows], strength, fill)
-            images = augmented
-        return images
+        """Apply what was drawn."""
+        return apply_operations(images, draws, self._fill)
+
+
+class ColorJitter:
+    """Brightness, contrast and saturation of each image, in a random order, times factors in 1 +- the strength.
+
+    Args:
+        strength: in [0, 1].
+    """
+
+    def __init__(self, strength: float) -> None:
+        self._strength = strength
+
+    def __call__(self, images: Tensor, random: SampleRandom) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] with other colours."""
+        order, factors = random.uniform(2 * len(_COLORS)).chunk(2, dim=1)
+        operations = torch.tensor([list(OPERATIONS).index(name) for name in _COLORS])[order.argsort(dim=1)]
+        strengths = self._strength * (2 * factors - 1) / _MAX_ENHANCEMENT
+        return apply_operations(images, Draws(operations.T, strengths.T), (0.0, 0.0, 0.0))
+
+
+def apply_operations(images: Tensor, draws: Draws, fill: tuple[float, ...]) -> Tensor:
+    """Images (B, 3, H, W) after what was drawn: per layer, each operation at once to all images that drew it.
+
+    Args:
+        images: in [0, 1].
+        draws: of B images.
+        fill: (3,) colour of what comes in from outside the image.
+    """
+    colour = torch.tensor(fill, device=images.device, dtype=images.dtype)
+    for operations, strengths in zip(draws.operations, draws.strengths, strict=True):
+        augmented = images.clone()
+        for number, operation in enumerate(OPERATIONS.values()):
+            chosen = (operations == number).nonzero().flatten()
+            if len(chosen):
+                rows, strength = chosen.to(images.device), strengths[chosen].to(images.device, images.dtype)
+                augmented[rows] = operation(images[rows], strength, colour)
+        images = augmented
+    return images
 
 
 def _auto_contrast(images: Tensor, strength: Tensor, fill: Tensor) -> Tensor:

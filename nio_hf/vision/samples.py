@@ -14,11 +14,14 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from nio_hf.errors import BrokenImageError, DataError, Problem, one_line
 from nio_hf.vision.images import image_digest, read_image
+from nio_hf.vision.sample_random import draw_seed
 
 logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 """Label of a sample that counts neither in the loss nor in the metrics."""
+SEEDS = "seeds"
+"""Key of the seeds of samples, by which they are augmented on the device."""
 Transform = Callable[[list[Image.Image]], list[torch.Tensor]]
 """n RGB images to pixel values (channels, height, width) of each."""
 
@@ -49,18 +52,21 @@ class BrokenImages:
 
 
 def collate_images(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch of samples: `pixel_values` (B, channels, height, width) and `labels` (B,).
+    """A batch of samples: `pixel_values` (B, channels, height, width), `labels` (B,), and `seeds` (B,) where given.
 
     Pixels of Pillow have their channels last in memory, and are copied faster as they lie.
     """
     channels_last = samples[0]["pixel_values"].stride(0) == 1
     order, back = ((1, 2, 0), (0, 3, 1, 2)) if channels_last else ((0, 1, 2), (0, 1, 2, 3))
     pixel_values = default_collate([sample["pixel_values"].permute(order) for sample in samples]).permute(back)
-    return {"pixel_values": pixel_values, "labels": torch.tensor([sample["labels"] for sample in samples])}
+    numbers = [key for key in ("labels", SEEDS) if key in samples[0]]
+    return {"pixel_values": pixel_values, **{key: torch.tensor([sample[key] for sample in samples]) for key in numbers}}
 
 
 class ImageSamples(Dataset[dict[str, Any]]):
     """Samples `{"pixel_values": (channels, height, width), "labels": int}` of a map-style data set.
+
+    With `seeded` a sample also has a seed for what augments it later: `{..., "seeds": int}`.
 
     Args:
         rows: with images that are not decoded.
@@ -71,6 +77,7 @@ class ImageSamples(Dataset[dict[str, Any]]):
         skip_broken: pass over images that cannot be read: while training, the next one that can be read takes its
             place; in evaluation, a black image that does not count.
         replace: whether to replace them by the next.
+        seeded: whether samples have a seed, which torch's CPU generator draws behind the transform.
     """
 
     def __init__(
@@ -83,6 +90,7 @@ class ImageSamples(Dataset[dict[str, Any]]):
         part: str,
         skip_broken: bool = False,
         replace: bool = True,
+        seeded: bool = False,
     ) -> None:
         self._rows = rows
         self._image_column = image_column
@@ -91,6 +99,7 @@ class ImageSamples(Dataset[dict[str, Any]]):
         self._part = part
         self._skip_broken = skip_broken
         self._replace = replace
+        self._seeded = seeded
         self.broken = BrokenImages(len(rows))
 
     def __len__(self) -> int:
@@ -99,17 +108,15 @@ class ImageSamples(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
         image, label = self._read(index, row[self._image_column], row[self._label_column])
-        return {"pixel_values": self._transform([image])[0], "labels": label}
+        return _sample(self._transform([image])[0], label, self._seeded)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The samples at some positions; all are transformed together."""
         rows = self._rows[list(indices)]
         stored = zip(indices, rows[self._image_column], rows[self._label_column], strict=True)
         images, labels = zip(*(self._read(index, image, label) for index, image, label in stored), strict=True)
-        return [
-            {"pixel_values": pixels, "labels": label}
-            for pixels, label in zip(self._transform(list(images)), labels, strict=True)
-        ]
+        transformed = zip(self._transform(list(images)), labels, strict=True)
+        return [_sample(pixels, label, self._seeded) for pixels, label in transformed]
 
     def _read(self, index: int, stored: Any, label: int) -> tuple[Image.Image, int]:
         for position in range(index, index + _MAX_BROKEN_IN_A_ROW):
@@ -138,6 +145,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         classes: number of classes; a label of another one is an error.
         part: name of the part in messages.
         skip_broken: leave images out that cannot be read.
+        seeded: as in [`ImageSamples`].
     """
 
     def __init__(
@@ -150,6 +158,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         classes: int,
         part: str,
         skip_broken: bool = False,
+        seeded: bool = False,
     ) -> None:
         self._rows = rows
         self._image_column = image_column
@@ -158,6 +167,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         self._classes = classes
         self._part = part
         self._skip_broken = skip_broken
+        self._seeded = seeded
         self.broken = BrokenImages(_STREAM_SLOTS)
 
     def set_epoch(self, epoch: int) -> None:
@@ -183,7 +193,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
             if not isinstance(label, int) or not 0 <= label < self._classes:
                 found = f"label {label!r}, there are {self._classes} classes counted from 0"
                 raise DataError(Problem(name, found, "Correct the labels, or set num_classes"))
-            yield {"pixel_values": self._transform([image])[0], "labels": label}
+            yield _sample(self._transform([image])[0], label, self._seeded)
 
     def _readable_rows(self) -> Iterator[dict[str, Any]]:
         try:
@@ -192,6 +202,11 @@ class ImageStream(IterableDataset[dict[str, Any]]):
             found = f"cannot be read on: {one_line(error)}"
             fix = "Check the files that it is read from, and the labels in them"
             raise DataError(Problem(f"the {self._part} stream", found, fix)) from error
+
+
+def _sample(pixels: torch.Tensor, label: int, seeded: bool) -> dict[str, Any]:
+    sample = {"pixel_values": pixels, "labels": label}
+    return {**sample, SEEDS: draw_seed()} if seeded else sample
 
 
 def _stream_slot(stored: Any) -> int:

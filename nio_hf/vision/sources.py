@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from nio_hf.errors import DataError, Problem, one_line
+from nio_hf.vision.folders import find_image_folder
 
 DIGITS = "digits"
 _FORMATS = ("imagefolder", "parquet", "webdataset")
@@ -38,7 +39,7 @@ def load_splits(
         streaming: do not download or convert anything beforehand.
 
     Raises:
-        DataError: for a data set that cannot be loaded.
+        DataError: for a data set that cannot be loaded, and a folder of images whose classes cannot be known.
     """
     if name == DIGITS:
         rows = digits()
@@ -46,13 +47,19 @@ def load_splits(
     if name in _FORMATS and data_dir is None and data_files is None:
         found = f"{name!r} without data_dir or data_files"
         raise DataError(Problem("dataset_name", found, "Give one of them with it"))
+    loader, directory, files = name, data_dir, data_files
+    local = find_image_folder(name, data_dir) if data_files is None else None
+    if local is not None:
+        key, folder = local
+        folder.check(key)
+        loader, directory, files = "imagefolder", None, folder.data_files()
     try:
         splits: Mapping[str, Rows] = datasets.load_dataset(
-            name,
+            loader,
             config_name,
             revision=revision,
-            data_dir=data_dir,
-            data_files=data_files,
+            data_dir=directory,
+            data_files=files,
             streaming=streaming,
         )
     except Exception as error:  # `datasets` hands on what readers of files and networks raise

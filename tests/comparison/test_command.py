@@ -137,11 +137,45 @@ def test_killed_and_started_again_it_goes_on_and_counts_nothing_twice(tmp_path: 
     assert len(runs) == len(set(runs)) == 6
 
 
+@pytest.mark.slow
+def test_sigterm_leaves_no_temporary_folder(tmp_path: Path) -> None:
+    arguments = ["--arms", "no_warmup", "--learning_rates", "1e-3", "--no_verdict"]
+    command = _command(tmp_path, *arguments)
+    command[command.index("8")] = "100000"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.monotonic() + 240
+        while not (begun := list(tmp_path.glob("runs/.nio-trial-*"))) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.terminate()
+        process.wait(60)
+    assert begun
+    assert process.returncode == 128 + signal.SIGTERM
+    assert [path.suffix for path in (tmp_path / "runs").iterdir()] == [".log"]
+
+
+def test_an_initialisation_that_costs_the_budget_is_refused_before_the_first_run(tmp_path: Path) -> None:
+    short = ["--steps", "4", "--warmup_ratios", "0.25"]
+    status, output = _compare(*SMALL, *short, "--output_dir", str(tmp_path))
+    assert status == 2
+    found = " ".join(output.split())
+    assert "arm nio, --steps: 4, where the initialisation takes up to 5 training steps. Give more steps" in found
+    assert not (tmp_path / RESULTS_NAME).exists()
+
+
+def test_what_is_wrong_with_arms_and_numbers_is_reported_at_once(tmp_path: Path) -> None:
+    options = ["--arms", "nioo", "--seeds", "0", "--learning_rates", "fast"]
+    status, output = _compare("--output_dir", str(tmp_path), *options)
+    assert status == 2
+    for found in ("'nioo' is no known arm", "--seeds: 0", "'fast' is no number"):
+        assert found in " ".join(output.split())
+    assert "no no_warmup" not in output
+
+
 def test_what_is_wrong_with_a_run_is_told_without_a_traceback(tmp_path: Path) -> None:
-    arguments = ["--arms", "nio", "--learning_rates", "1e-3", "--seeds", "1", "--no_verdict", "--nio_sub_batches", "8"]
+    arguments = ["--arms", "lsuv", "--learning_rates", "1e-3", "--seeds", "1", "--no_verdict", "--nio_sub_batches", "8"]
     command = _command(tmp_path, *arguments)
     command[command.index("8")] = "1"
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "run selection-nio-lr0.001-s0, --steps: the initialisation costs" in done.stderr
+    assert "run selection-lsuv-lr0.001-s0, --steps: the initialisation costs" in done.stderr
     assert "Traceback" not in done.stderr

@@ -94,3 +94,10 @@ def test_the_verdict_is_on_seeds_that_the_choice_has_not_seen() -> None:
     assert settings["warmup_steps"] == 10
     assert "eval_from_train" not in settings
     assert made.trials(made.grid())[0].settings["eval_from_train"] is True
+
+
+def test_the_runs_that_are_counted_to_are_those_of_the_grid_and_of_the_choices() -> None:
+    made = plan(verdict_seeds=5)
+    choices = [Choice(arm.name, 1e-3, made.ratios(arm)[0], 50.0) for arm in made.arms]
+    assert made.least_runs() == len({*made.grid(), *made.verdict_runs(choices)}) == 24 + 15
+    assert plan(verdict_seeds=0).least_runs() == 24

@@ -63,6 +63,17 @@ def test_a_step_is_the_same_however_its_samples_are_accumulated(samples: int, im
         assert loss == pytest.approx(found[0][1], rel=1e-5)
 
 
+def test_a_step_is_augmented_the_same_however_its_samples_are_accumulated(images: Path, tmp_path: Path) -> None:
+    unmixed = ["--mixup_alpha", "0", "--cutmix_alpha", "0", "--nio", "false", "--optim", "sgd"]
+    found = []
+    for size in (12, 4, 1):
+        options = [*unmixed, "--max_steps", "3", "--global_batch_size", "12", "--logging_steps", "3"]
+        trainer = trainer_of(tmp_path / str(size), images, *options, "--per_device_train_batch_size", str(size))
+        trainer.train()
+        found.append(trainer.state.log_history[0]["loss"])
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-5)
+
+
 def test_the_last_samples_of_an_epoch_weigh_as_much_as_the_first(images: Path, tmp_path: Path) -> None:
     # 36 samples: accumulated in batches of 8 the fifth batch has 4, and all 36 make one step.
     options = [*PLAIN, "--max_steps", "-1", "--num_train_epochs", "1"]
@@ -74,6 +85,15 @@ def test_the_last_samples_of_an_epoch_weigh_as_much_as_the_first(images: Path, t
         trainer.train()
         assert trainer.state.global_step == 1
     torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "options", "warned"), [(36, [], True), (35, [], False), (64, ["3"], False)])
+def test_an_epoch_of_one_step_is_reported(
+    size: int, options: list[str], warned: bool, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps = ["--max_steps", *(options or ["-1"])]
+    trainer_of(tmp_path, images, *PLAIN, *steps, "--per_device_train_batch_size", str(size))
+    assert (f"An epoch is one step: 36 images for batches of {size}." in caplog.text) == warned
 
 
 def test_smoothing_and_augmentation_are_of_training_only(images: Path, tmp_path: Path) -> None:
@@ -188,6 +208,13 @@ def test_resuming_with_an_average_that_was_not_saved_is_refused(images: Path, tm
     resumed = trainer_of(tmp_path, images, *options[:-2], "--max_steps", "3", "--ema_decay", "0.9")
     with pytest.raises(CheckpointError, match="no average of the weights"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-2"))
+
+
+def test_too_few_images_for_nio_are_met_with_the_largest_batch_that_fits(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"36 samples for 2 report batches .* Lower nio_batch_size to 12, or"):
+        trainer_of(tmp_path / "64", images, "--nio_batch_size", "64", "--nio_report_batches", "2").train()
+    loader = trainer_of(tmp_path / "12", images, "--nio_batch_size", "12", "--nio_report_batches", "2")
+    assert len(next(iter(loader.get_nio_dataloader()))["labels"]) == 12
 
 
 def test_weight_decay_of_the_optimiser_is_that_of_the_recipe(images: Path, tmp_path: Path) -> None:

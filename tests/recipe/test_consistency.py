@@ -170,5 +170,5 @@ def test_an_argument_that_needs_a_gpu_says_what_to_do(tmp_path: Path) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(RecipeError, match=r"line 4, bf16: this machine has no GPU for it\. Set bf16: false here"):
+    with pytest.raises(RecipeError, match=r"line 4, bf16: this machine has no GPU for it\. Give --bf16 false"):
         load_recipe(write(tmp_path, MINIMAL + "bf16: true\n"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from nio_hf.errors import RecipeError
 from nio_hf.recipe.catalog import DEFAULT_RECIPE, find_recipe, recipe_names, split_arguments
@@ -102,6 +103,47 @@ def test_no_bound_is_null_or_none(tmp_path: Path) -> None:
 def test_what_does_not_go_together_is_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(_write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"depths": "abc", "embed_dim": "48"}, "--model_config.depths: Validation error for field 'depths'"),
+        ({"embed_dim": "48", "depths": "[2,2,2,2,2]"}, "--model_config.depths: windows of 4 are larger"),
+        ({"depths": "[2,2,2,2,2]", "embed_dim": "48"}, "--model_config.depths: windows of 4 are larger"),
+        ({"window_size": "3", "embed_dim": "48"}, "--model_config.window_size: windows of 3 do not tile"),
+        ({"patch_size": "0", "embed_dim": "48"}, "--model_config.patch_size: 0"),
+        ({"depts": "[2]", "embed_dim": "48"}, "--model_config.depts: 'depts' is no known key"),
+    ],
+)
+def test_an_entry_of_the_model_is_named_whatever_stands_behind_it(entries: dict[str, str], message: str) -> None:
+    options = [part for key, value in entries.items() for part in (f"--model_config.{key}", value)]
+    with pytest.raises(RecipeError) as raised:
+        load_recipe("swin-tiny/cifar10/nio", ["--use_cpu", "true", *options])
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ([], "/nio.yaml, bf16: this machine has no GPU for it. Give --bf16 false."),
+        (["--bf16", "true"], "--bf16: this machine has no GPU for it. Give --bf16 false."),
+    ],
+)
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_bf16_without_a_gpu_says_what_to_give_and_names_no_file_of_a_base(option: list[str], message: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        load_recipe("swin-small/imagenet-1k/nio", option)
+    assert str(raised.value).endswith(message)
+
+
+@pytest.mark.parametrize(
+    "key", ["nio_seed_optimizer", "optimizer", "eval_split", "resume_from_checkpoint", "nio_gamma"]
+)
+def test_none_is_null_wherever_null_is_allowed(key: str) -> None:
+    recipe = load_recipe("vit-tiny/digits/nio", [f"--{key}", "none", "--report_to", "none"])
+    holders = (recipe.training, recipe.data, recipe.optimization)
+    assert next(getattr(holder, key) for holder in holders if hasattr(holder, key)) is None
 
 
 def test_a_recipe_that_does_not_exist_is_shown_a_near_one() -> None:

@@ -27,7 +27,11 @@ class Strategy(enum.Enum):
         (None, float | None, None),
         ("none", float | None, None),
         ("none", list[float] | None, None),
-        ("none", str | None, "none"),
+        ("none", str | None, None),
+        ("none", Literal["radam"] | None, None),
+        ("none", Literal["none", "resized"] | None, "none"),
+        ("none", str, "none"),
+        ("none", None | str | list[str], "none"),
         (True, bool, True),
         ("x", str, "x"),
         ("no", Strategy | str, "no"),
@@ -76,3 +80,16 @@ def test_an_unknown_key_is_shown_the_nearest_one() -> None:
         unknown_key("--train_batch_size", "train_batch_size", ["nio_batch_size", "per_device_train_batch_size"])
     )
     assert found.endswith("Did you mean 'per_device_train_batch_size'?")
+
+
+@pytest.mark.parametrize(
+    ("key", "fix"),
+    [
+        ("batch_size", "Did you mean 'global_batch_size', 'per_device_train_batch_size' or 'nio_batch_size'?"),
+        ("lr", "Did you mean 'learning_rate' or 'nio_lr'?"),
+        ("wd", "Did you mean 'weight_decay'?"),
+    ],
+)
+def test_all_keys_that_may_be_meant_are_named(key: str, fix: str) -> None:
+    known = ["learning_rate", "global_batch_size", "per_device_train_batch_size", "weight_decay", "nio_batch_size"]
+    assert unknown_key("x", key, [*known, "nio_lr"]).fix == fix

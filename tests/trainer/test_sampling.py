@@ -81,7 +81,7 @@ def test_batches_are_fetched_whole_where_nothing_is_drawn_and_by_sample_where_it
 
 
 def test_too_little_data_is_refused_with_the_numbers() -> None:
-    message = r"23 samples for 2 report batches and one more of 8\. Lower nio_batch_size or nio_report_batches"
+    message = r"23 samples for 2 report batches and one more of 8\. Lower nio_batch_size to 7, or nio_report_batches"
     with pytest.raises(DataError, match=message):
         NIOBatchSampler(23, 8, 2, 1, seed=0)
 

@@ -42,3 +42,16 @@ def test_an_option_of_a_method_is_changed_beside_the_others_of_its_arm(tmp_path:
     made = plan(arms=(arm,), verdict_seeds=0)
     order = Bench(RECIPE, (), tmp_path).order_for(made.trials(made.grid())[0])
     assert load_recipe(RECIPE, order.overrides).training.nio_method_kwargs == {"iterations": 60, "lr": 0.03}
+
+
+@pytest.mark.parametrize(("steps", "refused"), [(25, True), (26, False)])
+def test_an_arm_whose_initialisation_may_cost_the_whole_budget_is_refused(
+    steps: int, refused: bool, tmp_path: Path
+) -> None:
+    made = plan(steps=steps, warmup_ratios=(0.1,))
+    bench = Bench(RECIPE, (), tmp_path)
+    if not refused:
+        bench.check(made.trials(made.grid()))
+        return
+    with pytest.raises(RecipeError, match=r"^arm nio, --steps: 25, where the initialisation takes up to 25 training"):
+        bench.check(made.trials(made.grid()))

@@ -14,6 +14,7 @@ from nio_hf.vision.augmentation import BatchAugmentation
 from nio_hf.vision.mixing import Mixing
 from nio_hf.vision.processors import PixelFormat
 from nio_hf.vision.rand_augment import RandAugment
+from nio_hf.vision.sample_random import SampleRandom
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PIXELS = PixelFormat(16, 16, MEAN, STD, Image.Resampling.BILINEAR, keeps=True)
@@ -115,6 +116,32 @@ def test_a_second_augmentation_of_the_same_settings_draws_the_same() -> None:
         torch.manual_seed(3)
         found.append(BatchAugmentation(PIXELS, **EVERYTHING)(batch())["pixel_values"])
     assert torch.equal(found[0], found[1])
+
+
+def test_a_sample_is_augmented_by_its_seed_whatever_batch_and_process_it_is_in() -> None:
+    augmentation = BatchAugmentation(PIXELS, **{**EVERYTHING, "mixing": None})
+    given = {**batch(12), "seeds": torch.arange(100, 112)}
+    together = augmentation(given)
+    assert "seeds" not in together
+    for rows in (slice(0, 4), slice(4, 12), slice(7, 8)):
+        torch.manual_seed(rows.start)
+        alone = augmentation({key: value[rows] for key, value in given.items()})["pixel_values"]
+        torch.testing.assert_close(alone, together["pixel_values"][rows])
+    other = augmentation({**given, "seeds": torch.arange(12)})["pixel_values"]
+    assert ((other - together["pixel_values"]).abs().flatten(1).amax(1) > 1e-3).all()
+
+
+def test_a_batch_is_mixed_by_the_seed_of_its_first_sample_and_the_state_of_torch_left_alone() -> None:
+    augmentation = BatchAugmentation(PIXELS, **EVERYTHING)
+    given = {**batch(), "seeds": torch.arange(8)}
+    before = torch.get_rng_state()
+    first = augmentation(given)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    again = augmentation(given)
+    assert torch.equal(first["pixel_values"], again["pixel_values"])
+    assert torch.equal(first["labels"], again["labels"])
+    assert not torch.equal(augmentation({**given, "seeds": torch.arange(1, 9)})["labels"], first["labels"])
 
 
 def test_nothing_is_recorded_for_a_gradient_and_lower_precision_around_changes_nothing() -> None:
@@ -254,7 +281,7 @@ def test_rand_augment_sees_images_in_the_unit_range() -> None:
     seen = []
 
     class Watching(RandAugment):
-        def __call__(self, images: Tensor) -> Tensor:
+        def __call__(self, images: Tensor, random: SampleRandom) -> Tensor:
             seen.append(images.clone())
             return images
 

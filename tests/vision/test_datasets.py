@@ -239,7 +239,7 @@ def test_a_folder_of_images_without_classes_has_no_labels(tmp_path: Path) -> Non
     for seed in range(5):
         photo(seed).save(tmp_path / f"{seed}.png")
     message = refused("imagefolder", data_dir=str(tmp_path))
-    assert message.startswith("label_column: no columns of class labels in imagefolder. ")
+    assert message.startswith(f"data_dir: '{tmp_path}' has 5 images that are in no folder of a class. Put the images ")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

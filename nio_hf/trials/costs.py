@@ -1,0 +1,28 @@
+"""What an initialisation may cost, known before a trial begins."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from nio_hf.core import expected_cost
+from nio_hf.trainer import NIOTrainingArguments
+from nio_hf.trainer.methods import METHODS
+
+MANY_GROUPS = 8
+"""Number of groups that the cost beforehand counts with, where there may be more than one."""
+
+
+def most_steps(args: NIOTrainingArguments, groups: Any = None) -> float | None:
+    """Training steps that an initialisation may take at most, reports included; None where that is not known.
+
+    Args:
+        args: settings of the training.
+        groups: value of `nio_groups`; None for that of the settings.
+    """
+    if not args.nio:
+        return 0.0
+    config, options = args.to_nio_config(), cast("dict[str, Any] | None", args.nio_method_kwargs)
+    number = 1 if (config.groups if groups is None else groups) == "model" else MANY_GROUPS
+    batches = expected_cost(config, number, METHODS[args.nio_method], options)
+    samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return None if batches is None else batches * args.nio_batch_size / samples

@@ -1,0 +1,183 @@
+"""Folders of images as people have them: what is read as which split, and what hides the classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nio_hf.errors import DataError
+from nio_hf.vision.datasets import ImageData, load_image_data
+from tests.vision.pictures import photo, write_folder
+
+STREAMED = pytest.mark.parametrize("streaming", [False, True])
+
+
+def loaded(root: Path, streaming: bool = False) -> ImageData:
+    return load_image_data("imagefolder", data_dir=str(root), streaming=streaming)
+
+
+def refused(root: Path) -> str:
+    with pytest.raises(DataError) as raised:
+        loaded(root)
+    return str(raised.value)
+
+
+def names(data: ImageData, part: str) -> set[str]:
+    """The folder and name of each image of a part."""
+    return {"/".join(Path(row["image"]["path"]).parts[-2:]) for row in getattr(data, part)}
+
+
+def total(data: ImageData) -> int:
+    return sum(len(list(part)) for part in (data.train, data.evaluation))
+
+
+# What is read
+
+
+@STREAMED
+def test_links_to_the_folders_of_classes_are_followed(streaming: bool, tmp_path: Path) -> None:
+    real = write_folder(tmp_path / "real", "abc")
+    some = write_folder(tmp_path / "some", "d")
+    for name in "abc":
+        (some / name).symlink_to(real / name)
+    data = loaded(some, streaming)
+    assert data.class_names == ("a", "b", "c", "d")
+    assert total(data) == 32
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    (splits / "train").symlink_to(some)
+    (splits / "val").symlink_to(real)
+    data = loaded(splits, streaming)
+    assert data.is_split
+    assert (len(list(data.train)), len(list(data.evaluation))) == (32, 24)
+
+
+def test_a_link_that_leads_back_is_no_class(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "photos")
+    (root / "all").symlink_to(root)
+    assert loaded(root).class_names == ("cat", "dog")
+
+
+@STREAMED
+def test_lists_beside_the_folders_of_classes_are_named_and_are_no_splits(
+    streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_folder(tmp_path / "photos")
+    for name in ("train.txt", "test.txt", "classes.txt"):
+        (root / name).write_text("cat/0.png\n")
+    assert total(loaded(root, streaming)) == 16
+    assert "test.txt, train.txt are not read: splits are folders, or given by data_files." in caplog.text
+    assert "classes.txt" not in caplog.text
+
+
+def test_names_of_images_are_no_splits(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "photos")
+    photo(99).save(root / "cat" / "IMG test 1.png")
+    assert total(loaded(root)) == 17
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "vehicles", ["bus", "car", "train"])
+    assert loaded(root).class_names == ("bus", "car", "train")
+    both = tmp_path / "both"
+    for seed, split in enumerate(("train", "val")):
+        write_folder(both / split, ["bus", "test tube", "train"], first_seed=100 * seed)
+    data = loaded(both)
+    assert data.class_names == ("bus", "test tube", "train")
+    assert (len(data.train), len(data.evaluation)) == (24, 24)
+    assert all("/train/" in row["image"]["path"] for row in data.train)
+    assert all("/val/" in row["image"]["path"] for row in data.evaluation)
+
+
+@pytest.mark.parametrize("name", ["Train", "TRAINING", "data-train", "train_2012"])
+def test_a_split_is_known_by_a_word_of_its_name(name: str, tmp_path: Path) -> None:
+    write_folder(tmp_path / "deep" / name)
+    write_folder(tmp_path / "deep" / "Val", first_seed=100)
+    data = loaded(tmp_path)
+    assert data.is_split
+    assert (len(data.train), len(data.evaluation)) == (16, 16)
+
+
+def test_images_outside_of_the_splits_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for seed, name in enumerate(("train", "val", "unsorted")):
+        write_folder(tmp_path / name, first_seed=100 * seed)
+    data = loaded(tmp_path)
+    assert total(data) == 32
+    assert "16 images lie outside of the splits and are not read: in unsorted/cat, unsorted/dog." in caplog.text
+
+
+def test_names_with_the_characters_of_patterns_are_read_as_they_are(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "photos [1]", ["[a]", "b*"])
+    assert total(loaded(root)) == 16
+    write_folder(tmp_path / "photos 1", ["a"])
+    assert loaded(root).class_names == ("[a]", "b*")
+
+
+def test_a_folder_with_many_images_is_listed_by_few_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_folder(tmp_path / "photos")
+    import datasets.data_files
+
+    patterns = []
+    original = datasets.data_files.resolve_pattern
+
+    def counted(pattern: str, *args: object, **kwargs: object) -> list[str]:
+        patterns.append(pattern)
+        return original(pattern, *args, **kwargs)
+
+    monkeypatch.setattr(datasets.data_files, "resolve_pattern", counted)
+    loaded(root)
+    assert len(patterns) == 1
+
+
+# What is refused
+
+
+def test_a_level_too_many_is_named(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            write_folder(tmp_path / split / name, ["images"])
+    message = refused(tmp_path)
+    assert message.startswith(f"data_dir: the images of every class of '{tmp_path}' lie one level too deep, in a ")
+    assert "in a folder 'images': train/cat/images, train/dog/images, val/cat/images" in message
+    assert message.endswith("Move them up, out of 'images': the folder that holds them names their class.")
+
+
+@pytest.mark.usefixtures("given_up_files")
+def test_a_single_class_stray_images_and_metadata_without_labels_have_messages_of_their_own(tmp_path: Path) -> None:
+    single = refused(write_folder(tmp_path / "single", ["cat"]))
+    assert single.startswith("data_dir: all 8 images of ")
+    assert single.endswith("are of one class, 'cat'. Give two classes or more, each in a folder of its own.")
+
+    stray = write_folder(tmp_path / "stray")
+    photo(99).save(stray / "x.png")
+    message = refused(stray)
+    assert message.startswith("data_dir: 1 of 17 images of ")
+    assert "are not in the folder of a class as the others are: x.png. Move them into the folder" in message
+
+    described = write_folder(tmp_path / "described")
+    (described / "metadata.csv").write_text("file_name,text\ncat/0.png,a cat\n")
+    message = refused(described)
+    assert message.startswith("label_column: no columns of class labels in imagefolder. Its metadata files replace ")
+    assert message.endswith("Their columns are image (Image), text (large_string).")
+
+
+def test_all_that_hides_the_classes_is_reported_at_once(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        write_folder(tmp_path / "train" / name, ["images"])
+    write_folder(tmp_path / "val", ["images"])
+    message = refused(tmp_path)
+    assert message.startswith("2 problems:")
+    assert "8 of 24 images" in message
+    assert "val/images/0.png" in message
+    assert "one level too deep" in message
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nio_hf.vision.folders as folders
+
+    def refuse(path: Path) -> None:
+        raise PermissionError("not allowed")
+
+    monkeypatch.setattr(folders.os, "scandir", refuse)
+    assert refused(tmp_path) == f"{tmp_path}: cannot be read: not allowed. Allow to read it, or move it out."
