@@ -91,6 +91,10 @@ class CheckpointError(NIOError, ValueError, RuntimeError):
     """A checkpoint that is incomplete or belongs to another model."""
 
 
+class NoCheckpointError(CheckpointError, FileNotFoundError):
+    """A folder that is no checkpoint, or lacks what makes it one."""
+
+
 class OutputError(NIOError, OSError):
     """An output directory that cannot be written."""
 

@@ -67,6 +67,13 @@ def test_the_list_of_overridden_methods_is_complete() -> None:
     assert found == TRAINER_OVERRIDES.keys()
 
 
+def test_the_readme_counts_them() -> None:
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    for mixin, owner in (("NIOTrainerMixin", "NIO"), ("DurableTrainerMixin", "durable"), ("HubTrainerMixin", "hub")):
+        (row,) = [line for line in readme.splitlines() if line.startswith("| `nio_hf") and f"{mixin}` |" in line]
+        assert row.endswith(f"| {sum(why.startswith(f'{owner}:') for why in TRAINER_OVERRIDES.values())} |")
+
+
 @pytest.mark.parametrize("name", [*TRAINER_OVERRIDES, *TRAINER_CALLS])
 def test_a_method_of_trainer_has_the_parameters_that_are_given(name: str) -> None:
     parameters = list(inspect.signature(getattr(Trainer, name)).parameters)[1:]
@@ -79,7 +86,7 @@ def test_names_of_other_libraries_tell_what_they_are_taken_for(tmp_path: Path) -
     assert model.config._attn_implementation in ("eager", "sdpa")
     assert '"_commit_hash"' in inspect.getsource(PreTrainedConfig)
     assert model._hf_peft_config_loaded is False
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     assert any(hasattr(module, "_gradient_checkpointing_func") for module in model.modules())
     assert isinstance(model, PreTrainedModel)
     assert torch.nn.Linear(1, 1)._compiled_call_impl is None
@@ -130,9 +137,7 @@ def test_the_operation_of_a_node_of_a_graph_is_known() -> None:
 
 
 def test_accelerate_patches_the_forward_of_the_instance_and_keeps_the_original() -> None:
-    model = torch.nn.Linear(1, 1)
-    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
-    assert hasattr(model, "_original_forward")
+    assert "model._original_forward = model.forward" in inspect.getsource(Accelerator.prepare_model)
 
 
 def _defined(tree: ast.AST) -> set[str]:

@@ -25,7 +25,7 @@ OPTIONS = {"resolved", "data", "num_processes", "config_file", "device", "privat
 COMPARE_OPTIONS = {"steps", "arms", "learning_rates", "seeds", "jobs", "warmup_ratios", "arm", "diagnostics"}
 TUNE_OPTIONS = {"steps", "probe_steps", "jobs"}
 OWN_OPTIONS = {"compare": COMPARE_OPTIONS, "tune": TUNE_OPTIONS}
-COMPATIBILITY = "training/test_compatibility.py"
+COMPATIBILITY = "trainer/test_compatibility.py"
 ROWS = {
     "DDP": "distributed/test_strategies.py::test_two_processes_find_the_scales_of_one_and_train",
     "FSDP2": "distributed/test_refusals.py::test_sharded_checkpoints_of_fsdp_are_refused_before_training",

@@ -19,7 +19,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from nio_hf.errors import CheckpointError, OutputError, Problem, one_line
+from nio_hf.errors import CheckpointError, NoCheckpointError, OutputError, Problem, one_line
 from nio_hf.files import sync_directory, sync_file, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -62,14 +62,21 @@ def write_manifest(directory: Path) -> None:
         raise OutputError(Problem(str(directory), str(error), "Free space, then start again")) from error
 
 
-def fault_of(directory: Path) -> str | None:
-    """What makes a sealed folder unusable; None for one that is as it was written."""
+def fault_of(directory: Path, *, may_be_thinned: bool = False) -> str | None:
+    """What makes a sealed folder unusable; None for one that is as it was written.
+
+    Args:
+        directory: that was sealed.
+        may_be_thinned: whether files may have been taken out.
+    """
     manifest = _read(directory)
     if manifest is None:
         return f"{MANIFEST_NAME} is missing or cannot be read: it was not written to its end"
     for name, (size, digest) in manifest[1].items():
         file = directory / name
         try:
+            if not file.exists() and may_be_thinned:
+                continue
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != size:
@@ -100,21 +107,25 @@ def checkpoint_fault(directory: Path) -> str | None:
 
 
 def check_checkpoint(directory: Path, *, verify: bool) -> None:
-    """Refuse a folder that was asked for by name and cannot be used.
+    """Refuse a folder that was asked for by name and cannot be used. Files may have been taken out of it on purpose.
 
     Args:
         directory: that was asked for.
         verify: look at its files, too.
 
     Raises:
-        CheckpointError: with what is wrong.
+        NoCheckpointError: for a folder that is none, or lacks the state of the training.
+        CheckpointError: for files that were changed.
     """
     if not directory.is_dir():
-        raise CheckpointError(Problem("resume_from_checkpoint", f"{str(directory)!r} is no folder", _ANOTHER))
-    fault = checkpoint_fault(directory) if verify else None
+        raise NoCheckpointError(Problem("resume_from_checkpoint", f"{str(directory)!r} is no folder", _ANOTHER))
+    if not (directory / TRAINER_STATE_NAME).is_file():
+        raise NoCheckpointError(Problem(str(directory), f"no {TRAINER_STATE_NAME} in it", _ANOTHER))
+    # One that a callback has moved away has never been sealed.
+    fault = fault_of(directory, may_be_thinned=True) if verify and has_manifest(directory) else None
     if fault is not None:
-        keep = f". To use it as it is now, delete its {MANIFEST_NAME}" if has_manifest(directory) else ""
-        raise CheckpointError(Problem(str(directory), fault, _ANOTHER + keep))
+        fix = f"{_ANOTHER}. To use it as it is now, delete its {MANIFEST_NAME}"
+        raise CheckpointError(Problem(str(directory), fault, fix))
 
 
 def candidates(run_dir: Path) -> list[Path]:

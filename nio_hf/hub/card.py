@@ -185,7 +185,7 @@ def card_metadata(
         datasets=[facts.dataset] if is_on_hub and facts.dataset is not None else None,
         metrics=["accuracy"] if trained and "accuracy" in evaluation_metrics(run) else None,
         model_name=run.name.rpartition("/")[2] if trained else None,
-        eval_results=_eval_results(run, task) or None,
+        eval_results=_eval_results(run, task, (given or {}).get("datasets")) or None,
     )
     for name, value in (given or {}).items():
         known[name] = value
@@ -198,12 +198,14 @@ def evaluation_metrics(run: Run) -> dict[str, float]:
     return {key: value for key, value in metrics.items() if not key.endswith(_NOT_MEASURED)} if run.is_trained else {}
 
 
-def _eval_results(run: Run, task: str | None) -> list[EvalResult]:
-    facts = run.facts
+def _eval_results(run: Run, task: str | None, datasets: Sequence[str] | None = None) -> list[EvalResult]:
+    facts, measured = run.facts, evaluation_metrics(run)
+    # The loss is a result where there is no other.
+    shown = {name: value for name, value in measured.items() if name != "loss"} or measured
     return [
         EvalResult(
             task_type=task or "other",
-            dataset_type=facts.dataset or "unknown",
+            dataset_type=datasets[0] if datasets else facts.dataset or "unknown",
             dataset_name=facts.dataset or "unknown",
             dataset_config=facts.dataset_config,
             dataset_split=facts.dataset_split,
@@ -211,7 +213,7 @@ def _eval_results(run: Run, task: str | None) -> list[EvalResult]:
             metric_name=_METRIC_NAMES.get(key, key),
             metric_value=round(value, 6),
         )
-        for key, value in evaluation_metrics(run).items()
+        for key, value in shown.items()
         if math.isfinite(value)
     ]
 

@@ -172,7 +172,7 @@ def model_folder(directory: Path) -> Path:
     raise CheckpointError(Problem(str(directory), _missing(directory, "model"), _GIVE))
 
 
-def read_run(directory: Path, name: str | None = None) -> Run:
+def read_run(directory: Path, name: str | None = None, progress: TrainerState | None = None) -> Run:
     """What a folder holds of a run: an output directory, a checkpoint, or an initialised checkpoint.
 
     Of an output directory whose training has not come to its end, that is its last checkpoint.
@@ -180,6 +180,7 @@ def read_run(directory: Path, name: str | None = None) -> Run:
     Args:
         directory: that was written.
         name: of the run; None for that of the directory.
+        progress: of the training; None for what the folder says.
 
     Raises:
         CheckpointError: where there is nothing of a run, or a file of it cannot be read.
@@ -187,7 +188,7 @@ def read_run(directory: Path, name: str | None = None) -> Run:
     folder = _described_folder(directory)
     state = read_state(folder) if (folder / STATE_NAME).is_file() else None
     about = _read_json(folder / RUN_NAME) or {}
-    progress = _read_progress(folder / TRAINER_STATE_NAME)
+    progress = progress or _read_progress(folder / TRAINER_STATE_NAME)
     inspection = _read_json(directory / INSPECTION_DIR_NAME / INSPECTION_NAME)
     recipe = folder / RECIPE_NAME
     try:

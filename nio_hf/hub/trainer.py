@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -293,16 +293,19 @@ class HubTrainerMixin(_Base):
             finetuned_from: name of the model that this one was fine-tuned from.
             tasks: identifiers of tasks; the first one counts.
             dataset_tags: names of data sets on the Hub.
-            dataset: the same, where no tags are given.
-            dataset_args: not shown.
+            dataset: names of data sets; the first one counts.
+            dataset_args: of the data sets; the first one counts.
         """
         if self.is_world_process_zero():
             directory = Path(str(self.args.output_dir))
-            self.save_state()
+            directory.mkdir(parents=True, exist_ok=True)
             HubTrainerMixin.describe(self, directory)
-            run = read_run(directory, model_name)
+            run = read_run(directory, model_name, self.state)
+            if dataset is not None:
+                facts = dataclasses.replace(run.facts, dataset=_first(dataset), dataset_config=_first(dataset_args))
+                run = dataclasses.replace(run, facts=facts)
             plots = draw_run(run, directory / PLOTS_DIR_NAME)
-            given = _metadata(language, finetuned_from, tasks, dataset_tags or dataset)
+            given = _metadata(language, finetuned_from, tasks, dataset_tags)
             write_card(run, directory, plots, license_id=license, tags=self._tags(tags), given=given)
 
     def push_to_hub(
@@ -418,10 +421,14 @@ def _metadata(
     language: str | None, base_model: str | None, tasks: str | list[str] | None, datasets: str | list[str] | None
 ) -> dict[str, Any]:
     """The fields of the metadata of a card that the arguments of `create_model_card` give."""
-    task = tasks[0] if isinstance(tasks, list) and tasks else tasks
     names = [datasets] if isinstance(datasets, str) else datasets
-    fields = {"language": language, "base_model": base_model, "pipeline_tag": task, "datasets": names}
+    languages = None if language is None else [language]
+    fields = {"language": languages, "base_model": base_model, "pipeline_tag": _first(tasks), "datasets": names}
     return {name: value for name, value in fields.items() if value}
+
+
+def _first(names: str | list[str] | None) -> str | None:
+    return names[0] if isinstance(names, list) and names else cast(str | None, names or None)
 
 
 def _log_failure(future: Future[Any]) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import collections
 import copy
-from typing import Any, TypeVar
+import inspect
+from typing import Any, TypeVar, cast
 
+import torch
+from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState
 
 T = TypeVar("T")
@@ -17,12 +20,16 @@ _DATA = ("train_dataset", "eval_dataset")
 def copy_apart(trainer: Trainer) -> Trainer:
     """A copy of a Trainer that shares its model, data and settings, and has counts, lists and logs of its own.
 
-    `compute_loss` of a subclass may count tokens, collect metrics or log. Called on the copy, it does so there.
+    `compute_loss` of a subclass may count tokens, collect metrics or log, and so may a `compute_loss_func` that is an
+    object. Called on the copy, it does so there.
     """
     apart = copy.copy(trainer)
     for name, value in vars(trainer).items():
         if name not in _DATA:
             setattr(apart, name, _copied(value, {}))
+    function = trainer.compute_loss_func
+    if function is not None and not isinstance(function, nn.Module) and not inspect.isroutine(function):
+        apart.compute_loss_func = copy.copy(function)
     apart.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     return apart
 
@@ -31,6 +38,8 @@ def _copied(value: T, copies: dict[int, Any]) -> T:
     """A value with its containers copied, and what they hold as it is."""
     if isinstance(value, TrainerState | TrainerControl):
         return copy.copy(value)
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        return cast(T, value.clone())
     if not isinstance(value, _CONTAINERS):
         return value
     if id(value) in copies:

@@ -36,6 +36,7 @@ def check_best_metric(trainer: Trainer) -> None:
 
 
 def _evaluates_by_itself(trainer: Trainer) -> bool:
-    """Whether a class outside of transformers and this package says how models are evaluated."""
+    """Whether something outside of transformers and this package says how models are evaluated."""
     owners = [base for base in type(trainer).__mro__ for name in ("evaluate", "evaluation_loop") if name in vars(base)]
-    return any(not base.__module__.startswith(("transformers.", "nio_hf.")) for base in owners)
+    is_replaced = "evaluate" in vars(trainer)
+    return is_replaced or any(not base.__module__.startswith(("transformers.", "nio_hf.")) for base in owners)

@@ -221,9 +221,10 @@ class NIOTrainerMixin(_Base):
             with `nio_micro_batch_size` the parts of a sub-batch are combined by that weight.
         """
         inputs = _float32(self._prepare_inputs(inputs))
-        function = self.compute_loss_func
+        trainer = self._apart or self
+        function = trainer.compute_loss_func
         if function is None or type(self).compute_loss is not Trainer.compute_loss or "labels" not in inputs:
-            return cast(torch.Tensor, (self._apart or self).compute_loss(model, inputs))
+            return cast(torch.Tensor, trainer.compute_loss(model, inputs))
         # Trainer always tells such a function the number of labels, by which it may divide.
         labels = inputs.pop("labels")
         loss: torch.Tensor = function(model(**inputs), labels, num_items_in_batch=(labels != -100).sum())

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from transformers import set_seed
 
+from nio_hf.errors import NIOError
 from tests.compat.comparing import differences
 from tests.compat.sides import BEHAVIOURS, Behaviour, Nio, Side, plain, with_nio, without_nio
 
@@ -31,7 +32,14 @@ SUBJECTS = (
 for subject in SUBJECTS:
     importlib.import_module(f"tests.compat.behaviours_{subject}")
 
-WITH_NIO = [behaviour for behaviour in BEHAVIOURS if behaviour.nio is not Nio.NOT_RUN]
+ON_PURPOSE = {
+    "weights_of_a_checkpoint_are_edited": "a file that was changed is refused; the message says how to use it",
+    "tags_of_an_older_card": "a card that somebody has written is left as it is",
+}
+"""{behaviour that differs: why}; the README names the others, which no script sees."""
+WITH_NIO = [
+    behaviour for behaviour in BEHAVIOURS if behaviour.nio is not Nio.NOT_RUN and behaviour.name not in ON_PURPOSE
+]
 Expected = Callable[[Behaviour], Any]
 
 
@@ -51,8 +59,10 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
 def test_without_nio_it_does_what_trainer_does(behaviour: Behaviour, expected: Expected, tmp_path: Path) -> None:
     trainers = expected(behaviour)
-    ours = _show(behaviour, without_nio(), tmp_path)
-    _agree(trainers, ours)
+    if behaviour.name in ON_PURPOSE:
+        assert _differs(trainers, behaviour, tmp_path), "it agrees, and can leave the list"
+    else:
+        _agree(trainers, _show(behaviour, without_nio(), tmp_path))
 
 
 @pytest.mark.parametrize("behaviour", WITH_NIO, ids=lambda behaviour: behaviour.name)
@@ -62,6 +72,13 @@ def test_with_nio_it_works(behaviour: Behaviour, expected: Expected, tmp_path: P
     _agree(trainers, ours, alike=behaviour.nio is Nio.ALIKE)
     trained = [trainer for trainer in side.trainers if trainer.state.global_step]
     assert not trained or any(trainer.nio_result is not None for trainer in trained), "NIO did not run"
+
+
+def _differs(trainers: Any, behaviour: Behaviour, folder: Path) -> bool:
+    try:
+        return bool(list(differences(trainers, _show(behaviour, without_nio(), folder))))
+    except NIOError:
+        return True
 
 
 def _show(behaviour: Behaviour, side: Side, folder: Path) -> Any:

@@ -291,11 +291,9 @@ def without_clocks(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def history(trainer: Trainer) -> list[dict[str, Any]]:
-    """The log history; where NIO is on, without the entries of NIO."""
+    """The log history without the entries of NIO."""
     entries = [without_clocks(entry) for entry in trainer.state.log_history]
-    if getattr(trainer.args, "nio", False):
-        entries = [entry for entry in entries if not any(name.startswith("nio") for name in entry)]
-    return entries
+    return [entry for entry in entries if not any(name.startswith("nio") for name in entry)]
 
 
 def outcome(trainer: Trainer) -> dict[str, Any]:

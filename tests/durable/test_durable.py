@@ -651,6 +651,44 @@ def test_a_training_that_goes_on_in_the_same_trainer_logs_nio_once(tmp_path: Pat
     assert sum("nio_grad_cosine_after" in entry for entry in trainer.state.log_history) == 1
 
 
+class ScheduleFree(torch.optim.SGD):
+    """Trains at other weights than it evaluates at, as schedule-free optimizers do."""
+
+    trains = True
+
+    def train(self) -> None:
+        self._shift(True, -1.0)
+
+    def eval(self) -> None:
+        self._shift(False, 1.0)
+
+    @torch.no_grad()
+    def _shift(self, trains: bool, by: float) -> None:
+        if self.trains != trains:
+            for parameter in self.param_groups[0]["params"]:
+                parameter += by
+        self.trains = trains
+
+
+class _OnEvaluate(TrainerCallback):
+    def __init__(self) -> None:
+        self.weights: dict[int, Weights] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.weights[state.global_step] = snapshot(model)
+
+
+def test_what_is_saved_of_a_schedule_free_training_is_what_is_evaluated(tmp_path: Path) -> None:
+    evaluated = _OnEvaluate()
+    trainer = _trainer(tmp_path, callbacks=[evaluated], eval_strategy="steps", eval_steps=2, **SAVING)
+    trainer.optimizer = ScheduleFree(trainer.model.parameters(), lr=0.1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    assert unchanged(evaluated.weights[2], _saved(tmp_path / "checkpoint-2"))
+    assert unchanged(evaluated.weights[4], _saved(tmp_path / "final"))
+    assert not unchanged(evaluated.weights[2], evaluated.weights[4])
+
+
 class _OnTrainBegin(TrainerCallback):
     def __init__(self, action: Callable[[], None]) -> None:
         self._action = action

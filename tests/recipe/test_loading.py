@@ -89,7 +89,7 @@ def test_no_bound_is_null_or_none(tmp_path: Path) -> None:
         (MINIMAL + "model_name_or_path: y\n", "model_type and model_name_or_path: both"),
         ("output_dir: x\nmodel_name_or_path: y\nmodel_config: {a: 1}\n", "given beside model_name_or_path"),
         (MINIMAL.replace("patch_size", "patch_sise"), "'patch_sise' is no known key. Did you mean 'patch_size'?"),
-        (MINIMAL.replace("image_size: 8", "hidden_size: wide"), "line 2, model_config: .*hidden_size"),
+        (MINIMAL.replace("image_size: 8", "hidden_size: wide"), r"line 2, model_config\.hidden_size: .*hidden_size"),
         (MINIMAL + "remove_unused_columns: true\n", "line 4, remove_unused_columns: true"),
         (MINIMAL + "nio_overlap: 1.0\n", "line 4, nio_overlap: 1.0. Give a number in"),
         (MINIMAL + "nio_gamma: -1\n", "line 4, nio_gamma: -1.0. Give a finite number above 0"),

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
 
-from nio_hf import NIOTrainer, NIOTrainerMixin, initialize
+from nio_hf import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments, initialize
 from nio_hf.baselines import METHODS
 from nio_hf.errors import DataError, ModelError, NIOMemoryError, NumericsError, OutputError
 from nio_hf.hub.run_folder import STATE_NAME
@@ -380,6 +380,23 @@ def test_bad_data_leaves_the_model_alone(tmp_path: Path) -> None:
     broken = ToyImages()
     broken.images[:] = float("nan")
     _refused(build("vit"), broken, arguments(tmp_path), NumericsError, "the loss is nan")
+
+
+class OfAnotherProcess(NIOTrainingArguments):
+    """Arguments as a process has them that does not save."""
+
+    @property
+    def should_save(self) -> bool:
+        return False
+
+
+def test_only_the_process_that_saves_describes_a_model(tmp_path: Path) -> None:
+    written = {name: tmp_path / name for name in ("nio_state.json", "nio_run.json", "model.safetensors")}
+    for file in written.values():
+        file.write_text("of rank 0")
+    args = OfAnotherProcess(output_dir=str(tmp_path), use_cpu=True, report_to="none", nio=False)
+    NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages()).save_model()
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(written, "of rank 0")
 
 
 def test_bad_models_are_refused(tmp_path: Path) -> None:
