@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,12 @@ class Preempted(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Names one after the other, with the number of those that are left out beyond `most`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def one_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import nn
 
-from nio_hf.errors import ConfigError, Problem
+from nio_hf.errors import ConfigError, Problem, listed
 
 Kind = Literal["input", "additive", "trunk", "transition", "head", "norm", "bias", "vector"]
 _Pattern = tuple[type[nn.Module], tuple["_Pattern", ...]]
@@ -23,6 +23,7 @@ _Pattern = tuple[type[nn.Module], tuple["_Pattern", ...]]
 _LISTS = (nn.ModuleList, nn.Sequential)
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
+_MOST_NAMED = 2
 _LEAST_MATRICES = 2
 """Number of weight matrices that make an element of a list a block, besides those of the blocks inside it."""
 
@@ -262,7 +263,7 @@ def _match_problem(model: nn.Module, scalable: set[str], expression: str, group:
     if not scalable.isdisjoint(matches):
         return None
     if matches:
-        names = _listing([f"{name} ({_reason(parameters[name])})" for name in matches])
+        names = listed([f"{name} ({_reason(parameters[name])})" for name in matches], _MOST_NAMED)
         found = f"{expression!r} matches only tensors that cannot be scaled: {names}"
         return Problem(_where(group), found, "Match tensors that are trained, used and not all zero")
     return Problem(_where(group), f"{expression!r} matches no parameter", _name_to_match(model, expression))
@@ -290,11 +291,6 @@ def _overlap_problems(grouping: Mapping[str, Sequence[str]]) -> list[Problem]:
     for (first, names), (second, others) in itertools.combinations(grouping.items(), 2):
         shared = sorted(set(names) & set(others), key=names.index)
         if shared:
-            found = f'claims {_listing(shared)}, as the group "{first}" does'
+            found = f'claims {listed(shared, _MOST_NAMED)}, as the group "{first}" does'
             problems.append(Problem(_where(second), found, fix))
     return problems
-
-
-def _listing(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return ", ".join(names[:2]) + more

@@ -1,4 +1,4 @@
-"""Random numbers that NIO draws and training must not miss."""
+"""Random numbers that are drawn beside a training, and that it must not miss."""
 
 from __future__ import annotations
 

@@ -72,7 +72,14 @@ def preempted_at_once(message: str) -> Iterator[None]:
         logger.warning(message)
         raise Preempted(message)
 
-    former = signal.signal(signal.SIGTERM, stop)
+    with sigterm_handled_by(stop):
+        yield
+
+
+@contextlib.contextmanager
+def sigterm_handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Let a handler have SIGTERM within the context; the one that was there before is put back."""
+    former = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
@@ -97,17 +104,13 @@ class PreemptionCallback(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Wait for the signal within the context; the handler that was there before is put back."""
-        former = signal.getsignal(signal.SIGTERM)
-        if former == self._request:
+        """Wait for the signal within the context; one inside of another waits no less."""
+        if signal.getsignal(signal.SIGTERM) == self._request:
             yield
             return
         self.requested = self.stopped = False
-        signal.signal(signal.SIGTERM, self._request)
-        try:
+        with sigterm_handled_by(self._request):
             yield
-        finally:
-            signal.signal(signal.SIGTERM, former)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Have a checkpoint saved and the training stopped, on all processes at once."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from nio_hf.errors import CheckpointError, Problem
+from nio_hf.errors import CheckpointError, Problem, listed
 
 logger = logging.getLogger(__name__)
 
@@ -42,26 +42,24 @@ def restore(directory: Path, model: nn.Module) -> bool:
     fitting = [name for name, shape in shapes.items() if name in own and own[name].shape == shape]
     if not shapes or (not shapes.keys() - own.keys() and not _left_out(fitting, own)):
         return False
-    tensors = find_tensors(directory, model)
-    missing = _left_out(tensors, own)
+    tensors, missing = _tensors_for(model, own, directory)
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        logger.warning("%s does not hold %s%s: they stay as they are.", directory, missing[0], more)
+        logger.warning("%s does not hold %s: they stay as they are.", directory, listed(missing, 1))
     model.load_state_dict(tensors, strict=False)
     return True
 
 
 def restore_all(directory: Path, model: nn.Module) -> bool:
     """Restore every tensor of a model in place; False, with the model as it was, where one is not to be had."""
-    tensors = find_tensors(directory, model)
-    if _left_out(tensors, model.state_dict()):
+    tensors, missing = _tensors_for(model, model.state_dict(), directory)
+    if missing:
         return False
     model.load_state_dict(tensors, strict=False)
     return True
 
 
-def find_tensors(directory: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that fit a model, by the names that they have there.
+def _tensors_for(model: nn.Module, own: dict[str, Tensor], directory: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a checkpoint by the names that they have in a model, and the names that none is found for.
 
     What the stock class of the model converts is taken from `from_pretrained`; what somebody has added to the model or
     replaced in it, from the file by its name.
@@ -69,18 +67,18 @@ def find_tensors(directory: Path, model: nn.Module) -> dict[str, Tensor]:
     Raises:
         CheckpointError: where one that the model would miss has another shape.
     """
-    own = model.state_dict()
     saved: dict[str, Tensor] = {}
     for file in _files(directory):
         saved |= safetensors.torch.load_file(file)
     converted, other_shapes = _converted(directory, model, saved)
     tensors = _fitting(saved, own) | _fitting(converted, own)
-    for name in _left_out(tensors, own):
+    missing = _left_out(tensors, own)
+    for name in missing:
         shape = other_shapes.get(name, saved[name].shape if name in saved else own[name].shape)
         if shape != own[name].shape:
             found = f"holds {name} with shape {tuple(shape)}, the model has {tuple(own[name].shape)}"
             raise CheckpointError(Problem(str(directory), found, "Resume with the model that wrote it"))
-    return tensors
+    return tensors, missing
 
 
 def _files(directory: Path) -> list[Path]:

@@ -8,11 +8,11 @@ import pickle
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -29,6 +29,7 @@ from nio_hf.durable.manifest import (
     rotate,
     write_manifest,
 )
+from nio_hf.durable.mixin import TrainerMixin
 from nio_hf.durable.preemption import PreemptionCallback, SpareWorkers
 from nio_hf.durable.restoring import restore
 from nio_hf.durable.unpickling import weights_only
@@ -40,13 +41,8 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 GO_ON = f"Start again with resume_from_checkpoint={AUTO} to go on."
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class DurableTrainerMixin(_Base):
+class DurableTrainerMixin(TrainerMixin):
     """Checkpoints that survive whatever ends the training: `class MyTrainer(DurableTrainerMixin, Trainer)`.
 
     - `train(resume_from_checkpoint="auto")` goes on from the newest checkpoint that can be used, or begins.
@@ -55,17 +51,11 @@ class DurableTrainerMixin(_Base):
     - `resume_from_checkpoint` and `load_best_model_at_end` restore every tensor, see [`restore`].
     - With `enable_jit_checkpoint`, SIGTERM saves a checkpoint at the end of a step and ends with [`Preempted`].
     - One training at a time writes into an `output_dir`.
-
-    Attributes:
-        preemption: says whether SIGTERM has come; None without `enable_jit_checkpoint`.
-        resumed_from: folder that the last training resumed from; None for one that began.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         handler = signal.getsignal(signal.SIGTERM)
         super().__init__(*args, **kwargs)
-        self.preemption: PreemptionCallback | None = None
-        self.resumed_from: Path | None = None
         self._trial: Any = None
         self._save_total_limit: int | None = None
         self._holds_limit = False
@@ -123,11 +113,14 @@ class DurableTrainerMixin(_Base):
             if self._is_stopped:
                 collective.wait()
                 message = f"SIGTERM: saved and stopped at step {self.state.global_step}. {GO_ON}"
-                self._tell(message, level=logging.WARNING)
+                self._tell(logger, message, level=logging.WARNING)
                 raise Preempted(message)
         if output.global_step == begun_at >= self.state.max_steps:
             self._tell(
-                "%s is the end of that training: it was loaded, nothing was trained.", checkpoint, level=logging.WARNING
+                logger,
+                "%s is the end of that training: it was loaded, nothing was trained.",
+                checkpoint,
+                level=logging.WARNING,
             )
         return output
 
@@ -159,9 +152,11 @@ class DurableTrainerMixin(_Base):
         if found is None and asked is True:
             fix = f"Start without it, or with {AUTO!r}, which begins where there is none"
             raise CheckpointError(Problem(str(self._run_dir), "no checkpoint that can be used", fix))
-        self._tell("Resuming from %s." if found else "No usable checkpoint in %s: beginning.", found or self._run_dir)
+        self._tell(
+            logger, "Resuming from %s." if found else "No usable checkpoint in %s: beginning.", found or self._run_dir
+        )
         if found is not None and not has_manifest(found):
-            self._tell("%s has no manifest: nobody knows whether it is whole.", found, level=logging.WARNING)
+            self._tell(logger, "%s has no manifest: nobody knows whether it is whole.", found, level=logging.WARNING)
         return found
 
     def _check_state_dict_type(self) -> None:
@@ -193,7 +188,9 @@ class DurableTrainerMixin(_Base):
 
     def _hold_limit(self) -> None:
         """Let Trainer delete no checkpoint."""
-        self._save_total_limit, self.args.save_total_limit, self._holds_limit = self.args.save_total_limit, None, True
+        if not self._holds_limit:
+            self._save_total_limit, self._holds_limit = self.args.save_total_limit, True
+            self.args.save_total_limit = None
 
     def _release_limit(self) -> None:
         if self._holds_limit:
@@ -285,18 +282,12 @@ class DurableTrainerMixin(_Base):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
         with Collective.current().together():
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            return restore(Path(checkpoint), cast(nn.Module, model))
+            return restore(Path(checkpoint), self.unwrapped_model)
 
     @property
     def _is_stopped(self) -> bool:
         """Whether SIGTERM has stopped this training."""
         return self.preemption is not None and self.preemption.stopped
-
-    def _tell(self, message: str, *values: Any, level: int = logging.INFO) -> None:
-        """Log a message, on the main process only."""
-        if self.is_world_process_zero():
-            logger.log(level, message, *values)
 
 
 class _SealingCallback(TrainerCallback):

@@ -14,22 +14,21 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from huggingface_hub import CommitInfo
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
 from nio_hf.core import Collective
+from nio_hf.durable.mixin import TrainerMixin
 from nio_hf.errors import ConfigError, HubError, Problem, one_line
 from nio_hf.hub.access import Destination, check_destination
 from nio_hf.hub.background import Background
 from nio_hf.hub.card import CARD_NAME, card_on_hub, write_card
 from nio_hf.hub.push import WAITS, push_command, push_errors, push_folder, tried
 from nio_hf.hub.run_folder import (
-    INIT_DIR_NAME,
-    STATE_NAME,
     changed_arguments,
     describe_run,
     has_weights,
@@ -41,11 +40,6 @@ from nio_hf.report import draw_run
 from nio_hf.report.run import Facts
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
 PLOTS_DIR_NAME = "plots"
 _STAGING_DIR_NAME = "_nio_push"
@@ -119,15 +113,19 @@ def publish(
     )
 
 
-class HubTrainerMixin(_Base):
+class HubTrainerMixin(TrainerMixin):
     """Describes each model that it saves, and pushes it with a card of what it is.
 
     Token, name and permission are checked when the Trainer is made. A push in the middle of a training that fails is
-    a warning; the training goes on. Before the training, `push_to_hub` pushes the initialised checkpoint.
+    a warning; the training goes on.
+
+    Attributes:
+        started_from: name on the Hub of what the model was loaded from, where that is to be told.
     """
 
     hub_model_id: Any
     push_in_progress: Any
+    started_from: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._background = Background("nio-push")
@@ -142,7 +140,7 @@ class HubTrainerMixin(_Base):
 
     def run_facts(self) -> Facts:
         """What is saved with the model of how it came about. Override it where more is known, e.g. of the data."""
-        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model: Any = self.unwrapped_model
         config = model.config if isinstance(model, PreTrainedModel) else None
         info = getattr(self.train_dataset, "info", None)
         return Facts(
@@ -155,7 +153,7 @@ class HubTrainerMixin(_Base):
             arguments=changed_arguments(self.args),
             processes=self.args.world_size,
             device=self.args.device.type,
-            started_from=getattr(self, "started_from", None),
+            started_from=self.started_from,
         )
 
     def describe(self, directory: Path) -> None:
@@ -177,15 +175,9 @@ class HubTrainerMixin(_Base):
             revision=self.args.hub_revision,
         )
 
-    def _folder_to_push(self) -> Path:
-        """The initialised checkpoint before the training, `output_dir` otherwise."""
-        initialised: Path | None = getattr(self, "nio_init_dir", None)
-        if self.state.global_step or initialised is None or getattr(self, "nio_result", None) is None:
-            return Path(str(self.args.output_dir))
-        if not (initialised / STATE_NAME).is_file():
-            fix = "Set nio_save_init=True, or push after the training"
-            raise ConfigError(Problem("push_to_hub", "the initialised checkpoint is not saved", fix))
-        return initialised
+    def folder_to_push(self) -> Path:
+        """The folder that `push_to_hub` pushes. Override it for a model that is in another one than `output_dir`."""
+        return Path(str(self.args.output_dir))
 
     def _push_checkpoint(self, directory: Path) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
@@ -317,7 +309,7 @@ class HubTrainerMixin(_Base):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Push the model with its card: once it is trained `output_dir`, before that the initialised checkpoint.
+        """Push the model with its card, see `folder_to_push`.
 
         Args:
             commit_message: None for one that says what the model is.
@@ -333,15 +325,15 @@ class HubTrainerMixin(_Base):
         Raises:
             HubError: where the push was refused, or failed to the last try; what was saved is whole, and the message
                 has the command that pushes it later.
-            ConfigError: before a training, with `nio_save_init=False`.
+            ConfigError: where there is no model, or none that is saved.
         """
         if self.model is None:
             raise ConfigError(Problem("push_to_hub", "a search leaves no model", "Train the best trial, then push it"))
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None or token is not None or private is not None:
             self.init_hf_repo(token=token, private=private)
-        directory = self._folder_to_push()
-        if directory.name != INIT_DIR_NAME:
+        directory = self.folder_to_push()
+        if directory == Path(str(self.args.output_dir)):
             self.save_model(_internal_call=True)
             self.save_state()
         if not self.is_world_process_zero():
@@ -394,7 +386,7 @@ class _HubCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin a session, and remove what a training that was killed had set aside."""
-        resumed_from = getattr(self._trainer, "resumed_from", None)
+        resumed_from = self._trainer.resumed_from
         former = 0.0 if resumed_from is None else training_seconds(resumed_from)
         self._trainer._sessions = (former, time.perf_counter(), None)
         if state.is_world_process_zero and not self._trainer._pushes:
@@ -412,7 +404,7 @@ class _HubCallback(TrainerCallback):
         """End a session; one that SIGTERM has stopped does not wait for the Hub."""
         former, began, _ = self._trainer._sessions
         self._trainer._sessions = (former, began, time.perf_counter())
-        preemption = getattr(self._trainer, "preemption", None)
+        preemption = self._trainer.preemption
         if preemption is not None and preemption.stopped:
             self._trainer.push_in_progress = None
 

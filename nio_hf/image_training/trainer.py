@@ -26,6 +26,8 @@ from nio_hf.vision.losses import classification_loss
 from nio_hf.vision.metrics import classification_metrics, predictions_and_losses
 from nio_hf.vision.samples import ImageSamples, ImageStream, collate_images
 
+logger = logging.getLogger(__name__)
+
 NIOAugment = Literal["clean", "augmented", "mixed"]
 Samples = ImageSamples | ImageStream
 
@@ -139,6 +141,7 @@ class ImageTrainer(NIOTrainer):
         if self.args.max_steps > 0 or isinstance(self.data.train, ImageStream) or len(self.data.train) > size:
             return
         self._tell(
+            logger,
             "An epoch is one step: %d images for batches of %d. Lower the batch size (global_batch_size), or train for "
             "more epochs.",
             len(self.data.train),

@@ -9,7 +9,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import datasets
 import torch
@@ -38,8 +38,9 @@ from nio_hf.core.initializer import INITIALISED
 from nio_hf.core.memory import is_out_of_memory
 from nio_hf.durable import AUTO, GO_ON, DurableTrainerMixin
 from nio_hf.durable.isolation import isolated_random_state
+from nio_hf.durable.mixin import TrainerMixin
 from nio_hf.durable.preemption import SpareWorkers
-from nio_hf.errors import DataError, ModelError, NIOMemoryError, Preempted, Problem, StoppedError
+from nio_hf.errors import ConfigError, DataError, ModelError, NIOMemoryError, Preempted, Problem, StoppedError
 from nio_hf.files import ensure_writable
 from nio_hf.hub.run_folder import INIT_DIR_NAME, STATE_NAME, State, find_state, read_state, write_state
 from nio_hf.hub.trainer import HubTrainerMixin
@@ -71,13 +72,8 @@ from nio_hf.trainer.seeding import SeedMode, check_seedable, seed_second_moment
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class NIOTrainerMixin(_Base):
+class NIOTrainerMixin(TrainerMixin):
     """NIO for any subclass of [`~transformers.Trainer`], and nothing else.
 
         class MyTrainer(NIOTrainerMixin, SFTTrainer): ...
@@ -126,7 +122,7 @@ class NIOTrainerMixin(_Base):
             Preempted: where SIGTERM ended it, with `enable_jit_checkpoint`.
         """
         collective, model = Collective.current(), self.unwrapped_model
-        preemption = getattr(self, "preemption", None)
+        preemption = self.preemption
         self._warn_of_warmup()
         try:
             with (
@@ -145,7 +141,7 @@ class NIOTrainerMixin(_Base):
                 take_over(replica, model, collective)
         except StoppedError as error:
             message = f"SIGTERM: during NIO, {error.problems[0].found}. {GO_ON}"
-            self._log(message, level=logging.WARNING)
+            self._tell(logger, message, level=logging.WARNING)
             raise Preempted(message) from error
         INITIALISED.add(model)
         self.nio_result = result
@@ -198,11 +194,6 @@ class NIOTrainerMixin(_Base):
     def nio_init_dir(self) -> Path:
         """Where the initialised checkpoint is saved; each trial of a hyper-parameter search has its own."""
         return Path(self._get_output_dir(self._nio_trial)) / INIT_DIR_NAME
-
-    @property
-    def unwrapped_model(self) -> nn.Module:
-        """The model itself, inside of what the training wraps it in."""
-        return cast(nn.Module, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def describe(self, directory: Path) -> None:
         """Write beside a model how NIO initialised it; where it did not, what an earlier run wrote there is removed."""
@@ -274,7 +265,7 @@ class NIOTrainerMixin(_Base):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             # Releases of transformers before 5.19 do not have it.
             multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
-            worker_init_fn=None if getattr(self, "preemption", None) is None else SpareWorkers(None),
+            worker_init_fn=None if self.preemption is None else SpareWorkers(None),
         )
 
     # One run of NIO
@@ -286,14 +277,14 @@ class NIOTrainerMixin(_Base):
             state = load_progress(directory, task) if resume and collective.rank == 0 else None
         state = collective.broadcast_object(state)
         if state is not None:
-            self._log("NIO goes on after %d iterations.", state.iterations)
+            self._tell(logger, "NIO goes on after %d iterations.", state.iterations)
         batches = self._nio_batches()
 
         def save(state: NIOState) -> None:
             if self.args.should_save:
                 save_progress(state, directory, {**task, "data": batches.digest})
 
-        preemption = getattr(self, "preemption", None)
+        preemption = self.preemption
         resumption = Resumption(
             state=state,
             save=save,
@@ -313,7 +304,7 @@ class NIOTrainerMixin(_Base):
             progress.finish(result)
         result = dataclasses.replace(result, message=in_arguments(result.message))
         is_sound = result.status in ("improved", "applied", "changed", "unchanged")
-        self._log("%s", result.message, level=logging.INFO if is_sound else logging.WARNING)
+        self._tell(logger, "%s", result.message, level=logging.INFO if is_sound else logging.WARNING)
         with collective.together():
             if self.args.should_save:
                 self._nio_state = describe_state(replica, result, {**task, "data": batches.digest})
@@ -332,7 +323,7 @@ class NIOTrainerMixin(_Base):
         result = collective.broadcast_object(result)
         if result is not None:
             broadcast(replica, collective)
-            self._log("NIO is finished: taking over %s.", self.nio_init_dir)
+            self._tell(logger, "NIO is finished: taking over %s.", self.nio_init_dir)
         return result
 
     def _nio_task(self, replica: nn.Module, resume: bool) -> Task:
@@ -408,7 +399,8 @@ class NIOTrainerMixin(_Base):
 
     def _warn_of_warmup(self) -> None:
         if self.args.warmup_steps > 0:
-            self._log(
+            self._tell(
+                logger,
                 "NIO and warmup_steps=%s are both on: their effects cannot be told apart. Set warmup_steps=0 to train "
                 "without warmup, or nio=False.",
                 self.args.warmup_steps,
@@ -422,13 +414,8 @@ class NIOTrainerMixin(_Base):
         cost = expected_cost(config, groups, method, self._method_options)
         if cost is not None and method.name != "none":
             size = self.nio_args.nio_batch_size
-            self._log("%s will cost %.0f training steps of %d samples at most.", method.title, cost, size)
+            self._tell(logger, "%s will cost %.0f training steps of %d samples at most.", method.title, cost, size)
         return cost
-
-    def _log(self, message: str, *values: Any, level: int = logging.INFO) -> None:
-        """Log a message, on the main process only."""
-        if self.is_world_process_zero():
-            logger.log(level, message, *values)
 
     # What follows overrides Trainer; _prepare_for_training is private, see nio_hf.private
 
@@ -479,16 +466,16 @@ class NIOTrainerMixin(_Base):
         if not self.nio_args.nio:
             return False
         if resume_from_checkpoint is not None:
-            self._log("NIO is skipped: training resumes from %s.", resume_from_checkpoint)
+            self._tell(logger, "NIO is skipped: training resumes from %s.", resume_from_checkpoint)
             return False
         model, collective = self.unwrapped_model, Collective.current()
         if collective.first(model in INITIALISED):
-            self._log("NIO is skipped: it has initialised this model already. Call run_nio() to run it again.")
+            self._tell(logger, "NIO is skipped: it has initialised this model already. Call run_nio() to run it again.")
             return False
         with collective.together(), gathered(model):
             marked = self.is_world_process_zero() and is_marked(model)
         if collective.first(marked):
-            self._log("NIO is skipped: the model was loaded from an initialised checkpoint.")
+            self._tell(logger, "NIO is skipped: the model was loaded from an initialised checkpoint.")
             if self.is_world_process_zero():
                 self.started_from, self._nio_state = origin_of(model)
             remove_mark(model)
@@ -509,6 +496,19 @@ class NIOTrainer(NIOTrainerMixin, HubTrainerMixin, DurableTrainerMixin, Trainer)
         """Write beside a model how it came about."""
         NIOTrainerMixin.describe(self, directory)
         HubTrainerMixin.describe(self, directory)
+
+    def folder_to_push(self) -> Path:
+        """The initialised checkpoint before the training, `output_dir` otherwise.
+
+        Raises:
+            ConfigError: where the initialised checkpoint is not saved.
+        """
+        if self.state.global_step or self.nio_result is None:
+            return super().folder_to_push()
+        if not (self.nio_init_dir / STATE_NAME).is_file():
+            fix = "Set nio_save_init=True, or push after the training"
+            raise ConfigError(Problem("push_to_hub", "the initialised checkpoint is not saved", fix))
+        return self.nio_init_dir
 
 
 def _float32(value: Any) -> Any:

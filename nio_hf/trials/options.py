@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from nio_hf.durable.preemption import sigterm_handled_by
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.loading import Recipe
 from nio_hf.recipe.strict_yaml import read_overrides
@@ -24,11 +25,8 @@ def cleaned_up_at_sigterm() -> Iterator[None]:
     def end(number: int, frame: object) -> None:
         raise SystemExit(TERMINATED)
 
-    former = signal.signal(signal.SIGTERM, end)
-    try:
+    with sigterm_handled_by(end):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
 
 
 def check_overrides(overrides: Sequence[str], decided: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from nio_hf.errors import DataError, Problem, one_line
+from nio_hf.errors import DataError, Problem, listed, one_line
 from nio_hf.vision.columns import (
     check_labels,
     classes_of,
@@ -222,5 +222,4 @@ def _check_classes(
 
 def _named(class_names: tuple[str, ...], which: Any) -> str:
     names = [repr(name) for name, chosen in zip(class_names, which, strict=True) if chosen]
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return f"class{'es' * (len(names) > 1)} {', '.join(names[:_MAX_NAMED])}{more}"
+    return f"class{'es' * (len(names) > 1)} {listed(names, _MAX_NAMED)}"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder as _Format
 
-from nio_hf.errors import DataError, Problem, one_line
+from nio_hf.errors import DataError, Problem, listed, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -124,14 +124,14 @@ class ImageFolder:
         """
         empty = [str(self.root / folder.name) for folder in self._folders if folder.is_empty]
         if empty:
-            logger.warning("No class is made of empty folders: %s.", _listed(empty))
+            logger.warning("No class is made of empty folders: %s.", listed(empty, _MAX_NAMED))
         if self._outside:
             count = sum(folder.images for folder in self._outside)
-            names = _listed([folder.name or str(self.root) for folder in self._outside])
+            names = listed([folder.name or str(self.root) for folder in self._outside], _MAX_NAMED)
             logger.warning("%d images lie outside of the splits and are not read: in %s.", count, names)
         lists = [f"{folder.name}/{name}".lstrip("/") for folder in self._folders for name in folder.lists]
         if lists:
-            logger.warning("%s are not read: splits are folders, or given by data_files.", _listed(lists))
+            logger.warning("%s are not read: splits are folders, or given by data_files.", listed(lists, _MAX_NAMED))
         if self.images >= _MANY:
             logger.info(
                 "%s: %s files are listed at every start. A Parquet file of their paths avoids that, see the README.",
@@ -158,7 +158,7 @@ class ImageFolder:
         odd = [folder for folder in self._read if len(folder.inner) != level]
         if odd:
             count = total - levels[level]
-            names = _listed([f"{folder.name}/{folder.example}".lstrip("/") for folder in odd])
+            names = listed([f"{folder.name}/{folder.example}".lstrip("/") for folder in odd], _MAX_NAMED)
             found = f"{count} of {total} images of {root!r} are not in the folder of a class as the others are: {names}"
             yield Problem("", found, "Move them into the folder of their class, or out of that folder")
         labels = {folder.parts[-1] for folder in usual}
@@ -166,7 +166,7 @@ class ImageFolder:
             return
         (label,) = labels
         if len({folder.inner[:-1] for folder in usual}) > 1:
-            names = _listed([folder.name for folder in usual])
+            names = listed([folder.name for folder in usual], _MAX_NAMED)
             found = f"the images of every class of {root!r} lie one level too deep, in a folder {label!r}: {names}"
             yield Problem("", found, f"Move them up, out of {label!r}: the folder that holds them names their class")
         else:
@@ -236,8 +236,3 @@ def _walk(
 def _split_named(name: str) -> str | None:
     """The split that is called so."""
     return next((split for split, pattern in _NAMED.items() if pattern.search(name)), None)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return f"{', '.join(names[:_MAX_NAMED])}{more}"
