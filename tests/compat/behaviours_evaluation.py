@@ -12,32 +12,22 @@ from transformers import EvalPrediction
 
 from tests.compat.sides import Nio, Side, behaviour, caught
 from tests.compat.toys import (
-    Images,
+    MODELS,
     Prose,
     Sample,
     Texts,
     accuracy,
     bert,
     checkpoints,
-    gpt2,
     history,
     name_of,
     outcome,
-    perceptron,
-    resnet,
     t5,
-    vit,
     weights,
     without_clocks,
 )
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], type]] = {
-    "bert": (bert, Texts),
-    "gpt2": (gpt2, Prose),
-    "vit": (vit, Images),
-    "resnet": (resnet, Images),
-    "perceptron": (perceptron, Texts),
-}
+EVALUATED = ("bert", "gpt2", "vit", "resnet", "perceptron")
 EVALUATING: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 3}
 
 
@@ -45,7 +35,7 @@ def _evaluated(trainer: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return without_clocks(trainer.evaluate(*args, **kwargs))
 
 
-@behaviour(nio=Nio.SAME, cases=MODELS, nio_cases=("bert", "resnet"))
+@behaviour(nio=Nio.SAME, cases={name: MODELS[name] for name in EVALUATED}, nio_cases=("bert", "resnet"))
 def evaluation_without_training(side: Side, folder: Path, case: tuple[Callable[[], nn.Module], type]) -> Any:
     """The metrics of an untrained model, whose weights are left alone."""
     model, data = case

@@ -12,6 +12,7 @@ from transformers import BertModel, TrainerCallback
 
 from tests.compat.sides import Nio, Side, behaviour, caught
 from tests.compat.toys import (
+    MODELS,
     AtBegin,
     Draws,
     Images,
@@ -24,24 +25,11 @@ from tests.compat.toys import (
     history,
     outcome,
     perceptron,
-    resnet,
-    swinv2,
     t5,
     vit,
     weights,
     without_clocks,
 )
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], type]] = {
-    "bert": (bert, Texts),
-    "gpt2": (gpt2, Prose),
-    "t5": (t5, Prose),
-    "vit": (vit, Images),
-    "swinv2": (swinv2, Images),
-    "resnet": (resnet, Images),
-    "perceptron": (perceptron, Texts),
-}
-
 
 # Weights and logs
 

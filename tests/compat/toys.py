@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,18 @@ class Images(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], type]] = {
+    "bert": (bert, Texts),
+    "gpt2": (gpt2, Prose),
+    "t5": (t5, Prose),
+    "vit": (vit, Images),
+    "swinv2": (swinv2, Images),
+    "resnet": (resnet, Images),
+    "perceptron": (perceptron, Texts),
+}
+"""{name: (what makes a model, the class of its data)}."""
 
 
 class Uneven(Dataset[Sample]):

@@ -25,27 +25,12 @@ from nio_hf.hub import trainer as hub_trainer
 from nio_hf.hub.run_folder import INIT_DIR_NAME, STATE_NAME
 from nio_hf.trainer.checkpoints import PROGRESS_NAME
 from nio_hf.trainer.digests import fingerprint
-from tests.trainer.toys import ToyImages, arguments, build, snapshot, unchanged
+from tests.trainer.toys import InterruptedAfter, Interruption, ToyImages, arguments, build, snapshot, unchanged
 
 Weights = dict[str, torch.Tensor]
 SAVING: dict[str, Any] = {"nio": False, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 FULL = "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
 """What torch.save makes of a full disk, observed on one of 1 MiB."""
-
-
-class Interruption(Exception):  # noqa: N818
-    """What ends a training or a run of NIO in a test."""
-
-
-class InterruptedAfter(TrainerCallback):
-    """Raises at the end of a step, after the save that is due then."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise Interruption
 
 
 class Average(TrainerCallback):

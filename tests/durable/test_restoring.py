@@ -11,25 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from nio_hf import NIOTrainer
 from nio_hf.durable import DurableTrainerMixin
 from nio_hf.durable.restoring import restore, restore_all
-from tests.trainer.toys import CLASSES, ToyImages, arguments, build, snapshot, unchanged
+from tests.trainer.toys import CLASSES, InterruptedAfter, Interruption, ToyImages, arguments, build, snapshot, unchanged
 
 
 class DurableTrainer(DurableTrainerMixin, Trainer):
     """The mixin by itself, without NIO."""
-
-
-class InterruptedAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self._step:
-            raise KeyboardInterrupt
 
 
 def with_own_head(name: str = "vit") -> Any:
@@ -120,7 +111,7 @@ def test_a_training_goes_on_and_loads_its_best_model(kind: str, tmp_path: Path) 
     whole.train()
     first = trainer("run")
     first.add_callback(InterruptedAfter(3))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interruption):
         first.train()
     resumed = trainer("run")
     resumed.train(resume_from_checkpoint=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from nio_hf import NIOTrainingArguments
 from tests.zoo import vision_model
@@ -31,6 +31,21 @@ class ToyImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"pixel_values": self.images[index], "labels": int(self.labels[index])}
+
+
+class Interruption(Exception):  # noqa: N818
+    """What ends a training or a run of NIO in a test."""
+
+
+class InterruptedAfter(TrainerCallback):
+    """Raises at the end of a step, after the save that is due then."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Interruption
 
 
 def build(name: str, **config: Any) -> nn.Module:
