@@ -19,9 +19,8 @@ from nio_hf.hub.run_folder import read_run
 from nio_hf.inspection import run_inspection
 from nio_hf.recipe.loading import load_recipe, recipe_yaml
 from nio_hf.train import initialise, train
-from nio_hf.trainer.checkpoints import load_state
 from nio_hf.trainer.digests import fingerprint
-from tests.trainer.toys import ToyImages, arguments, build
+from tests.trainer.toys import ToyImages, arguments, build, load_state
 
 RECIPE = "vit-tiny/digits/nio"
 SMALL = ["--use_cpu", "true", "--disable_tqdm", "true", "--nio_search_batches", "2", "--max_steps", "4"]

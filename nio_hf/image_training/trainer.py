@@ -19,7 +19,6 @@ from nio_hf.image_training.weight_decay import decayed_parameters
 from nio_hf.report.run import Facts
 from nio_hf.trainer import NIOTrainer, NIOTrainingArguments
 from nio_hf.trainer.arguments import order_seed
-from nio_hf.trainer.checkpoints import Task
 from nio_hf.trainer.sampling import EpochSampler, SeededDataset, SeededStream
 from nio_hf.vision.augmentation import BatchAugmentation
 from nio_hf.vision.losses import classification_loss
@@ -192,8 +191,9 @@ class ImageTrainer(NIOTrainer):
         """The samples of NIO."""
         return self.data.nio
 
-    def _nio_task(self, replica: nn.Module, resume: bool) -> Task:
-        return {**super()._nio_task(replica, resume), "augment": self._nio_augment}
+    def nio_identity(self) -> dict[str, Any]:
+        """How the batches are augmented."""
+        return {"augment": self._nio_augment}
 
     def prepare_nio_batch(self, batch: Any, number: int) -> Any:
         """The batch, augmented on the device unless it is to be clean."""

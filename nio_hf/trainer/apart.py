@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import inspect
+from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState
+
+from nio_hf.core.memory import is_out_of_memory
+from nio_hf.durable.isolation import isolated_random_state
+from nio_hf.errors import NIOMemoryError, Problem
+from nio_hf.trainer.naming import named_as_arguments
 
 T = TypeVar("T")
 
@@ -32,6 +39,28 @@ def copy_apart(trainer: Trainer) -> Trainer:
         apart.compute_loss_func = copy.copy(function)
     apart.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     return apart
+
+
+@contextlib.contextmanager
+def computing_apart(trainer: Trainer) -> Iterator[Trainer]:
+    """What NIO computes within leaves no trace in random numbers, counts and logs; its errors name arguments.
+
+    Yields:
+        The copy of the Trainer whose loss is to be used.
+
+    Raises:
+        NIOError: in the words of the arguments.
+        NIOMemoryError: for an out-of-memory of NIO, which must not shrink the training batch
+            (`auto_find_batch_size`).
+    """
+    with isolated_random_state(trainer.args.device, trainer.train_dataset), named_as_arguments():
+        try:
+            yield copy_apart(trainer)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            fix = "Set nio_micro_batch_size, or lower nio_batch_size"
+            raise NIOMemoryError(Problem("NIO", f"out of memory ({error})", fix)) from error
 
 
 def _copied(value: T, copies: dict[int, Any]) -> T:

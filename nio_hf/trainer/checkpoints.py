@@ -32,12 +32,6 @@ Task = dict[str, Any]
 """What a NIO run was given, in plain values: the same task gives the same scales."""
 
 
-def plain_values(task: Task) -> Task:
-    """A task as it comes back from JSON, so that it equals the one that was written."""
-    values: Task = json.loads(json.dumps(task))
-    return values
-
-
 def is_marked(model: nn.Module) -> bool:
     """Whether the model was loaded from an initialised checkpoint and still has its weights.
 
@@ -165,15 +159,6 @@ def load_initialised(directory: Path, model: nn.Module, task: Task) -> NIOResult
     except CheckpointError as error:
         logger.warning("%s is passed over: %s", directory, error)
         return None
-
-
-def load_state(directory: Path) -> NIOResult:
-    """The result that `save_initialised` wrote.
-
-    Raises:
-        CheckpointError: for a file that is missing, is not JSON, or has another format.
-    """
-    return NIOResult.from_dict(read_state(directory)["result"])
 
 
 def save_progress(state: NIOState, directory: Path, task: Task) -> None:

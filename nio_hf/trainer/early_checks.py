@@ -1,13 +1,22 @@
-"""What can be known to fail before NIO is paid for."""
+"""What can be known to fail, or to be meant otherwise, before NIO is paid for."""
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
-from nio_hf.errors import MetricError, Problem
+from nio_hf.errors import MetricError, ModelError, Problem
+from nio_hf.files import ensure_writable
+from nio_hf.trainer.replica import replica_bytes
+
+if TYPE_CHECKING:
+    from nio_hf.trainer.trainer import NIOTrainerMixin
+
+logger = logging.getLogger(__name__)
 
 _ALWAYS = ("loss", "runtime", "samples_per_second", "steps_per_second")
 
@@ -33,6 +42,35 @@ def check_best_metric(trainer: Trainer) -> None:
     if trainer.compute_metrics is None and own not in _ALWAYS:
         found = f"{metric!r}, without compute_metrics evaluations have {', '.join(_ALWAYS)}"
         raise MetricError(Problem(where, found, "Choose one of these, or give compute_metrics"))
+
+
+def warn_of_warmup(trainer: Trainer) -> None:
+    """Say that the effects of NIO and of warmup cannot be told apart."""
+    if trainer.args.warmup_steps > 0 and trainer.is_world_process_zero():
+        logger.warning(
+            "NIO and warmup_steps=%s are both on: their effects cannot be told apart. Set warmup_steps=0 to train "
+            "without warmup, or nio=False.",
+            trainer.args.warmup_steps,
+        )
+
+
+def check_before_nio(trainer: NIOTrainerMixin, model: nn.Module) -> None:
+    """Refuse a run of NIO that cannot reach the model, or whose checkpoints have no room.
+
+    Raises:
+        ModelError: for a model that DeepSpeed has taken.
+        OutputError: where there is too little room.
+    """
+    args = trainer.args
+    if getattr(trainer, "deepspeed", None) is not None:
+        fix = "Call run_nio() before train(), or leave it to train()"
+        raise ModelError(Problem("model", "DeepSpeed holds a copy of its weights already", fix))
+    if not args.should_save:
+        return
+    copies = float(trainer.nio_args.nio_save_init)
+    if trainer.is_in_train and args.save_strategy != SaveStrategy.NO:
+        copies += 1 if args.save_only_model or "adam" not in args.optim else 3
+    ensure_writable(trainer.nio_init_dir.parent, round(copies * replica_bytes(model)))
 
 
 def _evaluates_by_itself(trainer: Trainer) -> bool:

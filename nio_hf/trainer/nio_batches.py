@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from transformers import Trainer
 
 from nio_hf.errors import DataError, Problem
 from nio_hf.trainer.digests import batch_digest
@@ -32,6 +33,17 @@ class CheckedBatches:
             if self._classes is not None:
                 _check_labels(batch, self._classes, number)
             yield self._prepare(batch, number)
+
+
+def classes_of_labels(trainer: Trainer) -> int | None:
+    """Number of classes that the labels of a Trainer's data can have, where that is known."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    has_own_loss = trainer.compute_loss_func is not None or type(trainer).compute_loss is not Trainer.compute_loss
+    classifies = type(model).__name__.endswith(("ForImageClassification", "ForSequenceClassification"))
+    if has_own_loss or not classifies or not type(model).__module__.startswith("transformers."):
+        return None
+    num_labels: int = model.config.num_labels
+    return num_labels if num_labels > 1 else None
 
 
 def _check_labels(batch: Any, classes: int, number: int) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import MLflowCallback, TensorBoardCallback, WandbCallback
 
 from nio_hf.core.config import is_number
 from nio_hf.core.result import InitResult
+from nio_hf.extras import missing_modules
 from nio_hf.report import plot_history, plot_scales
 from nio_hf.report.tables import markdown_table, scale_table
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _CURVES = ("grad_cosine", "grad_norm", "loss", "objective")
 _PREFIX = "nio"
@@ -73,6 +76,11 @@ def _curves(result: InitResult) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 def _images(result: InitResult) -> Iterator[tuple[str, Image.Image]]:
+    """(name, plot); none without the extra `report`."""
+    if missing_modules("report"):
+        return
+    from PIL import Image
+
     plots = [("history_plot", plot_history), ("scales_plot", plot_scales)]
     for name, draw in plots if result.history else plots[1:]:
         file = io.BytesIO()

@@ -4,69 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer
-from transformers.trainer_utils import SaveStrategy
+from transformers.utils import is_datasets_available
 
 from nio_hf.core import (
-    NIO,
     Collective,
     GradientInspection,
     NIOConfig,
     NIOResult,
-    NIOState,
-    Resumption,
-    expected_cost,
-    find_tensors,
-    initialize,
     inspect_gradients,
     squared_gradients,
 )
 from nio_hf.core.batches import map_tensors
 from nio_hf.core.initializer import INITIALISED
-from nio_hf.core.memory import is_out_of_memory
 from nio_hf.durable import AUTO, GO_ON, DurableTrainerMixin
-from nio_hf.durable.isolation import isolated_random_state
 from nio_hf.durable.mixin import TrainerMixin
 from nio_hf.durable.preemption import SpareWorkers
-from nio_hf.errors import ConfigError, DataError, ModelError, NIOMemoryError, Preempted, Problem, StoppedError
-from nio_hf.files import ensure_writable
-from nio_hf.hub.run_folder import INIT_DIR_NAME, STATE_NAME, State, find_state, read_state, write_state
+from nio_hf.errors import ConfigError, DataError, Preempted, Problem, StoppedError
+from nio_hf.hub.run_folder import INIT_DIR_NAME, STATE_NAME, State, find_state, write_state
 from nio_hf.hub.trainer import HubTrainerMixin
-from nio_hf.trainer.apart import copy_apart
+from nio_hf.trainer.apart import computing_apart
 from nio_hf.trainer.arguments import NIOSettings, check_arguments, order_seed
 from nio_hf.trainer.checkpoints import (
-    PROGRESS_NAME,
-    Task,
-    describe_state,
     is_marked,
-    load_initialised,
-    load_progress,
     origin_of,
-    plain_values,
     remove_mark,
-    save_initialised,
-    save_progress,
 )
-from nio_hf.trainer.digests import batch_digest, fingerprint
-from nio_hf.trainer.early_checks import check_best_metric
-from nio_hf.trainer.methods import METHODS, run_baseline
-from nio_hf.trainer.naming import in_arguments, named_as_arguments
-from nio_hf.trainer.nio_batches import CheckedBatches
-from nio_hf.trainer.progress import NIOProgress
-from nio_hf.trainer.replica import broadcast, gathered, make_replica, replica_bytes, take_over
+from nio_hf.trainer.early_checks import check_before_nio, check_best_metric, warn_of_warmup
+from nio_hf.trainer.methods import METHODS
+from nio_hf.trainer.replica import gathered, make_replica, take_over
 from nio_hf.trainer.reporting import NIOReportCallback
+from nio_hf.trainer.running import NIORun, checked_batches, method_options
 from nio_hf.trainer.sampling import nio_dataloader, seed_everything
 from nio_hf.trainer.seeding import SeedMode, check_seedable, seed_second_moment
 
@@ -86,6 +64,7 @@ class NIOTrainerMixin(TrainerMixin):
     Attributes:
         nio_args: the settings of NIO, of `args` where those have any.
         nio_result: of the last NIO run of this trainer; None before.
+        nio_state: what `nio_state.json` is going to hold of the run that initialised the model; None without one.
         started_from: name on the Hub of the initialised checkpoint that the model was loaded from; None without one.
     """
 
@@ -93,7 +72,7 @@ class NIOTrainerMixin(TrainerMixin):
         check_arguments(args[0] if args else kwargs.get("model"), args[1] if len(args) > 1 else kwargs.get("args"))
         self.nio_result: NIOResult | None = None
         self.started_from: str | None = None
-        self._nio_state: State | None = None
+        self.nio_state: State | None = None
         self._nio_trial: Any = None
         self._resumes_nio = False
         self._apart: Trainer | None = None
@@ -121,23 +100,17 @@ class NIOTrainerMixin(TrainerMixin):
             OutputError: where the disk is full or cannot be written, before NIO starts where that can be known.
             Preempted: where SIGTERM ended it, with `enable_jit_checkpoint`.
         """
-        collective, model = Collective.current(), self.unwrapped_model
-        preemption = self.preemption
-        self._warn_of_warmup()
+        collective, model, preemption = Collective.current(), self.unwrapped_model, self.preemption
+        warn_of_warmup(self)
         try:
             with (
                 contextlib.nullcontext() if preemption is None else preemption.listening(),
                 collective.together(),
-                self._set_apart(),
+                self._computing_apart(),
             ):
-                self._check_before(model)
+                check_before_nio(self, model)
                 replica = make_replica(model, self.args.device, collective)
-                task = self._nio_task(replica, resume)
-                result = self._take_over_finished(replica, task, collective) if resume else None
-                if result is None:
-                    result = self._initialise(replica, task, collective, resume)
-                if collective.size > 1:
-                    collective.check_equal("the initialised weights", fingerprint(replica))
+                result = NIORun(self, replica, collective, resume=resume).carry_out()
                 take_over(replica, model, collective)
         except StoppedError as error:
             message = f"SIGTERM: during NIO, {error.problems[0].found}. {GO_ON}"
@@ -156,7 +129,8 @@ class NIOTrainerMixin(TrainerMixin):
         Raises:
             NIOError: as in [`inspect_gradients`].
         """
-        with self._set_apart(), self._reported("Inspecting") as reported:
+        with self._computing_apart():
+            reported = self._report_batches("Inspecting")
             return inspect_gradients(self.unwrapped_model, reported, self.compute_nio_loss, self.nio_config)
 
     def squared_gradients(self, batches: int | None = None) -> dict[str, torch.Tensor]:
@@ -174,10 +148,10 @@ class NIOTrainerMixin(TrainerMixin):
             NIOError: as in [`squared_gradients`].
         """
         collective, max_norm = Collective.current(), self.args.max_grad_norm
-        with self._set_apart(), self._reported("Squared gradients", batches) as reported, collective.together():
+        with self._computing_apart(), collective.together():
             return squared_gradients(
                 make_replica(self.unwrapped_model, self.args.device, collective),
-                reported,
+                self._report_batches("Squared gradients", batches),
                 self.compute_nio_loss,
                 self.nio_config,
                 training_batch_size=self.get_total_train_batch_size(self.args),
@@ -197,10 +171,26 @@ class NIOTrainerMixin(TrainerMixin):
 
     def describe(self, directory: Path) -> None:
         """Write beside a model how NIO initialised it; where it did not, what an earlier run wrote there is removed."""
-        if self._nio_state is None:
+        if self.nio_state is None:
             (directory / STATE_NAME).unlink(missing_ok=True)
         else:
-            write_state(self._nio_state, directory)
+            write_state(self.nio_state, directory)
+
+    @contextlib.contextmanager
+    def _computing_apart(self) -> Iterator[None]:
+        with computing_apart(self) as self._apart:
+            try:
+                yield
+            finally:
+                self._apart = None
+
+    def _report_batches(self, what: str, batches: int | None = None) -> Iterable[Any]:
+        """The report batches of NIO, behind a progress bar."""
+        count = batches or self.nio_args.nio_report_batches
+        seed_everything(self.nio_config.seed)
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        source = itertools.islice(checked_batches(self), count)
+        return tqdm(source, total=count, desc=what, unit="batch", disable=hidden)
 
     # Loss and data of NIO, to be overridden
 
@@ -234,6 +224,14 @@ class NIOTrainerMixin(TrainerMixin):
         """
         return batch
 
+    def nio_identity(self) -> dict[str, Any]:
+        """What NIO depends on beside weights, data and arguments, in values that JSON can hold.
+
+        Override it where the loss or the batches of NIO depend on settings of your own: `resume_from_checkpoint="auto"`
+        takes over an earlier run of NIO only where all that it depends on is the same.
+        """
+        return {}
+
     def get_nio_dataloader(self) -> DataLoader[Any]:
         """The report batches of NIO, then those that it searches on.
 
@@ -249,7 +247,7 @@ class NIOTrainerMixin(TrainerMixin):
             raise DataError(Problem("train_dataset", "no samples", "Give a data set with samples"))
         # A collator may draw from a generator of its own, which training goes on with.
         collate = copy.deepcopy(self.data_collator)
-        if isinstance(dataset, datasets.Dataset):
+        if _is_table(dataset):
             dataset = self._remove_unused_columns(dataset, description="NIO")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="NIO")
@@ -259,7 +257,7 @@ class NIOTrainerMixin(TrainerMixin):
             collate,
             batch_size=self.nio_args.nio_batch_size,
             report_batches=config.report_batches,
-            further_batches=method.batches(config, method.checked(self._method_options)),
+            further_batches=method.batches(config, method.checked(method_options(self))),
             seed=config.seed,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
@@ -267,155 +265,6 @@ class NIOTrainerMixin(TrainerMixin):
             multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
             worker_init_fn=None if self.preemption is None else SpareWorkers(None),
         )
-
-    # One run of NIO
-
-    def _initialise(self, replica: nn.Module, task: Task, collective: Collective, resume: bool) -> NIOResult:
-        """Run NIO on the replica and save what comes of it."""
-        config, directory = self.nio_config, self.nio_init_dir.parent
-        with collective.together():
-            state = load_progress(directory, task) if resume and collective.rank == 0 else None
-        state = collective.broadcast_object(state)
-        if state is not None:
-            self._tell(logger, "NIO goes on after %d iterations.", state.iterations)
-        batches = self._nio_batches()
-
-        def save(state: NIOState) -> None:
-            if self.args.should_save:
-                save_progress(state, directory, {**task, "data": batches.digest})
-
-        preemption = self.preemption
-        resumption = Resumption(
-            state=state,
-            save=save,
-            every=self.nio_args.nio_save_steps or None,
-            should_stop=lambda: preemption is not None and preemption.requested,
-        )
-        seed_everything(config.seed)
-        method, hidden = METHODS[self.nio_args.nio_method], self.args.disable_tqdm or not self.is_world_process_zero()
-        behind = () if state is None else state.progress.history
-        with NIOProgress(method.title, self._told_cost(replica, config), behind, hidden) as progress:
-            watched: dict[str, Any] = {"on_iteration": progress.advance, "on_trial": progress.tell_trial}
-            given = (replica, batches, self.compute_nio_loss, config)
-            if method is NIO:
-                result = initialize(*given, **watched, collective=collective, resumption=resumption)
-            else:
-                result = run_baseline(method, self._method_options, *given, collective, **watched)
-            progress.finish(result)
-        result = dataclasses.replace(result, message=in_arguments(result.message))
-        is_sound = result.status in ("improved", "applied", "changed", "unchanged")
-        self._tell(logger, "%s", result.message, level=logging.INFO if is_sound else logging.WARNING)
-        with collective.together():
-            if self.args.should_save:
-                self._nio_state = describe_state(replica, result, {**task, "data": batches.digest})
-            if self._nio_state is not None and self.nio_args.nio_save_init:
-                save_initialised(replica, self._nio_state, self.nio_init_dir, self.processing_class, self.describe)
-                (directory / PROGRESS_NAME).unlink(missing_ok=True)
-        return result
-
-    def _take_over_finished(self, replica: nn.Module, task: Task, collective: Collective) -> NIOResult | None:
-        """The result of an earlier run, with its weights in the replica; None where there is none that fits."""
-        result = None
-        with collective.together():
-            if collective.rank == 0:
-                result = load_initialised(self.nio_init_dir, replica, task)
-                self._nio_state = None if result is None else read_state(self.nio_init_dir)
-        result = collective.broadcast_object(result)
-        if result is not None:
-            broadcast(replica, collective)
-            self._tell(logger, "NIO is finished: taking over %s.", self.nio_init_dir)
-        return result
-
-    def _nio_task(self, replica: nn.Module, resume: bool) -> Task:
-        """What NIO is given: weights, settings, and the first batch, which is read beforehand where it is to resume."""
-        config, first = self.nio_config, None
-        if resume and self.is_world_process_zero():
-            seed_everything(config.seed)
-            first = batch_digest(next(iter(self.get_nio_dataloader())))
-        return plain_values(
-            {
-                "weights": fingerprint(replica),
-                "settings": dataclasses.asdict(config),
-                "method": self.nio_args.nio_method,
-                "method_kwargs": self._method_options,
-                "batch_size": self.nio_args.nio_batch_size,
-                "label_smoothing_factor": self.args.label_smoothing_factor,
-                "data": first,
-            }
-        )
-
-    @property
-    def _method_options(self) -> dict[str, Any]:
-        return cast(dict[str, Any], self.nio_args.nio_method_kwargs or {})
-
-    def _nio_batches(self) -> CheckedBatches:
-        return CheckedBatches(self.get_nio_dataloader(), self._classes_of_labels(), self.prepare_nio_batch)
-
-    def _classes_of_labels(self) -> int | None:
-        """Number of classes that labels can have, where that is known."""
-        model: Any = self.unwrapped_model
-        has_own_loss = self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
-        classifies = type(model).__name__.endswith(("ForImageClassification", "ForSequenceClassification"))
-        if has_own_loss or not classifies or not type(model).__module__.startswith("transformers."):
-            return None
-        num_labels: int = model.config.num_labels
-        return num_labels if num_labels > 1 else None
-
-    @contextlib.contextmanager
-    def _set_apart(self) -> Iterator[None]:
-        """Let what NIO computes leave no trace in random numbers, counts and logs; its errors name arguments."""
-        with isolated_random_state(self.args.device, self.train_dataset), named_as_arguments(), _memory_errors():
-            self._apart = copy_apart(self)
-            try:
-                yield
-            finally:
-                self._apart = None
-
-    @contextlib.contextmanager
-    def _reported(self, what: str, batches: int | None = None) -> Iterator[Iterable[Any]]:
-        """The report batches of NIO, behind a progress bar."""
-        count = batches or self.nio_args.nio_report_batches
-        seed_everything(self.nio_config.seed)
-        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        source = itertools.islice(self._nio_batches(), count)
-        yield tqdm(source, total=count, desc=what, unit="batch", disable=hidden)
-
-    def _check_before(self, model: nn.Module) -> None:
-        """Find out before NIO starts what can be known, e.g. whether there is room for what this run is going to save.
-
-        Raises:
-            ModelError: for a model that DeepSpeed has taken.
-            OutputError: where there is too little room.
-        """
-        if getattr(self, "deepspeed", None) is not None:
-            fix = "Call run_nio() before train(), or leave it to train()"
-            raise ModelError(Problem("model", "DeepSpeed holds a copy of its weights already", fix))
-        if not self.args.should_save:
-            return
-        copies = float(self.nio_args.nio_save_init)
-        if self.is_in_train and self.args.save_strategy != SaveStrategy.NO:
-            copies += 1 if self.args.save_only_model or "adam" not in self.args.optim else 3
-        ensure_writable(self.nio_init_dir.parent, round(copies * replica_bytes(model)))
-
-    def _warn_of_warmup(self) -> None:
-        if self.args.warmup_steps > 0:
-            self._tell(
-                logger,
-                "NIO and warmup_steps=%s are both on: their effects cannot be told apart. Set warmup_steps=0 to train "
-                "without warmup, or nio=False.",
-                self.args.warmup_steps,
-                level=logging.WARNING,
-            )
-
-    def _told_cost(self, replica: nn.Module, config: NIOConfig) -> float | None:
-        """Training steps that the run may cost at most, which is also said; None where that is not known."""
-        method = METHODS[self.nio_args.nio_method]
-        groups = len(find_tensors(replica, config.scaled_tensors, config.groups).groups) if method is NIO else 1
-        cost = expected_cost(config, groups, method, self._method_options)
-        if cost is not None and method.name != "none":
-            size = self.nio_args.nio_batch_size
-            self._tell(logger, "%s will cost %.0f training steps of %d samples at most.", method.title, cost, size)
-        return cost
 
     # What follows overrides Trainer; _prepare_for_training is private, see nio_hf.private
 
@@ -445,7 +294,7 @@ class NIOTrainerMixin(TrainerMixin):
         elif resume_from_checkpoint is not None or not self._nio_report.is_of(self.unwrapped_model):
             self._nio_report.forget()
         if resume_from_checkpoint is not None:
-            self._nio_state = find_state(Path(resume_from_checkpoint))
+            self.nio_state = find_state(Path(resume_from_checkpoint))
         # Trackers that were added later must have opened their run before NIO is reported.
         self.remove_callback(self._nio_report)
         self.add_callback(self._nio_report)
@@ -477,7 +326,7 @@ class NIOTrainerMixin(TrainerMixin):
         if collective.first(marked):
             self._tell(logger, "NIO is skipped: the model was loaded from an initialised checkpoint.")
             if self.is_world_process_zero():
-                self.started_from, self._nio_state = origin_of(model)
+                self.started_from, self.nio_state = origin_of(model)
             remove_mark(model)
             INITIALISED.add(model)
             return False
@@ -511,18 +360,15 @@ class NIOTrainer(NIOTrainerMixin, HubTrainerMixin, DurableTrainerMixin, Trainer)
         return self.nio_init_dir
 
 
+def _is_table(dataset: Any) -> bool:
+    """Whether a data set is one of `datasets` with columns, which is not needed for others."""
+    if not is_datasets_available():
+        return False
+    import datasets
+
+    return isinstance(dataset, datasets.Dataset)
+
+
 def _float32(value: Any) -> Any:
     """Inputs with their floating point tensors in fp32, whatever they are nested in."""
     return map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, value)
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Turn an out-of-memory of NIO into ours: it must not shrink the training batch (`auto_find_batch_size`)."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        fix = "Set nio_micro_batch_size, or lower nio_batch_size"
-        raise NIOMemoryError(Problem("NIO", f"out of memory ({error})", fix)) from error

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from nio_hf.hub.run_folder import INIT_DIR_NAME
-from nio_hf.trainer.checkpoints import load_state
 from tests.distributed.launched import PUBLISHED, SCAN, make_trainer
 from tests.distributed.launching import DISTRIBUTED_TYPES, launch, save_model
+from tests.trainer.toys import load_state
 
 STRATEGIES = ["ddp", "fsdp2", "zero2", "zero3"]
 SEARCHES = {"published": PUBLISHED, "scan": SCAN}

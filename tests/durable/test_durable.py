@@ -283,7 +283,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_and_loaded(tmp_path: Path
     assert _steps(tmp_path) == [1, 3]
     resumed = _trainer(tmp_path, **settings)
     resumed.train(resume_from_checkpoint="auto")
-    assert resumed._initial_global_step == 3
+    assert resumed.resumed_from == tmp_path / "checkpoint-3"
     assert _steps(tmp_path) == [1]
     assert unchanged(_saved(tmp_path / "checkpoint-1"), snapshot(resumed.model))
 
@@ -389,7 +389,7 @@ def test_the_room_that_a_training_needs_is_that_of_model_and_optimizer(
     }.items():
         trainer = _trainer(tmp_path / name, max_steps=1, **changes)
         with monkeypatch.context() as patch:
-            target = "nio_hf.trainer.trainer.ensure_writable"
+            target = "nio_hf.trainer.early_checks.ensure_writable"
             patch.setattr(target, lambda folder, size=0, name=name: needed.update({name: size}))
             trainer.train()
     size = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -723,7 +723,7 @@ def _interrupted_in(iteration: int) -> Iterator[None]:
         return core.initialize(*args, on_iteration=watched, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nio_hf.trainer.trainer.initialize", initialize)
+        patch.setattr("nio_hf.trainer.running.initialize", initialize)
         yield
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,8 @@ from torch import nn
 from nio_hf.errors import CheckpointError, OutputError
 from nio_hf.files import ensure_writable
 from nio_hf.hub.run_folder import STATE_NAME, read_state
-from nio_hf.trainer.checkpoints import load_state, plain_values
 from nio_hf.trainer.digests import fingerprint
+from tests.trainer.toys import load_state
 
 
 def test_fingerprint_knows_weights_not_names() -> None:
@@ -52,13 +51,6 @@ def test_a_state_of_a_later_version_is_refused_with_its_format(tmp_path: Path) -
     (tmp_path / STATE_NAME).write_text('{"format": 99}')
     with pytest.raises(CheckpointError, match=r"format 99, known is 3\. Initialise again"):
         read_state(tmp_path)
-
-
-def test_a_task_equals_itself_after_a_trip_through_json() -> None:
-    settings = {"norm_band": (0.8, math.inf), "groups": {"positions": "position"}, "lr": None, "rate": 0.1 + 0.2}
-    task = plain_values({"settings": settings, "batch_size": 64})
-    assert json.loads(json.dumps(task)) == task
-    assert task["settings"] == {**settings, "norm_band": [0.8, math.inf]}
 
 
 def test_a_path_that_is_a_file_is_not_writable(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 from nio_hf import NIOResult, NIOTrainer
 from nio_hf.errors import ModelError
 from nio_hf.hub.run_folder import INIT_DIR_NAME, STATE_NAME
-from nio_hf.trainer.checkpoints import load_state
-from tests.trainer.toys import CLASSES, ToyImages, arguments, build, snapshot, unchanged
+from tests.trainer.toys import CLASSES, ToyImages, arguments, build, load_state, snapshot, unchanged
+from tests.versions import CHECKPOINTING, QUERIES, VALUES, checkpoints_activations
 from tests.zoo import vision_model
 
 Weights = dict[str, torch.Tensor]
@@ -148,8 +148,8 @@ def test_activation_checkpointing_changes_no_scale(
     name: str, settings: dict[str, Any], plain: dict[str, Observed], tmp_path: Path
 ) -> None:
     kwargs = settings or None
-    trainer = _trained(tmp_path, build(name), activation_checkpointing=True, activation_checkpointing_kwargs=kwargs)
-    assert trainer.model.is_activation_checkpointing
+    trainer = _trained(tmp_path, build(name), **{CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": kwargs})
+    assert checkpoints_activations(trainer.model)
     _check(trainer, plain[name])
 
 
@@ -160,7 +160,7 @@ def test_activation_checkpointing_changes_no_scale(
 )
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_reentrant_activation_checkpointing_is_refused(name: str, search: dict[str, Any], tmp_path: Path) -> None:
-    reentrant = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    reentrant = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
     model = build(name)
     before = snapshot(model)
     args = arguments(tmp_path, **search, **reentrant)
@@ -438,7 +438,7 @@ def _saved(model: Any, checkpoint: Path) -> Weights:
 
 def _with_adapters(model: Any, way: str) -> nn.Module:
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
+    config = peft.LoraConfig(target_modules=f".*({QUERIES}|{VALUES})", r=2)
     if way == "add_adapter":
         model.add_adapter(config)
         return model

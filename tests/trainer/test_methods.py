@@ -15,9 +15,8 @@ from nio_hf.errors import ConfigError
 from nio_hf.hub.run_folder import INIT_DIR_NAME, read_run
 from nio_hf.report import draw_run
 from nio_hf.report.page import render_page
-from nio_hf.trainer.checkpoints import load_state
 from nio_hf.trainer.methods import METHODS as ALL_METHODS
-from tests.trainer.toys import ToyImages, arguments, build, snapshot
+from tests.trainer.toys import ToyImages, arguments, build, load_state, snapshot
 
 METHODS_OF_TESTS = sorted(METHODS)
 

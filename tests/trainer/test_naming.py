@@ -15,9 +15,8 @@ from torch import nn
 from nio_hf import NIOTrainer
 from nio_hf.errors import ConfigError, DataError, ModelError, Problem
 from nio_hf.hub.run_folder import STATE_NAME
-from nio_hf.trainer.checkpoints import load_state
 from nio_hf.trainer.naming import in_arguments, named_as_arguments
-from tests.trainer.toys import ToyImages, arguments, build
+from tests.trainer.toys import ToyImages, arguments, build, load_state
 
 
 class TwoScalars(nn.Module):

@@ -19,9 +19,8 @@ from nio_hf import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments, initialize
 from nio_hf.baselines import METHODS
 from nio_hf.errors import DataError, ModelError, NIOMemoryError, NumericsError, OutputError
 from nio_hf.hub.run_folder import STATE_NAME
-from nio_hf.trainer.checkpoints import load_state
 from nio_hf.trainer.digests import fingerprint
-from tests.trainer.toys import ToyImages, arguments, build, snapshot, unchanged
+from tests.trainer.toys import ToyImages, arguments, build, load_state, snapshot, unchanged
 
 
 class Probe(TrainerCallback):

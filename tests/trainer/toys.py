@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 
-from nio_hf import NIOTrainingArguments
+from nio_hf import NIOResult, NIOTrainingArguments
+from nio_hf.hub.run_folder import read_state
 from tests.zoo import vision_model
 
 CLASSES = 5
@@ -31,6 +32,11 @@ class ToyImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"pixel_values": self.images[index], "labels": int(self.labels[index])}
+
+
+def load_state(directory: Path) -> NIOResult:
+    """The result of the run of NIO that is described in a folder."""
+    return NIOResult.from_dict(read_state(directory)["result"])
 
 
 class Interruption(Exception):  # noqa: N818

@@ -1,0 +1,178 @@
+"""One run of NIO, or of another method, in a Trainer: taken over, gone on with or made anew, told of and saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from nio_hf.core import NIO, Collective, NIOResult, NIOState, Resumption, expected_cost, find_tensors, initialize
+from nio_hf.hub.run_folder import read_state
+from nio_hf.trainer.checkpoints import (
+    PROGRESS_NAME,
+    Task,
+    describe_state,
+    load_initialised,
+    load_progress,
+    save_initialised,
+    save_progress,
+)
+from nio_hf.trainer.digests import batch_digest, fingerprint
+from nio_hf.trainer.methods import METHODS, run_baseline
+from nio_hf.trainer.naming import in_arguments
+from nio_hf.trainer.nio_batches import CheckedBatches, classes_of_labels
+from nio_hf.trainer.progress import NIOProgress
+from nio_hf.trainer.replica import broadcast
+from nio_hf.trainer.sampling import seed_everything
+
+if TYPE_CHECKING:
+    from nio_hf.trainer.trainer import NIOTrainerMixin
+
+logger = logging.getLogger(__name__)
+
+_SOUND = ("improved", "applied", "changed", "unchanged")
+
+
+class NIORun:
+    """A run of NIO on a copy of a Trainer's model.
+
+    Args:
+        trainer: with data, loss and settings.
+        replica: the copy, whose weights are scaled.
+        collective: the processes of the training.
+        resume: whether to take over or go on with what an earlier run in the same `output_dir` has saved.
+    """
+
+    def __init__(self, trainer: NIOTrainerMixin, replica: nn.Module, collective: Collective, *, resume: bool) -> None:
+        self._trainer = trainer
+        self._replica = replica
+        self._collective = collective
+        self._resume = resume
+        self._config = trainer.nio_config
+        self._method = METHODS[trainer.nio_args.nio_method]
+        self._options = method_options(trainer)
+        self._directory = trainer.nio_init_dir.parent
+        self._is_main = trainer.is_world_process_zero()
+        self._task = self._find_task()
+
+    def carry_out(self) -> NIOResult:
+        """Scale the weights of the replica, or take them over from an earlier run.
+
+        Raises:
+            NIOError: as in [`initialize`].
+            OutputError: where the initialised checkpoint cannot be written.
+        """
+        result = self._take_over() if self._resume else None
+        if result is None:
+            batches = checked_batches(self._trainer)
+            result = self._search(batches)
+            result = dataclasses.replace(result, message=in_arguments(result.message))
+            level = logging.INFO if result.status in _SOUND else logging.WARNING
+            self._tell("%s", result.message, level=level)
+            self._save(result, {**self._task, "data": batches.digest})
+        if self._collective.size > 1:
+            self._collective.check_equal("the initialised weights", fingerprint(self._replica))
+        return result
+
+    def _find_task(self) -> Task:
+        """What the run is given: weights, settings and, where it may be resumed, the first batch."""
+        trainer, first = self._trainer, None
+        if self._resume and self._is_main:
+            seed_everything(self._config.seed)
+            first = batch_digest(next(iter(trainer.get_nio_dataloader())))
+        task = {
+            "weights": fingerprint(self._replica),
+            "settings": dataclasses.asdict(self._config),
+            "method": self._method.name,
+            "method_kwargs": self._options,
+            "batch_size": trainer.nio_args.nio_batch_size,
+            "label_smoothing_factor": trainer.args.label_smoothing_factor,
+            "data": first,
+            **trainer.nio_identity(),
+        }
+        # As it comes back from JSON, so that it equals the one that was written.
+        return cast(Task, json.loads(json.dumps(task)))
+
+    def _take_over(self) -> NIOResult | None:
+        """The result of an earlier run, with its weights in the replica; None where there is none that fits."""
+        directory, result = self._trainer.nio_init_dir, None
+        with self._collective.together():
+            if self._collective.rank == 0:
+                result = load_initialised(directory, self._replica, self._task)
+                self._trainer.nio_state = None if result is None else read_state(directory)
+        result = self._collective.broadcast_object(result)
+        if result is not None:
+            broadcast(self._replica, self._collective)
+            self._tell("NIO is finished: taking over %s.", directory)
+        return result
+
+    def _search(self, batches: CheckedBatches) -> NIOResult:
+        trainer, args, former = self._trainer, self._trainer.args, None
+        with self._collective.together():
+            if self._resume and self._collective.rank == 0:
+                former = load_progress(self._directory, self._task)
+        former = self._collective.broadcast_object(former)
+        if former is not None:
+            self._tell("NIO goes on after %d iterations.", former.iterations)
+
+        def save(state: NIOState) -> None:
+            if args.should_save:
+                save_progress(state, self._directory, {**self._task, "data": batches.digest})
+
+        preemption = trainer.preemption
+        resumption = Resumption(
+            state=former,
+            save=save,
+            every=trainer.nio_args.nio_save_steps or None,
+            should_stop=lambda: preemption is not None and preemption.requested,
+        )
+        seed_everything(self._config.seed)
+        behind = () if former is None else former.progress.history
+        hidden = args.disable_tqdm or not self._is_main
+        with NIOProgress(self._method.title, self._tell_cost(), behind, hidden) as progress:
+            given = (self._replica, batches, trainer.compute_nio_loss, self._config)
+            watched: dict[str, Any] = {"on_iteration": progress.advance, "on_trial": progress.tell_trial}
+            if self._method is NIO:
+                result = initialize(*given, **watched, collective=self._collective, resumption=resumption)
+            else:
+                result = run_baseline(self._method, self._options, *given, self._collective, **watched)
+            progress.finish(result)
+        return result
+
+    def _save(self, result: NIOResult, task: Task) -> None:
+        trainer = self._trainer
+        with self._collective.together():
+            if not trainer.args.should_save:
+                return
+            trainer.nio_state = describe_state(self._replica, result, task)
+            if trainer.nio_args.nio_save_init:
+                processor, describe = trainer.processing_class, trainer.describe
+                save_initialised(self._replica, trainer.nio_state, trainer.nio_init_dir, processor, describe)
+                (self._directory / PROGRESS_NAME).unlink(missing_ok=True)
+
+    def _tell_cost(self) -> float | None:
+        """Say what the run may cost at most; returns that in training steps, None where it is not known."""
+        config, method = self._config, self._method
+        groups = len(find_tensors(self._replica, config.scaled_tensors, config.groups).groups) if method is NIO else 1
+        cost = expected_cost(config, groups, method, self._options)
+        if cost is not None and method.name != "none":
+            size = self._trainer.nio_args.nio_batch_size
+            self._tell("%s will cost %.0f training steps of %d samples at most.", method.title, cost, size)
+        return cost
+
+    def _tell(self, message: str, *values: Any, level: int = logging.INFO) -> None:
+        if self._is_main:
+            logger.log(level, message, *values)
+
+
+def method_options(trainer: NIOTrainerMixin) -> dict[str, Any]:
+    """The options of the method that a Trainer initialises with."""
+    return cast(dict[str, Any], trainer.nio_args.nio_method_kwargs or {})
+
+
+def checked_batches(trainer: NIOTrainerMixin) -> CheckedBatches:
+    """The report batches of NIO, then those that it searches on, prepared, with their labels checked."""
+    return CheckedBatches(trainer.get_nio_dataloader(), classes_of_labels(trainer), trainer.prepare_nio_batch)

@@ -1,0 +1,26 @@
+"""Names that other releases of transformers call differently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+_HAS_NEW_NAME = hasattr(PreTrainedModel, "activation_checkpointing_enable")
+CHECKPOINTING = "activation_checkpointing" if _HAS_NEW_NAME else "gradient_checkpointing"
+"""Of the training arguments, and of methods of a model."""
+QUERIES, VALUES = r"(q_proj|query)", r"(v_proj|value)"
+"""Regular expressions of the projections of a ViT."""
+BRANCH_ENDS = ("o_proj.weight", "fc2.weight", "output.dense.weight")
+"""Ends of the names of the projections into the residual stream."""
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let a model compute activations again instead of keeping them."""
+    getattr(model, f"{CHECKPOINTING}_enable")()
+
+
+def checkpoints_activations(model: Any) -> bool:
+    """Whether a model computes activations again."""
+    found: bool = getattr(model, f"is_{CHECKPOINTING}")
+    return found
