@@ -4,11 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := benchmarks nio_hf recipes tests
-STAMP := $(VENV)/.installed-$(shell cat constraints.txt pyproject.toml setup.cfg | cksum | cut -d ' ' -f 1)
+VERSIONS := $(shell cat constraints.txt pyproject.toml setup.cfg | cksum | cut -d ' ' -f 1)
+RECIPES := $(VENV)/.recipes-$(VERSIONS)
+STAMP := $(VENV)/.dev-$(VERSIONS)
 
-.PHONY: quickstart test test-all bench install lint types clean
+.PHONY: quickstart test test-all test-floors test-latest bench install lint types clean
 
-quickstart: $(STAMP)  ## NIO and a training of a small ViT on real images, on the CPU
+quickstart: $(RECIPES)  ## NIO and a training of a small ViT on real images, on the CPU
 	$(BIN)/nio-hf train vit-tiny/digits/nio
 
 test: lint types  ## what must pass before a change is shared
@@ -16,6 +18,14 @@ test: lint types  ## what must pass before a change is shared
 
 test-all: lint types  ## the same, and what takes long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-floors: EXTRA := test
+test-latest: EXTRA := dev
+test-floors test-latest: test-%:  ## the tests with the oldest versions that are allowed, and with the newest
+	$(PYTHON) -m venv --clear .venv-$*
+	$(PYTHON) .ci/versions.py $* > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --editable '.[$(EXTRA)]'
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n auto -m "not slow" -W default
 
 bench: $(STAMP)  ## the cost of NIO; hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cost --sections counts
@@ -31,8 +41,14 @@ types: $(STAMP)
 
 install: $(STAMP)
 
-# The stamp is written last, so that an installation that was interrupted is made anew.
-$(STAMP):
+# Stamps are written last, so that an installation that was interrupted is made anew.
+$(STAMP): $(RECIPES)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# It wants torchvision, which not every build of torch has and which its models do not need.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps timm
+	@touch $@
+
+$(RECIPES):
 	@command -v $(PYTHON) > /dev/null || { \
 	  echo "Python is missing. On Debian and Ubuntu: sudo apt install python3 python3-venv" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -41,8 +57,8 @@ $(STAMP):
 	  echo "The module venv is missing. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@touch $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[recipes]'
+	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info outputs
+	rm -rf .venv* build dist *.egg-info outputs

@@ -104,6 +104,10 @@ class HubError(NIOError, RuntimeError):
     """Something that the Hugging Face Hub refuses, or a Hub that cannot be reached."""
 
 
+class MissingExtraError(NIOError, ImportError):
+    """A part of the package whose extra is not installed."""
+
+
 class Preempted(SystemExit):
     """A run that SIGTERM ended after it had saved. A script that lets it pass exits with status 75.
 

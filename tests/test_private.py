@@ -24,6 +24,7 @@ from transformers.integrations import MLflowCallback, WandbCallback
 import nio_hf
 from nio_hf.private import OTHERS, TRAINER_CALLS, TRAINER_OVERRIDES
 from tests.trainer.toys import build
+from tests.versions import checkpoint_activations
 
 PACKAGE = Path(nio_hf.__file__).parent
 PARAMETERS = {
@@ -86,7 +87,7 @@ def test_names_of_other_libraries_tell_what_they_are_taken_for(tmp_path: Path) -
     assert model.config._attn_implementation in ("eager", "sdpa")
     assert '"_commit_hash"' in inspect.getsource(PreTrainedConfig)
     assert model._hf_peft_config_loaded is False
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     assert any(hasattr(module, "_gradient_checkpointing_func") for module in model.modules())
     assert isinstance(model, PreTrainedModel)
     assert torch.nn.Linear(1, 1)._compiled_call_impl is None

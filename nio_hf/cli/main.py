@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 import nio_hf
@@ -14,6 +16,7 @@ from nio_hf.cli.report import report
 from nio_hf.cli.train import train
 from nio_hf.cli.tune import tune
 from nio_hf.cli.validate import validate
+from nio_hf.errors import MissingExtraError
 
 _RECIPE_COMMAND = {"ignore_unknown_options": True}
 """Every `--key value` behind the recipe is an override."""
@@ -50,4 +53,7 @@ def _options(
 
 def main() -> None:
     """Entry point of `nio-hf`."""
-    app()
+    try:
+        app()
+    except MissingExtraError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -48,7 +48,8 @@ _KNOWN_ERRORS: list[tuple[str, type[NIOError], str, str]] = [
         "use_reentrant",
         ModelError,
         "reentrant activation checkpointing gives no gradient of chosen tensors",
-        'Checkpoint with use_reentrant=False, in transformers activation_checkpointing_kwargs={"use_reentrant": False}',
+        'Checkpoint with use_reentrant=False, in transformers activation_checkpointing_kwargs={"use_reentrant": False} '
+        "(gradient_checkpointing_kwargs in older releases)",
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import importlib.metadata
@@ -108,10 +109,12 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    packages = ("torch", "transformers", "accelerate", "datasets")
-    installed = {name: importlib.metadata.version(name) for name in packages}
-    return {"nio_hf": nio_hf.__version__, "python": platform.python_version(), **installed}
+    """Versions of what the numbers depend on, as far as it is installed."""
+    found = {"nio_hf": nio_hf.__version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "accelerate", "datasets"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def write_state(state: State, directory: Path) -> None:

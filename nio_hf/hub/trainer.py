@@ -24,6 +24,7 @@ from transformers.utils.hub import PushInProgress
 from nio_hf.core import Collective
 from nio_hf.durable.mixin import TrainerMixin
 from nio_hf.errors import ConfigError, HubError, Problem, one_line
+from nio_hf.extras import how_to_install, missing_modules
 from nio_hf.hub.access import Destination, check_destination
 from nio_hf.hub.background import Background
 from nio_hf.hub.card import CARD_NAME, card_on_hub, write_card
@@ -37,7 +38,7 @@ from nio_hf.hub.run_folder import (
     training_seconds,
 )
 from nio_hf.report import draw_run
-from nio_hf.report.run import Facts
+from nio_hf.report.run import Facts, Run
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def publish(
     command = push_command(later or directory, destination, **options)
     with push_errors(directory, destination, command):
         former = tried(lambda: card_on_hub(destination), destination.repo_id, waits)
-    drawn = draw_run(run, directory / PLOTS_DIR_NAME) if plots else {}
+    drawn = _drawn(run, directory) if plots else {}
     is_ours = write_card(run, directory, drawn, destination.repo_id, former, license_id=license_id, tags=tags)
     default = f"Trained for {run.steps} steps" if run.is_trained else "Initialised by NIO"
     return push_folder(
@@ -291,12 +292,12 @@ class HubTrainerMixin(TrainerMixin):
         if self.is_world_process_zero():
             directory = Path(str(self.args.output_dir))
             directory.mkdir(parents=True, exist_ok=True)
-            HubTrainerMixin.describe(self, directory)
+            self.describe(directory)
             run = read_run(directory, model_name, self.state)
             if dataset is not None:
                 facts = dataclasses.replace(run.facts, dataset=_first(dataset), dataset_config=_first(dataset_args))
                 run = dataclasses.replace(run, facts=facts)
-            plots = draw_run(run, directory / PLOTS_DIR_NAME)
+            plots = _drawn(run, directory)
             given = _metadata(language, finetuned_from, tasks, dataset_tags)
             write_card(run, directory, plots, license_id=license, tags=self._tags(tags), given=given)
 
@@ -407,6 +408,14 @@ class _HubCallback(TrainerCallback):
         preemption = self._trainer.preemption
         if preemption is not None and preemption.stopped:
             self._trainer.push_in_progress = None
+
+
+def _drawn(run: Run, directory: Path) -> dict[str, Path]:
+    """The plots of a run, in its folder; none without the extra `report`, which is said."""
+    if missing_modules("report"):
+        logger.info("The card has no plots. %s", how_to_install("report"))
+        return {}
+    return draw_run(run, directory / PLOTS_DIR_NAME)
 
 
 def _metadata(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nio_hf.errors import OutputError, Problem
+from nio_hf.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +58,13 @@ _STYLE: dict[Any, Any] = {
 
 @contextlib.contextmanager
 def figure(target: Target, width: float, height: float) -> Iterator[Figure]:
-    """A figure in one style, written when the block ends. It needs no display and touches no global figure."""
+    """A figure in one style, written when the block ends. It needs no display and touches no global figure.
+
+    Raises:
+        MissingExtraError: without the extra `report`.
+        OutputError: where the target cannot be written.
+    """
+    require("report", "Plots")
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

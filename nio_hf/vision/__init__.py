@@ -1,1 +1,5 @@
 """Image data: data sets, transforms and metrics. It knows nothing of NIO."""
+
+from nio_hf.extras import require
+
+require("recipes", "Image recipes")

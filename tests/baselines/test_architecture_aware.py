@@ -14,6 +14,7 @@ from nio_hf.core import InitResult, NIOConfig, initialize
 from nio_hf.errors import ModelError
 from tests import zoo
 from tests.core.cases import batches_of, case
+from tests.versions import BRANCH_ENDS
 
 CONFIG = NIOConfig(sub_batches=2, report_batches=1)
 
@@ -26,7 +27,7 @@ def run(model: nn.Module, batches: Any, loss_fn: Any, **options: Any) -> InitRes
 def test_weights_have_the_variance_of_the_paper(name: str) -> None:
     made, before = case(name), case(name).model
     result = run(made.model, batches_of(name, 2), made.loss_fn)
-    ends = ("o_proj.weight", "fc2.weight", "c_proj.weight", "layer.1.convolution.weight", "shortcut.convolution.weight")
+    ends = (*BRANCH_ENDS, "c_proj.weight", "layer.1.convolution.weight", "shortcut.convolution.weight")
     count = 0
     for tensor in result.tensors:
         weight = made.model.get_parameter(tensor.name).detach()

@@ -12,13 +12,10 @@ from nio_hf.core.mode import measuring
 from nio_hf.core.tensors import find_tensors
 from tests import zoo
 from tests.core.cases import case
+from tests.versions import BRANCH_ENDS
 
-BRANCH_ENDS = {
-    "vit": ("o_proj.weight", "fc2.weight"),
-    "swin": ("o_proj.weight", "fc2.weight"),
-    "beit": ("o_proj.weight", "fc2.weight"),
-    "dinov2": ("o_proj.weight", "fc2.weight"),
-    "bert": ("output.dense.weight",),
+ENDS = {
+    **dict.fromkeys(("vit", "swin", "beit", "dinov2", "bert"), BRANCH_ENDS),
     "gpt2": ("c_proj.weight",),
     "convnext": ("pwconv2.weight",),
     "resnet": ("layer.1.convolution.weight", "shortcut.convolution.weight"),
@@ -26,14 +23,14 @@ BRANCH_ENDS = {
 }
 
 
-@pytest.mark.parametrize("name", BRANCH_ENDS)
+@pytest.mark.parametrize("name", ENDS)
 def test_layers_at_the_end_of_a_branch_have_two(name: str) -> None:
     made = case(name)
     weights = layer_weights(made.model, find_tensors(made.model))
     with measuring(made.model):
         loss = made.loss_fn(made.model, made.batch)
         found = in_degrees(loss[0] if isinstance(loss, tuple) else loss, [place.parameter for place in weights])
-    expected = {place.name: 2 if place.name.endswith(BRANCH_ENDS[name]) else 1 for place in weights}
+    expected = {place.name: 2 if place.name.endswith(ENDS[name]) else 1 for place in weights}
     assert dict(zip(expected, found, strict=True)) == expected
     assert name == "mlp" or 2 in found
 

@@ -15,6 +15,7 @@ from nio_hf.baselines import METHODS
 from nio_hf.core import InitResult, NIOConfig, expected_cost, find_tensors, grad_cosine, initialize
 from nio_hf.errors import ConfigError
 from tests.core.cases import Case, batches_of, case, differences, state
+from tests.versions import checkpoint_activations
 
 CONFIG = NIOConfig(report_batches=2, sub_batches=2)
 LEARNED = "gradinit"
@@ -146,7 +147,7 @@ def test_batch_normalisation_keeps_its_statistics(method: str) -> None:
 @pytest.mark.parametrize("method", CHANGING)
 def test_activation_checkpointing_changes_nothing(method: str) -> None:
     plain, checkpointed = case("vit"), case("vit")
-    checkpointed.model.activation_checkpointing_enable()
+    checkpoint_activations(checkpointed.model)
     before = state(checkpointed.model)
     first, second = run(method, plain, "vit"), run(method, checkpointed, "vit")
     assert second.scales == pytest.approx(first.scales, abs=1e-5)

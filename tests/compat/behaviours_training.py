@@ -30,6 +30,7 @@ from tests.compat.toys import (
     weights,
     without_clocks,
 )
+from tests.versions import CHECKPOINTING
 
 # Weights and logs
 
@@ -401,7 +402,7 @@ def bfloat16(side: Side, folder: Path) -> Any:
 @behaviour()
 def activation_checkpointing(side: Side, folder: Path) -> Any:
     """Activations that are computed again lead to the same weights."""
-    return outcome(side.trained(folder, activation_checkpointing=True))
+    return outcome(side.trained(folder, **{CHECKPOINTING: True}))
 
 
 # Sizes of batches, lengths of trainings

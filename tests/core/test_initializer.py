@@ -18,6 +18,7 @@ from nio_hf.core.result import Status
 from nio_hf.errors import ConfigError
 from tests import zoo
 from tests.core.cases import FAMILIES, PER_TENSOR, Case, batches_of, case, differences, state
+from tests.versions import checkpoint_activations
 
 SHORT: dict[str, Any] = {
     **PER_TENSOR,
@@ -100,7 +101,7 @@ def test_micro_batches_learn_the_same_scales(name: str) -> None:
 @pytest.mark.parametrize("name", ["vit", "swin", "gpt2"])
 def test_activation_checkpointing_learns_the_same_scales(name: str) -> None:
     checkpointed = case(name)
-    checkpointed.model.activation_checkpointing_enable()
+    checkpoint_activations(checkpointed.model)
     _, result = run(name, checkpointed)
     assert result.scales == pytest.approx(run(name)[1].scales, abs=1e-5)
 

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from nio_hf import grad_cosine
 from nio_hf.core.mode import isolated, measuring
 from tests.core.cases import Case, case, differences, double_case, state
+from tests.versions import checkpoint_activations
 
 NO_DROPOUT: dict[str, dict[str, float]] = {
     "vit": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
@@ -73,7 +74,7 @@ def test_dropout_and_stochastic_depth_are_off(name: str, checkpointing: bool) ->
     losses = {noisy.mean_loss(range(8)).item() for _ in range(5)}
     assert len(losses) > 1, "this model has nothing to switch off"
     if checkpointing:
-        noisy.model.activation_checkpointing_enable()
+        checkpoint_activations(noisy.model)
     value, norms, loss = measured(noisy)
     expected = measured(plain)
     assert value == pytest.approx(expected[0], abs=1e-5)
@@ -87,7 +88,7 @@ def test_layers_that_checkpoint_still_do() -> None:
     made.model.vit.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
     measured(made)
     assert len(calls) == 2
-    made.model.activation_checkpointing_enable()
+    checkpoint_activations(made.model)
     calls.clear()
     measured(made)
     assert len(calls) == 4

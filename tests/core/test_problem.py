@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -13,17 +14,20 @@ from nio_hf.core.gradcosine import published_windows, sub_batch_windows
 from nio_hf.core.objectives import make_objective
 from nio_hf.core.problem import measure_point, search_parts, seed_of, shuffled_parts
 from tests.core.cases import batches_of, double_case, scaling_problem
+from tests.versions import VALUES
 
 
 def test_a_point_multiplies_the_tensors_of_each_group_and_none_else() -> None:
     made = double_case("vit")
     values = {name: parameter.detach().clone() for name, parameter in made.model.named_parameters()}
-    config = NIOConfig(groups={"values": "v_proj.weight", "positions": "position"})
+    config = NIOConfig(groups={"values": rf"{VALUES}\.weight", "positions": "position"})
     with scaling_problem(made.model, made.loss_fn, config) as problem:
         for by_group in ([2.0, 0.5], [3.0, 1.0]):
             problem.place(by_group)
             for name, parameter in made.model.named_parameters():
-                factor = by_group[0] if "v_proj.weight" in name else by_group[1] if "position" in name else 1.0
+                factor = (
+                    by_group[0] if re.search(rf"{VALUES}\.weight", name) else by_group[1] if "position" in name else 1.0
+                )
                 assert torch.equal(parameter, factor * values[name])
         pairs = zip(problem.theta, problem.tensors.scaled_parameters, strict=True)
         assert all(theta.data_ptr() == parameter.data_ptr() for theta, parameter in pairs)

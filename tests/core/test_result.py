@@ -13,11 +13,12 @@ from nio_hf import GradCosine, NIOConfig, NIOResult, initialize
 from nio_hf.core.records import restored
 from nio_hf.core.result import Reading
 from tests.core.cases import batches_of, case
+from tests.versions import VALUES
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "scan": {"groups": "kind", "budget": 10.0},
     "scan of tensors": {"groups": "tensor", "budget": 10.0},
-    "mapping": {"groups": {"values": "v_proj", "positions": "position"}, "budget": 10.0},
+    "mapping": {"groups": {"values": VALUES, "positions": "position"}, "budget": 10.0},
     "gradient": {"search": "gradient", "groups": "tensor", "iterations": 2},
     "published": {"search": "published", "groups": "tensor", "scaled_tensors": "all", "iterations": 2},
 }

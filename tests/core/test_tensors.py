@@ -16,6 +16,7 @@ from nio_hf.core import find_tensors
 from nio_hf.core.tensors import ModelTensors, copied_values, set_scales
 from nio_hf.errors import ConfigError, ModelError
 from tests.core.cases import FAMILIES, PER_TENSOR, batches_of, case
+from tests.versions import VALUES
 
 BLOCKS = {
     "vit": "ViTLayer",
@@ -62,7 +63,7 @@ def test_weights_are_the_matrices_tables_and_tokens(name: str) -> None:
     assert found.gradient == find_tensors(model).gradient
 
 
-@pytest.mark.parametrize("groups", ["model", "kind", "tensor", {"values": "v_proj", "positions": "position"}])
+@pytest.mark.parametrize("groups", ["model", "kind", "tensor", {"values": VALUES, "positions": "position"}])
 def test_groups_are_a_partition_of_the_scaled_tensors(groups: Any) -> None:
     found = find_tensors(case("vit").model, "weights", groups)
     positions = [position for members in found.groups.values() for position in members]
@@ -77,10 +78,10 @@ def test_groups_are_a_partition_of_the_scaled_tensors(groups: Any) -> None:
 
 def test_a_mapping_decides_what_is_scaled() -> None:
     model = case("vit").model
-    found = find_tensors(model, "weights", {"values": r"v_proj", "norms": r"layernorm_before\.weight"})
+    found = find_tensors(model, "weights", {"values": VALUES, "norms": r"layernorm_before\.weight"})
     assert set(found.groups) == {"values", "norms"}
     names = [place.name for place in found.scaled]
-    assert names == [n for n, p in model.named_parameters() if re.search(r"v_proj\.weight|norm_before\.weight", n)]
+    assert names == [n for n, p in model.named_parameters() if re.search(rf"{VALUES}\.weight|norm_before\.weight", n)]
     reasons = {tensor.name: tensor.reason for tensor in found.excluded}
     matrices = [n for n, p in model.named_parameters() if p.ndim >= 2 and p.any()]
     assert {reasons[name] for name in matrices if name not in names} == {"no group"}
@@ -90,7 +91,7 @@ def test_a_mapping_decides_what_is_scaled() -> None:
     ("groups", "message"),
     [
         ({"decoder": "decoder"}, r'NIOConfig\.groups\["decoder"\]: .decoder. matches no parameter'),
-        ({"values": "v_proj", "all": "proj"}, r'groups\["all"\]: claims .*, as the group "values" does'),
+        ({"values": VALUES, "all": "attention"}, r'groups\["all"\]: claims .*, as the group "values" does'),
         ({"biases": r"classifier\.bias"}, r"matches only tensors that cannot be scaled: classifier\.bias \(zero\)"),
         ({}, "an empty mapping"),
     ],

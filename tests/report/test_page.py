@@ -141,7 +141,7 @@ def test_headings_tables_and_images_can_be_read_aloud() -> None:
         with Image.open(io.BytesIO(base64.b64decode((attributes["src"] or "").partition(",")[2]))) as image:
             width, height = int(attributes["width"] or 0), int(attributes["height"] or 0)
             assert width / height == pytest.approx(image.width / image.height, rel=0.01)
-            assert len(set(image.convert("L").resize((64, 64)).get_flattened_data())) > 5, "nothing is drawn"
+            assert len(image.convert("L").resize((64, 64)).getcolors()) > 5, "nothing is drawn"
 
 
 def test_the_values_are_those_of_the_run() -> None:

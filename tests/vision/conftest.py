@@ -22,7 +22,7 @@ def heard_logger(monkeypatch: pytest.MonkeyPatch) -> None:
 def prompt_ends() -> Iterator[None]:
     """No waiting of five seconds, as `datasets` does behind a parquet file and torch for workers that are given up."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
         patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
         yield
 

@@ -1,0 +1,39 @@
+"""The extras of the package: what they bring, and what to install where one is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from nio_hf.errors import MissingExtraError, Problem, listed
+
+EXTRAS = {
+    "report": ("matplotlib", "PIL"),
+    "recipes": ("datasets", "evaluate", "filelock", "kornia", "matplotlib", "PIL", "scipy", "sklearn"),
+}
+"""{extra: modules that it brings}; the packages are in pyproject.toml."""
+
+
+def missing_modules(extra: str) -> list[str]:
+    """Modules of an extra that are not installed."""
+    return [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
+
+
+def require(extra: str, what: str) -> None:
+    """Refuse to go on without an extra.
+
+    Args:
+        extra: its name.
+        what: what needs it, as the subject of a sentence in the plural.
+
+    Raises:
+        MissingExtraError: with the command that installs it.
+    """
+    missing = missing_modules(extra)
+    if missing:
+        found = f"{listed(missing, len(missing))} not installed"
+        raise MissingExtraError(Problem(what, found, how_to_install(extra)))
+
+
+def how_to_install(extra: str) -> str:
+    """What to do to have an extra."""
+    return f"Install what they need: pip install 'nio-hf[{extra}]'"
