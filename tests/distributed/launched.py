@@ -1,6 +1,7 @@
 """A training for `accelerate launch`: `launched.py SETTINGS.json`, which writes one report per rank.
 
-Settings: strategy, model_dir, output_dir, arguments (of NIOTrainingArguments), and what goes wrong on the way.
+Settings: strategy, model ("vit", "swin"), whether its head is replaced, model_dir, output_dir, arguments (of
+NIOTrainingArguments), and what goes wrong on the way.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nio_hf.trainer import checkpoints
 from nio_hf.trainer.digests import fingerprint
 from nio_hf.trainer.replica import gathered
 from tests.distributed import cpu_backends
-from tests.trainer.toys import ToyImages
+from tests.trainer.toys import CLASSES, ToyImages
 
 COMMON: dict[str, Any] = {
     "use_cpu": True,
@@ -141,6 +142,10 @@ def make_trainer(settings: dict[str, Any]) -> NIOTrainer:
     """The trainer of some settings; the ranks start from different weights where they can."""
     arguments = NIOTrainingArguments(output_dir=settings["output_dir"], **{**COMMON, **settings.get("arguments", {})})
     model = AutoModelForImageClassification.from_pretrained(settings["model_dir"], dtype=torch.float32)
+    if settings.get("replaced_head"):
+        torch.manual_seed(0)
+        width = model.classifier.in_features
+        model.classifier = torch.nn.Sequential(torch.nn.Linear(width, 8), torch.nn.GELU(), torch.nn.Linear(8, CLASSES))
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0 and settings["strategy"] != "zero3":
         with torch.no_grad():

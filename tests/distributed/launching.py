@@ -68,7 +68,7 @@ def launch(folder: Path, strategy: str, processes: int, **settings: Any) -> Outc
 
 def start(folder: Path, strategy: str, processes: int, **settings: Any) -> subprocess.Popen[str]:
     """Start `launched.py` in a session of its own."""
-    save_model(folder)
+    save_model(folder, settings.get("model", "vit"))
     output_dir = folder / "output"
     for report in output_dir.glob("report-*.json"):
         report.unlink()
@@ -93,11 +93,11 @@ def start(folder: Path, strategy: str, processes: int, **settings: Any) -> subpr
     return subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **pipes)
 
 
-def save_model(folder: Path) -> None:
-    """The model that every training of these tests starts from."""
+def save_model(folder: Path, name: str = "vit") -> None:
+    """The model that a training of these tests starts from."""
     folder.mkdir(exist_ok=True)
     if not (folder / "model").is_dir():
-        build("vit", hidden_dropout_prob=0.1).save_pretrained(folder / "model")
+        build(name, hidden_dropout_prob=0.1).save_pretrained(folder / "model")
 
 
 def _config(strategy: str, processes: int) -> dict[str, Any]:

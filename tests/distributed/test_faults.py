@@ -195,18 +195,23 @@ def test_killed_in_a_checkpoint_under_each_strategy(strategy: str, tmp_path: Pat
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments(tmp_path_factory: pytest.TempPathFactory, uninterrupted: Any) -> None:
-    """Ten trainings of one process and ten of two, each killed once between its start and its usual end."""
+    """Trainings of one process and of two, of a ViT, a Swin and a ViT whose head was replaced.
+
+    Each is killed once between its start and its usual end.
+    """
     moments = random.Random(20)
     launches = [("single", 1), ("ddp", 2)]
+    models: list[dict[str, Any]] = [{"model": "vit"}, {"model": "swin"}, {"model": "vit", "replaced_head": True}]
     runs = []
     for number in range(20):
         strategy, processes = launches[number % 2]
         folder = tmp_path_factory.mktemp(f"random{number}")
-        expected = uninterrupted(strategy, processes)
+        settings = {**SETTINGS, **models[number // 2 % 3]}
+        expected = uninterrupted(strategy, processes, settings)
         fraction = moments.random()
-        left = _killed_after(fraction * SECONDS, folder, strategy, processes)
-        run = {"processes": processes, "fraction": round(fraction, 3), **left}
-        second = launch(folder, strategy, processes, **SETTINGS)
+        left = _killed_after(fraction * SECONDS, folder, strategy, processes, settings)
+        run = {**models[number // 2 % 3], "processes": processes, "fraction": round(fraction, 3), **left}
+        second = launch(folder, strategy, processes, **settings)
         assert second.status == 0, second.output[-3000:]
         run["same_weights"] = all(report["trained"] == expected for report in second.reports)
         runs.append(run)
@@ -216,9 +221,11 @@ def test_killed_at_twenty_random_moments(tmp_path_factory: pytest.TempPathFactor
     assert len({run["found"] for run in runs}) > 2
 
 
-def _killed_after(seconds: float, folder: Path, strategy: str, processes: int) -> dict[str, Any]:
+def _killed_after(
+    seconds: float, folder: Path, strategy: str, processes: int, settings: dict[str, Any]
+) -> dict[str, Any]:
     """Kill a training, launcher and all, some time after it is set up; says what it left behind."""
-    process = start(folder, strategy, processes, **SETTINGS, pace=PACE)
+    process = start(folder, strategy, processes, **settings, pace=PACE)
     for _ in range(processes):
         _read_until(process, "ready")
     time.sleep(seconds)

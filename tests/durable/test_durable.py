@@ -663,10 +663,22 @@ class _OnEvaluate(TrainerCallback):
         self.weights[state.global_step] = snapshot(model)
 
 
-def test_what_is_saved_of_a_schedule_free_training_is_what_is_evaluated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optim", ["schedule_free_adamw", None])
+def test_what_is_saved_of_a_schedule_free_training_is_what_is_evaluated(optim: str | None, tmp_path: Path) -> None:
     evaluated = _OnEvaluate()
-    trainer = _trainer(tmp_path, callbacks=[evaluated], eval_strategy="steps", eval_steps=2, **SAVING)
-    trainer.optimizer = ScheduleFree(trainer.model.parameters(), lr=0.1)
+    settings = {
+        **SAVING,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+    }
+    if optim is None:
+        trainer = _trainer(tmp_path, callbacks=[evaluated], **settings)
+        trainer.optimizer = ScheduleFree(trainer.model.parameters(), lr=0.1)
+    else:
+        pytest.importorskip("schedulefree")
+        trainer = _trainer(tmp_path, callbacks=[evaluated], optim=optim, **settings)
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     assert unchanged(evaluated.weights[2], _saved(tmp_path / "checkpoint-2"))
