@@ -13,13 +13,15 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     set_seed,
 )
+
+# Not from the top, where some releases want torchvision for it.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from nio_hf.errors import ConfigError, ModelError, NIOError, Problem, one_line
 from nio_hf.files import ensure_writable

@@ -72,7 +72,7 @@ def classes_of(rows: Rows, label_column: str, num_classes: int | None, name: str
         found = f"{label_column!r} of {name} holds {_described(feature)}, and a stream is not read beforehand"
         fix = "Turn streaming off" if feature.dtype in _TEXT else "Set num_classes, or turn streaming off"
         raise DataError(Problem("num_classes", found, fix))
-    values = rows.unique(label_column)
+    values = _values(rows, label_column)
     return tuple(sorted(values)) if feature.dtype in _TEXT else tuple(map(str, range(max(values) + 1)))
 
 
@@ -97,15 +97,23 @@ def with_classes(rows: Rows, label_column: str, class_names: tuple[str, ...], na
         return rows
     where, fix = f"{label_column} of {name}", "Correct it, or num_classes"
     if isinstance(rows, datasets.Dataset) and feature.dtype not in _TEXT:
-        largest = max(rows.unique(label_column))
+        largest = max(_values(rows, label_column))
         if largest >= len(class_names):
             found = f"a label that is none of the {len(class_names)} classes: {largest}, counted from 0"
             raise DataError(Problem(where, found, fix))
     try:
+        if feature.dtype in _TEXT:
+            # Some releases turn only one of the two types of text into classes.
+            rows = rows.cast_column(label_column, datasets.Value("string"))
         return rows.cast_column(label_column, wanted)
     except (ValueError, KeyError) as error:
         found = f"a label that is none of the {len(class_names)} classes ({one_line(error)})"
         raise DataError(Problem(where, found, fix)) from error
+
+
+def _values(rows: datasets.Dataset, label_column: str) -> list[Any]:
+    """The labels that occur."""
+    return [value for value in rows.unique(label_column) if value is not None]
 
 
 def check_labels(rows: Rows, label_column: str, name: str) -> None:
@@ -116,10 +124,9 @@ def check_labels(rows: Rows, label_column: str, name: str) -> None:
     """
     if isinstance(rows, datasets.IterableDataset):
         return
-    labels = np.asarray(rows.with_format("numpy")[label_column][:])
-    # A missing number is NaN, and no comparison holds for it.
-    numeric = labels.dtype.kind in "iuf"
-    missing = np.count_nonzero(~(labels >= 0)) if numeric else sum(label is None for label in labels)
+    labels = rows.with_format("arrow")[label_column][:]
+    given = labels.drop_null().to_numpy()
+    missing = labels.null_count + (np.count_nonzero(given < 0) if given.dtype.kind == "i" else 0)
     if missing:
         found = f"{missing} of {len(labels)} samples have no label"
         raise DataError(Problem(f"{label_column} of {name}", found, "Choose a split whose samples have labels"))

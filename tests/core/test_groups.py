@@ -60,7 +60,7 @@ KINDS: dict[str, dict[str, str]] = {
     "dinov2": {
         "input": rf"dinov2\.{PATCHES}",
         "additive": rf"dinov2\.{TOKENS_AND_POSITIONS}",
-        "trunk": rf"dinov2\.encoder\.{VIT_BLOCK}",
+        "trunk": r"dinov2\.encoder\.layer\.\d\.(attention|mlp)\..*\.weight",
         "head": r"classifier\.weight",
         "vector": r"dinov2\.encoder\.layer\.\d\.layer_scale[12]\.lambda1",
     },

@@ -24,7 +24,8 @@ RECIPE = "vit-tiny/digits/nio"
 SMALL = ["--use_cpu", "true", "--max_steps", "3", "--disable_tqdm", "true"]
 LOAD = """
 import sys
-from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+from transformers import AutoModelForImageClassification, set_seed
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from nio_hf.trainer.digests import fingerprint
 set_seed(3)
 model = AutoModelForImageClassification.from_pretrained(sys.argv[1], revision=sys.argv[2])

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback
+from transformers import AutoModelForImageClassification, TrainerCallback
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from nio_hf.errors import CheckpointError, ConfigError, DataError
 from nio_hf.image_training.building import build_trainer

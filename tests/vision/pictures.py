@@ -71,7 +71,12 @@ def write_parquet(
         {"image": datasets.Image(), label_column: datasets.Value("int64") if feature is None else feature}
     )
     columns = {"image": list(images), label_column: list(labels)}
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(file))
+    made = datasets.Dataset.from_dict(columns, features=features)
+    if len(made):
+        made.to_parquet(str(file))
+    else:
+        # Which some releases cannot.
+        pq.write_table(made.data.table, file)
     return str(file)
 
 
