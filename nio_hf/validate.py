@@ -22,6 +22,7 @@ from nio_hf.recipe.consistency import consistency_notes, consistency_problems
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import with_values
 from nio_hf.trainer import NIOTrainingArguments
+from nio_hf.trainer.early_checks import check_best_metric
 from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.seeding import check_seedable
 from nio_hf.vision.samples import ImageStream
@@ -95,6 +96,7 @@ def _try_data(name: str, overrides: Sequence[str]) -> str:
     _check_folders(load_recipe(name, overrides).training)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(load_recipe(name, with_values(overrides, {"output_dir": folder})))
+        check_best_metric(trainer)
         if trainer.args.nio_seed_optimizer is not None:
             check_seedable(trainer)
         batch = next(iter(trainer.get_train_dataloader()))

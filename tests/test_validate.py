@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from nio_hf.cli.main import app
+from nio_hf.errors import MetricError
 from nio_hf.validate import validate_recipe
 from tests.image_training.folders import make_folder, write_recipe
 
@@ -122,3 +123,12 @@ def test_what_training_refuses_before_it_starts_is_an_error_of_that_recipe(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     found = validate_recipe(write_recipe(tmp_path, images), options, with_data=True)
     assert message in str(found.error)
+
+
+def test_a_metric_that_no_evaluation_has_is_refused_before_a_training_is_paid(images: Path, tmp_path: Path) -> None:
+    options = ["--load_best_model_at_end", "true", "--save_strategy", "epoch", "--eval_strategy", "epoch"]
+    recipe = write_recipe(tmp_path, images)
+    found = validate_recipe(recipe, [*options, "--metric_for_best_model", "acuracy"], with_data=True)
+    assert isinstance(found.error, MetricError)
+    assert "metric_for_best_model: 'acuracy', and evaluations have accuracy, loss, " in str(found.error)
+    assert validate_recipe(recipe, [*options, "--metric_for_best_model", "accuracy"], with_data=True).error is None

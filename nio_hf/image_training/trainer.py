@@ -22,7 +22,7 @@ from nio_hf.trainer.arguments import order_seed
 from nio_hf.trainer.sampling import EpochSampler, SeededDataset, SeededStream
 from nio_hf.vision.augmentation import BatchAugmentation
 from nio_hf.vision.losses import classification_loss
-from nio_hf.vision.metrics import classification_metrics, predictions_and_losses
+from nio_hf.vision.metrics import TOP_K, classification_metrics, predictions_and_losses
 from nio_hf.vision.samples import ImageSamples, ImageStream, collate_images
 
 logger = logging.getLogger(__name__)
@@ -160,6 +160,12 @@ class ImageTrainer(NIOTrainer):
             return facts
         known = {name: value for name, value in vars(self._source).items() if name != "recipe_text"}
         return dataclasses.replace(facts, **known)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics that an evaluation has beside the loss, see [`classification_metrics`]."""
+        classes: int = self.unwrapped_model.config.num_labels  # type: ignore[union-attr,assignment]
+        return ("accuracy", f"top{TOP_K}_accuracy") if classes > TOP_K else ("accuracy",)
 
     @property
     def skipped_images(self) -> int:

@@ -158,7 +158,7 @@ class NIOSettings:
 
     def _seed_optimizer_problems(self) -> Iterator[Problem]:
         if self.nio_seed_optimizer is not None and self.nio_seed_optimizer not in SEED_MODES:
-            fix = f"Choose one of {', '.join(SEED_MODES)}, or None"
+            fix = f"Choose one of {', '.join(SEED_MODES)}, or leave it out"
             yield Problem("nio_seed_optimizer", f"{self.nio_seed_optimizer!r}", fix)
 
 

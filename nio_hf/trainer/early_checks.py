@@ -39,9 +39,11 @@ def check_best_metric(trainer: Trainer) -> None:
         found = f"{metric!r}, with evaluation sets of the names {', '.join(map(str, sets))}"
         raise MetricError(Problem(where, found, f"Name the set as well: {choices}"))
     own = metric if sets is None else next(metric.removeprefix(f"{n}_") for n in sets if metric.startswith(f"{n}_"))
-    if trainer.compute_metrics is None and own not in _ALWAYS:
-        found = f"{metric!r}, without compute_metrics evaluations have {', '.join(_ALWAYS)}"
-        raise MetricError(Problem(where, found, "Choose one of these, or give compute_metrics"))
+    names = () if trainer.compute_metrics is None else getattr(trainer, "metric_names", None)
+    if names is not None and own not in (*names, *_ALWAYS):
+        found = f"{metric!r}, and evaluations have {', '.join((*names, *_ALWAYS))}"
+        fix = "Choose one of these" if names else "Choose one of these, or give compute_metrics"
+        raise MetricError(Problem(where, found, fix))
 
 
 def warn_of_warmup(trainer: Trainer) -> None:
