@@ -42,8 +42,9 @@ def _arm(name: str, description: str, **settings: Any) -> Arm:
     return Arm(name, description, {**_PLAIN, **settings}, has_warmup=name == WARMUP)
 
 
-def _method(name: str, description: str, options: dict[str, Any] | None = None) -> Arm:
-    return _arm(name, f"{description}, no warmup", nio=True, nio_method=name, nio_method_kwargs=options)
+def _method(name: str, description: str, options: dict[str, Any] | None = None, method: str | None = None) -> Arm:
+    settings = {"nio_method": method or name, "nio_method_kwargs": options}
+    return _arm(name, f"{description}, no warmup", nio=True, **settings)
 
 
 ARMS = {
@@ -56,6 +57,17 @@ ARMS = {
         _arm("nio_seeded", "NIO and the second moment seeded, no warmup", **WITH_NIO, **_SEEDED),
         _arm("uncorrected", "second moment seeded without bias correction", nio_seed_optimizer="uncorrected"),
         _arm("radam", "RAdam, no warmup", optimizer="radam"),
+        _method("range4", "four times the standard deviation", {"factor": 4.0}, method="range"),
+        _method("width", "standard deviation 1 / sqrt(width)", method="range"),
+        _method(
+            "positions",
+            "four times the standard deviation, positions and tokens 128 times",
+            {"factor": 4.0, "additive": 32.0},
+            method="range",
+        ),
+        _method("xavier", "Xavier initialisation"),
+        _method("mimetic", "mimetic initialisation"),
+        _method("structured", "structured initialisation"),
         _method("gradinit", "GradInit", {"iterations": 30, "lr": 0.03}),
         _method("lsuv", "LSUV"),
         _method("emergence", "emergence-promoting initialisation"),

@@ -35,7 +35,8 @@ class NIOSettings:
     nio: bool = _option(True, "Run NIO before training. It is skipped on resume and for an initialised model.")
     nio_method: str = _option(
         "nio",
-        "Method of initialisation: nio, or to compare it with: none, gradinit, lsuv, emergence or architecture_aware.",
+        "Method of initialisation: nio, or to compare it with: none, range, xavier, mimetic, structured, lsuv, "
+        "gradinit, emergence or architecture_aware.",
     )
     nio_method_kwargs: dict[str, Any] | str | None = dataclasses.field(
         default=None, metadata={"help": 'Settings that such a method has of its own, e.g. {"optimizer": "sgd"}.'}

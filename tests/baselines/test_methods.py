@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nio_hf.baselines import METHODS
 from nio_hf.core import InitResult, NIOConfig, expected_cost, find_tensors, grad_cosine, initialize
 from nio_hf.errors import ConfigError
+from tests.baselines.homes import OF_TRANSFORMERS, home
 from tests.core.cases import Case, batches_of, case, differences, state
 from tests.versions import checkpoint_activations
 
@@ -21,12 +22,13 @@ CONFIG = NIOConfig(report_batches=2, sub_batches=2)
 LEARNED = "gradinit"
 """The method that has iterations."""
 CHANGING = [name for name in METHODS if name != "none"]
+ANYWHERE = [name for name in CHANGING if name not in OF_TRANSFORMERS]
 
 
 def run(
     method: str,
     made: Case,
-    name: str = "mlp",
+    name: str | None = None,
     batches: Any = None,
     config: NIOConfig = CONFIG,
     on_iteration: Any = None,
@@ -35,7 +37,7 @@ def run(
     short = {"iterations": 2, "lr": 0.05} if method == LEARNED else {}
     return initialize(
         made.model,
-        batches or batches_of(name, 4),
+        batches or batches_of(name or home(method), 4),
         made.loss_fn,
         config,
         method=METHODS[method],
@@ -44,8 +46,9 @@ def run(
     )
 
 
-@pytest.mark.parametrize("name", ["mlp", "vit"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "name"), [(method, name) for method in METHODS for name in dict.fromkeys((home(method), "vit"))]
+)
 def test_every_method_changes_scaled_tensors_and_nothing_else(method: str, name: str) -> None:
     made = case(name)
     next(iter(made.model.children())).eval()
@@ -72,7 +75,7 @@ def test_every_method_changes_scaled_tensors_and_nothing_else(method: str, name:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_does_the_same_again(method: str) -> None:
-    first, second = case("mlp"), case("mlp")
+    first, second = case(home(method)), case(home(method))
     run(method, first)
     torch.manual_seed(7)
     run(method, second)
@@ -84,7 +87,7 @@ def test_a_method_does_the_same_again(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_result_survives_json(method: str) -> None:
-    result = run(method, case("mlp"))
+    result = run(method, case(home(method)))
     loaded = InitResult.from_dict(json.loads(json.dumps(result.to_dict())))
     for field in dataclasses.fields(InitResult):
         if field.name not in ("groups", "tensors", "excluded"):
@@ -101,7 +104,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(method: str, error: t
     calls = _loss_calls(method)
     # The probe, two sub-batches of two report batches, what the method does, and the report batches again.
     for last in {1 + 4 + 1, (calls + 2) // 2, calls - 4, calls}:
-        made = case("mlp")
+        made = case(home(method))
         before, generator = state(made.model), torch.get_rng_state()
         with pytest.raises(error, match="stop here"):
             run(method, _stopping(made, last, error))
@@ -124,7 +127,7 @@ def test_what_was_learned_before_the_data_ended_is_applied() -> None:
     assert any(omega != 1 for omega in result.scales.values())
 
 
-@pytest.mark.parametrize("method", CHANGING)
+@pytest.mark.parametrize("method", ANYWHERE)
 def test_frozen_tensors_keep_their_values(method: str) -> None:
     made = case("mlp")
     frozen = made.model.get_parameter("4.weight").requires_grad_(False)
@@ -134,7 +137,7 @@ def test_frozen_tensors_keep_their_values(method: str) -> None:
     assert "4.weight" not in result.scales
 
 
-@pytest.mark.parametrize("method", CHANGING)
+@pytest.mark.parametrize("method", ANYWHERE)
 def test_batch_normalisation_keeps_its_statistics(method: str) -> None:
     made = case("resnet")
     before = state(made.model)
@@ -162,6 +165,10 @@ def test_records_are_named_as_they_are_asked_for() -> None:
         "LSUV",
         "emergence-promoting initialisation",
         "architecture-aware initialisation",
+        "another range",
+        "Xavier initialisation",
+        "mimetic initialisation",
+        "structured initialisation",
     ]
 
 
@@ -174,6 +181,10 @@ def test_options_have_defaults() -> None:
         "lsuv": {"orthonormal": True, "tolerance": 0.1, "max_trials": 10},
         "emergence": {"alpha": 1.1},
         "architecture_aware": {"gain": 2.0},
+        "range": {"factor": None, "additive": 1.0},
+        "xavier": {},
+        "mimetic": {"query_key": 0.7, "value_output": 0.4, "positions": True, "control": False},
+        "structured": {"logit_norm": 7.0, "positions": 18.0, "value_output": 0.4},
     }
     with pytest.raises(ConfigError, match=r"lsuv\.alpha: is no option of lsuv\. Choose from orthonormal, tolerance"):
         run("lsuv", case("mlp"), alpha=1.0)
@@ -181,7 +192,7 @@ def test_options_have_defaults() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_cost_is_at_most_what_is_expected(method: str) -> None:
-    own, reports = run(method, case("mlp")).cost, 2 * 2
+    own, reports = run(method, case(home(method))).cost, 2 * 2
     options = {"iterations": 2} if method == LEARNED else None
     expected = expected_cost(CONFIG, 1, METHODS[method], options)
     if method == "lsuv":
@@ -191,7 +202,7 @@ def test_the_cost_is_at_most_what_is_expected(method: str) -> None:
     else:
         assert expected is not None
         assert reports <= own <= expected
-        assert expected <= reports + {"none": 0, "emergence": 0, "architecture_aware": 1 / 6}.get(method, 20)
+        assert expected <= reports + {"architecture_aware": 1 / 6, "gradinit": 20}.get(method, 0)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +225,9 @@ def test_the_cost_is_at_most_what_is_expected(method: str) -> None:
         ),
         ("emergence", {"alpha": 0}, ["emergence.alpha: 0"]),
         ("architecture_aware", {"gain": float("nan")}, ["architecture_aware.gain: nan"]),
+        ("range", {"factor": 0, "additive": None}, ["range.factor: 0", "range.additive: None"]),
+        ("mimetic", {"query_key": 0, "control": 1}, ["mimetic.query_key: 0", "mimetic.control: 1"]),
+        ("structured", {"logit_norm": "7", "positions": -1.0}, ["structured.logit_norm: '7'", "positions: -1.0"]),
     ],
 )
 def test_all_options_out_of_range_are_named(method: str, options: dict[str, Any], messages: list[str]) -> None:
@@ -225,12 +239,13 @@ def test_all_options_out_of_range_are_named(method: str, options: dict[str, Any]
 
 @pytest.mark.parametrize("method", METHODS)
 def test_before_is_what_the_model_measures_as_it_comes(method: str) -> None:
-    made = case("mlp")
+    name = home(method)
+    made = case(name)
     excluded = find_tensors(made.model).excluded
     result = run(method, made)
     assert result.excluded == excluded
     assert result.before.value == pytest.approx(
-        np.mean([grad_cosine(case("mlp").model, b, made.loss_fn, sub_batches=2).value for b in batches_of("mlp", 2)])
+        np.mean([grad_cosine(case(name).model, b, made.loss_fn, sub_batches=2).value for b in batches_of(name, 2)])
     )
 
 
@@ -248,7 +263,7 @@ def _stopping(made: Case, last: int, error: type[BaseException]) -> Case:
 
 
 def _loss_calls(method: str) -> int:
-    made, seen = case("mlp"), []
+    made, seen = case(home(method)), []
 
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:
         seen.append(None)

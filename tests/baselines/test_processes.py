@@ -6,14 +6,16 @@ import pytest
 
 from nio_hf.baselines import METHODS
 from nio_hf.core import Collective, NIOConfig, initialize
+from tests.baselines.homes import home
 from tests.core.cases import batches_of, case
 from tests.distributed.ranks import run_ranks
 
 
 def _weights(name: str) -> list[list[float]]:
-    made, method, config = case("mlp"), METHODS[name], NIOConfig(report_batches=2, sub_batches=2)
+    model, method, config = home(name), METHODS[name], NIOConfig(report_batches=2, sub_batches=2)
+    made = case(model)
     options = {"iterations": 3, "lr": 0.05} if "iterations" in method.options else {}
-    task = (made.model, batches_of("mlp", 5), made.loss_fn, config)
+    task = (made.model, batches_of(model, 5), made.loss_fn, config)
     initialize(*task, method=method, options=options, collective=Collective.current())
     return [parameter.flatten().tolist() for parameter in made.model.parameters()]
 
