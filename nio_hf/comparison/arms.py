@@ -57,6 +57,13 @@ ARMS = {
         _arm("nio_seeded", "NIO and the second moment seeded, no warmup", **WITH_NIO, **_SEEDED),
         _arm("uncorrected", "second moment seeded without bias correction", nio_seed_optimizer="uncorrected"),
         _arm("radam", "RAdam, no warmup", optimizer="radam"),
+        _arm("muon", "Muon for the matrices of the trunk, no warmup", optimizer="muon"),
+        _arm(
+            "schedule_free",
+            "schedule-free RAdam, neither warmup nor schedule",
+            optim="schedule_free_radam",
+            lr_scheduler_type="constant",
+        ),
         _method("range4", "four times the standard deviation", {"factor": 4.0}, method="range"),
         _method("width", "standard deviation 1 / sqrt(width)", method="range"),
         _method(

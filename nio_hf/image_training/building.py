@@ -72,7 +72,7 @@ def build_trainer(recipe: Recipe) -> ImageTrainer:
             no_weight_decay=recipe.optimization.no_weight_decay,
             repeats=recipe.augmentation.repeated_augmentation,
             source=_source(recipe),
-            optimizer=optimizer_options(recipe.optimization.optimizer, args),
+            optimizer=optimizer_options(recipe.optimization.optimizer, args, model),
             ema_decay=recipe.optimization.ema_decay,
         )
     except (ValueError, KeyError, ImportError, RuntimeError) as error:

@@ -15,6 +15,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from nio_hf.errors import ConfigError, DataError, Problem
 from nio_hf.files import output_errors
 from nio_hf.image_training.ema import EMACallback
+from nio_hf.image_training.muon import MuonAndAdamW
 from nio_hf.image_training.weight_decay import decayed_parameters
 from nio_hf.report.run import Facts
 from nio_hf.trainer import NIOTrainer, NIOTrainingArguments
@@ -86,7 +87,7 @@ class ImageTrainer(NIOTrainer):
         ema_decay: of the average of the weights that `evaluate_average` evaluates; None for no average.
 
     Raises:
-        ConfigError: for an average of weights that are sharded over devices.
+        ConfigError: for an average, or Muon, of weights that are sharded over devices.
         ModelError: for a name in `no_weight_decay` that no parameter has.
     """
 
@@ -128,10 +129,13 @@ class ImageTrainer(NIOTrainer):
         self._warn_of_short_epochs()
         self.get_decay_parameter_names(model)
         self._ema = None if ema_decay is None else EMACallback(self, ema_decay)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            is_muon = optimizer is not None and optimizer[0] is MuonAndAdamW
+            for name, given in (("ema_decay", ema_decay), ("optimizer", "muon" if is_muon else None)):
+                if given is not None:
+                    found = f"{given} with weights that are sharded over devices"
+                    raise ConfigError(Problem(name, found, "Leave it out, or train with plain data parallelism"))
         if self._ema is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                found = f"{ema_decay} with weights that are sharded over devices"
-                raise ConfigError(Problem("ema_decay", found, "Leave it out, or train with plain data parallelism"))
             self.add_callback(self._ema)
 
     def _warn_of_short_epochs(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-OptimizerName = Literal["radam"]
+OptimizerName = Literal["radam", "muon"]
 
 
 @dataclasses.dataclass
@@ -141,7 +141,7 @@ class OptimizationSettings:
         global_batch_size: samples of an optimiser step over all devices; `gradient_accumulation_steps` follows from it.
         no_weight_decay: parameters without weight decay: "vectors" for all of fewer than two dimensions (biases,
             normalisation), others by the last part of their name. None for Trainer's choice.
-        optimizer: "radam" in the place of what `optim` says; null for `optim`.
+        optimizer: "radam" or "muon" in the place of what `optim` says; null for `optim`.
         ema_decay: of an exponential moving average of the weights, evaluated and saved at the end; None for no average.
     """
 

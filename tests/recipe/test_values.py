@@ -28,7 +28,7 @@ class Strategy(enum.Enum):
         ("none", float | None, None),
         ("none", list[float] | None, None),
         ("none", str | None, None),
-        ("none", Literal["radam"] | None, None),
+        ("none", Literal["radam", "muon"] | None, None),
         ("none", Literal["none", "resized"] | None, "none"),
         ("none", str, "none"),
         ("none", None | str | list[str], "none"),
