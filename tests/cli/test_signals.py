@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from nio_hf.durable.manifest import candidates, newest_usable
 from nio_hf.errors import Preempted
+from tests.versions import resumes_in_several_processes
 
 COMMAND = [sys.executable, "-m", "nio_hf.cli", "train", "vit-tiny/digits/nio"]
 SETTINGS = {
@@ -62,7 +63,10 @@ def _stopped_after_a_step(command: list[str], number: int) -> tuple[int, str]:
         return process.returncode, "".join(lines) + rest
 
 
-@pytest.mark.parametrize("how", [pytest.param("alone", marks=pytest.mark.slow), "launched"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param("alone", marks=pytest.mark.slow), pytest.param("launched", marks=resumes_in_several_processes)],
+)
 def test_sigterm_saves_and_the_same_command_goes_on(how: str, tmp_path: Path) -> None:
     whole = _run(_command(tmp_path / "whole", how))
     assert whole.returncode == 0, whole.stdout + whole.stderr

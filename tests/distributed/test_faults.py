@@ -21,6 +21,7 @@ from nio_hf.hub.run_folder import INIT_DIR_NAME
 from nio_hf.trainer.checkpoints import PROGRESS_NAME
 from tests.distributed.launched import PUBLISHED, SCAN
 from tests.distributed.launching import Outcome, launch, start
+from tests.versions import resumes_in_several_processes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "kills.json"
 SETTINGS: dict[str, Any] = {
@@ -105,6 +106,7 @@ def test_killed_in_the_save_of_the_initialised_checkpoint(tmp_path: Path, uninte
     assert [path.name for path in initialised.parent.glob(f"{INIT_DIR_NAME}*")] == [INIT_DIR_NAME]
 
 
+@resumes_in_several_processes
 def test_killed_in_the_save_of_a_checkpoint(tmp_path: Path, uninterrupted: Any) -> None:
     faults = {"checkpoint": {"number": 4, "signal": "SIGKILL"}}
     _, second = _started_again(tmp_path, "ddp", 2, faults)
@@ -124,6 +126,7 @@ def test_killed_after_nio_it_is_not_run_again(tmp_path: Path, uninterrupted: Any
     assert second.reports[0]["trained"] == uninterrupted("single", 1)
 
 
+@resumes_in_several_processes
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_sigterm_to_one_process_saves_and_stops_all(rank: int, tmp_path: Path, uninterrupted: Any) -> None:
     faults = {"step": {"number": 4, "signal": "SIGTERM", "rank": rank}}

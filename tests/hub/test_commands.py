@@ -155,7 +155,8 @@ def test_it_is_inspected_by_its_name(shared: Desk) -> None:
 def test_a_trained_model_is_inspected_and_one_that_is_not_there_is_named(shared: Desk) -> None:
     shown = shared.run(*NIO, "inspect", "user/nothing", "--use_cpu", "true", status=1)
     assert "user/nothing: cannot be loaded" in shown
-    assert "nio_recipe.yaml" not in shown
+    # Some releases of huggingface_hub show every request.
+    assert "nio_recipe.yaml" not in re.sub("^INFO:httpx:.*$", "", shown, flags=re.MULTILINE)
     shared.run(*NIO, "inspect", "user/trained", "--use_cpu", "true")
     assert json.loads((shared.folder / "outputs/inspect/trained/inspect/inspection.json").read_text())["steps"] == 3
 
