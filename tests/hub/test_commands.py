@@ -128,10 +128,15 @@ def test_it_is_loaded_back_bit_for_bit_by_who_may_see_it(shared: Desk) -> None:
     assert process.returncode != 0
 
 
-def test_a_training_starts_from_it_and_is_pushed_with_its_evaluation(shared: Desk) -> None:
+@pytest.fixture(scope="module")
+def trained(shared: Desk) -> str:
+    """What is shown by the training that pushes `user/trained`."""
     start = ["--model_name_or_path", "user/init", "--output_dir", "trained", "--push_to_hub", "user/trained"]
-    shown = shared.run(*NIO, "train", RECIPE, *SMALL, *start)
-    assert "NIO is skipped: the model was loaded from an initialised checkpoint." in shown
+    return shared.run(*NIO, "train", RECIPE, *SMALL, *start)
+
+
+def test_a_training_starts_from_it_and_is_pushed_with_its_evaluation(shared: Desk, trained: str) -> None:
+    assert "NIO is skipped: the model was loaded from an initialised checkpoint." in trained
     card = ModelCard(shared.files("user/trained")[CARD_NAME].decode())
     results = json.loads((shared.folder / "trained" / "all_results.json").read_text())
     accuracy = next(r for r in card.data.eval_results if r.metric_name == "Accuracy")
@@ -152,6 +157,7 @@ def test_it_is_inspected_by_its_name(shared: Desk) -> None:
     assert "By kind" in shown
 
 
+@pytest.mark.usefixtures("trained")
 def test_a_trained_model_is_inspected_and_one_that_is_not_there_is_named(shared: Desk) -> None:
     shown = shared.run(*NIO, "inspect", "user/nothing", "--use_cpu", "true", status=1)
     assert "user/nothing: cannot be loaded" in shown
