@@ -67,8 +67,6 @@ EMERGENCE = Method(
         "down before the middle layer and up behind it."
     ),
     learn=scale_by_depth,
-    batches=lambda config, options: 0,
-    most_cost=lambda config, groups, options: 0.0,
     options={"alpha": 1.1},
     check=lambda options: [
         ("alpha", options["alpha"], is_positive(options["alpha"]), "Give a finite number above 0, such as 1.1")

@@ -121,8 +121,6 @@ MIMETIC = Method(
         "their own position and values are subtracted."
     ),
     learn=draw_mimetic,
-    batches=lambda config, options: 0,
-    most_cost=lambda config, groups, options: 0.0,
     options={"query_key": 0.7, "value_output": 0.4, "positions": True, "control": False},
     check=_check,
 )

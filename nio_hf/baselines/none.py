@@ -16,7 +16,5 @@ NONE = Method(
     title="default initialisation",
     describe=lambda config: "The model has the initialisation that its class gives it.",
     learn=keep_weights,
-    batches=lambda config, options: 0,
-    most_cost=lambda config, groups, options: 0.0,
 )
 """No method."""

@@ -108,8 +108,6 @@ STRUCTURED = Method(
         "in the grid of patches."
     ),
     learn=draw_structured,
-    batches=lambda config, options: 0,
-    most_cost=lambda config, groups, options: 0.0,
     options={"logit_norm": 7.0, "positions": 18.0, "value_output": 0.4},
     check=_check,
 )

@@ -49,8 +49,6 @@ RANGE = Method(
     title="another range",
     describe=lambda config: "All weights were multiplied by a factor, as another initializer_range makes them.",
     learn=scale_range,
-    batches=lambda config, options: 0,
-    most_cost=lambda config, groups, options: 0.0,
     options={"factor": None, "additive": 1.0},
     check=lambda options: [
         (

@@ -50,7 +50,5 @@ XAVIER = Method(
     title="Xavier initialisation",
     describe=lambda config: "Xavier initialisation drew the matrices of all layers anew, as the JAX code of ViT does.",
     learn=draw_xavier,
-    batches=lambda config, options: 0,
-    most_cost=lambda config, groups, options: 0.0,
 )
 """Xavier initialisation."""

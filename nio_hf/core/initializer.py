@@ -197,7 +197,7 @@ def _result(
     if method.own_groups:
         status, message = judge(before, after, groups, config, data_exhausted=learned.data_exhausted)
     else:
-        status, message = "applied", f"{method.title} applied: {describe_change(before, after)}."
+        status, message = "applied", f"{method.subject} applied: {describe_change(before, after)}."
         if learned.data_exhausted:
             planned = f" of {options['iterations']}" if "iterations" in options else ""
             message += f" The data ended after {len(learned.history)}{planned} iterations."

@@ -112,11 +112,16 @@ class Method:
     title: str
     describe: Callable[[NIOConfig], str]
     learn: Learn
-    batches: Callable[[NIOConfig, Options], int]
-    most_cost: Callable[[NIOConfig, int, Options], float | None]
+    batches: Callable[[NIOConfig, Options], int] = lambda config, options: 0
+    most_cost: Callable[[NIOConfig, int, Options], float | None] = lambda config, groups, options: 0.0
     options: Options = dataclasses.field(default_factory=dict)
     check: Callable[[Options], Iterable[Check]] = lambda options: ()
     own_groups: bool = False
+
+    @property
+    def subject(self) -> str:
+        """The title as a sentence begins with it."""
+        return self.title[:1].upper() + self.title[1:]
 
     def checked(self, given: Options | None) -> dict[str, Any]:
         """All options, with defaults for those that are not given, and tuples for lists.

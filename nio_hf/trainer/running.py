@@ -160,7 +160,7 @@ class NIORun:
         cost = expected_cost(config, groups, method, self._options)
         if cost is not None and method.name != "none":
             size = self._trainer.nio_args.nio_batch_size
-            self._tell("%s will cost %.0f training steps of %d samples at most.", method.title, cost, size)
+            self._tell("%s will cost %.0f training steps of %d samples at most.", method.subject, cost, size)
         return cost
 
     def _tell(self, message: str, *values: Any, level: int = logging.INFO) -> None:
