@@ -150,3 +150,13 @@ def test_no_path_of_a_machine_and_no_registry_is_named() -> None:
     forbidden = re.compile(r"/" r"root/|/" r"home/\w|/" r"work/|pypi\.|download\.pytorch|files\.pythonhosted")
     for name in tracked.stdout.split():
         assert not forbidden.search((ROOT / name).read_text(errors="ignore")), name
+
+
+def test_the_versions_are_those_that_are_allowed_and_tested() -> None:
+    table = README.split("| versions |")[1].split("\n\n")[0].splitlines()
+    names, _, oldest, usual, _ = ([cell.strip() for cell in row.strip("|").split("|")] for row in table)
+    floors = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+    for row, versions in ((oldest, floors), (usual, pins)):
+        known = {name.replace("-", "_"): version.split(".")[:2] for name, version in versions.items()}
+        assert [known[name] for name in names[:-1]] == [version.split(".") for version in row[1:-1]]
