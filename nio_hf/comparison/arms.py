@@ -64,10 +64,10 @@ ARMS = {
             optim="schedule_free_radam",
             lr_scheduler_type="constant",
         ),
-        _method("range4", "four times the standard deviation", {"factor": 4.0}, method="range"),
+        _method("x4", "four times the standard deviation", {"factor": 4.0}, method="range"),
         _method("width", "standard deviation 1 / sqrt(width)", method="range"),
         _method(
-            "positions",
+            "x4_positions",
             "four times the standard deviation, positions and tokens 128 times",
             {"factor": 4.0, "additive": 32.0},
             method="range",

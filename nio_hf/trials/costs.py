@@ -12,14 +12,20 @@ MANY_GROUPS = 8
 """Number of groups that the cost beforehand counts with, where there may be more than one."""
 
 
+def is_free(args: NIOTrainingArguments) -> bool:
+    """Whether a method looks at no data. Its reports are for the reader, and a trial does not pay for them."""
+    method, config = METHODS[args.nio_method], args.to_nio_config()
+    return method.batches(config, method.checked(cast("dict[str, Any] | None", args.nio_method_kwargs))) == 0
+
+
 def most_steps(args: NIOTrainingArguments, groups: Any = None) -> float | None:
-    """Training steps that an initialisation may take at most, reports included; None where that is not known.
+    """Training steps that a trial pays for an initialisation at most, reports included; None where that is not known.
 
     Args:
         args: settings of the training.
         groups: value of `nio_groups`; None for that of the settings.
     """
-    if not args.nio:
+    if not args.nio or is_free(args):
         return 0.0
     config, options = args.to_nio_config(), cast("dict[str, Any] | None", args.nio_method_kwargs)
     number = 1 if (config.groups if groups is None else groups) == "model" else MANY_GROUPS

@@ -28,6 +28,7 @@ from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.recipe.strict_yaml import with_values
+from nio_hf.trials.costs import is_free
 from nio_hf.trials.diagnostics import StepDiagnostics
 from nio_hf.trials.operations import OperationCount
 from nio_hf.trials.results import Outcome
@@ -152,7 +153,10 @@ def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool, co
 
 
 def _initialise(trainer: ImageTrainer) -> float:
-    """Initialise the model, and return what that and the seeding of the optimizer cost, in training steps."""
+    """Initialise the model, and return what that and the seeding of the optimizer cost, in training steps.
+
+    A method that looks at no data costs nothing.
+    """
     args = trainer.args
     if not args.nio and args.nio_seed_optimizer is None:
         return 0.0
@@ -164,7 +168,7 @@ def _initialise(trainer: ImageTrainer) -> float:
     if args.nio:
         with OperationCount() as initialisation:
             trainer.run_nio()
-        operations += initialisation.operations
+        operations += 0 if is_free(args) else initialisation.operations
     if args.nio_seed_optimizer is not None:
         operations += per_sample * args.nio_batch_size * args.nio_report_batches
     return float(operations / (per_sample * samples_of_step))

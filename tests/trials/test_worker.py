@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from nio_hf.trials.worker import train_once
 
 PROGRAM = """
 import multiprocessing, os, pathlib, sys, time
@@ -52,3 +55,14 @@ def test_a_trial_ends_with_the_process_that_started_it(method: str, tmp_path: Pa
     while _runs(pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not _runs(pid)
+
+
+@pytest.mark.parametrize(
+    ("method", "pays"), [("none", False), ("range", False), ("xavier", False), ("architecture_aware", True)]
+)
+def test_a_method_that_looks_at_no_data_is_not_paid_for(method: str, pays: bool, tmp_path: Path) -> None:
+    settings = {"nio_method": method, "output_dir": tmp_path, "max_steps": 14, "use_cpu": True, "report_to": "none"}
+    options = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    outcome = train_once("vit-tiny/digits/nio", options, diagnostics=False)
+    assert (outcome.cost_steps > 0) == pays
+    assert outcome.steps == 14 - math.ceil(outcome.cost_steps)
