@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from nio_hf.errors import MissingExtraError, Problem, listed
+from nio_hf.errors import MissingExtraError, Problem
 
 EXTRAS = {
     "report": ("matplotlib", "PIL"),
@@ -30,8 +30,7 @@ def require(extra: str, what: str) -> None:
     """
     missing = missing_modules(extra)
     if missing:
-        found = f"{listed(missing, len(missing))} not installed"
-        raise MissingExtraError(Problem(what, found, how_to_install(extra)))
+        raise MissingExtraError(Problem(what, f"{', '.join(missing)} not installed", how_to_install(extra)))
 
 
 def how_to_install(extra: str) -> str:

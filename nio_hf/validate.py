@@ -127,7 +127,7 @@ def _try_nio(trainer: ImageTrainer) -> str:
     trainer.get_nio_dataloader()
     vars(args).update(_SHORTEST)
     if "iterations" in METHODS[args.nio_method].options:
-        args.nio_method_kwargs = {**cast(dict[str, Any], args.nio_method_kwargs or {}), "iterations": 1}
+        args.nio_method_kwargs = {**args.nio_method_options, "iterations": 1}
     result = trainer.run_nio()
     return f"a short run of {result.title}: GradCosine {result.before.value:.3f} -> {result.after.value:.3f}"
 

@@ -45,7 +45,7 @@ def draw_structured(problem: ScalingProblem, options: Options, watch: Watch) -> 
     Source: "Structured Initialization for Vision Transformers", NeurIPS 2025, arXiv 2505.19985.
     """
     generator = torch.Generator().manual_seed(problem.config.seed)
-    table = _grid(problem)
+    table, side = _grid(problem)
     layers = attention_layers(problem.loss.model, problem.tensors)
     places = functional.layer_norm(table.values.double(), table.values.shape[-1:])
     for layer in layers:
@@ -55,7 +55,7 @@ def draw_structured(problem: ScalingProblem, options: Options, watch: Watch) -> 
         heads = zip(layer.queries.split(size), layer.keys.split(size), strict=True)
         for head, (queries, keys) in enumerate(heads):
             row, column = divmod(_CELLS[head % len(_CELLS)], 3)
-            target = _target(shift(int(table.side or 0), row - 1, column - 1), generator)
+            target = _target(shift(side, row - 1, column - 1), generator)
             left, values, right = torch.linalg.svd(inverse @ target @ inverse.T)
             for weight, vectors in ((queries, left), (keys, right.T)):
                 drawn = (vectors * values.sqrt())[:, :size].T
@@ -85,14 +85,16 @@ def _inverse(places: Tensor, rank: int) -> Tensor:
     return inverse
 
 
-def _grid(problem: ScalingProblem) -> PositionTable:
+def _grid(problem: ScalingProblem) -> tuple[PositionTable, int]:
+    """The table of positions, and the side of the grid."""
     tables = position_tables(problem.loss.model, problem.tensors)
-    if len(tables) != 1 or tables[0].side is None:
+    side = tables[0].side if len(tables) == 1 else None
+    if side is None:
         found = ", ".join(table.name for table in tables) or "none"
         fix = "Choose a vision Transformer with one table of absolute positions of a square grid"
         where = type(problem.loss.model).__name__
         raise ModelError(Problem(where, f"tables of absolute positions: {found}", fix))
-    return tables[0]
+    return tables[0], side
 
 
 def _check(options: Options) -> list[Check]:

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Iterator
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from nio_hf.core.memory import is_out_of_memory
 from nio_hf.durable.isolation import isolated_random_state
 from nio_hf.errors import NIOMemoryError, Problem
 from nio_hf.trainer.naming import named_as_arguments
+
+if TYPE_CHECKING:
+    from nio_hf.trainer.trainer import NIOTrainerMixin
 
 T = TypeVar("T")
 
@@ -42,11 +45,10 @@ def copy_apart(trainer: Trainer) -> Trainer:
 
 
 @contextlib.contextmanager
-def computing_apart(trainer: Trainer) -> Iterator[Trainer]:
+def computing_apart(trainer: NIOTrainerMixin) -> Iterator[None]:
     """What NIO computes within leaves no trace in random numbers, counts and logs; its errors name arguments.
 
-    Yields:
-        The copy of the Trainer whose loss is to be used.
+    The loss is that of a copy of the Trainer, `trainer._apart`.
 
     Raises:
         NIOError: in the words of the arguments.
@@ -55,12 +57,15 @@ def computing_apart(trainer: Trainer) -> Iterator[Trainer]:
     """
     with isolated_random_state(trainer.args.device, trainer.train_dataset), named_as_arguments():
         try:
-            yield copy_apart(trainer)
+            trainer._apart = copy_apart(trainer)
+            yield
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             fix = "Set nio_micro_batch_size, or lower nio_batch_size"
             raise NIOMemoryError(Problem("NIO", f"out of memory ({error})", fix)) from error
+        finally:
+            trainer._apart = None
 
 
 def _copied(value: T, copies: dict[int, Any]) -> T:

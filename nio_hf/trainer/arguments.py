@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch import nn
 from transformers import TrainingArguments
@@ -144,6 +144,11 @@ class NIOSettings:
         if problems:
             raise ConfigError(*problems)
         return config
+
+    @property
+    def nio_method_options(self) -> dict[str, Any]:
+        """`nio_method_kwargs` as a mapping, empty where none are given."""
+        return cast(dict[str, Any], self.nio_method_kwargs or {})
 
     def _batch_size_problems(self) -> Iterator[Problem]:
         size = self.nio_batch_size

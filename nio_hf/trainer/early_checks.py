@@ -46,13 +46,15 @@ def check_best_metric(trainer: Trainer) -> None:
         raise MetricError(Problem(where, found, fix))
 
 
-def warn_of_warmup(trainer: Trainer) -> None:
+def warn_of_warmup(trainer: NIOTrainerMixin) -> None:
     """Say that the effects of NIO and of warmup cannot be told apart."""
-    if trainer.args.warmup_steps > 0 and trainer.is_world_process_zero():
-        logger.warning(
+    if trainer.args.warmup_steps > 0:
+        trainer._tell(
+            logger,
             "NIO and warmup_steps=%s are both on: their effects cannot be told apart. Set warmup_steps=0 to train "
             "without warmup, or nio=False.",
             trainer.args.warmup_steps,
+            level=logging.WARNING,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -11,6 +11,9 @@ from transformers import Trainer
 
 from nio_hf.errors import DataError, Problem
 from nio_hf.trainer.digests import batch_digest
+
+if TYPE_CHECKING:
+    from nio_hf.trainer.trainer import NIOTrainerMixin
 
 
 class CheckedBatches:
@@ -35,9 +38,9 @@ class CheckedBatches:
             yield self._prepare(batch, number)
 
 
-def classes_of_labels(trainer: Trainer) -> int | None:
+def classes_of_labels(trainer: NIOTrainerMixin) -> int | None:
     """Number of classes that the labels of a Trainer's data can have, where that is known."""
-    model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model: Any = trainer.unwrapped_model
     has_own_loss = trainer.compute_loss_func is not None or type(trainer).compute_loss is not Trainer.compute_loss
     classifies = type(model).__name__.endswith(("ForImageClassification", "ForSequenceClassification"))
     if has_own_loss or not classifies or not type(model).__module__.startswith("transformers."):

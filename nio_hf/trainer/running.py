@@ -53,9 +53,8 @@ class NIORun:
         self._resume = resume
         self._config = trainer.nio_config
         self._method = METHODS[trainer.nio_args.nio_method]
-        self._options = method_options(trainer)
+        self._options = trainer.nio_args.nio_method_options
         self._directory = trainer.nio_init_dir.parent
-        self._is_main = trainer.is_world_process_zero()
         self._task = self._find_task()
 
     def carry_out(self) -> NIOResult:
@@ -71,7 +70,7 @@ class NIORun:
             result = self._search(batches)
             result = dataclasses.replace(result, message=in_arguments(result.message))
             level = logging.INFO if result.status in _SOUND else logging.WARNING
-            self._tell("%s", result.message, level=level)
+            self._trainer._tell(logger, "%s", result.message, level=level)
             self._save(result, {**self._task, "data": batches.digest})
         if self._collective.size > 1:
             self._collective.check_equal("the initialised weights", fingerprint(self._replica))
@@ -80,7 +79,7 @@ class NIORun:
     def _find_task(self) -> Task:
         """What the run is given: weights, settings and, where it may be resumed, the first batch."""
         trainer, first = self._trainer, None
-        if self._resume and self._is_main:
+        if self._resume and trainer.is_world_process_zero():
             seed_everything(self._config.seed)
             first = batch_digest(next(iter(trainer.get_nio_dataloader())))
         task = {
@@ -106,7 +105,7 @@ class NIORun:
         result = self._collective.broadcast_object(result)
         if result is not None:
             broadcast(self._replica, self._collective)
-            self._tell("NIO is finished: taking over %s.", directory)
+            self._trainer._tell(logger, "NIO is finished: taking over %s.", directory)
         return result
 
     def _search(self, batches: CheckedBatches) -> NIOResult:
@@ -116,7 +115,7 @@ class NIORun:
                 former = load_progress(self._directory, self._task)
         former = self._collective.broadcast_object(former)
         if former is not None:
-            self._tell("NIO goes on after %d iterations.", former.iterations)
+            trainer._tell(logger, "NIO goes on after %d iterations.", former.iterations)
 
         def save(state: NIOState) -> None:
             if args.should_save:
@@ -131,7 +130,7 @@ class NIORun:
         )
         seed_everything(self._config.seed)
         behind = () if former is None else former.progress.history
-        hidden = args.disable_tqdm or not self._is_main
+        hidden = trainer._hides_progress
         with NIOProgress(self._method.title, self._tell_cost(), behind, hidden) as progress:
             given = (self._replica, batches, trainer.compute_nio_loss, self._config)
             watched: dict[str, Any] = {"on_iteration": progress.advance, "on_trial": progress.tell_trial}
@@ -159,18 +158,9 @@ class NIORun:
         groups = len(find_tensors(self._replica, config.scaled_tensors, config.groups).groups) if method is NIO else 1
         cost = expected_cost(config, groups, method, self._options)
         if cost is not None and method.name != "none":
-            size = self._trainer.nio_args.nio_batch_size
-            self._tell("%s will cost %.0f training steps of %d samples at most.", method.subject, cost, size)
+            message = "%s will cost %.0f training steps of %d samples at most."
+            self._trainer._tell(logger, message, method.subject, cost, self._trainer.nio_args.nio_batch_size)
         return cost
-
-    def _tell(self, message: str, *values: Any, level: int = logging.INFO) -> None:
-        if self._is_main:
-            logger.log(level, message, *values)
-
-
-def method_options(trainer: NIOTrainerMixin) -> dict[str, Any]:
-    """The options of the method that a Trainer initialises with."""
-    return cast(dict[str, Any], trainer.nio_args.nio_method_kwargs or {})
 
 
 def checked_batches(trainer: NIOTrainerMixin) -> CheckedBatches:

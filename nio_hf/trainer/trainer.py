@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,7 +44,7 @@ from nio_hf.trainer.early_checks import check_before_nio, check_best_metric, war
 from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.replica import gathered, make_replica, take_over
 from nio_hf.trainer.reporting import NIOReportCallback
-from nio_hf.trainer.running import NIORun, checked_batches, method_options
+from nio_hf.trainer.running import NIORun, checked_batches
 from nio_hf.trainer.sampling import nio_dataloader, seed_everything
 from nio_hf.trainer.seeding import SeedMode, check_seedable, seed_second_moment
 
@@ -106,7 +106,7 @@ class NIOTrainerMixin(TrainerMixin):
             with (
                 contextlib.nullcontext() if preemption is None else preemption.listening(),
                 collective.together(),
-                self._computing_apart(),
+                computing_apart(self),
             ):
                 check_before_nio(self, model)
                 replica = make_replica(model, self.args.device, collective)
@@ -129,7 +129,7 @@ class NIOTrainerMixin(TrainerMixin):
         Raises:
             NIOError: as in [`inspect_gradients`].
         """
-        with self._computing_apart():
+        with computing_apart(self):
             reported = self._report_batches("Inspecting")
             return inspect_gradients(self.unwrapped_model, reported, self.compute_nio_loss, self.nio_config)
 
@@ -148,7 +148,7 @@ class NIOTrainerMixin(TrainerMixin):
             NIOError: as in [`squared_gradients`].
         """
         collective, max_norm = Collective.current(), self.args.max_grad_norm
-        with self._computing_apart(), collective.together():
+        with computing_apart(self), collective.together():
             return squared_gradients(
                 make_replica(self.unwrapped_model, self.args.device, collective),
                 self._report_batches("Squared gradients", batches),
@@ -176,21 +176,17 @@ class NIOTrainerMixin(TrainerMixin):
         else:
             write_state(self.nio_state, directory)
 
-    @contextlib.contextmanager
-    def _computing_apart(self) -> Iterator[None]:
-        with computing_apart(self) as self._apart:
-            try:
-                yield
-            finally:
-                self._apart = None
-
     def _report_batches(self, what: str, batches: int | None = None) -> Iterable[Any]:
         """The report batches of NIO, behind a progress bar."""
         count = batches or self.nio_args.nio_report_batches
         seed_everything(self.nio_config.seed)
-        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
         source = itertools.islice(checked_batches(self), count)
-        return tqdm(source, total=count, desc=what, unit="batch", disable=hidden)
+        return tqdm(source, total=count, desc=what, unit="batch", disable=self._hides_progress)
+
+    @property
+    def _hides_progress(self) -> bool:
+        """Whether this process shows no progress bars."""
+        return bool(self.args.disable_tqdm) or not self.is_world_process_zero()
 
     # Loss and data of NIO, to be overridden
 
@@ -257,7 +253,7 @@ class NIOTrainerMixin(TrainerMixin):
             collate,
             batch_size=self.nio_args.nio_batch_size,
             report_batches=config.report_batches,
-            further_batches=method.batches(config, method.checked(method_options(self))),
+            further_batches=method.batches(config, method.checked(self.nio_args.nio_method_options)),
             seed=config.seed,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from nio_hf.core import expected_cost
 from nio_hf.trainer import NIOTrainingArguments
@@ -14,8 +14,8 @@ MANY_GROUPS = 8
 
 def is_free(args: NIOTrainingArguments) -> bool:
     """Whether a method looks at no data. Its reports are for the reader, and a trial does not pay for them."""
-    method, config = METHODS[args.nio_method], args.to_nio_config()
-    return method.batches(config, method.checked(cast("dict[str, Any] | None", args.nio_method_kwargs))) == 0
+    method = METHODS[args.nio_method]
+    return method.batches(args.to_nio_config(), method.checked(args.nio_method_options)) == 0
 
 
 def most_steps(args: NIOTrainingArguments, groups: Any = None) -> float | None:
@@ -27,8 +27,8 @@ def most_steps(args: NIOTrainingArguments, groups: Any = None) -> float | None:
     """
     if not args.nio or is_free(args):
         return 0.0
-    config, options = args.to_nio_config(), cast("dict[str, Any] | None", args.nio_method_kwargs)
+    config = args.to_nio_config()
     number = 1 if (config.groups if groups is None else groups) == "model" else MANY_GROUPS
-    batches = expected_cost(config, number, METHODS[args.nio_method], options)
+    batches = expected_cost(config, number, METHODS[args.nio_method], args.nio_method_options)
     samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return None if batches is None else batches * args.nio_batch_size / samples

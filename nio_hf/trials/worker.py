@@ -168,7 +168,8 @@ def _initialise(trainer: ImageTrainer) -> float:
     if args.nio:
         with OperationCount() as initialisation:
             trainer.run_nio()
-        operations += 0 if is_free(args) else initialisation.operations
+        if not is_free(args):
+            operations += initialisation.operations
     if args.nio_seed_optimizer is not None:
         operations += per_sample * args.nio_batch_size * args.nio_report_batches
     return float(operations / (per_sample * samples_of_step))

@@ -443,6 +443,8 @@ def _with_adapters(model: Any, way: str) -> nn.Module:
         try:
             model.add_adapter(config)
         except ValueError as error:
+            if "version of PEFT" not in str(error):
+                raise
             pytest.skip(f"this release of transformers wants another one of peft: {error}")
         return model
     wrapped: nn.Module = peft.get_peft_model(model, config)
