@@ -126,8 +126,14 @@ def carry_out(run: Run, data: Path) -> Row:
         images = _without_test_images(images)
     model, found = initialised(run, setup, images)
     paid = dataclasses.replace(setup, steps=setup.steps - math.ceil(found["cost"]))
-    _, accuracy, loss = train(model, paid, images, learning_rate=run.learning_rate, seed=run.seed)
-    return {**dataclasses.asdict(run), **found, "steps": paid.steps, "accuracy": round(accuracy, 4), "loss": loss}
+    ended = train(model, paid, images, learning_rate=run.learning_rate, seed=run.seed)
+    return {
+        **dataclasses.asdict(run),
+        **found,
+        "steps": paid.steps,
+        "accuracy": round(ended.accuracy, 4),
+        "loss": ended.loss,
+    }
 
 
 def _without_test_images(images: Images) -> Images:

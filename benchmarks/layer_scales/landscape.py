@@ -139,14 +139,15 @@ def _training(name: str, configuration: Configuration, images: Images, learning_
     setup = SETUPS[name]
     model = build_model(name, configuration.seed)
     scale_groups(model, setup, configuration.scales)
-    losses, accuracy, test_loss = train(model, setup, images, learning_rate=learning_rate, seed=configuration.seed)
+    ended = train(model, setup, images, learning_rate=learning_rate, seed=configuration.seed)
+    losses = ended.losses
     windows = [losses[start : start + WINDOW] for start in range(0, len(losses), WINDOW)]
     return {
         "learning_rate": learning_rate,
         "steps": len(losses),
         "losses": [_short(sum(window) / len(window)) for window in windows],
-        "accuracy": _short(accuracy),
-        "test_loss": _short(test_loss),
+        "accuracy": _short(ended.accuracy),
+        "test_loss": _short(ended.loss),
     }
 
 

@@ -11,7 +11,7 @@ import functools
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -89,10 +89,8 @@ SETUPS = {
 }
 
 
-_VIT = {"image_size": 32, "patch_size": 8, "hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 384}
 _DIGITS_VIT = {"image_size": 8, "patch_size": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 _SWIN = {
-    "image_size": 32,
     "patch_size": 4,
     "embed_dim": 32,
     "depths": [2, 2, 2],
@@ -100,16 +98,22 @@ _SWIN = {
     "window_size": 2,
     "drop_path_rate": 0.0,
 }
-CLASSES, LAYERS = 10, 6
+CLASSES, LAYERS, WIDTH = 10, 6, 96
+_HEAD_SIZE = 32
 
 
-def build_model(name: str, seed: int) -> nn.Module:
-    """A model as its class draws it."""
+def build_model(name: str, seed: int, *, width: int = WIDTH, depth: int = LAYERS, pixels: int = PIXELS) -> nn.Module:
+    """A model as its class draws it; width and depth are those of the ViT."""
     torch.manual_seed(seed)
     if name == "swin":
-        return SwinForImageClassification(SwinConfig(**_SWIN, num_labels=CLASSES))
-    sizes = _DIGITS_VIT if name == "digits" else _VIT
-    return ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=LAYERS, num_labels=CLASSES))
+        return SwinForImageClassification(SwinConfig(**_SWIN, image_size=pixels, num_labels=CLASSES))
+    sizes = _DIGITS_VIT if name == "digits" else _vit_sizes(width, pixels)
+    return ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=depth, num_labels=CLASSES))
+
+
+def _vit_sizes(width: int, pixels: int) -> dict[str, int]:
+    heads = {"num_attention_heads": width // _HEAD_SIZE, "intermediate_size": 4 * width}
+    return {"image_size": pixels, "patch_size": 8, "hidden_size": width, **heads}
 
 
 def grouped_tensors(model: nn.Module, setup: Setup) -> dict[str, list[nn.Parameter]]:
@@ -141,8 +145,8 @@ def scale_groups(model: nn.Module, setup: Setup, scales: Mapping[str, float]) ->
 
 
 @functools.cache
-def load_images(name: str, data: Path) -> Images:
-    """A data set, decoded once in a process."""
+def load_images(name: str, data: Path, pixels: int = PIXELS) -> Images:
+    """A data set, decoded once in a process; its photos are made `pixels` wide and high."""
     if name == "digits":
         digits = load_digits()
         images = torch.from_numpy((digits.images * 255 / 16).round().astype(np.uint8))[:, None].expand(-1, 3, -1, -1)
@@ -151,14 +155,14 @@ def load_images(name: str, data: Path) -> Images:
         train, test = order[DIGITS_HELD_OUT:], order[:DIGITS_HELD_OUT]
         return Images(images[train], labels[train], images[test], labels[test])
     splits = ("train", "test") if name == "cifar10" else ("train", "validation")
-    parts = [_decoded(data / name / f"{split}.parquet") for split in splits]
+    parts = [_decoded(data / name / f"{split}.parquet", pixels) for split in splits]
     return Images(*parts[0], *parts[1])
 
 
-def _decoded(file: Path) -> tuple[Tensor, Tensor]:
+def _decoded(file: Path, pixels: int) -> tuple[Tensor, Tensor]:
     table = parquet.read_table(file)
     opened = (Image.open(io.BytesIO(row["bytes"])).convert("RGB") for row in table.column("image").to_pylist())
-    images = [np.asarray(image.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)) for image in opened]
+    images = [np.asarray(image.resize((pixels, pixels), Image.Resampling.BICUBIC)) for image in opened]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(
         table.column("label").to_pylist()
     )
@@ -191,41 +195,85 @@ def loss_of(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[float, float]:
-    """(accuracy in %, mean loss) on images."""
+def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    """(whether each image is told rightly, mean loss)."""
     model.eval()
-    right, total = 0, 0.0
+    right, total = [], 0.0
     parts = zip(pixels.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
     for part, part_labels in parts:
         logits = model(pixel_values=normalised(part)).logits
-        right += int((logits.argmax(-1) == part_labels).sum())
+        right.append(logits.argmax(-1) == part_labels)
         total += float(nn.functional.cross_entropy(logits, part_labels, reduction="sum"))
     model.train()
-    return 100 * right / len(labels), total / len(labels)
+    return torch.cat(right), total / len(labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """What a training ended at.
+
+    Attributes:
+        losses: of each step; they end where one is not finite.
+        right: whether each test image is told rightly.
+        loss: on the test images.
+    """
+
+    losses: list[float]
+    right: Tensor
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """On the test images, in %."""
+        return 100 * float(self.right.float().mean())
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
+    """The parameters for an optimizer: weight decay on those of two dimensions and more."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= MATRIX]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < MATRIX]
+    return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW with torch's betas."""
+    return torch.optim.AdamW(parameter_groups(model), foreach=True)
+
+
+def cosine(step: int, steps: int) -> float:
+    """Share of the learning rate at a step: from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def train(
-    model: nn.Module, setup: Setup, images: Images, *, learning_rate: float, seed: int
-) -> tuple[list[float], float, float]:
-    """AdamW without warmup or clipping, cosine to zero, weight decay on matrices.
+    model: nn.Module,
+    setup: Setup,
+    images: Images,
+    *,
+    learning_rate: float,
+    seed: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    schedule: Callable[[int, int], float] = cosine,
+) -> Ending:
+    """Train without clipping, and evaluate.
 
-    Returns:
-        The loss of each step, test accuracy in % and test loss; the losses end where one is not finite.
+    Args:
+        model: as it starts.
+        setup: of the training.
+        images: to train on and to test with.
+        learning_rate: peak.
+        seed: of the order of the data.
+        optimizer: None for AdamW.
+        schedule: (step, steps) -> share of the learning rate.
     """
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= MATRIX]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < MATRIX]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
-        lr=learning_rate,
-        foreach=True,
-    )
+    optimizer = adamw(model) if optimizer is None else optimizer
     losses: list[float] = []
     model.train()
     for step, (pixels, labels) in enumerate(batches(images, setup, seed, flip=setup.flip)):
         if step == setup.steps:
             break
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / setup.steps))
+            group["lr"] = learning_rate * schedule(step, setup.steps)
         loss = loss_of(model, pixels, labels)
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
@@ -233,4 +281,6 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return losses, *evaluate(model, images.test, images.test_labels)
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()
+    return Ending(losses, *evaluate(model, images.test, images.test_labels))

@@ -1,215 +1,194 @@
-"""The comparisons of the study, each with all that makes it; one that was interrupted goes on.
+"""The trainings of the study, part by part; what was interrupted goes on.
 
-python -m benchmarks.warmup_free.study ../shared/data --jobs 2
-python -m benchmarks.warmup_free.study ../shared/data vit swin
+python -m benchmarks.warmup_free.study ../shared/data
+python -m benchmarks.warmup_free.study ../shared/data rivals-vit --hours 2
 
-The folder holds cifar10/{train,test}.parquet, and for comparisons on Imagenette
-imagenette224/{train,validation}.parquet. Runs go to outputs/warmup-free/NAME; what is to be kept of a comparison, its
-runs, tables and plots, is copied to benchmarks/results/warmup-free/NAME, and taken from there where it goes on.
+Start it twice for two workers: each takes what no other one is at. One line of JSON for each training goes to
+benchmarks/results/warmup-free/PART.jsonl. The plan of each part is in README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
+import itertools
 import json
-import shutil
+import statistics
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from nio_hf.comparison.arms import choose_arms
-from nio_hf.comparison.command import run_comparison
-from nio_hf.comparison.plan import Plan
-from nio_hf.console import INTERRUPTED
-from nio_hf.files import write_atomically
-from nio_hf.trials.results import RESULTS_NAME
-from nio_hf.trials.run import Run
+import filelock
+import torch
+from tqdm import tqdm
 
-FOLDER = Path(__file__).parent
-RESULTS = FOLDER.parent / "results" / "warmup-free"
-OUTPUTS = Path("outputs") / "warmup-free"
-KEPT = (RESULTS_NAME, "comparison.json", "comparison.md", "learning_rates.png", "first_steps.png")
-SEEDS = 3
-"""To choose by."""
-SPLITS = {
-    "cifar10": {"train": "train", "test": "test"},
-    "imagenette224": {"train": "train", "validation": "validation"},
-}
+from benchmarks.warmup_free import search
+from benchmarks.warmup_free.lab import ARMS, RESULTS, Row, Run, Task, carry_out, carry_out_scaled
 
-CONTROLS = {
-    "range2": "no_warmup,model_config.initializer_range=0.04",
-    "range4": "no_warmup,model_config.initializer_range=0.08",
-    "nio_warmup": "warmup,nio=true,nio_method=nio",
+LOCKS = Path("outputs") / "warmup-free"
+CHOOSING = (0, 1)
+"""Seeds to choose by, and of the direct search."""
+JUDGING = tuple(range(1300, 1308))
+LEAST_RATE, LARGEST_RATE = 6.25e-5, 3.2e-2
+RETRY_SECONDS = 5.0
+
+TASKS = {"vit": Task("vit"), "swin": Task("swin")}
+_COMMON = ("x2", "x4", "width", "xavier", "mimetic", "lsuv")
+_FIRST = ("nio", "class", "warmup10", "warmup30")
+_LAST = (
+    *("searched", "gi_adam", "radam", "schedule_free", "muon"),
+    *("nio_warmup10", "nio_seeded", "nio_muon", "xavier_nio", "mimetic_nio"),
+)
+RIVALS = {
+    "vit": (*_FIRST, *_COMMON, "structured", "positions8", "positions32", *_LAST),
+    "swin": (*_FIRST, *_COMMON, *_LAST),
 }
-"""{name: what is held against NIO}: the class's own initialisation with 2 and 4 times its standard deviation, which
-costs nothing, and NIO with warmup, to see whether that still gains something."""
-CONTROLS_SEEDED = {
-    "range4_seeded": "gi_adam,model_config.initializer_range=0.08",
-    "nio_seeded_warmup": "warmup,nio=true,nio_method=nio,nio_seed_optimizer=gi_adam",
-}
-"""{name: what is held against NIO with the second moment seeded}."""
-METHODS = "gradinit,lsuv,emergence,architecture_aware"
-GRIDS = {"vit": "1.25e-4,2.5e-4,5e-4,1e-3,2e-3,4e-3,8e-3", "swin": "2.5e-4,5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2"}
-"""{small model: learning rates}: 5e-4 to 8e-3, and the next one where the best of an arm lay at an end."""
-GRIDS_CLIPPED = {"vit": "5e-4,1e-3,2e-3,4e-3", "swin": "1e-3,2e-3,4e-3,8e-3"}
-"""{small model: learning rates with clipping}: 1e-3 to 4e-3, and where warmup, nio or nio_seeded was best without."""
-BEST, BEST_SEEDED = {"vit": "5e-4", "swin": "1e-3"}, {"vit": "4e-3", "swin": "8e-3"}
-"""{small model: learning rate at which the arm nio, or nio_seeded, is best}: that of its controls."""
+"""{task: arms}."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """A comparison of the study.
+class Job:
+    """A training that is still to be done.
 
     Attributes:
-        recipe: a file of this folder without its suffix, or the name of a recipe of the package.
-        arms: by name, between commas.
-        definitions: {name: definition} of further arms.
-        learning_rates, warmup_ratios: of the grid, between commas.
-        verdict_seeds: fresh seeds to judge by; 0 for none.
-        steps: budget of a run.
-        options: settings that all runs share.
-        data: folder of the data.
-        basis: name of a comparison with the same settings, whose runs of the same arms are taken rather than repeated.
+        part: whose results it goes to.
+        name: by which workers tell it from others.
+        carry_out: (folder of the data) -> its line.
     """
 
-    recipe: str
-    arms: str = "no_warmup,warmup,nio,gi_adam,nio_seeded,radam"
-    definitions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    learning_rates: str = "5e-4,1e-3,2e-3,4e-3,8e-3"
-    warmup_ratios: str = "0.02,0.05,0.1,0.3"
-    verdict_seeds: int = 5
-    steps: int = 500
-    options: tuple[str, ...] = ()
-    data: str = "cifar10"
-    basis: str | None = None
-
-    @property
-    def arm_definitions(self) -> list[str]:
-        """Definitions of the further arms, as `nio-hf compare --arm` takes them."""
-        return [f"{name}={definition}" for name, definition in self.definitions.items()]
-
-    def plan(self) -> Plan:
-        """What it consists of."""
-        arms = choose_arms(self.arms.split(","), self.arm_definitions)
-        rates, ratios = (tuple(map(float, numbers.split(","))) for numbers in (self.learning_rates, self.warmup_ratios))
-        return Plan(arms, rates, ratios, SEEDS, self.verdict_seeds, self.steps)
+    part: str
+    name: str
+    carry_out: Callable[[Path], Row]
 
 
-def _small(model: str) -> dict[str, Comparison]:
-    """The comparisons of one of the two small models."""
-    return {
-        model: Comparison(model, learning_rates=GRIDS[model]),
-        f"{model}-clipped": Comparison(
-            model,
-            learning_rates=GRIDS_CLIPPED[model],
-            warmup_ratios="0.1,0.3",
-            options=("--max_grad_norm", "1.0"),
-        ),
-        f"{model}-controls": Comparison(
-            model,
-            f"no_warmup,warmup,nio,gi_adam,uncorrected,{METHODS}",
-            CONTROLS,
-            BEST[model],
-            "0.3,0.5",
-            verdict_seeds=0,
-            basis=model,
-        ),
-        f"{model}-seeded": Comparison(
-            model,
-            "gi_adam,nio_seeded,uncorrected",
-            CONTROLS_SEEDED,
-            BEST_SEEDED[model],
-            "0.3",
-            verdict_seeds=0,
-            basis=model,
-        ),
-    }
+def rows(part: str) -> list[Row]:
+    """The lines of a part."""
+    file = RESULTS / f"{part}.jsonl"
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-COMPARISONS = {
-    **_small("vit"),
-    **_small("swin"),
-    "vit-low": Comparison("vit", "no_warmup,warmup", learning_rates="6.25e-5", warmup_ratios="0.3", verdict_seeds=0),
-    "imagenette-vit": Comparison(
-        "vit-small/imagenette/no_warmup", steps=2000, learning_rates="5e-4,1e-3,2e-3,4e-3", data="imagenette224"
-    ),
-    "imagenette-swin": Comparison(
-        "swin-tiny/imagenette/no_warmup", steps=2000, learning_rates="5e-4,1e-3,2e-3,4e-3", data="imagenette224"
-    ),
-}
-"""{name: comparison}; those on Imagenette are for a GPU."""
-ON_A_CPU = tuple(name for name, made in COMPARISONS.items() if made.data == "cifar10")
-
-
-def carry_out(name: str, data: Path, jobs: int) -> int:
-    """Carry out a comparison, and keep what came of it; returns its exit status."""
-    made = COMPARISONS[name]
-    own = FOLDER / f"{made.recipe}.yaml"
-    options = ["--dataset_name", "parquet", *data_options(made.data, data)]
-    output, kept = OUTPUTS / name, RESULTS / name
-    if _lines(kept / RESULTS_NAME) > _lines(output / RESULTS_NAME):
-        output.mkdir(parents=True, exist_ok=True)
-        shutil.copy(kept / RESULTS_NAME, output / RESULTS_NAME)
-    if made.basis is not None and not (output / RESULTS_NAME).is_file():
-        own_runs, kept_runs = (folder / made.basis / RESULTS_NAME for folder in (OUTPUTS, RESULTS))
-        take_runs(made, own_runs if own_runs.is_file() else kept_runs, output / RESULTS_NAME)
-    status = run_comparison(
-        [str(own) if own.is_file() else made.recipe, *options, *made.options],
-        arms=made.arms,
-        definitions=made.arm_definitions,
-        learning_rates=made.learning_rates,
-        warmup_ratios=made.warmup_ratios,
-        seeds=SEEDS,
-        verdict_seeds=made.verdict_seeds,
-        steps=made.steps,
-        jobs=jobs,
-        diagnostics=True,
-        output_dir=output,
-    )
-    kept.mkdir(parents=True, exist_ok=True)
-    for file in KEPT:
-        if status in (0, INTERRUPTED) and (output / file).is_file():
-            shutil.copy(output / file, kept / file)
-    return status
-
-
-def take_runs(made: Comparison, basis: Path, target: Path) -> None:
-    """Begin the results of a comparison with the runs of its grid that another one has already."""
-    if not basis.is_file():
+def search_jobs(model: str) -> Iterator[Job]:
+    """The trainings that the direct search needs next; what it has found is kept where it is through."""
+    part, found = f"search-{model}", _replayed(model)
+    if found.missing is None:
+        search.save(model, found.best)
         return
-    header, *lines = basis.read_text(encoding="utf-8").splitlines(keepends=True)
-    grid = set(made.plan().grid())
-    taken = [line for line in lines if Run(**json.loads(line)["run"]) in grid]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, "".join([header, *taken]))
+    done = {(_exponents(row), row["seed"]) for row in rows(part)}
+    for seed in CHOOSING:
+        if (found.missing, seed) not in done:
+            exponents = found.missing
+
+            def run(data: Path, seed: int = seed, exponents: search.Exponents = exponents) -> Row:
+                return carry_out_scaled(TASKS[model], dict(exponents), search.RATES[model], seed, data)
+
+            yield Job(part, f"{exponents} {seed}", run)
 
 
-def data_options(name: str, data: Path) -> list[str]:
-    """The files of a data set, as command line options."""
-    files = {split: (data / name / f"{file}.parquet").resolve() for split, file in SPLITS[name].items()}
-    return [f"--data_files.{split}={file}" for split, file in files.items()]
+def _replayed(model: str) -> search.Found:
+    accuracies: dict[search.Exponents, list[float]] = {}
+    for row in rows(f"search-{model}"):
+        accuracies.setdefault(_exponents(row), []).append(row["accuracy"])
+    return search.replay(model, accuracies, len(CHOOSING))
 
 
-def _lines(file: Path) -> int:
-    return len(file.read_bytes().splitlines()) if file.is_file() else 0
+def _exponents(row: Row) -> search.Exponents:
+    return tuple(row["exponents"].items())
+
+
+def rival_jobs(task: str, arms: Sequence[str], judging: Sequence[int] = JUDGING) -> Iterator[Job]:
+    """The trainings that are missing: those that choose a learning rate, then those at the chosen one that judge."""
+    part = f"rivals-{task}"
+    lines = rows(part)
+    done = {tuple(row[field.name] for field in dataclasses.fields(Run)) for row in lines}
+    for stage, arm in itertools.product(("choosing", "judging"), arms):
+        if ARMS[arm].searched and _replayed(task).missing is not None:
+            continue
+        rates, chosen = grid(arm, lines)
+        runs = [Run(task, arm, rate, seed, True) for rate in rates for seed in CHOOSING]
+        if stage == "judging":
+            runs = [] if chosen is None else [Run(task, arm, chosen, seed, False) for seed in judging]
+        for run in runs:
+            if dataclasses.astuple(run) not in done:
+                yield Job(part, str(run), lambda data, run=run: carry_out(run, TASKS[task], data))
+
+
+def grid(arm: str, lines: Sequence[Row]) -> tuple[list[float], float | None]:
+    """The learning rates of an arm, and the chosen one; None while trainings are missing.
+
+    It begins with those of the arm. While the best one is at an end, the next one, half or twice as high, is added.
+    """
+    found: dict[float, list[float]] = {}
+    for row in lines:
+        if row["arm"] == arm and row["choosing"]:
+            found.setdefault(row["learning_rate"], []).append(row["accuracy"])
+    rates = sorted(ARMS[arm].rates)
+    while all(len(found.get(rate, ())) == len(CHOOSING) for rate in rates):
+        best = max(rates, key=lambda rate: statistics.fmean(found[rate]))
+        if best == rates[0] and best > LEAST_RATE:
+            rates = [best / 2, *rates]
+        elif best == rates[-1] and best < LARGEST_RATE:
+            rates = [*rates, 2 * best]
+        else:
+            return rates, best
+    return rates, None
+
+
+PARTS: dict[str, Callable[[], Iterator[Job]]] = {
+    "search-vit": lambda: search_jobs("vit"),
+    "search-swin": lambda: search_jobs("swin"),
+    "rivals-vit": lambda: rival_jobs("vit", RIVALS["vit"]),
+    "rivals-swin": lambda: rival_jobs("swin", RIVALS["swin"]),
+}
+"""{name: what is still to be done}."""
+
+
+def work(parts: Sequence[str], data: Path, until: float) -> None:
+    """Carry out what no other worker is at, until nothing is left or the time is over."""
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    with tqdm(desc="trainings", unit="run", mininterval=60) as progress:
+        while time.monotonic() < until:
+            jobs = [job for part in parts for job in PARTS[part]()]
+            if not jobs:
+                return
+            if any(_taken(job, data) for job in jobs):
+                progress.update()
+            else:
+                time.sleep(RETRY_SECONDS)
+
+
+def _taken(job: Job, data: Path) -> bool:
+    """Carry out a job and keep its line; False where another worker is at it or has done it."""
+    name = hashlib.sha256(f"{job.part} {job.name}".encode()).hexdigest()[:16]
+    lock = filelock.FileLock(LOCKS / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return False
+    with lock:
+        if job.name not in {other.name for other in PARTS[job.part]()}:
+            return False
+        line = json.dumps(job.carry_out(data)) + "\n"
+        with filelock.FileLock(LOCKS / "results.lock"), (RESULTS / f"{job.part}.jsonl").open("a") as file:
+            file.write(line)
+        return True
 
 
 def main() -> int:
-    """Carry out the comparisons that are named, or all that a CPU can do; returns the exit status."""
+    """Carry out parts; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder of the data")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(COMPARISONS)}; default: on CIFAR-10")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("data", type=Path, help="folder with cifar10 and imagenette224")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all, in this order")
+    parser.add_argument("--hours", type=float, default=1e6, help="no training begins after them")
     asked = parser.parse_args()
-    unknown = [name for name in asked.names if name not in COMPARISONS]
+    unknown = [part for part in asked.parts if part not in PARTS]
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}. Choose from {', '.join(COMPARISONS)}")
-    for name in asked.names or ON_A_CPU:
-        status = carry_out(name, asked.data, asked.jobs)
-        if status:
-            return status
+        parser.error(f"unknown: {', '.join(unknown)}. Choose from {', '.join(PARTS)}")
+    torch.set_num_threads(1)
+    work(asked.parts or list(PARTS), asked.data, time.monotonic() + 3600 * asked.hours)
     return 0
 
 

@@ -1,0 +1,287 @@
+"""One training of the study: a model, how it is initialised, its optimizer, and what came of it.
+
+The loop is the plain one of `benchmarks.layer_scales.trainings`, which reads the images once; the initialisations are
+those of the package. A run has a budget of training steps, from which its initialisation is paid.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import schedulefree
+import torch
+from torch import Tensor, nn
+
+from benchmarks.layer_scales.trainings import (
+    CLASSES,
+    LAYERS,
+    PIXELS,
+    SETUPS,
+    WIDTH,
+    Images,
+    Setup,
+    adamw,
+    batches,
+    build_model,
+    cosine,
+    load_images,
+    loss_of,
+    parameter_groups,
+    scale_groups,
+    train,
+)
+from nio_hf import NIOConfig, initialize
+from nio_hf.core import NIO, squared_gradients
+from nio_hf.core.groups import kinds_of
+from nio_hf.image_training.muon import MuonAndAdamW
+from nio_hf.trainer.methods import METHODS
+from nio_hf.trainer.seeding import seed_second_moment
+
+RESULTS = Path(__file__).parent.parent / "results" / "warmup-free"
+SEARCHED = RESULTS / "searched.json"
+"""{model: {group: scale}} that the direct search has found."""
+HELD_OUT = 10
+"""One of that many training images chooses, instead of the test images."""
+WINDOWS = 20
+"""Parts of a training whose mean loss is kept."""
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A training that arms share.
+
+    Attributes:
+        model: "vit" or "swin".
+        data: name of the data set.
+        steps: budget, initialisation included.
+        width: of the ViT.
+        depth: layers of the ViT.
+        batch_size: of a step.
+        pixels: width and height of the images.
+    """
+
+    model: str
+    data: str = "cifar10"
+    steps: int = 500
+    width: int = WIDTH
+    depth: int = LAYERS
+    batch_size: int = 64
+    pixels: int = PIXELS
+
+    @property
+    def setup(self) -> Setup:
+        """Groups of tensors, data and loop of the model."""
+        return dataclasses.replace(SETUPS[self.model], data=self.data, steps=self.steps, batch_size=self.batch_size)
+
+    def build(self, seed: int) -> nn.Module:
+        """The model as its class draws it."""
+        return build_model(self.model, seed, width=self.width, depth=self.depth, pixels=self.pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What is compared: an initialisation and an optimizer.
+
+    Attributes:
+        draws: (method, its options), one after the other; none for the class's own.
+        optimizer: "adamw", "radam", "schedule_free" or "muon".
+        warmup: share of the steps with a linear warmup.
+        seeded: whether Adam's second moment is seeded (GI-Adam).
+        searched: whether groups are scaled as the direct search found.
+        rates: learning rates that are tried first.
+    """
+
+    draws: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    optimizer: str = "adamw"
+    warmup: float = 0.0
+    seeded: bool = False
+    searched: bool = False
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+
+
+_HIGHER = (1e-3, 2e-3, 4e-3)
+_NIO = ("nio", {})
+ARMS = {
+    "class": Arm(),
+    "warmup10": Arm(warmup=0.1),
+    "warmup30": Arm(warmup=0.3),
+    "x2": Arm((("range", {"factor": 2.0}),)),
+    "x4": Arm((("range", {"factor": 4.0}),)),
+    "width": Arm((("range", {}),)),
+    "xavier": Arm((("xavier", {}),)),
+    "mimetic": Arm((("mimetic", {}),)),
+    "structured": Arm((("structured", {}),)),
+    "lsuv": Arm((("lsuv", {}),)),
+    "positions8": Arm((("range", {"factor": 4.0, "additive": 8.0}),)),
+    "positions32": Arm((("range", {"factor": 4.0, "additive": 32.0}),)),
+    "searched": Arm(searched=True),
+    "gi_adam": Arm(seeded=True, rates=_HIGHER),
+    "radam": Arm(optimizer="radam", rates=_HIGHER),
+    "schedule_free": Arm(optimizer="schedule_free", rates=_HIGHER),
+    "muon": Arm(optimizer="muon", rates=_HIGHER),
+    "nio": Arm((_NIO,)),
+    "nio_warmup10": Arm((_NIO,), warmup=0.1),
+    "nio_seeded": Arm((_NIO,), seeded=True, rates=_HIGHER),
+    "nio_muon": Arm((_NIO,), optimizer="muon", rates=_HIGHER),
+    "xavier_nio": Arm((("xavier", {}), _NIO)),
+    "mimetic_nio": Arm((("mimetic", {}), _NIO)),
+}
+"""{name: arm}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        task: its name.
+        arm: its name.
+        learning_rate: peak.
+        seed: of weights and order of the data.
+        choosing: whether it chooses the learning rate, on images that are set aside from the training.
+    """
+
+    task: str
+    arm: str
+    learning_rate: float
+    seed: int
+    choosing: bool
+
+
+def carry_out(run: Run, task: Task, data: Path) -> Row:
+    """Initialise, train for what is left of the budget, and evaluate."""
+    started, arm, setup = time.perf_counter(), ARMS[run.arm], task.setup
+    images = load_images(task.data, data, task.pixels)
+    if run.choosing:
+        images = without_test_images(images)
+    model = task.build(run.seed)
+    config = NIOConfig(seed=run.seed)
+    count = config.report_batches + config.batches
+    drawn = list(itertools.islice(batches(images, setup, run.seed, flip=setup.flip), count))
+    found: Row = {}
+    cost = 0.0
+    if arm.searched:
+        scale_groups(model, setup, json.loads(SEARCHED.read_text(encoding="utf-8"))[task.model])
+    for name, options in arm.draws:
+        method = METHODS[name]
+        result = initialize(model, drawn, batch_loss, config, method=method, options=options)
+        if method.batches(config, method.checked(options)):
+            cost += result.cost
+        if method is NIO:
+            found = {"scales": {group.name: _short(group.omega) for group in result.groups}, "status": result.status}
+    squares = None
+    if arm.seeded:
+        reported = drawn[: config.report_batches]
+        squares = squared_gradients(model, reported, batch_loss, config, training_batch_size=task.batch_size)
+        cost += len(reported)
+    optimizer = _optimizer(arm, model, run.learning_rate, squares)
+    paid = dataclasses.replace(setup, steps=setup.steps - math.ceil(cost))
+    ended = train(
+        model,
+        paid,
+        images,
+        learning_rate=run.learning_rate,
+        seed=run.seed,
+        optimizer=optimizer,
+        schedule=_schedule(arm),
+    )
+    failed = len(ended.losses) < paid.steps or not math.isfinite(ended.losses[-1])
+    judged = {} if run.choosing else {"right": packed(ended.right)}
+    return {
+        **dataclasses.asdict(run),
+        **found,
+        "cost": _short(cost),
+        "steps": len(ended.losses),
+        "accuracy": 100 / CLASSES if failed else round(ended.accuracy, 2),
+        "failed": failed,
+        "loss": _short(ended.loss) if math.isfinite(ended.loss) else None,
+        "losses": _curve(ended.losses),
+        "seconds": round(time.perf_counter() - started, 1),
+        **judged,
+    }
+
+
+def carry_out_scaled(task: Task, exponents: Mapping[str, float], learning_rate: float, seed: int, data: Path) -> Row:
+    """Train with groups scaled by powers of 2, and evaluate on images that are set aside."""
+    setup, images = task.setup, without_test_images(load_images(task.data, data, task.pixels))
+    model = task.build(seed)
+    scale_groups(model, setup, {group: 2.0**exponent for group, exponent in exponents.items()})
+    ended = train(model, setup, images, learning_rate=learning_rate, seed=seed)
+    found = {"accuracy": round(ended.accuracy, 2), "loss": _short(ended.loss), "losses": _curve(ended.losses)}
+    return {"exponents": dict(exponents), "seed": seed, "learning_rate": learning_rate, **found}
+
+
+def packed(right: Tensor) -> str:
+    """Which images are told rightly, a bit for each, as text."""
+    return base64.b64encode(np.packbits(right.numpy()).tobytes()).decode()
+
+
+def unpacked(text: str, images: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Inverse of `packed`: (images,) of 0 and 1."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))[:images]
+
+
+def batch_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross-entropy of a batch."""
+    return loss_of(model, *batch)
+
+
+def without_test_images(images: Images) -> Images:
+    """A tenth of the training images in the place of the test images."""
+    first = len(images.train) // HELD_OUT
+    return Images(images.train[first:], images.train_labels[first:], images.train[:first], images.train_labels[:first])
+
+
+def _optimizer(
+    arm: Arm, model: nn.Module, learning_rate: float, squares: Mapping[str, Tensor] | None
+) -> torch.optim.Optimizer:
+    groups = parameter_groups(model)
+    match arm.optimizer:
+        case "radam":
+            return torch.optim.RAdam(groups, decoupled_weight_decay=True, foreach=True)
+        case "schedule_free":
+            free = schedulefree.RAdamScheduleFree(groups, lr=learning_rate)
+            free.train()
+            return free
+        case "muon":
+            kinds = kinds_of(model)
+            matrices = [weight for name, weight in model.named_parameters() if kinds[name] == "trunk"]
+            return MuonAndAdamW(groups, matrices=[weight for weight in matrices if weight.ndim == 2], lr=learning_rate)
+    optimizer = adamw(model)
+    if squares is not None:
+        seed_second_moment(optimizer, model, squares, "gi_adam")
+    return optimizer
+
+
+def _schedule(arm: Arm) -> Callable[[int, int], float]:
+    """(step, steps) -> share of the learning rate: linear warmup, then cosine; constant where schedule-free."""
+
+    def share(step: int, steps: int) -> float:
+        if arm.optimizer == "schedule_free":
+            return 1.0
+        rising = round(arm.warmup * steps)
+        return step / rising if step < rising else cosine(step - rising, steps - rising)
+
+    return share
+
+
+def _curve(losses: list[float]) -> list[float | None]:
+    """Mean losses of equal parts of the training."""
+    bounds = [len(losses) * number // WINDOWS for number in range(WINDOWS + 1)]
+    windows = [losses[start:end] for start, end in itertools.pairwise(bounds) if end > start]
+    means = [sum(window) / len(window) for window in windows]
+    return [_short(mean) if math.isfinite(mean) else None for mean in means]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
