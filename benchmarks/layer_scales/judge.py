@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
@@ -40,6 +39,7 @@ from benchmarks.layer_scales.trainings import (
     train,
 )
 from nio_hf import NIOConfig, initialize
+from nio_hf.trials.interval import Interval, corrected
 
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 CHOOSING = range(3)
@@ -204,7 +204,10 @@ def table() -> str:
             cost = statistics.fmean(row["cost"] for row in rows)
             lines.append(f"| {name} | {arm} | {rows[0]['learning_rate']:g} | {cost:.1f} | {mean:.1f} ± {spread:.1f} |")
     lines += ["", "| | NIO minus | difference | 90%, Holm-corrected | p |", "|---|---|---|---|---|"]
-    lines += [f"| {name} | {arm} | {found.cell} | {found.p:.3f} |" for (name, arm), found in differences().items()]
+    lines += [
+        f"| {name} | {arm} | {found.mean:+.2f} | {found.low:+.2f} to {found.high:+.2f} | {found.p:.3f} |"
+        for (name, arm), found in differences().items()
+    ]
     nio, own = accuracies("digits", "nio"), accuracies("digits", "class")
     pairs = {seed: nio[seed] - own[seed] for seed in nio.keys() & own.keys()}
     if len(pairs) == len(JUDGING["digits"]):
@@ -218,48 +221,14 @@ def table() -> str:
     return "\n".join(lines)
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """NIO minus another arm, over the seeds that judge.
-
-    Attributes:
-        mean: paired, in points of accuracy.
-        least, largest: of the 90% interval by Student's t, Holm-corrected over `PAIRS`.
-        p: two-sided, likewise.
-    """
-
-    mean: float
-    least: float
-    largest: float
-    p: float
-
-    @property
-    def cell(self) -> str:
-        """Mean and interval as two cells of a table."""
-        return f"{self.mean:+.2f} | {self.least:+.2f} to {self.largest:+.2f}"
-
-
-def holm(samples: dict[tuple[str, str], list[float]]) -> dict[tuple[str, str], Difference]:
-    """Mean of each sample against 0, the smallest p first, corrected for as many samples as there are."""
-    found = {pair: float(stats.ttest_1samp(values, 0.0).pvalue) for pair, values in samples.items()}
-    differences, largest_p = {}, 0.0
-    for rank, pair in enumerate(sorted(found, key=lambda pair: found[pair])):
-        values, left = samples[pair], len(samples) - rank
-        error = statistics.stdev(values) / math.sqrt(len(values))
-        half = error * float(stats.t.ppf(1 - (1 - CONFIDENCE) / left / 2, len(values) - 1))
-        largest_p = max(largest_p, min(1.0, left * found[pair]))
-        mean = statistics.fmean(values)
-        differences[pair] = Difference(mean, mean - half, mean + half, largest_p)
-    return differences
-
-
-def differences() -> dict[tuple[str, str], Difference]:
+def differences() -> dict[tuple[str, str], Interval]:
     """NIO against the arms of `PAIRS`."""
     samples = {}
     for name, arm in PAIRS:
         nio, other = accuracies(name, "nio"), accuracies(name, arm)
         samples[name, arm] = [nio[seed] - other[seed] for seed in JUDGING[name]]
-    return holm(samples)
+    found = corrected(samples)
+    return dict(sorted(found.items(), key=lambda pair: pair[1].p))
 
 
 def main() -> int:

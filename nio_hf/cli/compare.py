@@ -35,6 +35,10 @@ def compare(
         _option("verdict/--no_verdict", "Whether to judge the arms on fresh seeds."),
     ] = True,
     steps: Annotated[int | None, _option("steps", "Training steps of a run, initialisation included.")] = None,
+    budget: Annotated[
+        int | None,
+        _option("budget", "Training steps of all runs together; a comparison that may take more is refused.", 1),
+    ] = None,
     jobs: Annotated[int, _option("jobs", "Runs at a time.", 1)] = 1,
     diagnostics: Annotated[bool, _option("diagnostics", "Look at what moves in the first steps.")] = False,
     output_dir: Annotated[
@@ -54,6 +58,7 @@ def compare(
             seeds=seeds,
             verdict_seeds=0 if not verdict else seeds if verdict_seeds is None else verdict_seeds,
             steps=steps,
+            budget=budget,
             jobs=jobs,
             diagnostics=diagnostics,
             output_dir=output_dir,

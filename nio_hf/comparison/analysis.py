@@ -2,7 +2,8 @@
 
 Letters: a an arm, w warmup at its best length, r a learning rate, s a seed, A accuracy in percent.
 
-    difference   d_s = A(a, s) - A(w, s), each at its chosen settings, over n fresh seeds, with its 90% t interval
+    difference   d_s = A(a, s) - A(w, s), each at its chosen settings, over n fresh seeds, with its 90% t interval,
+                 Holm-corrected for the number of arms that are held against warmup
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal
 
 from nio_hf.comparison.arms import NO_WARMUP, WARMUP
 from nio_hf.comparison.plan import Choice, Plan
-from nio_hf.trials.interval import Interval, interval, paired
+from nio_hf.trials.interval import Interval, corrected, interval, paired
 from nio_hf.trials.results import Outcome
 from nio_hf.trials.run import Arm, Run
 
@@ -190,7 +191,7 @@ class Verdict:
         arm: name.
         choice: its settings.
         accuracy: over the fresh seeds, in percent.
-        difference: to warmup, in points, paired.
+        difference: to warmup, in points, paired, corrected for the number of arms.
         word: "beats" where the interval is above 0, "matches" where it is above -0.5, "worse" where it is below -0.5,
             else "undecided".
     """
@@ -214,11 +215,17 @@ def judge(difference: Interval) -> Word:
 def verdicts(plan: Plan, chosen: Sequence[Choice], outcomes: Outcomes, chance: float) -> list[Verdict]:
     """Every arm held against warmup; empty while runs are missing."""
     by_arm = _fresh_accuracies(plan, chosen, outcomes, chance)
-    judged = []
-    for choice in chosen if by_arm else []:
-        difference = paired(by_arm[choice.arm], by_arm[WARMUP])
-        judged.append(Verdict(choice.arm, choice, interval(by_arm[choice.arm]), difference, judge(difference)))
-    return judged
+    if not by_arm:
+        return []
+    samples = {arm: paired(own, by_arm[WARMUP]).values for arm, own in by_arm.items()}
+    itself = {WARMUP: interval(samples.pop(WARMUP))}
+    differences = {**itself, **corrected(samples)}
+    return [
+        Verdict(
+            choice.arm, choice, interval(by_arm[choice.arm]), differences[choice.arm], judge(differences[choice.arm])
+        )
+        for choice in chosen
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +235,7 @@ class Share:
     Attributes:
         arm: name.
         without: name of the arm that differs from it in the initialisation only.
-        difference: in points, paired over the fresh seeds.
+        difference: in points, paired over the fresh seeds, corrected for the number of arms with an initialisation.
     """
 
     arm: str
@@ -239,12 +246,12 @@ class Share:
 def shares(plan: Plan, chosen: Sequence[Choice], outcomes: Outcomes, chance: float) -> list[Share]:
     """What each initialisation adds, where the plan has an arm without it; empty while runs are missing."""
     by_arm = _fresh_accuracies(plan, chosen, outcomes, chance)
-    found = []
+    found = {}
     for arm in plan.arms if by_arm else ():
         without = next((other.name for other in plan.arms if _is_without_initialisation(other, arm)), None)
         if without is not None:
-            found.append(Share(arm.name, without, paired(by_arm[arm.name], by_arm[without])))
-    return found
+            found[arm.name, without] = paired(by_arm[arm.name], by_arm[without]).values
+    return [Share(*names, difference) for names, difference in corrected(found).items()]
 
 
 def _is_without_initialisation(other: Arm, arm: Arm) -> bool:

@@ -38,6 +38,7 @@ def run_comparison(
     seeds: int,
     verdict_seeds: int,
     steps: int | None,
+    budget: int | None,
     jobs: int,
     diagnostics: bool,
     output_dir: Path | None,
@@ -52,14 +53,14 @@ def run_comparison(
         given = read_numbers("--learning_rates", learning_rates, problems, "5e-4,1e-3")
         rates = given if learning_rates is not None else _default_rates(recipe)
         ratios = read_numbers("--warmup_ratios", warmup_ratios, problems, "0.05,0.1")
-        budget = steps_of(recipe, steps, problems)
+        length = steps_of(recipe, steps, problems)
         chosen = tuple(ARMS.values())
         try:
             chosen = choose_arms([arm for arm in arms.split(",") if arm], definitions)
         except RecipeError as error:
             problems = merge_problems(problems, error.problems)
         try:
-            plan = Plan(chosen, tuple(sorted(rates)), tuple(sorted(ratios)), seeds, verdict_seeds, budget)
+            plan = Plan(chosen, tuple(sorted(rates)), tuple(sorted(ratios)), seeds, verdict_seeds, length, budget)
         except RecipeError as error:
             problems = merge_problems(problems, error.problems)
         if problems:
@@ -71,7 +72,7 @@ def run_comparison(
             findings, written = compare(bench, plan)
         tables = {"Accuracy (%) by learning rate": (grid_columns(plan), grid_rows(findings))}
         if findings.verdicts:
-            title = f"On {plan.verdict_seeds} fresh seeds and {EVALUATED[findings.is_split]}"
+            title = f"On {plan.verdict_seeds} fresh seeds and {EVALUATED[findings.images is not None]}"
             tables[title] = (VERDICT_COLUMNS, verdict_rows(findings))
         print_comparison(findings.title, tables, sentences(findings), written)
         return 0

@@ -11,7 +11,7 @@ from nio_hf.comparison.arms import CONTROLLED
 from nio_hf.comparison.findings import Findings
 from nio_hf.comparison.plan import Plan
 from nio_hf.comparison.report import write_report
-from nio_hf.errors import Problem
+from nio_hf.errors import Problem, RecipeError
 from nio_hf.image_training.building import load_data
 from nio_hf.recipe.catalog import recipe_name
 from nio_hf.trials.bench import Bench, Trials
@@ -26,14 +26,18 @@ def compare(bench: Bench, plan: Plan) -> tuple[Findings, dict[str, Path]]:
         The findings, and {what: file} of what was written.
 
     Raises:
-        RecipeError: for results of another comparison in the directory, or another process at work in it.
+        RecipeError: for a budget that the runs do not fit into, results of another comparison in the directory, or
+            another process at work in it.
         RunError: for a run that ended without an outcome, and a grid of which every run failed.
     """
+    _check_budget(plan)
     recipe = bench.load()
     data = load_data(recipe)
     title, chance = recipe_name(recipe.path), 100 / len(data.class_names)
+    images = len(data.evaluation) if data.is_split and hasattr(data.evaluation, "__len__") else None
     with Trials(bench, recipe, CONTROLLED, steps=plan.steps) as trials:
         with Progress("Comparing", plan.least_runs(), lambda: _table(plan, trials)) as progress:
+            progress.say(f"{_size(plan)}.")
             trials.complete(plan.trials(plan.grid()), progress)
             if all(outcome.error is not None for outcome in trials.outcomes.values()):
                 fix = f"Lower --learning_rates, with another --output_dir; the logs lie in {bench.directory / 'runs'}"
@@ -47,8 +51,24 @@ def compare(bench: Bench, plan: Plan) -> tuple[Findings, dict[str, Path]]:
                 fresh = dict.fromkeys(runs)
                 progress.expect(len(plan.grid()) + len(fresh))
                 trials.complete(plan.trials(fresh), progress)
-        findings = Findings.of(title, plan, trials.outcomes, chance, data.is_split)
+        findings = Findings.of(title, plan, trials.outcomes, chance, images)
         return findings, write_report(findings, bench.directory)
+
+
+def _check_budget(plan: Plan) -> None:
+    most = plan.most_runs() * plan.steps
+    if plan.budget is not None and most > plan.budget:
+        fix = "Give more, or fewer --learning_rates, --warmup_ratios, --arms, --seeds or --steps"
+        raise RecipeError(Problem("--budget", f"{plan.budget:,} training steps. {_size(plan)}", fix))
+
+
+def _size(plan: Plan) -> str:
+    """What a comparison takes, before it begins."""
+    most, chooses = plan.most_runs(), len(plan.grid())
+    return (
+        f"Up to {most} runs of {plan.steps:,} steps, {most * plan.steps:,} training steps in all: {chooses} runs to "
+        "choose learning rate and warmup, the others to judge"
+    )
 
 
 def _table(plan: Plan, trials: Trials) -> Table:

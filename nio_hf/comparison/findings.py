@@ -23,7 +23,7 @@ class Findings:
         tested_gain: the largest of them, on fresh seeds; None while there is none.
         verdicts: of each arm; empty while there is none.
         shares: what each initialisation adds; empty likewise.
-        is_split: whether the evaluation data are a split of their own.
+        images: of the evaluation data, where they are a split of their own; None where each seed has others.
     """
 
     title: str
@@ -35,10 +35,10 @@ class Findings:
     tested_gain: Gain | None
     verdicts: list[Verdict]
     shares: list[Share]
-    is_split: bool = True
+    images: int | None = None
 
     @classmethod
-    def of(cls, title: str, plan: Plan, outcomes: Outcomes, chance: float, is_split: bool = True) -> Findings:
+    def of(cls, title: str, plan: Plan, outcomes: Outcomes, chance: float, images: int | None = None) -> Findings:
         """What follows from some outcomes."""
         found = analysis.cells(plan, outcomes, chance)
         complete = len(found) == sum(len(plan.ratios(arm)) for arm in plan.arms) * len(plan.learning_rates)
@@ -47,7 +47,7 @@ class Findings:
         verdicts = analysis.verdicts(plan, chosen, outcomes, chance)
         shares = analysis.shares(plan, chosen, outcomes, chance)
         tested = analysis.tested_gain(plan, gains, outcomes, chance) if complete else None
-        return cls(title, plan, outcomes, found, chosen, gains, tested, verdicts, shares, is_split)
+        return cls(title, plan, outcomes, found, chosen, gains, tested, verdicts, shares, images)
 
     @property
     def no_warmup_loses(self) -> bool:

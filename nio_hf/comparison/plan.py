@@ -21,6 +21,7 @@ class Plan:
         seeds: number of seeds of the selection.
         verdict_seeds: number of fresh seeds of the verdict; 0 for no verdict.
         steps: budget of a run, in training steps, initialisation included.
+        budget: training steps of all runs together that are allowed; None for no limit.
     """
 
     arms: tuple[Arm, ...]
@@ -29,6 +30,7 @@ class Plan:
     seeds: int
     verdict_seeds: int
     steps: int
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -83,6 +85,10 @@ class Plan:
     def least_runs(self) -> int:
         """Number of runs where the verdict needs no more than the chosen ones."""
         return len(self.grid()) + self.verdict_seeds * len(self.arms)
+
+    def most_runs(self) -> int:
+        """Number of runs where it needs two arms at further settings, too: warmup and none, where that gained most."""
+        return self.least_runs() + 2 * self.verdict_seeds
 
     def verdict_runs(self, chosen: Sequence[Choice]) -> list[Run]:
         """The runs of the verdict: each arm at its chosen settings, on seeds that the choice has not seen."""

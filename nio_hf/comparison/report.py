@@ -16,6 +16,7 @@ from nio_hf.comparison.plan import Plan
 from nio_hf.comparison.plots import plot_first_steps, plot_learning_rates
 from nio_hf.files import output_errors, write_atomically
 from nio_hf.report.tables import markdown_table
+from nio_hf.trials.interval import image_error
 
 
 def sentences(findings: Findings) -> list[str]:
@@ -38,17 +39,20 @@ def sentences(findings: Findings) -> list[str]:
     if findings.no_warmup_loses:
         said.append(f"No warmup loses: there warmup gains {tested.gain} points {seeds}.")
     else:
-        said.append(f"The gain of warmup is not significant: there it gains {tested.gain} points {seeds}.")
+        said.append(
+            f"There warmup gains {tested.gain} points {seeds}: these seeds do not tell whether it gains at all."
+        )
     added = [
         f"What the initialisation of {share.arm} adds: {share.difference} points over {share.without}, "
-        "the same training without it."
+        f"the same training without it{_correction(len(findings.shares))}."
         for share in findings.shares
     ]
+    added += _test_set_sentences(findings)
     if not findings.no_warmup_loses:
         return [
             *said,
             *added,
-            "So there is no verdict on what replaces it. The differences on fresh seeds are in the table.",
+            "So nothing is said about what replaces warmup. The differences on fresh seeds are in the table.",
         ]
     said += [_sentence(verdict, findings) for verdict in findings.verdicts if verdict.arm not in (WARMUP, NO_WARMUP)]
     return [*said, *added]
@@ -63,7 +67,8 @@ def _sentence(verdict: Verdict, findings: Findings) -> str:
     }
     text = (
         f"{verdict.arm} without warmup {words[verdict.word]}: {verdict.difference} points at the best learning rate of "
-        f"each (90% interval over {len(verdict.difference.values)} fresh paired seeds)"
+        f"each (90% interval over {len(verdict.difference.values)} fresh paired seeds"
+        f"{_correction(len(findings.verdicts) - 1)})"
     )
     own, cold = (analysis.stability(findings.cells, arm) for arm in (verdict.arm, NO_WARMUP))
     if own.up_to is None:
@@ -76,6 +81,23 @@ def _sentence(verdict: Verdict, findings: Findings) -> str:
         else f"no warmup fails from {cold.fails_from:g} on"
     )
     return f"{text}; stable up to learning rate {own.up_to:g}{at_least}, while {failing}."
+
+
+def _correction(comparisons: int) -> str:
+    return f", Holm-corrected for {comparisons} comparisons" if comparisons > 1 else ""
+
+
+def _test_set_sentences(findings: Findings) -> list[str]:
+    """How uncertain accuracies are beyond what seeds can tell."""
+    if findings.images is None:
+        return []
+    best = max(verdict.accuracy.mean for verdict in findings.verdicts)
+    error = image_error(best, findings.images)
+    return [
+        f"All runs are judged on the same {findings.images:,} images, which the intervals take as given. For other "
+        f"images of the same kind an accuracy of {best:.1f}% has a standard error of {error:.2f} points, and a "
+        f"difference of up to {math.sqrt(2) * error:.2f}; more seeds do not lower it."
+    ]
 
 
 def grid_rows(findings: Findings) -> list[tuple[str, ...]]:
@@ -190,8 +212,9 @@ def markdown(findings: Findings) -> str:
     ]
     if findings.verdicts:
         parts += [
-            f"## On {EVALUATED[findings.is_split]}, {plan.verdict_seeds} fresh seeds",
-            "Each arm at the settings that were best above. Mean ± half of the 90% interval; differences are paired.",
+            f"## On {EVALUATED[findings.images is not None]}, {plan.verdict_seeds} fresh seeds",
+            "Each arm at the settings that were best above. Mean ± half of the 90% interval; differences are paired"
+            f"{_correction(len(findings.verdicts) - 1)}.",
             markdown_table(VERDICT_COLUMNS, verdict_rows(findings)),
         ]
     parts.append("## Arms")

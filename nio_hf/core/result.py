@@ -205,6 +205,52 @@ class ExcludedTensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lane:
+    """The first steps of a training from the weights of one candidate.
+
+    Attributes:
+        name: of the candidate.
+        losses: of the steps that it was trained for, up to the first that is not finite.
+    """
+
+    name: str
+    losses: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean over the last quarter of the steps; NaN where the first loss was not finite."""
+        if not self.losses:
+            return math.nan
+        return statistics.fmean(self.losses[-max(len(self.losses) // 4, 1) :])
+
+
+@dataclasses.dataclass(frozen=True)
+class Race:
+    """How candidates were told apart by their first steps of training.
+
+    Attributes:
+        steps: that a candidate is trained for, if it is not stopped before.
+        lanes: the candidates, what the initialisation found in front.
+        winner: name of the candidate whose weights the training begins from.
+    """
+
+    steps: int
+    lanes: tuple[Lane, ...]
+    winner: str
+
+    @property
+    def cost(self) -> int:
+        """Training steps of all lanes together."""
+        return sum(len(lane.losses) for lane in self.lanes)
+
+    @property
+    def message(self) -> str:
+        """What came of it, in a sentence."""
+        ended = ", ".join(f"{lane.name} {lane.loss:.3f} at step {len(lane.losses)}" for lane in self.lanes)
+        return f"Race, training loss: {ended}. The training begins from: {self.winner}."
+
+
+@dataclasses.dataclass(frozen=True)
 class InitResult:
     """Outcome of `initialize` and of the other methods.
 
@@ -225,6 +271,7 @@ class InitResult:
         title: the same as its paper writes it.
         description: what it does, in a sentence.
         options: its own settings, beside `config`.
+        race: how its weights were held against those before it; None without a race.
     """
 
     config: NIOConfig
@@ -243,6 +290,7 @@ class InitResult:
     title: str = "NIO"
     description: str = ""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    race: Race | None = None
 
     @property
     def scales(self) -> dict[str, float]:

@@ -57,6 +57,8 @@ def summary_rows(result: InitResult | None, metrics: Mapping[str, float]) -> lis
         rows.append(("Evaluation loss", "", f"{metrics['eval_loss']:.4f}"))
     if result is not None:
         rows.append((f"Cost of {result.title} in training steps", "", f"{result.cost:,.1f}"))
+        if result.race is not None:
+            rows.append(("Training steps of the race", "", f"{result.race.cost:,}"))
         rows.append((f"Seconds of {result.title}", "", f"{result.seconds:.1f}"))
     if "train_runtime" in metrics:
         rows.append(("Seconds of training", "", f"{metrics['train_runtime']:.1f}"))
@@ -137,7 +139,9 @@ def cost_text(run: Run, result: InitResult) -> str:
     title, share = result.title, run.nio_share
     part = "" if share is None else f", {share:.1%} of the time of {title} and training together"
     steps = f"{result.cost:,.1f} training steps of {result.before.batch_size} samples"
-    return f"{title} took the arithmetic of {steps}, its reports included, in {result.seconds:,.1f} seconds{part}."
+    raced = "" if result.race is None else f" and {result.race.cost:,} steps of the training for the race"
+    took = f"the arithmetic of {steps}, its reports included,{raced}"
+    return f"{title} took {took} in {result.seconds:,.1f} seconds{part}."
 
 
 def excluded_text(result: InitResult) -> str:

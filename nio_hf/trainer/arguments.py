@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from nio_hf.core.batches import too_many_sub_batches
-from nio_hf.core.config import NIOConfig, refuse_replaced
+from nio_hf.core.config import NIOConfig, is_whole, refuse_replaced
 from nio_hf.core.tensors import check_storage
 from nio_hf.errors import ConfigError, Problem
 from nio_hf.trainer.methods import method_problems, parsed_mapping
@@ -46,6 +46,12 @@ class NIOSettings:
         10, "Iterations from one saved state of NIO to the next, from which an interrupted run goes on; 0 for none."
     )
 
+    nio_race_steps: int | None = _option(
+        None,
+        "Steps for which the weights that NIO found, its common factor alone and the start are trained before the "
+        "training, which begins from the best of them; 0 for no race; default: 120 where that is at most 2% of the "
+        "training, else 0.",
+    )
     nio_seed_optimizer: str | None = _option(
         None,
         "Start Adam's second moment from the squared gradient at the initialisation: gi_adam (with bias correction, an "
@@ -132,7 +138,7 @@ class NIOSettings:
         Raises:
             ConfigError: lists every `nio_*` setting that is out of range.
         """
-        problems = [*self._batch_size_problems(), *self._save_steps_problems(), *self._seed_optimizer_problems()]
+        problems = [*self._batch_size_problems(), *self._steps_problems(), *self._seed_optimizer_problems()]
         problems += method_problems(self.nio_method, self.nio_method_kwargs)
         names = [field.name for field in dataclasses.fields(NIOConfig) if field.name != "seed"]
         settings = {name: getattr(self, f"nio_{name}") for name in names}
@@ -157,10 +163,12 @@ class NIOSettings:
         elif isinstance(self.nio_sub_batches, int) and self.nio_sub_batches > size:
             yield in_arguments(too_many_sub_batches(self.nio_sub_batches, size))
 
-    def _save_steps_problems(self) -> Iterator[Problem]:
-        steps = self.nio_save_steps
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-            yield Problem("nio_save_steps", f"{steps!r}", "Give a whole number, 0 for none")
+    def _steps_problems(self) -> Iterator[Problem]:
+        for name in ("nio_save_steps", "nio_race_steps"):
+            steps = getattr(self, name)
+            is_open = steps is None and name == "nio_race_steps"
+            if not is_open and not (is_whole(steps) and steps >= 0):
+                yield Problem(name, f"{steps!r}", "Give a whole number, 0 for none")
 
     def _seed_optimizer_problems(self) -> Iterator[Problem]:
         if self.nio_seed_optimizer is not None and self.nio_seed_optimizer not in SEED_MODES:

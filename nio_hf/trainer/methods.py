@@ -54,8 +54,8 @@ def run_baseline(
     config: NIOConfig,
     collective: Collective,
     *,
-    on_iteration: Callable[[IterationRecord], None],
-    on_trial: Callable[[str], None],
+    on_iteration: Callable[[IterationRecord], None] | None = None,
+    on_trial: Callable[[str], None] | None = None,
 ) -> InitResult:
     """Initialise a replica by another method than NIO, on rank 0, whose weights the others are given.
 

@@ -56,6 +56,11 @@ def make_replica(model: nn.Module, device: torch.device, collective: Collective)
     return replica
 
 
+def copied_to_cpu(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the parameters of a model, by name."""
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+
+
 def broadcast(replica: nn.Module, collective: Collective) -> None:
     """Give all processes the parameters and buffers of rank 0; it follows on a block of `together`."""
     for tensor in (*replica.parameters(), *replica.buffers()):

@@ -81,6 +81,7 @@ def summary(result: InitResult) -> dict[str, float]:
         "nio_batch_size": result.before.batch_size,
         "nio_cost": result.cost,
         "nio_seconds": result.seconds,
+        **({} if result.race is None else {"nio_race_cost": result.race.cost}),
     }
 
 

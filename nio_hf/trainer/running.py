@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from nio_hf.core import NIO, Collective, NIOResult, NIOState, Resumption, expected_cost, find_tensors, initialize
-from nio_hf.hub.run_folder import read_state
+from nio_hf.hub.run_folder import changed_arguments, read_state
 from nio_hf.trainer.checkpoints import (
     PROGRESS_NAME,
     Task,
@@ -92,6 +92,8 @@ class NIORun:
             "data": first,
             **trainer.nio_identity(),
         }
+        if trainer.race_steps:
+            task["race"] = {"steps": trainer.race_steps, "arguments": changed_arguments(trainer.args)}
         # As it comes back from JSON, so that it equals the one that was written.
         return cast(Task, json.loads(json.dumps(task)))
 

@@ -8,7 +8,7 @@ import itertools
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -42,7 +42,8 @@ from nio_hf.trainer.checkpoints import (
 )
 from nio_hf.trainer.early_checks import check_before_nio, check_best_metric, warn_of_warmup
 from nio_hf.trainer.methods import METHODS
-from nio_hf.trainer.replica import gathered, make_replica, take_over
+from nio_hf.trainer.race import Candidates, hold_race, planned_steps, steps_of_training
+from nio_hf.trainer.replica import copied_to_cpu, gathered, make_replica, take_over
 from nio_hf.trainer.reporting import NIOReportCallback
 from nio_hf.trainer.running import NIORun, checked_batches
 from nio_hf.trainer.sampling import nio_dataloader, seed_everything
@@ -76,7 +77,11 @@ class NIOTrainerMixin(TrainerMixin):
         self._nio_trial: Any = None
         self._resumes_nio = False
         self._apart: Trainer | None = None
+        self._candidates: Candidates | None = None
+        self._max_steps: int | None = None
+        self.is_lane = False
         super().__init__(*args, **kwargs)
+        self.has_own_optimizer = self.optimizer is not None or self.lr_scheduler is not None
         own: Any = self.args
         self.nio_args = own if isinstance(own, NIOSettings) else NIOSettings()
         self._nio_report = NIOReportCallback(self)
@@ -110,16 +115,64 @@ class NIOTrainerMixin(TrainerMixin):
             ):
                 check_before_nio(self, model)
                 replica = make_replica(model, self.args.device, collective)
+                start = copied_to_cpu(replica) if self.race_steps else {}
                 result = NIORun(self, replica, collective, resume=resume).carry_out()
                 take_over(replica, model, collective)
         except StoppedError as error:
-            message = f"SIGTERM: during NIO, {error.problems[0].found}. {GO_ON}"
-            self._tell(logger, message, level=logging.WARNING)
-            raise Preempted(message) from error
+            self._stop(error)
         INITIALISED.add(model)
-        self.nio_result = result
-        self._nio_report.report_later(result, model)
+        # The weights that are taken over from an earlier run have won its race already.
+        self._candidates = Candidates(start, result) if start and result.race is None else None
+        self._keep(result)
         return result
+
+    def run_race(self, max_steps: int | None = None) -> NIOResult | None:
+        """Train the weights that NIO has found, its common factor and the start for some steps, and keep the best.
+
+        `train` does so by itself, where `nio_race_steps` says so or leaves it open and it is worth its price. See
+        `nio_hf.trainer.race` for how.
+
+        Args:
+            max_steps: of the training; None for what the arguments say.
+
+        Returns:
+            The result of NIO with the race, also kept as `nio_result`; None where there is no race to be held.
+
+        Raises:
+            ConfigError: where `nio_race_steps` asks for a race that cannot be held.
+            NIOMemoryError: where a copy of the training does not fit into memory.
+            Preempted: where SIGTERM ended it, with `enable_jit_checkpoint`.
+        """
+        self._max_steps = max_steps or self._max_steps
+        candidates, steps, self._candidates = self._candidates, self.race_steps, None
+        is_of_model = self._nio_report.is_of(self.unwrapped_model)
+        if candidates is None or not is_of_model or not steps or len(candidates.names) < 2:
+            return None
+        try:
+            result = hold_race(self, candidates, steps)
+        except StoppedError as error:
+            self._stop(error)
+        self._keep(result)
+        return result
+
+    @property
+    def race_steps(self) -> int:
+        """Steps of each lane of a race before the training; 0 for no race.
+
+        Raises:
+            ConfigError: where `nio_race_steps` asks for a race that cannot be held.
+        """
+        return planned_steps(self, self._max_steps or steps_of_training(self))
+
+    def _keep(self, result: NIOResult) -> None:
+        self.nio_result = result
+        self._nio_report.report_later(result, self.unwrapped_model)
+
+    def _stop(self, error: StoppedError) -> NoReturn:
+        (problem,) = error.problems
+        message = f"SIGTERM: during {problem.where}, {problem.found}. {GO_ON}"
+        self._tell(logger, message, level=logging.WARNING)
+        raise Preempted(message) from error
 
     def inspect(self) -> GradientInspection:
         """Measure where in the model the gradients of sub-batches agree, on the report batches of NIO.
@@ -285,15 +338,8 @@ class NIOTrainerMixin(TrainerMixin):
         seeds = self.nio_args.nio_seed_optimizer is not None and resume_from_checkpoint is None
         if seeds:
             check_seedable(self)
-        if self._nio_is_due(resume_from_checkpoint):
-            self.run_nio(resume=self._resumes_nio)
-        elif resume_from_checkpoint is not None or not self._nio_report.is_of(self.unwrapped_model):
-            self._nio_report.forget()
-        if resume_from_checkpoint is not None:
-            self.nio_state = find_state(Path(resume_from_checkpoint))
-        # Trackers that were added later must have opened their run before NIO is reported.
-        self.remove_callback(self._nio_report)
-        self.add_callback(self._nio_report)
+        if not self.is_lane:
+            self._initialise(max_steps, resume_from_checkpoint)
         squares = self.squared_gradients() if seeds else {}
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if seeds:
@@ -305,6 +351,22 @@ class NIOTrainerMixin(TrainerMixin):
             seed_second_moment(optimizer, self.unwrapped_model, squares, mode)
             self._nio_report.seeded = optimizer
         return prepared
+
+    def _initialise(self, max_steps: int, resume_from_checkpoint: str | None) -> None:
+        """Run NIO and hold the race where they are due, and see to it that they are reported."""
+        self._max_steps = max_steps
+        if resume_from_checkpoint is not None:
+            self._candidates = None
+        if self._nio_is_due(resume_from_checkpoint):
+            self.run_nio(resume=self._resumes_nio)
+        elif resume_from_checkpoint is not None or not self._nio_report.is_of(self.unwrapped_model):
+            self._nio_report.forget()
+        if resume_from_checkpoint is not None:
+            self.nio_state = find_state(Path(resume_from_checkpoint))
+        self.run_race()
+        # Trackers that were added later must have opened their run before NIO is reported.
+        self.remove_callback(self._nio_report)
+        self.add_callback(self._nio_report)
 
     def _nio_is_due(self, resume_from_checkpoint: str | None) -> bool:
         """Whether NIO has something to do, which rank 0 decides."""

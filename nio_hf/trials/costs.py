@@ -7,6 +7,7 @@ from typing import Any
 from nio_hf.core import expected_cost
 from nio_hf.trainer import NIOTrainingArguments
 from nio_hf.trainer.methods import METHODS
+from nio_hf.trainer.race import MOST_CANDIDATES
 
 MANY_GROUPS = 8
 """Number of groups that the cost beforehand counts with, where there may be more than one."""
@@ -25,10 +26,13 @@ def most_steps(args: NIOTrainingArguments, groups: Any = None) -> float | None:
         args: settings of the training.
         groups: value of `nio_groups`; None for that of the settings.
     """
-    if not args.nio or is_free(args):
+    if not args.nio:
         return 0.0
+    raced = float(MOST_CANDIDATES * (args.nio_race_steps or 0))
+    if is_free(args):
+        return raced
     config = args.to_nio_config()
     number = 1 if (config.groups if groups is None else groups) == "model" else MANY_GROUPS
     batches = expected_cost(config, number, METHODS[args.nio_method], args.nio_method_options)
     samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return None if batches is None else batches * args.nio_batch_size / samples
+    return None if batches is None else raced + batches * args.nio_batch_size / samples

@@ -107,7 +107,8 @@ def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool, co
     """Initialise, train for what is left of the budget, and evaluate.
 
     The budget is `max_steps` training steps. The initialisation, or `cost_share` of it, is paid from it: its floating
-    point operations are counted and divided by those of a training step.
+    point operations are counted and divided by those of a training step. So are the steps of a race, which has the
+    schedule of a training that is longer by as many.
 
     Raises:
         ConfigError: for an initialisation that costs the whole budget; where a share of it is paid, the run failed.
@@ -130,6 +131,11 @@ def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool, co
         fix = "Give more steps, or lower nio_search_batches, nio_report_batches or nio_batch_size"
         raise ConfigError(Problem("--steps", found, fix))
     trainer.args.max_steps = steps
+    raced = trainer.run_race(steps)
+    if raced is not None and raced.race is not None:
+        cost += raced.race.cost
+        steps -= raced.race.cost
+        trainer.args.max_steps = steps
     losses = _Losses()
     trainer.add_callback(losses)
     looked_at = _diagnostics(trainer) if diagnostics else None

@@ -52,6 +52,10 @@ def test_what_a_comparison_decides_are_settings_of_a_recipe() -> None:
         (["--learning_rates", "1e-3,fast"], "'fast' is no number"),
         (["--seeds", "1"], "Give 3 or more of both for a verdict, or --no_verdict"),
         (["--arms", "nio", "--seeds", "3"], "to hold the others against"),
+        (
+            ["--arms", "no_warmup,warmup", "--budget", "359"],
+            "--budget: 359 training steps. Up to 36 runs of 10 steps, 360 training steps in all: 24 runs to choose",
+        ),
         (["--learning_rate", "1e-3"], "--learning_rate: is decided by this command. Use --learning_rates"),
         (["--seed", "1"], "Use --seeds"),
         (

@@ -6,6 +6,7 @@ NIOTrainingArguments), and what goes wrong on the way.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -178,6 +179,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         "partitioned": trainer.partitioned,
         "trained": weights(trainer),
         "step": trainer.state.global_step,
+        "race": None if result is None or result.race is None else dataclasses.asdict(result.race),
     }
     trainer.save_model()
     return report

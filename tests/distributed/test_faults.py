@@ -97,6 +97,26 @@ def test_sigterm_to_one_process_in_a_scan_saves_and_stops_all(tmp_path: Path, un
     assert [report["trained"] for report in second.reports] == [uninterrupted("ddp", 2, OF_SCAN)] * 2
 
 
+@pytest.mark.parametrize(("strategy", "processes"), [("single", 1), ("ddp", 2)])
+def test_killed_in_a_race(strategy: str, processes: int, tmp_path: Path, uninterrupted: Any) -> None:
+    settings = {**OF_SCAN, "arguments": {**OF_SCAN["arguments"], "nio_race_steps": 4}}
+    faults = {"step": {"number": 3, "signal": "SIGKILL", "rank": processes - 1}}
+    _, second = _started_again(tmp_path, strategy, processes, faults, settings)
+    assert "NIO is finished: taking over" in second.output
+    assert "Race, training loss:" in second.output
+    expected = uninterrupted(strategy, processes, settings)
+    assert {report["trained"] for report in second.reports} == {expected}
+
+
+def test_sigterm_to_one_process_in_a_race_stops_all(tmp_path: Path, uninterrupted: Any) -> None:
+    settings = {**OF_SCAN, "arguments": {**OF_SCAN["arguments"], "nio_race_steps": 4}}
+    faults = {"step": {"number": 3, "signal": "SIGTERM", "rank": 1}}
+    first, second = _started_again(tmp_path, "ddp", 2, faults, settings)
+    assert "SIGTERM: during the race, stopped after" in first.output
+    assert f"exitcode  : {Preempted.STATUS}" in first.output
+    assert {report["trained"] for report in second.reports} == {uninterrupted("ddp", 2, settings)}
+
+
 def test_killed_in_the_save_of_the_initialised_checkpoint(tmp_path: Path, uninterrupted: Any) -> None:
     _, second = _started_again(tmp_path, "ddp", 2, {"save": True})
     assert "NIO goes on after 6 iterations" in second.output

@@ -90,6 +90,29 @@ def test_another_method_gives_two_processes_the_weights_of_one(strategy: str, tm
         assert report["initialised"] == together.reports[0]["initialised"]
 
 
+def test_two_processes_agree_on_the_winner_of_a_race_and_hold_the_one_of_one_process(tmp_path: Path) -> None:
+    settings = {**SCAN, "nio_race_steps": 3, "max_steps": 8, "save_strategy": "no", "dataloader_num_workers": 0}
+    alone = launch(tmp_path / "alone", "single", 1, arguments={**settings, "per_device_train_batch_size": 8})
+    together = launch(tmp_path / "together", "ddp", 2, arguments=settings)
+    assert together.status == alone.status == 0, together.output[-3000:]
+    assert len(together.reports) == 2
+    expected, (first, second) = alone.reports[0]["race"], together.reports
+    assert first["race"] == second["race"]
+    assert first["trained"] == second["trained"]
+    assert first["race"]["winner"] == expected["winner"]
+    # Dropout draws other numbers in several processes; the first step has seen none of its effects on the weights.
+    for lane, other in zip(first["race"]["lanes"], expected["lanes"], strict=True):
+        assert lane["losses"] == pytest.approx(other["losses"], rel=0.1)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
+def test_a_race_of_a_model_in_shards_is_refused(strategy: str, tmp_path: Path) -> None:
+    outcome = launch(tmp_path, strategy, 2, arguments={**SCAN, "nio_race_steps": 3})
+    assert outcome.status != 0
+    assert "nio_race_steps: given with FSDP or DeepSpeed" in outcome.output
+    assert not (tmp_path / "output" / INIT_DIR_NAME).exists()
+
+
 def test_deepspeed_has_no_second_moment_to_seed(tmp_path: Path) -> None:
     outcome = launch(tmp_path, "zero2", 2, arguments={"nio_seed_optimizer": "gi_adam"})
     assert outcome.status != 0

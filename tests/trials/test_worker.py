@@ -9,9 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nio_hf import NIOTrainingArguments
+from nio_hf.trials.costs import most_steps
+from nio_hf.trials.results import Outcome
 from nio_hf.trials.worker import train_once
 
 PROGRAM = """
@@ -61,8 +65,24 @@ def test_a_trial_ends_with_the_process_that_started_it(method: str, tmp_path: Pa
     ("method", "pays"), [("none", False), ("range", False), ("xavier", False), ("architecture_aware", True)]
 )
 def test_a_method_that_looks_at_no_data_is_not_paid_for(method: str, pays: bool, tmp_path: Path) -> None:
-    settings = {"nio_method": method, "output_dir": tmp_path, "max_steps": 14, "use_cpu": True, "report_to": "none"}
-    options = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-    outcome = train_once("vit-tiny/digits/nio", options, diagnostics=False)
+    outcome = _trained(tmp_path, nio_method=method, max_steps=14)
     assert (outcome.cost_steps > 0) == pays
     assert outcome.steps == 14 - math.ceil(outcome.cost_steps)
+
+
+def _trained(folder: Path, **settings: Any) -> Outcome:
+    settings |= {"output_dir": folder, "use_cpu": True, "report_to": "none"}
+    options = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    return train_once("vit-tiny/digits/nio", options, diagnostics=False)
+
+
+def test_the_steps_of_a_race_are_paid_for(tmp_path: Path) -> None:
+    outcome = _trained(
+        tmp_path, nio_method="range", nio_method_kwargs='{"factor": 2.0}', max_steps=20, nio_race_steps=4
+    )
+    assert outcome.cost_steps in (6, 8)
+    assert outcome.steps == 20 - outcome.cost_steps
+    args = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "nio_race_steps": 4}
+    most = {method: most_steps(NIOTrainingArguments(**args, nio_method=method)) for method in ("range", "nio")}
+    assert most["range"] == 12
+    assert most["nio"] == 12 + most_steps(NIOTrainingArguments(**{**args, "nio_race_steps": 0}))

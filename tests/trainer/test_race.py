@@ -1,0 +1,443 @@
+"""The race: what its lanes are, who wins it, what it leaves behind, and how it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback
+
+from nio_hf import NIOTrainer
+from nio_hf.core.result import InitResult, Lane, Race
+from nio_hf.durable import AUTO
+from nio_hf.errors import ConfigError, DataError, NIOMemoryError, Preempted
+from nio_hf.report.run import Run
+from nio_hf.report.tables import cost_text, summary_rows
+from nio_hf.trainer import race as races
+from nio_hf.trainer.race import COMMON, RACE_NAME, START, is_behind, leader, planned_steps
+from tests.trainer.toys import Interruption, ToyImages, arguments, build, load_state, snapshot, unchanged
+
+STEPS = 8
+FAR_OFF: dict[str, Any] = {"nio_method": "range", "nio_method_kwargs": {"factor": 300.0}}
+"""An initialisation that harms the training."""
+
+
+def _arguments(folder: Path, **changes: Any) -> Any:
+    settings = {"max_steps": 20, "learning_rate": 1e-3, "logging_steps": 1, "nio_race_steps": STEPS}
+    return arguments(folder, **{**settings, **changes})
+
+
+def _trained(folder: Path, model: nn.Module | None = None, **changes: Any) -> NIOTrainer:
+    model = build("vit") if model is None else model
+    trainer = NIOTrainer(model=model, args=_arguments(folder, **changes), train_dataset=ToyImages())
+    trainer.train()
+    return trainer
+
+
+def _losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _race(trainer: NIOTrainer) -> Race:
+    assert trainer.nio_result is not None
+    assert trainer.nio_result.race is not None
+    return trainer.nio_result.race
+
+
+def _let_win(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(races, "leader", lambda lanes, steps: next((lane for lane in lanes if lane.name == name), None))
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"gradient_accumulation_steps": 2},
+    "clipped and warmed up": {"max_grad_norm": 0.1, "warmup_steps": 5},
+    "seeded": {"nio_seed_optimizer": "gi_adam"},
+    "another optimizer": {"optim": "adafactor"},
+    "bf16": {"bf16": True},
+    "smoothed": {"label_smoothing_factor": 0.1},
+    "workers": {"dataloader_num_workers": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_lane_is_the_beginning_of_the_training_from_its_weights(way: str, tmp_path: Path) -> None:
+    raced = _trained(tmp_path / "raced", **WAYS[way])
+    without = _trained(tmp_path / "without", nio_race_steps=0, **WAYS[way])
+    start = _trained(tmp_path / "start", nio=False, **WAYS[way])
+    race = _race(raced)
+    lanes = {lane.name: list(lane.losses) for lane in race.lanes}
+    assert lanes["NIO"] == pytest.approx(_losses(without)[:STEPS], abs=1e-6)
+    assert lanes[START] == pytest.approx(_losses(start)[: len(lanes[START])], abs=1e-6)
+    assert len(lanes[START]) in (STEPS // 2, STEPS)
+
+
+@pytest.mark.parametrize("winner", ["NIO", COMMON, START])
+def test_the_training_from_the_winner_is_the_same_as_without_a_race(
+    winner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _let_win(winner, monkeypatch)
+    raced = _trained(tmp_path / "raced")
+    monkeypatch.undo()
+    result = raced.nio_result
+    assert result is not None
+    assert _race(raced).winner == winner
+    common = next(
+        r.scale for r in result.history if r.group is None and r.scale is not None and r.outcome == "accepted"
+    )
+    changes: dict[str, dict[str, Any]] = {
+        "NIO": {"nio_race_steps": 0},
+        COMMON: {"nio_groups": "model", "nio_race_steps": 0},
+        START: {"nio": False},
+    }
+    plain = _trained(tmp_path / "plain", **changes[winner])
+    assert unchanged(snapshot(raced.model), snapshot(plain.model))
+    assert _losses(raced) == _losses(plain)
+    expected = {"NIO": None, COMMON: common, START: 1.0}[winner]
+    assert expected is None or set(result.scales.values()) == {expected}
+    if winner != START:
+        assert plain.nio_result is not None
+        assert result.scales == plain.nio_result.scales
+        assert result.after.value == pytest.approx(plain.nio_result.after.value, abs=1e-6)
+    else:
+        assert (result.status, result.after) == ("unchanged", result.before)
+
+
+def test_an_initialisation_that_harms_loses(tmp_path: Path) -> None:
+    raced, harmed, plain = (
+        _trained(tmp_path / "raced", **FAR_OFF),
+        _trained(tmp_path / "harmed", nio_race_steps=0, **FAR_OFF),
+        _trained(tmp_path / "plain", nio=False),
+    )
+    assert _race(raced).winner == START
+    assert _losses(harmed)[-1] > 2 * _losses(plain)[-1]
+    assert unchanged(snapshot(raced.model), snapshot(plain.model))
+
+
+def test_what_is_saved_and_reported_is_that_of_the_winner(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        trainer = _trained(tmp_path, **FAR_OFF)
+    race, result = _race(trainer), trainer.nio_result
+    assert result is not None
+    saved = load_state(tmp_path / "_nio_init")
+    assert saved.race == race
+    assert set(saved.scales.values()) == {1.0}
+    assert race.message in caplog.text
+    assert race.message in result.message
+    assert race.cost == sum(len(lane.losses) for lane in race.lanes) > 0
+    assert ("Training steps of the race", "", f"{race.cost}") in summary_rows(result, {})
+    run = Run(name="x", facts=trainer.run_facts(), result=result)
+    assert f"and {race.cost} steps of the training for the race" in cost_text(run, result)
+    entry = next(entry for entry in trainer.state.log_history if "nio_cost" in entry)
+    assert entry["nio_race_cost"] == race.cost
+    assert not (tmp_path / RACE_NAME).exists()
+    again = InitResult.from_dict(json.loads(json.dumps(result.to_dict())))
+    assert again.race == race
+
+
+class Counting(NIOTrainer):
+    """Counts and logs what it computes, as trainers of language models do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.seen: list[int] = []
+        self.total = 0
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen.append(self.state.global_step)
+        self.total += 1
+        return super().compute_loss(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, "seen": len(self.seen), "total": self.total}, *args, **kwargs)
+
+
+class Calls(TrainerCallback):
+    """Counts its calls."""
+
+    def __init__(self) -> None:
+        self.steps = self.beginnings = 0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.beginnings += 1
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.steps += 1
+
+
+def test_lanes_leave_no_trace_in_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _let_win("NIO", monkeypatch)
+    logs = {}
+    for steps in (0, STEPS):
+        calls = Calls()
+        args = _arguments(tmp_path / str(steps), nio_race_steps=steps, eval_strategy="steps", eval_steps=3)
+        given = {"train_dataset": ToyImages(), "eval_dataset": ToyImages(16), "callbacks": [calls]}
+        trainer = Counting(model=build("vit"), args=args, **given)  # type: ignore[arg-type]
+        trainer.train()
+        assert (calls.beginnings, calls.steps) == (1, 20)
+        dropped = ("seconds", "runtime", "per_second", "race")
+        logs[steps] = [
+            {key: value for key, value in entry.items() if not any(word in key for word in dropped)}
+            for entry in trainer.state.log_history
+        ]
+        assert sorted(file.name for file in (tmp_path / str(steps)).iterdir()) == ["_nio_init"]
+    assert logs[0] == logs[STEPS]
+
+
+def _interrupted(folder: Path, lanes: int, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """A training that ends in the middle of the lane that follows on some others."""
+    made = [0]
+    begin = races._Watch.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        begin(self, args, state, control, **kwargs)
+        made[0] += state.global_step == 1
+        if made[0] > lanes and state.global_step == 3:
+            raise Interruption
+
+    monkeypatch.setattr(races._Watch, "on_step_end", on_step_end)
+    with pytest.raises(Interruption):
+        _trained(folder, **changes)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("lanes", [0, 1, 2])
+def test_a_race_that_was_interrupted_goes_on_and_ends_alike(
+    lanes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _trained(tmp_path / "whole")
+    _interrupted(tmp_path / "broken", lanes, monkeypatch)
+    run: list[str] = []
+    lane = races.Lanes._lane
+    monkeypatch.setattr(races.Lanes, "_lane", lambda self, name, *rest: run.append(name) or lane(self, name, *rest))
+    trainer = NIOTrainer(model=build("vit"), args=_arguments(tmp_path / "broken"), train_dataset=ToyImages())
+    trainer.train(resume_from_checkpoint=AUTO)
+    assert run == ["NIO", COMMON, START][lanes:]
+    assert _race(trainer) == _race(whole)
+    assert unchanged(snapshot(trainer.model), snapshot(whole.model))
+
+
+def test_a_race_that_is_over_is_not_held_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _trained(tmp_path, **FAR_OFF)
+    monkeypatch.setattr(races.Lanes, "run", lambda self: pytest.fail("held again"))
+    args = _arguments(tmp_path, **FAR_OFF)
+    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+    trainer.train(resume_from_checkpoint=AUTO)
+    assert _race(trainer) == _race(first)
+    assert unchanged(snapshot(trainer.model), snapshot(first.model))
+
+
+def test_a_race_of_other_arguments_is_held_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _interrupted(tmp_path, 1, monkeypatch)
+    args = _arguments(tmp_path, learning_rate=3e-3)
+    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+    trainer.train(resume_from_checkpoint=AUTO)
+    assert unchanged(snapshot(trainer.model), snapshot(_trained(tmp_path / "b", learning_rate=3e-3).model))
+
+
+def test_sigterm_in_a_race_ends_it_and_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = _arguments(tmp_path, enable_jit_checkpoint=True)
+    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+    begin = races._Watch.on_step_end
+
+    def on_step_end(self: Any, *rest: Any, **kwargs: Any) -> None:
+        if len(self.losses) == 2:
+            assert trainer.preemption is not None
+            trainer.preemption.requested = True
+        begin(self, *rest, **kwargs)
+
+    monkeypatch.setattr(races._Watch, "on_step_end", on_step_end)
+    with pytest.raises(Preempted, match="during the race, stopped after 3 steps"):
+        trainer.train()
+    monkeypatch.undo()
+    again = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+    again.train(resume_from_checkpoint=AUTO)
+    assert unchanged(snapshot(again.model), snapshot(_trained(tmp_path / "whole").model))
+
+
+def test_a_race_is_held_once_with_a_model_init_and_not_on_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _let_win("NIO", monkeypatch)
+    ended = []
+    for steps in (0, STEPS):
+        args = _arguments(tmp_path / str(steps), save_strategy="steps", save_steps=10, nio_race_steps=steps)
+        trainer = NIOTrainer(model_init=lambda: build("vit"), args=args, train_dataset=ToyImages())
+        trainer.train()
+        ended.append(snapshot(trainer.model))
+    assert len(_race(trainer).lanes) > 1
+    assert unchanged(*ended)
+    resumed = NIOTrainer(model_init=lambda: build("vit"), args=args, train_dataset=ToyImages())
+    resumed.train(resume_from_checkpoint=str(tmp_path / str(STEPS) / "checkpoint-10"))
+    assert resumed.nio_result is None
+    assert unchanged(snapshot(trainer.model), snapshot(resumed.model))
+
+
+def test_a_race_may_be_held_by_hand(tmp_path: Path) -> None:
+    trainer = NIOTrainer(model=build("vit"), args=_arguments(tmp_path, **FAR_OFF), train_dataset=ToyImages())
+    assert trainer.run_race() is None
+    trainer.run_nio()
+    result = trainer.run_race()
+    assert _race(trainer).winner == START
+    assert trainer.run_race() is None
+    assert unchanged(snapshot(trainer.model), snapshot(build("vit")))
+    trainer.train()
+    assert trainer.nio_result is result
+
+
+class NotANumber(NIOTrainer):
+    """Its loss is NaN from the third step on, from large weights."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        large = sum(parameter.detach().norm() for parameter in model.parameters()) > 1e3
+        return loss * float("nan") if large and self.state.global_step >= 2 else loss
+
+
+def test_a_lane_whose_loss_is_no_number_loses(tmp_path: Path) -> None:
+    args = _arguments(tmp_path, **FAR_OFF)
+    trainer = NotANumber(model=build("vit"), args=args, train_dataset=ToyImages())
+    trainer.train()
+    race = _race(trainer)
+    assert (race.winner, [len(lane.losses) for lane in race.lanes]) == (START, [2, STEPS])
+
+
+class Once(IterableDataset[Any]):
+    """A stream of images that has a length of its own and gives others each time."""
+
+    def __init__(self, changing: bool) -> None:
+        self._passes = 0
+        self._changing = changing
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._passes += self._changing
+        images = ToyImages(640)
+        for number in range(640):
+            sample = images[number]
+            yield {**sample, "pixel_values": sample["pixel_values"] + self._passes}
+
+
+@pytest.mark.parametrize("changing", [False, True])
+def test_lanes_that_are_given_other_batches_are_refused(changing: bool, tmp_path: Path) -> None:
+    trainer = NIOTrainer(model=build("vit"), args=_arguments(tmp_path), train_dataset=Once(changing))
+    if not changing:
+        trainer.train()
+        assert _race(trainer).lanes
+        return
+    with pytest.raises(DataError, match=r"train_dataset: the lane of .* was given other batches.*Give data"):
+        trainer.train()
+
+
+class OneUse:
+    """A stream that is its own iterator."""
+
+    def __iter__(self) -> OneUse:
+        return self
+
+    def __next__(self) -> Any:
+        raise StopIteration
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "longer than the training": ({"nio_race_steps": 20}, "nio_race_steps: 20, and the training has 20 steps"),
+    "much longer": ({"nio_race_steps": 500}, "nio_race_steps: 500, and the training has 20 steps"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_race_that_cannot_be_held_is_refused_before_nio(case: str, tmp_path: Path) -> None:
+    changes, found = REFUSED[case]
+    model = build("vit")
+    trainer = NIOTrainer(model=model, args=_arguments(tmp_path, **changes), train_dataset=ToyImages())
+    with pytest.raises(ConfigError, match=found):
+        trainer.train()
+    assert unchanged(snapshot(model), snapshot(build("vit")))
+    assert trainer.nio_result is None
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "ten"])
+def test_steps_that_are_no_number_of_steps_are_refused(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nio_race_steps: .*Give a whole number, 0 for none"):
+        _arguments(tmp_path, nio_race_steps=value)
+
+
+def test_an_optimizer_of_the_user_is_refused_and_by_itself_there_is_no_race(tmp_path: Path) -> None:
+    model = build("vit")
+    own: Any = (torch.optim.SGD(model.parameters(), lr=0.1), None)
+    args = _arguments(tmp_path)
+    trainer = NIOTrainer(model=model, args=args, train_dataset=ToyImages(), optimizers=own)
+    with pytest.raises(ConfigError, match=r"optimizers=.*optimizer_cls_and_kwargs"):
+        trainer.train()
+    args.nio_race_steps = None
+    assert planned_steps(trainer, 10**6) == 0
+
+
+def test_a_stream_that_can_be_read_once_is_refused(tmp_path: Path) -> None:
+    trainer = NIOTrainer(model=build("vit"), args=_arguments(tmp_path), train_dataset=ToyImages())
+    trainer.train_dataset = OneUse()
+    with pytest.raises(ConfigError, match="a stream that can be read only once"):
+        planned_steps(trainer, 100)
+
+
+@pytest.mark.parametrize(("max_steps", "expected"), [(17_999, 0), (18_000, races.RACE_STEPS)])
+def test_by_default_a_race_is_held_where_it_is_two_per_cent_of_the_training(
+    max_steps: int, expected: int, tmp_path: Path
+) -> None:
+    args = _arguments(tmp_path, nio_race_steps=None)
+    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+    assert planned_steps(trainer, max_steps) == expected
+    args.nio = False
+    assert planned_steps(trainer, max_steps) == 0
+
+
+@pytest.mark.parametrize("asked", [None, STEPS])
+def test_out_of_memory_ends_the_race_and_only_one_that_was_asked_for_the_training(
+    asked: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate much")
+
+    monkeypatch.setattr(races, "RACE_STEPS", 4)
+    monkeypatch.setattr(races, "LARGEST_SHARE", 1.0)
+    monkeypatch.setattr(races, "_lane_trainer", fail)
+    args = _arguments(tmp_path, nio_race_steps=asked)
+    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+    if asked is None:
+        trainer.train()
+        assert "There is no race. the race: out of memory" in caplog.text
+        assert unchanged(snapshot(trainer.model), snapshot(_trained(tmp_path / "b", nio_race_steps=0).model))
+        return
+    with pytest.raises(NIOMemoryError, match="nio_race_steps=0"):
+        trainer.train()
+
+
+def test_a_lane_is_behind_by_more_than_its_noise() -> None:
+    noise = [0.1 * (-1) ** step for step in range(40)]
+    level = [2.0] * 40
+    assert not is_behind([2 + more for more in noise], level)
+    assert is_behind([2.2 + more for more in noise], level)
+    assert not is_behind([1.8 + more for more in noise], level)
+    # What lies before the last quarter does not count.
+    assert not is_behind([9.0] * 30 + [2 + more for more in noise[:10]], level)
+    assert not is_behind([3.0], [2.0])
+
+
+def test_the_leader_has_the_lowest_loss_of_those_that_came_to_the_end() -> None:
+    slow, fast, stopped = (
+        Lane("slow", (9.0, 3.0, 3.0, 3.0)),
+        Lane("fast", (9.0, 9.0, 9.0, 2.0)),
+        Lane("stopped", (0.0,)),
+    )
+    assert leader([slow, stopped, fast, dataclasses.replace(fast, name="equal")], 4) == fast
+    assert leader([stopped], 4) is None
+    assert fast.loss == 2.0
+    assert Lane("long", tuple(map(float, range(8)))).loss == statistics.fmean([6, 7])
