@@ -16,6 +16,7 @@ from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.train import train
+from nio_hf.trainer import race
 from nio_hf.vision.images import read_image
 from tests.image_training.folders import CLASSES, make_folder, write_recipe
 
@@ -162,6 +163,27 @@ def test_the_order_and_the_draws_of_training_do_not_depend_on_nio(images: Path, 
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 4
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("optimizer", ["null", "muon", "radam"])
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_lane_of_a_race_is_the_beginning_of_the_training(
+    streaming: str, optimizer: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race, "leader", lambda lanes, steps: next(iter(lanes), None))
+    options = ["--max_steps", "7", "--ema_decay", "0.9", "--drop_path_rate", "0.3", "--streaming", streaming]
+    options += ["--optimizer", optimizer, "--logging_steps", "1", "--nio", "true"]
+    trainer = trainer_of(tmp_path / "raced", images, *options, "--nio_race_steps", "3")
+    trainer.train()
+    plain = trainer_of(tmp_path / "plain", images, *options)
+    plain.train()
+    assert trainer.nio_result is not None
+    assert trainer.nio_result.race is not None
+    logged = [entry["loss"] for entry in plain.state.log_history if "loss" in entry]
+    assert trainer.nio_result.race.lanes[0].losses == pytest.approx(logged[:3], abs=1e-6)
+    assert torch.equal(weights(trainer), weights(plain))
+    averages = [each.evaluate_average(tmp_path / "ema")["eval_ema_loss"] for each in (trainer, plain)]
+    assert averages[0] == averages[1]
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
