@@ -48,7 +48,7 @@ from nio_hf.trainer.seeding import seed_second_moment
 
 RESULTS = Path(__file__).parent.parent / "results" / "warmup-free"
 SEARCHED = RESULTS / "searched.json"
-"""{model: {group: scale}} that the direct search has found."""
+"""{task: {group: scale}} that the direct search has found."""
 HELD_OUT = 10
 """One of that many training images chooses, instead of the test images."""
 WINDOWS = 20
@@ -171,7 +171,7 @@ def carry_out(run: Run, task: Task, data: Path) -> Row:
     found: Row = {}
     cost = 0.0
     if arm.searched:
-        scale_groups(model, setup, json.loads(SEARCHED.read_text(encoding="utf-8"))[task.model])
+        scale_groups(model, setup, json.loads(SEARCHED.read_text(encoding="utf-8"))[run.task])
     for name, options in arm.draws:
         method = METHODS[name]
         result = initialize(model, drawn, batch_loss, config, method=method, options=options)

@@ -73,7 +73,7 @@ def rows(part: str) -> list[Row]:
 
 def search_jobs(model: str) -> Iterator[Job]:
     """The trainings that the direct search needs next; what it has found is kept where it is through."""
-    part, found = f"search-{model}", _replayed(model)
+    part, found = f"search-{model}", replayed(model)
     if found.missing is None:
         search.save(model, found.best)
         return
@@ -88,7 +88,8 @@ def search_jobs(model: str) -> Iterator[Job]:
             yield Job(part, f"{exponents} {seed}", run)
 
 
-def _replayed(model: str) -> search.Found:
+def replayed(model: str) -> search.Found:
+    """The direct search, as far as its trainings have come."""
     accuracies: dict[search.Exponents, list[float]] = {}
     for row in rows(f"search-{model}"):
         accuracies.setdefault(_exponents(row), []).append(row["accuracy"])
@@ -105,7 +106,7 @@ def rival_jobs(task: str, arms: Sequence[str], judging: Sequence[int] = JUDGING)
     lines = rows(part)
     done = {tuple(row[field.name] for field in dataclasses.fields(Run)) for row in lines}
     for stage, arm in itertools.product(("choosing", "judging"), arms):
-        if ARMS[arm].searched and _replayed(task).missing is not None:
+        if ARMS[arm].searched and replayed(task).missing is not None:
             continue
         rates, chosen = grid(arm, lines)
         runs = [Run(task, arm, rate, seed, True) for rate in rates for seed in CHOOSING]

@@ -17,7 +17,7 @@ from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.loss import LossFn, dense_gradient, make_loss
 from nio_hf.core.problem import report_parts
-from nio_hf.core.sub_batches import on_sub_batch
+from nio_hf.core.sub_batches import on_sub_batch, refuse_zero_heads
 from nio_hf.core.tensors import find_tensors
 from nio_hf.errors import DataError, NumericsError, Problem
 
@@ -59,7 +59,7 @@ def squared_gradients(
 
     Raises:
         DataError: without a batch.
-        NumericsError: for a gradient that is not finite.
+        NumericsError: for a gradient that is not finite, and for a head that is zero, behind which all others are.
         ConfigError, ModelError: as in [`initialize`].
     """
     config = NIOConfig() if config is None else config
@@ -93,6 +93,8 @@ def squared_gradients(
         if not square.isfinite().all():
             fix = "Check inputs, labels and the initial weights"
             raise NumericsError(Problem(name, "the squared gradient is not finite", fix))
+    if not any(bool(square.any()) for square, parameter in zip(found, wrt, strict=True) if bool(parameter.any())):
+        refuse_zero_heads(tensors)
     if max_norm is not None:
         norm = torch.stack([square.sum() for square in found]).sum().sqrt()
         torch._foreach_mul_(found, (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0).square())

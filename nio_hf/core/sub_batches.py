@@ -282,7 +282,7 @@ def check(
     """
     losses = sums.scalars[1].tolist() if not math.isfinite(measured.loss) else [measured.loss] * parts.count
     if not any(measured.norms) and math.isfinite(measured.loss):
-        _refuse_zero(parts, collective)
+        _refuse_zero(parts, tensors, collective)
     for index, (grad_norm, value) in enumerate(zip(measured.norms, losses, strict=True)):
         if not math.isfinite(value) or not math.isfinite(grad_norm) or grad_norm == 0:
             with collective.together():
@@ -350,8 +350,20 @@ def located(where: str) -> Iterator[None]:
         raise
 
 
-def _refuse_zero(parts: SubBatches, collective: Collective) -> NoReturn:
+def refuse_zero_heads(tensors: ModelTensors) -> None:
+    """Refuse a model whose head is zero: nothing in front of it has a gradient.
+
+    Raises:
+        NumericsError: with the name of the head.
+    """
+    for name in tensors.zero_heads:
+        fix = "Draw its values anew, e.g. with the standard deviation 0.02"
+        raise NumericsError(Problem(name, "all zero, so that no gradient passes it to the rest of the model", fix))
+
+
+def _refuse_zero(parts: SubBatches, tensors: ModelTensors, collective: Collective) -> NoReturn:
     """Say why the gradients of all sub-batches are zero, as far as it is known."""
+    refuse_zero_heads(tensors)
     fix = "Check that the loss depends on the trainable tensors and the inputs are not constant"
     with collective.together():
         ignored = [index for index, part in parts.owned.items() if all_ignored_labels(part)]

@@ -76,6 +76,15 @@ class ModelTensors:
         """Where the model is."""
         return self.scaled[0].parameter.device
 
+    @property
+    def zero_heads(self) -> list[str]:
+        """Names of the weight matrices behind the last block that are all zero: no gradient passes them."""
+        return [
+            tensor.name
+            for tensor in self.excluded
+            if (tensor.reason, tensor.kind) == ("zero", "head") and len(tensor.shape) > 1
+        ]
+
     def by_tensor(self, by_group: Sequence[float]) -> list[float]:
         """(m,) value of each scaled tensor, from that of its group (K,)."""
         values = [0.0] * len(self.scaled)

@@ -22,6 +22,10 @@ def optimizer_problems(training: NIOTrainingArguments, settings: dict[str, Setti
     try:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training)
         optimizer_class([parameter], **options)
+    except ImportError as error:
+        fix = "Install it, or choose another optim"
+        yield Problem(_where(("optim",), settings, path), one_line(error), fix)
+        return
     except Exception as error:  # whatever the libraries of optimisers raise
         yield Problem(_where(("optim_args", "optim"), settings, path), one_line(error), "Correct it, or optim")
         return

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.layer_scales.trainings import SETUPS
-from benchmarks.warmup_free import lab, search, study
+from benchmarks.warmup_free import lab, search, study, tables
 from benchmarks.warmup_free.lab import ARMS, RESULTS, Run, Task
 
 FOLDER = Path(lab.__file__).parent
@@ -94,6 +94,42 @@ def test_every_arm_trains_and_pays_its_initialisation(arm: str, tiny: Path) -> N
     right = lab.unpacked(row["right"], 360)
     assert 100 * right.mean() == pytest.approx(row["accuracy"], abs=0.01)
     assert row["losses"][-1] < row["losses"][0]
+
+
+def test_the_whole_study_in_miniature(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Search, choice and judgement, then tables and picture, on the digits with few steps."""
+    arms = ("nio", "class", "warmup10", "x4", "searched", "nio_warmup10")
+    monkeypatch.setattr(study, "RIVALS", {"vit": arms})
+    monkeypatch.setattr(study, "JUDGING", (1300, 1301, 1302))
+    monkeypatch.setattr(study, "LEAST_RATE", 5e-4)
+    monkeypatch.setattr(study, "LARGEST_RATE", 2e-3)
+    monkeypatch.setattr(search, "MOST_CONFIGURATIONS", 4)
+    for module in (lab, search):
+        monkeypatch.setattr(module, "SEARCHED", tiny / "searched.json")
+    for name in ("RIVALS", "JUDGING", "RESULTS"):
+        monkeypatch.setattr(tables, name, getattr(study, name))
+    monkeypatch.setattr(tables, "TEST_IMAGES", 360)
+    monkeypatch.setattr(tables, "MODELS", {"vit": "ViT"})
+    monkeypatch.setattr(study, "TASKS", {"vit": Task("digits", "digits", steps=24, pixels=8)})
+    monkeypatch.setitem(study.PARTS, "rivals-vit", lambda: study.rival_jobs("vit", arms, study.JUDGING))
+    study.work(["search-vit", "rivals-vit"], Path(), float("inf"))
+    assert list(study.search_jobs("vit")) == []
+    assert list(study.rival_jobs("vit", arms, study.JUDGING)) == []
+    found = tables.judged("vit")
+    assert list(found) == list(arms)
+    family = tables.rivals()
+    assert {name for _, name in family} == {"class", "warmup10", "x4", "searched"}
+    own, other = found["nio"], found["x4"]
+    expected = [a - b for a, b in zip(own.accuracies, other.accuracies, strict=True)]
+    assert family["vit", "x4"].mean == pytest.approx(np.mean(expected))
+    shares = 100 * (own.right - other.right)
+    assert tables.images_error(own, other) == pytest.approx(shares.std(ddof=1) / np.sqrt(360))
+    assert shares.mean() == pytest.approx(np.mean(expected), abs=0.01)
+    page = tables.page()
+    assert "the direct search over 4 configurations finds" in page
+    assert "| NIO, warmup 10%, minus NIO |" in page
+    tables.draw(family)
+    assert (tiny / "rivals.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_seeding_and_warmup_change_the_first_steps_only_where_asked_for() -> None:

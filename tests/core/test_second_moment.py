@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nio_hf import NIOConfig
+from nio_hf import NIOConfig, initialize
 from nio_hf.core import squared_gradients
 from nio_hf.core.gradcosine import sub_batch_windows
 from nio_hf.errors import ConfigError, DataError, NumericsError
@@ -137,3 +138,16 @@ def test_refusals() -> None:
         squared_gradients(model, batches, mse, NIOConfig(sub_batches=9))
     with pytest.raises(NumericsError, match=r"0\.weight: the squared gradient is not finite"):
         squared_gradients(model, batches, lambda m, b: mse(m, b) * float("inf"))
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_a_head_of_zeros_is_refused_by_name(name: str) -> None:
+    """No gradient passes it: there is nothing for NIO to see, nor to seed from, but the head itself."""
+    made = case(name)
+    head = next(key for key, _ in made.model.named_parameters() if key.endswith("classifier.weight"))
+    nn.init.zeros_(made.model.get_parameter(head))
+    before = state(made.model)
+    for call in (squared_gradients, initialize):
+        with pytest.raises(NumericsError, match=f"{re.escape(head)}: all zero.*Draw its values anew"):
+            call(made.model, batches_of(name, 6, 8), made.loss_fn)
+        assert not differences(before, state(made.model))

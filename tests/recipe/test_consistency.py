@@ -46,6 +46,7 @@ def write(folder: Path, text: str, name: str = "recipe") -> str:
         ("seed: -1", "line 4, seed: -1. Give a whole number in [0, 2^32)"),
         ("label_names: [labels]", "label_names: is decided by the training of images"),
         ("optim_args: momentum", "line 4, optim_args: "),
+        ("optim: lomo", "Install it, or choose another optim"),
         ("lr_scheduler_kwargs: {foo: 1}", "line 4, lr_scheduler_kwargs: "),
         ("lr_scheduler_type: cosine_with_min_lr", "line 4, lr_scheduler_type: "),
         ("global_batch_size: 12", "12 is no multiple of 8 samples on one process"),
