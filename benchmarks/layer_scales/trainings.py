@@ -173,13 +173,30 @@ def normalised(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1)
 
 
-def batches(images: Images, setup: Setup, seed: int, *, flip: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches in a random order that the seed fixes."""
+Prepare = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+"""(bytes (B, C, H, W), labels (B,), generator) -> (pixels, labels or shares of classes), as the model is given them."""
+
+
+def batches(
+    images: Images, setup: Setup, seed: int, *, flip: bool, prepare: Prepare | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches in a random order that the seed fixes.
+
+    Args:
+        images: to draw from.
+        setup: gives the size.
+        seed: of the order, and of what is drawn for a batch.
+        flip: whether images are flipped at random.
+        prepare: makes the batches, in the place of scaling and flips.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(images.train), generator=generator)
         for positions in order.split(setup.batch_size):
             if len(positions) < setup.batch_size:
+                continue
+            if prepare is not None:
+                yield prepare(images.train[positions], images.train_labels[positions], generator)
                 continue
             pixels = normalised(images.train[positions])
             if flip:
@@ -188,9 +205,10 @@ def batches(images: Images, setup: Setup, seed: int, *, flip: bool) -> Iterator[
             yield pixels, images.train_labels[positions]
 
 
-def loss_of(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+def loss_of(model: nn.Module, pixels: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy."""
-    loss: Tensor = nn.functional.cross_entropy(model(pixel_values=pixels).logits, labels)
+    logits = model(pixel_values=pixels).logits
+    loss: Tensor = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
     return loss
 
 
@@ -254,6 +272,8 @@ def train(
     seed: int,
     optimizer: torch.optim.Optimizer | None = None,
     schedule: Callable[[int, int], float] = cosine,
+    prepare: Prepare | None = None,
+    smoothing: float = 0.0,
 ) -> Ending:
     """Train without clipping, and evaluate.
 
@@ -265,16 +285,18 @@ def train(
         seed: of the order of the data.
         optimizer: None for AdamW.
         schedule: (step, steps) -> share of the learning rate.
+        prepare: as in `batches`.
+        smoothing: of the labels.
     """
     optimizer = adamw(model) if optimizer is None else optimizer
     losses: list[float] = []
     model.train()
-    for step, (pixels, labels) in enumerate(batches(images, setup, seed, flip=setup.flip)):
+    for step, (pixels, labels) in enumerate(batches(images, setup, seed, flip=setup.flip, prepare=prepare)):
         if step == setup.steps:
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, setup.steps)
-        loss = loss_of(model, pixels, labels)
+        loss = loss_of(model, pixels, labels, smoothing)
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             break

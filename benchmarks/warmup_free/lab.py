@@ -20,6 +20,7 @@ import numpy as np
 import schedulefree
 import torch
 from torch import Tensor, nn
+from transformers import ViTConfig
 
 from benchmarks.layer_scales.trainings import (
     CLASSES,
@@ -42,15 +43,20 @@ from benchmarks.layer_scales.trainings import (
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import NIO, squared_gradients
 from nio_hf.core.groups import kinds_of
+from nio_hf.image_training.building import make_augmentation
 from nio_hf.image_training.muon import MuonAndAdamW
+from nio_hf.recipe.loading import load_recipe
 from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.seeding import seed_second_moment
+from nio_hf.vision.processors import make_image_processor
 
 RESULTS = Path(__file__).parent.parent / "results" / "warmup-free"
 SEARCHED = RESULTS / "searched.json"
 """{task: {group: scale}} that the direct search has found."""
 HELD_OUT = 10
 """One of that many training images chooses, instead of the test images."""
+AUGMENTED = "vit-tiny/cifar10/no_warmup"
+"""Recipe whose augmentation and label smoothing long trainings have."""
 WINDOWS = 20
 """Parts of a training whose mean loss is kept."""
 Row = dict[str, Any]
@@ -68,6 +74,7 @@ class Task:
         depth: layers of the ViT.
         batch_size: of a step.
         pixels: width and height of the images.
+        augmented: whether batches are augmented, and labels smoothed, as in the recipe `AUGMENTED`.
     """
 
     model: str
@@ -77,6 +84,7 @@ class Task:
     depth: int = LAYERS
     batch_size: int = 64
     pixels: int = PIXELS
+    augmented: bool = False
 
     @property
     def setup(self) -> Setup:
@@ -98,6 +106,7 @@ class Arm:
         warmup: share of the steps with a linear warmup.
         seeded: whether Adam's second moment is seeded (GI-Adam).
         searched: whether groups are scaled as the direct search found.
+        published: whether NIO has the settings of its paper, in the place of the defaults.
         rates: learning rates that are tried first.
     """
 
@@ -106,6 +115,7 @@ class Arm:
     warmup: float = 0.0
     seeded: bool = False
     searched: bool = False
+    published: bool = False
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
 
 
@@ -133,6 +143,7 @@ ARMS = {
     "nio_warmup10": Arm((_NIO,), warmup=0.1),
     "nio_seeded": Arm((_NIO,), seeded=True, rates=_HIGHER),
     "nio_muon": Arm((_NIO,), optimizer="muon", rates=_HIGHER),
+    "published": Arm((_NIO,), published=True),
     "xavier_nio": Arm((("xavier", {}), _NIO)),
     "mimetic_nio": Arm((("mimetic", {}), _NIO)),
 }
@@ -165,7 +176,7 @@ def carry_out(run: Run, task: Task, data: Path) -> Row:
     if run.choosing:
         images = without_test_images(images)
     model = task.build(run.seed)
-    config = NIOConfig(seed=run.seed)
+    config = NIOConfig.published(seed=run.seed) if arm.published else NIOConfig(seed=run.seed)
     count = config.report_batches + config.batches
     drawn = list(itertools.islice(batches(images, setup, run.seed, flip=setup.flip), count))
     found: Row = {}
@@ -194,6 +205,8 @@ def carry_out(run: Run, task: Task, data: Path) -> Row:
         seed=run.seed,
         optimizer=optimizer,
         schedule=_schedule(arm),
+        prepare=Augmentation() if task.augmented else None,
+        smoothing=load_recipe(AUGMENTED).training.label_smoothing_factor if task.augmented else 0.0,
     )
     failed = len(ended.losses) < paid.steps or not math.isfinite(ended.losses[-1])
     judged = {} if run.choosing else {"right": packed(ended.right)}
@@ -229,6 +242,34 @@ def packed(right: Tensor) -> str:
 def unpacked(text: str, images: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Inverse of `packed`: (images,) of 0 and 1."""
     return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))[:images]
+
+
+class Augmentation:
+    """The augmentation of the recipe `AUGMENTED`, for batches in memory.
+
+    A window of the image with 4 zeros around it, a flip, RandAugment, erased rectangles, and mixing.
+    """
+
+    def __init__(self) -> None:
+        settings = load_recipe(AUGMENTED).augmentation
+        config = ViTConfig(image_size=PIXELS)
+        processor = make_image_processor(config, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        self._padding = settings.crop_padding
+        self._augment = make_augmentation(settings, processor, CLASSES)
+
+    def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(pixels, shares of classes) of a batch of bytes, drawn from a generator."""
+        count, side, padding = len(images), images.shape[-1], self._padding
+        padded = nn.functional.pad(images, (padding,) * 4)
+        places = torch.randint(2 * padding + 1, (count, 2), generator=generator)
+        cropped = torch.stack(
+            [image[:, y : y + side, x : x + side] for image, (y, x) in zip(padded, places.tolist(), strict=True)]
+        )
+        flipped = torch.rand(count, generator=generator) < 0.5
+        cropped[flipped] = cropped[flipped].flip(-1)
+        seeds = torch.randint(2**62, (count,), generator=generator)
+        made = self._augment({"pixel_values": cropped, "labels": labels, "seeds": seeds})
+        return made["pixel_values"], made["labels"]
 
 
 def batch_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

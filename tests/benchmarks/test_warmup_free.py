@@ -84,7 +84,7 @@ def test_a_part_is_carried_out_once_and_goes_on(tiny: Path, monkeypatch: pytest.
     assert len((tiny / "rivals-vit.jsonl").read_text().splitlines()) == len(made)
 
 
-@pytest.mark.parametrize("arm", [name for name in ARMS if name not in ("searched", "structured")])
+@pytest.mark.parametrize("arm", [name for name in ARMS if name not in ("searched", "structured", "published")])
 def test_every_arm_trains_and_pays_its_initialisation(arm: str, tiny: Path) -> None:
     task = Task("digits", "digits", steps=40, pixels=8)
     row = lab.carry_out(Run("vit", arm, 1e-3, 3, choosing=False), task, Path())
@@ -160,6 +160,19 @@ def test_the_scales_of_the_search_are_those_that_are_trained(tiny: Path) -> None
     doubled = lab.carry_out_scaled(task, exponents, 1e-3, 0, Path())
     assert plain["losses"] != doubled["losses"]
     assert plain == lab.carry_out_scaled(task, dict.fromkeys(exponents, 0.0), 1e-3, 0, Path())
+
+
+def test_an_augmented_batch_is_drawn_from_its_generator_and_looks_like_its_images() -> None:
+    images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(16) % 10
+    augment = lab.Augmentation()
+    first, again, other = (augment(images, labels, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+    assert first[0].shape == (16, 3, 32, 32)
+    torch.testing.assert_close(first[1].sum(1), torch.ones(16))
+    assert images.dtype == torch.uint8
 
 
 def test_which_images_are_right_survives_packing() -> None:
