@@ -1,6 +1,7 @@
 # The commands of the project. They share one virtual environment with the tested versions, made when it is needed.
 
 PYTHON ?= python3
+DATA ?= ../shared/data
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := benchmarks nio_hf recipes tests
@@ -8,7 +9,7 @@ VERSIONS := $(shell cat constraints.txt pyproject.toml setup.cfg | cksum | cut -
 RECIPES := $(VENV)/.recipes-$(VERSIONS)
 STAMP := $(VENV)/.dev-$(VERSIONS)
 
-.PHONY: quickstart test test-all test-floors test-latest bench install lint types clean
+.PHONY: quickstart test test-all test-floors test-latest study bench install lint types clean
 
 quickstart: $(RECIPES)  ## NIO and a training of a small ViT on real images, on the CPU
 	$(BIN)/nio-hf train vit-tiny/digits/nio
@@ -26,6 +27,10 @@ test-floors test-latest: test-%:  ## the tests with the oldest versions that are
 	$(PYTHON) .ci/versions.py $* > .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --editable '.[$(EXTRA)]'
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n auto -m "not slow" -W default
+
+study: $(STAMP)  ## the trainings of benchmarks/warmup_free, days; it goes on where it was, a second one shares the work
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.warmup_free.study $(DATA)
+	$(BIN)/python -m benchmarks.warmup_free.tables
 
 bench: $(STAMP)  ## the cost of NIO; hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cost --sections counts
