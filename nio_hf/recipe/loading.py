@@ -16,6 +16,7 @@ import torch
 
 from nio_hf.core.config import replaced_setting
 from nio_hf.errors import ConfigError, Problem, RecipeError, one_line
+from nio_hf.metrics import IMAGE_CLASSIFICATION, METRICS, Metric
 from nio_hf.recipe.catalog import find_recipe
 from nio_hf.recipe.layering import merge, read_layers, settings_yaml
 from nio_hf.recipe.model_checks import model_problems
@@ -46,6 +47,7 @@ class Recipe:
         optimization: what TrainingArguments have no word for.
         training: the rest, NIO included.
         settings: every setting with the place that it comes from, defaults left out.
+        task: what the model learns, a key of `METRICS`.
     """
 
     path: Path
@@ -55,6 +57,12 @@ class Recipe:
     optimization: OptimizationSettings
     training: NIOTrainingArguments
     settings: dict[str, Setting]
+    task: str = IMAGE_CLASSIFICATION
+
+    @property
+    def metric(self) -> Metric:
+        """What a training of the task is judged by."""
+        return METRICS[self.task]
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Recipe:
