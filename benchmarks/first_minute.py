@@ -48,8 +48,8 @@ def _import_seconds(code: str) -> float:
 def _run() -> dict[str, Any]:
     started = time.perf_counter()
     from nio_hf.hub.run_folder import versions
-    from nio_hf.image_training.building import build_trainer
     from nio_hf.recipe.loading import load_recipe
+    from nio_hf.tasks.image_classification import build_trainer
 
     imported = time.perf_counter()
     options = "--max_steps 100 --eval_strategy no --output_dir outputs/first-minute --disable_tqdm"

@@ -25,12 +25,12 @@ from nio_hf.hub.run_folder import (
     model_folder,
     read_run,
 )
-from nio_hf.image_training.building import build_trainer
 from nio_hf.recipe.catalog import find_recipe, split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import read_overrides, with_values
 from nio_hf.report import plot_inspection
 from nio_hf.report.tables import LAYER_COLUMNS, layer_rows, shape_of_sub_batches
+from nio_hf.tasks import build_trainer
 
 AT_INIT_DIR_NAME = "inspect-init"
 """Where the inspection of a recipe's model is written, as it is before NIO and training."""

@@ -17,14 +17,14 @@ from nio_hf.durable.preemption import preempted_at_once
 from nio_hf.durable.trainer import AUTO
 from nio_hf.errors import ConfigError, HubError, NIOError, NumericsError, Problem
 from nio_hf.files import output_errors
-from nio_hf.hub.run_folder import read_run
+from nio_hf.hub.run_folder import SAMPLE_NAME, read_run
 from nio_hf.hub.trainer import PLOTS_DIR_NAME
-from nio_hf.image_training.building import build_trainer
-from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.catalog import DEFAULT_RECIPE, recipe_name, split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.report import SummaryRow, draw_run, summary_rows
 from nio_hf.report.run import Run
+from nio_hf.tasks import build_trainer
+from nio_hf.training.trainer import RecipeTrainer
 
 EMA_DIR_NAME = "ema"
 
@@ -73,9 +73,12 @@ def train(recipe: Recipe) -> RunReport:
         # Of all sessions, where the training was resumed.
         metrics["train_runtime"] = trainer.training_seconds
         metrics |= trainer.evaluate_average(output_dir / EMA_DIR_NAME)
+        sample = trainer.sample()
     with output_errors(output_dir):
         trainer.save_metrics("all", metrics)
         trainer.save_state()
+        if sample is not None and trainer.args.should_save:
+            (output_dir / SAMPLE_NAME).write_text(sample, encoding="utf-8")
         run = _report(trainer, recipe, metrics)
     with _stopping_at_once(recipe):
         return _pushed(run, trainer)
@@ -126,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_recipe(train, arguments)
 
 
-def _report(trainer: ImageTrainer, recipe: Recipe, metrics: dict[str, float]) -> RunReport:
+def _report(trainer: RecipeTrainer, recipe: Recipe, metrics: dict[str, float]) -> RunReport:
     """Collect, and on the main process draw, what a run leaves behind."""
     output_dir = Path(cast(str, recipe.training.output_dir))
     result, written = trainer.nio_result, dict[str, Path | str]()
@@ -140,8 +143,7 @@ def _report(trainer: ImageTrainer, recipe: Recipe, metrics: dict[str, float]) ->
         result = result or run.result
         written |= draw_run(run, output_dir / PLOTS_DIR_NAME)
     rows = summary_rows(result, metrics)
-    if trainer.skipped_images:
-        rows.append(("Images skipped, broken", "", str(trainer.skipped_images)))
+    rows += trainer.summary_rows()
     failure = None
     if not all(math.isfinite(metrics.get(name, 0.0)) for name in ("train_loss", "eval_loss")):
         failure = NumericsError(Problem("the training", "diverged: its loss is not finite", "Lower learning_rate"))
@@ -149,7 +151,7 @@ def _report(trainer: ImageTrainer, recipe: Recipe, metrics: dict[str, float]) ->
     return RunReport(title, rows, result, metrics, written, is_main_process, failure)
 
 
-def _pushed(run: RunReport, trainer: ImageTrainer) -> RunReport:
+def _pushed(run: RunReport, trainer: RecipeTrainer) -> RunReport:
     """Push what a run has made, where that is asked for and it did not fail; all of it is saved."""
     if run.failure is not None:
         return run

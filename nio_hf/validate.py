@@ -16,16 +16,16 @@ from nio_hf.durable.manifest import check_checkpoint
 from nio_hf.durable.trainer import AUTO
 from nio_hf.errors import NIOError, Problem, RecipeError
 from nio_hf.files import ensure_writable
-from nio_hf.image_training.building import build_trainer, check_buildable
-from nio_hf.image_training.trainer import ImageTrainer, Samples
 from nio_hf.recipe.consistency import consistency_notes, consistency_problems
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import with_values
+from nio_hf.tasks import build_trainer, task_of
 from nio_hf.trainer import NIOTrainingArguments
 from nio_hf.trainer.early_checks import check_best_metric
 from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.seeding import check_seedable
-from nio_hf.vision.samples import ImageStream
+from nio_hf.training.trainer import RecipeTrainer
+from nio_hf.training.weight_decay import decayed_parameters
 
 _SHORTEST = {
     "nio_search_batches": 2,
@@ -76,12 +76,27 @@ def validate_recipe(
             raise RecipeError(*problems)
         parts = [_described_batch(recipe, world_size)]
         if recipe.model.model_name_or_path is None:
-            parts.insert(0, check_buildable(recipe))
+            parts.insert(0, _built(recipe))
         if with_data:
             parts.append(_try_data(name, overrides))
         return Validation(name, "; ".join(parts), tuple(consistency_notes(recipe, world_size)))
     except NIOError as error:
         return Validation(name, error=error)
+
+
+def _built(recipe: Recipe) -> str:
+    """Build the model of a recipe without memory for weights, and return its name.
+
+    Raises:
+        ModelError: for a model that cannot be built, or lacks a parameter that is named in `no_weight_decay`.
+    """
+    task = task_of(recipe)
+    with torch.device("meta"):
+        model = task.build_model(recipe)
+    if recipe.optimization.no_weight_decay is not None:
+        decayed_parameters(model, recipe.optimization.no_weight_decay)
+    task.check_model(recipe, model)
+    return type(model).__name__
 
 
 def _described_batch(recipe: Recipe, world_size: int) -> str:
@@ -95,19 +110,13 @@ def _try_data(name: str, overrides: Sequence[str]) -> str:
     """Load a batch of each split and run NIO shortly, in a folder that is thrown away; say what happened."""
     _check_folders(load_recipe(name, overrides).training)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(load_recipe(name, with_values(overrides, {"output_dir": folder})))
+        recipe = load_recipe(name, with_values(overrides, {"output_dir": folder}))
+        trainer = build_trainer(recipe)
         check_best_metric(trainer)
         if trainer.args.nio_seed_optimizer is not None:
             check_seedable(trainer)
-        batch = next(iter(trainer.get_train_dataloader()))
-        next(iter(trainer.get_eval_dataloader()))
-        size = "x".join(map(str, batch["pixel_values"].shape[-2:]))
         model: Any = trainer.model
-        found = [
-            f"{model.config.num_labels} classes, {_images(trainer.data.train)} to train on, "
-            f"{_images(trainer.data.evaluation)} to evaluate on",
-            f"{len(batch['labels'])} images of {size} read, {model.num_parameters():,} parameters",
-        ]
+        found = [f"{task_of(recipe).describe_batch(trainer)}, {model.num_parameters():,} parameters"]
         if trainer.args.nio:
             found.append(_try_nio(trainer))
     return "; ".join(found)
@@ -121,7 +130,7 @@ def _check_folders(args: NIOTrainingArguments) -> None:
         check_checkpoint(Path(args.resume_from_checkpoint), verify=True)
 
 
-def _try_nio(trainer: ImageTrainer) -> str:
+def _try_nio(trainer: RecipeTrainer) -> str:
     """Check that there is data for the run of NIO that the recipe asks for, do the shortest one; say what it did."""
     args = trainer.args
     trainer.get_nio_dataloader()
@@ -130,11 +139,6 @@ def _try_nio(trainer: ImageTrainer) -> str:
         args.nio_method_kwargs = {**args.nio_method_options, "iterations": 1}
     result = trainer.run_nio()
     return f"a short run of {result.title}: GradCosine {result.before.value:.3f} -> {result.after.value:.3f}"
-
-
-def _images(samples: Samples) -> str:
-    """Number of images of a split."""
-    return "a stream of images" if isinstance(samples, ImageStream) else f"{len(samples):,} images"
 
 
 def run_validation(arguments: Sequence[str], *, with_data: bool, num_processes: int | None) -> int:

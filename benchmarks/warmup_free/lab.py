@@ -43,11 +43,11 @@ from benchmarks.layer_scales.trainings import (
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import NIO, squared_gradients
 from nio_hf.core.groups import kinds_of
-from nio_hf.image_training.building import make_augmentation
-from nio_hf.image_training.muon import MuonAndAdamW
 from nio_hf.recipe.loading import load_recipe
+from nio_hf.tasks.image_classification import make_augmentation
 from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.seeding import seed_second_moment
+from nio_hf.training.muon import MuonAndAdamW
 from nio_hf.vision.processors import make_image_processor
 
 RESULTS = Path(__file__).parent.parent / "results" / "warmup-free"

@@ -12,8 +12,8 @@ from nio_hf.comparison.findings import Findings
 from nio_hf.comparison.plan import Plan
 from nio_hf.comparison.report import write_report
 from nio_hf.errors import Problem, RecipeError
-from nio_hf.image_training.building import load_data
 from nio_hf.recipe.catalog import recipe_name
+from nio_hf.tasks.image_classification import load_data
 from nio_hf.trials.bench import Bench, Trials
 from nio_hf.trials.progress import Progress
 from nio_hf.trials.schedule import RunError

@@ -49,10 +49,10 @@ _TASKS = {
     "ForSemanticSegmentation": "image-segmentation",
     "ForObjectDetection": "object-detection",
 }
-_PROCESSOR_NAME = "preprocessor_config.json"
-_METRIC_NAMES = {"accuracy": "Accuracy", "top5_accuracy": "Accuracy, top 5", "loss": "Loss"}
+_PROCESSOR_NAME, _TOKENIZER_NAME = "preprocessor_config.json", "tokenizer_config.json"
+_METRIC_NAMES = {"accuracy": "Accuracy", "top5_accuracy": "Accuracy, top 5", "loss": "Loss", "perplexity": "Perplexity"}
 _NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-_FORMATS = {"digits", "imagefolder", "parquet", "webdataset", "json", "csv", "text", "arrow", "generator"}
+_FORMATS = {"digits", "stdlib", "imagefolder", "parquet", "webdataset", "json", "csv", "text", "arrow", "generator"}
 """Names of data sets that are none on the Hub."""
 
 
@@ -146,11 +146,12 @@ def card_text(
         headline=_headline(run),
         **({} if result is None else _initialisation(run, result)),
         metrics=evaluation_metrics(run),
-        fence="`" * max(3, 1 + max(map(len, re.findall("`+", run.recipe or "")), default=0)),
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", f"{run.recipe} {run.sample}")), default=0)),
         plots={what: path.relative_to(directory).as_posix() for what, path in plots.items()},
         licence=None if license_id == NO_LICENCE_YET else license_id,
         task=_task(run),
         has_processor=(directory / _PROCESSOR_NAME).is_file(),
+        has_tokenizer=(directory / _TOKENIZER_NAME).is_file(),
         marker=MARKER,
     )
 

@@ -35,6 +35,8 @@ State = dict[str, Any]
 """What is written of a NIO run, in plain values."""
 RUN_NAME = "nio_run.json"
 RECIPE_NAME = "nio_recipe.yaml"
+SAMPLE_NAME = "nio_sample.txt"
+"""Text that a trained language model has written."""
 INSPECTION_DIR_NAME = "inspect"
 INSPECTION_NAME = "inspection.json"
 RUN_FORMAT = 1
@@ -193,7 +195,7 @@ def read_run(directory: Path, name: str | None = None, progress: TrainerState | 
     about = _read_json(folder / RUN_NAME) or {}
     progress = progress or _read_progress(folder / TRAINER_STATE_NAME)
     inspection = _read_json(directory / INSPECTION_DIR_NAME / INSPECTION_NAME)
-    recipe = folder / RECIPE_NAME
+    recipe, sample = folder / RECIPE_NAME, directory / SAMPLE_NAME
     try:
         facts = Facts(**about["facts"]) if about else _facts_of_config(folder / CONFIG_NAME)
         best = progress.best_global_step if facts.arguments.get("load_best_model_at_end") else None
@@ -214,6 +216,7 @@ def read_run(directory: Path, name: str | None = None, progress: TrainerState | 
             metrics=metrics,
             log_history=progress.log_history,
             recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+            sample=sample.read_text(encoding="utf-8") if has_ended and sample.is_file() else None,
             # One of a model that was trained for another number of steps is of another run in the same folder.
             inspection=GradientInspection.from_dict(inspection)
             if inspection is not None and inspection["steps"] == progress.global_step

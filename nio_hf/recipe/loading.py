@@ -16,23 +16,35 @@ import torch
 
 from nio_hf.core.config import replaced_setting
 from nio_hf.errors import ConfigError, Problem, RecipeError, one_line
-from nio_hf.metrics import IMAGE_CLASSIFICATION, METRICS, Metric
+from nio_hf.metrics import CAUSAL_LM, IMAGE_CLASSIFICATION, MASKED_LM, METRICS, Metric
 from nio_hf.recipe.catalog import find_recipe
 from nio_hf.recipe.layering import merge, read_layers, settings_yaml
 from nio_hf.recipe.model_checks import model_problems
 from nio_hf.recipe.optimizer_checks import optimizer_problems
 from nio_hf.recipe.ranges import range_problems
-from nio_hf.recipe.settings import AugmentationSettings, DataSettings, ModelSettings, OptimizationSettings
+from nio_hf.recipe.settings import (
+    AugmentationSettings,
+    DataSettings,
+    ModelSettings,
+    OptimizationSettings,
+    TextSettings,
+)
 from nio_hf.recipe.strict_yaml import Setting, read_overrides
+from nio_hf.recipe.tasks import find_task, task_problems
 from nio_hf.recipe.values import checked, unknown_key
 from nio_hf.trainer import NIOTrainingArguments
 
 _DEFAULTS = {"remove_unused_columns": False, "report_to": "none", "enable_jit_checkpoint": True}
 """Defaults of a recipe that differ from TrainingArguments: the image column is read by a transform, trackers are asked
 for by name, and SIGTERM saves."""
+EMBEDDED = {IMAGE_CLASSIFICATION: "digits", CAUSAL_LM: "stdlib", MASKED_LM: "stdlib"}
+"""{task: the data set that needs no download, and is trained on where none is named}."""
 _FIXES = {"resume_from_checkpoint": "Give auto, a folder OUTPUT_DIR/checkpoint-N, or null"}
 """What to do about values of the wrong type, where their type says too little."""
-_GROUPS = (ModelSettings, DataSettings, AugmentationSettings, OptimizationSettings, NIOTrainingArguments)
+_GROUPS = (
+    *(ModelSettings, DataSettings, TextSettings, AugmentationSettings, OptimizationSettings),
+    NIOTrainingArguments,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +55,8 @@ class Recipe:
         path: the file that it was read from.
         model: what to train.
         data: what to train on.
-        augmentation: what training changes about the images.
+        text: how documents become samples, for tasks of text.
+        augmentation: what training changes about the images, for tasks of images.
         optimization: what TrainingArguments have no word for.
         training: the rest, NIO included.
         settings: every setting with the place that it comes from, defaults left out.
@@ -53,11 +66,12 @@ class Recipe:
     path: Path
     model: ModelSettings
     data: DataSettings
+    text: TextSettings
     augmentation: AugmentationSettings
     optimization: OptimizationSettings
     training: NIOTrainingArguments
     settings: dict[str, Setting]
-    task: str = IMAGE_CLASSIFICATION
+    task: str
 
     @property
     def metric(self) -> Metric:
@@ -81,9 +95,12 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, world_size:
     values, problems = _check_types(settings)
     model = ModelSettings(**values[ModelSettings])
     data = DataSettings(**values[DataSettings])
+    task = find_task(settings, path)
+    data.dataset_name = data.dataset_name or EMBEDDED[task]
+    problems += task_problems(task, settings)
     for group in _GROUPS:
         problems += range_problems(values[group], settings)
-    problems += model_problems(model, settings, path)
+    problems += model_problems(task, model, settings, path)
     problems += _contradictions(settings, path)
     if problems:
         raise RecipeError(*problems)
@@ -105,7 +122,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, world_size:
             at_once = (training.per_device_train_batch_size, world_size)
         training.gradient_accumulation_steps = accumulation_steps(settings["global_batch_size"], *at_once)
     augmentation = AugmentationSettings(**values[AugmentationSettings])
-    return Recipe(path, model, data, augmentation, optimization, training, settings)
+    text = TextSettings(**values[TextSettings])
+    return Recipe(path, model, data, text, augmentation, optimization, training, settings, task)
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -197,9 +215,9 @@ def _contradictions(settings: dict[str, Setting], path: Path) -> Iterator[Proble
         fix = "Leave it out: a smaller batch would make smaller steps than global_batch_size says"
         yield Problem(settings["auto_find_batch_size"].where, "given beside global_batch_size", fix)
     for key in {"label_names", "batch_eval_metrics"} & settings.keys():
-        yield Problem(settings[key].where, "is decided by the training of images", "Leave it out")
+        yield Problem(settings[key].where, "is decided by the task", "Leave it out")
     if given("remove_unused_columns") is True:
-        fix = "Leave it out: it would remove the images before they are read"
+        fix = "Leave it out: it would remove what samples are made of before they are read"
         yield Problem(settings["remove_unused_columns"].where, "true", fix)
     for key in {"optim", "optim_args", "nio_seed_optimizer"} & settings.keys():
         # The settings of AdamW are those of RAdam, which changes the sizes of its steps.

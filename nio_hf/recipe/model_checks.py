@@ -12,17 +12,18 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from nio_hf.errors import Problem, one_line
+from nio_hf.metrics import CAUSAL_LM, IMAGE_CLASSIFICATION
 from nio_hf.recipe.settings import PROCESSOR_KEYS, ModelSettings
 from nio_hf.recipe.strict_yaml import Setting
+from nio_hf.recipe.tasks import ARCHITECTURES
 from nio_hf.recipe.values import unknown_key
 
 _OURS = {"num_labels", "id2label", "label2id"}
 
 
-def model_problems(model: ModelSettings, settings: dict[str, Setting], path: Path) -> Iterator[Problem]:
+def model_problems(task: str, model: ModelSettings, settings: dict[str, Setting], path: Path) -> Iterator[Problem]:
     """What is wrong with the model of a recipe: its name, its configuration, or its sizes."""
     given = [key for key in ("model_type", "model_name_or_path") if getattr(model, key) is not None]
     if len(given) != 1:
@@ -31,21 +32,24 @@ def model_problems(model: ModelSettings, settings: dict[str, Setting], path: Pat
         return
     if model.model_type is None:
         for key in {"model_config", *PROCESSOR_KEYS} & settings.keys():
-            fix = "Leave it out: a loaded model brings its own configuration and image processor"
+            fix = "Leave it out: a loaded model brings its own configuration, and its image processor"
             yield Problem(settings[key].where, "given beside model_name_or_path", fix)
         return
     where = settings["model_type"].where
-    architectures = sorted(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
-    if model.model_type not in architectures:
+    known = [ARCHITECTURES[task]] if "task" in settings else ARCHITECTURES.values()
+    architectures = sorted({model_type for types in known for model_type in types})
+    if model.model_type not in ARCHITECTURES[task]:
         problem = unknown_key(where, model.model_type, architectures)
         fix = problem.fix if problem.fix != "Remove it" else f"Choose one of {', '.join(architectures)}"
-        yield Problem(where, f"{model.model_type!r} is no image classification architecture of transformers", fix)
+        yield Problem(where, f"{model.model_type!r} is no architecture of transformers for {task}", fix)
         return
     config_setting = settings.get("model_config", Setting({}, where))
-    yield from _config_problems(model, settings, dataclasses.replace(config_setting, value=model.model_config))
+    yield from _config_problems(task, model, settings, dataclasses.replace(config_setting, value=model.model_config))
 
 
-def _config_problems(model: ModelSettings, settings: dict[str, Setting], config_setting: Setting) -> Iterator[Problem]:
+def _config_problems(
+    task: str, model: ModelSettings, settings: dict[str, Setting], config_setting: Setting
+) -> Iterator[Problem]:
     config_class: type[PreTrainedConfig] = CONFIG_MAPPING[typing.cast(str, model.model_type)]
     known = config_class().to_dict()
     for key in _OURS & model.model_config.keys():
@@ -65,6 +69,11 @@ def _config_problems(model: ModelSettings, settings: dict[str, Setting], config_
     except (StrictDataclassError, ValueError, TypeError) as error:
         named = [key for key in model.model_config if re.search(rf"\b{key}\b", str(error))]
         yield Problem(_place(config_setting, *named), one_line(error), f"Correct it for {config_class.__name__}")
+        return
+    if task == CAUSAL_LM and not getattr(config, "is_decoder", True):
+        fix = "Set task: masked-lm, or is_decoder: true in the model_config"
+        yield Problem(settings["model_type"].where, f"{model.model_type!r} is an encoder, and the task is {task}", fix)
+    if task != IMAGE_CLASSIFICATION:
         return
     own_size = getattr(config, "image_size", None)
     if model.image_size is not None and own_size is not None:

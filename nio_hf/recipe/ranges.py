@@ -81,6 +81,9 @@ _RULES: dict[str, _Rule] = {
     "seed": _SEED,
     "data_seed": _SEED,
     "nio_seed": _SEED,
+    "block_size": (lambda value: value >= 2, "Give a whole number of at least 2"),
+    "mlm_probability": (lambda value: 0 < value < 1, "Give a number in (0, 1)"),
+    "num_proc": _COUNT,
     "ema_decay": (lambda value: 0 < value < 1, "Give a number in (0, 1), or null for no average"),
 }
 

@@ -6,14 +6,16 @@ import dataclasses
 from typing import Any, Literal
 
 OptimizerName = Literal["radam", "muon"]
+TaskName = Literal["image-classification", "causal-lm", "masked-lm"]
 
 
 @dataclasses.dataclass
 class ModelSettings:
-    """The model: built anew from its configuration, or loaded with the image processor that it was saved with.
+    """The model: built anew from its configuration, or loaded with the image processor or tokeniser beside it.
 
     Attributes:
-        model_type: name of a transformers architecture with an image classification head, e.g. "vit" or "swin".
+        task: what the model learns; None where its architecture can learn one of the tasks only.
+        model_type: name of a transformers architecture that can learn the task, e.g. "vit", "swin", "gpt2" or "bert".
         model_config: fields of its configuration that differ from the defaults, e.g. `{hidden_size: 192}`.
         model_name_or_path: a checkpoint to start from instead, e.g. one that `nio-hf init` wrote.
         model_revision: branch, tag or commit of that checkpoint, where it is on the Hub.
@@ -28,6 +30,7 @@ class ModelSettings:
             model as its configuration says.
     """
 
+    task: TaskName | None = None
     model_type: str | None = None
     model_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     model_name_or_path: str | None = None
@@ -47,17 +50,18 @@ PROCESSOR_KEYS = ("image_size", "image_mean", "image_std", "interpolation", "cro
 
 @dataclasses.dataclass
 class DataSettings:
-    """The images.
+    """The images or documents.
 
     Attributes:
-        dataset_name: "digits", or whatever [`datasets.load_dataset`] takes: a Hub name, a local folder, or a format
-            ("imagefolder", "parquet", "webdataset") with `data_dir` or `data_files`.
+        dataset_name: whatever [`datasets.load_dataset`] takes: a Hub name, a local folder, or a format ("imagefolder",
+            "text", "json", "parquet", "webdataset") with `data_dir` or `data_files`. Images also "digits", text also
+            "stdlib", the source of Python's standard library, which are their defaults.
         dataset_config_name: configuration of the data set.
         dataset_revision: revision of a data set on the Hub.
         data_dir: folder in the data set, or of the files.
         data_files: files as a pattern, a list of them, or a mapping from splits.
         streaming: read the data while training, without downloading all of it; needs `max_steps`.
-        shuffle_buffer_size: images that a stream is shuffled over.
+        shuffle_buffer_size: samples that a stream is shuffled over.
         train_split: split to train on.
         eval_split: split to evaluate on; None for the validation split, where there is none a part of the training.
         eval_fraction: that part.
@@ -70,7 +74,7 @@ class DataSettings:
         skip_broken_images: count images that cannot be read instead of ending with an error.
     """
 
-    dataset_name: str = "digits"
+    dataset_name: str | None = None
     dataset_config_name: str | None = None
     dataset_revision: str | None = None
     data_dir: str | None = None
@@ -87,6 +91,28 @@ class DataSettings:
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     skip_broken_images: bool = False
+
+
+@dataclasses.dataclass
+class TextSettings:
+    """How documents become blocks of tokens.
+
+    Attributes:
+        tokenizer: "bytes", which needs no download, or the name of one on the Hub or its folder; None for "bytes", and
+            for that of a model that is loaded.
+        text_column: None for the column of texts, where there is one.
+        block_size: tokens of a sample; None for the positions of the model, 1024 at most.
+        mlm_probability: share of the tokens that a masked model is to restore.
+        num_proc: processes that turn text into tokens; None for this one.
+        sample_prompt: text that the trained model goes on from, in the report; None for none.
+    """
+
+    tokenizer: str | None = None
+    text_column: str | None = None
+    block_size: int | None = None
+    mlm_probability: float = 0.15
+    num_proc: int | None = None
+    sample_prompt: str | None = "def "
 
 
 @dataclasses.dataclass
@@ -149,3 +175,13 @@ class OptimizationSettings:
     no_weight_decay: list[str] | None = None
     optimizer: OptimizerName | None = None
     ema_decay: float | None = None
+
+
+IMAGE_KEYS = {
+    *PROCESSOR_KEYS,
+    *("drop_path_rate", "image_column", "label_column", "num_classes", "skip_broken_images"),
+    *(field.name for field in dataclasses.fields(AugmentationSettings)),
+}
+"""Settings of image classification only."""
+TEXT_KEYS = {field.name for field in dataclasses.fields(TextSettings)}
+"""Settings of language modelling only."""

@@ -67,6 +67,7 @@ class Run:
         inspection: by layer, where the folder has one.
         has_ended: whether the training came to an end, be it before `max_steps`.
         kept_step: step that the weights are of, where that is not the last one.
+        sample: text that the trained model has written; None without one.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Run:
     inspection: GradientInspection | None = None
     has_ended: bool = False
     kept_step: int | None = None
+    sample: str | None = None
 
     @property
     def is_trained(self) -> bool:

@@ -35,6 +35,11 @@ _TRIALS: dict[Outcome | None, str] = {
     "noise": "no gain beyond the noise",
 }
 """{outcome of the last trial of a group: the same in words}."""
+_LOSSES = {
+    "eval_loss": "Evaluation loss",
+    "eval_perplexity": "Evaluation perplexity",
+    "eval_bits_per_byte": "Evaluation bits per byte",
+}
 LAYER_COLUMNS: LayerRow = ("", "parameters", "gradient norm", "share", "agreement", "contribution")
 _SMALL_SHARE = 0.001
 _BAR = r"\|"
@@ -45,7 +50,7 @@ def summary_rows(result: InitResult | None, metrics: Mapping[str, float]) -> lis
 
     Args:
         result: of the initialisation; None where there was none.
-        metrics: of the Trainer; used are `eval_accuracy`, `eval_top5_accuracy`, `eval_ema_accuracy`, `eval_loss` and
+        metrics: of the Trainer; used are accuracies, losses and what follows from them, and
             `train_runtime`.
 
     Returns:
@@ -53,8 +58,7 @@ def summary_rows(result: InitResult | None, metrics: Mapping[str, float]) -> lis
     """
     rows = [] if result is None else initialisation_rows(result)
     rows += [(name, "", f"{metrics[key]:.2%}") for key, name in _ACCURACIES.items() if key in metrics]
-    if "eval_loss" in metrics:
-        rows.append(("Evaluation loss", "", f"{metrics['eval_loss']:.4f}"))
+    rows += [(name, "", f"{metrics[key]:.4f}") for key, name in _LOSSES.items() if key in metrics]
     if result is not None:
         rows.append((f"Cost of {result.title} in training steps", "", f"{result.cost:,.1f}"))
         if result.race is not None:

@@ -1,28 +1,45 @@
-"""What a recipe needs to become a training, by its task."""
+"""What a recipe needs to become a training: one module for each task, loaded when it is needed."""
 
 from __future__ import annotations
 
-import dataclasses
+import importlib
 
-from nio_hf.image_training.building import load_data
+from nio_hf.extras import require
+from nio_hf.metrics import CAUSAL_LM, IMAGE_CLASSIFICATION, MASKED_LM
 from nio_hf.recipe.loading import Recipe
+from nio_hf.tasks.task import DataFacts, Task
+from nio_hf.training.trainer import RecipeTrainer
+
+require("recipes", "Recipes")
+
+_MODULES = {
+    IMAGE_CLASSIFICATION: "nio_hf.tasks.image_classification",
+    CAUSAL_LM: "nio_hf.tasks.language",
+    MASKED_LM: "nio_hf.tasks.language",
+}
+"""{task: module whose TASK it is}."""
 
 
-@dataclasses.dataclass(frozen=True)
-class DataFacts:
-    """What a comparison needs to know of the data of a recipe.
+def task_of(recipe: Recipe) -> Task:
+    """The task of a recipe.
 
-    Attributes:
-        choices: number of equal choices of a model that knows nothing: classes, or tokens of the vocabulary.
-        evaluated: number of evaluation samples, where all seeds share them; None where each seed has others.
+    Raises:
+        MissingExtraError: where what it needs is not installed.
     """
+    task: Task = importlib.import_module(_MODULES[recipe.task]).TASK
+    return task
 
-    choices: int
-    evaluated: int | None
+
+def build_trainer(recipe: Recipe) -> RecipeTrainer:
+    """Data, model and Trainer of a recipe.
+
+    Raises:
+        NIOError: for data or a model that cannot be loaded or do not go together, or an output directory that cannot
+            be written.
+    """
+    return task_of(recipe).build_trainer(recipe)
 
 
 def describe_data(recipe: Recipe) -> DataFacts:
     """Facts about the data of a recipe, which are loaded for it."""
-    data = load_data(recipe)
-    counted = data.is_split and hasattr(data.evaluation, "__len__")
-    return DataFacts(len(data.class_names), len(data.evaluation) if counted else None)
+    return task_of(recipe).describe_data(recipe)

@@ -24,10 +24,10 @@ from transformers import TrainerCallback
 from nio_hf.core.result import NIOResult
 from nio_hf.errors import ConfigError, NIOError, NumericsError, Problem, RecipeError
 from nio_hf.files import write_atomically
-from nio_hf.image_training.building import build_trainer
-from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.recipe.strict_yaml import with_values
+from nio_hf.tasks import build_trainer
+from nio_hf.training.trainer import RecipeTrainer
 from nio_hf.trials.costs import is_free
 from nio_hf.trials.diagnostics import StepDiagnostics
 from nio_hf.trials.operations import OperationCount
@@ -158,7 +158,7 @@ def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool, co
     )
 
 
-def _initialise(trainer: ImageTrainer) -> float:
+def _initialise(trainer: RecipeTrainer) -> float:
     """Initialise the model, and return what that and the seeding of the optimizer cost, in training steps.
 
     A method that looks at no data costs nothing.
@@ -196,7 +196,7 @@ class _Losses(TrainerCallback):
             control.should_training_stop |= not math.isfinite(self.losses[-1])
 
 
-def _diagnostics(trainer: ImageTrainer) -> StepDiagnostics:
+def _diagnostics(trainer: RecipeTrainer) -> StepDiagnostics:
     batch = next(iter(trainer.get_eval_dataloader()))
     looked_at = StepDiagnostics(cast(torch.nn.Module, trainer.model), batch["pixel_values"].float()[:64])
     trainer.add_callback(looked_at)

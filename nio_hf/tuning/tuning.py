@@ -11,9 +11,9 @@ from typing import Literal
 from rich.table import Table
 
 from nio_hf.errors import Problem, RecipeError
-from nio_hf.image_training.building import load_data
 from nio_hf.recipe.catalog import recipe_name
 from nio_hf.recipe.loading import Recipe
+from nio_hf.tasks.image_classification import load_data
 from nio_hf.trials.bench import Bench, Trials
 from nio_hf.trials.interval import Interval, paired
 from nio_hf.trials.progress import Progress

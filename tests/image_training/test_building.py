@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig
 
 from nio_hf.errors import ModelError
-from nio_hf.image_training.building import build_model, load_model, make_augmentation
 from nio_hf.recipe.settings import AugmentationSettings, ModelSettings
+from nio_hf.tasks.image_classification import build_model, load_model, make_augmentation
 from nio_hf.vision.processors import make_image_processor
 from nio_hf.vision.stochastic_depth import StochasticDepth
 

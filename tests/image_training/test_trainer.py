@@ -12,9 +12,9 @@ from transformers import AutoModelForImageClassification, TrainerCallback
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from nio_hf.errors import CheckpointError, ConfigError, DataError
-from nio_hf.image_training.building import build_trainer
 from nio_hf.image_training.trainer import ImageTrainer
 from nio_hf.recipe.loading import load_recipe
+from nio_hf.tasks.image_classification import build_trainer
 from nio_hf.train import train
 from nio_hf.trainer import race
 from nio_hf.vision.images import read_image

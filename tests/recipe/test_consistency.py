@@ -44,7 +44,7 @@ def write(folder: Path, text: str, name: str = "recipe") -> str:
         ("per_device_train_batch_size: 0", "per_device_train_batch_size: 0. Give a whole number of at least 1"),
         ("learning_rate: -1", "learning_rate: -1.0. Give a finite number of at least 0"),
         ("seed: -1", "line 4, seed: -1. Give a whole number in [0, 2^32)"),
-        ("label_names: [labels]", "label_names: is decided by the training of images"),
+        ("label_names: [labels]", "label_names: is decided by the task"),
         ("optim_args: momentum", "line 4, optim_args: "),
         ("optim: lomo", "Install it, or choose another optim"),
         ("lr_scheduler_kwargs: {foo: 1}", "line 4, lr_scheduler_kwargs: "),

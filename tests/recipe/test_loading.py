@@ -47,7 +47,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     assert "line 3, nio_gama: 'nio_gama' is no known key. Did you mean 'nio_gamma'?" in message
     assert "--sede: 'sede' is no known key. Did you mean 'seed'?" in message
     assert "line 4, bf16: 'maybe', text. Give true or false." in message
-    assert "line 1, model_type: 'vti' is no image classification architecture" in message
+    assert "line 1, model_type: 'vti' is no architecture of transformers for image-classification" in message
     assert "Did you mean 'vit'?" in message
     assert "output_dir: nothing" in message
     assert len(raised.value.problems) == 6

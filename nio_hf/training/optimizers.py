@@ -9,9 +9,9 @@ from torch import nn
 
 from nio_hf.core.groups import kinds_of
 from nio_hf.errors import ModelError, Problem
-from nio_hf.image_training.muon import MuonAndAdamW
 from nio_hf.recipe.settings import OptimizerName
 from nio_hf.trainer import NIOTrainingArguments
+from nio_hf.training.muon import MuonAndAdamW
 
 
 def optimizer_options(

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from nio_hf.errors import CheckpointError
-from nio_hf.image_training.ema import EMA_NAME, EMACallback
+from nio_hf.training.ema import EMA_NAME, EMACallback
 
 DECAY = 0.75
 STEPS = 3

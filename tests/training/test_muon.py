@@ -12,8 +12,8 @@ from torch import nn
 
 from nio_hf import NIOTrainingArguments
 from nio_hf.errors import ModelError
-from nio_hf.image_training.muon import MuonAndAdamW
-from nio_hf.image_training.optimizers import optimizer_options
+from nio_hf.training.muon import MuonAndAdamW
+from nio_hf.training.optimizers import optimizer_options
 from tests.trainer.toys import build
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-6}

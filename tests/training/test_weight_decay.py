@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from nio_hf.errors import ModelError
-from nio_hf.image_training.building import build_model
-from nio_hf.image_training.weight_decay import decayed_parameters
 from nio_hf.recipe.loading import load_recipe
+from nio_hf.tasks.image_classification import build_model
+from nio_hf.training.weight_decay import decayed_parameters
 
 
 def published_vit(layers: int) -> set[str]:

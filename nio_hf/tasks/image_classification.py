@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from pathlib import Path
 from typing import Any, cast
 
 import datasets
@@ -17,20 +16,16 @@ from transformers import (
     BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
-    set_seed,
 )
 
 # Not from the top, where some releases want torchvision for it.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from nio_hf.errors import ConfigError, ModelError, NIOError, Problem, one_line
-from nio_hf.files import ensure_writable
-from nio_hf.image_training.optimizers import optimizer_options
-from nio_hf.image_training.trainer import ImageTrainer, ImageTrainingData, Samples, Source
-from nio_hf.image_training.weight_decay import decayed_parameters
-from nio_hf.recipe.catalog import recipe_name
-from nio_hf.recipe.loading import Recipe, recipe_yaml
+from nio_hf.errors import ModelError, Problem, one_line
+from nio_hf.image_training.trainer import ImageTrainer, ImageTrainingData, Samples
+from nio_hf.recipe.loading import Recipe
 from nio_hf.recipe.settings import PROCESSOR_KEYS, AugmentationSettings, ModelSettings
+from nio_hf.tasks.task import DataFacts, Task, building, extras_of
 from nio_hf.trainer.arguments import order_seed
 from nio_hf.vision.augmentation import BatchAugmentation
 from nio_hf.vision.datasets import ImageData, load_image_data
@@ -54,14 +49,12 @@ def build_trainer(recipe: Recipe) -> ImageTrainer:
             be written.
     """
     args = recipe.training
-    ensure_writable(Path(cast(str, args.output_dir)))
-    set_seed(args.seed)
-    # One process at a time prepares the data, the others find them prepared.
-    with args.main_process_first(desc="preparing the data"):
-        data = load_data(recipe)
-    model, processor = load_model(recipe.model, data.class_names)
-    augmentation = make_augmentation(recipe.augmentation, processor, len(data.class_names))
-    try:
+    with building(recipe):
+        # One process at a time prepares the data, the others find them prepared.
+        with args.main_process_first(desc="preparing the data"):
+            data = load_data(recipe)
+        model, processor = load_model(recipe.model, data.class_names)
+        augmentation = make_augmentation(recipe.augmentation, processor, len(data.class_names))
         return ImageTrainer(
             model=model,
             args=args,
@@ -69,42 +62,38 @@ def build_trainer(recipe: Recipe) -> ImageTrainer:
             augmentation=augmentation,
             nio_augment=recipe.augmentation.nio_augment,
             processing_class=processor,
-            no_weight_decay=recipe.optimization.no_weight_decay,
-            repeats=recipe.augmentation.repeated_augmentation,
-            source=_source(recipe),
-            optimizer=optimizer_options(recipe.optimization.optimizer, args, model),
-            ema_decay=recipe.optimization.ema_decay,
+            extras=extras_of(recipe, model),
         )
-    except (ValueError, KeyError, ImportError, RuntimeError) as error:
-        if isinstance(error, NIOError):
-            raise
-        fix = "Correct the training argument that it is about"
-        raise ConfigError(Problem(str(recipe.path), one_line(error), fix)) from error
 
 
-def _source(recipe: Recipe) -> Source:
-    return Source(
-        recipe=recipe_name(recipe.path),
-        recipe_text=recipe_yaml(recipe),
-        dataset=recipe.data.dataset_name,
-        dataset_config=recipe.data.dataset_config_name,
-        dataset_split=recipe.data.eval_split,
+def _build_model(recipe: Recipe) -> PreTrainedModel:
+    return build_model(recipe.model, ("a", "b"))
+
+
+def _check_model(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Refuse a model without an image processor that can be augmented for."""
+    pixel_format(_make_processor(recipe.model, model.config))
+
+
+def _describe_data(recipe: Recipe) -> DataFacts:
+    data = load_data(recipe)
+    counted = data.is_split and hasattr(data.evaluation, "__len__")
+    return DataFacts(len(data.class_names), len(data.evaluation) if counted else None)
+
+
+def _describe_batch(trainer: Any) -> str:
+    batch = next(iter(trainer.get_train_dataloader()))
+    next(iter(trainer.get_eval_dataloader()))
+    size = "x".join(map(str, batch["pixel_values"].shape[-2:]))
+    train, evaluation = (_counted(samples) for samples in (trainer.data.train, trainer.data.evaluation))
+    return (
+        f"{trainer.model.config.num_labels} classes, {train} to train on, {evaluation} to evaluate on; "
+        f"{len(batch['labels'])} images of {size} read"
     )
 
 
-def check_buildable(recipe: Recipe) -> str:
-    """Build what a recipe describes but for its data, without memory for weights, and return the name of the model.
-
-    Raises:
-        ModelError: for a model that cannot be built, has no image processor that can be augmented for, or lacks a
-            parameter that is named in `no_weight_decay`.
-    """
-    with torch.device("meta"):
-        model = build_model(recipe.model, ("a", "b"))
-    if recipe.optimization.no_weight_decay is not None:
-        decayed_parameters(model, recipe.optimization.no_weight_decay)
-    pixel_format(_make_processor(recipe.model, model.config))
-    return type(model).__name__
+def _counted(samples: Samples) -> str:
+    return "a stream of images" if isinstance(samples, ImageStream) else f"{len(samples):,} images"
 
 
 def load_data(recipe: Recipe) -> ImageData:
@@ -287,3 +276,7 @@ def _add_stochastic_depth(model: PreTrainedModel, rate: float | None) -> None:
 def _set_drop_path_rate(config: PreTrainedConfig, rate: float | None) -> None:
     if rate is not None and hasattr(config, CONFIG_FIELD):
         setattr(config, CONFIG_FIELD, rate)
+
+
+TASK = Task(build_trainer, _build_model, _check_model, _describe_data, _describe_batch)
+"""Image classification."""

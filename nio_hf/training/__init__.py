@@ -1,0 +1,1 @@
+"""What trainings of recipes have in common, whatever their task."""

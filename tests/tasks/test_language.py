@@ -1,0 +1,122 @@
+"""From a recipe of text to its trainer, and what is refused on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from nio_hf.errors import ModelError, NIOError, RecipeError
+from nio_hf.metrics import CAUSAL_LM, IMAGE_CLASSIFICATION, LOSS, MASKED_LM
+from nio_hf.recipe.loading import load_recipe
+from nio_hf.tasks import build_trainer, describe_data
+from nio_hf.text.tokenizers import load_tokenizer
+from nio_hf.train import train
+from nio_hf.validate import validate_recipe
+from tests.text_training.folders import recipe_of
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("gpt2", ["--model_config.vocab_size", "200"], "vocab_size: a vocabulary of 200, and the tokeniser has 260"),
+        ("gpt2", ["--block_size", "33"], "block_size: 33 tokens, and the model has 32 positions"),
+        ("gpt2", ["--tokenizer", "nowhere/at-all"], "tokenizer: 'nowhere/at-all' cannot be loaded"),
+        ("gpt2", ["--text_column", "texts"], "text_column: 'texts' is no column"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_nio(
+    name: str, overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(NIOError) as raised:
+        build_trainer(recipe_of(tmp_path, name, *overrides))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            "mlm_probability: 0.2",
+            "mlm_probability: is a setting of masked language modelling, and the task is causal-lm",
+        ),
+        ("image_column: text", "image_column: is a setting of images, and the task is causal-lm. Leave it out"),
+        ("mixup_alpha: 0.8", "mixup_alpha: is a setting of images"),
+        ("block_size: 1", "block_size: 1. Give a whole number of at least 2"),
+        ("num_proc: 0", "num_proc: 0. Give a whole number of at least 1"),
+    ],
+)
+def test_settings_of_another_task_and_out_of_range_are_refused(more: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as raised:
+        recipe_of(tmp_path, "gpt2", more=more)
+    assert message in str(raised.value)
+
+
+def _written(folder: Path, text: str) -> str:
+    file = folder / "recipe.yaml"
+    file.write_text(f"{text}\noutput_dir: {folder / 'output'}\nuse_cpu: true\n")
+    return str(file)
+
+
+def test_the_task_is_found_where_the_architecture_can_learn_one_only(tmp_path: Path) -> None:
+    found = {
+        text: load_recipe(_written(tmp_path, text)).task
+        for text in ("model_type: gpt2", "model_type: vit", "task: masked-lm\nmodel_type: bert")
+    }
+    assert list(found.values()) == [CAUSAL_LM, IMAGE_CLASSIFICATION, MASKED_LM]
+    with pytest.raises(RecipeError, match=r"task: nothing, and bert can learn causal-lm and masked-lm. Set task"):
+        load_recipe(_written(tmp_path, "model_type: bert"))
+    with pytest.raises(RecipeError, match=r"'bert' is an encoder, and the task is causal-lm. Set task: masked-lm"):
+        load_recipe(_written(tmp_path, "task: causal-lm\nmodel_type: bert"))
+    with pytest.raises(RecipeError, match="'gpt2' is no architecture of transformers for masked-lm"):
+        load_recipe(_written(tmp_path, "task: masked-lm\nmodel_type: gpt2"))
+
+
+def test_a_tokeniser_without_a_mask_is_refused_by_a_masked_recipe(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert AutoTokenizer.from_pretrained(tmp_path / "tokenizer").mask_token is None
+    recipe = recipe_of(tmp_path, "bert", "--tokenizer", str(tmp_path / "tokenizer"))
+    with pytest.raises(ModelError, match=r"tokenizer: no mask_token. Choose the tokeniser of a masked model"):
+        build_trainer(recipe)
+
+
+def test_the_vocabulary_and_special_tokens_are_those_of_the_tokeniser(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "gpt2")
+    trainer = build_trainer(recipe)
+    tokenizer, config = trainer.processing_class, trainer.model.config
+    assert (config.vocab_size, config.eos_token_id) == (len(tokenizer), tokenizer.eos_token_id)
+    facts = describe_data(recipe)
+    assert (facts.choices, facts.evaluated, recipe.metric) == (len(tokenizer), None, LOSS)
+    assert len(trainer.data.train[0]["input_ids"]) == 32
+
+
+def test_a_recipe_of_text_trains_reports_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "gpt2", "--nio", "true")
+    report = train(recipe)
+    shown = {name for name, _, _ in report.rows}
+    assert {"Evaluation loss", "Evaluation perplexity", "Evaluation bits per byte"} <= shown
+    assert not any("ccuracy" in name for name in shown)
+    assert (tmp_path / "output" / "nio_sample.txt").read_text().startswith("def ")
+    trainer = build_trainer(load_recipe(_from_checkpoint(tmp_path), ["--nio", "true"]))
+    trainer.train()
+    assert trainer.nio_result is None, "the initialised checkpoint is known again"
+
+
+def _from_checkpoint(folder: Path) -> str:
+    text = (folder / "recipe.yaml").read_text()
+    kept = [line for line in text.splitlines() if not line.startswith(("model_type", "model_config", "output_dir"))]
+    file = folder / "checkpoint.yaml"
+    lines = [*kept, f"model_name_or_path: {folder / 'output' / '_nio_init'}", f"output_dir: {folder / 'second'}"]
+    file.write_text("\n".join(lines) + "\n")
+    return str(file)
+
+
+def test_a_recipe_of_text_is_validated_with_its_data(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "gpt2", "--nio", "true")
+    found = validate_recipe(str(recipe.path), ["--nio", "true"], with_data=True)
+    assert found.error is None, str(found.error)
+    assert "blocks of 32 tokens read" in found.summary
+    assert "a short run of NIO: GradCosine" in found.summary

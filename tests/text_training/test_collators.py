@@ -1,0 +1,60 @@
+"""Batches of causal and masked language modelling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nio_hf.text.tokenizers import load_tokenizer
+from nio_hf.text_training.collators import BlocksWithSeeds, CausalCollator, MaskedCollator
+
+TOKENIZER = load_tokenizer("bytes")
+BLOCKS = [{"input_ids": list(range(10, 20))}, {"input_ids": [40, 1, 42]}]
+
+
+def test_labels_are_the_tokens_and_padding_is_none_of_them() -> None:
+    batch = CausalCollator(TOKENIZER)(BLOCKS)
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, 10)
+    assert batch["labels"][0].tolist() == BLOCKS[0]["input_ids"]
+    assert batch["labels"][1].tolist() == [40, 1, 42, *[-100] * 7]
+    assert batch["attention_mask"][1].tolist() == [1, 1, 1, *[0] * 7]
+
+
+def test_the_ends_of_documents_are_labels_where_they_are_the_padding_too() -> None:
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.pad_token = tokenizer.eos_token
+    assert CausalCollator(tokenizer)(BLOCKS)["labels"][1, :3].tolist() == [40, 1, 42]
+
+
+def test_masks_depend_on_the_seed_of_the_first_block_and_leave_random_numbers_alone() -> None:
+    collate = MaskedCollator(TOKENIZER, 0.5)
+    before = torch.get_rng_state()
+    batches = [collate([{**BLOCKS[0], "mask_seed": seed}, BLOCKS[1]]) for seed in (3, 3, 4)]
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
+    assert not torch.equal(batches[0]["labels"], batches[2]["labels"])
+    masked = batches[0]["labels"] != -100
+    assert torch.equal(batches[0]["labels"][0][masked[0]], torch.tensor(BLOCKS[0]["input_ids"])[masked[0]])
+    assert not masked[1, 3:].any()
+    assert not masked[1, 1], "the end of a document is not masked"
+
+
+def test_without_seeds_masks_are_those_of_the_tokens() -> None:
+    collate = MaskedCollator(TOKENIZER, 0.5)
+    assert torch.equal(collate(BLOCKS)["labels"], collate(BLOCKS)["labels"])
+    assert not torch.equal(collate(BLOCKS)["labels"], collate(BLOCKS[::-1])["labels"].flip(0))
+
+
+def test_the_share_of_masked_tokens_is_the_one_asked_for() -> None:
+    blocks = [{"input_ids": [50] * 512, "mask_seed": seed} for seed in range(40)]
+    masked = [float((MaskedCollator(TOKENIZER, 0.15)([block])["labels"] != -100).float().mean()) for block in blocks]
+    assert sum(masked) / len(masked) == pytest.approx(0.15, abs=0.01)
+
+
+def test_a_block_has_another_seed_each_time_unless_the_generator_is_the_same() -> None:
+    blocks = BlocksWithSeeds(BLOCKS)
+    torch.manual_seed(0)
+    first, second = blocks[0], blocks[0]
+    torch.manual_seed(0)
+    assert blocks[0] == first != second
+    assert len(blocks) == 2
