@@ -38,9 +38,28 @@ class Metric:
         """What a model has that knows nothing of `classes` equal choices, by which a failed training counts."""
         return math.log(classes) if self.lower_is_better else 100 / classes
 
+    def merit(self, value: float) -> float:
+        """A number that is the higher, the better a value is."""
+        return -value if self.lower_is_better else value
+
     def gain(self, own: float, other: float) -> float:
         """By how much one value is better than another, above 0 where it is."""
-        return other - own if self.lower_is_better else own - other
+        return self.merit(own) - self.merit(other)
+
+    @property
+    def label(self) -> str:
+        """Its name, and what its values are counted in, for axes and tables."""
+        return f"{self.name} ({self.unit or self.points})"
+
+    @property
+    def heading(self) -> str:
+        """The label at the beginning of a line."""
+        return self.label[0].upper() + self.label[1:]
+
+    @property
+    def grid_digits(self) -> int:
+        """Digits behind the point, of a value in a grid of many."""
+        return self.digits - 1
 
     def text(self, value: float) -> str:
         """A value with its unit."""

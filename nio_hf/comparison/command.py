@@ -8,7 +8,7 @@ from pathlib import Path
 from nio_hf.comparison.arms import ARMS, CONTROLLED, choose_arms
 from nio_hf.comparison.comparing import compare
 from nio_hf.comparison.plan import Plan
-from nio_hf.comparison.report import EVALUATED, VERDICT_COLUMNS, grid_columns, grid_rows, sentences, verdict_rows
+from nio_hf.comparison.report import EVALUATED, grid_columns, grid_rows, sentences, verdict_columns, verdict_rows
 from nio_hf.console import exit_status, print_comparison
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.catalog import split_arguments
@@ -70,10 +70,10 @@ def run_comparison(
         bench.check(plan.trials(plan.grid()))
         with cleaned_up_at_sigterm():
             findings, written = compare(bench, plan)
-        tables = {"Accuracy (%) by learning rate": (grid_columns(plan), grid_rows(findings))}
+        tables = {f"{findings.metric.heading} by learning rate": (grid_columns(plan), grid_rows(findings))}
         if findings.verdicts:
-            title = f"On {plan.verdict_seeds} fresh seeds and {EVALUATED[findings.images is not None]}"
-            tables[title] = (VERDICT_COLUMNS, verdict_rows(findings))
+            title = f"On {plan.verdict_seeds} fresh seeds and {EVALUATED[findings.evaluated is not None]}"
+            tables[title] = (verdict_columns(findings.metric), verdict_rows(findings))
         print_comparison(findings.title, tables, sentences(findings), written)
         return 0
 

@@ -12,8 +12,9 @@ from nio_hf.comparison.findings import Findings
 from nio_hf.comparison.plan import Plan
 from nio_hf.comparison.report import write_report
 from nio_hf.errors import Problem, RecipeError
+from nio_hf.metrics import Metric
 from nio_hf.recipe.catalog import recipe_name
-from nio_hf.tasks.image_classification import load_data
+from nio_hf.tasks import describe_data
 from nio_hf.trials.bench import Bench, Trials
 from nio_hf.trials.progress import Progress
 from nio_hf.trials.schedule import RunError
@@ -32,26 +33,26 @@ def compare(bench: Bench, plan: Plan) -> tuple[Findings, dict[str, Path]]:
     """
     _check_budget(plan)
     recipe = bench.load()
-    data = load_data(recipe)
-    title, chance = recipe_name(recipe.path), 100 / len(data.class_names)
-    images = len(data.evaluation) if data.is_split and hasattr(data.evaluation, "__len__") else None
+    data, metric = describe_data(recipe), recipe.metric
+    worst = metric.worst(data.choices)
     with Trials(bench, recipe, CONTROLLED, steps=plan.steps) as trials:
-        with Progress("Comparing", plan.least_runs(), lambda: _table(plan, trials)) as progress:
+        with Progress("Comparing", plan.least_runs(), lambda: _table(plan, trials, metric), metric) as progress:
             progress.say(f"{_size(plan)}.")
             trials.complete(plan.trials(plan.grid()), progress)
             if all(outcome.error is not None for outcome in trials.outcomes.values()):
                 fix = f"Lower --learning_rates, with another --output_dir; the logs lie in {bench.directory / 'runs'}"
                 raise RunError(Problem("runs", "every one failed", fix))
             if plan.verdict_seeds:
-                found = cells(plan, trials.outcomes, chance)
-                runs = plan.verdict_runs(choose(found))
-                most = largest_gain(warmup_gains(found))
+                found = cells(plan, trials.outcomes, worst)
+                runs = plan.verdict_runs(choose(found, metric))
+                most = largest_gain(warmup_gains(found, metric))
                 if most is not None:
                     runs += plan.gain_runs(most.learning_rate, most.warmup_ratio)
                 fresh = dict.fromkeys(runs)
                 progress.expect(len(plan.grid()) + len(fresh))
                 trials.complete(plan.trials(fresh), progress)
-        findings = Findings.of(title, plan, trials.outcomes, chance, images)
+        title = recipe_name(recipe.path)
+        findings = Findings.of(title, plan, trials.outcomes, metric, worst, data.evaluated)
         return findings, write_report(findings, bench.directory)
 
 
@@ -71,23 +72,23 @@ def _size(plan: Plan) -> str:
     )
 
 
-def _table(plan: Plan, trials: Trials) -> Table:
-    """The accuracies so far, by arm and learning rate."""
+def _table(plan: Plan, trials: Trials, metric: Metric) -> Table:
+    """The values so far, by arm and learning rate."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("accuracy (%)")
+    table.add_column(metric.label)
     for rate in plan.learning_rates:
         table.add_column(f"{rate:g}", justify="right")
     for arm in plan.arms:
-        table.add_row(arm.name, *(_cell(trials, arm.name, rate) for rate in plan.learning_rates))
+        table.add_row(arm.name, *(_cell(trials, arm.name, rate, metric) for rate in plan.learning_rates))
     return table
 
 
-def _cell(trials: Trials, arm: str, rate: float) -> str:
+def _cell(trials: Trials, arm: str, rate: float, metric: Metric) -> str:
     own = [
         outcome
         for run, outcome in dict(trials.outcomes).items()
         if (run.stage, run.arm, run.learning_rate) == ("selection", arm, rate)
     ]
-    values = [outcome.accuracy for outcome in own if outcome.accuracy is not None]
-    mean = f"{sum(values) / len(values):.1f}" if values else "-"
+    values = [outcome.value for outcome in own if outcome.value is not None]
+    mean = f"{sum(values) / len(values):.{metric.grid_digits}f}" if values else "-"
     return f"{mean} ({len(own)})"

@@ -121,12 +121,12 @@ class Choice:
 
     Attributes:
         arm: its name.
-        learning_rate: with the best mean accuracy of the selection.
+        learning_rate: with the best mean value of the selection.
         warmup_ratio: likewise.
-        accuracy: that mean, in percent.
+        value: that mean.
     """
 
     arm: str
     learning_rate: float
     warmup_ratio: float
-    accuracy: float
+    value: float

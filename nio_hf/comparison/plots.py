@@ -28,7 +28,7 @@ _QUANTITIES = {
 
 
 def plot_learning_rates(findings: Findings, target: Path) -> None:
-    """Draw accuracy and final training loss of each arm by learning rate: how sensitive it is.
+    """Draw the metric and the final training loss of each arm by learning rate: how sensitive it is.
 
     Of a single learning rate the arms stand beneath each other.
 
@@ -39,42 +39,42 @@ def plot_learning_rates(findings: Findings, target: Path) -> None:
         _plot_arms(findings, target)
         return
     with figure(target, width=7.5, height=7) as drawn:
-        accuracy, loss = drawn.subplots(2, sharex=True)
+        judged, loss = drawn.subplots(2, sharex=True)
         for arm, style in _styles(findings.plan):
-            own = [analysis.at_best_length(findings.cells, arm, rate) for rate in findings.plan.learning_rates]
+            own = [findings.at_best_length(arm, rate) for rate in findings.plan.learning_rates]
             known = [cell for cell in own if cell is not None]
             if not known:
                 continue
             rates = [cell.learning_rate for cell in known]
             errors = list(map(_half_bar, known))
-            accuracy.errorbar(rates, [cell.accuracy for cell in known], yerr=errors, capsize=3, label=arm, **style)
+            judged.errorbar(rates, [cell.value for cell in known], yerr=errors, capsize=3, label=arm, **style)
             loss.plot(rates, [cell.loss for cell in known], label=arm, **style)
-        for axes in (accuracy, loss):
+        for axes in (judged, loss):
             _rate_axis(axes, findings.plan.learning_rates)
-        accuracy.set_ylabel("accuracy (%)")
-        accuracy.set_title(f"{findings.title}: mean ± standard deviation over {findings.plan.seeds} seeds")
+        judged.set_ylabel(findings.metric.label)
+        judged.set_title(f"{findings.title}: mean ± standard deviation over {findings.plan.seeds} seeds")
         loss.set_ylabel("training loss, last tenth")
         loss.set_xlabel("peak learning rate")
         drawn.align_ylabels()
-        legend_below(drawn, accuracy, columns=4)
+        legend_below(drawn, judged, columns=4)
 
 
 def _plot_arms(findings: Findings, target: Path) -> None:
     plan = findings.plan
-    cells = [analysis.at_best_length(findings.cells, arm.name, plan.learning_rates[0]) for arm in plan.arms]
+    cells = [findings.at_best_length(arm.name, plan.learning_rates[0]) for arm in plan.arms]
     known = [cell for cell in cells if cell is not None]
     with figure(target, width=7.5, height=1.5 + 0.27 * len(known)) as drawn:
-        accuracy, loss = drawn.subplots(1, 2, sharey=True)
+        judged, loss = drawn.subplots(1, 2, sharey=True)
         style = {"color": BLUE, "marker": "o", "markersize": 5, "linestyle": "none"}
         places = range(len(known))
         errors = list(map(_half_bar, known))
-        accuracy.errorbar([cell.accuracy for cell in known], places, xerr=errors, capsize=3, **style)
+        judged.errorbar([cell.value for cell in known], places, xerr=errors, capsize=3, **style)
         loss.plot([cell.loss for cell in known], places, **style)
-        accuracy.set_yticks(
+        judged.set_yticks(
             places, [cell.arm + (f" ({cell.warmup_ratio:.0%})" if cell.warmup_ratio else "") for cell in known]
         )
-        accuracy.invert_yaxis()
-        accuracy.set_xlabel("accuracy (%)")
+        judged.invert_yaxis()
+        judged.set_xlabel(findings.metric.label)
         loss.set_xlabel("training loss, last tenth")
         drawn.suptitle(
             f"{findings.title}, learning rate {plan.learning_rates[0]:g}: mean ± standard deviation over "
@@ -103,7 +103,7 @@ def plot_first_steps(findings: Findings, target: Path) -> None:
     with figure(target, width=7.5, height=3.5 + 2.2 * len(quantities)) as drawn:
         panels = drawn.subplots(1 + len(quantities), sharex=True, squeeze=False)[:, 0]
         for arm, style in _styles(findings.plan):
-            cell = analysis.at_best_length(findings.cells, arm, rate)
+            cell = findings.at_best_length(arm, rate)
             if cell is None:
                 continue
             own = [

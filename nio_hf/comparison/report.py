@@ -15,35 +15,34 @@ from nio_hf.comparison.findings import Findings
 from nio_hf.comparison.plan import Plan
 from nio_hf.comparison.plots import plot_first_steps, plot_learning_rates
 from nio_hf.files import output_errors, write_atomically
+from nio_hf.metrics import Metric
 from nio_hf.report.tables import markdown_table
-from nio_hf.trials.interval import image_error
+from nio_hf.trials.interval import gain_text, image_error
 
 
 def sentences(findings: Findings) -> list[str]:
     """What a comparison says, in words."""
     if not findings.chosen:
         return [f"{len(findings.outcomes)} runs so far; the grid is not through."]
-    most = analysis.largest_gain(findings.gains)
+    metric, most = findings.metric, analysis.largest_gain(findings.gains)
     said = []
     if most is not None:
         said.append(
             f"At learning rate {most.learning_rate:g} warmup ({most.warmup_ratio:.0%}) gains most over no warmup on "
-            f"the seeds of the selection: {most.gain} points."
+            f"the seeds of the selection: {gain_text(metric, most.gain)}."
         )
     if not findings.plan.verdict_seeds:
         return [*said, "No verdict was asked for."]
     tested = findings.tested_gain
     if not findings.verdicts or tested is None:
         return [*said, "The verdict is still to come."]
-    seeds = f"(90% interval over {len(tested.gain.values)} fresh paired seeds)"
+    measured = f"{gain_text(metric, tested.gain)} (90% interval over {len(tested.gain.values)} fresh paired seeds)"
     if findings.no_warmup_loses:
-        said.append(f"No warmup loses: there warmup gains {tested.gain} points {seeds}.")
+        said.append(f"No warmup loses: there warmup gains {measured}.")
     else:
-        said.append(
-            f"There warmup gains {tested.gain} points {seeds}: these seeds do not tell whether it gains at all."
-        )
+        said.append(f"There warmup gains {measured}: these seeds do not tell whether it gains at all.")
     added = [
-        f"What the initialisation of {share.arm} adds: {share.difference} points over {share.without}, "
+        f"The initialisation of {share.arm} gains {gain_text(metric, share.difference)} over {share.without}, "
         f"the same training without it{_correction(len(findings.shares))}."
         for share in findings.shares
     ]
@@ -59,18 +58,19 @@ def sentences(findings: Findings) -> list[str]:
 
 
 def _sentence(verdict: Verdict, findings: Findings) -> str:
+    metric = findings.metric
     words = {
         "beats": "beats warmup",
-        "matches": f"matches warmup to {analysis.MARGIN} points",
+        "matches": f"matches warmup to {metric.margin:g} {metric.points}",
         "undecided": "against warmup: undecided",
         "worse": "is worse than warmup",
     }
     text = (
-        f"{verdict.arm} without warmup {words[verdict.word]}: {verdict.difference} points at the best learning rate of "
-        f"each (90% interval over {len(verdict.difference.values)} fresh paired seeds"
+        f"{verdict.arm} without warmup {words[verdict.word]}: a gain of {gain_text(metric, verdict.difference)} at the "
+        f"best learning rate of each (90% interval over {len(verdict.difference.values)} fresh paired seeds"
         f"{_correction(len(findings.verdicts) - 1)})"
     )
-    own, cold = (analysis.stability(findings.cells, arm) for arm in (verdict.arm, NO_WARMUP))
+    own, cold = (findings.stability(arm) for arm in (verdict.arm, NO_WARMUP))
     if own.up_to is None:
         return f"{text}; a run fails at every learning rate."
     highest = max(findings.plan.learning_rates)
@@ -88,40 +88,42 @@ def _correction(comparisons: int) -> str:
 
 
 def _test_set_sentences(findings: Findings) -> list[str]:
-    """How uncertain accuracies are beyond what seeds can tell."""
-    if findings.images is None:
+    """How uncertain shares of images are beyond what seeds can tell."""
+    if findings.evaluated is None or not findings.metric.is_share:
         return []
-    best = max(verdict.accuracy.mean for verdict in findings.verdicts)
-    error = image_error(best, findings.images)
+    best = max((verdict.value.mean for verdict in findings.verdicts), key=findings.metric.merit)
+    error = image_error(best, findings.evaluated)
     return [
-        f"All runs are judged on the same {findings.images:,} images, which the intervals take as given. For other "
+        f"All runs are judged on the same {findings.evaluated:,} images, which the intervals take as given. For other "
         f"images of the same kind an accuracy of {best:.1f}% has a standard error of {error:.2f} points, and a "
         f"difference of up to {math.sqrt(2) * error:.2f}; more seeds do not lower it."
     ]
 
 
 def grid_rows(findings: Findings) -> list[tuple[str, ...]]:
-    """(arm, one accuracy per learning rate, largest stable rate), warmup at its best length for each rate."""
+    """(arm, one value per learning rate, largest stable rate), warmup at its best length for each rate."""
     rows = []
     for arm in findings.plan.arms:
-        own = [analysis.at_best_length(findings.cells, arm.name, rate) for rate in findings.plan.learning_rates]
-        stable = analysis.stability(findings.cells, arm.name).up_to
-        rows.append((arm.name, *map(_cell_text, own), "-" if stable is None else f"{stable:g}"))
+        own = [findings.at_best_length(arm.name, rate) for rate in findings.plan.learning_rates]
+        texts = [_cell_text(cell, findings.metric.grid_digits) for cell in own]
+        stable = findings.stability(arm.name).up_to
+        rows.append((arm.name, *texts, "-" if stable is None else f"{stable:g}"))
     return rows
 
 
-def _cell_text(cell: Cell | None) -> str:
+def _cell_text(cell: Cell | None, digits: int) -> str:
     if cell is None:
         return "-"
-    spread = f" ± {cell.spread:.1f}" if math.isfinite(cell.spread) else ""
+    spread = f" ± {cell.spread:.{digits}f}" if math.isfinite(cell.spread) else ""
     failed = f" ({cell.failed} failed)" if cell.failed else ""
     warmup = f" [{cell.warmup_ratio:.0%}]" if cell.warmup_ratio else ""
-    return f"{cell.accuracy:.1f}{spread}{warmup}{failed}"
+    return f"{cell.value:.{digits}f}{spread}{warmup}{failed}"
 
 
 def verdict_rows(findings: Findings) -> list[tuple[str, ...]]:
-    """(arm, learning rate, warmup, cost in steps, accuracy, difference to warmup, word)."""
+    """One row for each arm, as `verdict_columns`."""
     rows: list[tuple[str, ...]] = []
+    digits = findings.metric.digits
     for verdict in findings.verdicts:
         choice = verdict.choice
         costs = [
@@ -135,8 +137,8 @@ def verdict_rows(findings: Findings) -> list[tuple[str, ...]]:
                 f"{choice.learning_rate:g}",
                 f"{choice.warmup_ratio:.0%}" if choice.warmup_ratio else "-",
                 f"{sum(costs) / len(costs):.1f}",
-                f"{verdict.accuracy.mean:.2f} ± {verdict.accuracy.half_width:.2f}",
-                "-" if verdict.arm == WARMUP else str(verdict.difference),
+                f"{verdict.value.mean:.{digits}f} ± {verdict.value.half_width:.{digits}f}",
+                "-" if verdict.arm == WARMUP else verdict.difference.text(digits),
                 verdict.word if findings.no_warmup_loses and verdict.arm != WARMUP else "-",
             )
         )
@@ -153,7 +155,11 @@ EVALUATED = {
     False: "a part of the training data, drawn anew for each seed, since there is no evaluation split",
 }
 """{whether there is an evaluation split: what fresh seeds are judged on}."""
-VERDICT_COLUMNS = ("arm", "learning rate", "warmup", "cost (steps)", "accuracy (%)", "against warmup", "verdict")
+
+
+def verdict_columns(metric: Metric) -> tuple[str, ...]:
+    """The columns of `verdict_rows`."""
+    return ("arm", "learning rate", "warmup", "cost (steps)", metric.label, "gain over warmup", "verdict")
 
 
 def write_report(findings: Findings, directory: Path) -> dict[str, Path]:
@@ -184,14 +190,15 @@ def to_dict(findings: Findings) -> dict[str, Any]:
     plan = findings.plan
     return {
         "recipe": findings.title,
+        "metric": dataclasses.asdict(findings.metric),
         "plan": {**dataclasses.asdict(plan), "arms": [dict(dataclasses.asdict(arm)) for arm in plan.arms]},
         "cells": [
-            {**dataclasses.asdict(cell), "accuracy": cell.accuracy, "accuracies": list(cell.accuracies.values())}
+            {**dataclasses.asdict(cell), "value": cell.value, "values": list(cell.values.values())}
             for cell in findings.cells
         ],
         "gains_of_warmup": [dataclasses.asdict(gain) for gain in findings.gains],
         "tested_gain": None if findings.tested_gain is None else dataclasses.asdict(findings.tested_gain),
-        "stability": {arm.name: dataclasses.asdict(analysis.stability(findings.cells, arm.name)) for arm in plan.arms},
+        "stability": {arm.name: dataclasses.asdict(findings.stability(arm.name)) for arm in plan.arms},
         "chosen": [dataclasses.asdict(choice) for choice in findings.chosen],
         "verdicts": [dataclasses.asdict(verdict) for verdict in findings.verdicts],
         "shares": [dataclasses.asdict(share) for share in findings.shares],
@@ -206,16 +213,16 @@ def markdown(findings: Findings) -> str:
         f"# {findings.title}: does it replace warmup?",
         "\n".join(f"- {sentence}" for sentence in sentences(findings)),
         f"Each run has a budget of {plan.steps:,} training steps, from which the initialisation is paid.",
-        f"## Accuracy (%) by learning rate, on a part of the training data, {plan.seeds} seeds",
+        f"## {findings.metric.heading} by learning rate, on a part of the training data, {plan.seeds} seeds",
         "Mean ± standard deviation over the seeds; in brackets the length of warmup that was best there.",
         markdown_table(grid_columns(plan), grid_rows(findings)),
     ]
     if findings.verdicts:
         parts += [
-            f"## On {EVALUATED[findings.images is not None]}, {plan.verdict_seeds} fresh seeds",
-            "Each arm at the settings that were best above. Mean ± half of the 90% interval; differences are paired"
-            f"{_correction(len(findings.verdicts) - 1)}.",
-            markdown_table(VERDICT_COLUMNS, verdict_rows(findings)),
+            f"## On {EVALUATED[findings.evaluated is not None]}, {plan.verdict_seeds} fresh seeds",
+            "Each arm at the settings that were best above. Mean ± half of the 90% interval; gains, above 0 where an "
+            f"arm is better than warmup, are paired{_correction(len(findings.verdicts) - 1)}.",
+            markdown_table(verdict_columns(findings.metric), verdict_rows(findings)),
         ]
     parts.append("## Arms")
     parts.append("\n".join(f"- `{arm.name}`: {arm.description}" for arm in plan.arms))

@@ -18,6 +18,8 @@ from typing import TypeVar
 
 from scipy.stats import t as student
 
+from nio_hf.metrics import Metric
+
 CONFIDENCE = 0.90
 K = TypeVar("K")
 
@@ -48,8 +50,13 @@ class Interval:
         """Upper end."""
         return self.mean + self.half_width
 
+    def text(self, digits: int) -> str:
+        """The mean with its sign, and half of the interval, with `digits` behind the point."""
+        width = f" ± {self.half_width:.{digits}f}" if math.isfinite(self.half_width) else ""
+        return f"{self.mean:+.{digits}f}{width}"
+
     def __str__(self) -> str:
-        return f"{self.mean:+.2f}" + (f" ± {self.half_width:.2f}" if math.isfinite(self.half_width) else "")
+        return self.text(2)
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -80,9 +87,14 @@ def image_error(accuracy: float, images: int) -> float:
     return math.sqrt(accuracy * (100 - accuracy) / images)
 
 
-def paired(own: Sequence[float], other: Sequence[float]) -> Interval:
-    """The mean of differences between paired values, with its interval."""
-    return interval([a - b for a, b in zip(own, other, strict=True)])
+def paired_gain(metric: Metric, own: Sequence[float], other: Sequence[float]) -> Interval:
+    """The mean by which values of a metric are better than others that they are paired with, with its interval."""
+    return interval([metric.gain(a, b) for a, b in zip(own, other, strict=True)])
+
+
+def gain_text(metric: Metric, gain: Interval) -> str:
+    """A gain with its uncertainty, and what the metric counts it in."""
+    return f"{gain.text(metric.digits)} {metric.points}"
 
 
 def _at_level(values: Sequence[float], level: float) -> Interval:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from nio_hf.metrics import LOSS, Metric
 from nio_hf.trials.results import Outcome
 from nio_hf.trials.run import Run
 
@@ -23,10 +24,12 @@ class Progress:
         title: what is being done.
         total: number of trials at the least, until [`Progress.expect`] says more.
         table: gives the table.
+        metric: that the trials are judged by.
     """
 
-    def __init__(self, title: str, total: int, table: Callable[[], Table]) -> None:
+    def __init__(self, title: str, total: int, table: Callable[[], Table], metric: Metric) -> None:
         self._table = table
+        self._metric = metric
         self._console = Console(stderr=True)
         self._bar = Bar(
             TextColumn(title),
@@ -75,7 +78,7 @@ class Progress:
         self._bar.advance(self._bar_of_all)
         if not self._console.is_terminal:
             done, total = (int(value or 0) for value in (self._bar.tasks[0].completed, self._bar.tasks[0].total))
-            self.say(f"[{done}/{total}] {run.name}: {_result(outcome)} ({outcome.seconds:.0f} s)")
+            self.say(f"[{done}/{total}] {run.name}: {_result(outcome, self._metric)} ({outcome.seconds:.0f} s)")
 
     def _render(self) -> Group:
         now = time.perf_counter()
@@ -85,8 +88,9 @@ class Progress:
         return Group(self._table(), f"Running: {running}", self._bar)
 
 
-def _result(outcome: Outcome) -> str:
-    if outcome.error is not None:
+def _result(outcome: Outcome, metric: Metric) -> str:
+    if outcome.value is None:
         return f"failed, {outcome.error}"
+    loss = "" if metric.key == LOSS.key else f", loss {outcome.eval_loss:.4f}"
     cost = f", initialisation {outcome.cost_steps:.1f} steps" if outcome.cost_steps else ""
-    return f"{outcome.accuracy:.2f}%, loss {outcome.eval_loss:.4f}{cost}"
+    return f"{metric.name} {metric.text(outcome.value)}{loss}{cost}"

@@ -20,8 +20,8 @@ from nio_hf.trials.run import Arm, Run
 
 RESULTS_NAME = "runs.jsonl"
 _LOCK_NAME = ".lock"
-_FORMAT = 1
-_START = b'{"format": 1, "task": '
+_FORMAT = 2
+_START = f'{{"format": {_FORMAT}, "task": '.encode()
 """What a file of results begins with."""
 
 
@@ -30,7 +30,7 @@ class Outcome:
     """What became of a run.
 
     Attributes:
-        accuracy: at the end, in percent; None where it failed.
+        value: of the metric at the end, as it is shown; None where it failed.
         eval_loss: at the end; None where it failed.
         losses: training loss of each step.
         grad_norms: gradient norm of each step, before clipping.
@@ -43,7 +43,7 @@ class Outcome:
         diagnostics: of the first steps; empty where they were not asked for.
     """
 
-    accuracy: float | None
+    value: float | None
     eval_loss: float | None
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
@@ -58,7 +58,7 @@ class Outcome:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Outcome:
         """Inverse of `dataclasses.asdict`, after a trip through JSON."""
-        for name in ("accuracy", "eval_loss"):
+        for name in ("value", "eval_loss"):
             value = fields[name]
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
                 raise ValueError(f"{name} is {value!r}")
@@ -69,9 +69,9 @@ class Outcome:
         """A run that failed before its training."""
         return cls(None, None, (), (), 0, cost_steps, 0.0, seconds, error=error)
 
-    def accuracy_or(self, chance: float) -> float:
-        """Accuracy in percent, that of guessing where the run failed."""
-        return chance if self.accuracy is None else self.accuracy
+    def value_or(self, worst: float) -> float:
+        """The value of the metric, or `worst` where the run failed."""
+        return worst if self.value is None else self.value
 
     @property
     def final_loss(self) -> float | None:
@@ -158,7 +158,8 @@ class Results:
     @staticmethod
     def _task_of(header: dict[str, Any]) -> dict[str, Any]:
         if header["format"] != _FORMAT or not isinstance(header["task"], dict):
-            raise ValueError(f"format {header['format']}, known is {_FORMAT}")
+            former = " is that of a former version" if header["format"] in range(_FORMAT) else ""
+            raise ValueError(f"format {header['format']}{former}, known is {_FORMAT}")
         task: dict[str, Any] = header["task"]
         return task
 

@@ -144,7 +144,7 @@ def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool, co
     failed = not all(map(math.isfinite, losses.losses)) or not math.isfinite(metrics["eval_loss"])
     result = trainer.nio_result
     return Outcome(
-        accuracy=None if failed else 100 * metrics["eval_accuracy"],
+        value=None if failed else recipe.metric.factor * metrics[recipe.metric.key],
         eval_loss=None if failed else metrics["eval_loss"],
         losses=tuple(map(_rounded, losses.losses)),
         grad_norms=tuple(map(_rounded, losses.grad_norms)),

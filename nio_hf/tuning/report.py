@@ -12,6 +12,7 @@ from typing import Any
 from nio_hf.files import output_errors, write_atomically
 from nio_hf.report.style import BLUE, GREY, figure
 from nio_hf.report.tables import markdown_table
+from nio_hf.trials.interval import gain_text
 from nio_hf.trials.run import Arm
 from nio_hf.tuning.plan import OWN, tuned_settings
 from nio_hf.tuning.tuning import Tuned
@@ -43,7 +44,7 @@ def sentences(tuned: Tuned) -> list[str]:
     advice = "" if tuned.word == "better" else ": keep those"
     said.append(
         f"On {plan.verdict_seeds} fresh seeds and {plan.steps:,} steps it is {word} {OWN.description} "
-        f"({tuned.difference} points of accuracy, 90% paired interval){advice}."
+        f"(a gain of {gain_text(tuned.metric, tuned.difference)}, 90% paired interval){advice}."
     )
     return said
 
@@ -115,6 +116,7 @@ def to_dict(tuned: Tuned) -> dict[str, Any]:
     """The search in plain values."""
     return {
         "recipe": tuned.title,
+        "metric": dataclasses.asdict(tuned.metric),
         "plan": dataclasses.asdict(tuned.plan),
         "candidates": [
             {

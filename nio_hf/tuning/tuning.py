@@ -11,11 +11,12 @@ from typing import Literal
 from rich.table import Table
 
 from nio_hf.errors import Problem, RecipeError
+from nio_hf.metrics import Metric
 from nio_hf.recipe.catalog import recipe_name
 from nio_hf.recipe.loading import Recipe
-from nio_hf.tasks.image_classification import load_data
+from nio_hf.tasks import describe_data
 from nio_hf.trials.bench import Bench, Trials
-from nio_hf.trials.interval import Interval, paired
+from nio_hf.trials.interval import Interval, paired_gain
 from nio_hf.trials.progress import Progress
 from nio_hf.trials.run import Arm
 from nio_hf.trials.schedule import RunError
@@ -33,15 +34,17 @@ class Tuned:
         plan: of the search.
         candidates: that were tried, the best first.
         outcomes: of all trainings.
+        metric: that whole trainings are judged by.
         rounds: of probes that were carried out.
-        difference: accuracy of the chosen settings minus that of the recipe's own, in points, paired over the fresh
-            seeds; None where they are the same or were not judged.
+        difference: gain of the chosen settings over the recipe's own, paired over the fresh seeds; None where they are
+            the same or were not judged.
     """
 
     title: str
     plan: Plan
     candidates: list[Arm]
     outcomes: Outcomes
+    metric: Metric
     rounds: int
     difference: Interval | None
 
@@ -69,11 +72,12 @@ def tune(bench: Bench, plan: Plan) -> Tuned:
     recipe = bench.load()
     candidates = plan.candidates(recipe)
     _check_costs(plan, candidates, recipe)
-    title, chance = recipe_name(recipe.path), 100 / len(load_data(recipe).class_names)
+    metric = recipe.metric
+    worst = metric.worst(describe_data(recipe).choices)
     task = {"purpose": "tune", "steps": plan.steps, "probe_steps": plan.probe_steps}
     with Trials(bench, recipe, DECIDED, **task) as trials:
         total = sum(plan.sizes(len(candidates)))
-        with Progress("Tuning", total, lambda: _table(plan, candidates, trials.outcomes)) as progress:
+        with Progress("Tuning", total, lambda: _table(plan, candidates, trials.outcomes), metric) as progress:
             progress.say(budget_sentence(plan, candidates, recipe))
             left, rounds = candidates, 0
             while rounds < plan.seeds and _affords(plan, left, recipe, trials.outcomes):
@@ -87,8 +91,8 @@ def tune(bench: Bench, plan: Plan) -> Tuned:
             judgement = [] if ranked[0] is OWN else plan.judgement(ranked[0])
             progress.expect(len(trials.outcomes) + len(judgement))
             trials.complete(judgement, progress)
-            difference = _difference(plan, ranked[0], trials.outcomes, chance) if judgement else None
-        return Tuned(title, plan, ranked, dict(trials.outcomes), rounds, difference)
+            difference = _difference(plan, ranked[0], trials.outcomes, metric, worst) if judgement else None
+        return Tuned(recipe_name(recipe.path), plan, ranked, dict(trials.outcomes), metric, rounds, difference)
 
 
 def budget_sentence(plan: Plan, candidates: Sequence[Arm], recipe: Recipe) -> str:
@@ -125,11 +129,11 @@ def _affords(plan: Plan, arms: Sequence[Arm], recipe: Recipe, outcomes: Outcomes
     return plan.budget is None or plan.spent(outcomes) + plan.expected(arms, recipe, outcomes) <= plan.budget
 
 
-def _difference(plan: Plan, chosen: Arm, outcomes: Outcomes, chance: float) -> Interval:
-    accuracies: dict[str, list[float]] = {OWN.name: [], chosen.name: []}
+def _difference(plan: Plan, chosen: Arm, outcomes: Outcomes, metric: Metric, worst: float) -> Interval:
+    values: dict[str, list[float]] = {OWN.name: [], chosen.name: []}
     for trial in plan.judgement(chosen):
-        accuracies[trial.arm.name].append(outcomes[trial.run].accuracy_or(chance))
-    return paired(accuracies[chosen.name], accuracies[OWN.name])
+        values[trial.arm.name].append(outcomes[trial.run].value_or(worst))
+    return paired_gain(metric, values[chosen.name], values[OWN.name])
 
 
 def _table(plan: Plan, candidates: Sequence[Arm], outcomes: Outcomes) -> Table:

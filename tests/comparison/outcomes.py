@@ -24,22 +24,22 @@ def plan(**changes: Any) -> Plan:
     return Plan(**{**settings, **changes})
 
 
-def outcome(accuracy: float | None, **changes: Any) -> Outcome:
-    """The outcome of a run with an accuracy in percent; None for one that failed."""
+def outcome(value: float | None, **changes: Any) -> Outcome:
+    """The outcome of a run with a value of its metric; None for one that failed."""
     settings: dict[str, Any] = {
-        "accuracy": accuracy,
-        "eval_loss": None if accuracy is None else 1.0,
+        "value": value,
+        "eval_loss": None if value is None else 1.0,
         "losses": tuple(2.0 - step / 100 for step in range(100)),
         "grad_norms": (1.0,) * 100,
         "steps": 100,
         "cost_steps": 0.0,
         "cost_seconds": 0.0,
         "seconds": 1.0,
-        "error": "the loss is not finite" if accuracy is None else None,
+        "error": "the loss is not finite" if value is None else None,
     }
     return Outcome(**{**settings, **changes})
 
 
-def outcomes(made: Plan, accuracy: Callable[[Run], float | None], runs: list[Run] | None = None) -> dict[Run, Outcome]:
+def outcomes(made: Plan, value: Callable[[Run], float | None], runs: list[Run] | None = None) -> dict[Run, Outcome]:
     """The outcomes of all runs of a grid, or of those given."""
-    return {run: outcome(accuracy(run)) for run in (made.grid() if runs is None else runs)}
+    return {run: outcome(value(run)) for run in (made.grid() if runs is None else runs)}

@@ -13,6 +13,7 @@ from nio_hf.comparison.analysis import Stability
 from nio_hf.comparison.arms import choose_arms
 from nio_hf.comparison.findings import Findings
 from nio_hf.comparison.report import sentences, verdict_rows
+from nio_hf.metrics import ACCURACY
 from nio_hf.trials.interval import Interval, interval
 from nio_hf.trials.run import Run
 from tests.comparison.outcomes import outcome, outcomes, plan
@@ -42,13 +43,13 @@ def test_the_interval_is_that_of_students_t() -> None:
     ],
 )
 def test_the_words_of_a_verdict(mean: float, half_width: float, word: str) -> None:
-    assert analysis.judge(Interval(mean, half_width, ())) == word
+    assert analysis.judge(Interval(mean, half_width, ()), ACCURACY.margin) == word
 
 
 def test_a_failed_run_counts_as_chance() -> None:
     made = plan()
     found = analysis.cells(made, outcomes(made, lambda run: None if run.seed == 1 else 40.0), CHANCE)
-    assert all(cell.accuracy == pytest.approx((40 + 10 + 40) / 3) for cell in found)
+    assert all(cell.value == pytest.approx((40 + 10 + 40) / 3) for cell in found)
     assert all(cell.failed == 1 for cell in found)
 
 
@@ -59,7 +60,10 @@ def test_the_choice_is_the_best_mean_and_of_equals_the_lowest_rate() -> None:
         best = {"no_warmup": 1e-3, "warmup": 2e-3}.get(run.arm)
         return 50.0 + (run.learning_rate == best) + 0.5 * (run.warmup_ratio == 0.3)
 
-    chosen = {choice.arm: choice for choice in analysis.choose(analysis.cells(made, outcomes(made, accuracy), CHANCE))}
+    chosen = {
+        choice.arm: choice
+        for choice in analysis.choose(analysis.cells(made, outcomes(made, accuracy), CHANCE), ACCURACY)
+    }
     assert (chosen["warmup"].learning_rate, chosen["warmup"].warmup_ratio) == (2e-3, 0.3)
     assert chosen["no_warmup"].learning_rate == 1e-3
     assert chosen["nio"].learning_rate == 1e-3
@@ -69,13 +73,13 @@ def test_an_arm_is_stable_to_the_end_of_its_plateau() -> None:
     made = plan(learning_rates=(1e-3, 2e-3, 4e-3, 8e-3))
     accuracies = {1e-3: 48.0, 2e-3: 50.0, 4e-3: 47.5, 8e-3: 46.0}
     found = analysis.cells(made, outcomes(made, lambda run: accuracies[run.learning_rate]), CHANCE)
-    assert analysis.stability(found, "nio") == Stability(4e-3, 8e-3)
+    assert analysis.stability(found, "nio", ACCURACY) == Stability(4e-3, 8e-3)
     failing = outcomes(made, lambda run: None if run.learning_rate == 4e-3 and run.seed == 2 else 50.0)
-    assert analysis.stability(analysis.cells(made, failing, CHANCE), "nio") == Stability(2e-3, 4e-3)
+    assert analysis.stability(analysis.cells(made, failing, CHANCE), "nio", ACCURACY) == Stability(2e-3, 4e-3)
     none = analysis.cells(made, outcomes(made, lambda run: None), CHANCE)
-    assert analysis.stability(none, "nio") == Stability(None, 1e-3)
+    assert analysis.stability(none, "nio", ACCURACY) == Stability(None, 1e-3)
     flat = analysis.cells(made, outcomes(made, lambda run: 50.0), CHANCE)
-    assert analysis.stability(flat, "nio") == Stability(8e-3, None)
+    assert analysis.stability(flat, "nio", ACCURACY) == Stability(8e-3, None)
 
 
 def _findings(gain: float, tested: float, noise: tuple[float, ...] = (0.0, 0.1, -0.1)) -> Findings:
@@ -86,15 +90,15 @@ def _findings(gain: float, tested: float, noise: tuple[float, ...] = (0.0, 0.1, 
         return by_arm[run.arm]
 
     known = outcomes(made, accuracy)
-    chosen = analysis.choose(analysis.cells(made, known, CHANCE))
+    chosen = analysis.choose(analysis.cells(made, known, CHANCE), ACCURACY)
     for run in made.verdict_runs(chosen):
         offset = noise[run.seed - 1000] if run.arm == "nio" else 0.0
         known[run] = outcome({"no_warmup": 42.0 - tested, "warmup": 42.0, "nio": 42.2}[run.arm] + offset)
-    most = analysis.largest_gain(analysis.warmup_gains(analysis.cells(made, known, CHANCE)))
+    most = analysis.largest_gain(analysis.warmup_gains(analysis.cells(made, known, CHANCE), ACCURACY))
     assert most is not None
     for run in made.gain_runs(most.learning_rate, most.warmup_ratio):
         known.setdefault(run, outcome(42.0 - tested * (run.arm == "no_warmup") + 0.1 * (run.seed % 2)))
-    return Findings.of("recipe", made, known, CHANCE)
+    return Findings.of("recipe", made, known, ACCURACY, CHANCE)
 
 
 def test_where_warmup_gains_nothing_there_is_no_verdict() -> None:
@@ -113,7 +117,7 @@ def test_the_verdict_says_the_difference_with_its_uncertainty() -> None:
     text = " ".join(sentences(findings))
     assert "No warmup loses: there warmup gains +2.00" in text
     assert "stable up to learning rate 0.002 at least, while no warmup does not fail up to 0.002" in text
-    assert "nio without warmup beats warmup: +0.20 ± 0.17 points" in text
+    assert "nio without warmup beats warmup: a gain of +0.20 ± 0.17 points of accuracy" in text
     assert "3 fresh paired seeds" in text
     assert {row[0]: row[-1] for row in verdict_rows(findings)} == {
         "no_warmup": "worse",
@@ -126,13 +130,13 @@ def test_differences_are_paired_by_seed() -> None:
     """Noise that both arms share does not widen the interval."""
     made = plan()
     known = outcomes(made, lambda run: 50.0 + (run.arm == "warmup"))
-    chosen = analysis.choose(analysis.cells(made, known, CHANCE))
+    chosen = analysis.choose(analysis.cells(made, known, CHANCE), ACCURACY)
     for run in made.verdict_runs(chosen):
         known[run] = outcome(50.0 + 5 * (run.seed - 1000) + (run.arm == "nio"))
-    verdict = next(v for v in analysis.verdicts(made, chosen, known, CHANCE) if v.arm == "nio")
+    verdict = next(v for v in analysis.verdicts(made, chosen, known, ACCURACY, CHANCE) if v.arm == "nio")
     assert verdict.difference.mean == pytest.approx(1.0)
     assert verdict.difference.half_width == pytest.approx(0.0)
-    assert verdict.accuracy.half_width > 5
+    assert verdict.value.half_width > 5
 
 
 def test_what_an_initialisation_adds_is_held_against_the_same_training_without_it() -> None:
@@ -142,11 +146,12 @@ def test_what_an_initialisation_adds_is_held_against_the_same_training_without_i
     made = plan(arms=arms)
     points = {"no_warmup": 0.0, "warmup": 1.0, "nio": 2.0, "gi_adam": 4.0, "nio_seeded": 7.0, "slow": 5.5, "lsuv": -1.0}
     known = outcomes(made, lambda run: 50.0)
-    chosen = analysis.choose(analysis.cells(made, known, CHANCE))
+    chosen = analysis.choose(analysis.cells(made, known, CHANCE), ACCURACY)
     for run in made.verdict_runs(chosen):
         known[run] = outcome(50.0 + 5 * (run.seed - 1000) + points.get(run.arm, 9.0))
     found = {
-        share.arm: (share.without, share.difference.mean) for share in analysis.shares(made, chosen, known, CHANCE)
+        share.arm: (share.without, share.difference.mean)
+        for share in analysis.shares(made, chosen, known, ACCURACY, CHANCE)
     }
     assert found == {
         "nio": ("no_warmup", pytest.approx(2.0)),
@@ -154,8 +159,8 @@ def test_what_an_initialisation_adds_is_held_against_the_same_training_without_i
         "slow": ("gi_adam", pytest.approx(1.5)),
         "lsuv": ("no_warmup", pytest.approx(-1.0)),
     }
-    text = " ".join(sentences(Findings.of("recipe", made, known, CHANCE)))
-    assert "What the initialisation of nio_seeded adds: +3.00 ± 0.00 points over gi_adam" in text
+    text = " ".join(sentences(Findings.of("recipe", made, known, ACCURACY, CHANCE)))
+    assert "The initialisation of nio_seeded gains +3.00 ± 0.00 points of accuracy over gi_adam" in text
 
 
 def test_an_interval_is_wider_where_more_arms_are_held_against_warmup() -> None:
@@ -164,12 +169,12 @@ def test_an_interval_is_wider_where_more_arms_are_held_against_warmup() -> None:
     found = []
     for made in (few, many):
         known = outcomes(made, lambda run: 50.0)
-        chosen = analysis.choose(analysis.cells(made, known, CHANCE))
+        chosen = analysis.choose(analysis.cells(made, known, CHANCE), ACCURACY)
         for run in made.verdict_runs(chosen):
             number = run.seed - 1000
             own = {"nio": (0.2, 0.3, 0.1)[number], "warmup": 0.0}.get(run.arm, (0.2, -0.3, 0.2)[number])
             known[run] = outcome(50.0 + own)
-        found.append({v.arm: v.difference for v in analysis.verdicts(made, chosen, known, CHANCE)})
+        found.append({v.arm: v.difference for v in analysis.verdicts(made, chosen, known, ACCURACY, CHANCE)})
     alone, among_others = (differences["nio"] for differences in found)
     assert alone.p == pytest.approx(2 * 0.0741799, rel=1e-4)
     assert among_others.p == pytest.approx(4 * 0.0741799, rel=1e-4)
@@ -180,7 +185,7 @@ def test_an_interval_is_wider_where_more_arms_are_held_against_warmup() -> None:
 def test_the_uncertainty_of_the_test_images_is_said_where_all_runs_share_them() -> None:
     findings = _findings(gain=3.0, tested=2.0)
     assert not any("images" in sentence for sentence in sentences(findings))
-    shared = dataclasses.replace(findings, images=10_000)
+    shared = dataclasses.replace(findings, evaluated=10_000)
     text = " ".join(sentences(shared))
     # sqrt(42.2 * 57.8 / 10000) = 0.494, times sqrt 2 = 0.698
     assert "judged on the same 10,000 images" in text
@@ -190,9 +195,9 @@ def test_the_uncertainty_of_the_test_images_is_said_where_all_runs_share_them() 
 def test_there_is_no_verdict_while_runs_are_missing() -> None:
     made = plan()
     known = outcomes(made, lambda run: 50.0)
-    chosen = analysis.choose(analysis.cells(made, known, CHANCE))
-    assert analysis.verdicts(made, chosen, known, CHANCE) == []
+    chosen = analysis.choose(analysis.cells(made, known, CHANCE), ACCURACY)
+    assert analysis.verdicts(made, chosen, known, ACCURACY, CHANCE) == []
     del known[made.grid()[0]]
-    findings = Findings.of("recipe", made, known, CHANCE)
+    findings = Findings.of("recipe", made, known, ACCURACY, CHANCE)
     assert findings.chosen == []
     assert "the grid is not through" in sentences(findings)[0]

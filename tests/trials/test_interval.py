@@ -7,7 +7,8 @@ import math
 import pytest
 from scipy import stats
 
-from nio_hf.trials.interval import corrected, image_error
+from nio_hf.metrics import ACCURACY, LOSS
+from nio_hf.trials.interval import corrected, gain_text, image_error, interval, paired_gain
 
 SAMPLES = {"large": [1.0, 1.1, 0.9], "noisy": [0.5, -0.4, 0.3], "small": [0.2, 0.3, 0.15]}
 
@@ -39,9 +40,9 @@ def test_an_interval_holds_zero_where_its_p_is_not_below_a_tenth() -> None:
     raw = {name: float(stats.ttest_1samp(values, 0).pvalue) for name, values in samples.items()}
     assert 0.1 / 3 < raw["a"] < raw["b"] < raw["c"]
     assert min(raw.values()) < 0.2
-    for interval in found.values():
-        assert interval.p >= 3 * raw["a"]
-        assert (interval.low > 0) == (interval.p < 0.1)
+    for difference in found.values():
+        assert difference.p >= 3 * raw["a"]
+        assert (difference.low > 0) == (difference.p < 0.1)
     assert found["c"].p >= found["b"].p >= found["a"].p
 
 
@@ -56,3 +57,16 @@ def test_what_tells_nothing_has_p_one() -> None:
 def test_the_error_of_an_accuracy_is_that_of_a_share() -> None:
     right = [1.0] * 42 + [0.0] * 58
     assert image_error(42.0, 100) == pytest.approx(100 * stats.tstd(right) * math.sqrt(99 / 100) / 10)
+
+
+def test_a_gain_is_above_zero_where_the_own_value_is_better() -> None:
+    own, other = [3.0, 3.5, 2.0], [2.0, 3.0, 1.5]
+    assert paired_gain(ACCURACY, own, other) == interval([1.0, 0.5, 0.5])
+    assert paired_gain(LOSS, own, other) == interval([-1.0, -0.5, -0.5])
+
+
+def test_a_gain_is_said_in_what_its_metric_counts_it_in() -> None:
+    """Values 1, 2, 3 have the half width 2.919986 / sqrt(3) = 1.685855."""
+    assert gain_text(ACCURACY, interval([1.0, 2.0, 3.0])) == "+2.00 ± 1.69 points of accuracy"
+    assert gain_text(LOSS, interval([-1.0, -2.0, -3.0])) == "-2.0000 ± 1.6859 nats"
+    assert gain_text(LOSS, interval([0.25])) == "+0.2500 nats"

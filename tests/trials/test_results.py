@@ -53,11 +53,11 @@ def test_a_last_line_that_lacks_only_its_end_counts(tmp_path: Path) -> None:
     assert file.read_bytes() == whole
 
 
-@pytest.mark.parametrize("accuracy", ['"abc"', "NaN", "[]"])
-def test_an_outcome_that_is_no_number_is_refused_with_its_line(tmp_path: Path, accuracy: str) -> None:
+@pytest.mark.parametrize("value", ['"abc"', "NaN", "[]"])
+def test_an_outcome_that_is_no_number_is_refused_with_its_line(tmp_path: Path, value: str) -> None:
     file = _filled(tmp_path)
-    file.write_text(file.read_text(encoding="utf-8").replace('"accuracy": 50.0', f'"accuracy": {accuracy}'))
-    with pytest.raises(RecipeError, match=r"line 2: is no results file: accuracy is"):
+    file.write_text(file.read_text(encoding="utf-8").replace('"value": 50.0', f'"value": {value}'))
+    with pytest.raises(RecipeError, match=r"line 2: is no results file: value is"):
         Results(tmp_path, TASK)
 
 
@@ -71,11 +71,11 @@ def test_a_run_that_stands_twice_counts_once(tmp_path: Path) -> None:
     file = _filled(tmp_path)
     lines = file.read_text(encoding="utf-8").splitlines()
     again = json.loads(lines[1])
-    again["outcome"]["accuracy"] = 1.0
+    again["outcome"]["value"] = 1.0
     file.write_text("\n".join([*lines, json.dumps(again)]) + "\n", encoding="utf-8")
     found = Results(tmp_path, TASK).get(RUN, ARMS["nio"])
     assert found is not None
-    assert found.accuracy == 50.0
+    assert found.value == 50.0
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_an_arm_that_means_something_else_now_is_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "text", ["{}\n", "no json\n", "no json", '{"mine": 1}\n{', '{"format": 2, "task": {}}\n', '{"format": 1}\n', "\n"]
+    "text", ["{}\n", "no json\n", "no json", '{"mine": 1}\n{', '{"format": 3, "task": {}}\n', '{"format": 2}\n', "\n"]
 )
 def test_another_file_is_refused_and_kept(tmp_path: Path, text: str) -> None:
     file = tmp_path / RESULTS_NAME
@@ -108,6 +108,17 @@ def test_another_file_is_refused_and_kept(tmp_path: Path, text: str) -> None:
     with pytest.raises(RecipeError, match="is no results file"):
         Results(tmp_path, TASK)
     assert file.read_text(encoding="utf-8") == text
+
+
+def test_results_of_a_former_version_say_so_and_are_kept(tmp_path: Path) -> None:
+    file = _filled(tmp_path)
+    former = file.read_text(encoding="utf-8").replace('{"format": 2', '{"format": 1').replace('"value"', '"accuracy"')
+    file.write_text(former, encoding="utf-8")
+    with pytest.raises(
+        RecipeError, match=r"line 1: .* format 1 is that of a former version, known is 2\. Move it away"
+    ):
+        Results(tmp_path, TASK)
+    assert file.read_text(encoding="utf-8") == former
 
 
 @pytest.mark.parametrize("length", [0, 1, 20, 40])

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from nio_hf import NIOTrainingArguments
+from nio_hf.metrics import ACCURACY, IMAGE_CLASSIFICATION, LOSS, METRICS
 from nio_hf.trials.costs import most_steps
 from nio_hf.trials.results import Outcome
 from nio_hf.trials.worker import train_once
@@ -86,3 +87,15 @@ def test_the_steps_of_a_race_are_paid_for(tmp_path: Path) -> None:
     most = {method: most_steps(NIOTrainingArguments(**args, nio_method=method)) for method in ("range", "nio")}
     assert most["range"] == 12
     assert most["nio"] == 12 + most_steps(NIOTrainingArguments(**{**args, "nio_race_steps": 0}))
+
+
+def test_the_value_of_a_trial_is_that_of_its_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_metric = {}
+    for metric in (ACCURACY, LOSS):
+        monkeypatch.setitem(METRICS, IMAGE_CLASSIFICATION, metric)
+        by_metric[metric] = _trained(tmp_path, nio=False, max_steps=2, max_eval_samples=50)
+    assert by_metric[LOSS].value == by_metric[LOSS].eval_loss == by_metric[ACCURACY].eval_loss
+    percent = by_metric[ACCURACY].value
+    assert percent is not None
+    assert 2 <= percent <= 100
+    assert percent / 2 == pytest.approx(round(percent / 2)), "a share of 50 images, in percent"

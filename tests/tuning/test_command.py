@@ -62,7 +62,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path, arguments: list[str]
 
 
 def test_results_of_a_comparison_are_not_those_of_a_search(tmp_path: Path) -> None:
-    header = {"format": 1, "task": {"recipe": "vit-tiny/digits/nio", "steps": 30, "settings": {}}}
+    header = {"format": 2, "task": {"recipe": "vit-tiny/digits/nio", "steps": 30, "settings": {}}}
     (tmp_path / RESULTS_NAME).write_text(json.dumps(header) + "\n", encoding="utf-8")
     status, output = _tune("--steps", "30", "--probe_steps", "8", "--output_dir", str(tmp_path), *GRID, *SMALL)
     assert status == 2

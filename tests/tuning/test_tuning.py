@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +14,7 @@ import pytest
 from nio_hf.core import expected_cost
 from nio_hf.core.config import Grouping
 from nio_hf.errors import RecipeError
+from nio_hf.metrics import IMAGE_CLASSIFICATION, LOSS, METRICS
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.trials import bench as bench_module
 from nio_hf.trials.bench import Bench
@@ -45,9 +47,9 @@ def plan(**changes: Any) -> Plan:
 
 @pytest.fixture
 def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Tuned, list[Run], list[Order]]]:
-    """Searches with made-up losses (of probes) and accuracies (of whole trainings)."""
+    """Searches with made-up losses (of probes) and values of the metric (of whole trainings)."""
 
-    def run(made: Plan, loss: Loss, accuracy: Loss = lambda run: 50.0) -> tuple[Tuned, list[Run], list[Order]]:
+    def run(made: Plan, loss: Loss, value: Loss = lambda run: 50.0) -> tuple[Tuned, list[Run], list[Order]]:
         runs: list[Run] = []
         orders: list[Order] = []
 
@@ -56,7 +58,7 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
                 runs.append(run)
                 orders.append(order_for(run))
                 on_start(run)
-                on_outcome(run, _outcome(run, loss(run), accuracy(run)))
+                on_outcome(run, _outcome(run, loss(run), value(run)))
 
         monkeypatch.setattr(bench_module, "execute", execute)
         return tune(Bench(RECIPE, (), tmp_path), made), runs, orders
@@ -64,13 +66,13 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
     return run
 
 
-def _outcome(run: Run, loss: float | None, accuracy: float | None) -> Outcome:
-    failed = (loss if run.stage == "probe" else accuracy) is None
+def _outcome(run: Run, loss: float | None, value: float | None) -> Outcome:
+    failed = (loss if run.stage == "probe" else value) is None
     steps = 50 if run.stage == "probe" else 480
     summary = {"grad_cosine": [0.1, 0.2], "grad_norm": [1.0, 2.0]}
     error = "the loss is not finite" if failed else None
-    accuracy = 50.0 if run.stage == "probe" and not failed else accuracy
-    return Outcome(accuracy, loss, (2.0,), (1.0,), steps, 20.0, 1.0, 2.0, error, summary)
+    value = None if failed else 50.0 if run.stage == "probe" else value
+    return Outcome(value, loss, (2.0,), (1.0,), steps, 20.0, 1.0, 2.0, error, summary)
 
 
 def _kinds(run: Run) -> float:
@@ -99,11 +101,14 @@ def test_each_round_halves_the_candidates_and_keeps_the_recipes_own(search: Any)
         probe = run.stage == "probe"
         assert ("--eval_from_train" in " ".join(order.overrides)) == probe
         assert order.cost_share == (0.1 if probe else 1.0)
-    text = " ".join(sentences(tuned))
+    text = " ".join(said := sentences(tuned))
     assert "17 probes of 50 steps took 1,190 training steps, 340 of them for initialisations" in text
     assert "Chosen: groups kind, any loss, objective gc_norm. Loss 1.9500" in text
     assert "2.3000 with the recipe's own settings (mean of 3 seeds)" in text
-    assert "On 3 fresh seeds and 500 steps it is better than the recipe's own settings (+1.00 ± 0.00 points" in text
+    assert said[-1] == (
+        "On 3 fresh seeds and 500 steps it is better than the recipe's own settings (a gain of +1.00 ± 0.00 points of "
+        "accuracy, 90% paired interval)."
+    )
 
 
 def test_what_is_best_by_itself_is_kept_and_not_judged(search: Any) -> None:
@@ -121,6 +126,31 @@ def test_a_choice_that_is_not_surely_better_is_not_advised(search: Any, gain: fl
     assert tuned.word == word
     assert "keep those" in " ".join(sentences(tuned))
     assert '\n# nio_groups: "kind"\n' in settings_yaml(tuned)
+
+
+@pytest.mark.parametrize(("rise", "word"), [(-0.02, "better"), (0.02, "worse"), (0.0, "undecided")])
+def test_the_choice_is_judged_by_the_metric_of_the_recipe(
+    search: Any, rise: float, word: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(METRICS, IMAGE_CLASSIFICATION, LOSS)
+    noise = {FIRST_VERDICT_SEED: 0.001, FIRST_VERDICT_SEED + 1: -0.001}
+    tuned, _, _ = search(plan(), _kinds, lambda run: 2.5 + (run.arm != "own") * (rise + noise.get(run.seed, 0.0)))
+    assert tuned.word == word
+    assert tuned.difference is not None
+    assert tuned.difference.mean == pytest.approx(-rise)
+    # Half width of noise 0.001, -0.001, 0: 2.919986 * 0.001 / sqrt(3) = 0.0017.
+    assert re.search(rf"\(a gain of [+-]{abs(rise):.4f} ± 0\.0017 nats, 90% paired interval\)", sentences(tuned)[-1])
+    for what in ("Settings", "Table", "Numbers"):
+        assert "accura" not in write_report(tuned, tmp_path)[what].read_text(encoding="utf-8").lower()
+
+
+def test_a_failed_training_has_the_loss_of_a_model_that_knows_nothing(
+    search: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METRICS, IMAGE_CLASSIFICATION, LOSS)
+    tuned, _, _ = search(plan(), _kinds, lambda run: 2.0 if run.arm == "own" else None)
+    assert tuned.difference is not None
+    assert tuned.difference.values == pytest.approx([2.0 - math.log(10)] * 3)
 
 
 def test_probes_that_fail_come_last_and_failed_trainings_count_as_chance(search: Any) -> None:
