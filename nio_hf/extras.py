@@ -8,7 +8,7 @@ from nio_hf.errors import MissingExtraError, Problem
 
 EXTRAS = {
     "report": ("matplotlib", "PIL"),
-    "recipes": ("datasets", "evaluate", "filelock", "kornia", "matplotlib", "PIL", "scipy", "sklearn"),
+    "recipes": ("datasets", "evaluate", "filelock", "kornia", "matplotlib", "PIL", "pyarrow", "scipy", "sklearn"),
 }
 """{extra: modules that it brings}; the packages are in pyproject.toml."""
 

@@ -41,6 +41,7 @@ OTHERS = {
     "_forward_cls": "torch: the operation that a custom node of a graph belongs to.",
     "_gradient_checkpointing_func": "transformers: how a layer checkpoints its activations.",
     "_hf_peft_config_loaded": "transformers: whether a model has adapters.",
+    "_indices": "datasets: whether rows were selected or shuffled, and stand in another order on the disk.",
     "_ml_flow": "transformers: the module of the MLflow callback, whose run may not be open.",
     "_original_forward": "accelerate: the forward that it has patched.",
     "_overloadpacket": "torch: which operation is counted.",

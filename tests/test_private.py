@@ -100,6 +100,9 @@ def test_names_of_other_libraries_tell_what_they_are_taken_for(tmp_path: Path) -
     assert hasattr(np.random.RandomState(0), "_bit_generator")
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"number": 1}]))
     assert stream._resolve_features().features is not None
+    rows = datasets.Dataset.from_dict({"number": [1, 2]})
+    assert rows._indices is None
+    assert rows.select([1, 0])._indices is not None
     assert {"_wandb"} <= _set_in(WandbCallback)
     assert {"_ml_flow"} <= _set_in(MLflowCallback)
 

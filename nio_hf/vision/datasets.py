@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import datasets
 import numpy as np
 
-from nio_hf.errors import DataError, Problem, listed, one_line
+from nio_hf.data.parts import choose_split, limit, name_eval_split, set_aside
+from nio_hf.data.sources import Rows, Source, load_splits
+from nio_hf.errors import DataError, Problem, listed
 from nio_hf.vision.columns import (
     check_labels,
     classes_of,
@@ -20,12 +21,10 @@ from nio_hf.vision.columns import (
     without_decoding,
 )
 from nio_hf.vision.images import image_digest
-from nio_hf.vision.sources import Rows, load_splits
+from nio_hf.vision.sources import IMAGES
 
 logger = logging.getLogger(__name__)
 
-_VALIDATION_SPLITS = ("validation", "valid", "val")
-_DIGESTS = 2**32
 _MAX_NAMED = 5
 
 
@@ -97,15 +96,8 @@ def load_image_data(
         DataError: for a data set that cannot be loaded, a split or column that it does not have, one without samples,
             classes that are to be evaluated but not trained on, or samples without a label.
     """
-    splits = load_splits(
-        name,
-        config_name=config_name,
-        revision=revision,
-        data_dir=data_dir,
-        data_files=data_files,
-        streaming=streaming,
-    )
-    train = _split(splits, train_split, "train_split", name)
+    splits = load_splits(Source(name, config_name, revision, data_dir, data_files, streaming), IMAGES)
+    train = choose_split(splits, train_split, "train_split", name)
     image_column = find_image_column(train, image_column, name)
     label_column = find_label_column(train, label_column, name)
     if image_column == label_column:
@@ -113,20 +105,27 @@ def load_image_data(
     check_labels(train, label_column, f"{train_split!r} of {name}")
     class_names = classes_of(train, label_column, num_classes, name)
     train = _labelled(train, image_column, label_column, class_names, f"{train_split!r} of {name}")
-    validation = next((split for split in _VALIDATION_SPLITS if split in splits and split != train_split), None)
-    eval_split = None if eval_from_train else eval_split or validation
+    eval_split = name_eval_split(splits, train_split, eval_split, eval_from_train)
     if eval_split is None:
-        train, evaluation = _set_aside(train, eval_fraction, image_column, label_column, seed, name)
+        train, evaluation = set_aside(
+            train,
+            eval_fraction,
+            digest=_ImageDigest(image_column, seed),
+            seed=seed,
+            name=name,
+            need="holds a sample of every class",
+            stratify_by=label_column,
+        )
     else:
-        rows = _split(splits, eval_split, "eval_split", name)
+        rows = choose_split(splits, eval_split, "eval_split", name)
         find_image_column(rows, image_column, name)
         find_label_column(rows, label_column, name)
         check_labels(rows, label_column, f"{eval_split!r} of {name}")
         evaluation = _labelled(rows, image_column, label_column, class_names, f"{eval_split!r} of {name}")
     if isinstance(train, datasets.Dataset) and isinstance(evaluation, datasets.Dataset):
         _check_classes(train, evaluation, label_column, class_names, name)
-    train = _limited(train, max_train_samples, seed)
-    evaluation = _limited(evaluation, max_eval_samples, seed)
+    train = limit(train, max_train_samples, seed)
+    evaluation = limit(evaluation, max_eval_samples, seed)
     if isinstance(train, datasets.IterableDataset):
         train = train.shuffle(seed=seed, buffer_size=shuffle_buffer_size)
     return ImageData(train, evaluation, image_column, label_column, class_names, eval_split is not None)
@@ -137,65 +136,15 @@ def _labelled(rows: Rows, image_column: str, label_column: str, class_names: tup
     return with_classes(without_decoding(rows, image_column), label_column, class_names, name)
 
 
-def _split(splits: Mapping[str, Rows], split: str, key: str, name: str) -> Rows:
-    if split not in splits:
-        raise DataError(Problem(key, f"{split!r} is no split of {name}", f"Choose one of {', '.join(splits)}"))
-    rows = splits[split]
-    try:
-        is_empty = len(rows) == 0 if isinstance(rows, datasets.Dataset) else not list(rows.take(1))
-    except Exception as error:  # whatever readers of files and networks raise
-        found = f"the split {split!r} of {name} cannot be read: {one_line(error)}"
-        raise DataError(Problem(key, found, "Check its files")) from error
-    if is_empty:
-        raise DataError(Problem(key, f"the split {split!r} of {name} is empty", "Give a split with samples"))
-    return rows
-
-
-def _set_aside(
-    rows: Rows, fraction: float, image_column: str, label_column: str, seed: int, name: str
-) -> tuple[Rows, Rows]:
-    """(training part, evaluation part) of a split."""
-    if not 0 < fraction < 1:
-        raise DataError(Problem("eval_fraction", f"{fraction}", "Give a part in (0, 1), or an eval_split"))
-    logger.info("%s: %g of the training split is set aside to evaluate on.", name, fraction)
-    if isinstance(rows, datasets.IterableDataset):
-        chosen = _Chosen(image_column, fraction, seed)
-        return rows.filter(_NotChosen(chosen)), rows.filter(chosen)
-    try:
-        parts = rows.train_test_split(fraction, seed=seed, stratify_by_column=label_column)
-    except ValueError as error:
-        found = f"{fraction} of {len(rows)} samples of {name} cannot be set aside ({one_line(error)})"
-        fix = "Give a part in (0, 1) that holds a sample of every class, or an eval_split"
-        raise DataError(Problem("eval_fraction", found, fix)) from error
-    return parts["train"], parts["test"]
-
-
 @dataclasses.dataclass(frozen=True)
-class _Chosen:
-    """Whether a sample of a stream is set aside: a function of its image alone, so copies stay together."""
+class _ImageDigest:
+    """The digest of the image of a sample."""
 
     image_column: str
-    fraction: float
     seed: int
 
-    def __call__(self, row: dict[str, Any]) -> bool:
-        return image_digest(row[self.image_column], self.seed) < self.fraction * _DIGESTS
-
-
-@dataclasses.dataclass(frozen=True)
-class _NotChosen:
-    chosen: _Chosen
-
-    def __call__(self, row: dict[str, Any]) -> bool:
-        return not self.chosen(row)
-
-
-def _limited(rows: Rows, count: int | None, seed: int) -> Rows:
-    if count is None:
-        return rows
-    if isinstance(rows, datasets.IterableDataset):
-        return rows.take(count)
-    return rows.shuffle(seed=seed).select(range(min(count, len(rows))))
+    def __call__(self, row: dict[str, Any]) -> int:
+        return image_digest(row[self.image_column], self.seed)
 
 
 def _check_classes(

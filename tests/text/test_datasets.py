@@ -1,0 +1,492 @@
+"""Text data sets of every kind: their documents, parts and blocks, and what is wrong with others."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pytest
+from torch.utils.data import DataLoader
+
+import nio_hf.text.datasets as text_datasets
+from nio_hf.errors import DataError, ModelError
+from nio_hf.text.datasets import TextData, load_text_data
+from nio_hf.text.tokenizers import load_tokenizer
+from tests.text.documents import blocks_of, joined, words_tokenizer, write_texts
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+BYTES = load_tokenizer("bytes")
+TEXTS = [f"document {index}\nends with {index * index}\n" for index in range(40)]
+
+
+def load(name: str = "json", block_size: int = 16, **settings: Any) -> TextData:
+    return load_text_data(name, **{"tokenizer": BYTES, "block_size": block_size, **settings})
+
+
+def refused(name: str = "json", **settings: Any) -> str:
+    """The message of a data set that is refused, in one line."""
+    with pytest.raises(DataError) as raised:
+        load(name, **settings)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+def texts(data: TextData, part: str) -> list[str]:
+    """The documents of a part, told apart by the separator. The last one is left out where it is a rest of its own."""
+    tokens = joined(blocks_of(getattr(data, part)))
+    documents = bytes(token - 3 if token > 2 else 0 for token in tokens).decode()
+    return documents.removesuffix("\0").split("\0")
+
+
+# Formats
+
+
+def json_lines(root: Path) -> dict[str, Any]:
+    return {"name": "json", "data_files": write_texts(root, TEXTS)}
+
+
+def parquet(root: Path) -> dict[str, Any]:
+    datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(str(root / "data.parquet"))
+    return {"name": "parquet", "data_files": str(root / "data.parquet")}
+
+
+def text_files(root: Path) -> dict[str, Any]:
+    for index, text in enumerate(TEXTS):
+        (root / f"{index}.txt").write_text(text)
+    return {"name": "text", "data_files": str(root / "*.txt")}
+
+
+def text_folder(root: Path) -> dict[str, Any]:
+    text_files(root)
+    return {"name": "text", "data_dir": str(root)}
+
+
+def text_folder_by_name(root: Path) -> dict[str, Any]:
+    text_files(root)
+    return {"name": str(root)}
+
+
+def parquet_folder_by_name(root: Path) -> dict[str, Any]:
+    parquet(root)
+    return {"name": str(root)}
+
+
+FORMATS: list[Callable[[Path], dict[str, Any]]] = [
+    json_lines,
+    parquet,
+    text_files,
+    text_folder,
+    text_folder_by_name,
+    parquet_folder_by_name,
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("make", FORMATS)
+def test_every_format_gives_every_document_in_one_of_the_parts(
+    make: Callable[[Path], dict[str, Any]], streaming: bool, tmp_path: Path
+) -> None:
+    data = load(**make(tmp_path), streaming=streaming, eval_fraction=0.3)
+    trained, evaluated = texts(data, "train"), texts(data, "evaluation")
+    assert Counter(trained + evaluated) == Counter(TEXTS)
+    assert evaluated
+    assert not data.is_split
+    assert data.text_column == "text"
+    assert data.tokenizer is BYTES
+
+
+def test_the_standard_library_is_loaded_by_its_name() -> None:
+    data = load("stdlib", block_size=256, max_train_samples=20, max_eval_samples=3)
+    assert len(texts(data, "train")) + len(texts(data, "evaluation")) + (data.empty_documents or 0) == 23
+    assert len(data.train) == -(-data.train.tokens // 256)  # type: ignore[arg-type, union-attr]
+    stream = load("stdlib", block_size=256, streaming=True, max_train_samples=5, max_eval_samples=1)
+    assert {len(block) for block in blocks_of(stream.train)[:-1]} == {256}
+
+
+def test_blocks_have_the_size_that_is_asked_for_and_the_last_may_be_shorter(tmp_path: Path) -> None:
+    data = load(**json_lines(tmp_path), block_size=100)
+    for part in (data.train, data.evaluation):
+        lengths = [len(block) for block in blocks_of(part)]
+        assert set(lengths[:-1]) == {100}
+        assert 2 <= lengths[-1] <= 100
+
+
+def test_another_tokenizer_gives_its_tokens_and_its_separator(tmp_path: Path) -> None:
+    tokenizer = words_tokenizer(TEXTS, sep_token="[SEP]")
+    data = load(**json_lines(tmp_path), tokenizer=tokenizer, eval_fraction=0.5)
+    tokens = joined(blocks_of(data.train))
+    assert Counter(tokens)[tokenizer.sep_token_id] == 20
+    assert set(tokenizer.decode(tokens).split("[SEP]")[0].split()) & {"document", "ends", "with"}
+
+
+def test_a_tokenizer_without_a_separator_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"^tokenizer: .* has neither an eos_token nor a sep_token\."):
+        load(**json_lines(tmp_path), tokenizer=words_tokenizer(TEXTS))
+
+
+def test_a_text_that_spells_a_separator_is_no_end_of_a_document(tmp_path: Path) -> None:
+    data = load(data_files=write_texts(tmp_path, ["a </s> b <mask>"] * 2), eval_fraction=0.5)
+    assert texts(data, "train") == ["a </s> b <mask>"]
+
+
+# Parts
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_validation_split_is_evaluated_on_and_all_of_the_training_split_trained_on(
+    streaming: bool, tmp_path: Path
+) -> None:
+    files = {
+        split: write_texts(tmp_path / split, [f"{split} {n}" for n in range(9)]) for split in ("train", "val", "test")
+    }
+    data = load(data_files=files, streaming=streaming)
+    assert data.is_split
+    assert sorted(texts(data, "train")) == [f"train {n}" for n in range(9)]
+    assert texts(data, "evaluation") == [f"val {n}" for n in range(9)]
+    assert texts(load(data_files=files, streaming=streaming, eval_split="test"), "evaluation")[0] == "test 0"
+    own = load(data_files=files, streaming=streaming, eval_from_train=True, eval_fraction=0.5)
+    assert not own.is_split
+    assert sorted(texts(own, "train") + texts(own, "evaluation")) == [f"train {n}" for n in range(9)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_choice_of_the_part_depends_on_the_seed_alone(streaming: bool, tmp_path: Path) -> None:
+    settings = {**json_lines(tmp_path), "streaming": streaming, "eval_fraction": 0.5}
+    first, again, other = (set(texts(load(**settings, seed=seed), "evaluation")) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_the_parts_of_a_stream_depend_on_the_texts_alone(tmp_path: Path) -> None:
+    settings = {"streaming": True, "eval_fraction": 0.5}
+    here = load(data_files=write_texts(tmp_path / "here", TEXTS * 2), **settings)
+    there = load(data_files=write_texts(tmp_path / "there", TEXTS[::-1]), **settings)
+    assert set(texts(here, "evaluation")) == set(texts(there, "evaluation"))
+    assert not set(texts(here, "train")) & set(texts(here, "evaluation")), "copies are on one side"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_more_documents_than_asked_for_are_read(streaming: bool, tmp_path: Path) -> None:
+    settings = {**json_lines(tmp_path), "streaming": streaming, "eval_fraction": 0.4}
+    whole = load(**settings)
+    few = load(**settings, max_train_samples=7, max_eval_samples=3)
+    assert (len(texts(few, "train")), len(texts(few, "evaluation"))) == (7, 3)
+    assert set(texts(few, "train")) <= set(texts(whole, "train"))
+    assert set(texts(few, "evaluation")) <= set(texts(whole, "evaluation"))
+    more = load(**settings, max_train_samples=1000, max_eval_samples=1000)
+    assert Counter(texts(more, "train")) == Counter(texts(whole, "train"))
+
+
+def test_an_epoch_of_a_stream_has_its_own_order_and_evaluation_always_the_same(tmp_path: Path) -> None:
+    data = load(**json_lines(tmp_path), streaming=True, eval_fraction=0.3)
+    orders = []
+    for epoch in (0, 1, 0):
+        data.train.set_epoch(epoch)  # type: ignore[union-attr]
+        orders.append(texts(data, "train"))
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert texts(data, "evaluation") == [text for text in TEXTS if text in texts(data, "evaluation")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_workers_share_the_documents(streaming: bool, tmp_path: Path) -> None:
+    files = [write_texts(tmp_path / str(shard), TEXTS[shard::2]) for shard in range(2)]
+    data = load(data_files=files, streaming=streaming, eval_fraction=0.3)
+    for part in (data.train, data.evaluation):
+        seen = [Counter(joined(blocks_of(part, workers))) for workers in (0, 2)]
+        assert ((seen[0] - seen[1]) + (seen[1] - seen[0])).total() <= (2 if streaming else 0)
+    assert sum(seen[1].values()) > 0
+
+
+def test_a_stream_has_no_length_and_a_loader_asks_for_none(tmp_path: Path) -> None:
+    data = load(**json_lines(tmp_path), streaming=True)
+    with pytest.raises(TypeError):
+        len(data.train)  # type: ignore[arg-type]
+    batches = list(DataLoader(data.train, batch_size=4, collate_fn=list))
+    assert len(joined([joined(block["input_ids"] for block in batch) for batch in batches])) > 100
+    assert data.empty_documents is None
+
+
+# The cache
+
+
+class Counting:
+    """Counts the documents that are tokenised in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.documents = 0
+        encode = text_datasets.encode_texts
+
+        def counted(tokenizer: Any, given: list[str]) -> list[list[int]]:
+            self.documents += len(given)
+            return encode(tokenizer, given)
+
+        monkeypatch.setattr(text_datasets, "encode_texts", counted)
+
+    def take(self) -> int:
+        count, self.documents = self.documents, 0
+        return count
+
+
+def word_tokenizer_with_truncation() -> Any:
+    tokenizer = words_tokenizer(TEXTS, eos_token="[EOS]")
+    tokenizer.backend_tokenizer.enable_truncation(max_length=4)
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [lambda: load_tokenizer("bytes"), word_tokenizer_with_truncation])
+def test_what_was_tokenised_once_is_not_tokenised_again(
+    make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = Counting(monkeypatch)
+    settings = {**json_lines(tmp_path), "max_train_samples": 20}
+    first = load(**settings, tokenizer=make())
+    assert counting.take() == 28
+    again = load(**settings, tokenizer=make(), block_size=32)
+    assert counting.take() == 0
+    assert joined(blocks_of(again.train)) == joined(blocks_of(first.train))
+    load(**settings, tokenizer=words_tokenizer(["another"], eos_token="[EOS]"))
+    assert counting.take() == 28
+    load(**settings, tokenizer=make(), seed=5)
+    assert counting.take() == 28
+
+
+def test_the_standard_library_is_not_tokenised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting(monkeypatch)
+    settings = {"name": "stdlib", "max_train_samples": 9, "max_eval_samples": 2, "seed": 7}
+    load(**settings)
+    assert 0 < counting.take() <= 11
+    load(**settings)
+    assert counting.take() == 0
+
+
+def test_several_processes_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = load(data_files=write_texts(tmp_path / "alone", TEXTS))
+    counting = Counting(monkeypatch)
+    shared = load(data_files=write_texts(tmp_path / "shared", TEXTS), num_proc=2)
+    assert counting.take() == 0, "other processes did it"
+    assert texts(shared, "train") == texts(alone, "train")
+
+
+def test_the_progress_bar_says_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = []
+    mapped = datasets.Dataset.map
+
+    def seen(rows: datasets.Dataset, *args: Any, **options: Any) -> datasets.Dataset:
+        described.append(options.get("desc"))
+        return mapped(rows, *args, **options)
+
+    monkeypatch.setattr(datasets.Dataset, "map", seen)
+    load(**json_lines(tmp_path))
+    assert described == ["Tokenising", "Tokenising"]
+
+
+# Documents without a text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_empty_documents_are_passed_over_and_counted(
+    streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_texts(tmp_path, [None, "", *TEXTS, None, ""])
+    with caplog.at_level(logging.WARNING, logger="nio_hf"):
+        data = load(data_files=file, streaming=streaming, eval_fraction=0.5)
+    assert Counter(texts(data, "train") + texts(data, "evaluation")) == Counter(TEXTS)
+    assert data.empty_documents == (None if streaming else 4)
+    counts = [int(record.getMessage().split()[0]) for record in caplog.records]
+    assert sum(counts) == (0 if streaming else 4)
+    assert all(record.getMessage().endswith("part are empty: passed over.") for record in caplog.records)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("part", ["train", "evaluation"])
+def test_a_part_of_empty_texts_is_refused(part: str, streaming: bool, tmp_path: Path) -> None:
+    other = {"train": "validation", "evaluation": "train"}[part]
+    split = {"train": "train", "evaluation": "validation"}[part]
+    files = {split: write_texts(tmp_path / "empty", ["", None, ""]), other: write_texts(tmp_path / "full", TEXTS)}
+    part = {"train": "training"}.get(part, part)
+    assert refused(data_files=files, streaming=streaming) == (
+        f"text_column: 'text' holds only empty texts in the {part} part of json, 3 of them. "
+        "Name a column with texts, or give documents that have some."
+    )
+
+
+def test_texts_without_a_token_are_refused(tmp_path: Path) -> None:
+    files = {"train": write_texts(tmp_path / "train", TEXTS), "validation": write_texts(tmp_path / "val", [" ", "\n"])}
+    assert refused(data_files=files, tokenizer=words_tokenizer(TEXTS, eos_token="[EOS]")) == (
+        "text_column: 2 documents of the evaluation part give no two tokens together. "
+        "Give documents whose texts the tokenizer has tokens for."
+    )
+
+
+# What is wrong with others
+
+
+@pytest.mark.parametrize("size", [1, 0, -1])
+def test_a_block_size_below_two_is_refused_before_anything_is_loaded(size: int) -> None:
+    assert refused("user/missing", block_size=size) == (
+        f"block_size: {size}. Give 2 or more: a token is predicted from those before it."
+    )
+
+
+def test_what_is_no_data_set_is_refused_with_the_setting_to_look_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    for name in ("user/missing", str(tmp_path / "missing"), str(tmp_path / "empty")):
+        message = refused(name)
+        assert message.startswith(f"dataset_name: {name!r} cannot be loaded: ")
+        assert message.endswith(
+            "Give 'stdlib', the name of a data set on the Hub, a local folder, or text, json, csv, parquet."
+        )
+    for streaming in (False, True):
+        folder, file = str(tmp_path / "empty"), str(tmp_path / "missing.txt")
+        message = refused("text", data_dir=folder, streaming=streaming)
+        assert message.startswith(f"data_dir: {folder!r} cannot be loaded as 'text': ")
+        assert message.endswith("Give a folder with text files.")
+        message = refused("text", data_files=file, streaming=streaming)
+        assert message.startswith(f"data_files: {file!r} cannot be loaded as 'text': ")
+        assert message.endswith("Give files that exist and hold texts, relative to where you are.")
+
+
+@pytest.mark.parametrize("name", ["text", "json", "csv", "parquet"])
+def test_a_format_alone_is_refused(name: str) -> None:
+    assert refused(name) == f"dataset_name: {name!r} without data_dir or data_files. Give one of them with it."
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_empty_data_set_is_refused(streaming: bool, tmp_path: Path) -> None:
+    file = str(tmp_path / "data.parquet")
+    datasets.Dataset.from_dict({"text": ["a"]}).select([]).to_parquet(file)
+    (tmp_path / "full").mkdir()
+    full = parquet(tmp_path / "full")["data_files"]
+    for part, files in (("train", {"train": file, "validation": full}), ("eval", {"train": full, "validation": file})):
+        split = {"train": "train", "eval": "validation"}[part]
+        message = refused("parquet", data_files=files, streaming=streaming)
+        if streaming:
+            wanted = f"{part}_split: the split {split!r} of parquet is empty. Give a split with samples."
+        else:
+            wanted = f"data_files: {files} cannot be loaded as 'parquet': Instruction "
+        assert message.startswith(wanted)
+    (tmp_path / "nothing.jsonl").write_text("")
+    message = refused(data_files=str(tmp_path / "nothing.jsonl"), streaming=streaming)
+    assert message.startswith(f"data_files: '{tmp_path / 'nothing.jsonl'}' cannot be loaded as 'json': ")
+    assert message.endswith("Give files that exist and hold texts, relative to where you are.")
+
+
+def test_a_stream_of_too_few_documents_for_its_parts_is_refused(tmp_path: Path) -> None:
+    settings = {"data_files": write_texts(tmp_path, TEXTS), "streaming": True}
+    for fraction, part in ((1e-6, "evaluation"), (1 - 1e-6, "training")):
+        assert refused(**settings, eval_fraction=fraction) == (
+            f"eval_fraction: no document is in the {part} part of json. "
+            "Give another fraction, more documents, or an eval_split."
+        )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_cannot_be_known_are_refused(streaming: bool, tmp_path: Path) -> None:
+    several = write_texts(tmp_path / "several", TEXTS, "question", answer=TEXTS, id=range(40))
+    assert refused(data_files=several, streaming=streaming) == (
+        "text_column: 2 columns of texts in json. Name one of its columns: "
+        "question (string), answer (string), id (int64)."
+    )
+    assert texts(load(data_files=several, streaming=streaming, text_column="answer"), "evaluation")[0] in TEXTS
+    none = write_texts(tmp_path / "none", list(range(40)), "id")  # type: ignore[arg-type]
+    assert refused(data_files=none, streaming=streaming) == (
+        "text_column: no columns of texts in json. Name one of its columns: id (int64)."
+    )
+    assert refused(data_files=several, text_column="id", streaming=streaming).startswith(
+        "text_column: 'id' of json holds int64. Name a column of texts: "
+    )
+    assert refused(data_files=several, text_column="body", streaming=streaming).startswith(
+        "text_column: 'body' is no column of json. Name one of question (string), "
+    )
+
+
+def test_the_column_of_the_evaluation_split_is_the_same(tmp_path: Path) -> None:
+    files = {
+        "train": write_texts(tmp_path / "train", TEXTS),
+        "validation": write_texts(tmp_path / "val", TEXTS, "body"),
+    }
+    sets = {split: datasets.load_dataset("json", data_files=file)["train"] for split, file in files.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda **settings: datasets.DatasetDict(sets))
+        assert refused(data_files=files).startswith("text_column: 'text' is no column of json. Name one of body")
+
+
+def test_one_document_cannot_be_divided(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("a long story\n" * 100)
+    message = refused("text", data_files=str(tmp_path / "book.txt"))
+    assert message.startswith("eval_fraction: 0.2 of 1 samples of text cannot be set aside (")
+    assert message.endswith(
+        "Give a part in (0, 1) that leaves a document on either side: a file of plain text is one, or an eval_split."
+    )
+
+
+def latin_1(root: Path, kind: str) -> tuple[Path, int]:
+    """A file of a format with a byte that is not UTF-8, and its offset."""
+    head = "\N{SNOWMAN} fine\n" * 200_000 if kind == "text" else ""
+    file = root / f"broken.{ {'text': 'txt', 'json': 'jsonl', 'csv': 'csv'}[kind] }"
+    before = {"text": head, "json": '{"text": "caf', "csv": "text\ncaf"}[kind].encode()
+    file.write_bytes(before + "é".encode("latin-1") + {"text": b" x", "json": b'"}\n', "csv": b"\n"}[kind])
+    return file, len(before)
+
+
+def read_all(name: str, **settings: Any) -> None:
+    data = load(name, **settings)
+    for part in (data.train, data.evaluation):
+        blocks_of(part)
+
+
+@pytest.mark.usefixtures("given_up_files")
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["text", "json", "csv"])
+def test_a_file_that_is_not_utf_8_is_named_with_the_place(kind: str, streaming: bool, tmp_path: Path) -> None:
+    file, offset = latin_1(tmp_path, kind)
+    fine = tmp_path / f"a{file.suffix}"
+    fine.write_text({"text": "fine", "json": json.dumps({"text": "fine"}), "csv": "text\nfine"}[kind])
+    ending = f"{file} is not UTF-8: it cannot be decoded at byte {offset}, counted from 0. Convert the file to UTF-8, "
+    ending += "or leave it out."
+    given: list[tuple[str, dict[str, Any], str]] = [
+        (kind, {"data_files": [str(file), str(fine)]}, "data_files"),
+        (kind, {"data_files": {"train": f"{tmp_path}/*{file.suffix}"}}, "data_files"),
+        (kind, {"data_dir": str(tmp_path)}, "data_dir"),
+        (str(tmp_path), {}, "dataset_name"),
+    ]
+    for name, settings, where in given:
+        with pytest.raises(DataError) as raised:
+            read_all(name, **settings, streaming=streaming, eval_fraction=0.5)
+        assert str(raised.value) == f"{where}: {ending}"
+
+
+@pytest.mark.usefixtures("given_up_files")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_not_utf_8_is_named_in_the_middle_of_a_stream(workers: int, tmp_path: Path) -> None:
+    text_files(tmp_path)
+    (tmp_path / "z.txt").write_bytes(b"abc\xff")
+    files = [str(tmp_path / f"{index}.txt") for index in range(40)]
+    data = load("text", data_files={"train": [*files, str(tmp_path / "z.txt")], "validation": files}, streaming=True)
+    with pytest.raises(DataError) as raised:
+        blocks_of(data.train, workers)
+    assert str(raised.value) == (
+        f"data_files: {tmp_path / 'z.txt'} is not UTF-8: it cannot be decoded at byte 3, counted from 0. "
+        "Convert the file to UTF-8, or leave it out."
+    )
+
+
+def test_an_archive_is_not_taken_for_a_broken_text(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "a.txt.gz", "wb") as archive:
+        archive.write(b"caf\xe9")
+    message = refused("text", data_files=str(tmp_path / "a.txt.gz"))
+    assert message.startswith("data_files: ")
+    assert "cannot be loaded as 'text': 'utf-8' codec can't decode byte 0xe9 in position 3" in message

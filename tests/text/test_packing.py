@@ -1,0 +1,196 @@
+"""Packing loses and repeats no token, whatever the documents, the size of a block and the number of workers."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nio_hf.data.sources import Source
+from nio_hf.errors import DataError
+from nio_hf.text.packing import PackedBlocks, PackedStream
+from tests.core.examples import examples
+from tests.text.documents import Documents, blocks_of, joined, rows_of, stream_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+TOKEN = st.integers(0, 2**31 - 1)
+DOCUMENTS = st.lists(st.lists(TOKEN, max_size=12), min_size=1, max_size=12)
+BLOCK_SIZE = st.integers(2, 20)
+
+
+def packed_stream(rows: datasets.IterableDataset, block_size: int) -> PackedStream:
+    return PackedStream(rows, block_size, part="train", source=Source("documents"))
+
+
+def expected_blocks(documents: Documents, block_size: int) -> list[list[int]]:
+    """The blocks, one token after the other."""
+    blocks: list[list[int]] = []
+    for token in joined(documents):
+        if not blocks or len(blocks[-1]) == block_size:
+            blocks.append([])
+        blocks[-1].append(token)
+    return [block for block in blocks if len(block) > 1]
+
+
+@given(DOCUMENTS, BLOCK_SIZE)
+@examples(150)
+def test_blocks_hold_the_tokens_one_after_the_other(documents: Documents, block_size: int) -> None:
+    wanted = expected_blocks(documents, block_size)
+    packed = PackedBlocks(rows_of(documents), block_size)
+    assert [packed[index]["input_ids"] for index in range(len(packed))] == wanted
+    assert packed.tokens == len(joined(wanted))
+    assert 0 <= len(joined(documents)) - packed.tokens <= 1
+
+
+@given(DOCUMENTS, BLOCK_SIZE)
+@examples(100)
+def test_a_stream_gives_the_same_blocks(documents: Documents, block_size: int) -> None:
+    wanted = expected_blocks(documents, block_size)
+    assert [block["input_ids"] for block in packed_stream(stream_of(documents), block_size)] == wanted
+
+
+@given(st.lists(st.lists(TOKEN, max_size=9), min_size=2, max_size=40), BLOCK_SIZE, st.data())
+@examples(40)
+def test_rows_that_were_selected_and_shuffled_are_packed_in_their_order(
+    documents: Documents, block_size: int, data: st.DataObject
+) -> None:
+    order = data.draw(st.lists(st.integers(0, len(documents) - 1), min_size=1))
+    selected = [documents[index] for index in order]
+    assert blocks_of(PackedBlocks(rows_of(documents).select(order), block_size)) == expected_blocks(
+        selected, block_size
+    )
+    shuffled = rows_of(documents).shuffle(seed=1)
+    assert blocks_of(PackedBlocks(shuffled, block_size)) == expected_blocks(shuffled["input_ids"], block_size)
+
+
+def documents_of(count: int) -> list[list[int]]:
+    """Documents of different lengths, whose tokens are all different."""
+    lengths = [(7 * index) % 11 for index in range(count)]
+    starts = [sum(lengths[:index]) for index in range(count)]
+    return [list(range(start, start + length)) for start, length in zip(starts, lengths, strict=True)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("block_size", [2, 5, 64, 10_000])
+def test_workers_read_the_blocks_that_one_process_reads(block_size: int, workers: int) -> None:
+    documents = documents_of(60)
+    packed = PackedBlocks(rows_of(documents), block_size)
+    assert blocks_of(packed, workers) == expected_blocks(documents, block_size)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("block_size", [2, 5, 64, 10_000])
+def test_workers_of_a_stream_share_its_documents(block_size: int, workers: int) -> None:
+    documents = documents_of(60)
+    shards = [documents[shard::4] for shard in range(4)]
+    seen = blocks_of(packed_stream(stream_of(documents, shards=4), block_size), workers)
+    # Worker w reads the shards w, w + workers, ...
+    whose = [shards] if workers == 0 else [shards[worker::workers] for worker in range(workers)]
+    wanted = [block for own in whose for block in expected_blocks(joined(own), block_size)]  # type: ignore[arg-type]
+    assert Counter(map(tuple, seen)) == Counter(map(tuple, wanted))
+    lost = Counter(joined(documents)) - Counter(joined(seen))
+    assert lost.total() <= max(workers, 1)
+    assert Counter(joined(seen)) <= Counter(joined(documents))
+
+
+@pytest.mark.parametrize(("tokens", "lengths"), [(0, []), (1, []), (2, [2]), (8, [4, 4]), (9, [4, 4]), (10, [4, 4, 2])])
+def test_a_rest_of_one_token_is_left_out_and_one_of_two_is_a_block(tokens: int, lengths: list[int]) -> None:
+    documents = [list(range(tokens))]
+    packed = PackedBlocks(rows_of(documents), 4)
+    assert [len(block) for block in blocks_of(packed)] == lengths
+    assert packed.tokens == sum(lengths)
+    assert [len(block) for block in blocks_of(packed_stream(stream_of(documents), 4))] == lengths
+
+
+def test_there_is_no_block_behind_the_last_one() -> None:
+    packed = PackedBlocks(rows_of([[1, 2, 3, 4, 5]]), 2)
+    assert len(packed) == 2
+    assert packed[-1] == packed[1] == {"input_ids": [3, 4]}
+    for index in (2, -3):
+        with pytest.raises(IndexError):
+            packed[index]
+
+
+@pytest.mark.parametrize("size", [1, 0, -3])
+def test_a_block_without_a_token_to_predict_is_refused(size: int) -> None:
+    wanted = rf"^block_size: {size}\. Give 2 or more: a token is predicted from those before it\.$"
+    with pytest.raises(DataError, match=wanted):
+        PackedBlocks(rows_of([[1, 2]]), size)
+    with pytest.raises(DataError, match=wanted):
+        packed_stream(stream_of([[1, 2]]), size)
+
+
+def saved(documents: Documents, root: Path) -> datasets.Dataset:
+    """Rows on the disk."""
+    rows_of(documents).save_to_disk(str(root / "rows"))
+    return datasets.load_from_disk(str(root / "rows"))
+
+
+def test_tokens_on_the_disk_are_not_copied_into_memory_and_not_pickled(tmp_path: Path) -> None:
+    count = 200_000
+    rows = saved([list(range(100))] * (count // 100), tmp_path)
+    before = pa.total_allocated_bytes()
+    packed = PackedBlocks(rows, 128)
+    assert packed[len(packed) - 1]["input_ids"]
+    assert pa.total_allocated_bytes() - before < count
+    pickled = pickle.dumps(packed)
+    assert len(pickled) < 10_000
+    again = pickle.loads(pickled)
+    assert (len(again), again.tokens) == (len(packed), packed.tokens)
+    assert again[77] == packed[77]
+
+
+def test_selected_rows_are_written_once_and_not_by_every_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = PackedBlocks(saved(documents_of(60), tmp_path).select(range(0, 60, 2)), 8)
+    pickled = pickle.dumps(packed)
+    monkeypatch.setattr(datasets.Dataset, "flatten_indices", None)
+    assert blocks_of(pickle.loads(pickled)) == expected_blocks(documents_of(60)[::2], 8)
+
+
+def test_other_columns_are_not_written_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[list[str]] = []
+    flatten = datasets.Dataset.flatten_indices
+
+    def seen(rows: datasets.Dataset, *args: Any, **options: Any) -> datasets.Dataset:
+        written.append(rows.column_names)
+        return flatten(rows, *args, **options)
+
+    monkeypatch.setattr(datasets.Dataset, "flatten_indices", seen)
+    PackedBlocks(rows_of([[1, 2], [3]]).add_column("text", ["a", "b"]).select([1, 0]), 2)
+    assert written == [["input_ids"]]
+
+
+def test_an_epoch_shuffles_a_stream_anew() -> None:
+    documents = [[index, index] for index in range(50)]
+    packed = packed_stream(stream_of(documents).shuffle(seed=1, buffer_size=20), 2)
+    orders = []
+    for epoch in (0, 1, 0):
+        packed.set_epoch(epoch)
+        orders.append(joined(blocks_of(packed)))
+    assert orders[0] == orders[2]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == joined(documents)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_cannot_be_read_on_is_an_error_of_ours(workers: int) -> None:
+    def break_off() -> Any:
+        yield {"input_ids": [1, 2]}
+        raise OSError("the\nnetwork is gone.")
+
+    packed = packed_stream(datasets.IterableDataset.from_generator(break_off), 2)
+    with pytest.raises(DataError) as raised:
+        blocks_of(packed, workers)
+    assert str(raised.value) == (
+        "the train stream: cannot be read on: the network is gone. Check the files that it is read from."
+    )

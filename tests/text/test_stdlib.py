@@ -1,0 +1,91 @@
+"""The data set of Python's standard library: what is in it, in which order, and what it says about itself."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+import datasets
+import pytest
+
+from nio_hf.text.stdlib import stdlib
+
+
+def test_it_holds_the_source_of_the_library_in_the_order_of_paths() -> None:
+    rows = stdlib()
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = rows["path"][:]
+    assert paths == sorted(set(paths))
+    assert (paths[0], paths[-1]) == ("__future__.py", "zoneinfo/_zoneinfo.py")
+    assert {"json/decoder.py", "argparse.py"} <= set(paths)
+    for row in (rows[0], rows[len(rows) // 2], rows[-1]):
+        assert row["text"] == (root / row["path"]).read_text(encoding="utf-8")
+    size = sum(len(text.encode()) for text in rows["text"])
+    assert 8e6 < size < 20e6
+
+
+def test_it_holds_no_other_packages_and_no_tests() -> None:
+    folders = {part for path in stdlib()["path"] for part in path.split("/")[:-1]}
+    assert "json" in folders
+    assert not folders & {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def test_it_says_its_licence_and_version() -> None:
+    info = stdlib().info
+    version = sys.version_info
+    assert info.license == "PSF-2.0"
+    assert str(info.version) == f"{version.major}.{version.minor}.{version.micro}"
+    assert info.description == f"Source of the standard library of Python {sys.version.split()[0]}"
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A library that the test fills."""
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    return tmp_path
+
+
+def write(file: Path, content: bytes = b"x = 1\n") -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+
+
+def test_files_that_are_not_utf_8_no_source_or_tests_are_left_out(library: Path) -> None:
+    for name in ("b.py", "a/c.py", "a.py", "a/d/e.py", "testing.py"):
+        write(library / name)
+    write(library / "latin.py", "name = 'é'".encode("latin-1"))
+    write(library / "german.py", "name = 'ü'".encode())
+    for name in ("notes.txt", "test/x.py", "a/tests/x.py", "idlelib/idle_test/x.py", "lib2to3/tests/x.py"):
+        write(library / name)
+    for name in ("site-packages/x.py", "dist-packages/x.py", "__pycache__/x.py"):
+        write(library / name)
+    rows = stdlib()
+    assert rows["path"][:] == ["a.py", "a/c.py", "a/d/e.py", "b.py", "german.py", "testing.py"]
+    assert rows[4]["text"] == "name = 'ü'"
+
+
+def test_it_is_the_same_at_every_call_and_read_once(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(library / "a.py")
+    first = stdlib()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", None)
+        second = stdlib()
+    assert second.to_dict() == first.to_dict()
+    assert tokens_fingerprint(second) == tokens_fingerprint(first)
+
+
+def test_an_update_of_the_library_is_seen(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(library / "a.py", b"x = 1\n")
+    assert stdlib()["text"][:] == ["x = 1\n"]
+    write(library / "a.py", b"x = 2\n")
+    os.utime(library / "a.py", (1, 1))
+    assert stdlib()["text"][:] == ["x = 2\n"]
+    monkeypatch.setattr(sys, "version", "3.99.0 (another)")
+    assert stdlib().info.description.endswith("Python 3.99.0")
+
+
+def tokens_fingerprint(rows: datasets.Dataset) -> str:
+    """What the cache of a mapping of the rows is known by."""
+    return str(rows.map(lambda row: {"length": len(row["text"])}).cache_files[0]["filename"])
