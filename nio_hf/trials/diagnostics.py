@@ -12,6 +12,7 @@ Source: Kosson, Messmer and Jaggi, "Analyzing & Reducing the Need for Learning R
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,16 +30,16 @@ class StepDiagnostics(TrainerCallback):
 
     Args:
         model: that is trained.
-        pixel_values: of the fixed batch.
+        inputs: the fixed batch, as the model takes it.
 
     Attributes:
         values: {quantity: one value per step}, the mean over the weight matrices that were not zero at the start, or of
             the output.
     """
 
-    def __init__(self, model: nn.Module, pixel_values: Tensor) -> None:
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         self._model = model
-        self._pixel_values = pixel_values
+        self._inputs = inputs
         self._matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2 and parameter.any()]
         self._weights: list[Tensor] = []
         self._output = torch.zeros(0)
@@ -68,4 +69,5 @@ class StepDiagnostics(TrainerCallback):
     def _note(self) -> None:
         self._weights = [matrix.detach().clone() for matrix in self._matrices]
         with mode.measuring(self._model), torch.no_grad():
-            self._output = self._model(pixel_values=self._pixel_values.to(self._matrices[0].device)).logits.float()
+            device = self._matrices[0].device
+            self._output = self._model(**{key: value.to(device) for key, value in self._inputs.items()}).logits.float()

@@ -33,6 +33,8 @@ from nio_hf.trials.diagnostics import StepDiagnostics
 from nio_hf.trials.operations import OperationCount
 from nio_hf.trials.results import Outcome
 
+_LOOKED_AT = 64
+"""Samples of the batch whose output is looked at."""
 _FOLDER = ".nio-trial-"
 """What the names of temporary folders begin with."""
 
@@ -135,6 +137,9 @@ def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool, co
     if raced is not None and raced.race is not None:
         cost += raced.race.cost
         steps -= raced.race.cost
+        if steps < 1:
+            found = f"initialisation and race take {cost:.0f} training steps, the budget is {budget}"
+            raise ConfigError(Problem("--steps", found, "Give more steps, or lower nio_race_steps"))
         trainer.args.max_steps = steps
     losses = _Losses()
     trainer.add_callback(losses)
@@ -198,7 +203,9 @@ class _Losses(TrainerCallback):
 
 def _diagnostics(trainer: RecipeTrainer) -> StepDiagnostics:
     batch = next(iter(trainer.get_eval_dataloader()))
-    looked_at = StepDiagnostics(cast(torch.nn.Module, trainer.model), batch["pixel_values"].float()[:64])
+    inputs = {key: value[:_LOOKED_AT] for key, value in batch.items() if key != "labels"}
+    inputs = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
+    looked_at = StepDiagnostics(cast(torch.nn.Module, trainer.model), inputs)
     trainer.add_callback(looked_at)
     return looked_at
 

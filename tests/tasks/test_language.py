@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from nio_hf.cli.main import app
 from nio_hf.errors import ModelError, NIOError, RecipeError
 from nio_hf.metrics import CAUSAL_LM, IMAGE_CLASSIFICATION, LOSS, MASKED_LM
 from nio_hf.recipe.loading import load_recipe
@@ -120,3 +124,20 @@ def test_a_recipe_of_text_is_validated_with_its_data(tmp_path: Path) -> None:
     assert found.error is None, str(found.error)
     assert "blocks of 32 tokens read" in found.summary
     assert "a short run of NIO: GradCosine" in found.summary
+
+
+def test_arms_of_a_text_recipe_are_compared_by_their_loss(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "gpt2")
+    directory = tmp_path / "compared"
+    command = ["compare", str(recipe.path), "--arms", "no_warmup,warmup", "--steps", "10", "--learning_rates", "1e-3"]
+    command += ["--seeds", "1", "--no_verdict", "--diagnostics", "--output_dir", str(directory)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    page = (directory / "comparison.md").read_text()
+    assert "valuation loss" in page
+    assert "ccuracy" not in page + done.output
+    records = [json.loads(line) for line in (directory / "runs.jsonl").read_text().splitlines()[1:]]
+    losses = {record["run"]["arm"]: record["outcome"]["value"] for record in records}
+    assert len(losses) == 2
+    assert all(0 < loss < math.log(260) + 1 for loss in losses.values())
+    assert all(len(record["outcome"]["diagnostics"]["output_change"]) == 10 for record in records)

@@ -32,7 +32,7 @@ def _step(looked_at: StepDiagnostics, number: int = 1) -> None:
 
 def test_a_longer_weight_has_not_turned() -> None:
     model = Scaled()
-    looked_at = StepDiagnostics(model, torch.eye(2))
+    looked_at = StepDiagnostics(model, {"pixel_values": torch.eye(2)})
     looked_at.on_train_begin(None, None, None)
     with torch.no_grad():
         model.weight.mul_(1.1)
@@ -46,7 +46,7 @@ def test_a_longer_weight_has_not_turned() -> None:
 @pytest.mark.parametrize("angle", [1e-3, 0.5, math.pi / 2])
 def test_a_turned_weight_has_its_angle(angle: float) -> None:
     model = Scaled()
-    looked_at = StepDiagnostics(model, torch.eye(2))
+    looked_at = StepDiagnostics(model, {"pixel_values": torch.eye(2)})
     looked_at.on_train_begin(None, None, None)
     turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_a_turned_weight_has_its_angle(angle: float) -> None:
 
 
 def test_only_the_first_steps_are_looked_at() -> None:
-    looked_at = StepDiagnostics(Scaled(), torch.eye(2))
+    looked_at = StepDiagnostics(Scaled(), {"pixel_values": torch.eye(2)})
     looked_at.on_train_begin(None, None, None)
     for number in range(1, FIRST_STEPS + 3):
         _step(looked_at, number)
