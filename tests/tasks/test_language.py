@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from nio_hf.text.tokenizers import load_tokenizer
 from nio_hf.train import train
 from nio_hf.validate import validate_recipe
 from tests.text_training.folders import recipe_of
+from tests.trainer.toys import load_state
 
 
 @pytest.mark.parametrize(
@@ -141,3 +145,20 @@ def test_arms_of_a_text_recipe_are_compared_by_their_loss(tmp_path: Path) -> Non
     assert len(losses) == 2
     assert all(0 < loss < math.log(260) + 1 for loss in losses.values())
     assert all(len(record["outcome"]["diagnostics"]["output_change"]) == 10 for record in records)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_two_processes_find_the_scales_of_one(name: str, tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        recipe = recipe_of(tmp_path / str(processes), name, more="dataloader_pin_memory: false\n")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [*launch, "-m", "nio_hf.cli", "init", str(recipe.path), "--nio", "true"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(load_state(tmp_path / str(processes) / "output" / "_nio_init"))
+    scales = [[tensor.omega for tensor in result.tensors] for result in found]
+    assert max(scales[0]) > 1.5
+    assert scales[1] == pytest.approx(scales[0], rel=1e-5)
+    assert found[1].after.loss == pytest.approx(found[0].after.loss, rel=1e-5)
