@@ -21,6 +21,7 @@ from nio_hf.metrics import MASKED_LM
 from nio_hf.recipe.loading import Recipe
 from nio_hf.tasks.task import DataFacts, Task, building, extras_of
 from nio_hf.text.datasets import TextData, load_text_data
+from nio_hf.text.stdlib import ABOUT, NAME
 from nio_hf.text.tokenizers import BYTES, load_tokenizer
 from nio_hf.text_training.trainer import TextTrainer
 from nio_hf.trainer.arguments import order_seed
@@ -52,7 +53,7 @@ def build_trainer(recipe: Recipe) -> TextTrainer:
             tokenizer=tokenizer,
             mlm_probability=recipe.text.mlm_probability if is_masked else None,
             prompt=recipe.text.sample_prompt,
-            extras=extras_of(recipe, model),
+            extras=extras_of(recipe, model, ABOUT if recipe.data.dataset_name == NAME else None),
         )
 
 
@@ -98,7 +99,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         raise ModelError(
             Problem("model_name_or_path", f"{source!r} cannot be loaded: {one_line(error)}", fix)
         ) from error
-    _check_vocabulary("model_name_or_path", model.config, tokenizer)
+    _check_vocabulary("model_name_or_path", model.config.get_text_config().vocab_size, tokenizer)
     return model
 
 
@@ -117,14 +118,12 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None
     if tokenizer is None and "vocab_size" not in settings.model_config:
         tokenizer = load_recipe_tokenizer(recipe)
     own = {} if tokenizer is None else _of_tokenizer(tokenizer)
+    if tokenizer is not None:
+        _check_vocabulary("model_config.vocab_size", settings.model_config.get("vocab_size", len(tokenizer)), tokenizer)
     try:
         config = AutoConfig.for_model(cast(str, settings.model_type), **{**own, **settings.model_config})
-        if tokenizer is not None:
-            _check_vocabulary("model_config.vocab_size", config, tokenizer)
         model: PreTrainedModel = _MODELS[recipe.task == MASKED_LM].from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, ImportError) as error:
-        if isinstance(error, ModelError):
-            raise
         fix = f"Correct it for {settings.model_type}"
         raise ModelError(Problem("model_config", f"no model can be built from it: {one_line(error)}", fix)) from error
     return model
@@ -177,8 +176,7 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {"vocab_size": len(tokenizer), **ids}
 
 
-def _check_vocabulary(where: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    size: int = config.get_text_config().vocab_size
+def _check_vocabulary(where: str, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
     if size < len(tokenizer):
         found = f"a vocabulary of {size:,}, and the tokeniser has {len(tokenizer):,} tokens"
         fix = f"Set vocab_size to {len(tokenizer)} or more, or choose another tokenizer"

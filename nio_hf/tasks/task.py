@@ -70,8 +70,14 @@ def building(recipe: Recipe) -> Iterator[None]:
         raise ConfigError(Problem(str(recipe.path), one_line(error), fix)) from error
 
 
-def extras_of(recipe: Recipe, model: nn.Module) -> Extras:
-    """What a recipe asks of the Trainer of a model beside its arguments."""
+def extras_of(recipe: Recipe, model: nn.Module, about_data: str | None = None) -> Extras:
+    """What a recipe asks of the Trainer of a model beside its arguments.
+
+    Args:
+        recipe: The recipe.
+        model: The model.
+        about_data: What is to be said of the data set beside its name; None for its configuration.
+    """
     asked = recipe.optimization
     return Extras(
         no_weight_decay=asked.no_weight_decay,
@@ -80,7 +86,7 @@ def extras_of(recipe: Recipe, model: nn.Module) -> Extras:
             recipe=recipe_name(recipe.path),
             recipe_text=recipe_yaml(recipe),
             dataset=cast(str, recipe.data.dataset_name),
-            dataset_config=recipe.data.dataset_config_name,
+            dataset_config=about_data or recipe.data.dataset_config_name,
             dataset_split=recipe.data.eval_split,
         ),
         optimizer=optimizer_options(asked.optimizer, recipe.training, model),

@@ -189,5 +189,5 @@ class _Packer:
             raise DataError(Problem("text_column", found, "Give documents whose texts the tokenizer has tokens for"))
         empty = len(texts) - len(tokenised)
         if empty:
-            logger.warning("%d of %d documents of the %s part are empty: passed over.", empty, len(texts), part)
+            logger.info("%d of %d documents of the %s part are empty: passed over.", empty, len(texts), part)
         return blocks, empty

@@ -13,7 +13,7 @@ from datasets.utils.extract import Extractor
 from nio_hf.data.columns import TEXT_TYPES, ColumnKind, find_column, find_features
 from nio_hf.data.sources import DataKind, Rows, Source, read_source
 from nio_hf.errors import DataError, Problem
-from nio_hf.text.stdlib import stdlib
+from nio_hf.text.stdlib import NAME, stdlib
 
 _TEXT = "text"
 """The format of plain text in `datasets`, and the usual name of a column of texts."""
@@ -35,7 +35,7 @@ TEXTS = DataKind(
     files="exist and hold texts",
     folder="text files",
     formats=_FORMATS,
-    embedded={"stdlib": stdlib},
+    embedded={NAME: stdlib},
     read=_read_texts,
 )
 """Documents of text."""

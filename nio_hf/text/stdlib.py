@@ -11,6 +11,10 @@ from pathlib import Path
 
 import datasets
 
+NAME, LICENCE = "stdlib", "PSF-2.0"
+_VERSION = ".".join(map(str, sys.version_info[:3]))
+ABOUT = f"Python {_VERSION}, licence {LICENCE}"
+"""What is said of the data set beside its name."""
 _LEFT_OUT = frozenset({"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"})
 """Folders of other packages, and of tests."""
 _FEATURES = {"text": datasets.Value("string"), "path": datasets.Value("string")}
@@ -34,8 +38,8 @@ def stdlib() -> datasets.Dataset:
         fingerprint=_fingerprint(root, paths),
     )
     rows.info.description = f"Source of the standard library of Python {sys.version.split()[0]}"
-    rows.info.license = "PSF-2.0"
-    rows.info.version = datasets.Version(".".join(map(str, sys.version_info[:3])))
+    rows.info.license = LICENCE
+    rows.info.version = datasets.Version(_VERSION)
     return rows
 
 

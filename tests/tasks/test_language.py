@@ -15,8 +15,11 @@ from typer.testing import CliRunner
 
 from nio_hf.cli.main import app
 from nio_hf.errors import ModelError, NIOError, RecipeError
+from nio_hf.hub.card import card_text
+from nio_hf.hub.run_folder import read_run
 from nio_hf.metrics import CAUSAL_LM, IMAGE_CLASSIFICATION, LOSS, MASKED_LM
 from nio_hf.recipe.loading import load_recipe
+from nio_hf.report.page import render_page
 from nio_hf.tasks import build_trainer, describe_data
 from nio_hf.text.tokenizers import load_tokenizer
 from nio_hf.train import train
@@ -120,6 +123,26 @@ def _from_checkpoint(folder: Path) -> str:
     lines = [*kept, f"model_name_or_path: {folder / 'output' / '_nio_init'}", f"output_dir: {folder / 'second'}"]
     file.write_text("\n".join(lines) + "\n")
     return str(file)
+
+
+def test_page_and_card_show_a_sample_and_say_what_the_data_are(tmp_path: Path) -> None:
+    options = ["--dataset_name", "stdlib", "--max_train_samples", "20", "--max_eval_samples", "2", "--block_size", "32"]
+    recipe = recipe_of(tmp_path, "gpt2", *options, more="").path
+    text = "\n".join(line for line in recipe.read_text().splitlines() if not line.startswith("data"))
+    recipe.write_text(text + "\n")
+    train(load_recipe(str(recipe), options))
+    run = read_run(tmp_path / "output")
+    sample = (tmp_path / "output" / "nio_sample.txt").read_text()
+    page, card = render_page(run), card_text(run, tmp_path / "output", {}, "somebody/model", "mit")
+    assert '<h2 id="sample">What the model writes</h2>' in page
+    assert f"```text\n{sample}\n" in card
+    version = ".".join(map(str, sys.version_info[:3]))
+    for shown in (page, card):
+        assert "stdlib" in shown
+        assert f"Python {version}, licence PSF-2.0" in shown
+        assert "ccuracy" not in shown
+    assert "AutoTokenizer, GPT2LMHeadModel" in card
+    assert "pipeline_tag: text-generation" in card
 
 
 def test_a_recipe_of_text_is_validated_with_its_data(tmp_path: Path) -> None:
