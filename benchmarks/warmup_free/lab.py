@@ -52,7 +52,7 @@ from nio_hf.vision.processors import make_image_processor
 
 RESULTS = Path(__file__).parent.parent / "results" / "warmup-free"
 SEARCHED = RESULTS / "searched.json"
-"""{task: {group: scale}} that the direct search has found."""
+"""{model: {group: scale}} that the direct search has found."""
 HELD_OUT = 10
 """One of that many training images chooses, instead of the test images."""
 AUGMENTED = "vit-tiny/cifar10/no_warmup"
@@ -155,7 +155,7 @@ class Run:
     """One training.
 
     Attributes:
-        task: its name.
+        task: name of the part of the study.
         arm: its name.
         learning_rate: peak.
         seed: of weights and order of the data.
@@ -182,7 +182,7 @@ def carry_out(run: Run, task: Task, data: Path) -> Row:
     found: Row = {}
     cost = 0.0
     if arm.searched:
-        scale_groups(model, setup, json.loads(SEARCHED.read_text(encoding="utf-8"))[run.task])
+        scale_groups(model, setup, json.loads(SEARCHED.read_text(encoding="utf-8"))[task.model])
     for name, options in arm.draws:
         method = METHODS[name]
         result = initialize(model, drawn, batch_loss, config, method=method, options=options)

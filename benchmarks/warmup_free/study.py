@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import filelock
 import torch
@@ -34,18 +35,60 @@ JUDGING = tuple(range(1300, 1308))
 LEAST_RATE, LARGEST_RATE = 6.25e-5, 3.2e-2
 RETRY_SECONDS = 5.0
 
-TASKS = {"vit": Task("vit"), "swin": Task("swin")}
 _COMMON = ("x2", "x4", "width", "xavier", "mimetic", "lsuv")
 _FIRST = ("nio", "class", "warmup10", "warmup30")
 _LAST = (
     *("searched", "gi_adam", "radam", "schedule_free", "muon"),
     *("nio_warmup10", "nio_seeded", "nio_muon", "xavier_nio", "mimetic_nio"),
 )
-RIVALS = {
-    "vit": (*_FIRST, *_COMMON, "structured", "positions8", "positions32", *_LAST),
-    "swin": (*_FIRST, *_COMMON, *_LAST),
+_LONG = ("nio", "warmup10", "x4", "xavier", "positions8")
+_WHERE = ("nio", "warmup10", "x4", "width", "positions8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Trainings of one task that are held against each other.
+
+    Attributes:
+        task: Training that the arms share.
+        arms: Names of the arms.
+        judging: Seeds that judge.
+        choosing: Seeds that choose a learning rate.
+        rates_of: Part whose learning rates hold; None for a choice of its own.
+        extends: Whether learning rates are added while the best is at an end.
+    """
+
+    task: Task
+    arms: tuple[str, ...]
+    judging: tuple[int, ...]
+    choosing: tuple[int, ...] = CHOOSING
+    rates_of: str | None = None
+    extends: bool = True
+
+
+def _where(**changes: Any) -> Part:
+    return Part(Task("vit", **changes), _WHERE, (1400, 1401, 1402), choosing=(0,), extends=False)
+
+
+HELD = {
+    "rivals-vit": Part(Task("vit"), (*_FIRST, *_COMMON, "structured", "positions8", "positions32", *_LAST), JUDGING),
+    "rivals-swin": Part(Task("swin"), (*_FIRST, *_COMMON, *_LAST), JUDGING),
+    "length-2500": Part(Task("vit", steps=2500), _LONG, (1400, 1401, 1402, 1403, 1404)),
+    "where-width192": _where(width=192),
+    "where-batch256": _where(batch_size=256),
+    "where-depth12": _where(depth=12),
+    "where-imagenette64": _where(data="imagenette224", pixels=64),
+    "length-10000": Part(
+        Task("vit", steps=10_000, augmented=True), (*_LONG, "published"), (1400, 1401, 1402), rates_of="length-2500"
+    ),
+    "where-width384": _where(width=384),
+    "length-25000": Part(
+        Task("vit", steps=25_000, augmented=True), (*_LONG, "published"), (1400, 1401, 1402), rates_of="length-2500"
+    ),
 }
-"""{task: arms}."""
+"""{name of a part: what is held against each other}, in the order of the work."""
+SEARCHED_BY = {"search-vit": "rivals-vit", "search-swin": "rivals-swin"}
+"""{name of a direct search: the part that has its arm}."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +114,12 @@ def rows(part: str) -> list[Row]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def search_jobs(model: str) -> Iterator[Job]:
-    """The trainings that the direct search needs next; what it has found is kept where it is through."""
-    part, found = f"search-{model}", replayed(model)
+def search_jobs(part: str) -> Iterator[Job]:
+    """The trainings that a direct search needs next; what it has found is kept where it is through."""
+    task = HELD[SEARCHED_BY[part]].task
+    found = replayed(part)
     if found.missing is None:
-        search.save(model, found.best)
+        search.save(task.model, found.best)
         return
     done = {(_exponents(row), row["seed"]) for row in rows(part)}
     for seed in CHOOSING:
@@ -83,68 +127,71 @@ def search_jobs(model: str) -> Iterator[Job]:
             exponents = found.missing
 
             def run(data: Path, seed: int = seed, exponents: search.Exponents = exponents) -> Row:
-                return carry_out_scaled(TASKS[model], dict(exponents), search.RATES[model], seed, data)
+                return carry_out_scaled(task, dict(exponents), search.RATES[task.model], seed, data)
 
             yield Job(part, f"{exponents} {seed}", run)
 
 
-def replayed(model: str) -> search.Found:
-    """The direct search, as far as its trainings have come."""
+def replayed(part: str) -> search.Found:
+    """A direct search, as far as its trainings have come."""
     accuracies: dict[search.Exponents, list[float]] = {}
-    for row in rows(f"search-{model}"):
+    for row in rows(part):
         accuracies.setdefault(_exponents(row), []).append(row["accuracy"])
-    return search.replay(model, accuracies, len(CHOOSING))
+    return search.replay(HELD[SEARCHED_BY[part]].task.model, accuracies, len(CHOOSING))
 
 
 def _exponents(row: Row) -> search.Exponents:
     return tuple(row["exponents"].items())
 
 
-def rival_jobs(task: str, arms: Sequence[str], judging: Sequence[int] = JUDGING) -> Iterator[Job]:
+def held_jobs(name: str) -> Iterator[Job]:
     """The trainings that are missing: those that choose a learning rate, then those at the chosen one that judge."""
-    part = f"rivals-{task}"
-    lines = rows(part)
+    part, lines = HELD[name], rows(name)
     done = {tuple(row[field.name] for field in dataclasses.fields(Run)) for row in lines}
-    for stage, arm in itertools.product(("choosing", "judging"), arms):
-        if ARMS[arm].searched and replayed(task).missing is not None:
+    for stage, arm in itertools.product(("choosing", "judging"), part.arms):
+        if ARMS[arm].searched and any(replayed(own).missing for own, of in SEARCHED_BY.items() if of == name):
             continue
-        rates, chosen = grid(arm, lines)
-        runs = [Run(task, arm, rate, seed, True) for rate in rates for seed in CHOOSING]
+        rates, chosen = grid(name, arm)
+        runs = [Run(name, arm, rate, seed, True) for rate in rates for seed in part.choosing]
         if stage == "judging":
-            runs = [] if chosen is None else [Run(task, arm, chosen, seed, False) for seed in judging]
+            runs = [] if chosen is None else [Run(name, arm, chosen, seed, False) for seed in part.judging]
         for run in runs:
             if dataclasses.astuple(run) not in done:
-                yield Job(part, str(run), lambda data, run=run: carry_out(run, TASKS[task], data))
+                yield Job(name, str(run), lambda data, run=run: carry_out(run, part.task, data))
 
 
-def grid(arm: str, lines: Sequence[Row]) -> tuple[list[float], float | None]:
-    """The learning rates of an arm, and the chosen one; None while trainings are missing.
+def grid(name: str, arm: str) -> tuple[list[float], float | None]:
+    """The learning rates that an arm is tried at in a part, and the chosen one; None while trainings are missing.
 
-    It begins with those of the arm. While the best one is at an end, the next one, half or twice as high, is added.
+    It begins with those of the arm. While the best one is at an end, the next one, half or twice as high, is added,
+    where the part says so. A part that has the learning rates of another one tries none; an arm that is not in that one
+    has the rate of NIO.
     """
+    part = HELD[name]
+    if part.rates_of is not None:
+        return [], grid(part.rates_of, arm if arm in HELD[part.rates_of].arms else "nio")[1]
     found: dict[float, list[float]] = {}
-    for row in lines:
+    for row in rows(name):
         if row["arm"] == arm and row["choosing"]:
             found.setdefault(row["learning_rate"], []).append(row["accuracy"])
     rates = sorted(ARMS[arm].rates)
-    while all(len(found.get(rate, ())) == len(CHOOSING) for rate in rates):
+    while all(len(found.get(rate, ())) == len(part.choosing) for rate in rates):
         best = max(rates, key=lambda rate: statistics.fmean(found[rate]))
-        if best == rates[0] and best > LEAST_RATE:
+        if part.extends and best == rates[0] and best > LEAST_RATE:
             rates = [best / 2, *rates]
-        elif best == rates[-1] and best < LARGEST_RATE:
+        elif part.extends and best == rates[-1] and best < LARGEST_RATE:
             rates = [*rates, 2 * best]
         else:
             return rates, best
     return rates, None
 
 
-PARTS: dict[str, Callable[[], Iterator[Job]]] = {
-    "search-vit": lambda: search_jobs("vit"),
-    "search-swin": lambda: search_jobs("swin"),
-    "rivals-vit": lambda: rival_jobs("vit", RIVALS["vit"]),
-    "rivals-swin": lambda: rival_jobs("swin", RIVALS["swin"]),
-}
-"""{name: what is still to be done}."""
+def jobs_of(part: str) -> Iterator[Job]:
+    """What is still to be done of a part."""
+    return search_jobs(part) if part in SEARCHED_BY else held_jobs(part)
+
+
+PARTS = (*SEARCHED_BY, *HELD)
 
 
 def work(parts: Sequence[str], data: Path, until: float) -> None:
@@ -152,7 +199,7 @@ def work(parts: Sequence[str], data: Path, until: float) -> None:
     LOCKS.mkdir(parents=True, exist_ok=True)
     with tqdm(desc="trainings", unit="run", mininterval=60) as progress:
         while time.monotonic() < until:
-            jobs = [job for part in parts for job in PARTS[part]()]
+            jobs = [job for part in parts for job in jobs_of(part)]
             if not jobs:
                 return
             if any(_taken(job, data) for job in jobs):
@@ -170,7 +217,7 @@ def _taken(job: Job, data: Path) -> bool:
     except filelock.Timeout:
         return False
     with lock:
-        if job.name not in {other.name for other in PARTS[job.part]()}:
+        if job.name not in {other.name for other in jobs_of(job.part)}:
             return False
         line = json.dumps(job.carry_out(data)) + "\n"
         with filelock.FileLock(LOCKS / "results.lock"), (RESULTS / f"{job.part}.jsonl").open("a") as file:
@@ -189,7 +236,7 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}. Choose from {', '.join(PARTS)}")
     torch.set_num_threads(1)
-    work(asked.parts or list(PARTS), asked.data, time.monotonic() + 3600 * asked.hours)
+    work(asked.parts or PARTS, asked.data, time.monotonic() + 3600 * asked.hours)
     return 0
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.warmup_free import search
 from benchmarks.warmup_free.lab import RESULTS, Row, unpacked
-from benchmarks.warmup_free.study import JUDGING, RIVALS, grid, replayed, rows
+from benchmarks.warmup_free.study import HELD, grid, replayed, rows
 from nio_hf.report.style import BLUE, GREY, figure
 from nio_hf.report.tables import markdown_table
 from nio_hf.trials.interval import Interval, corrected, interval
@@ -97,17 +97,18 @@ class Judged:
 
 def judged(task: str) -> dict[str, Judged]:
     """{arm: its trainings that judge}, of the arms that have all of them."""
-    found, lines = {}, rows(f"rivals-{task}")
-    for arm in RIVALS[task]:
-        _, rate = grid(arm, lines)
+    name = f"rivals-{task}"
+    found, lines = {}, rows(name)
+    for arm in HELD[name].arms:
+        _, rate = grid(name, arm)
         own = {line["seed"]: line for line in lines if line["arm"] == arm and not line["choosing"]}
-        if rate is not None and own.keys() >= set(JUDGING):
+        if rate is not None and own.keys() >= set(HELD[name].judging):
             choosing = [
                 line["accuracy"]
                 for line in lines
                 if line["arm"] == arm and line["choosing"] and line["learning_rate"] == rate
             ]
-            found[arm] = Judged(rate, statistics.fmean(choosing), [own[seed] for seed in JUDGING])
+            found[arm] = Judged(rate, statistics.fmean(choosing), [own[seed] for seed in HELD[name].judging])
     return found
 
 
@@ -198,7 +199,7 @@ def head_room(task: str) -> str:
     room = interval(difference(arms["searched"], arms[common]))
     gain = interval(difference(arms["nio"], arms[common]))
     tested = interval([own - AIM * most for own, most in zip(gain.values, room.values, strict=True)])
-    found = replayed(task)
+    found = replayed(f"search-{task}")
     said = (
         f"{MODELS[task]}: the direct search over {len(found.tried)} configurations finds {room} points over "
         f"{NAMES[common]} ({', '.join(search.named(found.best))}). NIO, with its cost paid, gains {gain}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from benchmarks.layer_scales.trainings import SETUPS
 from benchmarks.warmup_free import lab, search, study, tables
 from benchmarks.warmup_free.lab import ARMS, RESULTS, Run, Task
+from benchmarks.warmup_free.study import Part
 
 FOLDER = Path(lab.__file__).parent
 
@@ -38,29 +40,55 @@ def test_the_readme_says_what_the_verdicts_say() -> None:
         assert f"| `{arm}` | {verdicts[0][arm]} | {verdicts[1][arm]} |" in readme
 
 
+def _digits(steps: int) -> Task:
+    return Task("digits", "digits", steps=steps, pixels=8)
+
+
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A study of the digits, with results of its own."""
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr(study, "LOCKS", tmp_path / "locks")
-    monkeypatch.setattr(study, "TASKS", {"vit": Task("digits", "digits", steps=30, pixels=8)})
+    parts = {
+        "rivals-vit": Part(_digits(30), ("nio", "x4"), (1300, 1301, 1302)),
+        "fixed": Part(_digits(30), ("x4",), (1400,), choosing=(0,), extends=False),
+        "long": Part(_digits(60), ("x4", "published"), (1400,), rates_of="rivals-vit"),
+    }
+    monkeypatch.setattr(study, "HELD", parts)
     return tmp_path
 
 
-def _row(arm: str, rate: float, seed: int, accuracy: float) -> lab.Row:
-    run = Run("vit", arm, rate, seed, choosing=seed in study.CHOOSING)
-    return {**dataclasses.asdict(run), "accuracy": accuracy}
+def _write(folder: Path, part: str, rows: Iterable[tuple[str, float, int, float]]) -> None:
+    """Lines of (arm, learning rate, seed, accuracy)."""
+    with (folder / f"{part}.jsonl").open("a") as file:
+        for arm, rate, seed, accuracy in rows:
+            run = Run(part, arm, rate, seed, choosing=seed < 1000)
+            file.write(json.dumps({**dataclasses.asdict(run), "accuracy": accuracy}) + "\n")
 
 
-def test_the_grid_goes_on_while_the_best_rate_is_at_an_end() -> None:
-    lines = [
-        _row("x4", rate, seed, accuracy) for seed in (0, 1) for rate, accuracy in ((5e-4, 3), (1e-3, 2), (2e-3, 1))
-    ]
-    assert study.grid("x4", lines[:-1]) == ([5e-4, 1e-3, 2e-3], None)
-    assert study.grid("x4", lines) == ([2.5e-4, 5e-4, 1e-3, 2e-3], None)
-    lines += [_row("x4", 2.5e-4, seed, 2.5) for seed in (0, 1)]
-    assert study.grid("x4", lines) == ([2.5e-4, 5e-4, 1e-3, 2e-3], 5e-4)
-    assert study.grid("x4", [_row("x4", rate, 1300, 9) for rate in (5e-4, 1e-3, 2e-3)])[1] is None
+FALLING = ((5e-4, 3.0), (1e-3, 2.0), (2e-3, 1.0))
+
+
+def test_the_grid_goes_on_while_the_best_rate_is_at_an_end(tiny: Path) -> None:
+    lines = [("x4", rate, seed, accuracy) for seed in (0, 1) for rate, accuracy in FALLING]
+    _write(tiny, "rivals-vit", lines[:-1])
+    assert study.grid("rivals-vit", "x4") == ([5e-4, 1e-3, 2e-3], None)
+    _write(tiny, "rivals-vit", lines[-1:])
+    assert study.grid("rivals-vit", "x4") == ([2.5e-4, 5e-4, 1e-3, 2e-3], None)
+    _write(tiny, "rivals-vit", [("x4", 2.5e-4, seed, 2.5) for seed in (0, 1)])
+    assert study.grid("rivals-vit", "x4") == ([2.5e-4, 5e-4, 1e-3, 2e-3], 5e-4)
+    assert study.grid("rivals-vit", "nio")[1] is None
+
+
+def test_a_part_may_keep_its_rates_or_have_those_of_another(tiny: Path) -> None:
+    _write(tiny, "fixed", [("x4", rate, 0, accuracy) for rate, accuracy in FALLING])
+    assert study.grid("fixed", "x4") == ([5e-4, 1e-3, 2e-3], 5e-4)
+    assert study.grid("long", "x4") == ([], None)
+    assert list(study.held_jobs("long")) == []
+    higher = [(1e-3, 1.0), (2e-3, 3.0), (4e-3, 2.0), (5e-4, 0.0)]
+    _write(tiny, "rivals-vit", [("nio", rate, seed, accuracy) for rate, accuracy in higher for seed in (0, 1)])
+    assert study.grid("long", "published") == ([], 2e-3), "an arm of its own has the rate of NIO"
+    assert [job.name.count("published") for job in study.held_jobs("long")] == [1]
 
 
 def test_a_part_is_carried_out_once_and_goes_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,15 +101,22 @@ def test_a_part_is_carried_out_once_and_goes_on(tiny: Path, monkeypatch: pytest.
         return {**dataclasses.asdict(run), "accuracy": 50 - abs(run.learning_rate - 1e-3)}
 
     monkeypatch.setattr(study, "carry_out", carry_out)
-    monkeypatch.setitem(study.PARTS, "mine", lambda: study.rival_jobs("vit", ("nio", "x4")))
     with pytest.raises(KeyboardInterrupt):
-        study.work(["mine"], Path(), float("inf"))
-    study.work(["mine"], Path(), float("inf"))
+        study.work(["rivals-vit"], Path(), float("inf"))
+    study.work(["rivals-vit"], Path(), float("inf"))
     made.pop(3)
-    assert len(made) == len(set(made)) == 2 * (3 * len(study.CHOOSING) + len(study.JUDGING))
+    assert len(made) == len(set(made)) == 2 * (3 * 2 + 3)
     assert [run.choosing for run in made] == sorted((run.choosing for run in made), reverse=True)
     assert {run.learning_rate for run in made if not run.choosing} == {1e-3}
     assert len((tiny / "rivals-vit.jsonl").read_text().splitlines()) == len(made)
+
+
+def test_seeds_that_judge_have_chosen_nothing() -> None:
+    for name, part in study.HELD.items():
+        chosen = part.choosing if part.rates_of is None else study.HELD[part.rates_of].choosing
+        assert not set(part.judging) & {*chosen, *study.CHOOSING}, name
+        assert set(part.arms) <= ARMS.keys()
+        assert part.rates_of in (None, *study.HELD)
 
 
 @pytest.mark.parametrize("arm", [name for name in ARMS if name not in ("searched", "structured", "published")])
@@ -99,22 +134,22 @@ def test_every_arm_trains_and_pays_its_initialisation(arm: str, tiny: Path) -> N
 def test_the_whole_study_in_miniature(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Search, choice and judgement, then tables and picture, on the digits with few steps."""
     arms = ("nio", "class", "warmup10", "x4", "searched", "nio_warmup10")
-    monkeypatch.setattr(study, "RIVALS", {"vit": arms})
-    monkeypatch.setattr(study, "JUDGING", (1300, 1301, 1302))
+    parts = {"rivals-vit": Part(_digits(24), arms, (1300, 1301, 1302))}
+    for module in (study, tables):
+        monkeypatch.setattr(module, "HELD", parts)
+    monkeypatch.setattr(study, "SEARCHED_BY", {"search-vit": "rivals-vit"})
     monkeypatch.setattr(study, "LEAST_RATE", 5e-4)
     monkeypatch.setattr(study, "LARGEST_RATE", 2e-3)
     monkeypatch.setattr(search, "MOST_CONFIGURATIONS", 4)
+    monkeypatch.setattr(search, "RATES", {"digits": 1e-3})
     for module in (lab, search):
         monkeypatch.setattr(module, "SEARCHED", tiny / "searched.json")
-    for name in ("RIVALS", "JUDGING", "RESULTS"):
-        monkeypatch.setattr(tables, name, getattr(study, name))
+    monkeypatch.setattr(tables, "RESULTS", tiny)
     monkeypatch.setattr(tables, "TEST_IMAGES", 360)
     monkeypatch.setattr(tables, "MODELS", {"vit": "ViT"})
-    monkeypatch.setattr(study, "TASKS", {"vit": Task("digits", "digits", steps=24, pixels=8)})
-    monkeypatch.setitem(study.PARTS, "rivals-vit", lambda: study.rival_jobs("vit", arms, study.JUDGING))
     study.work(["search-vit", "rivals-vit"], Path(), float("inf"))
-    assert list(study.search_jobs("vit")) == []
-    assert list(study.rival_jobs("vit", arms, study.JUDGING)) == []
+    assert list(study.search_jobs("search-vit")) == []
+    assert list(study.held_jobs("rivals-vit")) == []
     found = tables.judged("vit")
     assert list(found) == list(arms)
     family = tables.rivals()
