@@ -96,10 +96,11 @@ def _moves(model: str) -> Any:
 
 
 def save(model: str, best: Exponents) -> None:
-    """Keep the scales that were found."""
+    """Keep the scales that were found, unless they are kept already."""
+    scales = {group: 2.0**exponent for group, exponent in best}
     known = json.loads(SEARCHED.read_text(encoding="utf-8")) if SEARCHED.is_file() else {}
-    known[model] = {group: 2.0**exponent for group, exponent in best}
-    write_atomically(SEARCHED, json.dumps(known, indent=1) + "\n")
+    if known.get(model) != scales:
+        write_atomically(SEARCHED, json.dumps({**known, model: scales}, indent=1) + "\n")
 
 
 def named(scales: Exponents) -> Iterator[str]:

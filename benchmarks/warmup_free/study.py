@@ -119,7 +119,8 @@ def search_jobs(part: str) -> Iterator[Job]:
     task = HELD[SEARCHED_BY[part]].task
     found = replayed(part)
     if found.missing is None:
-        search.save(task.model, found.best)
+        with filelock.FileLock(LOCKS / "results.lock"):
+            search.save(task.model, found.best)
         return
     done = {(_exponents(row), row["seed"]) for row in rows(part)}
     for seed in CHOOSING:

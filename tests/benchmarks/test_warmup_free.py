@@ -49,6 +49,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A study of the digits, with results of its own."""
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr(study, "LOCKS", tmp_path / "locks")
+    (tmp_path / "locks").mkdir()
     parts = {
         "rivals-vit": Part(_digits(30), ("nio", "x4"), (1300, 1301, 1302)),
         "fixed": Part(_digits(30), ("x4",), (1400,), choosing=(0,), extends=False),
@@ -187,6 +188,15 @@ def test_a_direct_search_climbs_to_the_top() -> None:
     assert len(known) <= search.MOST_CONFIGURATIONS
     known.pop(found.best)
     assert search.replay("vit", known, 2).missing == found.best
+
+
+def test_what_a_search_has_found_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that find it kept leave it alone: two that write at once would be in each other's way."""
+    monkeypatch.setattr(search, "SEARCHED", tmp_path / "searched.json")
+    search.save("vit", (("positions", 3.0),))
+    monkeypatch.setattr(search, "write_atomically", lambda *args: pytest.fail("written again"))
+    search.save("vit", (("positions", 3.0),))
+    assert json.loads((tmp_path / "searched.json").read_text()) == {"vit": {"positions": 8.0}}
 
 
 def test_the_scales_of_the_search_are_those_that_are_trained(tiny: Path) -> None:
