@@ -45,7 +45,7 @@ def losses_of_blocks(*, shifted: bool) -> Callable[[Any, Tensor], Tensor]:
 
 
 def text_metrics(*, is_bytes: bool) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Loss, perplexity and, of bytes, bits per byte, for `Trainer(compute_metrics=...)`.
+    """Loss, perplexity and, of a causal model of bytes, bits per byte, for `Trainer(compute_metrics=...)`.
 
         loss = sum over tokens of -log p / number of tokens    perplexity = exp(loss)    bits per byte = loss / log 2
 

@@ -66,7 +66,7 @@ class TextTrainer(RecipeTrainer):
             train_dataset=self._samples_of_training,
             eval_dataset=data.evaluation,
             processing_class=tokenizer,
-            compute_metrics=text_metrics(is_bytes=is_bytes(tokenizer)),
+            compute_metrics=text_metrics(is_bytes=self._shifted and is_bytes(tokenizer)),
             preprocess_logits_for_metrics=losses_of_blocks(shifted=self._shifted),
         )
 
@@ -74,7 +74,7 @@ class TextTrainer(RecipeTrainer):
     def metric_names(self) -> tuple[str, ...]:
         """Names of the metrics that an evaluation has beside the loss."""
         tokenizer: Any = self.processing_class
-        return ("perplexity", "bits_per_byte") if is_bytes(tokenizer) else ("perplexity",)
+        return ("perplexity", "bits_per_byte") if self._shifted and is_bytes(tokenizer) else ("perplexity",)
 
     def get_nio_dataset(self) -> Any:
         """The blocks of the training."""
