@@ -283,6 +283,9 @@ class Lanes:
             watch = _Watch(self._steps, best, trainer, bar)
             lane = _lane_trainer(trainer, model, chosen, watch)
             Trainer.train(lane)
+        if watch.stopped:
+            found = f"stopped after {len(watch.losses)} steps"
+            raise StoppedError(Problem("the race", found, "Start again to go on from there"))
         self._check_batches(name, watch)
         return Lane(name, tuple(watch.losses))
 
@@ -337,6 +340,7 @@ class _Watch(TrainerCallback):
         self._parts: list[Tensor] = []
         self.losses: list[float] = []
         self.first_batch: str | None = None
+        self.stopped = False
 
     def watched(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`training_step`, with its losses and the first batch kept."""
@@ -362,12 +366,10 @@ class _Watch(TrainerCallback):
         self.losses.append(loss)
         self._bar.update()
         done, preemption = len(self.losses), self._trainer.preemption
-        (stopped,) = self._collective.any(preemption is not None and preemption.requested)
-        if stopped:
-            raise StoppedError(Problem("the race", f"stopped after {done} steps", "Start again to go on from there"))
+        (self.stopped,) = self._collective.any(preemption is not None and preemption.requested)
         halfway = self._best is not None and done == self._steps // 2
         lost = halfway and is_behind(self.losses, self._best.losses if self._best else ())
-        if done == self._steps or lost:
+        if done == self._steps or lost or self.stopped:
             control.should_training_stop = True
 
 

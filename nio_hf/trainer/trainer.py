@@ -169,6 +169,8 @@ class NIOTrainerMixin(TrainerMixin):
         self._nio_report.report_later(result, self.unwrapped_model)
 
     def _stop(self, error: StoppedError) -> NoReturn:
+        # One that exits first would break what the others still receive.
+        Collective.current().wait()
         (problem,) = error.problems
         message = f"SIGTERM: during {problem.where}, {problem.found}. {GO_ON}"
         self._tell(logger, message, level=logging.WARNING)
