@@ -37,6 +37,7 @@ from benchmarks.layer_scales.trainings import (
     loss_of,
     scale_groups,
     train,
+    without_test_images,
 )
 from nio_hf import NIOConfig, initialize
 from nio_hf.trials.interval import Interval, corrected
@@ -51,8 +52,6 @@ JUDGING = {
 }
 """The seeds that judge. Those from 1100 on have judged an earlier rule; in the Swin both rules are the same."""
 DIGITS_RATE, DIGITS_STEPS = 1e-3, 300
-HELD_OUT = 10
-"""One of that many training images chooses the learning rate, instead of the test images."""
 CONFIDENCE = 0.9
 MOST_DEVIATIONS = 2.0
 ARMS = {
@@ -123,7 +122,7 @@ def carry_out(run: Run, data: Path) -> Row:
         setup = dataclasses.replace(setup, steps=DIGITS_STEPS)
     images = load_images(setup.data, data)
     if run.choosing:
-        images = _without_test_images(images)
+        images = without_test_images(images)
     model, found = initialised(run, setup, images)
     paid = dataclasses.replace(setup, steps=setup.steps - math.ceil(found["cost"]))
     ended = train(model, paid, images, learning_rate=run.learning_rate, seed=run.seed)
@@ -134,11 +133,6 @@ def carry_out(run: Run, data: Path) -> Row:
         "accuracy": round(ended.accuracy, 4),
         "loss": ended.loss,
     }
-
-
-def _without_test_images(images: Images) -> Images:
-    first = len(images.train) // HELD_OUT
-    return Images(images.train[first:], images.train_labels[first:], images.train[:first], images.train_labels[:first])
 
 
 def planned(names: Sequence[str], stage: str) -> Iterator[Run]:

@@ -27,6 +27,8 @@ EVALUATION_BATCH = 500
 PIXELS = 32
 """Width and height of the images of CIFAR-10, which Imagenette is made as large as."""
 DIGITS_HELD_OUT = 360
+HELD_OUT = 10
+"""One of that many training images chooses, instead of the test images."""
 MATRIX = 2
 
 
@@ -166,6 +168,12 @@ def _decoded(file: Path, pixels: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(
         table.column("label").to_pylist()
     )
+
+
+def without_test_images(images: Images) -> Images:
+    """A tenth of the training images in the place of the test images, to choose by."""
+    first = len(images.train) // HELD_OUT
+    return Images(images.train[first:], images.train_labels[first:], images.train[:first], images.train_labels[:first])
 
 
 def normalised(images: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from benchmarks.layer_scales.trainings import (
     PIXELS,
     SETUPS,
     WIDTH,
-    Images,
     Setup,
     adamw,
     batches,
@@ -39,6 +38,7 @@ from benchmarks.layer_scales.trainings import (
     parameter_groups,
     scale_groups,
     train,
+    without_test_images,
 )
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import NIO, squared_gradients
@@ -53,8 +53,6 @@ from nio_hf.vision.processors import make_image_processor
 RESULTS = Path(__file__).parent.parent / "results" / "warmup-free"
 SEARCHED = RESULTS / "searched.json"
 """{model: {group: scale}} that the direct search has found."""
-HELD_OUT = 10
-"""One of that many training images chooses, instead of the test images."""
 AUGMENTED = "vit-tiny/cifar10/no_warmup"
 """Recipe whose augmentation and label smoothing long trainings have."""
 WINDOWS = 20
@@ -196,6 +194,7 @@ def carry_out(run: Run, task: Task, data: Path) -> Row:
         squares = squared_gradients(model, reported, batch_loss, config, training_batch_size=task.batch_size)
         cost += len(reported)
     optimizer = _optimizer(arm, model, run.learning_rate, squares)
+    augmentation = Augmentation() if task.augmented else None
     paid = dataclasses.replace(setup, steps=setup.steps - math.ceil(cost))
     ended = train(
         model,
@@ -205,8 +204,8 @@ def carry_out(run: Run, task: Task, data: Path) -> Row:
         seed=run.seed,
         optimizer=optimizer,
         schedule=_schedule(arm),
-        prepare=Augmentation() if task.augmented else None,
-        smoothing=load_recipe(AUGMENTED).training.label_smoothing_factor if task.augmented else 0.0,
+        prepare=augmentation,
+        smoothing=0.0 if augmentation is None else augmentation.smoothing,
     )
     failed = len(ended.losses) < paid.steps or not math.isfinite(ended.losses[-1])
     judged = {} if run.choosing else {"right": packed(ended.right)}
@@ -248,10 +247,15 @@ class Augmentation:
     """The augmentation of the recipe `AUGMENTED`, for batches in memory.
 
     A window of the image with 4 zeros around it, a flip, RandAugment, erased rectangles, and mixing.
+
+    Attributes:
+        smoothing: of the labels, which the loss is to apply.
     """
 
     def __init__(self) -> None:
-        settings = load_recipe(AUGMENTED).augmentation
+        recipe = load_recipe(AUGMENTED)
+        settings = recipe.augmentation
+        self.smoothing = recipe.training.label_smoothing_factor
         config = ViTConfig(image_size=PIXELS)
         processor = make_image_processor(config, image_mean=[0.5] * 3, image_std=[0.5] * 3)
         self._padding = settings.crop_padding
@@ -275,12 +279,6 @@ class Augmentation:
 def batch_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean cross-entropy of a batch."""
     return loss_of(model, *batch)
-
-
-def without_test_images(images: Images) -> Images:
-    """A tenth of the training images in the place of the test images."""
-    first = len(images.train) // HELD_OUT
-    return Images(images.train[first:], images.train_labels[first:], images.train[:first], images.train_labels[:first])
 
 
 def _optimizer(

@@ -152,7 +152,7 @@ def held_jobs(name: str) -> Iterator[Job]:
     for stage, arm in itertools.product(("choosing", "judging"), part.arms):
         if ARMS[arm].searched and any(replayed(own).missing for own, of in SEARCHED_BY.items() if of == name):
             continue
-        rates, chosen = grid(name, arm)
+        rates, chosen = grid(name, arm, lines)
         runs = [Run(name, arm, rate, seed, True) for rate in rates for seed in part.choosing]
         if stage == "judging":
             runs = [] if chosen is None else [Run(name, arm, chosen, seed, False) for seed in part.judging]
@@ -161,18 +161,24 @@ def held_jobs(name: str) -> Iterator[Job]:
                 yield Job(name, str(run), lambda data, run=run: carry_out(run, part.task, data))
 
 
-def grid(name: str, arm: str) -> tuple[list[float], float | None]:
+def grid(name: str, arm: str, lines: Sequence[Row]) -> tuple[list[float], float | None]:
     """The learning rates that an arm is tried at in a part, and the chosen one; None while trainings are missing.
 
     It begins with those of the arm. While the best one is at an end, the next one, half or twice as high, is added,
     where the part says so. A part that has the learning rates of another one tries none; an arm that is not in that one
     has the rate of NIO.
+
+    Args:
+        name: of the part.
+        arm: its name.
+        lines: of the part.
     """
     part = HELD[name]
     if part.rates_of is not None:
-        return [], grid(part.rates_of, arm if arm in HELD[part.rates_of].arms else "nio")[1]
+        known = arm if arm in HELD[part.rates_of].arms else "nio"
+        return [], grid(part.rates_of, known, rows(part.rates_of))[1]
     found: dict[float, list[float]] = {}
-    for row in rows(name):
+    for row in lines:
         if row["arm"] == arm and row["choosing"]:
             found.setdefault(row["learning_rate"], []).append(row["accuracy"])
     rates = sorted(ARMS[arm].rates)

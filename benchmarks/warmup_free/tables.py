@@ -100,7 +100,7 @@ def judged(task: str) -> dict[str, Judged]:
     name = f"rivals-{task}"
     found, lines = {}, rows(name)
     for arm in HELD[name].arms:
-        _, rate = grid(name, arm)
+        _, rate = grid(name, arm, lines)
         own = {line["seed"]: line for line in lines if line["arm"] == arm and not line["choosing"]}
         if rate is not None and own.keys() >= set(HELD[name].judging):
             choosing = [
@@ -171,12 +171,12 @@ def family_table(family: Family, label: str, other: Mapping[str, str]) -> str:
 
     An arm that is not in `other` is itself held against NIO.
     """
-    lines = []
+    lines, arms = [], {task: judged(task) for task in MODELS}
     for name in NAMES:
         cells = []
         for task in MODELS:
             found = family.get((task, name))
-            cells += ["", ""] if found is None else [_cell(found), f"{_error(task, name, other):.2f}"]
+            cells += ["", ""] if found is None else [_cell(found), f"{_error(arms[task], name, other):.2f}"]
         if any(cells):
             against = f", minus {NAMES[other[name]]}" if name in other else ""
             lines.append((f"{NAMES[name]}{against}", *cells))
@@ -187,8 +187,7 @@ def _cell(found: Interval) -> str:
     return f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
 
 
-def _error(task: str, name: str, other: Mapping[str, str]) -> float:
-    arms = judged(task)
+def _error(arms: Mapping[str, Judged], name: str, other: Mapping[str, str]) -> float:
     return images_error(arms[name], arms[other[name]]) if name in other else images_error(arms["nio"], arms[name])
 
 

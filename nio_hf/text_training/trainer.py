@@ -53,6 +53,7 @@ class TextTrainer(RecipeTrainer):
         self.data = data
         self._shifted = mlm_probability is None
         self._prompt = prompt if self._shifted else None
+        self._counts_bits = self._shifted and is_bytes(tokenizer)
         draws_masks = mlm_probability is not None and hasattr(data.train, "__len__")
         self._samples_of_training: Any = BlocksWithSeeds(data.train) if draws_masks else data.train
         super().__init__(
@@ -66,15 +67,14 @@ class TextTrainer(RecipeTrainer):
             train_dataset=self._samples_of_training,
             eval_dataset=data.evaluation,
             processing_class=tokenizer,
-            compute_metrics=text_metrics(is_bytes=self._shifted and is_bytes(tokenizer)),
+            compute_metrics=text_metrics(is_bytes=self._counts_bits),
             preprocess_logits_for_metrics=losses_of_blocks(shifted=self._shifted),
         )
 
     @property
     def metric_names(self) -> tuple[str, ...]:
         """Names of the metrics that an evaluation has beside the loss."""
-        tokenizer: Any = self.processing_class
-        return ("perplexity", "bits_per_byte") if self._shifted and is_bytes(tokenizer) else ("perplexity",)
+        return ("perplexity", "bits_per_byte") if self._counts_bits else ("perplexity",)
 
     def get_nio_dataset(self) -> Any:
         """The blocks of the training."""

@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 from torch import nn
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_NAME = "_nio_progress.json"
 MARK_KEY = "nio"
+T = TypeVar("T")
 Task = dict[str, Any]
 """What a NIO run was given, in plain values: the same task gives the same scales."""
 
@@ -172,18 +173,37 @@ def save_progress(state: NIOState, directory: Path, task: Task) -> None:
     Raises:
         OutputError: where it cannot be written.
     """
-    content = {"format": STATE_FORMAT, "task": task, "state": state.to_dict()}
-    with output_errors(directory / PROGRESS_NAME, trained=False):
-        write_atomically(directory / PROGRESS_NAME, json.dumps(content) + "\n")
+    save_of_task(directory / PROGRESS_NAME, task, state.to_dict())
 
 
 def load_progress(directory: Path, task: Task) -> NIOState | None:
     """What `save_progress` wrote, where it is of the same task; else None."""
-    path = directory / PROGRESS_NAME
+    return load_of_task(directory / PROGRESS_NAME, task, NIOState.from_dict)
+
+
+def save_of_task(path: Path, task: Task, state: Any) -> None:
+    """Write what JSON can hold of something that may be interrupted, with its task, in place of what is there.
+
+    Raises:
+        OutputError: where it cannot be written.
+    """
+    content = {"format": STATE_FORMAT, "task": task, "state": state}
+    with output_errors(path, trained=False):
+        write_atomically(path, json.dumps(content) + "\n")
+
+
+def load_of_task(path: Path, task: Task | None, made: Callable[[Any], T]) -> T | None:
+    """What `save_of_task` wrote, where it is of the same task and can be made again; else None.
+
+    Args:
+        path: of the file.
+        task: by which it is known again.
+        made: makes of the state what was saved.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] == STATE_FORMAT and content["task"] == task:
-            return NIOState.from_dict(content["state"])
+            return made(content["state"])
         logger.warning("%s is passed over: it is of other weights, data or settings.", path)
     except FileNotFoundError:
         pass

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,12 +34,11 @@ from nio_hf.core.result import GradCosine, Lane, Race
 from nio_hf.core.verdict import judge
 from nio_hf.durable.isolation import isolated_random_state
 from nio_hf.errors import ConfigError, DataError, NIOMemoryError, Problem, StoppedError, one_line
-from nio_hf.files import output_errors, write_atomically
 from nio_hf.trainer.apart import computing_apart, copy_apart
-from nio_hf.trainer.checkpoints import describe_state, save_initialised
+from nio_hf.trainer.checkpoints import Task, describe_state, load_of_task, save_initialised, save_of_task
 from nio_hf.trainer.digests import batch_digest
 from nio_hf.trainer.methods import METHODS, run_baseline
-from nio_hf.trainer.replica import make_replica
+from nio_hf.trainer.replica import make_replica, unpatch_forward
 from nio_hf.trainer.running import checked_batches
 
 if TYPE_CHECKING:
@@ -238,9 +235,7 @@ class Lanes:
         task: by which an interrupted race is known again.
     """
 
-    def __init__(
-        self, trainer: NIOTrainerMixin, candidates: Candidates, steps: int, task: Mapping[str, Any] | None
-    ) -> None:
+    def __init__(self, trainer: NIOTrainerMixin, candidates: Candidates, steps: int, task: Task | None) -> None:
         self._trainer = trainer
         self._candidates = candidates
         self._steps = steps
@@ -301,15 +296,13 @@ class Lanes:
         found: dict[str, Lane] = {}
         with self._collective.together():
             if self._collective.rank == 0 and self._trainer._resumes_nio:
-                found = _read(self._file, self._task)
+                found = load_of_task(self._file, self._task, _lanes_of) or {}
         return dict(self._collective.broadcast_object(found) or {})
 
     def _save(self, lanes: Mapping[str, Lane]) -> None:
         with self._collective.together():
             if self._trainer.args.should_save and self._task is not None:
-                content = {"task": self._task, "lanes": {name: lane.losses for name, lane in lanes.items()}}
-                with output_errors(self._file, trained=False):
-                    write_atomically(self._file, json.dumps(content) + "\n")
+                save_of_task(self._file, self._task, {name: lane.losses for name, lane in lanes.items()})
 
 
 def leader(lanes: Iterable[Lane], steps: int) -> Lane | None:
@@ -376,9 +369,7 @@ class _Watch(TrainerCallback):
 def _copied(trainer: NIOTrainerMixin) -> tuple[nn.Module, Any]:
     """A copy of the model, and of the choice of the optimizer, which may name parameters of it."""
     model, chosen = copy.deepcopy((trainer.unwrapped_model, trainer.optimizer_cls_and_kwargs))
-    if hasattr(model, "_original_forward"):
-        # Accelerate patches `forward` on the instance, bound to the model that was copied.
-        model.__dict__.pop("forward", None)
+    unpatch_forward(model)
     return model, chosen
 
 
@@ -406,15 +397,5 @@ def _quiet(args: TrainingArguments) -> TrainingArguments:
     return own
 
 
-def _read(file: Path, task: Mapping[str, Any] | None) -> dict[str, Lane]:
-    """The lanes in a file, where they are of a task."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["task"] == task:
-            return {name: Lane(name, tuple(losses)) for name, losses in content["lanes"].items()}
-        logger.warning("%s is passed over: it is of other weights, data or settings.", file)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is passed over: %s.", file, one_line(error))
-    return {}
+def _lanes_of(losses: Mapping[str, Sequence[float]]) -> dict[str, Lane]:
+    return {name: Lane(name, tuple(of_lane)) for name, of_lane in losses.items()}

@@ -44,9 +44,7 @@ def make_replica(model: nn.Module, device: torch.device, collective: Collective)
             replica = copy.deepcopy(model)
         # DeepSpeed rounds what it partitions to the precision of the training.
         replica = replica.float().to(device) if _is_partitioned(model) else replica.to(device)
-        if hasattr(replica, "_original_forward"):
-            # Accelerate patches `forward` on the instance, bound to the model that was copied.
-            replica.__dict__.pop("forward", None)
+        unpatch_forward(replica)
         if (
             isinstance(replica, PreTrainedModel)
             and replica.config._attn_implementation not in _DIFFERENTIABLE_ATTENTION
@@ -54,6 +52,12 @@ def make_replica(model: nn.Module, device: torch.device, collective: Collective)
             replica.set_attn_implementation("eager")
     broadcast(replica, collective)
     return replica
+
+
+def unpatch_forward(copied: nn.Module) -> None:
+    """Give a copy of a model its own `forward`: accelerate patches it on the instance, bound to the original."""
+    if hasattr(copied, "_original_forward"):
+        copied.__dict__.pop("forward", None)
 
 
 def copied_to_cpu(model: nn.Module) -> dict[str, torch.Tensor]:

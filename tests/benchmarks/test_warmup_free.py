@@ -73,22 +73,22 @@ FALLING = ((5e-4, 3.0), (1e-3, 2.0), (2e-3, 1.0))
 def test_the_grid_goes_on_while_the_best_rate_is_at_an_end(tiny: Path) -> None:
     lines = [("x4", rate, seed, accuracy) for seed in (0, 1) for rate, accuracy in FALLING]
     _write(tiny, "rivals-vit", lines[:-1])
-    assert study.grid("rivals-vit", "x4") == ([5e-4, 1e-3, 2e-3], None)
+    assert study.grid("rivals-vit", "x4", study.rows("rivals-vit")) == ([5e-4, 1e-3, 2e-3], None)
     _write(tiny, "rivals-vit", lines[-1:])
-    assert study.grid("rivals-vit", "x4") == ([2.5e-4, 5e-4, 1e-3, 2e-3], None)
+    assert study.grid("rivals-vit", "x4", study.rows("rivals-vit")) == ([2.5e-4, 5e-4, 1e-3, 2e-3], None)
     _write(tiny, "rivals-vit", [("x4", 2.5e-4, seed, 2.5) for seed in (0, 1)])
-    assert study.grid("rivals-vit", "x4") == ([2.5e-4, 5e-4, 1e-3, 2e-3], 5e-4)
-    assert study.grid("rivals-vit", "nio")[1] is None
+    assert study.grid("rivals-vit", "x4", study.rows("rivals-vit")) == ([2.5e-4, 5e-4, 1e-3, 2e-3], 5e-4)
+    assert study.grid("rivals-vit", "nio", study.rows("rivals-vit"))[1] is None
 
 
 def test_a_part_may_keep_its_rates_or_have_those_of_another(tiny: Path) -> None:
     _write(tiny, "fixed", [("x4", rate, 0, accuracy) for rate, accuracy in FALLING])
-    assert study.grid("fixed", "x4") == ([5e-4, 1e-3, 2e-3], 5e-4)
-    assert study.grid("long", "x4") == ([], None)
+    assert study.grid("fixed", "x4", study.rows("fixed")) == ([5e-4, 1e-3, 2e-3], 5e-4)
+    assert study.grid("long", "x4", study.rows("long")) == ([], None)
     assert list(study.held_jobs("long")) == []
     higher = [(1e-3, 1.0), (2e-3, 3.0), (4e-3, 2.0), (5e-4, 0.0)]
     _write(tiny, "rivals-vit", [("nio", rate, seed, accuracy) for rate, accuracy in higher for seed in (0, 1)])
-    assert study.grid("long", "published") == ([], 2e-3), "an arm of its own has the rate of NIO"
+    assert study.grid("long", "published", study.rows("long")) == ([], 2e-3), "an arm of its own has the rate of NIO"
     assert [job.name.count("published") for job in study.held_jobs("long")] == [1]
 
 
