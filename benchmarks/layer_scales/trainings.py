@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -254,11 +256,11 @@ class Ending:
         return 100 * float(self.right.float().mean())
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, weight_decay: float = WEIGHT_DECAY) -> list[dict[str, object]]:
     """The parameters for an optimizer: weight decay on those of two dimensions and more."""
     decayed = [parameter for parameter in model.parameters() if parameter.ndim >= MATRIX]
     others = [parameter for parameter in model.parameters() if parameter.ndim < MATRIX]
-    return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -271,46 +273,56 @@ def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train(
+def descend(
     model: nn.Module,
-    setup: Setup,
-    images: Images,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
     *,
+    steps: int,
     learning_rate: float,
-    seed: int,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer,
     schedule: Callable[[int, int], float] = cosine,
-    prepare: Prepare | None = None,
-    smoothing: float = 0.0,
-) -> Ending:
-    """Train without clipping, and evaluate.
+    most_norm: float | None = None,
+) -> list[float]:
+    """The steps of a training; returns their losses, which end where one is not finite.
 
     Args:
-        model: as it starts.
-        setup: of the training.
-        images: to train on and to test with.
-        learning_rate: peak.
-        seed: of the order of the data.
-        optimizer: None for AdamW.
+        model: As it starts.
+        batches: At least `steps` of them.
+        loss: (model, batch) -> mean loss.
+        steps: Number of steps.
+        learning_rate: Peak.
+        optimizer: Its optimizer.
         schedule: (step, steps) -> share of the learning rate.
-        prepare: as in `batches`.
-        smoothing: of the labels.
+        most_norm: Norm that gradients are clipped to; None for no clipping.
     """
-    optimizer = adamw(model) if optimizer is None else optimizer
     losses: list[float] = []
     model.train()
-    for step, (pixels, labels) in enumerate(batches(images, setup, seed, flip=setup.flip, prepare=prepare)):
-        if step == setup.steps:
-            break
+    for step, batch in enumerate(itertools.islice(batches, steps)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * schedule(step, setup.steps)
-        loss = loss_of(model, pixels, labels, smoothing)
-        losses.append(float(loss.detach()))
+            group["lr"] = learning_rate * schedule(step, steps)
+        mean = loss(model, batch)
+        losses.append(float(mean.detach()))
         if not math.isfinite(losses[-1]):
             break
         optimizer.zero_grad()
-        loss.backward()
+        mean.backward()
+        if most_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), most_norm)
         optimizer.step()
     if hasattr(optimizer, "eval"):
         optimizer.eval()
+    return losses
+
+
+def train(model: nn.Module, setup: Setup, images: Images, *, learning_rate: float, seed: int) -> Ending:
+    """Train with AdamW and a cosine schedule, without clipping, and evaluate; the seed orders the data."""
+    losses = descend(
+        model,
+        batches(images, setup, seed, flip=setup.flip),
+        lambda own, batch: loss_of(own, *batch),
+        steps=setup.steps,
+        learning_rate=learning_rate,
+        optimizer=adamw(model),
+    )
     return Ending(losses, *evaluate(model, images.test, images.test_labels))

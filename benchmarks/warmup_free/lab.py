@@ -1,97 +1,84 @@
 """One training of the study: a model, how it is initialised, its optimizer, and what came of it.
 
-The loop is the plain one of `benchmarks.layer_scales.trainings`, which reads the images once; the initialisations are
-those of the package. A run has a budget of training steps, from which its initialisation is paid.
+The loop is the plain one of `benchmarks.layer_scales.trainings`; the initialisations are those of the package. A run
+has a budget of training steps, from which its initialisation is paid.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import itertools
 import json
 import math
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import schedulefree
 import torch
 from torch import Tensor, nn
-from transformers import ViTConfig
 
-from benchmarks.layer_scales.trainings import (
-    CLASSES,
-    LAYERS,
-    PIXELS,
-    SETUPS,
-    WIDTH,
-    Setup,
-    adamw,
-    batches,
-    build_model,
-    cosine,
-    load_images,
-    loss_of,
-    parameter_groups,
-    scale_groups,
-    train,
-    without_test_images,
-)
+from benchmarks.layer_scales.trainings import cosine, descend, parameter_groups
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import NIO, squared_gradients
 from nio_hf.core.groups import kinds_of
-from nio_hf.recipe.loading import load_recipe
-from nio_hf.tasks.image_classification import make_augmentation
 from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.seeding import seed_second_moment
 from nio_hf.training.muon import MuonAndAdamW
-from nio_hf.vision.processors import make_image_processor
 
 RESULTS = Path(__file__).parent.parent / "results" / "warmup-free"
 SEARCHED = RESULTS / "searched.json"
 """{model: {group: scale}} that the direct search has found."""
-AUGMENTED = "vit-tiny/cifar10/no_warmup"
-"""Recipe whose augmentation and label smoothing long trainings have."""
+RESIDUAL = r"(c_proj|o_proj|down_proj|output\.dense)\.weight"
+"""Names of the weights that lead into the residual stream of GPT-2, Llama and BERT."""
 WINDOWS = 20
 """Parts of a training whose mean loss is kept."""
 Row = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A training that arms share.
+class Samples(Protocol):
+    """What a training reads."""
+
+    def batches(self, seed: int, *, plain: bool = False) -> Iterator[Any]:
+        """Endless batches in an order that the seed fixes; plain ones are not augmented."""
+
+    def evaluate(self, model: nn.Module) -> Row:
+        """What the samples that choose or judge say: the loss and, of images, the accuracy in %."""
+
+
+class Task(Protocol):
+    """A training that arms share: a model, its data and its loop.
 
     Attributes:
-        model: "vit" or "swin".
-        data: name of the data set.
-        steps: budget, initialisation included.
-        width: of the ViT.
-        depth: layers of the ViT.
-        batch_size: of a step.
-        pixels: width and height of the images.
-        augmented: whether batches are augmented, and labels smoothed, as in the recipe `AUGMENTED`.
+        model: Its name.
+        steps: Budget, initialisation included.
+        batch_size: Samples of a step.
+        weight_decay, betas: Of AdamW.
+        most_norm: Norm that gradients are clipped to; None for no clipping.
+        failure: What is said of a training that failed: what guessing would end at.
     """
 
     model: str
-    data: str = "cifar10"
-    steps: int = 500
-    width: int = WIDTH
-    depth: int = LAYERS
-    batch_size: int = 64
-    pixels: int = PIXELS
-    augmented: bool = False
-
-    @property
-    def setup(self) -> Setup:
-        """Groups of tensors, data and loop of the model."""
-        return dataclasses.replace(SETUPS[self.model], data=self.data, steps=self.steps, batch_size=self.batch_size)
+    steps: int
+    batch_size: int
+    weight_decay: float
+    betas: tuple[float, float]
+    most_norm: float | None
+    failure: Row
 
     def build(self, seed: int) -> nn.Module:
         """The model as its class draws it."""
-        return build_model(self.model, seed, width=self.width, depth=self.depth, pixels=self.pixels)
+
+    def samples(self, data: Path, *, choosing: bool) -> Samples:
+        """Its data; those that choose are set aside from the training."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        """Mean loss of a batch, or (sum, weight), as [`initialize`] takes it."""
+
+    def scale(self, model: nn.Module, scales: Mapping[str, float]) -> None:
+        """Multiply groups of weights, in place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +92,7 @@ class Arm:
         seeded: whether Adam's second moment is seeded (GI-Adam).
         searched: whether groups are scaled as the direct search found.
         published: whether NIO has the settings of its paper, in the place of the defaults.
+        residual: whether weights that lead into the residual stream are scaled as GPT-2's class scales them.
         rates: learning rates that are tried first.
     """
 
@@ -114,6 +102,7 @@ class Arm:
     seeded: bool = False
     searched: bool = False
     published: bool = False
+    residual: bool = False
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
 
 
@@ -121,11 +110,14 @@ _HIGHER = (1e-3, 2e-3, 4e-3)
 _NIO = ("nio", {})
 ARMS = {
     "class": Arm(),
+    "warmup2": Arm(warmup=0.02),
+    "warmup5": Arm(warmup=0.05),
     "warmup10": Arm(warmup=0.1),
     "warmup30": Arm(warmup=0.3),
     "x2": Arm((("range", {"factor": 2.0}),)),
     "x4": Arm((("range", {"factor": 4.0}),)),
     "width": Arm((("range", {}),)),
+    "residual": Arm(residual=True),
     "xavier": Arm((("xavier", {}),)),
     "mimetic": Arm((("mimetic", {}),)),
     "structured": Arm((("structured", {}),)),
@@ -169,21 +161,20 @@ class Run:
 
 def carry_out(run: Run, task: Task, data: Path) -> Row:
     """Initialise, train for what is left of the budget, and evaluate."""
-    started, arm, setup = time.perf_counter(), ARMS[run.arm], task.setup
-    images = load_images(task.data, data, task.pixels)
-    if run.choosing:
-        images = without_test_images(images)
+    started, arm = time.perf_counter(), ARMS[run.arm]
+    samples = task.samples(data, choosing=run.choosing)
     model = task.build(run.seed)
     config = NIOConfig.published(seed=run.seed) if arm.published else NIOConfig(seed=run.seed)
-    count = config.report_batches + config.batches
-    drawn = list(itertools.islice(batches(images, setup, run.seed, flip=setup.flip), count))
+    drawn = list(itertools.islice(samples.batches(run.seed, plain=True), config.report_batches + config.batches))
     found: Row = {}
     cost = 0.0
     if arm.searched:
-        scale_groups(model, setup, json.loads(SEARCHED.read_text(encoding="utf-8"))[task.model])
+        task.scale(model, json.loads(SEARCHED.read_text(encoding="utf-8"))[task.model])
+    if arm.residual:
+        scale_residual_projections(model)
     for name, options in arm.draws:
         method = METHODS[name]
-        result = initialize(model, drawn, batch_loss, config, method=method, options=options)
+        result = initialize(model, drawn, task.loss, config, method=method, options=options)
         if method.batches(config, method.checked(options)):
             cost += result.cost
         if method is NIO:
@@ -191,100 +182,90 @@ def carry_out(run: Run, task: Task, data: Path) -> Row:
     squares = None
     if arm.seeded:
         reported = drawn[: config.report_batches]
-        squares = squared_gradients(model, reported, batch_loss, config, training_batch_size=task.batch_size)
+        squares = squared_gradients(model, reported, task.loss, config, training_batch_size=task.batch_size)
         cost += len(reported)
-    optimizer = _optimizer(arm, model, run.learning_rate, squares)
-    augmentation = Augmentation() if task.augmented else None
-    paid = dataclasses.replace(setup, steps=setup.steps - math.ceil(cost))
-    ended = train(
-        model,
-        paid,
-        images,
-        learning_rate=run.learning_rate,
-        seed=run.seed,
-        optimizer=optimizer,
-        schedule=_schedule(arm),
-        prepare=augmentation,
-        smoothing=0.0 if augmentation is None else augmentation.smoothing,
+    steps = task.steps - math.ceil(cost)
+    losses = _descend(
+        model, task, samples, run, steps, _optimizer(arm, task, model, run.learning_rate, squares), _schedule(arm)
     )
-    failed = len(ended.losses) < paid.steps or not math.isfinite(ended.losses[-1])
-    judged = {} if run.choosing else {"right": packed(ended.right)}
-    return {
-        **dataclasses.asdict(run),
-        **found,
-        "cost": _short(cost),
-        "steps": len(ended.losses),
-        "accuracy": 100 / CLASSES if failed else round(ended.accuracy, 2),
-        "failed": failed,
-        "loss": _short(ended.loss) if math.isfinite(ended.loss) else None,
-        "losses": _curve(ended.losses),
-        "seconds": round(time.perf_counter() - started, 1),
-        **judged,
-    }
+    ended = _ending(task, samples, model, losses, steps)
+    if run.choosing:
+        ended.pop("right", None)
+    seconds = round(time.perf_counter() - started, 1)
+    return {**dataclasses.asdict(run), **found, "cost": _short(cost), **ended, "seconds": seconds}
 
 
 def carry_out_scaled(task: Task, exponents: Mapping[str, float], learning_rate: float, seed: int, data: Path) -> Row:
-    """Train with groups scaled by powers of 2, and evaluate on images that are set aside."""
-    setup, images = task.setup, without_test_images(load_images(task.data, data, task.pixels))
+    """Train with groups scaled by powers of 2, and evaluate on samples that are set aside."""
+    run = Run("", "class", learning_rate, seed, choosing=True)
+    samples = task.samples(data, choosing=True)
     model = task.build(seed)
-    scale_groups(model, setup, {group: 2.0**exponent for group, exponent in exponents.items()})
-    ended = train(model, setup, images, learning_rate=learning_rate, seed=seed)
-    found = {"accuracy": round(ended.accuracy, 2), "loss": _short(ended.loss), "losses": _curve(ended.losses)}
-    return {"exponents": dict(exponents), "seed": seed, "learning_rate": learning_rate, **found}
+    task.scale(model, {group: 2.0**exponent for group, exponent in exponents.items()})
+    optimizer = _optimizer(ARMS["class"], task, model, learning_rate, None)
+    losses = _descend(model, task, samples, run, task.steps, optimizer, cosine)
+    ended = _ending(task, samples, model, losses, task.steps)
+    kept = {key: ended[key] for key in ("accuracy", "loss", "losses") if key in ended}
+    return {"exponents": dict(exponents), "seed": seed, "learning_rate": learning_rate, **kept}
 
 
-def packed(right: Tensor) -> str:
-    """Which images are told rightly, a bit for each, as text."""
-    return base64.b64encode(np.packbits(right.numpy()).tobytes()).decode()
+def score(row: Row) -> float:
+    """What a training is chosen and judged by, the higher, the better: accuracy in %, else minus the loss."""
+    return row["accuracy"] if "accuracy" in row else -row["loss"]
 
 
-def unpacked(text: str, images: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Inverse of `packed`: (images,) of 0 and 1."""
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))[:images]
+@torch.no_grad()
+def scale_residual_projections(model: nn.Module) -> None:
+    """Divide the weights that lead into the residual stream by sqrt(2 layers), as the class of GPT-2 does."""
+    layers = model.config.num_hidden_layers
+    for name, weight in model.named_parameters():
+        if re.search(RESIDUAL, name):
+            weight.div_(math.sqrt(2 * layers))
 
 
-class Augmentation:
-    """The augmentation of the recipe `AUGMENTED`, for batches in memory.
+def mean_loss(task: Task) -> Callable[[nn.Module, Any], Tensor]:
+    """(model, batch) -> mean loss."""
 
-    A window of the image with 4 zeros around it, a flip, RandAugment, erased rectangles, and mixing.
+    def mean(model: nn.Module, batch: Any) -> Tensor:
+        loss = task.loss(model, batch)
+        return loss[0] / loss[1] if isinstance(loss, tuple) else loss
 
-    Attributes:
-        smoothing: of the labels, which the loss is to apply.
-    """
-
-    def __init__(self) -> None:
-        recipe = load_recipe(AUGMENTED)
-        settings = recipe.augmentation
-        self.smoothing = recipe.training.label_smoothing_factor
-        config = ViTConfig(image_size=PIXELS)
-        processor = make_image_processor(config, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-        self._padding = settings.crop_padding
-        self._augment = make_augmentation(settings, processor, CLASSES)
-
-    def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(pixels, shares of classes) of a batch of bytes, drawn from a generator."""
-        count, side, padding = len(images), images.shape[-1], self._padding
-        padded = nn.functional.pad(images, (padding,) * 4)
-        places = torch.randint(2 * padding + 1, (count, 2), generator=generator)
-        cropped = torch.stack(
-            [image[:, y : y + side, x : x + side] for image, (y, x) in zip(padded, places.tolist(), strict=True)]
-        )
-        flipped = torch.rand(count, generator=generator) < 0.5
-        cropped[flipped] = cropped[flipped].flip(-1)
-        seeds = torch.randint(2**62, (count,), generator=generator)
-        made = self._augment({"pixel_values": cropped, "labels": labels, "seeds": seeds})
-        return made["pixel_values"], made["labels"]
+    return mean
 
 
-def batch_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy of a batch."""
-    return loss_of(model, *batch)
+def _descend(
+    model: nn.Module,
+    task: Task,
+    samples: Samples,
+    run: Run,
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int, int], float],
+) -> list[float]:
+    return descend(
+        model,
+        samples.batches(run.seed),
+        mean_loss(task),
+        steps=steps,
+        learning_rate=run.learning_rate,
+        optimizer=optimizer,
+        schedule=schedule,
+        most_norm=task.most_norm,
+    )
+
+
+def _ending(task: Task, samples: Samples, model: nn.Module, losses: list[float], steps: int) -> Row:
+    """What a training ended at; what guessing would end at where it failed."""
+    failed = len(losses) < steps or not math.isfinite(losses[-1])
+    found = samples.evaluate(model)
+    loss = _short(found["loss"]) if math.isfinite(found["loss"]) else None
+    guessed = task.failure if failed or loss is None else {}
+    return {**found, "loss": loss, **guessed, "steps": len(losses), "failed": failed, "losses": _curve(losses)}
 
 
 def _optimizer(
-    arm: Arm, model: nn.Module, learning_rate: float, squares: Mapping[str, Tensor] | None
+    arm: Arm, task: Task, model: nn.Module, learning_rate: float, squares: Mapping[str, Tensor] | None
 ) -> torch.optim.Optimizer:
-    groups = parameter_groups(model)
+    groups = parameter_groups(model, task.weight_decay)
     match arm.optimizer:
         case "radam":
             return torch.optim.RAdam(groups, decoupled_weight_decay=True, foreach=True)
@@ -296,7 +277,7 @@ def _optimizer(
             kinds = kinds_of(model)
             matrices = [weight for name, weight in model.named_parameters() if kinds[name] == "trunk"]
             return MuonAndAdamW(groups, matrices=[weight for weight in matrices if weight.ndim == 2], lr=learning_rate)
-    optimizer = adamw(model)
+    optimizer = torch.optim.AdamW(groups, betas=task.betas, foreach=True)
     if squares is not None:
         seed_second_moment(optimizer, model, squares, "gi_adam")
     return optimizer

@@ -26,7 +26,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.warmup_free import search
-from benchmarks.warmup_free.lab import ARMS, RESULTS, Row, Run, Task, carry_out, carry_out_scaled
+from benchmarks.warmup_free.images import ImageTask
+from benchmarks.warmup_free.lab import ARMS, RESULTS, Row, Run, Task, carry_out, carry_out_scaled, score
+from benchmarks.warmup_free.texts import TextTask
 
 LOCKS = Path("outputs") / "warmup-free"
 CHOOSING = (0, 1)
@@ -42,6 +44,8 @@ _LAST = (
     *("nio_warmup10", "nio_seeded", "nio_muon", "xavier_nio", "mimetic_nio"),
 )
 _LONG = ("nio", "warmup10", "x4", "xavier", "positions8")
+_TEXT = ("nio", "class", "warmup2", "warmup5", "warmup10", "warmup30", "x2", "width", "gi_adam", "radam", "nio_seeded")
+_LONG_TEXT = ("nio", "class", "warmup10", "x2")
 _WHERE = ("nio", "warmup10", "x4", "width", "positions8")
 
 
@@ -67,23 +71,45 @@ class Part:
 
 
 def _where(**changes: Any) -> Part:
-    return Part(Task("vit", **changes), _WHERE, (1400, 1401, 1402), choosing=(0,), extends=False)
+    return Part(ImageTask("vit", **changes), _WHERE, (1400, 1401, 1402), choosing=(0,), extends=False)
+
+
+def _text(model: str, *further: str) -> Part:
+    return Part(TextTask(model), (*_TEXT, *further), (1500, 1501, 1502, 1503, 1504), choosing=(0,))
+
+
+def _long_text(model: str) -> Part:
+    return Part(TextTask(model, steps=5000), _LONG_TEXT, (1500, 1501, 1502), rates_of=f"text-{model}")
 
 
 HELD = {
-    "rivals-vit": Part(Task("vit"), (*_FIRST, *_COMMON, "structured", "positions8", "positions32", *_LAST), JUDGING),
-    "rivals-swin": Part(Task("swin"), (*_FIRST, *_COMMON, *_LAST), JUDGING),
-    "length-2500": Part(Task("vit", steps=2500), _LONG, (1400, 1401, 1402, 1403, 1404)),
+    "rivals-vit": Part(
+        ImageTask("vit"), (*_FIRST, *_COMMON, "structured", "positions8", "positions32", *_LAST), JUDGING
+    ),
+    "text-gpt2": _text("gpt2"),
+    "text-llama": _text("llama", "residual"),
+    "text-bert": _text("bert", "residual"),
+    "rivals-swin": Part(ImageTask("swin"), (*_FIRST, *_COMMON, *_LAST), JUDGING),
+    "length-2500": Part(ImageTask("vit", steps=2500), _LONG, (1400, 1401, 1402, 1403, 1404)),
+    "text-gpt2-5000": _long_text("gpt2"),
+    "text-llama-5000": _long_text("llama"),
+    "text-bert-5000": _long_text("bert"),
     "where-width192": _where(width=192),
     "where-batch256": _where(batch_size=256),
     "where-depth12": _where(depth=12),
     "where-imagenette64": _where(data="imagenette224", pixels=64),
     "length-10000": Part(
-        Task("vit", steps=10_000, augmented=True), (*_LONG, "published"), (1400, 1401, 1402), rates_of="length-2500"
+        ImageTask("vit", steps=10_000, augmented=True),
+        (*_LONG, "published"),
+        (1400, 1401, 1402),
+        rates_of="length-2500",
     ),
     "where-width384": _where(width=384),
     "length-25000": Part(
-        Task("vit", steps=25_000, augmented=True), (*_LONG, "published"), (1400, 1401, 1402), rates_of="length-2500"
+        ImageTask("vit", steps=25_000, augmented=True),
+        (*_LONG, "published"),
+        (1400, 1401, 1402),
+        rates_of="length-2500",
     ),
 }
 """{name of a part: what is held against each other}, in the order of the work."""
@@ -180,7 +206,7 @@ def grid(name: str, arm: str, lines: Sequence[Row]) -> tuple[list[float], float 
     found: dict[float, list[float]] = {}
     for row in lines:
         if row["arm"] == arm and row["choosing"]:
-            found.setdefault(row["learning_rate"], []).append(row["accuracy"])
+            found.setdefault(row["learning_rate"], []).append(score(row))
     rates = sorted(ARMS[arm].rates)
     while all(len(found.get(rate, ())) == len(part.choosing) for rate in rates):
         best = max(rates, key=lambda rate: statistics.fmean(found[rate]))

@@ -12,20 +12,26 @@ import dataclasses
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks.warmup_free import search
-from benchmarks.warmup_free.lab import RESULTS, Row, unpacked
-from benchmarks.warmup_free.study import HELD, grid, replayed, rows
+from benchmarks.warmup_free.images import unpacked
+from benchmarks.warmup_free.lab import RESULTS, Row, score
+from benchmarks.warmup_free.study import HELD, SEARCHED_BY, grid, replayed, rows
+from benchmarks.warmup_free.texts import unpacked_losses
 from nio_hf.report.style import BLUE, GREY, figure
 from nio_hf.report.tables import markdown_table
 from nio_hf.trials.interval import Interval, corrected, interval
 
 TEST_IMAGES = 10_000
-MODELS = {"vit": "ViT", "swin": "Swin"}
-WARMUPS = ("warmup10", "warmup30")
+MODELS = {"rivals-vit": "ViT", "rivals-swin": "Swin"}
+"""{part that holds all rivals against each other on images: its model}."""
+TEXTS = {"text-gpt2": "GPT-2", "text-llama": "Llama", "text-bert": "BERT"}
+"""The same for text."""
+WARMUPS = ("warmup2", "warmup5", "warmup10", "warmup30")
 COMMON = ("x2", "x4", "width")
 AIM = 0.8
 """Share of the head-room that NIO is to reach."""
@@ -39,11 +45,14 @@ WITHOUT = {
 """{arm with NIO: what it is held against}."""
 NAMES = {
     "class": "the class's own, no warmup",
+    "warmup2": "warmup 2%",
+    "warmup5": "warmup 5%",
     "warmup10": "warmup 10%",
     "warmup30": "warmup 30%",
     "x2": "`initializer_range` x2",
     "x4": "`initializer_range` x4",
     "width": "1 / sqrt(width)",
+    "residual": "GPT-2's residual scaling",
     "xavier": "Xavier",
     "mimetic": "mimetic",
     "structured": "structured",
@@ -63,6 +72,7 @@ NAMES = {
     "mimetic_nio": "NIO on mimetic",
 }
 Family = Mapping[tuple[str, str], Interval]
+"""{(part, arm): difference}."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +80,9 @@ class Judged:
     """The trainings of an arm that judge.
 
     Attributes:
-        rate: learning rate that was chosen.
-        chosen: its mean accuracy on the images that chose, in %.
-        lines: one for each seed.
+        rate: Learning rate that was chosen.
+        chosen: Its mean score on the samples that chose.
+        lines: One for each seed.
     """
 
     rate: float
@@ -80,9 +90,9 @@ class Judged:
     lines: Sequence[Row]
 
     @property
-    def accuracies(self) -> list[float]:
-        """On the test images, in %."""
-        return [line["accuracy"] for line in self.lines]
+    def scores(self) -> list[float]:
+        """Accuracy on the test images in %, or minus the loss on the test blocks."""
+        return [score(line) for line in self.lines]
 
     @property
     def cost(self) -> float:
@@ -90,117 +100,125 @@ class Judged:
         return statistics.fmean(line["cost"] for line in self.lines)
 
     @property
-    def right(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-        """(images,) share of the seeds that tell each image rightly."""
-        return np.mean([unpacked(line["right"], TEST_IMAGES) for line in self.lines], axis=0)
+    def by_sample(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+        """(test samples,) the score of each, a mean over the seeds."""
+        if "accuracy" in self.lines[0]:
+            return 100 * np.mean([unpacked(line["right"], TEST_IMAGES) for line in self.lines], axis=0)
+        return -np.mean([unpacked_losses(line["right"]).astype(np.float64) for line in self.lines], axis=0)
 
 
-def judged(task: str) -> dict[str, Judged]:
+def judged(part: str) -> dict[str, Judged]:
     """{arm: its trainings that judge}, of the arms that have all of them."""
-    name = f"rivals-{task}"
-    found, lines = {}, rows(name)
-    for arm in HELD[name].arms:
-        _, rate = grid(name, arm, lines)
+    found, lines, held = {}, rows(part), HELD[part]
+    for arm in held.arms:
+        _, rate = grid(part, arm, lines)
         own = {line["seed"]: line for line in lines if line["arm"] == arm and not line["choosing"]}
-        if rate is not None and own.keys() >= set(HELD[name].judging):
+        if rate is not None and own.keys() >= set(held.judging):
             choosing = [
-                line["accuracy"]
+                score(line)
                 for line in lines
-                if line["arm"] == arm and line["choosing"] and line["learning_rate"] == rate
+                if (line["arm"], line["choosing"], line["learning_rate"]) == (arm, True, rate)
             ]
-            found[arm] = Judged(rate, statistics.fmean(choosing), [own[seed] for seed in HELD[name].judging])
+            chosen = statistics.fmean(choosing) if choosing else math.nan
+            found[arm] = Judged(rate, chosen, [own[seed] for seed in held.judging])
     return found
 
 
 def difference(own: Judged, other: Judged) -> list[float]:
-    """Points of accuracy, seed by seed."""
-    return [a - b for a, b in zip(own.accuracies, other.accuracies, strict=True)]
+    """Of the scores, seed by seed."""
+    return [a - b for a, b in zip(own.scores, other.scores, strict=True)]
 
 
-def images_error(own: Judged, other: Judged) -> float:
-    """Standard error of the mean difference that comes from the choice of the test images, in points."""
-    each = 100 * (own.right - other.right)
+def samples_error(own: Judged, other: Judged) -> float:
+    """Standard error of the mean difference that comes from the choice of the test samples."""
+    each = own.by_sample - other.by_sample
     return float(each.std(ddof=1) / math.sqrt(len(each)))
 
 
 def best(arms: Mapping[str, Judged], names: Sequence[str]) -> str:
-    """The one of some arms with the best accuracy on the images that chose."""
+    """The one of some arms that is best on the samples that chose."""
     return max((name for name in names if name in arms), key=lambda name: arms[name].chosen)
 
 
-def rivals() -> Family:
-    """NIO minus each arm without NIO, in both models, corrected together; of warmup, the better length."""
+def rivals(parts: Iterable[str]) -> Family:
+    """NIO minus each arm without NIO, in some parts, corrected together; of warmup, the length that was chosen."""
     samples = {}
-    for task in MODELS:
-        arms = judged(task)
+    for part in parts:
+        arms = judged(part)
         left_out = {"nio", *WITHOUT, *WARMUPS} - {best(arms, WARMUPS)}
         for arm in arms.keys() - left_out:
-            samples[task, arm] = difference(arms["nio"], arms[arm])
+            samples[part, arm] = difference(arms["nio"], arms[arm])
     return corrected(samples)
 
 
-def additions() -> Family:
-    """Each arm with NIO minus what it is held against, in both models, corrected together."""
+def additions(parts: Iterable[str]) -> Family:
+    """Each arm with NIO minus what it is held against, in some parts, corrected together."""
     samples = {}
-    for task in MODELS:
-        arms = judged(task)
+    for part in parts:
+        arms = judged(part)
         for arm, other in WITHOUT.items():
             if arm in arms:
-                samples[task, arm] = difference(arms[arm], arms[other])
+                samples[part, arm] = difference(arms[arm], arms[other])
     return corrected(samples)
 
 
-def arms_table(task: str) -> str:
-    """Each arm: learning rate, cost, accuracy; the best first."""
-    arms = judged(task)
-    order = sorted(arms, key=lambda arm: -statistics.fmean(arms[arm].accuracies))
+def arms_table(part: str, title: str) -> str:
+    """Each arm: learning rate, cost, accuracy or loss; the best first."""
+    arms = judged(part)
+    order = sorted(arms, key=lambda arm: -statistics.fmean(arms[arm].scores))
+    is_accuracy = "accuracy" in arms[order[0]].lines[0]
+    digits = 2 if is_accuracy else 3
     lines = [
         (
             NAMES[arm],
             f"{arms[arm].rate:g}",
             f"{arms[arm].cost:.0f}",
-            f"{statistics.fmean(arms[arm].accuracies):.2f} ± {statistics.stdev(arms[arm].accuracies):.2f}",
+            f"{abs(statistics.fmean(arms[arm].scores)):.{digits}f} ± {statistics.stdev(arms[arm].scores):.{digits}f}",
         )
         for arm in order
     ]
-    return markdown_table((MODELS[task], "learning rate", "cost, steps", "accuracy, %"), lines)
+    return markdown_table((title, "learning rate", "cost, steps", "accuracy, %" if is_accuracy else "loss"), lines)
 
 
-def family_table(family: Family, label: str, other: Mapping[str, str]) -> str:
-    """Differences with their corrected intervals and the error of the test images; `other`: what arms are held against.
+def family_table(family: Family, label: str, other: Mapping[str, str], parts: Mapping[str, str]) -> str:
+    """Differences with their corrected intervals and the error that comes from the test samples.
 
-    An arm that is not in `other` is itself held against NIO.
+    Args:
+        family: Differences.
+        label: Head of the column of arms.
+        other: {arm: what it is held against}; NIO is held against an arm that is not in it.
+        parts: {part: its title}.
     """
-    lines, arms = [], {task: judged(task) for task in MODELS}
+    lines, arms = [], {part: judged(part) for part in parts}
     for name in NAMES:
         cells = []
-        for task in MODELS:
-            found = family.get((task, name))
-            cells += ["", ""] if found is None else [_cell(found), f"{_error(arms[task], name, other):.2f}"]
+        for part in parts:
+            found = family.get((part, name))
+            cells += ["", ""] if found is None else _cells(found, arms[part], name, other)
         if any(cells):
             against = f", minus {NAMES[other[name]]}" if name in other else ""
             lines.append((f"{NAMES[name]}{against}", *cells))
-    return markdown_table((label, *(cell for task in MODELS.values() for cell in (task, "images"))), lines)
+    return markdown_table((label, *(cell for title in parts.values() for cell in (title, "samples"))), lines)
 
 
-def _cell(found: Interval) -> str:
-    return f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+def _cells(found: Interval, arms: Mapping[str, Judged], name: str, other: Mapping[str, str]) -> list[str]:
+    own, against = (arms[name], arms[other[name]]) if name in other else (arms["nio"], arms[name])
+    digits = 2 if "accuracy" in own.lines[0] else 3
+    difference = f"{found.mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
+    return [difference, f"{samples_error(own, against):.{digits}f}"]
 
 
-def _error(arms: Mapping[str, Judged], name: str, other: Mapping[str, str]) -> float:
-    return images_error(arms[name], arms[other[name]]) if name in other else images_error(arms["nio"], arms[name])
-
-
-def head_room(task: str) -> str:
+def head_room(search_part: str) -> str:
     """How much a direct search finds over the best common factor, and NIO's share of it, in a sentence."""
-    arms = judged(task)
+    part = SEARCHED_BY[search_part]
+    arms = judged(part)
     common = best(arms, COMMON)
     room = interval(difference(arms["searched"], arms[common]))
     gain = interval(difference(arms["nio"], arms[common]))
     tested = interval([own - AIM * most for own, most in zip(gain.values, room.values, strict=True)])
-    found = replayed(f"search-{task}")
+    found = replayed(search_part)
     said = (
-        f"{MODELS[task]}: the direct search over {len(found.tried)} configurations finds {room} points over "
+        f"{MODELS[part]}: the direct search over {len(found.tried)} configurations finds {room} points over "
         f"{NAMES[common]} ({', '.join(search.named(found.best))}). NIO, with its cost paid, gains {gain}"
     )
     if room.low <= 0:
@@ -210,13 +228,13 @@ def head_room(task: str) -> str:
     return f"{said}, {gain.mean / room.mean:.0%} of it; the aim of {AIM:.0%} is {aim} ({tested} points beyond it)."
 
 
-def draw(family: Family) -> None:
+def draw(family: Family, parts: Mapping[str, str], unit: str, target: Path) -> None:
     """The differences of NIO from its rivals, with their intervals."""
     names = sorted({name for _, name in family}, key=lambda name: -family[next(k for k in family if k[1] == name)].mean)
-    with figure(RESULTS / "rivals.png", width=7.5, height=1.2 + 0.3 * len(names)) as drawn:
-        panels = drawn.subplots(1, len(MODELS), sharey=True, squeeze=False)[0]
-        for axes, (task, title) in zip(panels, MODELS.items(), strict=True):
-            known = [(place, family[task, name]) for place, name in enumerate(names) if (task, name) in family]
+    with figure(target, width=2.5 + 2.5 * len(parts), height=1.2 + 0.3 * len(names)) as drawn:
+        panels = drawn.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+        for axes, (part, title) in zip(panels, parts.items(), strict=True):
+            known = [(place, family[part, name]) for place, name in enumerate(names) if (part, name) in family]
             axes.axvline(0, color=GREY, linewidth=1)
             axes.errorbar(
                 [found.mean for _, found in known],
@@ -229,28 +247,35 @@ def draw(family: Family) -> None:
                 capsize=3,
             )
             axes.set_title(title)
-            axes.set_xlabel("points of accuracy, NIO minus the rival")
             axes.set_yticks(range(len(names)), [NAMES[name].replace("`", "") for name in names])
+        panels[len(parts) // 2].set_xlabel(unit)
         panels[0].invert_yaxis()
 
 
-def page() -> str:
-    """All tables, and what the direct search says."""
-    family = rivals()
+def page(parts: Mapping[str, str], searches: Sequence[str]) -> str:
+    """All tables of some parts, and what direct searches say."""
+    family = rivals(parts)
     return "\n\n".join(
         [
-            "\n".join(f"- {head_room(task)}" for task in MODELS),
-            family_table(family, "NIO minus", {}),
-            family_table(additions(), "with NIO", WITHOUT),
-            *(arms_table(task) for task in MODELS),
+            "\n".join(f"- {head_room(search_part)}" for search_part in searches),
+            family_table(family, "NIO minus", {}, parts),
+            family_table(additions(parts), "with NIO", WITHOUT, parts),
+            *(arms_table(part, title) for part, title in parts.items()),
         ]
     )
 
 
 def main() -> int:
     """Print the tables and draw; returns the exit status."""
-    sys.stdout.write(page() + "\n")
-    draw(rivals())
+    searched = [name for name, part in SEARCHED_BY.items() if part in MODELS]
+    for parts, searches, unit, target in (
+        (MODELS, searched, "points of accuracy, NIO minus the rival", "rivals.png"),
+        (TEXTS, [], "loss, the rival minus NIO", "texts.png"),
+    ):
+        done = {part: title for part, title in parts.items() if "nio" in judged(part)}
+        if done:
+            sys.stdout.write(page(done, [name for name in searches if SEARCHED_BY[name] in done]) + "\n\n")
+            draw(rivals(done), done, unit, RESULTS / target)
     return 0
 
 

@@ -52,10 +52,10 @@ class NIOConfig:
         objective: what the search raises, the mean over its batches: "gc" (GC), "gc_norm" (GC + GN / GN_0, with GN_0
             the norm at the start), "gc_sum_norm" (GC + sum of the D norms, as published), "variance" (minus the mean
             squared distance of the sub-batch gradients from their mean) or "gc_sign" (the cosine of the signs of
-            the sub-batch gradients, which Adam's first step follows). "balance" lets groups grow until what is added
-            is as large as what it is added to, which the spread of the sub-batch gradients tells. It has no
-            derivative, nor has "gc_sign": both are for "scan" only. "auto" is "balance" in a scan of "model" or
-            "additive", and "gc" otherwise.
+            the sub-batch gradients, which Adam's first step follows). "balance" raises nothing: layers are to keep
+            the variance of their inputs, and additive tensors to be as large as what they are added to. It is for a
+            "scan" of "model" or "additive", where "auto" stands for it; elsewhere "auto" is "gc". "gc_sign" has no
+            derivative, and is for "scan" only.
         scaled_tensors: "weights", which are matrices, tables and tokens, or "all" trainable tensors: biases, weights of
             normalisation and what else has one number a channel or head, too (see [`kinds_of`]).
         sub_batches: D, from 2 to B.
@@ -196,6 +196,9 @@ class NIOConfig:
             yield "precision", self.precision, fix
         if self.search != "scan" and self.objective in ("balance", "gc_sign"):
             fix = f'Set NIOConfig.search to "scan": {self.objective} has no derivative'
+            yield "objective", self.objective, fix
+        elif self.objective == "balance" and self.groups not in ("model", "additive"):
+            fix = 'Set NIOConfig.groups to "additive": balance is that of what is added with what it is added to'
             yield "objective", self.objective, fix
         for name in ("gamma", "overlap") if self.search != "published" else ():
             if getattr(self, name):

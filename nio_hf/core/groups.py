@@ -62,14 +62,22 @@ def kinds_of(model: nn.Module) -> dict[str, Kind]:
     parameters = dict(model.named_parameters())
     owners = _owners(model)
     kinds = {name: _kind(parameter, *owners[id(parameter)]) for name, parameter in parameters.items()}
-    matrices = {id(parameters[name]) for name, kind in kinds.items() if kind == "trunk"}
-    in_blocks = _parameters_of(_blocks(model, _repeated_elements(model), matrices))
+    in_blocks = _parameters_of(blocks_of(model))
     for name, parameter in parameters.items():
         if kinds[name] == "trunk" and id(parameter) not in in_blocks and "weight" not in owners[id(parameter)][1]:
             kinds[name] = "additive"
     layers = {name: id(parameters[name]) in in_blocks for name, kind in kinds.items() if kind == "trunk"}
     kinds |= _kinds_by_place(layers)
     return kinds | dict.fromkeys(_input_names(model, kinds), "input")
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The outermost blocks of a model, see [`kinds_of`], in the order in which it registers them."""
+    owners = _owners(model)
+    matrices = {
+        id(parameter) for parameter in model.parameters() if _kind(parameter, *owners[id(parameter)]) == "trunk"
+    }
+    return _blocks(model, _repeated_elements(model), matrices)
 
 
 def group_tensors(

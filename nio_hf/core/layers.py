@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nio_hf.core.config import is_positive
 from nio_hf.core.tensors import ModelTensors, TensorPlace
 from nio_hf.errors import ModelError, Problem
 
 _STACK = 3
 _NO_STACKS = (nn.Conv1d, nn.ConvTranspose1d, nn.Bilinear)
 """Layers whose weight has three dimensions and is no stack."""
+_SAME_RANGE = 0.1
+"""Relative difference of a root mean square from the range of a class that is chance; our choice."""
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -40,15 +45,26 @@ def preserving_factor(model: nn.Module, tensors: ModelTensors) -> float:
     over the weights W_l (P_l entries, P together) of [`layer_weights`]. Weights of variance 1 / fan_in keep variances
     (LeCun, Bottou, Orr, Müller, "Efficient BackProp", 1998); that one factor cannot do so in every layer, and that it
     is their geometric mean over the entries, is our choice.
+
+    Where most entries have the `initializer_range` of the model's config, layers with a smaller rms were drawn smaller
+    on purpose, as GPT-2 draws those that lead into the residual stream. They count as if they had that range, and so
+    stay as much smaller as they are.
     """
     layers = _layers(model, tensors)
     if not layers:
         return 1.0
     weights = [place.parameter.detach() for place in layers]
-    total, norms = sum(weight.numel() for weight in weights), torch.stack(torch._foreach_norm(weights)).tolist()
+    norms = torch.stack(torch._foreach_norm(weights)).tolist()
+    sizes = [norm / math.sqrt(weight.numel()) for weight, norm in zip(weights, norms, strict=True)]
+    entries = [weight.numel() for weight in weights]
+    usual: Any = getattr(getattr(model, "config", None), "initializer_range", None)
+    if is_positive(usual):
+        alike = [math.isclose(size, usual, rel_tol=_SAME_RANGE) for size in sizes]
+        most = 2 * sum(itertools.compress(entries, alike)) > sum(entries)
+        sizes = [max(size, usual) for size in sizes] if most else sizes
     logs = (
-        weight.numel() / total * math.log(norm * math.sqrt(fan_in(weight, owners[0]) / weight.numel()))
-        for weight, norm, owners in zip(weights, norms, layers.values(), strict=True)
+        count / sum(entries) * math.log(size * math.sqrt(fan_in(weight, owners[0])))
+        for count, size, weight, owners in zip(entries, sizes, weights, layers.values(), strict=True)
     )
     return math.exp(-math.fsum(logs))
 

@@ -108,13 +108,13 @@ class NormConstraint:
 def make_objective(name: ObjectiveName, sub_batches: int, initial_grad_norm: float) -> Objective:
     """The objective of a name; `initial_grad_norm` is GN_0."""
     match name:
-        case "gc":
+        case "gc" | "balance":
             return CosineObjective()
         case "gc_norm":
             return CosineObjective(norm_weight=1 / (initial_grad_norm * sub_batches))
         case "gc_sum_norm":
             return CosineObjective(norm_weight=1.0)
-        case "variance" | "balance":
+        case "variance":
             return VarianceObjective()
         case "gc_sign":
             return SignObjective()

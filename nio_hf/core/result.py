@@ -10,11 +10,9 @@ from typing import Any, Literal
 from nio_hf.core.config import NIOConfig, ObjectiveName
 from nio_hf.core.records import restored
 
-Outcome = Literal[
-    "start", "accepted", "loss_bound", "norm_band", "unbalanced", "no_gain", "noise", "worse", "lower_norm"
-]
+Outcome = Literal["start", "accepted", "loss_bound", "norm_band", "no_gain", "noise", "worse", "lower_norm"]
 """What became of an iteration: "start", the start was measured; "accepted"; "loss_bound" or "norm_band", refused by a
-bound; "unbalanced", the gradients spread too little; "no_gain" or "noise", the objective did not rise, or not beyond
+bound; "no_gain" or "noise", the objective did not rise, or not beyond
 its noise; "worse", a step back follows; "lower_norm", a step that lowered the gradient norm."""
 Status = Literal[
     "improved",
@@ -88,11 +86,6 @@ class Reading:
         """Mean of `scores`."""
         return statistics.fmean(self.scores)
 
-    @property
-    def spread(self) -> float:
-        """Root mean squared distance of sub-batch gradients from their mean, where `scores` are minus its square."""
-        return math.sqrt(max(0.0, -self.score))
-
     def gain_over(self, other: Reading) -> tuple[float, float]:
         """(mean, standard error) of the rise of the objective over another point, paired over the batches."""
         differences = [mine - theirs for mine, theirs in zip(self.scores, other.scores, strict=True)]
@@ -100,12 +93,11 @@ class Reading:
 
     def for_record(self, objective: ObjectiveName) -> dict[str, Any]:
         """What an [`IterationRecord`] holds of it; the score of the objective is left out where that is GC itself."""
-        own: dict[str, float | None] = {"gc": None, "balance": self.spread}
         return {
             "loss": self.measured.loss,
             "grad_cosine": self.measured.value,
             "grad_norm": self.measured.grad_norm,
-            "objective": own.get(objective, self.score),
+            "objective": None if objective in ("gc", "balance") else self.score,
         }
 
 

@@ -1,15 +1,13 @@
 """The scan: factors of one group after the other, judged by first gradients on a few fixed batches.
 
     common    omega = 2^x for all groups: the factor with which the layers keep the variance of their inputs, see
-              `layers.preserving_factor`, or half of x, a quarter, ... where that breaks a bound.
-    groups    one group at a time, its scale times 4, then 2, or divided by 4, then 2, for as long as the objective
-              rises by more than its noise and the bounds are kept; group after group, until a round changes nothing
-              or the budget is spent. The group with the most parameters, of "additive" that of all others, keeps the
-              common factor.
-
-With the objective "balance" groups only grow, until what is added is as large as what it is added to. That is told by
-the spread of the sub-batch gradients, their root mean squared distance from their mean, see [`least_spread`]. What all
-samples share, such as the gradient that corrects the offsets of a random head, is no part of the spread.
+              `layers.preserving_factor`. With the objective "balance" additive tensors have a further factor, with
+              which they are as large as what they are added to, see `balance.balancing_factor`. Where that breaks a
+              bound, half of these exponents, a quarter, ...
+    groups    with other objectives: one group at a time, its scale times 4, then 2, or divided by 4, then 2, for as
+              long as the objective rises by more than its noise and the bounds are kept; group after group, until a
+              round changes nothing or the budget is spent. The group with the most parameters, of "additive" that of
+              all others, keeps the common factor.
 
 Every candidate is measured on the same batches with the same random numbers, so that differences are paired.
 """
@@ -21,6 +19,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from nio_hf.core.balance import BALANCING_COST, balancing_factor
 from nio_hf.core.bounds import Bounds
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.layers import preserving_factor
@@ -48,7 +47,7 @@ class ScanState:
         readings: at omega = 1, at the common factor (which the norm band of the groups is relative to), and at the
             accepted scales; None before the start is measured.
         stage: what it is at.
-        candidate: log2 of the common factor that it tries next.
+        candidate: (K,) log2 of the scales that it tries next for all groups together.
         step: change of log2 of the scale of a group that it tries next.
         free: positions of the groups but the one that keeps the common factor.
         untried: those that are left in this round, the one that it tries next in front.
@@ -62,7 +61,7 @@ class ScanState:
     exponents: tuple[float, ...]
     readings: Readings | None
     stage: Stage
-    candidate: float
+    candidate: tuple[float, ...]
     step: float
     free: tuple[int, ...]
     untried: tuple[int, ...]
@@ -100,7 +99,7 @@ def init(problem: ScalingProblem) -> ScanState:
         exponents=zeros,
         readings=None,
         stage="start",
-        candidate=_preserving_exponent(problem),
+        candidate=(_preserving_exponent(problem),) * len(zeros),
         step=GROUP_STEP,
         free=_free_groups(problem),
         untried=(),
@@ -139,7 +138,10 @@ def describe(problem: ScalingProblem, state: ScanState) -> str:
     if state.stage == "groups":
         group = state.untried[0]
         return f"{list(problem.tensors.groups)[group]} x{2.0 ** (state.exponents[group] + state.step):.3g}"
-    return f"all x{2.0**state.candidate:.3g}"
+    scales = dict(zip(problem.tensors.groups, (f"x{2.0**exponent:.3g}" for exponent in state.candidate), strict=True))
+    if len(set(scales.values())) == 1:
+        return f"all {next(iter(scales.values()))}"
+    return ", ".join(f"{group} {scale}" for group, scale in scales.items())
 
 
 def most_cost(config: NIOConfig, groups: int) -> float:
@@ -147,43 +149,49 @@ def most_cost(config: NIOConfig, groups: int) -> float:
     largest = math.log2(config.scale_range[1])
     candidates = 1 + math.floor(math.log2(largest / LEAST_EXPONENT)) if largest >= LEAST_EXPONENT else 0
     alone = float(config.search_batches * (1 + candidates))
+    if config.judged_by == "balance":
+        return alone + (BALANCING_COST if groups > 1 else 0.0)
     return alone if groups == 1 else max(alone, config.budget)
-
-
-def least_spread(step: float) -> float:
-    """Share of the spread of the gradients that is left where a factor of 2^step brings a group into balance.
-
-        sqrt((1 + 4^-step) / 2)
-
-    Behind a normalisation gradients are as 1 / ||a + p||, with p what is added and a what it is added to. With p at
-    right angles to a, as many times smaller as it then grows, the share is sqrt(||a||^2 + ||p||^2) / sqrt(2 ||a||^2).
-    Where less is left p has become larger than a. Our choice.
-    """
-    return math.sqrt((1 + 4.0**-step) / 2)
 
 
 def _measure_start(problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState) -> ScanState:
     objective, ones = objective_of(problem), (1.0,) * len(state.exponents)
     start, size = measure_point(problem, parts, objective, ones, state.micro_batch_size)
-    state = _recorded(state, _record(problem, state, "start", len(parts), size, start))
-    state = dataclasses.replace(state, readings=Readings(start, start, start), stage="common")
-    return state if state.candidate >= LEAST_EXPONENT else _with_groups_next(state)
+    candidate, cost = _balanced(problem, parts, state.candidate, size)
+    state = _recorded(state, _record(problem, state, "start", len(parts) + cost, size, start))
+    state = dataclasses.replace(state, readings=Readings(start, start, start), stage="common", candidate=candidate)
+    return state if max(candidate) >= LEAST_EXPONENT else _with_groups_next(state)
+
+
+def _balanced(
+    problem: ScalingProblem, parts: Sequence[SubBatches], candidate: tuple[float, ...], size: int | None
+) -> tuple[tuple[float, ...], float]:
+    """Exponents with which additive tensors are as large as what they are added to, and what it costs to find them."""
+    config, groups = problem.config, list(problem.tensors.groups)
+    if config.judged_by != "balance" or "additive" not in groups:
+        return candidate, 0.0
+    problem.place([2.0**exponent for exponent in candidate])
+    additive = [problem.theta[place] for place in problem.tensors.groups["additive"]]
+    factor = balancing_factor(problem.loss, additive, parts[0], problem.collective, size)
+    position, exponents = groups.index("additive"), list(candidate)
+    exponents[position] = math.log2(min(2.0 ** exponents[position] * factor, config.scale_range[1]))
+    return tuple(exponents), BALANCING_COST
 
 
 def _try_common(
     problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState, readings: Readings
 ) -> ScanState:
-    """Measure a common factor; accept it, or take half of its exponent."""
-    exponents = (state.candidate,) * len(state.exponents)
+    """Measure scales of all groups; accept them, or take half of their exponents."""
+    exponents = state.candidate
     bounds = Bounds.of(problem.config, readings.start)
     reading, outcome, size = _judge(problem, parts, state, [2.0**exponent for exponent in exponents], bounds)
-    record = _record(problem, state, outcome, len(parts), size, reading, scale=2.0**state.candidate)
+    record = _record(problem, state, outcome, len(parts), size, reading, scale=2.0 ** exponents[_keeping(problem)])
     state = _recorded(state, record)
     if reading is not None and outcome == "accepted":
         accepted = Readings(readings.start, reading, reading)
         return _with_groups_next(dataclasses.replace(state, exponents=exponents, readings=accepted))
-    halved = dataclasses.replace(state, candidate=state.candidate / 2)
-    return halved if halved.candidate >= LEAST_EXPONENT else _with_groups_next(halved)
+    halved = dataclasses.replace(state, candidate=tuple(exponent / 2 for exponent in exponents))
+    return halved if max(halved.candidate) >= LEAST_EXPONENT else _with_groups_next(halved)
 
 
 def _try_group(problem: ScalingProblem, parts: Sequence[SubBatches], state: ScanState, readings: Readings) -> ScanState:
@@ -194,7 +202,7 @@ def _try_group(problem: ScalingProblem, parts: Sequence[SubBatches], state: Scan
     bounds = Bounds.of(problem.config, readings.start, readings.common)
     reading, outcome, size = _judge(problem, parts, state, [2.0**exponent for exponent in exponents], bounds)
     if reading is not None and outcome == "accepted":
-        outcome, gain = _weigh(problem.config, state.step, reading, readings)
+        outcome, gain = _weigh(state.step, reading, readings)
         gains[group] += gain
     name = list(problem.tensors.groups)[group]
     record = _record(problem, state, outcome, len(parts), size, reading, group=name, scale=2.0 ** exponents[group])
@@ -213,11 +221,8 @@ def _try_group(problem: ScalingProblem, parts: Sequence[SubBatches], state: Scan
     return moved if abs(state.step) == GROUP_STEP else _with_next_group(moved)
 
 
-def _weigh(config: NIOConfig, step: float, reading: Reading, readings: Readings) -> tuple[Outcome, float]:
+def _weigh(step: float, reading: Reading, readings: Readings) -> tuple[Outcome, float]:
     """Whether a step of a group within the bounds is worth it, and what the objective gains by it."""
-    if config.judged_by == "balance":
-        is_balanced = reading.spread >= least_spread(step) * readings.current.spread
-        return "accepted" if is_balanced else "unbalanced", 0.0
     gain, error = reading.gain_over(readings.current)
     if not gain > LEAST_GAIN * abs(step):
         return "no_gain", gain
@@ -247,13 +252,19 @@ def _with_groups_next(state: ScanState) -> ScanState:
 
 
 def _free_groups(problem: ScalingProblem) -> tuple[int, ...]:
-    """Positions of the groups but the one that keeps the common factor."""
+    """Positions of the groups that are tried one after the other: none where they are balanced instead."""
+    if problem.config.judged_by == "balance":
+        return ()
+    return tuple(position for position in range(len(problem.tensors.groups)) if position != _keeping(problem))
+
+
+def _keeping(problem: ScalingProblem) -> int:
+    """Position of the group that keeps the common factor: the one with the most parameters, or all but additive."""
     groups = problem.tensors.groups
-    sizes = [sum(problem.initial[member].numel() for member in members) for members in groups.values()]
-    keeping = sizes.index(max(sizes))
     if problem.config.groups == "additive" and len(groups) > 1:
-        keeping = list(groups).index("others")
-    return tuple(position for position in range(len(sizes)) if position != keeping)
+        return list(groups).index("others")
+    sizes = [sum(problem.initial[member].numel() for member in members) for members in groups.values()]
+    return sizes.index(max(sizes))
 
 
 def _within_range(config: NIOConfig, state: ScanState) -> ScanState:
@@ -268,7 +279,7 @@ def _turned(config: NIOConfig, state: ScanState) -> ScanState:
     """The state where a step is refused: a smaller one follows, the other direction, or the next group."""
     if abs(state.step) > LAST_GROUP_STEP:
         return dataclasses.replace(state, step=state.step / 2)
-    if state.step > 0 and not state.moved and config.judged_by != "balance":
+    if state.step > 0 and not state.moved:
         return dataclasses.replace(state, step=-GROUP_STEP)
     return _with_next_group(state)
 

@@ -71,7 +71,7 @@ def judge(
     In this order: the data ran out; no scale was changed; a collapse is suspected (without a bound on it, the loss at
     init rose by more than 25%, or GC rose above 0.95, where a model says the same for every sample); GN exceeds 1.1
     gamma; the 90% interval of the rise of GC, paired over the report batches, is above zero, below zero, or holds it.
-    The thresholds are our choice.
+    The thresholds are our choice. With the objective "balance" GC is told and decides nothing.
     """
     change, scales = describe_change(before, after), describe_scales(groups)
     if data_exhausted:
@@ -82,7 +82,8 @@ def judge(
     if all(group.omega == 1 for group in groups):
         return "unchanged", f"{scales}. {change}."
     low, high = rise_interval(before, after)
-    agrees_too_much = after.value > COLLAPSE_COSINE and low > 0
+    raises_gc = config.judged_by != "balance"
+    agrees_too_much = raises_gc and after.value > COLLAPSE_COSINE and low > 0
     is_free = config.search == "published" or config.loss_bound is None
     rose_too_far = is_free and after.loss - before.loss > COLLAPSE_LOSS_RISE * abs(before.loss)
     if rose_too_far or agrees_too_much:
@@ -98,8 +99,8 @@ def judge(
             f"The gradient norm ended above gamma = {config.gamma:.4g}. {scales}. {change}. {advice}.",
         )
     if low > 0:
-        return "improved", f"GradCosine rose. {scales}. {change}."
+        return "improved" if raises_gc else "changed", f"GradCosine rose. {scales}. {change}."
     if high < 0:
-        return "worsened", f"GradCosine fell. {scales}. {change}."
+        return "worsened" if raises_gc else "changed", f"GradCosine fell. {scales}. {change}."
     doubt = "One report batch does not tell" if math.isinf(low) else "The report batches do not tell"
     return "changed", f"{scales}. {doubt} whether GradCosine rose or fell. {change}."

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nio_hf.core.result import GradCosine, InitResult, Outcome
-from nio_hf.core.scan import least_spread
 from nio_hf.report.style import BLUE, DARK, GREY, VERMILLION, Target, figure, integer_ticks, legend_below, marker
 from nio_hf.report.tables import shape_of_sub_batches
 
@@ -24,7 +23,6 @@ _REPORTED: dict[str, Callable[[GradCosine], float]] = {
 _LOOKS: dict[str, tuple[dict[str, Any], tuple[Outcome, ...]]] = {
     "start, or accepted": (marker(BLUE, "o"), ("start", "accepted")),
     "refused: bound on loss or gradient norm": (marker(VERMILLION, "o", is_open=True), ("loss_bound", "norm_band")),
-    "refused: gradients spread too little": (marker(BLUE, "s", is_open=True), ("unbalanced",)),
     "refused: not better": (marker(BLUE, "o", is_open=True), ("no_gain", "noise", "worse")),
 }
 """{label: (marker, outcomes of the trials that have it)}."""
@@ -59,16 +57,12 @@ def plot_history(result: InitResult, target: Target) -> None:
     with figure(target, width=7, height=height) as drawn:
         panels = dict(zip(names, drawn.subplots(len(names), sharex=True), strict=True))
         for name, axes in panels.items():
-            axes.set_ylabel(
-                "spread of gradients" if (name, config.judged_by) == ("objective", "balance") else _NAMES[name]
-            )
+            axes.set_ylabel(_NAMES[name])
             (_draw_trials if has_trials else _draw_curve)(axes, result, name)
             if name in _REPORTED:
                 _draw_reports(axes, result, _REPORTED[name])
         if has_trials:
             _draw_bounds(panels["loss"], panels["grad_norm"], result)
-            if "objective" in panels and config.judged_by == "balance":
-                _draw_least_spreads(panels["objective"], result)
         _draw_gamma(panels["grad_norm"], result)
         overlap = f", overlap {config.overlap:g}" if config.overlap else ""
         panels[names[0]].set_title(f"{result.title} on search batches ({shape_of_sub_batches(result.before)}{overlap})")
@@ -181,23 +175,6 @@ def _draw_bounds(loss: Axes, norm: Axes, result: InitResult) -> None:
         else:
             sides = [left, right]
             norm.fill_between(sides, least, greatest, color=GREY, alpha=0.2, linewidth=0, label="band of the norm")
-
-
-def _draw_least_spreads(axes: Axes, result: InitResult) -> None:
-    """Draw the spread that each trial of a group must leave."""
-    scales: dict[str | None, float] = {None: 1.0}
-    spread = 0.0
-    least = {}
-    for record in result.history:
-        if record.group is not None and record.scale is not None:
-            step = math.log2(record.scale / scales.get(record.group, scales[None]))
-            least[record.iteration] = least_spread(step) * spread
-        if record.outcome in _KEPT and record.objective is not None:
-            spread = record.objective
-            scales[record.group] = record.scale or 1.0
-    if least:
-        left, right = ([iteration + side for iteration in least] for side in (-0.4, 0.4))
-        axes.hlines(list(least.values()), left, right, color=VERMILLION, linewidth=1.5, label="least spread")
 
 
 def _draw_gamma(axes: Axes, result: InitResult) -> None:

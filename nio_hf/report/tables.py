@@ -30,7 +30,6 @@ _TRIALS: dict[Outcome | None, str] = {
     "accepted": "accepted",
     "loss_bound": "broke the loss bound",
     "norm_band": "the gradient norm left its band",
-    "unbalanced": "grew too large",
     "no_gain": "no gain",
     "noise": "no gain beyond the noise",
 }

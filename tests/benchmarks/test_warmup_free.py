@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,11 +13,15 @@ import pytest
 import torch
 
 from benchmarks.layer_scales.trainings import SETUPS
-from benchmarks.warmup_free import lab, search, study, tables
+from benchmarks.warmup_free import images, lab, search, study, tables, texts
+from benchmarks.warmup_free.images import ImageTask
 from benchmarks.warmup_free.lab import ARMS, RESULTS, Run, Task
 from benchmarks.warmup_free.study import Part
+from benchmarks.warmup_free.texts import MODELS, TextTask
 
 FOLDER = Path(lab.__file__).parent
+BLOCKS = torch.arange(512 * texts.BLOCK).view(512, texts.BLOCK) % 97
+"""Text of which each byte follows from the one before."""
 
 
 def test_the_page_says_what_the_first_results_say() -> None:
@@ -40,8 +45,8 @@ def test_the_readme_says_what_the_verdicts_say() -> None:
         assert f"| `{arm}` | {verdicts[0][arm]} | {verdicts[1][arm]} |" in readme
 
 
-def _digits(steps: int) -> Task:
-    return Task("digits", "digits", steps=steps, pixels=8)
+def _digits(steps: int) -> ImageTask:
+    return ImageTask("digits", "digits", steps=steps, pixels=8)
 
 
 @pytest.fixture
@@ -122,14 +127,49 @@ def test_seeds_that_judge_have_chosen_nothing() -> None:
 
 @pytest.mark.parametrize("arm", [name for name in ARMS if name not in ("searched", "structured", "published")])
 def test_every_arm_trains_and_pays_its_initialisation(arm: str, tiny: Path) -> None:
-    task = Task("digits", "digits", steps=40, pixels=8)
+    task = ImageTask("digits", "digits", steps=40, pixels=8)
     row = lab.carry_out(Run("vit", arm, 1e-3, 3, choosing=False), task, Path())
     assert row["steps"] + np.ceil(row["cost"]) == 40
     looks_at_data = ARMS[arm].seeded or any(method in ("nio", "lsuv") for method, _ in ARMS[arm].draws)
     assert (row["cost"] > 0) == looks_at_data
-    right = lab.unpacked(row["right"], 360)
+    right = images.unpacked(row["right"], 360)
     assert 100 * right.mean() == pytest.approx(row["accuracy"], abs=0.01)
     assert row["losses"][-1] < row["losses"][0]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("arm", ["class", "residual", "nio_seeded"])
+def test_text_trains_too(model: str, arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "load_blocks", lambda: tuple(BLOCKS.split([448, 64])))
+    monkeypatch.setattr(texts, "CHOOSING_BLOCKS", 64)
+    row = lab.carry_out(Run(model, arm, 2e-3, 3, choosing=False), TextTask(model, steps=36), Path())
+    assert row["steps"] + np.ceil(row["cost"]) == 36
+    assert "accuracy" not in row
+    assert lab.score(row) == -row["loss"] > -math.log(texts.TOKENS)
+    by_block = texts.unpacked_losses(row["right"])
+    assert len(by_block) == 64
+    # Blocks of masked text have different numbers of masked tokens.
+    assert by_block.astype(float).mean() == pytest.approx(row["loss"], rel=0.05 if model == "bert" else 1e-3)
+
+
+def test_a_text_training_that_fails_counts_as_guessing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "load_blocks", lambda: tuple(BLOCKS.split([448, 64])))
+    task = TextTask("gpt2", steps=4)
+    monkeypatch.setattr(TextTask, "loss", lambda self, model, batch: model(**batch).loss * math.nan)
+    row = lab.carry_out(Run("gpt2", "class", 2e-3, 3, choosing=False), task, Path())
+    assert row["failed"]
+    assert row["loss"] == pytest.approx(math.log(texts.TOKENS), abs=1e-4)
+
+
+def test_residual_projections_are_scaled_as_gpt2_scales_them() -> None:
+    for name in MODELS:
+        model, other = (TextTask(name).build(0) for _ in range(2))
+        lab.scale_residual_projections(model)
+        pairs = zip(model.state_dict().items(), other.state_dict().values(), strict=True)
+        found = {key: float(after.norm() / before.norm()) for (key, after), before in pairs if before.any()}
+        scaled = {key for key, ratio in found.items() if ratio != 1}
+        assert len(scaled) == 2 * texts.LAYERS
+        assert [found[key] for key in scaled] == pytest.approx([1 / math.sqrt(2 * texts.LAYERS)] * len(scaled))
 
 
 def test_the_whole_study_in_miniature(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +178,7 @@ def test_the_whole_study_in_miniature(tiny: Path, monkeypatch: pytest.MonkeyPatc
     parts = {"rivals-vit": Part(_digits(24), arms, (1300, 1301, 1302))}
     for module in (study, tables):
         monkeypatch.setattr(module, "HELD", parts)
-    monkeypatch.setattr(study, "SEARCHED_BY", {"search-vit": "rivals-vit"})
+        monkeypatch.setattr(module, "SEARCHED_BY", {"search-vit": "rivals-vit"})
     monkeypatch.setattr(study, "LEAST_RATE", 5e-4)
     monkeypatch.setattr(study, "LARGEST_RATE", 2e-3)
     monkeypatch.setattr(search, "MOST_CONFIGURATIONS", 4)
@@ -147,24 +187,25 @@ def test_the_whole_study_in_miniature(tiny: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(module, "SEARCHED", tiny / "searched.json")
     monkeypatch.setattr(tables, "RESULTS", tiny)
     monkeypatch.setattr(tables, "TEST_IMAGES", 360)
-    monkeypatch.setattr(tables, "MODELS", {"vit": "ViT"})
+    monkeypatch.setattr(tables, "MODELS", {"rivals-vit": "ViT"})
     study.work(["search-vit", "rivals-vit"], Path(), float("inf"))
     assert list(study.search_jobs("search-vit")) == []
     assert list(study.held_jobs("rivals-vit")) == []
-    found = tables.judged("vit")
+    found = tables.judged("rivals-vit")
     assert list(found) == list(arms)
-    family = tables.rivals()
+    family = tables.rivals(["rivals-vit"])
     assert {name for _, name in family} == {"class", "warmup10", "x4", "searched"}
     own, other = found["nio"], found["x4"]
-    expected = [a - b for a, b in zip(own.accuracies, other.accuracies, strict=True)]
-    assert family["vit", "x4"].mean == pytest.approx(np.mean(expected))
-    shares = 100 * (own.right - other.right)
-    assert tables.images_error(own, other) == pytest.approx(shares.std(ddof=1) / np.sqrt(360))
+    expected = [a - b for a, b in zip(own.scores, other.scores, strict=True)]
+    assert family["rivals-vit", "x4"].mean == pytest.approx(np.mean(expected))
+    shares = own.by_sample - other.by_sample
+    assert tables.samples_error(own, other) == pytest.approx(shares.std(ddof=1) / np.sqrt(360))
     assert shares.mean() == pytest.approx(np.mean(expected), abs=0.01)
-    page = tables.page()
+    page = tables.page({"rivals-vit": "ViT"}, ["search-vit"])
     assert "the direct search over 4 configurations finds" in page
     assert "| NIO, warmup 10%, minus NIO |" in page
-    tables.draw(family)
+    monkeypatch.setattr(tables, "TEXTS", {})
+    assert tables.main() == 0
     assert (tiny / "rivals.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -200,7 +241,7 @@ def test_what_a_search_has_found_is_written_once(tmp_path: Path, monkeypatch: py
 
 
 def test_the_scales_of_the_search_are_those_that_are_trained(tiny: Path) -> None:
-    task, exponents = Task("digits", "digits", steps=4, pixels=8), dict.fromkeys(SETUPS["digits"].groups, 1.0)
+    task, exponents = ImageTask("digits", "digits", steps=4, pixels=8), dict.fromkeys(SETUPS["digits"].groups, 1.0)
     plain = lab.carry_out_scaled(task, dict.fromkeys(exponents, 0.0), 1e-3, 0, Path())
     doubled = lab.carry_out_scaled(task, exponents, 1e-3, 0, Path())
     assert plain["losses"] != doubled["losses"]
@@ -208,18 +249,18 @@ def test_the_scales_of_the_search_are_those_that_are_trained(tiny: Path) -> None
 
 
 def test_an_augmented_batch_is_drawn_from_its_generator_and_looks_like_its_images() -> None:
-    images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(16) % 10
-    augment = lab.Augmentation()
-    first, again, other = (augment(images, labels, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    augment = images.Augmentation()
+    first, again, other = (augment(pixels, labels, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])
     assert first[0].shape == (16, 3, 32, 32)
     torch.testing.assert_close(first[1].sum(1), torch.ones(16))
-    assert images.dtype == torch.uint8
+    assert pixels.dtype == torch.uint8
 
 
 def test_which_images_are_right_survives_packing() -> None:
     right = torch.rand(1003, generator=torch.Generator().manual_seed(0)) < 0.4
-    assert (lab.unpacked(lab.packed(right), 1003) == right.numpy()).all()
+    assert (images.unpacked(images.packed(right), 1003) == right.numpy()).all()

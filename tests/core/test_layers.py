@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from nio_hf.core import find_tensors
@@ -105,3 +106,23 @@ def test_a_model_without_a_layer_has_the_factor_one() -> None:
 def test_scaled_tensors_alone_count() -> None:
     model = nn.Sequential(drawn(nn.Linear(64, 16), 0.02), nn.Tanh(), drawn(nn.Linear(16, 4), 0.5))
     assert preserving_factor(model, find_tensors(model, groups={"last": "^2.weight"})) == pytest.approx(0.5, rel=0.1)
+
+
+def test_layers_that_a_class_draws_smaller_on_purpose_count_as_if_they_were_not() -> None:
+    """GPT-2 divides what leads into the residual stream by sqrt(2 layers); BERT does not."""
+    set_seed(0)
+    sizes = {"n_embd": 64, "n_head": 4, "n_positions": 8, "vocab_size": 10}
+    scaled, plain = (GPT2LMHeadModel(GPT2Config(n_layer=8, **sizes)) for _ in range(2))
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            if name.endswith("c_proj.weight"):
+                weight.mul_(4.0)
+    fan_ins = [*[64] * 8, *[256] * 4]
+    expected = math.prod((0.02 * math.sqrt(inputs)) ** (-1 / len(fan_ins)) for inputs in fan_ins)
+    assert factor_of(plain) == pytest.approx(expected, rel=0.01)
+    assert factor_of(scaled) == pytest.approx(expected, rel=0.01)
+    with torch.no_grad():
+        for weight in scaled.parameters():
+            weight.mul_(3.0)
+    # Where the class's range is gone, each layer counts as it is.
+    assert factor_of(scaled) == pytest.approx(expected / 3 * 4 ** (5 / 12), rel=0.02)

@@ -131,6 +131,51 @@ def test_no_common_factor_is_applied_where_none_keeps_the_bounds() -> None:
     assert sum(record.cost for record in state.history) == pytest.approx(scan.most_cost(measured.problem.config, 1))
 
 
+# What is added.
+
+
+class Balanced(Measured):
+    """A scan of additive tensors and all others, with a factor for the former."""
+
+    def __init__(self, landscape: Landscape, balance: float, **settings: Any) -> None:
+        super().__init__(landscape, free=1, groups="additive", **settings)
+        self.balance = balance
+        self.problem.tensors.groups = {"additive": (0,), "others": (1,)}
+        self.problem.theta = self.problem.initial
+        self.problem.collective = None
+        self.problem.place = lambda scales: setattr(self, "placed", tuple(scales))
+
+    def run(self) -> ScanState:
+        """The state at the end."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scan, "balancing_factor", lambda *args: self.balance)
+            return super().run()
+
+
+def test_what_is_added_is_balanced_beside_the_common_factor() -> None:
+    measured = Balanced(flat(lambda x: 1.0), 8.0, factor=3.0)
+    state = measured.run()
+    assert measured.placed == pytest.approx((3.0, 3.0)), "the balance is that at the common factor"
+    assert state.scales == pytest.approx((24.0, 3.0))
+    assert trials(state) == [("start", "start"), ("additive x24, others x3", "accepted")]
+    assert state.history[1].scale == pytest.approx(3.0)
+    spent = sum(record.cost for record in state.history)
+    assert spent == pytest.approx(2 + 2 / 3 + 2)
+    assert spent <= scan.most_cost(measured.problem.config, 2)
+    assert state.stage == "finished"
+
+
+def test_balance_alone_is_worth_a_trial_and_the_range_holds() -> None:
+    assert Balanced(flat(lambda x: 1.0), 2.0).run().scales == pytest.approx((2.0, 1.0))
+    assert Balanced(flat(lambda x: 1.0), 50.0, factor=4.0).run().scales == pytest.approx((100.0, 4.0))
+
+
+def test_all_exponents_are_halved_where_a_bound_is_broken() -> None:
+    state = Balanced(flat(lambda x: 1.0 if x[0] <= 2.1 else 1.6), 4.0, factor=4.0).run()
+    assert state.exponents == pytest.approx((2.0, 1.0))
+    assert trials(state)[1:] == [("additive x16, others x4", "loss_bound"), ("additive x4, others x2", "accepted")]
+
+
 # The groups.
 
 
@@ -194,51 +239,6 @@ def test_a_single_free_group_is_gone_through_once() -> None:
 def test_the_scan_ends_at_the_best_point_of_a_bowl(best: tuple[int, ...]) -> None:
     state = Measured(bowl(best), free=3, budget=1e6).run()
     assert state.exponents == (*best, 0.0)
-
-
-def test_groups_grow_until_they_are_in_balance() -> None:
-    """Each adds p = 2^x to something of size a = 2^1.6, and the gradient is as 1 / sqrt(a^2 + p^2)."""
-
-    def landscape(x: tuple[float, ...]) -> tuple[float, float, tuple[float, ...]]:
-        squares = [(1 + 2.0 ** (2 * (x[index] - 1.6))) for index in (0, 1)]
-        variance = 3 / math.prod(squares)
-        return 1.0, 1.0, (-variance, -variance)
-
-    state = Measured(landscape, objective="balance", budget=1e6).run()
-    # A doubling must leave 0.79 of the spread, a factor of four 0.73.
-    assert trials(state) == [
-        ("start", "start"),
-        ("g0 x4", "unbalanced"),
-        ("g0 x2", "accepted"),
-        # Nothing smaller is tried, and all grow together no further than that.
-        ("g1 x4", "unbalanced"),
-        ("g1 x2", "accepted"),
-        ("g0 x8", "unbalanced"),
-        ("g0 x4", "unbalanced"),
-        ("g1 x8", "unbalanced"),
-        ("g1 x4", "unbalanced"),
-    ]
-    assert state.scales == (2.0, 2.0, 1.0)
-    assert state.gains == (0.0, 0.0, 0.0)
-    assert [record.objective for record in state.history[:3:2]] == pytest.approx(
-        [math.sqrt(3 / (1 + 2**-3.2) ** 2), math.sqrt(3 / (1 + 2**-1.2) / (1 + 2**-3.2))]
-    )
-
-
-@examples(30)
-@given(size=st.floats(-3.0, 6.9).filter(lambda size: abs(size - round(size)) > 1e-9))
-def test_what_is_added_becomes_as_large_as_what_it_is_added_to_and_no_larger(size: float) -> None:
-    """p = 2^x beside a = 2^size, to the next power of two; what is larger from the start stays."""
-    state = Measured(
-        lambda x: (1.0, 1.0, (-1 / (4.0**size + 4.0 ** x[0]),) * 2), free=1, objective="balance", budget=1e6
-    ).run()
-    assert state.scales[0] == 2.0 ** max(0, math.floor(size))
-
-
-def test_bounds_hold_for_what_grows_too() -> None:
-    measured = Measured(lambda x: (1.0 + 0.3 * x[0], 1.0, (-1.0, -1.0)), free=1, objective="balance", budget=1e6)
-    state = measured.run()
-    assert trials(state)[1:] == [("g0 x4", "loss_bound"), ("g0 x2", "accepted")]
 
 
 def test_a_budget_ends_the_scan_with_the_best_so_far() -> None:

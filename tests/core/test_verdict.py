@@ -33,9 +33,14 @@ def verdict(
     exhausted: bool = False,
     gamma: float | None = None,
     loss_bound: float | None = None,
+    objective: Any = "gc",
     **after: float,
 ) -> tuple[str, str]:
-    config = NIOConfig(loss_bound=loss_bound) if gamma is None else NIOConfig.published(gamma=gamma, iterations=3)
+    config = (
+        NIOConfig(loss_bound=loss_bound, objective=objective)
+        if gamma is None
+        else NIOConfig.published(gamma=gamma, iterations=3)
+    )
     later = tuple(value + rise for value, rise in zip(before, rises, strict=True))
     return judge(measured(before), measured(later, **after), groups(*scales), config, data_exhausted=exhausted)
 
@@ -69,6 +74,15 @@ def test_status_and_message_follow_the_measurements(given: dict[str, Any], statu
     for part in ("GradCosine (D = 2, B/D = 4) 0.2000 ->", "gradient norm 3 ->", "loss at init 2.0000 ->"):
         assert part in said
     assert said.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("sign", "said"), [(1, "GradCosine rose. "), (-1, "GradCosine fell. "), (5, "GradCosine rose. ")]
+)
+def test_without_an_objective_gradcosine_is_told_and_decides_nothing(sign: int, said: str) -> None:
+    found, message = verdict(rises=tuple(sign * 0.155 + rise / 100 for rise in RISES), objective="balance")
+    assert found == "changed"
+    assert message.startswith(said)
 
 
 @pytest.mark.parametrize("rise", [0.0, 1e-4, -1e-4])

@@ -15,8 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nio_hf.core import InitResult, IterationRecord, NIOConfig
-from nio_hf.core.result import Outcome
+from nio_hf.core import InitResult, NIOConfig
 from nio_hf.errors import OutputError
 from nio_hf.report import history, plot_history, plot_scales, plot_training, plots, style, summary_rows
 from nio_hf.report.tables import MOST_GROUPS, markdown_table, scale_table
@@ -104,31 +103,6 @@ def test_an_objective_other_than_gradcosine_has_a_panel(figures: list[Figure]) -
     plot_history(drawn, io.BytesIO())
     assert [axes.get_ylabel() for axes in figures[0].axes][:2] == ["objective", "GradCosine"]
     assert [axes.get_ylabel() for axes in figures[1].axes][:2] == ["GradCosine", "gradient norm"]
-
-
-def test_the_spread_of_gradients_is_shown_with_the_least_one(figures: list[Figure]) -> None:
-    """For each trial of a group, relative to what was accepted before: factors of 4, 4 and 2 here."""
-    trials: list[tuple[Outcome, str | None, float | None, float]] = [
-        ("start", None, None, 5.0),
-        ("accepted", None, 4.0, 4.0),
-        ("accepted", "group 0", 16.0, 3.5),
-        ("unbalanced", "group 0", 64.0, 2.0),
-        ("accepted", "group 0", 32.0, 3.0),
-    ]
-    history = tuple(
-        IterationRecord(n, "", outcome, 2.3, 0.2, 6.0, spread, group, scale)
-        for n, (outcome, group, scale, spread) in enumerate(trials, 1)
-    )
-    plot_history(dataclasses.replace(result(2), history=history), io.BytesIO())
-    panel = figures[0].axes[0]
-    assert panel.get_ylabel() == "spread of gradients"
-    assert points(panel, "refused: gradients spread too little") == [4]
-    drawn = [vertices for line in panel.collections for vertices in line.get_segments()]
-    share = {4: math.sqrt(17 / 32), 2: math.sqrt(5 / 8)}
-    wanted = [(3, share[4] * 4.0), (4, share[4] * 3.5), (5, share[2] * 3.5)]
-    assert [tuple(end) for line in drawn for end in line] == [
-        pytest.approx(end) for x, least in wanted for end in ((x - 0.4, least), (x + 0.4, least))
-    ]
 
 
 def test_scales_are_told_apart_by_group_where_there_are_several(figures: list[Figure]) -> None:
