@@ -80,18 +80,22 @@ def learn_scales(problem: ScalingProblem, options: Options, watch: Watch) -> Lea
         (exhausted,) = problem.collective.any(batch is None)
         if exhausted:
             break
-        if watch.on_trial is not None:
-            watch.on_trial(_describe_step(options))
+        watch.tries(_describe_step(options))
         # Every process takes the step by itself, on the whole batch, and what rank 0 found counts.
         with problem.collective.together():
             found = _step(problem, options, iteration, batch, state)
         state, record = problem.collective.broadcast_object(found)
         history.append(dataclasses.replace(record, seconds=time.perf_counter() - started))
-        if watch.on_iteration is not None:
-            watch.on_iteration(history[-1])
+        watch.sees(history[-1])
     set_scales(problem.tensors, problem.initial, state.scales)
     cost = math.fsum(record.cost for record in history)
-    return Learned(state.scales, (), history, cost, exhausted, micro_batch_size=state.micro_batch_size)
+    return Learned(
+        state.scales,
+        history=history,
+        cost=cost,
+        data_exhausted=exhausted,
+        micro_batch_size=state.micro_batch_size,
+    )
 
 
 def shared_halves(batch: Any, seed: int) -> tuple[Any, Any]:
@@ -147,7 +151,7 @@ def _step(
     first, gradient = _gradient(problem, part, state.micro_batch_size, None if path is None else path.keep)
     size, product_steps = first.micro_batch_size, 2.0 if first.kept else 3.0
     length, slope = _norm(gradient, options["optimizer"])
-    measured, (grad_norm,) = read(first.sums, part, [length])
+    measured, grad_norm = read(first.sums, part), float(length)
     check(measured, first.sums, part, tensors, loss, _ALONE)
     if gamma is None:
         gamma = options["gamma"] or grad_norm * (options["gamma_relative"] or math.inf)

@@ -14,11 +14,8 @@ _option = option_in("The search")
 
 def tune(
     arguments: RecipeArguments = None,
-    groups: Annotated[str, _option("groups", "Values of nio_groups to try, in words.")] = "model,additive,kind",
-    loss_bounds: Annotated[
-        str, _option("loss_bounds", "Shares by which the loss may rise, to try; none for no bound.")
-    ] = "0.1,0.5,none",
-    objectives: Annotated[str, _option("objectives", "Objectives to try.")] = "auto",
+    groups: Annotated[str, _option("groups", "Values of nio_groups to try, in words.")] = "additive,model",
+    strengths: Annotated[str, _option("strengths", "Values of nio_strength to try.")] = "0.5,0.75,1",
     seeds: Annotated[int, _option("seeds", "Rounds, each on a seed of its own; each halves the candidates.")] = 3,
     verdict_seeds: Annotated[
         int | None, _option("verdict_seeds", "Fresh seeds to judge by; default: as many as --seeds.")
@@ -37,15 +34,14 @@ def tune(
         Path | None, _option("output_dir", "Where to write; default: that of the recipe + -tune.")
     ] = None,
 ) -> None:
-    """Choose groups, loss bound and objective of NIO by short trainings without warmup, and judge by whole ones."""
+    """Choose groups and strength of NIO by short trainings without warmup, and judge by whole ones."""
     from nio_hf.tuning.command import run_tuning
 
     raise typer.Exit(
         run_tuning(
             arguments or [],
             groups=groups,
-            loss_bounds=loss_bounds,
-            objectives=objectives,
+            strengths=strengths,
             seeds=seeds,
             verdict_seeds=0 if not verdict else seeds if verdict_seeds is None else verdict_seeds,
             probe_steps=probe_steps,

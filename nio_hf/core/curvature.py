@@ -31,7 +31,7 @@ from nio_hf.core.loss import (
     operations_without_graph,
 )
 from nio_hf.core.memory import available_memory, graph_bytes, is_out_of_memory, release_memory
-from nio_hf.core.objectives import Differentiable
+from nio_hf.core.objectives import Objective
 from nio_hf.core.sub_batches import FirstPass, Keep, SubBatches, check_finite, on_sub_batch, splits
 from nio_hf.core.tensors import ModelTensors
 from nio_hf.errors import ModelError, Problem
@@ -103,7 +103,7 @@ def second_pass(
     tensors: ModelTensors,
     parts: SubBatches,
     first: FirstPass,
-    objective: Differentiable,
+    objective: Objective,
     initial: Sequence[Tensor],
     path: Path,
     collective: Collective,

@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nio_hf.core.batches import too_many_sub_batches
 from nio_hf.errors import ConfigError
-
-ExtraSum = Literal["gradient", "sign"] | None
 
 
 def sub_batch_windows(batch_size: int, sub_batches: int) -> list[list[int]]:
@@ -97,26 +94,21 @@ class GradientSums:
     """The sums over sub-batches that GC, GN and the objectives need, in one buffer that one all-reduce can sum.
 
     Args:
-        like: the gradient tensors, for shapes, dtype and device.
+        like: The gradient tensors, for shapes, dtype and device.
         sub_batches: D.
-        extra: what is summed beside u: "gradient" for sum_d g_d, "sign" for sum_d sign(g_d), None for nothing.
 
     Attributes:
-        buffer: u, and the extra sum behind it; (P,) or (2 P,).
+        buffer: u, (P,).
         unit_sum: u, as views of the buffer.
-        extra_sum: the extra sum, as views of the buffer; empty without one.
-        scalars: (3, D): n_d, L_d, and the squared norm of the extra summand of d.
+        scalars: (2, D): n_d and L_d.
     """
 
-    def __init__(self, like: Sequence[Tensor], sub_batches: int, extra: ExtraSum = None) -> None:
+    def __init__(self, like: Sequence[Tensor], sub_batches: int) -> None:
         sizes = [tensor.numel() for tensor in like]
-        self.extra = extra
-        self.buffer = like[0].new_zeros((1 + (extra is not None)) * sum(sizes))
-        views = list(self.buffer.split(sizes * (1 + (extra is not None))))
-        shaped = [view.view(like[index % len(like)].shape) for index, view in enumerate(views)]
-        self.unit_sum = shaped[: len(like)]
-        self.extra_sum = shaped[len(like) :]
-        self.scalars = like[0].new_zeros(3, sub_batches)
+        self.buffer = like[0].new_zeros(sum(sizes))
+        views = self.buffer.split(sizes)
+        self.unit_sum = [view.view(tensor.shape) for view, tensor in zip(views, like, strict=True)]
+        self.scalars = like[0].new_zeros(2, sub_batches)
 
     @property
     def norms(self) -> Tensor:
@@ -139,7 +131,3 @@ class GradientSums:
         self.scalars[0, index] = gradient_norm
         self.scalars[1, index] = loss
         torch._foreach_add_(self.unit_sum, torch._foreach_mul(list(gradient), gradient_norm.reciprocal()))
-        if self.extra is not None:
-            summand = list(gradient) if self.extra == "gradient" else torch._foreach_sign(list(gradient))
-            torch._foreach_add_(self.extra_sum, summand)
-            self.scalars[2, index] = squared_norm(summand)

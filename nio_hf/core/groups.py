@@ -1,8 +1,8 @@
 """Groupings: which of the scaled tensors share one scale.
 
-A grouping is a partition of the scaled tensors; the tensors of one group share one scale. "model" is one group of all
-tensors, "additive" sets those apart that are added to activations, "kind" groups them by what they are and do, "tensor"
-makes each tensor its own group, and a mapping {group: regular expression} groups them by name.
+A grouping is a partition of the scaled tensors; the tensors of one group share one scale. "additive" sets those
+apart that are added to activations, "model" is one group of all tensors, "tensor" makes each tensor its own group, and
+a mapping {group: regular expression} groups them by name.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def group_tensors(
     Args:
         model: the module that owns the tensors.
         scalable: {name of a tensor that may be scaled, as in `model.named_parameters()`: its kind, see [`kinds_of`]}.
-        groups: "model", "additive", "kind" (see [`kinds_of`]), "tensor", or a mapping {group: regular expression}. An
-            expression is searched in the parameter names.
+        groups: "additive" (see [`kinds_of`]), "model", "tensor", or a mapping {group: regular expression}. The
+            expressions are searched in the parameter names.
 
     Returns:
         {group: names of its tensors}, in parameter order; the groups of a mapping keep its order. A tensor that no
@@ -110,10 +110,7 @@ def group_tensors(
         apart = [name for name in ordered if scalable[name] == "additive"]
         others = [name for name in ordered if scalable[name] != "additive"]
         return {group: members for group, members in (("additive", apart), ("others", others)) if members}
-    if groups == "kind":
-        kinds = dict.fromkeys(scalable[name] for name in ordered)
-        return {kind: [name for name in ordered if scalable[name] == kind] for kind in kinds}
-    fix = "Choose one of model, additive, kind, tensor, or give a mapping {group: regular expression}"
+    fix = "Choose one of additive, model, tensor, or give a mapping {group: regular expression}"
     raise ConfigError(Problem("NIOConfig.groups", f"{groups!r}", fix))
 
 

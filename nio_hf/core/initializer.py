@@ -21,9 +21,9 @@ from nio_hf.core.config import NIOConfig
 from nio_hf.core.loss import Loss, LossFn, check_micro_batches, gradient, make_loss
 from nio_hf.core.memory import peak_memory, reset_peak_memory, with_less_memory
 from nio_hf.core.method import Learned, Method, OnIteration, Options, Resumption, Watch
-from nio_hf.core.problem import ScalingProblem, measure_batches, parts_of, report_parts
+from nio_hf.core.nio import NIO
+from nio_hf.core.problem import ScalingProblem, measure_reports, parts_of
 from nio_hf.core.result import GradCosine, GroupScale, InitResult
-from nio_hf.core.search import NIO
 from nio_hf.core.stream import BatchStream
 from nio_hf.core.sub_batches import located, split_check, splits
 from nio_hf.core.tensors import ModelTensors, copied_values, find_tensors
@@ -50,15 +50,15 @@ def initialize(
 ) -> InitResult:
     """Find scales omega_k of the groups of a model's weights, and multiply the weights by them.
 
-    How the scales are found is the matter of `config.search`; `scan`, `descent` and `published` in `nio_hf.core` have
-    one module each. The weights change once, at the very end: an error or an interrupt leaves the model as it was. The
+    How the scales are found is the matter of `config.search`; `balance` and `published` in `nio_hf.core` have one
+    module each. The weights change once, at the very end: an error or an interrupt leaves the model as it was. The
     random number generators of torch are left as they were found; a loss that draws from them draws the same numbers
     each time it is computed on a sub-batch.
 
     Args:
         model: a module with fp32 or fp64 parameters.
         batches: any iterable of batches: mappings, tuples or tensors, samples along dimension 0. The first
-            `report_batches` are reported on, the next ones are searched on. The published search starts again when
+            `report_batches` are reported on. The published search takes the next ones, and starts again when
             a re-iterable is through; an exhausted iterator ends it with what was learned so far.
         loss_fn: (model, batch) -> mean loss over the samples, or (loss_sum, weight) where the mean is over something
             else, e.g. tokens. It must use the model that it is given.
@@ -109,15 +109,17 @@ def initialize(
             tensors = find_tensors(model, config.scaled_tensors, config.groups, unused)
         state = watch.resumption.state
         if state is not None:
-            _check_state(state.search, len(state.progress.scales), config, tensors)
+            _check_state(len(state.progress.scales), config, tensors)
         if state is None:
-            before, size = _measure(loss, tensors, processes, config, reported, config.micro_batch_size)
+            before, size = measure_reports(config, loss, tensors, processes, reported, config.micro_batch_size)
         else:
             before, size = state.before, state.progress.micro_batch_size
         with copied_values(tensors) as initial:
-            problem = ScalingProblem(config, loss, tensors, initial, processes, stream, before, size)
+            problem = ScalingProblem(config, loss, tensors, initial, processes, stream, reported, before, size)
             learned = method.learn(problem, chosen, watch)
-            after, _ = _measure(loss, tensors, processes, config, reported, learned.micro_batch_size or size)
+            after = learned.after
+            if after is None:
+                after, _ = problem.measure(learned.micro_batch_size or size)
             values = problem.theta
             omega = _norm_ratios(values, initial) if learned.omega is None else list(learned.omega)
         processes.check_equal(f"the scales of {method.title}", omega)
@@ -159,7 +161,7 @@ def grad_cosine(
     tensors = find_tensors(model)
     with mode.isolated(model, tensors.device):
         loss = make_loss(model, loss_fn, config, tensors.device)
-        measured, _ = _measure(loss, tensors, Collective(), config, [batch], micro_batch_size)
+        measured, _ = measure_reports(config, loss, tensors, Collective(), [batch], micro_batch_size)
     return measured.parts[0]
 
 
@@ -209,7 +211,7 @@ def _result(
         history=tuple(learned.history),
         before=before,
         after=after,
-        cost=learned.cost + len(before.parts) + len(after.parts),
+        cost=learned.cost + len(before.parts) + (len(after.parts) if learned.after is None else 0),
         seconds=learned.seconds + time.perf_counter() - started,
         peak_memory=peak_memory(tensors.device),
         status=status,
@@ -219,20 +221,6 @@ def _result(
         description=method.describe(config),
         options=dict(options),
     )
-
-
-def _measure(
-    loss: Loss,
-    tensors: ModelTensors,
-    processes: Collective,
-    config: NIOConfig,
-    reported: Sequence[Any],
-    micro_batch_size: int | None,
-) -> tuple[GradCosine, int | None]:
-    """GC, GN and loss, the mean over the report batches, and the micro-batch size that it took."""
-    parts = (report_parts(config, loss, processes, batch, number) for number, batch in enumerate(reported))
-    reading, size = measure_batches(loss, tensors, parts, processes, micro_batch_size)
-    return reading.measured, size
 
 
 def _processes(collective: Collective | None) -> Collective:
@@ -273,10 +261,11 @@ def _check_alike(processes: Collective, config: NIOConfig, tensors: ModelTensors
     processes.check_equal("the report batches", [content_of(batch) for batch in reported], SAME_BATCHES)
 
 
-def _check_state(search: str, groups: int, config: NIOConfig, tensors: ModelTensors) -> None:
+def _check_state(groups: int, config: NIOConfig, tensors: ModelTensors) -> None:
     fix = "Resume with the model and the settings of that run, or start from the beginning"
-    if search != config.search:
-        raise CheckpointError(Problem("resumption.state", f"is of the search {search!r}, not {config.search!r}", fix))
+    if config.search != "published":
+        found = f"is of the published search, not {config.search!r}"
+        raise CheckpointError(Problem("resumption.state", found, fix))
     if groups != len(tensors.groups):
         found = f"{groups} scales for {len(tensors.groups)} groups of tensors"
         raise CheckpointError(Problem("resumption.state", found, fix))

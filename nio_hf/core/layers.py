@@ -61,7 +61,7 @@ def preserving_factor(model: nn.Module, tensors: ModelTensors) -> float:
     if is_positive(usual):
         alike = [math.isclose(size, usual, rel_tol=_SAME_RANGE) for size in sizes]
         most = 2 * sum(itertools.compress(entries, alike)) > sum(entries)
-        sizes = [max(size, usual) for size in sizes] if most else sizes
+        sizes = [usual if most and size < (1 - _SAME_RANGE) * usual else size for size in sizes]
     logs = (
         count / sum(entries) * math.log(size * math.sqrt(fan_in(weight, owners[0])))
         for count, size, weight, owners in zip(entries, sizes, weights, layers.values(), strict=True)

@@ -150,7 +150,7 @@ def _inspect(
     def observe(gradient: Sequence[Tensor]) -> None:
         squared_norms.append(torch.stack(torch._foreach_norm(list(gradient))).square())
 
-    first, measured, _ = measure(loss, tensors, parts, alone, micro_batch_size=config.micro_batch_size, observe=observe)
+    first, measured = measure(loss, tensors, parts, alone, micro_batch_size=config.micro_batch_size, observe=observe)
     per_part = torch.stack(squared_norms).double()
     energies = (per_part / per_part.sum(1, keepdim=True)).sum(0)
     unit_sums = torch.stack(torch._foreach_norm(first.sums.unit_sum)).double().square()

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.problem import ScalingProblem
-from nio_hf.core.result import GroupScale, IterationRecord
-from nio_hf.errors import ConfigError, Problem
+from nio_hf.core.result import GradCosine, GroupScale, IterationRecord
+from nio_hf.errors import ConfigError, Problem, StoppedError
 
 if TYPE_CHECKING:
-    from nio_hf.core.search import NIOState
+    from nio_hf.core.published import NIOState
 
 OnIteration = Callable[[IterationRecord], None]
 Options = Mapping[str, Any]
@@ -55,6 +56,33 @@ class Watch:
     resumption: Resumption = dataclasses.field(default_factory=Resumption)
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
+    def tries(self, words: str) -> None:
+        """Say what comes next."""
+        if self.on_trial is not None:
+            self.on_trial(words)
+
+    def sees(self, record: IterationRecord) -> None:
+        """Say what became of it."""
+        if self.on_iteration is not None:
+            self.on_iteration(record)
+
+    def stop_if_asked(self, collective: Collective) -> None:
+        """End a run that has nothing to save.
+
+        Raises:
+            StoppedError: Where any process asks for it.
+        """
+        (stopped,) = collective.any(self.resumption.should_stop())
+        if stopped:
+            raise stopped_error(0)
+
+
+def stopped_error(iterations: int) -> StoppedError:
+    """The error of a run that was stopped after some iterations."""
+    found = f"stopped after {iterations} iterations, which are saved" if iterations else "stopped before it was through"
+    again = "Start again to go on from there" if iterations else "Start again"
+    return StoppedError(Problem("NIO", found, again))
+
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
@@ -64,7 +92,8 @@ class Learned:
         omega: (m,) scale of each scaled tensor; None for the ratio of its norm to the former one.
         groups: the groups with what became of them; empty where each tensor stands for itself.
         history: one record for each iteration.
-        cost: training steps of arithmetic, reports not counted.
+        cost: training steps of arithmetic, reports before and after not counted, but for those of `after`.
+        after: GradCosine on the report batches at the new weights; None where it has not been measured.
         data_exhausted: whether it ended for want of data.
         seconds: wall time of earlier sessions.
         micro_batch_size: that it took.
@@ -74,6 +103,7 @@ class Learned:
     groups: Sequence[GroupScale] = ()
     history: Sequence[IterationRecord] = ()
     cost: float = 0.0
+    after: GradCosine | None = None
     data_exhausted: bool = False
     seconds: float = 0.0
     micro_batch_size: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,15 +14,14 @@ from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.gradcosine import published_windows, sub_batch_windows
 from nio_hf.core.loss import Loss
-from nio_hf.core.objectives import Objective, make_objective
-from nio_hf.core.result import GradCosine, Reading
+from nio_hf.core.result import GradCosine
 from nio_hf.core.stream import BatchStream
 from nio_hf.core.sub_batches import SubBatches, measure, split
 from nio_hf.core.tensors import ModelTensors, set_scales
 
 FORWARD_SHARE = 1 / 3
 """Arithmetic of a forward pass, in training steps."""
-_SEARCH, _REPORT = 600_000, 500_000
+_REPORT = 500_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +35,9 @@ class ScalingProblem:
         initial: the m scaled tensors W_l as they were.
         collective: the processes that share the work.
         stream: of the batches that are not reported on.
-        before: GradCosine on the report batches.
-        micro_batch_size: that measuring them took.
+        reported: The report batches.
+        before: GradCosine on them.
+        micro_batch_size: That measuring them took.
     """
 
     config: NIOConfig
@@ -46,6 +46,7 @@ class ScalingProblem:
     initial: Sequence[Tensor]
     collective: Collective
     stream: BatchStream
+    reported: Sequence[Any]
     before: GradCosine
     micro_batch_size: int | None
 
@@ -54,22 +55,13 @@ class ScalingProblem:
         """The m scaled tensors as the model computes with them, to be written to."""
         return [parameter.data for parameter in self.tensors.scaled_parameters]
 
+    def measure(self, micro_batch_size: int | None) -> tuple[GradCosine, int | None]:
+        """[`measure_reports`] at the weights that the model has now."""
+        return measure_reports(self.config, self.loss, self.tensors, self.collective, self.reported, micro_batch_size)
+
     def place(self, by_group: Sequence[float]) -> None:
         """Move the model to a point: theta_l = omega_k W_l with omega (K,) the scales of the groups."""
         set_scales(self.tensors, self.initial, self.tensors.by_tensor(by_group))
-
-
-def objective_of(problem: ScalingProblem) -> Objective:
-    """The objective of the settings, whose GN_0 is that of the report batches at the start."""
-    return make_objective(problem.config.judged_by, problem.config.sub_batches, problem.before.grad_norm)
-
-
-def search_parts(problem: ScalingProblem, batches: Sequence[Any]) -> list[SubBatches]:
-    """The sub-batches of the search batches that this process owns, in the order of their samples."""
-    return [
-        parts_of(problem.config, problem.loss, problem.collective, batch, f"search batch {number}", _SEARCH + number)
-        for number, batch in enumerate(batches)
-    ]
 
 
 def report_parts(config: NIOConfig, loss: Loss, collective: Collective, batch: Any, number: int) -> SubBatches:
@@ -100,41 +92,28 @@ def shuffled_parts(problem: ScalingProblem, batch: Any, iteration: int) -> SubBa
     )
 
 
-def measure_point(
-    problem: ScalingProblem,
-    parts: Iterable[SubBatches],
-    objective: Objective,
-    by_group: Sequence[float],
-    micro_batch_size: int | None,
-) -> tuple[Reading, int | None]:
-    """Measure the model at scales of the groups (K,), as [`measure_batches`]."""
-    problem.place(by_group)
-    return measure_batches(problem.loss, problem.tensors, parts, problem.collective, micro_batch_size, objective)
-
-
-def measure_batches(
+def measure_reports(
+    config: NIOConfig,
     loss: Loss,
     tensors: ModelTensors,
-    parts: Iterable[SubBatches],
     collective: Collective,
+    batches: Sequence[Any],
     micro_batch_size: int | None,
-    objective: Objective | None = None,
-) -> tuple[Reading, int | None]:
-    """GC, GN, loss and scores of several batches, at one training step of arithmetic each, and the micro-batch size.
+) -> tuple[GradCosine, int | None]:
+    """GC, GN and loss, means over the report batches, and the micro-batch size that it took.
+
+    Each batch costs one training step of arithmetic.
 
     Raises:
-        NumericsError: for a loss or gradient that is not finite, or zero.
+        NumericsError: For a loss or gradient that is not finite, or zero.
     """
     measured: list[GradCosine] = []
-    scores: list[float] = []
-    for part in parts:
-        first, one, score = measure(
-            loss, tensors, part, collective, micro_batch_size=micro_batch_size, objective=objective
-        )
+    for number, batch in enumerate(batches):
+        parts = report_parts(config, loss, collective, batch, number)
+        first, one = measure(loss, tensors, parts, collective, micro_batch_size=micro_batch_size)
         micro_batch_size = first.micro_batch_size
         measured.append(one)
-        scores.append(score)
-    return Reading(GradCosine.mean(measured), tuple(scores)), micro_batch_size
+    return GradCosine.mean(measured), micro_batch_size
 
 
 def seed_of(seed: int, number: int) -> int:

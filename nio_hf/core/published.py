@@ -9,16 +9,22 @@ Source: Yang et al., "Towards Theoretically Inspired Neural Initialization Optim
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from nio_hf.core.adam import AdamState, Branch, adam_step, moved
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.curvature import Path, choose_path, second_pass
-from nio_hf.core.descent import group_gradient
 from nio_hf.core.gradcosine import published_windows
-from nio_hf.core.objectives import NormConstraint
-from nio_hf.core.problem import ScalingProblem, objective_of, shuffled_parts
-from nio_hf.core.result import IterationRecord
+from nio_hf.core.method import Learned, Options, Watch, stopped_error
+from nio_hf.core.objectives import NormConstraint, make_objective
+from nio_hf.core.problem import ScalingProblem, shuffled_parts
+from nio_hf.core.records import restored
+from nio_hf.core.result import GradCosine, IterationRecord
 from nio_hf.core.sub_batches import measure
 
 _LARGE = 1000
@@ -44,15 +50,87 @@ class PublishedState:
     micro_batch_size: int | None
 
 
-def init(problem: ScalingProblem) -> PublishedState:
-    """The state at omega = 1."""
-    groups = len(problem.tensors.groups)
-    return PublishedState((1.0,) * groups, AdamState.zeros(groups), None, (), problem.micro_batch_size)
+@dataclasses.dataclass(frozen=True)
+class NIOState:
+    """A run of the search after some of its iterations, in numbers that JSON keeps exactly.
+
+    Attributes:
+        progress: Its state.
+        before: GradCosine on the report batches at omega = 1.
+        seconds: Wall time so far.
+    """
+
+    progress: PublishedState
+    before: GradCosine
+    seconds: float
+
+    @property
+    def iterations(self) -> int:
+        """The iterations that it has behind it."""
+        return len(self.progress.history)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> NIOState:
+        """Inverse of `to_dict`, after a trip through JSON."""
+        state: NIOState = restored(cls, fields)
+        return state
 
 
-def finished(problem: ScalingProblem, state: PublishedState) -> bool:
-    """Whether all iterations are done."""
-    return len(state.history) >= problem.config.steps
+def published_scales(problem: ScalingProblem, options: Options, watch: Watch) -> Learned:
+    """All iterations, from the start or from where another run stopped.
+
+    Raises:
+        StoppedError: Where that was asked for, after the state is saved.
+    """
+    resumption, groups = watch.resumption, len(problem.tensors.groups)
+    begun = resumption.state
+    earlier = 0.0 if begun is None else begun.seconds
+    zeros = AdamState.zeros(groups)
+    state = (
+        PublishedState((1.0,) * groups, zeros, None, (), problem.micro_batch_size) if begun is None else begun.progress
+    )
+    for _ in state.history:
+        problem.stream.next()
+    saved, exhausted = len(state.history), False
+
+    def save() -> None:
+        seconds = earlier + time.perf_counter() - watch.started
+        resumption.save(NIOState(state, problem.before, seconds))
+
+    while len(state.history) < problem.config.iterations:
+        started = time.perf_counter()
+        batch = problem.stream.next()
+        exhausted, stopped = problem.collective.any(batch is None, resumption.should_stop())
+        if exhausted:
+            break
+        if stopped:
+            if saved < len(state.history):
+                save()
+            raise stopped_error(len(state.history))
+        watch.tries(_describe(problem.config))
+        state = step(problem, batch, state)
+        timed = dataclasses.replace(state.history[-1], seconds=time.perf_counter() - started)
+        state = dataclasses.replace(state, history=(*state.history[:-1], timed))
+        watch.sees(timed)
+        if resumption.every is not None and len(state.history) % resumption.every == 0:
+            save()
+            saved = len(state.history)
+    if resumption.every is not None and saved < len(state.history):
+        save()
+    problem.place(state.scales)
+    return Learned(
+        omega=problem.tensors.by_tensor(state.scales),
+        groups=problem.tensors.scales_of_groups(state.scales),
+        history=state.history,
+        cost=math.fsum(record.cost for record in state.history),
+        data_exhausted=exhausted,
+        seconds=earlier,
+        micro_batch_size=state.micro_batch_size,
+    )
 
 
 def step(problem: ScalingProblem, batch: Any, state: PublishedState) -> PublishedState:
@@ -62,26 +140,24 @@ def step(problem: ScalingProblem, batch: Any, state: PublishedState) -> Publishe
     problem.place(state.scales)
     if path is None:
         path = choose_path(config.curvature, problem.loss, problem.tensors, parts, state.micro_batch_size)
-    objective = objective_of(problem)
-    first, measured, _ = measure(
+    first, measured = measure(
         problem.loss,
         problem.tensors,
         parts,
         problem.collective,
         micro_batch_size=state.micro_batch_size,
-        objective=objective,
         keep=path.keep,
     )
     constrained = config.gamma is not None and measured.grad_norm > config.gamma
     branch: Branch = "constraint" if constrained else "objective"
-    lowered = NormConstraint() if constrained else objective
+    lowered = NormConstraint() if constrained else make_objective(config.objective)
     by_tensor, size = second_pass(
         problem.loss, problem.tensors, parts, first, lowered, problem.initial, path, problem.collective
     )
-    direction, adam = adam_step(state.adam, group_gradient(problem.tensors, by_tensor), branch)
+    direction, adam = adam_step(state.adam, _by_group(problem, by_tensor), branch)
     record = IterationRecord(
         iteration=iteration,
-        tried=describe(problem, state),
+        tried=_describe(config),
         outcome="lower_norm" if constrained else "accepted",
         loss=measured.loss,
         grad_cosine=measured.value,
@@ -90,7 +166,7 @@ def step(problem: ScalingProblem, batch: Any, state: PublishedState) -> Publishe
         micro_batch_size=size,
     )
     return PublishedState(
-        scales=moved(state.scales, (config.rate * direction).tolist(), config.scale_range),
+        scales=moved(state.scales, (config.lr * direction).tolist(), config.scale_range),
         adam=adam,
         path=path,
         history=(*state.history, record),
@@ -98,14 +174,18 @@ def step(problem: ScalingProblem, batch: Any, state: PublishedState) -> Publishe
     )
 
 
-def describe(problem: ScalingProblem, state: PublishedState) -> str:
-    """What the next iteration tries."""
-    return f"a step of {problem.config.rate:g}"
+def _describe(config: NIOConfig) -> str:
+    return f"a step of {config.lr:g}"
+
+
+def _by_group(problem: ScalingProblem, by_tensor: Tensor) -> Tensor:
+    """(K,) sums over the tensors of each group, of values (m,) of the tensors."""
+    return torch.stack([by_tensor[list(members)].sum() for members in problem.tensors.groups.values()])
 
 
 def most_cost(config: NIOConfig) -> float:
     """Training steps that the search takes, where nothing is kept between the passes."""
-    return 4.0 * window_share(_LARGE * config.sub_batches, config) * config.steps
+    return 4.0 * window_share(_LARGE * config.sub_batches, config) * config.iterations
 
 
 def window_share(batch_size: int, config: NIOConfig) -> float:

@@ -7,13 +7,12 @@ import math
 import statistics
 from typing import Any, Literal
 
-from nio_hf.core.config import NIOConfig, ObjectiveName
+from nio_hf.core.config import NIOConfig
 from nio_hf.core.records import restored
 
-Outcome = Literal["start", "accepted", "loss_bound", "norm_band", "no_gain", "noise", "worse", "lower_norm"]
-"""What became of an iteration: "start", the start was measured; "accepted"; "loss_bound" or "norm_band", refused by a
-bound; "no_gain" or "noise", the objective did not rise, or not beyond
-its noise; "worse", a step back follows; "lower_norm", a step that lowered the gradient norm."""
+Outcome = Literal["accepted", "loss_bound", "least_norm", "lower_norm"]
+"""What became of an iteration: "accepted"; "loss_bound" or "least_norm", refused by a bound; "lower_norm", a step that
+lowered the gradient norm."""
 Status = Literal[
     "improved",
     "worsened",
@@ -70,51 +69,18 @@ class GradCosine:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """One point, measured on the batches that a search judges by.
-
-    Attributes:
-        measured: GC, GN and loss, with those of the batches as `parts`.
-        scores: (S,) value of the objective on each batch; the higher, the better.
-    """
-
-    measured: GradCosine
-    scores: tuple[float, ...]
-
-    @property
-    def score(self) -> float:
-        """Mean of `scores`."""
-        return statistics.fmean(self.scores)
-
-    def gain_over(self, other: Reading) -> tuple[float, float]:
-        """(mean, standard error) of the rise of the objective over another point, paired over the batches."""
-        differences = [mine - theirs for mine, theirs in zip(self.scores, other.scores, strict=True)]
-        return statistics.fmean(differences), _standard_error(differences)
-
-    def for_record(self, objective: ObjectiveName) -> dict[str, Any]:
-        """What an [`IterationRecord`] holds of it; the score of the objective is left out where that is GC itself."""
-        return {
-            "loss": self.measured.loss,
-            "grad_cosine": self.measured.value,
-            "grad_norm": self.measured.grad_norm,
-            "objective": None if objective in ("gc", "balance") else self.score,
-        }
-
-
-@dataclasses.dataclass(frozen=True)
 class IterationRecord:
     """One iteration: what was tried, what was measured there, and what became of it.
 
     Attributes:
         iteration: counted from 1.
-        tried: what it tried, in words, e.g. "positions x2".
+        tried: what it tried, in words, e.g. "all x4".
         outcome: what became of it.
         loss: mean loss over the sub-batches; NaN where it is not finite.
         grad_cosine: GC; None where it was not computed.
         grad_norm: GN, or the norm that a baseline bounds; None where it was not computed.
         objective: what the method raises or lowers, where that is not GC.
-        group: of the tensors whose scale was tried; None for all.
-        scale: of that group, as it was tried; None for the start, and an iteration that moves all scales.
+        scale: common factor that was tried; None where each tensor has its own.
         cost: training steps of arithmetic.
         seconds: wall time, its data included.
         micro_batch_size: samples computed at once; None for whole sub-batches.
@@ -127,7 +93,6 @@ class IterationRecord:
     grad_cosine: float | None = None
     grad_norm: float | None = None
     objective: float | None = None
-    group: str | None = None
     scale: float | None = None
     cost: float = 0.0
     seconds: float = 0.0
@@ -136,26 +101,19 @@ class IterationRecord:
 
 @dataclasses.dataclass(frozen=True)
 class GroupScale:
-    """The scale of one group of tensors, and how it came about.
+    """The scale of one group of tensors.
 
     Attributes:
         name: of the group.
         omega: its scale.
         tensors: number of its tensors.
         parameters: number of their entries.
-        gain: rise of the objective on the search batches by the accepted steps of this group alone; None where groups
-            are not judged by one, or all moved at once.
-        tried: number of scales of this group that were tried.
-        ended: why it stayed at that: the outcome of the last trial of this group; None for a search without trials.
     """
 
     name: str
     omega: float
     tensors: int
     parameters: int
-    gain: float | None = None
-    tried: int = 0
-    ended: Outcome | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +303,3 @@ def _number_groups(fields: dict[str, Any], numbers: dict[str, str]) -> None:
         group["name"] = numbers[group["name"]]
     for tensor in fields["tensors"]:
         tensor["group"] = numbers[tensor["group"]]
-    for record in fields["history"]:
-        if record["group"] is not None:
-            record["tried"] = record["tried"].replace(record["group"], numbers[record["group"]])
-            record["group"] = numbers[record["group"]]

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from nio_hf.core import mode
 from nio_hf.core.batches import all_ignored_labels, batch_size, take, to_device
 from nio_hf.core.collective import Collective
-from nio_hf.core.gradcosine import ExtraSum, GradientSums
+from nio_hf.core.gradcosine import GradientSums
 from nio_hf.core.loss import Loss, check_micro_batches, dense_gradient, graph_gradient
 from nio_hf.core.memory import with_less_memory
-from nio_hf.core.objectives import Objective
 from nio_hf.core.result import GradCosine
 from nio_hf.core.tensors import ModelTensors, TensorPlace
 from nio_hf.errors import ConfigError, DataError, ModelError, NIOError, NumericsError, Problem
@@ -133,7 +132,6 @@ def first_pass(
     collective: Collective,
     *,
     micro_batch_size: int | None = None,
-    extra: ExtraSum = None,
     keep: Keep = None,
     observe: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> FirstPass:
@@ -145,7 +143,6 @@ def first_pass(
         parts: the sub-batches of this process.
         collective: the processes that share the work.
         micro_batch_size: samples computed at once; None for all.
-        extra: what is summed beside u.
         keep: what pass 2 is given of each sub-batch, where memory allows it.
         observe: called with each g_d of this process, tensor by tensor.
     """
@@ -159,7 +156,7 @@ def first_pass(
         return dropped
 
     with collective.together():
-        sums = GradientSums(wrt, parts.count, extra)
+        sums = GradientSums(wrt, parts.count)
         for index, part in parts.owned.items():
 
             def compute(size: int | None, part: Any = part, seed: int = parts.seed_of(index)) -> GradientAndLoss:
@@ -221,13 +218,12 @@ def measure(
     collective: Collective,
     *,
     micro_batch_size: int | None = None,
-    objective: Objective | None = None,
     keep: Keep = None,
     observe: Callable[[Sequence[Tensor]], None] | None = None,
-) -> tuple[FirstPass, GradCosine, float]:
-    """Pass 1 with what the host reads of it, checked: what it gave, GC with GN and loss, and the score.
+) -> tuple[FirstPass, GradCosine]:
+    """Pass 1 with what the host reads of it, checked: what it gave, and GC with GN and loss.
 
-    The arguments are those of `first_pass`; the score is that of the objective, 0 without one.
+    The arguments are those of `first_pass`.
 
     Raises:
         NumericsError: as [`check`].
@@ -238,33 +234,25 @@ def measure(
         parts,
         collective,
         micro_batch_size=micro_batch_size,
-        extra=None if objective is None else objective.extra,
         keep=keep,
         observe=observe,
     )
-    measured, scores = read(first.sums, parts, [] if objective is None else [objective.score(first.sums)])
+    measured = read(first.sums, parts)
     check(measured, first.sums, parts, tensors, loss, collective)
-    return first, measured, sum(scores)
+    return first, measured
 
 
-def read(sums: GradientSums, parts: SubBatches, carry: Sequence[Tensor] = ()) -> tuple[GradCosine, list[float]]:
-    """What the host reads of pass 1, and scalar tensors along with it, in one transfer."""
-    values = torch.cat(
-        [
-            torch.stack([sums.grad_cosine, *(scalar.reshape(()).to(sums.buffer.dtype) for scalar in carry)]),
-            sums.scalars[:2].flatten(),
-        ]
-    ).tolist()
-    carried, per_part = values[1 : 1 + len(carry)], values[1 + len(carry) :]
+def read(sums: GradientSums, parts: SubBatches) -> GradCosine:
+    """What the host reads of pass 1, in one transfer."""
+    value, *per_part = torch.cat([sums.grad_cosine.reshape(1), sums.scalars.flatten()]).tolist()
     norms, losses = per_part[: sums.sub_batches], per_part[sums.sub_batches :]
-    measured = GradCosine(
-        value=values[0],
+    return GradCosine(
+        value=value,
         grad_norm=math.fsum(norms) / len(norms),
         norms=tuple(norms),
         loss=math.fsum(losses) / len(losses),
         batch_size=parts.batch_size,
     )
-    return measured, carried
 
 
 def check(

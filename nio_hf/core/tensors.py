@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nio_hf.core.config import ScaledTensors
 from nio_hf.core.groups import Kind, group_tensors, kinds_of
-from nio_hf.core.result import ExcludedTensor, TensorScale
+from nio_hf.core.result import ExcludedTensor, GroupScale, TensorScale
 from nio_hf.errors import ModelError, Problem
 
 _VECTORS: tuple[Kind, ...] = ("norm", "bias", "vector")
@@ -92,6 +92,13 @@ class ModelTensors:
             for position in members:
                 values[position] = value
         return values
+
+    def scales_of_groups(self, by_group: Sequence[float]) -> tuple[GroupScale, ...]:
+        """The groups with their scales (K,)."""
+        return tuple(
+            GroupScale(name, omega, len(members), sum(self.scaled[member].parameter.numel() for member in members))
+            for (name, members), omega in zip(self.groups.items(), by_group, strict=True)
+        )
 
     def report(self, omega: Sequence[float]) -> tuple[TensorScale, ...]:
         """The scaled tensors with their scales, omega of shape (m,)."""

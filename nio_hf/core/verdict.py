@@ -49,7 +49,7 @@ def describe_scales(groups: Sequence[GroupScale]) -> str:
     """What happened to the weights, in words."""
     scales = [group.omega for group in groups]
     if all(scale == 1 for scale in scales):
-        return "No scale was changed: nothing that was tried was better within the bounds"
+        return "No scale was changed: none is needed, or none keeps the bounds"
     if len(groups) == 1:
         return f"All scaled weights were multiplied by {scales[0]:.3g}"
     if len(groups) <= _FEW:
@@ -68,26 +68,25 @@ def judge(
 ) -> tuple[Status, str]:
     """Status and message of a run, from the report batches and the scales.
 
-    In this order: the data ran out; no scale was changed; a collapse is suspected (without a bound on it, the loss at
-    init rose by more than 25%, or GC rose above 0.95, where a model says the same for every sample); GN exceeds 1.1
-    gamma; the 90% interval of the rise of GC, paired over the report batches, is above zero, below zero, or holds it.
-    The thresholds are our choice. With the objective "balance" GC is told and decides nothing.
+    In this order: the data ran out; no scale was changed. What is computed is then "changed": GC is told and decides
+    nothing. Of the published search a collapse is suspected (the loss at init rose by more than 25%, or GC rose above
+    0.95, where a model says the same for every sample); GN exceeds 1.1 gamma; the 90% interval of the rise of GC,
+    paired over the report batches, is above zero, below zero, or holds it. The thresholds are our choice.
     """
     change, scales = describe_change(before, after), describe_scales(groups)
     if data_exhausted:
         return (
             "data_exhausted",
-            f"The data ended before the {config.steps} iterations were done. {scales}. {change}.",
+            f"The data ended before the {config.iterations} iterations were done. {scales}. {change}.",
         )
     if all(group.omega == 1 for group in groups):
         return "unchanged", f"{scales}. {change}."
+    if config.search != "published":
+        return "changed", f"{scales}. {change}."
     low, high = rise_interval(before, after)
-    raises_gc = config.judged_by != "balance"
-    agrees_too_much = raises_gc and after.value > COLLAPSE_COSINE and low > 0
-    is_free = config.search == "published" or config.loss_bound is None
-    rose_too_far = is_free and after.loss - before.loss > COLLAPSE_LOSS_RISE * abs(before.loss)
-    if rose_too_far or agrees_too_much:
-        advice = "Set a lower NIOConfig.loss_bound, or a narrower NIOConfig.norm_band"
+    agrees_too_much = after.value > COLLAPSE_COSINE and low > 0
+    if after.loss - before.loss > COLLAPSE_LOSS_RISE * abs(before.loss) or agrees_too_much:
+        advice = "Set a lower NIOConfig.gamma, or fewer NIOConfig.iterations"
         return (
             "collapse_suspected",
             f"Collapse suspected: gradients agree at the cost of the loss. {scales}. {change}. {advice}.",
@@ -99,8 +98,8 @@ def judge(
             f"The gradient norm ended above gamma = {config.gamma:.4g}. {scales}. {change}. {advice}.",
         )
     if low > 0:
-        return "improved" if raises_gc else "changed", f"GradCosine rose. {scales}. {change}."
+        return "improved", f"GradCosine rose. {scales}. {change}."
     if high < 0:
-        return "worsened" if raises_gc else "changed", f"GradCosine fell. {scales}. {change}."
+        return "worsened", f"GradCosine fell. {scales}. {change}."
     doubt = "One report batch does not tell" if math.isinf(low) else "The report batches do not tell"
     return "changed", f"{scales}. {doubt} whether GradCosine rose or fell. {change}."

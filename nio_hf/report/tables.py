@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from nio_hf.core.layerwise import GradientInspection, LayerGradient
-from nio_hf.core.result import GradCosine, GroupScale, InitResult, Outcome
+from nio_hf.core.result import GradCosine, InitResult
 from nio_hf.report.run import Run
 from nio_hf.report.style import kind_order
 
@@ -23,17 +23,7 @@ LayerRow = tuple[str, str, str, str, str, str]
 MOST_GROUPS = 12
 """Groups that are shown one by one; tensors of more groups are shown by their kind."""
 _GROUP_COLUMNS = ("group", "tensors", "parameters", "scale")
-_TRIAL_COLUMNS = ("tried", "gain", "last trial")
 _KIND_COLUMNS = ("kind", "tensors", "parameters", "smallest", "median", "largest")
-_TRIALS: dict[Outcome | None, str] = {
-    None: "none",
-    "accepted": "accepted",
-    "loss_bound": "broke the loss bound",
-    "norm_band": "the gradient norm left its band",
-    "no_gain": "no gain",
-    "noise": "no gain beyond the noise",
-}
-"""{outcome of the last trial of a group: the same in words}."""
 _LOSSES = {
     "eval_loss": "Evaluation loss",
     "eval_perplexity": "Evaluation perplexity",
@@ -106,7 +96,7 @@ class ScaleTable:
 
 
 def scale_table(result: InitResult) -> ScaleTable:
-    """The scales by group, with what was tried; for more than `MOST_GROUPS` groups by kind of tensors."""
+    """The scales by group; for more than `MOST_GROUPS` groups by kind of tensors."""
     if len(result.groups) > MOST_GROUPS:
         return ScaleTable(
             f"Scales of {len(result.groups)} groups by kind of tensors", _KIND_COLUMNS, _kind_rows(result)
@@ -114,14 +104,7 @@ def scale_table(result: InitResult) -> ScaleTable:
     rows: list[tuple[str, ...]] = [
         (group.name, f"{group.tensors:,}", f"{group.parameters:,}", f"{group.omega:#.4g}") for group in result.groups
     ]
-    if not any(group.tried for group in result.groups):
-        return ScaleTable("Scale of each group of tensors", _GROUP_COLUMNS, rows)
-    rows = [(*row, *_trial_cells(group)) for row, group in zip(rows, result.groups, strict=True)]
-    return ScaleTable("Scale of each group of tensors, and its trials", (*_GROUP_COLUMNS, *_TRIAL_COLUMNS), rows)
-
-
-def _trial_cells(group: GroupScale) -> tuple[str, ...]:
-    return f"{group.tried}", f"{group.gain:+.4f}" if group.gain else "-", _TRIALS.get(group.ended, "-")
+    return ScaleTable("Scale of each group of tensors", _GROUP_COLUMNS, rows)
 
 
 def _kind_rows(result: InitResult) -> list[tuple[str, ...]]:

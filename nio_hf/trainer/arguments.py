@@ -43,12 +43,12 @@ class NIOSettings:
     )
     nio_save_init: bool = _option(True, "Save the initialised checkpoint in OUTPUT_DIR/_nio_init.")
     nio_save_steps: int = _option(
-        10, "Iterations from one saved state of NIO to the next, from which an interrupted run goes on; 0 for none."
+        10, "Steps of published from one saved state to the next, from which an interrupted run goes on; 0 for none."
     )
 
     nio_race_steps: int | None = _option(
         None,
-        "Steps for which the weights that NIO found, its common factor alone and the start are trained before the "
+        "Steps for which the weights that NIO found, those of half its strength and the start are trained before the "
         "training, which begins from the best of them; 0 for no race; default: 120 where that is at most 2% of the "
         "training, else 0.",
     )
@@ -61,44 +61,42 @@ class NIOSettings:
     # Data
     nio_batch_size: int = _option(64, "B, samples of a NIO batch over all devices.")
     nio_sub_batches: int = _option(NIOConfig.sub_batches, "D, sub-batches that a NIO batch is split into.")
-    nio_search_batches: int = _option(NIOConfig.search_batches, "NIO batches that scan and gradient judge by.")
-    nio_report_batches: int = _option(NIOConfig.report_batches, "Other NIO batches, for the report before and after.")
+    nio_report_batches: int = _option(
+        NIOConfig.report_batches, "NIO batches that loss and gradients are measured on before and after."
+    )
     nio_seed: int | None = _option(None, "Seed of the NIO data order; default: data_seed, else seed.")
 
-    # What is searched
+    # How the scales are found
     nio_search: str = _option(
-        NIOConfig.search, "scan (first gradients), gradient (second derivatives) or published (the paper's algorithm)."
+        NIOConfig.search, "balance (computed from the weights and a forward pass) or published (the paper's algorithm)."
+    )
+    nio_strength: float = _option(
+        NIOConfig.strength, "Exponent of the scales that balance computes; 1 applies them whole."
     )
     # HfArgumentParser takes the second of three types.
     nio_groups: dict[str, str] | str | None = dataclasses.field(
         default="additive",
         metadata={
-            "help": "Tensors that share a scale: model, additive, kind, tensor, or a mapping from names of groups to "
-            'regular expressions of parameter names, e.g. {"positions": "position_embeddings"}.'
+            "help": "Tensors that share a scale: additive (positions, tokens and the like apart from the rest), model, "
+            "tensor (for published), or a mapping from names of groups to regular expressions of parameter names, e.g. "
+            '{"trunk": "layers"}.'
         },
     )
     nio_scaled_tensors: str = _option(
         NIOConfig.scaled_tensors, "What is scaled: all tensors, or weights (matrices, tables and tokens)."
     )
-    nio_objective: str = _option(
-        NIOConfig.objective,
-        "auto, gc, gc_norm, gc_sum_norm (as published), variance, or, for scan only, balance or gc_sign.",
-    )
+    nio_objective: str = _option(NIOConfig.objective, "What published raises: gc_sum_norm, or gc alone.")
     nio_loss_bound: float | None = _option(
-        NIOConfig.loss_bound, "Share by which the loss of the search batches may rise; none for no such bound."
+        NIOConfig.loss_bound, "Share by which the loss may rise, of balance; none for no such bound."
     )
-    nio_norm_band: list[float] | None = dataclasses.field(
-        default_factory=lambda: list(NIOConfig.norm_band or ()),
-        metadata={"help": "Least and largest gradient norm, relative to that at the common factor; none for no bound."},
+    nio_least_norm: float | None = _option(
+        NIOConfig.least_norm, "Share of the gradient norm that must be left, of balance; none for no such bound."
     )
     nio_scale_range: list[float] = dataclasses.field(
         default_factory=lambda: list(NIOConfig.scale_range), metadata={"help": "Least and largest scale."}
     )
-    nio_budget: float = _option(
-        NIOConfig.budget, "Training steps of a NIO batch beyond which scan tries no further group."
-    )
-    nio_iterations: int | None = _option(None, "Steps of gradient (default: 20) and published (100).")
-    nio_lr: float | None = _option(None, "Learning rate of gradient (default: 0.25) and published (0.003).")
+    nio_iterations: int = _option(NIOConfig.iterations, "Steps of published.")
+    nio_lr: float = _option(NIOConfig.lr, "Learning rate of Adam on the scales, of published.")
     nio_gamma: float | None = _option(None, "Bound on the gradient norm of published.")
     nio_overlap: float = _option(NIOConfig.overlap, "Overlap of neighbouring sub-batches of published, in [0, 1).")
 

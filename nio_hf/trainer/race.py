@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RACE_NAME = "_nio_race.json"
-START, COMMON = "start", "common factor"
+START, HALF = "start", "half of it"
 RACE_STEPS = 120
 """Steps of a lane where the settings leave them open: from there on losses rank configurations of the small ViT and
 Swin of benchmarks/layer_scales as their accuracies do (Spearman's correlation 0.84 to 0.93)."""
@@ -75,33 +75,21 @@ class Candidates:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What takes part: the weights that were found, the common factor alone where that differs, the start."""
+        """What takes part: the weights that were found, those with the square roots of their scales, and the start."""
         found = self.result
         if all(tensor.omega == 1 for tensor in found.tensors) and found.method == "nio":
             return (found.title,)
-        common = self.common_factor
-        differs = common is not None and any(tensor.omega != common for tensor in found.tensors)
-        return (found.title, *((COMMON,) if differs and common != 1 else ()), START)
-
-    @property
-    def common_factor(self) -> float | None:
-        """The factor of all weights that a scan accepted first; None for another search or method."""
-        factors = [
-            record.scale
-            for record in self.result.history
-            if record.group is None and record.scale is not None and record.outcome == "accepted"
-        ]
-        return factors[-1] if factors and self.result.method == "nio" else None
+        is_computed = found.method == "nio" and found.config.search == "balance"
+        return (found.title, *((HALF,) if is_computed else ()), START)
 
     @torch.no_grad()
     def place(self, name: str, model: nn.Module) -> None:
         """Give a model that has the weights that were found those of a candidate, in place."""
         if name == self.result.title:
             return
-        factors = self.result.scales if name == COMMON else {}
+        scales = self.result.scales if name == HALF else {}
         for key, parameter in model.named_parameters():
-            value = self.start[key].to(parameter.device)
-            parameter.data.copy_(value * float(self.common_factor or 1) if key in factors else value)
+            parameter.data.copy_(self.start[key].to(parameter.device) * math.sqrt(scales.get(key, 1.0)))
 
 
 def planned_steps(trainer: NIOTrainerMixin, max_steps: int) -> int:
@@ -202,17 +190,17 @@ def _of_winner(trainer: NIOTrainerMixin, candidates: Candidates, race: Race) -> 
     if race.winner == found.title:
         return dataclasses.replace(found, message=f"{found.message} {race.message}")
     if race.winner == START:
-        kept = _with_factor(found, 1.0)
+        kept = _to_the_power(found, 0.0)
         return dataclasses.replace(kept, after=found.before, status="unchanged", message=race.message)
-    kept = _with_factor(found, float(candidates.common_factor or 1))
+    kept = _to_the_power(found, 0.5)
     after = _measured(trainer)
     status, message = judge(found.before, after, kept.groups, found.config)
     return dataclasses.replace(kept, after=after, status=status, message=f"{race.message} {message}")
 
 
-def _with_factor(result: InitResult, factor: float) -> InitResult:
-    groups = tuple(dataclasses.replace(group, omega=factor) for group in result.groups)
-    tensors = tuple(dataclasses.replace(tensor, omega=factor) for tensor in result.tensors)
+def _to_the_power(result: InitResult, exponent: float) -> InitResult:
+    groups = tuple(dataclasses.replace(group, omega=group.omega**exponent) for group in result.groups)
+    tensors = tuple(dataclasses.replace(tensor, omega=tensor.omega**exponent) for tensor in result.tensors)
     return dataclasses.replace(result, groups=groups, tensors=tensors)
 
 

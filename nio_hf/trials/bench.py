@@ -188,7 +188,7 @@ def _unaffordable(recipe: Recipe, trial: Trial) -> Iterator[Problem]:
     most = most_steps(recipe.training) or 0.0
     if trial.cost_share == 1 and math.ceil(most) >= trial.steps:
         found = f"{trial.steps}, where the initialisation takes up to {most:,.0f} training steps"
-        fix = "Give more steps, or lower nio_budget, nio_search_batches, nio_report_batches or nio_batch_size"
+        fix = "Give more steps, or lower nio_report_batches or nio_batch_size"
         yield Problem(f"arm {trial.arm.name}, --steps", found, fix)
 
 
@@ -199,7 +199,5 @@ def _shared_settings(recipe: Recipe, decided: Iterable[str]) -> dict[str, Any]:
     """
     own = {*decided, *QUIET, "output_dir"}
     given = {key: setting.value for key, setting in recipe.settings.items()}
-    config = recipe.training.to_nio_config()
     defaults = {key: value for key, value in vars(recipe.training).items() if key.startswith("nio_")}
-    defaults.update(nio_iterations=config.steps, nio_lr=config.rate)
     return {key: shareable(value) for key, value in {**defaults, **given}.items() if key not in own}

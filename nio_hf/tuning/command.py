@@ -19,23 +19,19 @@ from nio_hf.trials.options import (
     read_numbers,
     steps_of,
 )
-from nio_hf.trials.run import format_number
 from nio_hf.tuning.plan import DECIDED, Plan
 from nio_hf.tuning.report import COLUMNS, rows, sentences, write_report
 from nio_hf.tuning.tuning import tune
 
 SHOWN = 5
 """Columns of the table that a terminal has room for."""
-NO_BOUND = format_number(None)
-"""Word for no bound on a command line."""
 
 
 def run_tuning(
     arguments: Sequence[str],
     *,
     groups: str,
-    loss_bounds: str,
-    objectives: str,
+    strengths: str,
     seeds: int,
     verdict_seeds: int,
     probe_steps: int,
@@ -51,13 +47,12 @@ def run_tuning(
         check_overrides(overrides, DECIDED)
         recipe = load_recipe(name, overrides)
         problems: list[Problem] = []
-        bounds = _read_bounds(loss_bounds, problems)
+        numbers = tuple(sorted(read_numbers("--strengths", strengths, problems, "0.5,1")))
         length = steps_of(recipe, steps, problems)
         try:
             plan = Plan(
                 groups=_words(groups),
-                loss_bounds=bounds,
-                objectives=_words(objectives),
+                strengths=numbers,
                 learning_rate=recipe.training.learning_rate,
                 seeds=seeds,
                 probe_steps=probe_steps,
@@ -85,11 +80,3 @@ def run_tuning(
 def _words(text: str) -> tuple[str, ...]:
     """The words that a command line lists."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _read_bounds(text: str, problems: list[Problem]) -> tuple[float | None, ...]:
-    """Bounds that a command line lists, the tightest first, no bound last."""
-    parts = _words(text)
-    numbers = ",".join(part for part in parts if part != NO_BOUND)
-    bounded = read_numbers("--loss_bounds", numbers, problems, "0.1,none")
-    return (*sorted(bounded), *(None for part in parts if part == NO_BOUND))

@@ -13,15 +13,15 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast, get_args
+from typing import Any, cast
 
-from nio_hf.core.config import Grouping, ObjectiveSetting
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.loading import Recipe
 from nio_hf.trials.costs import most_steps
 from nio_hf.trials.results import Outcome
 from nio_hf.trials.run import FIRST_VERDICT_SEED, MIN_SEEDS, WITH_NIO, Arm, Run, Trial, can_be_tried, format_number
 
+GROUPS = ("additive", "model")
 OWN = Arm("own", "the recipe's own settings", WITH_NIO)
 DECIDED = {
     "warmup_steps": "Leave it out: the trainings have no warmup",
@@ -47,8 +47,7 @@ class Plan:
 
     Attributes:
         groups: values of `nio_groups` to try, in words.
-        loss_bounds: values of `nio_loss_bound` to try; None for no bound.
-        objectives: values of `nio_objective` to try.
+        strengths: values of `nio_strength` to try.
         learning_rate: peak of the trainings.
         seeds: number of rounds.
         probe_steps: length of a probe, in training steps.
@@ -58,8 +57,7 @@ class Plan:
     """
 
     groups: tuple[str, ...]
-    loss_bounds: tuple[float | None, ...]
-    objectives: tuple[str, ...]
+    strengths: tuple[float, ...]
     learning_rate: float
     seeds: int
     probe_steps: int
@@ -73,19 +71,13 @@ class Plan:
             raise RecipeError(*problems)
 
     def _problems(self) -> Iterator[Problem]:
-        words = (
-            ("--groups", self.groups, get_args(Grouping)),
-            ("--objectives", self.objectives, get_args(ObjectiveSetting)),
-        )
-        for option, chosen, known in words:
-            if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
-                fix = f"Give at least one of {', '.join(known)}, each once"
-                yield Problem(option, ", ".join(chosen) or "none", fix)
-        if not self.loss_bounds:
-            yield Problem("--loss_bounds", "none", "Give at least one, e.g. 0.1")
-        elif not can_be_tried(self.loss_bounds):
-            bounds = ", ".join(map(format_number, self.loss_bounds))
-            yield Problem("--loss_bounds", bounds, "Give different ones above 0")
+        if not self.groups or len(set(self.groups)) < len(self.groups) or not set(self.groups) <= set(GROUPS):
+            fix = f"Give at least one of {', '.join(GROUPS)}, each once"
+            yield Problem("--groups", ", ".join(self.groups) or "none", fix)
+        if not self.strengths:
+            yield Problem("--strengths", "none", "Give at least one, e.g. 0.5")
+        elif not can_be_tried(self.strengths):
+            yield Problem("--strengths", ", ".join(map(format_number, self.strengths)), "Give different ones above 0")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             yield Problem("--learning_rate", f"{self.learning_rate:g}", "Give a number above 0")
         if not 1 <= self.seeds <= FIRST_VERDICT_SEED:
@@ -100,8 +92,8 @@ class Plan:
     def candidates(self, recipe: Recipe) -> list[Arm]:
         """The recipe's own settings and the grid, without the point of it that is the same."""
         config = recipe.training.to_nio_config()
-        own = (config.groups, config.loss_bound, config.objective)
-        grid = itertools.product(self.groups, self.loss_bounds, self.objectives)
+        own = (config.groups, config.strength)
+        grid = itertools.product(self.groups, self.strengths)
         return [OWN, *(_candidate(*point) for point in grid if point != own)]
 
     def probes(self, arms: Sequence[Arm], seed: int) -> list[Trial]:
@@ -157,11 +149,10 @@ class Plan:
         return Run("probe", arm.name, self.learning_rate, 0.0, seed)
 
 
-def _candidate(groups: str, loss_bound: float | None, objective: str) -> Arm:
-    settings = {"nio_groups": groups, "nio_loss_bound": loss_bound, "nio_objective": objective}
-    bound = "any loss" if loss_bound is None else f"loss +{100 * loss_bound:g}%"
-    name = f"{groups}-loss{format_number(loss_bound)}-{objective}"
-    return Arm(name, f"groups {groups}, {bound}, objective {objective}", {**WITH_NIO, **settings})
+def _candidate(groups: str, strength: float) -> Arm:
+    settings = {"nio_groups": groups, "nio_strength": strength}
+    number = format_number(strength)
+    return Arm(f"{groups}-{number}", f"groups {groups}, strength {number}", {**WITH_NIO, **settings})
 
 
 def tuned_settings(arm: Arm) -> dict[str, Any]:
