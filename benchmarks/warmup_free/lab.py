@@ -92,6 +92,7 @@ class Arm:
         seeded: whether Adam's second moment is seeded (GI-Adam).
         searched: whether groups are scaled as the direct search found.
         published: whether NIO has the settings of its paper, in the place of the defaults.
+        strength: of NIO.
         residual: whether weights that lead into the residual stream are scaled as GPT-2's class scales them.
         rates: learning rates that are tried first.
     """
@@ -102,6 +103,7 @@ class Arm:
     seeded: bool = False
     searched: bool = False
     published: bool = False
+    strength: float = 1.0
     residual: bool = False
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
 
@@ -130,6 +132,7 @@ ARMS = {
     "schedule_free": Arm(optimizer="schedule_free", rates=_HIGHER),
     "muon": Arm(optimizer="muon", rates=_HIGHER),
     "nio": Arm((_NIO,)),
+    "nio_half": Arm((_NIO,), strength=0.5),
     "nio_warmup10": Arm((_NIO,), warmup=0.1),
     "nio_seeded": Arm((_NIO,), seeded=True, rates=_HIGHER),
     "nio_muon": Arm((_NIO,), optimizer="muon", rates=_HIGHER),
@@ -164,7 +167,8 @@ def carry_out(run: Run, task: Task, data: Path) -> Row:
     started, arm = time.perf_counter(), ARMS[run.arm]
     samples = task.samples(data, choosing=run.choosing)
     model = task.build(run.seed)
-    config = NIOConfig.published(seed=run.seed) if arm.published else NIOConfig(seed=run.seed)
+    settings = {"seed": run.seed, "strength": arm.strength}
+    config = NIOConfig.published(**settings) if arm.published else NIOConfig(**settings)
     drawn = list(itertools.islice(samples.batches(run.seed, plain=True), config.report_batches + config.batches))
     found: Row = {}
     cost = 0.0

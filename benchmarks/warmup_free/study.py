@@ -44,8 +44,21 @@ _LAST = (
     *("nio_warmup10", "nio_seeded", "nio_muon", "xavier_nio", "mimetic_nio"),
 )
 _LONG = ("nio", "warmup10", "x4", "xavier", "positions8")
-_TEXT = ("nio", "class", "warmup2", "warmup5", "warmup10", "warmup30", "x2", "width", "gi_adam", "radam", "nio_seeded")
-_LONG_TEXT = ("nio", "class", "warmup10", "x2")
+_TEXT = (
+    "nio",
+    "class",
+    "warmup2",
+    "warmup5",
+    "warmup10",
+    "warmup30",
+    "x2",
+    "width",
+    "gi_adam",
+    "radam",
+    "nio_half",
+    "nio_seeded",
+)
+_LONG_TEXT = ("nio", "class", "warmup10", "x2", "nio_half")
 _WHERE = ("nio", "warmup10", "x4", "width", "positions8")
 
 

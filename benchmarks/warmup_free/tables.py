@@ -36,6 +36,7 @@ COMMON = ("x2", "x4", "width")
 AIM = 0.8
 """Share of the head-room that NIO is to reach."""
 WITHOUT = {
+    "nio_half": "nio",
     "nio_warmup10": "nio",
     "nio_seeded": "nio",
     "nio_muon": "muon",
@@ -65,6 +66,7 @@ NAMES = {
     "schedule_free": "schedule-free RAdam",
     "muon": "Muon",
     "nio": "NIO",
+    "nio_half": "NIO, strength 0.5",
     "nio_warmup10": "NIO, warmup 10%",
     "nio_seeded": "NIO, GI-Adam",
     "nio_muon": "NIO, Muon",
