@@ -1,7 +1,7 @@
 """One training of the study: a model, how it is initialised, its optimizer, and what came of it.
 
-The loop is the plain one of `benchmarks.layer_scales.trainings`; the initialisations are those of the package. A run
-has a budget of training steps, from which its initialisation is paid.
+The loop is a plain one that reads its data once; the initialisations are those of the package. A run has a budget of
+training steps, from which its initialisation is paid.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,6 @@ import schedulefree
 import torch
 from torch import Tensor, nn
 
-from benchmarks.layer_scales.trainings import cosine, descend, parameter_groups
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import NIO, squared_gradients
 from nio_hf.core.groups import kinds_of
@@ -264,6 +263,60 @@ def _ending(task: Task, samples: Samples, model: nn.Module, losses: list[float],
     loss = _short(found["loss"]) if math.isfinite(found["loss"]) else None
     guessed = task.failure if failed or loss is None else {}
     return {**found, "loss": loss, **guessed, "steps": len(losses), "failed": failed, "losses": _curve(losses)}
+
+
+def cosine(step: int, steps: int) -> float:
+    """Share of the learning rate at a step: from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def descend(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int, int], float] = cosine,
+    most_norm: float | None = None,
+) -> list[float]:
+    """The steps of a training; returns their losses, which end where one is not finite.
+
+    Args:
+        model: As it starts.
+        batches: At least `steps` of them.
+        loss: (model, batch) -> mean loss.
+        steps: Number of steps.
+        learning_rate: Peak.
+        optimizer: Its optimizer.
+        schedule: (step, steps) -> share of the learning rate.
+        most_norm: Norm that gradients are clipped to; None for no clipping.
+    """
+    losses: list[float] = []
+    model.train()
+    for step, batch in enumerate(itertools.islice(batches, steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * schedule(step, steps)
+        mean = loss(model, batch)
+        losses.append(float(mean.detach()))
+        if not math.isfinite(losses[-1]):
+            break
+        optimizer.zero_grad()
+        mean.backward()
+        if most_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), most_norm)
+        optimizer.step()
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()
+    return losses
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """The parameters for an optimizer: weight decay on those of two dimensions and more."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def _optimizer(

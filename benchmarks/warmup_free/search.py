@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.layer_scales.trainings import SETUPS
+from benchmarks.warmup_free.images import GROUPS
 from benchmarks.warmup_free.lab import SEARCHED
 from nio_hf.files import write_atomically
 
@@ -21,7 +21,8 @@ COMMON = (1.5, 2.0, 2.5)
 LEAST_GAIN = 0.3
 """Points of mean accuracy below which a change is not kept."""
 WIDE_STEP = 2.0
-"""First step of log2 of the scale of positions and tokens, and of reductions; that of the other groups is 1."""
+WIDE = ("positions", "reductions")
+"""Groups whose first step of log2 of the scale is `WIDE_STEP`; that of the others is 1."""
 RATES = {"vit": 5e-4, "swin": 1e-3}
 """{model: learning rate}: the one that was best for four times the class's weights in an earlier study."""
 MOST_CONFIGURATIONS = 40
@@ -69,16 +70,16 @@ def replay(model: str, accuracies: Mapping[Exponents, Sequence[float]], seeds: i
 
 def _moves(model: str) -> Any:
     """The configurations in turn, each answered by its mean accuracy."""
-    setup = SETUPS[model]
+    groups = GROUPS[model]
     level = {}
     for exponent in COMMON:
-        level[exponent] = yield tuple((group, exponent) for group in setup.groups)
+        level[exponent] = yield tuple((group, exponent) for group in groups)
     common = max(level, key=lambda exponent: level[exponent])
-    current, reached = dict.fromkeys(setup.groups, common), level[common]
+    current, reached = dict.fromkeys(groups, common), level[common]
     while True:
         before = dict(current)
-        for group in setup.groups:
-            step = WIDE_STEP if group in setup.wide else 1.0
+        for group in groups:
+            step = WIDE_STEP if group in WIDE else 1.0
             while abs(step) >= 1:
                 moved = False
                 for sign in (1, -1):

@@ -46,8 +46,8 @@ class NIOConfig:
             algorithm of the paper: Adam on omega, a new batch for every step (see [`NIOConfig.published`]).
         strength: Of "balance": t, where omega_k = c_k^t for the computed scales c_k. 1 applies them whole.
         groups: Which tensors share a scale. "additive" sets apart what is added to activations, such as positions and
-            tokens; "model" has one scale for all; "tensor", of "published" only, one for each. A mapping {name of a
-            group: regular expression} groups tensors by name, and scales no others.
+            tokens; "model" has one scale for all; "tensor" one for each, which only "published" makes use of. A mapping
+            {name of a group: regular expression} groups tensors by name, and scales no others.
         scaled_tensors: "weights" are matrices, tables and tokens. "all" are these and what has one number a channel or
             head, such as biases and the weights of normalisation (see [`kinds_of`]). A mapping in `groups` goes before
             it.
@@ -172,9 +172,6 @@ class NIOConfig:
             for name in ("gamma", "overlap"):
                 if getattr(self, name):
                     yield name, getattr(self, name), fix
-            if self.groups == "tensor":
-                fix = 'Set NIOConfig.groups to "additive" or "model", or NIOConfig.search to "published"'
-                yield "groups", self.groups, fix
 
 
 def refuse_replaced(settings: Iterable[str], prefix: str) -> None:

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.layer_scales.trainings import SETUPS
 from benchmarks.warmup_free import images, lab, search, study, tables, texts
-from benchmarks.warmup_free.images import ImageTask
+from benchmarks.warmup_free.images import GROUPS, ImageTask
 from benchmarks.warmup_free.lab import ARMS, RESULTS, Run, Task
 from benchmarks.warmup_free.study import Part
 from benchmarks.warmup_free.texts import MODELS, TextTask
@@ -217,7 +216,7 @@ def test_seeding_and_warmup_change_the_first_steps_only_where_asked_for() -> Non
 
 
 def test_a_direct_search_climbs_to_the_top() -> None:
-    best = dict.fromkeys(SETUPS["vit"].groups, 2.0) | {"positions": 7.0, "value": 3.0}
+    best = dict.fromkeys(GROUPS["vit"], 2.0) | {"positions": 7.0, "value": 3.0}
 
     def accuracy(exponents: search.Exponents) -> float:
         return 50 - sum(abs(best[group] - exponent) for group, exponent in exponents)
@@ -241,7 +240,7 @@ def test_what_a_search_has_found_is_written_once(tmp_path: Path, monkeypatch: py
 
 
 def test_the_scales_of_the_search_are_those_that_are_trained(tiny: Path) -> None:
-    task, exponents = ImageTask("digits", "digits", steps=4, pixels=8), dict.fromkeys(SETUPS["digits"].groups, 1.0)
+    task, exponents = ImageTask("digits", "digits", steps=4, pixels=8), dict.fromkeys(GROUPS["digits"], 1.0)
     plain = lab.carry_out_scaled(task, dict.fromkeys(exponents, 0.0), 1e-3, 0, Path())
     doubled = lab.carry_out_scaled(task, exponents, 1e-3, 0, Path())
     assert plain["losses"] != doubled["losses"]
