@@ -9,15 +9,15 @@ VERSIONS := $(shell cat constraints.txt pyproject.toml setup.cfg | cksum | cut -
 RECIPES := $(VENV)/.recipes-$(VERSIONS)
 STAMP := $(VENV)/.dev-$(VERSIONS)
 
-.PHONY: quickstart test test-all test-floors test-latest study bench install lint types clean
+.PHONY: quickstart test test-all test-floors test-latest study bench docs install lint types clean
 
 quickstart: $(RECIPES)  ## NIO and a training of a small ViT on real images, on the CPU
 	$(BIN)/nio-hf train vit-tiny/digits/nio
 
-test: lint types  ## what must pass before a change is shared
+test: lint types docs  ## what must pass before a change is shared
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
-test-all: lint types  ## the same, and what takes long
+test-all: lint types docs  ## the same, and what takes long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-floors: EXTRA := test
@@ -35,6 +35,9 @@ study: $(STAMP)  ## the trainings of benchmarks/warmup_free, days; it goes on wh
 bench: $(STAMP)  ## the cost of NIO; hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cost --sections counts
 	$(BIN)/python -m benchmarks.cost --sections seconds errors
+
+docs: $(STAMP)  ## the documentation, in docs/_build; broken links are errors
+	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)
@@ -66,4 +69,4 @@ $(RECIPES):
 	@touch $@
 
 clean:
-	rm -rf .venv* build dist *.egg-info outputs
+	rm -rf .venv* build dist *.egg-info outputs docs/_build docs/_generated
