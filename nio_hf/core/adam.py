@@ -35,21 +35,18 @@ class AdamState:
         return cls({"objective": zeros, "constraint": zeros}, zeros, {"objective": 0, "constraint": 0})
 
 
-def adam_step(
-    state: AdamState, gradient: Tensor, branch: Branch = "objective", clip: float | None = CLIP
-) -> tuple[Tensor, AdamState]:
-    """The direction of one step on a gradient (K,), each entry clipped to [-clip, clip], and the state after it.
+def adam_step(state: AdamState, gradient: Tensor, branch: Branch = "objective") -> tuple[Tensor, AdamState]:
+    """The direction of one step on a gradient (K,), each entry clipped to [-1, 1], and the state after it.
 
     The branches (objective and constraint) have their own first moment, each corrected by the number of its own steps;
     the second moment is shared and corrected by the number of all steps:
 
-        m_b <- beta1 m_b + (1 - beta1) c      v <- beta2 v + (1 - beta2) c^2      c = clip(gradient, -clip, clip)
+        m_b <- beta1 m_b + (1 - beta1) c      v <- beta2 v + (1 - beta2) c^2      c = clip(gradient, -1, 1)
         direction = -(m_b / (1 - beta1^t_b)) / (sqrt(v / (1 - beta2^t)) + eps)
 
     with beta1 0.9, beta2 0.999, eps 1e-8. Source: the method's published settings, as the specification states them.
     """
-    gradient = gradient.double().cpu()
-    clipped = gradient if clip is None else gradient.clamp(-clip, clip)
+    clipped = gradient.double().cpu().clamp(-CLIP, CLIP)
     steps = {**state.steps, branch: state.steps[branch] + 1}
     first = torch.tensor(state.first[branch], dtype=torch.float64).lerp(clipped, 1 - BETA1)
     second = BETA2 * torch.tensor(state.second, dtype=torch.float64) + (1 - BETA2) * clipped.square()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ def balance_scales(problem: ScalingProblem, options: Options, watch: Watch) -> L
     Raises:
         StoppedError: Where that was asked for.
     """
+    started = time.perf_counter()
     exponents, size, cost = _computed_exponents(problem)
     history: list[IterationRecord] = []
     scales, after = (1.0,) * len(exponents), problem.before
@@ -67,8 +69,10 @@ def balance_scales(problem: ScalingProblem, options: Options, watch: Watch) -> L
             grad_norm=None if measured is None else measured.grad_norm,
             scale=candidate[_largest_group(problem)],
             cost=len(problem.reported) + (0.0 if history else cost),
+            seconds=time.perf_counter() - started,
             micro_batch_size=size,
         )
+        started = time.perf_counter()
         history.append(record)
         watch.sees(record)
         if measured is not None and outcome == "accepted":
@@ -85,11 +89,11 @@ def balance_scales(problem: ScalingProblem, options: Options, watch: Watch) -> L
     )
 
 
-def most_cost(config: NIOConfig, groups: int) -> float:
+def most_cost(config: NIOConfig) -> float:
     """Training steps that it may take, the report before not counted."""
-    largest = config.strength * math.log2(config.scale_range[1])
+    largest = math.log2(config.scale_range[1])
     candidates = 1 + math.floor(math.log2(largest / LEAST_EXPONENT)) if largest >= LEAST_EXPONENT else 0
-    return candidates * config.report_batches + (_BALANCING_COST if groups > 1 else 0.0)
+    return candidates * config.report_batches + (_BALANCING_COST if config.groups == "additive" else 0.0)
 
 
 def _computed_exponents(problem: ScalingProblem) -> tuple[tuple[float, ...], int | None, float]:

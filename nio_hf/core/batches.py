@@ -126,15 +126,6 @@ def all_ignored_labels(batch: Any) -> bool:
     return bool(labels) and all(bool(((leaf == _IGNORED) | (leaf == _IGNORED_PIXEL)).all()) for leaf in labels)
 
 
-def only_class(batch: Any) -> int | None:
-    """The class of all samples of a batch, where each has one label and all are the same; None otherwise."""
-    labels = _labels(batch)
-    if len(labels) != 1 or labels[0].ndim != 1 or len(labels[0]) < 2:
-        return None
-    classes = labels[0].unique().tolist()
-    return classes[0] if len(classes) == 1 and classes != [_IGNORED] else None
-
-
 def _labels(batch: Any) -> list[Tensor]:
     """The integer tensors of a batch whose name contains "label" or "target", in a tuple its last tensor."""
     leaves = [(path, leaf) for path, leaf in _leaves(batch, "") if isinstance(leaf, Tensor) and leaf.ndim]

@@ -284,7 +284,7 @@ def _check_smooth(loss: Loss, tensors: ModelTensors, part: Any, seed: int, micro
             f"finite differences at two step sizes differ by {difference:.0%}: "
             "the gradient jumps, as in top-k routing and at the edge of a ReLU"
         )
-        fix = 'Set NIOConfig.curvature to "exact", or NIOConfig.search to "scan", which needs no second derivatives'
+        fix = 'Set NIOConfig.curvature to "exact", or NIOConfig.search to "balance", which needs no second derivatives'
         raise ModelError(Problem(loss.name, found, fix))
 
 

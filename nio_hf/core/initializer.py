@@ -90,13 +90,12 @@ def initialize(
     """
     watch = Watch(on_iteration, on_trial, Resumption() if resumption is None else resumption)
     config = _checked_config(config)
-    if not method.own_groups:
-        config = dataclasses.replace(config, scaled_tensors="all", groups="tensor")
+    grouping = (config.scaled_tensors, config.groups) if method.own_groups else ("all", "tensor")
     processes = _processes(collective)
     model = model.module if isinstance(model, DistributedDataParallel) else model
     with processes.together(), contextlib.ExitStack() as stack:
         chosen = method.checked(options)
-        tensors = find_tensors(model, config.scaled_tensors, config.groups)
+        tensors = find_tensors(model, *grouping)
         reset_peak_memory(tensors.device)
         stack.enter_context(mode.isolated(model, tensors.device))
         set_aside = config.report_batches if report is None else 0
@@ -106,7 +105,7 @@ def initialize(
         _check_alike(processes, config, tensors, reported)
         unused = _unused(loss, tensors, config, processes, reported[0])
         if unused:
-            tensors = find_tensors(model, config.scaled_tensors, config.groups, unused)
+            tensors = find_tensors(model, *grouping, unused)
         state = watch.resumption.state
         if state is not None:
             _check_state(len(state.progress.scales), config, tensors)
@@ -180,8 +179,10 @@ def expected_cost(
     Raises:
         ConfigError: lists the options that are unknown or out of range.
     """
+    if batches is not None:
+        config = dataclasses.replace(config, report_batches=batches)
     most = method.most_cost(config, groups, method.checked(options))
-    return None if most is None else most + 2 * (config.report_batches if batches is None else batches)
+    return None if most is None else most + 2 * config.report_batches
 
 
 def _result(

@@ -18,7 +18,7 @@ def _most_cost(config: NIOConfig, groups: int, options: Options) -> float:
     if config.search == "published":
         return published.most_cost(config)
     # The report after is the measurement of the candidate that is applied.
-    return balance.most_cost(config, groups) - config.report_batches
+    return balance.most_cost(config) - config.report_batches
 
 
 def _describe(config: NIOConfig) -> str:

@@ -260,7 +260,7 @@ class InitResult:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary in which tensors are named by their position, since libraries rename parameters."""
         fields = dataclasses.asdict(self)
-        if self.config.groups == "tensor":
+        if all(tensor.group == tensor.name for tensor in self.tensors):
             _number_groups(fields, {tensor.name: f"tensor {index}" for index, tensor in enumerate(self.tensors)})
         for rows in (fields["tensors"], fields["excluded"]):
             for index, row in enumerate(rows):

@@ -77,13 +77,6 @@ class BatchStream:
                 self._first_pass.append(batch)
         return batch
 
-    def next_of_this_pass(self, count: int) -> list[Any]:
-        """At most `count` further batches of this pass over the data, so that none comes twice."""
-        batches: list[Any] = []
-        while len(batches) < count and (batch := self._next_large_enough()) is not None:
-            batches.append(batch)
-        return batches
-
     def _restart(self) -> bool:
         """Begin another pass, unless that would mix held-out samples in."""
         if self._replays and self._first_pass:

@@ -1,4 +1,4 @@
-"""Pass 1 over the sub-batches of a batch: their gradients, of which GC, GN, the losses and a score are kept."""
+"""Pass 1 over the sub-batches of a batch: their gradients, of which GC, GN and the losses are kept."""
 
 from __future__ import annotations
 
