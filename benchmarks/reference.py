@@ -45,7 +45,6 @@ def joint_graph(
     scaled: Sequence[str],
     objective: ObjectiveName = "gc",
     branch: Branch = "objective",
-    initial_grad_norm: float = 1.0,
 ) -> Reference:
     """GC, GN and dJ/domega by differentiating through all D gradients at once.
 
@@ -56,7 +55,6 @@ def joint_graph(
         scaled: names of the scaled tensors.
         objective: what J is in the branch "objective".
         branch: "constraint" differentiates GN.
-        initial_grad_norm: GN_0 in "gc_norm".
     """
     weights = dict(model.named_parameters())
     omega = {name: weights[name].new_ones((), requires_grad=True) for name in scaled}
@@ -69,33 +67,9 @@ def joint_graph(
     norms = torch.stack([g.norm() for g in gradients])
     cosines = [torch.dot(a, b) / (a.norm() * b.norm()) for a, b in itertools.permutations(gradients, 2)]
     grad_cosine = torch.stack(cosines).mean()
-    value = _objective(objective, branch, gradients, grad_cosine, norms, initial_grad_norm)
+    value = norms.mean() if branch == "constraint" else -(grad_cosine + norms.sum() * (objective == "gc_sum_norm"))
     shares = torch.autograd.grad(value, list(omega.values()))
     return Reference(value.detach(), grad_cosine.detach(), norms.mean().detach(), norms.detach(), torch.stack(shares))
-
-
-def _objective(
-    objective: ObjectiveName,
-    branch: Branch,
-    gradients: Sequence[Tensor],
-    grad_cosine: Tensor,
-    norms: Tensor,
-    initial_grad_norm: float,
-) -> Tensor:
-    if branch == "constraint":
-        return norms.mean()
-    match objective:
-        case "gc":
-            return -grad_cosine
-        case "gc_norm":
-            return -(grad_cosine + norms.mean() / initial_grad_norm)
-        case "gc_sum_norm":
-            return -(grad_cosine + norms.sum())
-        case "variance":
-            stacked = torch.stack(list(gradients))
-            return (stacked - stacked.mean(dim=0)).square().sum(dim=1).mean()
-        case "gc_sign" | "balance":
-            raise ValueError(f"{objective} has no derivative")
 
 
 class _Losses(nn.Module):

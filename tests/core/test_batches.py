@@ -13,7 +13,6 @@ from nio_hf.core.batches import (
     batch_size,
     chunks,
     content_of,
-    only_class,
     take,
     tensors_equal,
     to_device,
@@ -106,16 +105,3 @@ def test_the_content_of_a_batch_tells_it_from_another_order_and_another_place() 
     assert content == content_of(take(NESTED, range(4)))
     assert content != content_of(take(NESTED, [1, 0, 2, 3]))
     assert content != content_of({**NESTED, "pair": (NESTED["pair"][1], NESTED["pair"][0])})
-
-
-def test_the_only_class_of_a_batch_is_told() -> None:
-    pixels, same = torch.zeros(4, 3), torch.full((4,), 7)
-    assert only_class((pixels, same)) == 7
-    assert only_class({"pixel_values": pixels, "labels": same}) == 7
-    assert only_class({"pixel_values": pixels, "labels": same.float()}) is None
-    assert only_class((pixels, torch.tensor([7, 7, 7, 8]))) is None
-    assert only_class((pixels, torch.full((4,), -100))) is None
-    # One label for each token or pixel, a single sample, or no labels.
-    assert only_class((pixels, same[:, None].expand(4, 3))) is None
-    assert only_class((pixels[:1], same[:1])) is None
-    assert only_class({"input_ids": same}) is None

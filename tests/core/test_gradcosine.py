@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from nio_hf import grad_cosine
 from nio_hf.core.collective import Collective
-from nio_hf.core.gradcosine import ExtraSum, GradientSums, published_windows, sub_batch_windows
+from nio_hf.core.gradcosine import GradientSums, published_windows, sub_batch_windows
 from nio_hf.errors import ConfigError
 from tests.core.cases import case, differences, state
 
 
-def sums_of(gradients: Tensor, extra: ExtraSum = None) -> GradientSums:
+def sums_of(gradients: Tensor) -> GradientSums:
     """The sums over the rows (D, 6), each given as two tensors."""
     like = [gradients.new_zeros(2, 2), gradients.new_zeros(2)]
-    sums = GradientSums(like, len(gradients), extra)
+    sums = GradientSums(like, len(gradients))
     for index, row in enumerate(gradients):
         sums.add(index, [row[:4].view(2, 2), row[4:]], torch.tensor(float(index)))
     return sums
@@ -40,25 +40,12 @@ def test_grad_cosine_is_the_mean_over_all_pairs() -> None:
     torch.testing.assert_close(sums.grad_cosine, naive_cosine(gradients), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(sums.norms, gradients.norm(dim=1), rtol=1e-12, atol=1e-12)
     assert sums.scalars[1].tolist() == [0, 1, 2, 3, 4]
-    assert sums.sub_batches == 5
-    assert (len(sums.buffer), sums.extra_sum) == (6, [])
-
-
-@pytest.mark.parametrize("extra", ["gradient", "sign"])
-def test_what_is_summed_beside_the_unit_gradients(extra: ExtraSum) -> None:
-    gradients = random_rows(5)
-    gradients[1, :3] = 0
-    sums = sums_of(gradients, extra)
-    summands = gradients if extra == "gradient" else gradients.sign()
-    found = torch.cat([part.flatten() for part in sums.extra_sum])
-    torch.testing.assert_close(found, summands.sum(dim=0), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(sums.scalars[2], summands.square().sum(dim=1), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(sums.grad_cosine, naive_cosine(gradients), rtol=1e-12, atol=1e-12)
+    assert (sums.sub_batches, len(sums.buffer)) == (5, 6)
 
 
 def test_sums_of_two_processes_add_up_in_their_buffers() -> None:
     gradients = random_rows(4)
-    whole, even, odd = (sums_of(gradients, "sign") for _ in range(3))
+    whole, even, odd = (sums_of(gradients) for _ in range(3))
     for part, first in ((even, 0), (odd, 1)):
         part.buffer.zero_()
         part.scalars.zero_()

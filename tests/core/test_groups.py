@@ -409,7 +409,7 @@ def with_kinds(model: nn.Module, names: Sequence[str]) -> dict[str, Kind]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("groups", ["model", "kind", "tensor", {"blocks": r"\.\d\.", "rest": r"^((?!\.\d\.).)*$"}])
+@pytest.mark.parametrize("groups", ["model", "additive", "tensor", {"blocks": r"\.\d\.", "rest": r"^((?!\.\d\.).)*$"}])
 def test_every_grouping_is_a_partition(name: str, groups: str | dict[str, str]) -> None:
     model = model_of(name)
     names = scalable_names(model)
@@ -421,18 +421,11 @@ def test_every_grouping_is_a_partition(name: str, groups: str | dict[str, str]) 
         assert group == sorted(group, key=names.index)
 
 
-def test_groups_of_the_model_a_kind_and_a_tensor() -> None:
+def test_groups_of_the_model_and_of_a_tensor() -> None:
     model = zoo.mlp()
     names = ["0.weight", "1.weight", "4.weight", "4.bias", "6.weight", "6.bias"]
     assert group_tensors(model, with_kinds(model, names), "model") == {"model": names}
     assert group_tensors(model, with_kinds(model, names), "tensor") == {name: [name] for name in names}
-    assert list(group_tensors(model, with_kinds(model, names), "kind").items()) == [
-        ("input", ["0.weight"]),
-        ("norm", ["1.weight"]),
-        ("trunk", ["4.weight"]),
-        ("bias", ["4.bias", "6.bias"]),
-        ("head", ["6.weight"]),
-    ]
 
 
 def test_groups_of_a_mapping_keep_its_order_and_leave_the_other_tensors_out() -> None:
@@ -442,16 +435,16 @@ def test_groups_of_a_mapping_keep_its_order_and_leave_the_other_tensors_out() ->
     assert list(grouping.items()) == [("late", ["4.weight", "6.weight"]), ("early", ["0.weight"])]
 
 
-CHOICES = "Choose one of model, additive, kind, tensor, or give a mapping {group: regular expression}."
+CHOICES = "Choose one of additive, model, tensor, or give a mapping {group: regular expression}."
 EXPRESSION = 'Give a regular expression, e.g. "attention".'
 
 
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ("layers", f"NIOConfig.groups: 'layers'. {CHOICES}"),
+        ("kind", f"NIOConfig.groups: 'kind'. {CHOICES}"),
         (None, f"NIOConfig.groups: None. {CHOICES}"),
-        (["kind"], f"NIOConfig.groups: ['kind']. {CHOICES}"),
+        (["model"], f"NIOConfig.groups: ['model']. {CHOICES}"),
         ({}, "NIOConfig.groups: an empty mapping. Give at least one {group: regular expression}."),
         (
             {"a": "0.(weight"},

@@ -171,15 +171,14 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "exact": {**PER_TENSOR, "iterations": 3, "curvature": "exact"},
     "auto": {**PER_TENSOR, "iterations": 3},
     "finite differences": {**PER_TENSOR, "iterations": 3, "curvature": "finite_difference"},
-    "scan": {"groups": "kind", "budget": 12.0},
-    "gradient": {"search": "gradient", "groups": "kind", "iterations": 3},
+    "balance": {},
 }
 
 
 def run(name: str, samples: int = 99, **settings: Any) -> tuple[NIOResult, Device]:
     made = case(name)
     device = Device(made, samples)
-    config = NIOConfig(**{"report_batches": 2, "search_batches": 2, "sub_batches": 2, **settings})
+    config = NIOConfig(**{"report_batches": 2, "sub_batches": 2, **settings})
     return initialize(made.model, batches_of(name, 5, 12), device, config), device
 
 

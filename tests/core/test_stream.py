@@ -38,17 +38,6 @@ def test_a_re_iterable_starts_again_without_the_batches_set_aside() -> None:
     assert data.passes == 3
 
 
-@pytest.mark.parametrize("one_shot", [False, True])
-def test_batches_of_one_pass_do_not_come_twice(one_shot: bool) -> None:
-    data = Numbered(5)
-    stream = BatchStream(iter(data) if one_shot else data, 2, 9)
-    stream.set_aside(2)
-    assert [int(batch[0]) for batch in stream.next_of_this_pass(2)] == [2, 3]
-    assert [int(batch[0]) for batch in stream.next_of_this_pass(9)] == [4]
-    assert stream.next_of_this_pass(1) == []
-    assert data.passes <= 1 + (not one_shot)
-
-
 def test_an_iterator_ends() -> None:
     stream = BatchStream(iter(Numbered(5)), 2, 8)
     stream.set_aside(3)

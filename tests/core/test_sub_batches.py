@@ -69,10 +69,7 @@ def test_each_gradient_is_observed_and_summed(name: str) -> None:
         for one, other in zip(gradient, expected, strict=True):
             torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other)
         assert float(first.sums.scalars[1, index]) == pytest.approx(loss.item(), rel=1e-9)
-    measured, carried = read(first.sums, parts, [torch.tensor(3.5), torch.tensor([7])])
-    assert carried == [3.5, 7]
-    again = grad_cosine(made.model, made.batch, made.loss_fn, sub_batches=3)
-    assert measured == again
+    assert read(first.sums, parts) == grad_cosine(made.model, made.batch, made.loss_fn, sub_batches=3)
     assert first.kept == {}
 
 
@@ -133,8 +130,8 @@ def test_sub_batches_with_some_labels_are_measured() -> None:
 
 def test_a_later_batch_without_labels_is_named() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 1))
-    batches = [masks(255, range(0))] * 5 + [masks(255, range(4))]
-    with pytest.raises(DataError, match="search batch 1, sub-batch 0: every label is ignored"):
+    batches = [masks(255, range(0))] * 3 + [masks(255, range(4))]
+    with pytest.raises(DataError, match="report batch 3, sub-batch 0: every label is ignored"):
         initialize(model, batches, ignoring("mean", 255), NIOConfig(sub_batches=2))
 
 

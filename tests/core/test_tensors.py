@@ -63,7 +63,7 @@ def test_weights_are_the_matrices_tables_and_tokens(name: str) -> None:
     assert found.gradient == find_tensors(model).gradient
 
 
-@pytest.mark.parametrize("groups", ["model", "kind", "tensor", {"values": VALUES, "positions": "position"}])
+@pytest.mark.parametrize("groups", ["model", "additive", "tensor", {"values": VALUES, "positions": "position"}])
 def test_groups_are_a_partition_of_the_scaled_tensors(groups: Any) -> None:
     found = find_tensors(case("vit").model, "weights", groups)
     positions = [position for members in found.groups.values() for position in members]
@@ -292,10 +292,10 @@ def test_a_table_with_sparse_gradients_is_scaled_as_any_other() -> None:
         (torch.randint(9, (8, 5), generator=generator), torch.randint(3, (8,), generator=generator)) for _ in range(6)
     ]
     results = {}
-    for search, sparse in itertools.product(("scan", "published"), (False, True)):
-        config = NIOConfig(search=search, groups="tensor", iterations=2, report_batches=2, sub_batches=2)
+    for search, sparse in itertools.product(("balance", "published"), (False, True)):
+        config = NIOConfig(search=search, iterations=2, report_batches=2, sub_batches=2)
         results[search, sparse] = initialize(Bag(sparse=sparse), batches, loss_fn, config)
-    for search in ("scan", "published"):
+    for search in ("balance", "published"):
         expected, found = results[search, False], results[search, True]
         assert found.scales == pytest.approx(expected.scales, rel=1e-4)
         assert found.before.value == pytest.approx(expected.before.value, rel=1e-5)
