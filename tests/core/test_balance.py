@@ -1,23 +1,30 @@
-"""How much larger additive tensors have to be: on models whose ratio is known, and on those of transformers."""
+"""Scales that are computed: how large additive tensors have to be, and how the bounds are kept on any landscape."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nio_hf import NIOConfig, initialize
-from nio_hf.core import mode
+from nio_hf import GradCosine, NIOConfig, initialize
+from nio_hf.core import Resumption, balance, expected_cost, mode
 from nio_hf.core.balance import balancing_factor
 from nio_hf.core.collective import Collective
 from nio_hf.core.groups import blocks_of, kinds_of
 from nio_hf.core.loss import Loss
+from nio_hf.core.method import Learned, Watch
+from nio_hf.core.problem import ScalingProblem
 from nio_hf.core.sub_batches import SubBatches, split
-from nio_hf.errors import ModelError, Problem
-from tests.core.cases import batches_of, case, differences, state
+from nio_hf.errors import ModelError, NumericsError, Problem, StoppedError
+from tests.core.cases import case, differences, scaling_problem, state
+from tests.core.examples import examples
 
 CPU = torch.device("cpu")
 
@@ -149,9 +156,221 @@ def test_a_model_without_blocks_has_nothing_to_balance() -> None:
 def test_after_nio_additive_tensors_are_at_least_as_large_as_what_they_are_added_to(family: str) -> None:
     made = case(family)
     before = factor(made.model, made.batch, made.loss_fn)
-    config = NIOConfig(sub_batches=2, report_batches=1, loss_bound=None, norm_band=None)
-    result = initialize(made.model, batches_of(family, 3), made.loss_fn, config)
+    config = NIOConfig(sub_batches=2, report_batches=1, loss_bound=None, least_norm=None)
+    result = initialize(made.model, [made.batch], made.loss_fn, config)
     scales = {group.name: group.omega for group in result.groups}
     assert scales["additive"] / scales["others"] == pytest.approx(before, rel=0.1)
     assert factor(made.model, made.batch, made.loss_fn) == pytest.approx(1.0, abs=0.1)
     assert (before > 1.5) == (family == "vit")
+
+
+# Bounds, on landscapes that are made up.
+
+Landscape = Callable[[float, float], tuple[float, float]]
+"""(log2 of the scale of additive tensors, that of all others) -> (loss, gradient norm); 1 and 1 at the start."""
+
+
+@dataclasses.dataclass
+class Found:
+    """What a search did, with the points that it measured as log2 of the scales, and where the balance was taken."""
+
+    learned: Learned
+    measured: list[tuple[float, ...]]
+    balanced_at: tuple[float, ...]
+    config: NIOConfig
+
+    @property
+    def exponents(self) -> tuple[float, ...]:
+        return tuple(math.log2(group.omega) for group in self.learned.groups)
+
+    @property
+    def trials(self) -> list[tuple[str, str]]:
+        return [(record.tried, record.outcome) for record in self.learned.history]
+
+
+def search(
+    landscape: Landscape, preserving: float, balancing: float = 1.0, watch: Watch | None = None, **settings: Any
+) -> Found:
+    """Search a landscape with given factors; groups are those of a model of seven layers and one additive tensor."""
+    config = NIOConfig(**{"sub_batches": 2, "report_batches": 3, **settings})
+    measured: list[tuple[float, ...]] = []
+    placed: list[tuple[float, ...]] = []
+
+    def measure(problem: ScalingProblem, size: int | None) -> tuple[GradCosine, int | None]:
+        measured.append(tuple(math.log2(scale) for scale in placed[-1]))
+        loss, grad_norm = landscape(measured[-1][0], measured[-1][-1])
+        if not math.isfinite(loss):
+            raise NumericsError(Problem("batch", f"the loss is {loss}", "Check"))
+        return GradCosine.mean([GradCosine(0.1, grad_norm, (grad_norm,) * 2, loss, 8)] * 3), size
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(balance, "preserving_factor", lambda model, tensors: preserving)
+        patch.setattr(balance, "balancing_factor", lambda *args: balancing)
+        patch.setattr(ScalingProblem, "measure", measure)
+        patch.setattr(ScalingProblem, "place", lambda problem, scales: placed.append(tuple(scales)))
+        with scaling_problem(Adding(0.5), squared, config, [inputs()] * 3) as problem:
+            learned = balance.balance_scales(problem, {}, watch or Watch())
+            assert learned.omega == problem.tensors.by_tensor([group.omega for group in learned.groups])
+    assert placed[-1] == tuple(group.omega for group in learned.groups)
+    return Found(learned, measured, placed[0], config)
+
+
+def flat(additive: float, others: float) -> tuple[float, float]:
+    """A landscape that is the same everywhere."""
+    return 1.0, 1.0
+
+
+def test_what_is_added_is_balanced_at_the_common_factor() -> None:
+    found = search(flat, 3.0, 8.0)
+    assert found.balanced_at == (3.0, 3.0)
+    assert found.trials == [("additive x24, others x3", "accepted")]
+    assert [group.omega for group in found.learned.groups] == pytest.approx([24.0, 3.0])
+    assert found.learned.history[0].scale == pytest.approx(3.0)
+    # Two forward passes of one batch, and three batches measured.
+    assert found.learned.cost == pytest.approx(2 / 3 + 3)
+
+
+@pytest.mark.parametrize(
+    ("groups", "names"), [("model", ["model"]), ({"read": "read", "head": r"head\.weight"}, ["read", "head"])]
+)
+def test_other_groups_have_the_common_factor_alone(groups: Any, names: list[str]) -> None:
+    found = search(flat, 3.0, 8.0, groups=groups)
+    assert [(group.name, round(group.omega, 9)) for group in found.learned.groups] == [(name, 3.0) for name in names]
+    assert found.trials == [("all x3", "accepted")]
+    assert found.learned.cost == 3
+
+
+@pytest.mark.parametrize(
+    ("preserving", "balancing", "expected"),
+    [
+        (0.3, 1.0, (1.0, 1.0)),
+        (1.0, 1.1, (1.0, 1.0)),
+        (1.0, 1.3, (1.3, 1.0)),
+        (50.0, 1.0, (8.0, 8.0)),
+        (4.0, 50.0, (8.0, 4.0)),
+    ],
+)
+def test_factors_are_at_least_one_in_the_range_and_worth_a_trial(
+    preserving: float, balancing: float, expected: tuple[float, ...]
+) -> None:
+    found = search(flat, preserving, balancing, scale_range=(0.5, 8.0))
+    assert [group.omega for group in found.learned.groups] == pytest.approx(expected)
+    assert len(found.trials) == (expected != (1.0, 1.0))
+
+
+@pytest.mark.parametrize(("strength", "expected"), [(1.0, (4.0, 3.0)), (0.5, (2.0, 1.5)), (2.0, (8.0, 6.0))])
+def test_strength_is_the_exponent_of_the_computed_scales(strength: float, expected: tuple[float, ...]) -> None:
+    found = search(flat, 8.0, 2.0, strength=strength, scale_range=(1.0, 2.0**9))
+    assert found.exponents == pytest.approx(expected)
+    assert found.balanced_at == (8.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("landscape", "outcome", "settings"),
+    [
+        (lambda x, y: (1.5 if x <= 2.1 else 1.51, 1.0), "loss_bound", {}),
+        (lambda x, y: (1.0 if x <= 2.1 else math.nan, 1.0), "loss_bound", {"loss_bound": None}),
+        (lambda x, y: (1.0 if x <= 2.1 else math.inf, 1.0), "loss_bound", {"loss_bound": None}),
+        (lambda x, y: (1.0, 0.6 if x <= 2.1 else 0.59), "least_norm", {}),
+    ],
+)
+def test_all_exponents_are_halved_while_a_bound_is_broken(
+    landscape: Landscape, outcome: str, settings: dict[str, Any]
+) -> None:
+    found = search(landscape, 16.0, 16.0, scale_range=(1.0, 2.0**9), **settings)
+    assert found.measured == [(8.0, 4.0), (4.0, 2.0), (2.0, 1.0)]
+    assert found.exponents == (2.0, 1.0)
+    assert [each for _, each in found.trials] == [outcome, outcome, "accepted"]
+    refused = found.learned.history[0]
+    assert math.isnan(refused.loss) == (refused.grad_cosine is None) == (settings != {})
+
+
+def test_without_bounds_a_finite_loss_is_enough_and_a_norm_may_always_rise() -> None:
+    assert search(lambda x, y: (1e30, 1e-30), 4.0, loss_bound=None, least_norm=None).exponents == (2.0, 2.0)
+    assert search(lambda x, y: (1.0, 1e30), 4.0).exponents == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+@pytest.mark.parametrize("groups", ["additive", "model"])
+def test_nothing_is_applied_where_nothing_keeps_the_bounds_and_nothing_costs_more(groups: Any, strength: float) -> None:
+    found = search(lambda x, y: (9.0, 1.0), 1e30, 1e30, groups=groups, strength=strength)
+    assert set(found.exponents) == {0.0}
+    assert {outcome for _, outcome in found.trials} == {"loss_bound"}
+    assert found.learned.after is not None
+    assert found.learned.after.loss == 1.0
+    assert found.learned.cost == pytest.approx(balance.most_cost(found.config))
+
+
+@examples(100)
+@given(
+    slopes=st.tuples(*[st.floats(-1.0, 1.0)] * 4),
+    preserving=st.sampled_from([0.5, 1.0, 1.5, 7.0, 300.0]),
+    balancing=st.sampled_from([1.0, 2.0, 90.0]),
+    strength=st.sampled_from([0.5, 1.0, 3.0]),
+    loss_bound=st.sampled_from([None, 0.05, 0.5]),
+    least_norm=st.sampled_from([None, 0.6, 1.0]),
+    scale_range=st.sampled_from([(0.01, 100.0), (0.3, 3.0), (0.5, 1.0)]),
+)
+def test_the_largest_share_that_keeps_the_bounds_is_applied_on_any_landscape(
+    slopes: tuple[float, ...], preserving: float, balancing: float, strength: float, **settings: Any
+) -> None:
+    def landscape(x: float, y: float) -> tuple[float, float]:
+        return 1.0 + math.tanh(slopes[0] * x + slopes[1] * y) / 2, math.exp((slopes[2] * x + slopes[3] * y) / 3)
+
+    found = search(landscape, preserving, balancing, strength=strength, **settings)
+    most = math.log2(settings["scale_range"][1])
+    common = math.log2(max(1.0, preserving))
+    whole = [min(most, strength * each) for each in (common + math.log2(balancing), common)]
+    shares = [[each / 2**times for each in whole] for times in range(40)]
+    tried = [share for share in shares if max(share) >= balance.LEAST_EXPONENT]
+    allowed = [share for share in tried if within(landscape(*share), settings)]
+    assert list(found.exponents) == pytest.approx(allowed[0] if allowed else [0.0, 0.0], abs=1e-9)
+    for one, other in zip(found.measured, tried, strict=False):
+        assert list(one) == pytest.approx(other)
+    records = found.learned.history
+    assert len(records) == len(found.measured) == (1 + tried.index(allowed[0]) if allowed else len(tried))
+    assert found.learned.after.loss == pytest.approx(landscape(*found.exponents)[0])
+    assert sum(record.cost for record in records) == pytest.approx(found.learned.cost if records else 0.0)
+    assert found.learned.cost <= balance.most_cost(found.config) + 1e-9
+
+
+def within(at: tuple[float, float], bounds: dict[str, Any]) -> bool:
+    """Whether a loss and a norm keep the bounds, both 1 at the start."""
+    return at[0] <= 1 + (bounds["loss_bound"] or math.inf) and at[1] >= (bounds["least_norm"] or 0.0)
+
+
+# Runs of a model.
+
+REFUSED: dict[str, Any] = {"sub_batches": 2, "report_batches": 2, "loss_bound": 1e-9, "least_norm": 1.0}
+"""Bounds that keep the model of `growing` from any scale."""
+
+
+def growing(model: nn.Module, batch: Any) -> Tensor:
+    """A loss that any larger weight raises."""
+    return squared(model, batch) + sum((parameter.square().sum() for parameter in model.parameters()), torch.zeros(()))
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_run_that_is_stopped_leaves_the_model_as_it_was(after: int) -> None:
+    model, config, seen, saved = Adding(0.25), NIOConfig(**REFUSED), [], []
+    before = state(model)
+    resumption = Resumption(save=saved.append, every=1, should_stop=lambda: len(seen) == after)
+    with pytest.raises(StoppedError, match=r"NIO: stopped before it was through\. Start again"):
+        initialize(model, [inputs()] * 2, growing, config, on_iteration=seen.append, resumption=resumption)
+    assert len(seen) == after
+    assert not saved
+    assert differences(before, state(model)) == []
+
+
+@pytest.mark.parametrize(("groups", "trials"), [("additive", 4), ("model", 2)])
+def test_what_a_run_costs_is_expected_whatever_the_report(groups: Any, trials: int) -> None:
+    """Also where all that is scaled is additive."""
+    model = Adding(0.25)
+    if groups == "additive":
+        model.requires_grad_(False).positions.requires_grad_(True)
+    config = NIOConfig(**REFUSED, groups=groups, scale_range=(1.0, 4.0))
+    result = initialize(model, (), growing, config, report=[inputs()] * 5)
+    assert (len(result.groups), len(result.history)) == (1, trials)
+    assert result.cost == pytest.approx(sum(record.cost for record in result.history) + 5)
+    assert result.cost <= expected_cost(config, 1, batches=5)
+    assert expected_cost(config, 1, batches=5) > expected_cost(config, 1)

@@ -10,16 +10,13 @@ from typing import Any
 import pytest
 
 from nio_hf import GradCosine, NIOConfig, NIOResult, initialize
-from nio_hf.core.records import restored
-from nio_hf.core.result import Reading
+from nio_hf.core.result import IterationRecord
 from tests.core.cases import batches_of, case
 from tests.versions import VALUES
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "scan": {"groups": "kind", "budget": 10.0},
-    "scan of tensors": {"groups": "tensor", "budget": 10.0},
-    "mapping": {"groups": {"values": VALUES, "positions": "position"}, "budget": 10.0},
-    "gradient": {"search": "gradient", "groups": "tensor", "iterations": 2},
+    "balance": {},
+    "mapping": {"groups": {"values": VALUES, "positions": "position"}},
     "published": {"search": "published", "groups": "tensor", "scaled_tensors": "all", "iterations": 2},
 }
 
@@ -32,7 +29,7 @@ def measurement(*values: float) -> GradCosine:
 @pytest.fixture(scope="module", params=SETTINGS)
 def result(request: pytest.FixtureRequest) -> NIOResult:
     made = case("vit")
-    config = NIOConfig(report_batches=2, search_batches=2, sub_batches=2, **SETTINGS[request.param])
+    config = NIOConfig(report_batches=2, sub_batches=2, **SETTINGS[request.param])
     return initialize(made.model, batches_of("vit", 4), made.loss_fn, config)
 
 
@@ -61,13 +58,6 @@ def test_one_measurement_has_no_standard_error() -> None:
     )
 
 
-def test_gains_of_the_objective_are_paired_over_the_batches() -> None:
-    before, after = Reading(measurement(0.1), (1.0, 5.0, 9.0)), Reading(measurement(0.1), (1.3, 5.1, 9.2))
-    assert (before.score, after.score) == pytest.approx((5.0, 5.2))
-    assert after.gain_over(before) == pytest.approx((0.2, math.sqrt(0.02 / 2 / 3)))
-    assert restored(Reading, json.loads(json.dumps(dataclasses.asdict(after)))) == after
-
-
 def test_a_result_survives_json(result: NIOResult) -> None:
     text = json.dumps(result.to_dict(), sort_keys=True)
     loaded = NIOResult.from_dict(json.loads(text))
@@ -82,6 +72,14 @@ def test_a_result_survives_json(result: NIOResult) -> None:
             assert found == expected, field.name
     assert list(loaded.scales.values()) == list(result.scales.values())
     assert json.dumps(loaded.to_dict(), sort_keys=True) == text
+
+
+def test_a_loss_that_is_not_finite_survives_json() -> None:
+    record = IterationRecord(1, "all x4", "loss_bound", math.nan)
+    saved = dataclasses.replace(_blank(), history=(record,)).to_dict()
+    (loaded,) = NIOResult.from_dict(json.loads(json.dumps(saved, allow_nan=False))).history
+    assert math.isnan(loaded.loss)
+    assert dataclasses.replace(loaded, loss=0.0) == dataclasses.replace(record, loss=0.0)
 
 
 def test_saved_results_hold_no_parameter_names(result: NIOResult) -> None:
@@ -101,21 +99,18 @@ def test_scales_are_those_of_the_tensors_and_their_groups(result: NIOResult) -> 
     shapes = {name: tuple(parameter.shape) for name, parameter in case("vit").model.named_parameters()}
     assert all(shapes[tensor.name] == tensor.shape for tensor in (*result.tensors, *result.excluded))
     assert result.peak_memory > 2**20
-    assert 0 < sum(record.seconds for record in result.history) < result.seconds
-    assert result.cost == pytest.approx(sum(record.cost for record in result.history) + 4)
+    assert all(record.seconds > 0 for record in result.history)
+    assert sum(record.seconds for record in result.history) < result.seconds
 
 
 def _assert_same_but_for_names(found: Any, expected: Any, numbered: dict[str, str]) -> None:
     """Names of tensors are numbers after a trip through JSON, wherever they stand."""
     for field in dataclasses.fields(expected):
         one, other = getattr(found, field.name), getattr(expected, field.name)
-        if isinstance(other, str) and field.name == "tried":
-            name, _, factor = other.rpartition(" ")
-            other = f"{numbered.get(name, name)} {factor}".strip()
-        elif field.name in ("name", "group"):
+        if field.name in ("name", "group"):
             other = numbered.get(other, other)
         if field.name != "name" or not hasattr(expected, "reason"):
-            assert one == other or (one != one and other != other), field.name
+            assert one == other, field.name
 
 
 def _blank() -> NIOResult:
