@@ -28,15 +28,7 @@ SHORT: dict[str, Any] = {
     "lr": 0.05,
     "curvature": "exact",
 }
-SCAN: dict[str, Any] = {
-    "groups": "kind",
-    "search_batches": 2,
-    "report_batches": 2,
-    "sub_batches": 2,
-    "budget": 9.0,
-    "loss_bound": 0.5,
-    "norm_band": (0.2, 5.0),
-}
+COMPUTED: dict[str, Any] = {"report_batches": 2, "sub_batches": 2, "least_norm": 0.2}
 
 
 def run(name: str, made: Case | None = None, batches: Any = None, **settings: Any) -> tuple[Case, NIOResult]:
@@ -57,7 +49,7 @@ class Endless:
         return iter(batches_of("mlp", 5))
 
 
-@pytest.mark.parametrize("search", ["published", "scan"])
+@pytest.mark.parametrize("search", ["published", "balance"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_scaled_in_place_and_otherwise_left_alone(name: str, search: str) -> None:
     made = case(name)
@@ -67,7 +59,7 @@ def test_every_family_is_scaled_in_place_and_otherwise_left_alone(name: str, sea
     first.grad = torch.ones_like(first)
     before, generators = state(made.model), generator_states()
     batches = batches_of(name, 5)
-    config = NIOConfig(**(SHORT if search == "published" else SCAN))
+    config = NIOConfig(**(SHORT if search == "published" else COMPUTED))
     result = initialize(made.model, batches, made.loss_fn, config)
 
     after = state(made.model)
@@ -76,7 +68,11 @@ def test_every_family_is_scaled_in_place_and_otherwise_left_alone(name: str, sea
         assert torch.equal(after[key], before[key] * torch.tensor(omega)), parameter
     assert set(differences(before, after)) <= {f"{parameter}: value" for parameter in result.scales}
     assert generator_states() == generators
-    assert max(abs(omega - 1) for omega in result.scales.values()) > 0.04
+    # The weights of a ResNet have twice the variance that keeps that of their inputs, and nothing becomes smaller.
+    is_changed = (name, search) != ("resnet", "balance")
+    assert (max(abs(omega - 1) for omega in result.scales.values()) > 0.04) == is_changed
+    if search == "balance":
+        assert result.status == ("changed" if is_changed else "unchanged")
 
     assert result.status in get_args(Status)
     assert [record.iteration for record in result.history] == list(range(1, len(result.history) + 1))
@@ -131,7 +127,7 @@ def test_a_loss_may_take_keys_out_of_its_batch() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{**SHORT, "curvature": "finite_difference"}, SCAN, {**SCAN, "search": "gradient", "iterations": 3, "lr": 0.05}],
+    [{**SHORT, "curvature": "finite_difference"}, {**COMPUTED, "loss_bound": 1e-9}],
 )
 def test_a_random_loss_is_the_same_function_each_time_a_sub_batch_is_computed(settings: dict[str, Any]) -> None:
     made, draws = case("mlp"), {}
@@ -143,7 +139,7 @@ def test_a_random_loss_is_the_same_function_each_time_a_sub_batch_is_computed(se
 
     initialize(made.model, batches_of("mlp", 5), noisy, NIOConfig(**settings))
     several = [values for values in draws.values() if len(values) > 1]
-    assert len(several) > 6
+    assert len(several) >= 4
     assert all(len(set(values)) == 1 for values in several)
     assert len({values[0] for values in several}) == len(several), "each sub-batch draws its own"
 
@@ -156,26 +152,19 @@ def test_held_out_batches_are_never_optimised_on_and_data_start_again() -> None:
     assert optimised[0] != optimised[2], "each iteration has its own order"
 
 
-@pytest.mark.parametrize("search", ["scan", "gradient"])
-def test_batches_that_are_searched_on_are_others_than_those_of_the_report(search: str) -> None:
+@pytest.mark.parametrize("report", [None, slice(2, 4)])
+def test_scales_are_computed_on_the_report_batches_alone(report: slice | None) -> None:
     made, data = case("mlp"), _numbered(6)
-    seen: dict[bool, set[int]] = {True: set(), False: set()}
-    searching = [False]
+    seen: set[int] = set()
 
     def recorded(model: nn.Module, batch: Any) -> Tensor:
-        seen[searching[0]].update((batch[2] // 8).tolist())
+        seen.update((batch[2] // 8).tolist())
         return made.loss_fn(model, batch[:2])
 
-    def trial(told: str) -> None:
-        searching[0] = True
-
-    settings = {**SCAN, "search": search, "iterations": None, "search_batches": 3}
-    initialize(made.model, data, recorded, NIOConfig(**settings), on_trial=trial)
-    assert seen == {False: {0, 1}, True: {0, 1, 2, 3, 4}}
-
-    searching[0], seen[True], seen[False] = False, set(), set()
-    initialize(made.model, data[:3], recorded, NIOConfig(**settings), on_trial=trial, report=data[4:])
-    assert seen == {False: {4, 5}, True: {0, 1, 2, 4, 5}}
+    given = None if report is None else data[report]
+    result = initialize(made.model, data, recorded, NIOConfig(**COMPUTED), report=given)
+    assert result.history
+    assert seen == ({0, 1} if report is None else {2, 3})
 
 
 def test_a_re_iterable_without_a_length_learns_what_a_list_does() -> None:
@@ -214,39 +203,20 @@ def test_scales_stay_within_their_bounds() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "resnet", "gpt2"])
-@pytest.mark.parametrize("search", ["scan", "published"])
+@pytest.mark.parametrize("search", ["balance", "published"])
 def test_one_scale_for_the_model_leaves_vectors_alone(name: str, search: Any) -> None:
     made = case(name)
     before = {key: value.clone() for key, value in made.model.state_dict().items()}
-    wide = {
-        **SCAN,
-        "search": search,
-        "groups": "model",
-        "loss_bound": 2.0,
-        "norm_band": None,
-        "iterations": 2,
-        "lr": 0.1,
-    }
-    result = initialize(made.model, batches_of(name, 4), made.loss_fn, NIOConfig(**wide))
+    config = NIOConfig(**COMPUTED, search=search, groups="model", loss_bound=2.0, iterations=2, lr=0.1)
+    result = initialize(made.model, batches_of(name, 4), made.loss_fn, config)
     (omega,) = set(result.scales.values())
-    # The weights of a ResNet are drawn with twice the variance that the scan seeks, and it makes nothing smaller.
-    assert (omega == 1) == (name == "resnet" and search == "scan")
+    assert (omega == 1) == (name == "resnet" and search == "balance")
     for key, parameter in made.model.named_parameters():
         assert torch.equal(parameter, before[key] * torch.tensor(omega if key in result.scales else 1.0))
         assert (key in result.scales) <= (parameter.ndim >= 2)
     assert {tensor.reason for tensor in result.excluded if len(tensor.shape) < 2} <= {"vector", "zero"}
     said = "No scale was changed" if omega == 1 else f"All scaled weights were multiplied by {omega:.3g}"
     assert said in result.message
-
-
-def test_tensors_of_a_kind_share_their_scale() -> None:
-    _, result = run("vit", groups="kind", lr=0.1)
-    by_group: dict[str, set[float]] = {}
-    for tensor in result.tensors:
-        by_group.setdefault(tensor.group, set()).add(tensor.omega)
-    assert len(by_group) > 2
-    assert all(len(scales) == 1 for scales in by_group.values())
-    assert len({scale for scales in by_group.values() for scale in scales}) > 1
 
 
 def test_only_what_a_mapping_names_is_scaled() -> None:
@@ -261,11 +231,11 @@ def test_only_what_a_mapping_names_is_scaled() -> None:
 def test_a_run_that_finds_nothing_changes_nothing_and_says_so() -> None:
     made = case("mlp")
     before = state(made.model)
-    config = NIOConfig(**{**SCAN, "norm_band": (1.0, 1.0), "loss_bound": 1e-6})
+    config = NIOConfig(**COMPUTED, loss_bound=1e-9)
     result = initialize(made.model, batches_of("mlp", 5), made.loss_fn, config)
     assert not differences(before, state(made.model))
     assert result.status == "unchanged"
-    assert result.message.startswith("No scale was changed: nothing that was tried was better within the bounds. ")
+    assert result.message.startswith("No scale was changed: none is needed, or none keeps the bounds. ")
     assert result.after == result.before
 
 

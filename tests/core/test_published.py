@@ -1,4 +1,4 @@
-"""The search of the paper against a plain loop of it, written by hand on the joint graph."""
+"""The search of the paper against a plain loop of it, and how it stops and goes on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.reference import joint_graph
-from nio_hf import NIOConfig, grad_cosine, initialize
-from nio_hf.core import find_tensors, published
+from nio_hf import NIOConfig, NIOResult, initialize
+from nio_hf.core import NIOState, Resumption, find_tensors, published
 from nio_hf.core.mode import measuring
 from nio_hf.core.problem import seed_of
-from nio_hf.core.published import PublishedState
-from nio_hf.core.records import restored
-from tests.core.cases import PER_TENSOR, Case, batches_of, case, double_case, scaling_problem
+from nio_hf.core.result import IterationRecord
+from nio_hf.errors import CheckpointError, StoppedError
+from tests.core.cases import PER_TENSOR, Case, batches_of, case, differences, double_case, state
 
 SAMPLES, REPORTED = 10, 2
 
@@ -48,7 +48,7 @@ def slices(samples: int, sub_batches: int, overlap: float) -> list[range]:
     return windows
 
 
-def by_hand(made: Case, batches: list[Any], config: NIOConfig, initial_grad_norm: float) -> ByHand:
+def by_hand(made: Case, batches: list[Any], config: NIOConfig) -> ByHand:
     """Algorithm 1 of the paper in plain numbers, on scales that groups of tensors share."""
     found = find_tensors(made.model, config.scaled_tensors, config.groups)
     group_of = {found.scaled[position].name: group for group, members in found.groups.items() for position in members}
@@ -75,7 +75,7 @@ def by_hand(made: Case, batches: list[Any], config: NIOConfig, initial_grad_norm
 
         settings: dict[str, Any] = {"gradient": gradient, "scaled": list(group_of), "objective": config.objective}
         with measuring(model):
-            joint = joint_graph(model, losses, initial_grad_norm=initial_grad_norm, **settings)
+            joint = joint_graph(model, losses, **settings)
             branch = "objective"
             if config.gamma is not None and float(joint.grad_norm) > config.gamma:
                 branch = "constraint"
@@ -93,20 +93,16 @@ def by_hand(made: Case, batches: list[Any], config: NIOConfig, initial_grad_norm
             second[group] = 0.999 * second[group] + 0.001 * slope**2
             mean = first[branch][group] / (1 - 0.9 ** steps[branch])
             square = second[group] / (1 - 0.999 ** sum(steps.values()))
-            moved = omega[group] - config.rate * mean / (math.sqrt(square) + 1e-8)
+            moved = omega[group] - config.lr * mean / (math.sqrt(square) + 1e-8)
             omega[group] = max(config.scale_range[0], min(config.scale_range[1], moved))
     result.scales = {name: omega[group] for name, group in group_of.items()}
     return result
 
 
 def both(name: str, config: NIOConfig) -> tuple[ByHand, Any]:
-    batches = batches_of(name, REPORTED + config.steps, SAMPLES)
+    batches = batches_of(name, REPORTED + config.iterations, SAMPLES)
     made = double_case(name, SAMPLES)
-    norms = [
-        grad_cosine(made.model, batch, made.loss_fn, sub_batches=config.sub_batches).grad_norm
-        for batch in batches[:REPORTED]
-    ]
-    expected = by_hand(made, batches[REPORTED:], config, sum(norms) / REPORTED)
+    expected = by_hand(made, batches[REPORTED:], config)
     return expected, initialize(made.model, batches, made.loss_fn, config)
 
 
@@ -123,7 +119,7 @@ def test_published_settings_give_the_scales_of_the_plain_loop(name: str) -> None
     outcome = {"objective": "accepted", "constraint": "lower_norm"}
     results = [(exact, 1e-7)]
     if name in ("mlp", "vit"):
-        made, batches = double_case(name, SAMPLES), batches_of(name, REPORTED + config.steps, SAMPLES)
+        made, batches = double_case(name, SAMPLES), batches_of(name, REPORTED + config.iterations, SAMPLES)
         config = dataclasses.replace(config, curvature="finite_difference")
         results.append((initialize(made.model, batches, made.loss_fn, config), 1e-3))
     for result, tolerance in results:
@@ -138,8 +134,8 @@ def test_published_settings_give_the_scales_of_the_plain_loop(name: str) -> None
     ("name", "changes"),
     [
         ("mlp", {"objective": "gc"}),
-        ("vit", {"objective": "gc_norm", "groups": "kind", "scaled_tensors": "weights"}),
-        ("mlp", {"objective": "variance", "groups": "model"}),
+        ("vit", {"groups": "additive", "scaled_tensors": "weights"}),
+        ("mlp", {"groups": "model"}),
         ("vit", {"groups": {"attention": "attention", "rest": "mlp|classifier"}, "gamma": None}),
         ("mlp", {"overlap": 0.0, "sub_batches": 3, "seed": 5}),
         ("mlp", {"overlap": 0.5, "sub_batches": 2, "lr": 0.3, "scale_range": (0.9, 1.05)}),
@@ -177,22 +173,6 @@ def test_above_gamma_the_norm_is_lowered(gamma: float | None, outcome: str) -> N
         assert result.after.value > result.before.value
 
 
-def test_a_state_goes_on_exactly_after_a_trip_through_json() -> None:
-    made, batches = double_case("mlp", SAMPLES), batches_of("mlp", 4, SAMPLES)
-    config = NIOConfig.published(iterations=4, lr=0.05, gamma=2.0)
-    with scaling_problem(made.model, made.loss_fn, config) as problem:
-        states = [published.init(problem)]
-        for batch in batches:
-            assert not published.finished(problem, states[-1])
-            assert published.describe(problem, states[-1]) == "a step of 0.05"
-            states.append(published.step(problem, batch, states[-1]))
-        assert published.finished(problem, states[-1])
-        again = restored(PublishedState, json.loads(json.dumps(dataclasses.asdict(states[2]))))
-        assert again == states[2]
-        assert published.step(problem, batches[2], again) == states[3]
-    assert [record.iteration for record in states[-1].history] == [1, 2, 3, 4]
-
-
 @pytest.mark.parametrize("overlap", [0.0, 0.2])
 def test_an_iteration_costs_what_its_windows_hold(overlap: float) -> None:
     made, batches = case("mlp", samples=16), batches_of("mlp", 5, 16)
@@ -202,3 +182,94 @@ def test_an_iteration_costs_what_its_windows_hold(overlap: float) -> None:
     assert (samples > 16) == (overlap > 0)
     assert [record.cost for record in result.history] == [pytest.approx(3 * samples / 16)] * 2
     assert published.most_cost(config) == pytest.approx(4 * 2 * (1.6 if overlap else 1.0))
+
+
+# How it stops and goes on.
+
+SETTINGS: dict[str, Any] = {"sub_batches": 2, "report_batches": 2, "iterations": 5, "lr": 0.05, "gamma": 1.0}
+
+
+def run(resumption: Resumption | None = None, **changes: Any) -> NIOResult:
+    made = case("mlp")
+    config = NIOConfig.published(**{**SETTINGS, **changes})
+    return initialize(made.model, batches_of("mlp", 6), made.loss_fn, config, resumption=resumption)
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[NIOResult, list[NIOState]]:
+    """A run and its states after each iteration, after a trip through JSON."""
+    saved: list[NIOState] = []
+    result = run(Resumption(save=saved.append, every=1))
+    assert {record.outcome for record in result.history} == {"accepted", "lower_norm"}
+    return result, [NIOState.from_dict(json.loads(json.dumps(each.to_dict(), sort_keys=True))) for each in saved]
+
+
+def timeless(found: NIOResult | NIOState) -> Any:
+    """What is the same in each run: all but times and memory."""
+
+    def without(fields: Any) -> Any:
+        if isinstance(fields, dict):
+            return {key: without(value) for key, value in fields.items() if key not in ("seconds", "peak_memory")}
+        return [without(each) for each in fields] if isinstance(fields, list | tuple) else fields
+
+    return without(found.to_dict())
+
+
+@pytest.mark.parametrize("stop_after", range(5))
+def test_a_run_that_is_stopped_after_any_iteration_is_saved_and_leaves_the_model_as_it_was(
+    whole: tuple[NIOResult, list[NIOState]], stop_after: int
+) -> None:
+    seen: list[IterationRecord] = []
+    saved: list[NIOState] = []
+    made = case("mlp")
+    before = state(made.model)
+    resumption = Resumption(save=saved.append, every=None, should_stop=lambda: len(seen) == stop_after)
+    message = f"stopped after {stop_after} iterations, which are saved" if stop_after else "stopped before it was"
+    task = (made.model, batches_of("mlp", 6), made.loss_fn, NIOConfig.published(**SETTINGS))
+    with pytest.raises(StoppedError, match=message):
+        initialize(*task, resumption=resumption, on_iteration=seen.append)
+    assert not differences(before, state(made.model))
+    assert [timeless(each) for each in saved] == [timeless(each) for each in whole[1][stop_after - 1 : stop_after]]
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 9, None])
+def test_a_run_is_saved_every_so_often_and_at_its_end(
+    whole: tuple[NIOResult, list[NIOState]], every: int | None
+) -> None:
+    saved: list[NIOState] = []
+    run(Resumption(save=saved.append, every=every))
+    expected = {1: [1, 2, 3, 4, 5], 2: [2, 4, 5], 5: [5], 9: [5], None: []}[every]
+    assert [timeless(each) for each in saved] == [timeless(whole[1][number - 1]) for number in expected]
+
+
+def test_a_run_that_goes_on_from_any_state_ends_as_if_it_had_not_been_stopped(
+    whole: tuple[NIOResult, list[NIOState]],
+) -> None:
+    result, states = whole
+    assert all(timeless(run(Resumption(state=each))) == timeless(result) for each in states)
+
+
+def test_a_run_that_has_ended_ends_there_again_with_its_times_added_up(
+    whole: tuple[NIOResult, list[NIOState]],
+) -> None:
+    result, states = whole
+    calls: list[NIOState] = []
+    again = run(Resumption(state=states[-1], save=calls.append))
+    assert again.history == result.history
+    assert not calls
+    assert again.seconds > states[-1].seconds > sum(record.seconds for record in result.history) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search": "balance", "groups": "model", "gamma": None, "overlap": 0.0}, "published search, not 'balance'"),
+        ({"groups": "model"}, "7 scales for 1 groups of tensors"),
+        ({"scaled_tensors": "weights"}, "7 scales for 3 groups of tensors"),
+    ],
+)
+def test_a_state_of_another_run_is_refused(
+    whole: tuple[NIOResult, list[NIOState]], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"resumption\.state: .*{message}"):
+        run(Resumption(state=whole[1][0]), **changes)
