@@ -20,7 +20,7 @@ class AdamState:
 
     Attributes:
         first: {branch: first moment}.
-        second: the shared second moment.
+        second: Shared second moment.
         steps: {branch: its steps}.
     """
 

@@ -154,11 +154,11 @@ def balancing_factor(
     between the sum and the block, as in BERT. The ratio and its use are our choice.
 
     Args:
-        loss: of the model, whose forward is all that is used of it.
-        additive: these tensors; they are zero for a while, and have their values back in the end.
-        parts: the sub-batches of this process.
-        collective: the processes that share the batch.
-        micro_batch_size: samples computed at once; None for a sub-batch.
+        loss: Loss of the model; only its forward pass is used.
+        additive: The additive tensors. They are zero for a while, and have their values back in the end.
+        parts: Sub-batches of this process.
+        collective: Processes that share the batch.
+        micro_batch_size: Samples computed at once; None for a sub-batch.
 
     Returns:
         The factor, at least 1. It is 1 where the additive tensors do not reach the first block (biases of attention
@@ -186,7 +186,7 @@ def balancing_factor(
 
 
 def _inputs(loss: Loss, block: nn.Module | None, batch: Any, seed: int, size: int | None) -> list[Tensor]:
-    """What a block is given first in the forward passes of a batch, one for each of its parts."""
+    """The first inputs of a block in the forward passes of a batch, one for each of its parts."""
     caught: list[Tensor] = []
     for number, part in enumerate(chunks(batch, size)):
         found: list[Tensor] = []

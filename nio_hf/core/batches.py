@@ -22,7 +22,7 @@ def batch_size(batch: Any) -> int:
     A list inside a mapping counts as one entry per sample, whatever its entries are.
 
     Raises:
-        DataError: where no tensor has a dimension 0, or the lengths differ.
+        DataError: Where no tensor has a dimension 0, or the lengths differ.
     """
     lengths = {path: leaf.shape[0] for path, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor) and leaf.ndim}
     if not lengths:
@@ -143,7 +143,7 @@ SAME_BATCHES = (
 
 
 def content_of(batch: Any) -> list[tuple[str, float, float]]:
-    """What tells one batch from another: of each tensor its place, its sum, and a sum weighted by position."""
+    """A signature of a batch: the place of each tensor, its sum, and its sum weighted by position."""
     found = []
     for path, leaf in _leaves(batch, "batch"):
         if isinstance(leaf, Tensor):

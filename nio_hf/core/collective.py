@@ -32,8 +32,8 @@ class Collective:
     """A group of processes, by default this one alone.
 
     Attributes:
-        rank: of this process.
-        size: number of processes.
+        rank: Rank of this process.
+        size: Number of processes.
     """
 
     rank: int = 0
@@ -64,7 +64,7 @@ class Collective:
                 tensor.copy_(sent)
 
     def broadcast_object(self, value: T) -> T:
-        """That of rank 0; it follows on the end of a block of [`together`]."""
+        """The value that rank 0 holds. Call it directly behind a block of [`together`]."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, 0)
@@ -74,7 +74,7 @@ class Collective:
         """For each of at most two flags, whether it is set on any process.
 
         Raises:
-            NIOError: where another process has failed, as [`together`].
+            NIOError: Where another process has failed, as [`together`].
         """
         return self._exchange(None, flags)
 
@@ -82,7 +82,7 @@ class Collective:
         """Wait until all processes are here.
 
         Raises:
-            NIOError: where another process has failed, as [`together`].
+            NIOError: Where another process has failed, as [`together`].
         """
         self._exchange(None, ())
 
@@ -97,9 +97,9 @@ class Collective:
         Blocks may be nested. An error that all processes have in common is raised as it is.
 
         Raises:
-            NIOError: the one that was raised on some process.
-            NIOMemoryError: where a process ran out of memory.
-            RankError: where a process raised anything else.
+            NIOError: The one that was raised on some process.
+            NIOMemoryError: Where a process ran out of memory.
+            RankError: Where a process raised anything else.
         """
         failure: Exception | None = None
         try:
@@ -114,12 +114,12 @@ class Collective:
         """Refuse a value, e.g. a digest, that is another one on another process.
 
         Args:
-            what: the value is, for the message.
-            value: of this process.
-            fix: how to make it the same.
+            what: Name of the value in messages.
+            value: Value on this process.
+            fix: Advice on how to make it the same.
 
         Raises:
-            NumericsError: names the ranks that differ from rank 0.
+            NumericsError: Names the ranks that differ from rank 0.
         """
         self.wait()
         if self.size == 1:

@@ -178,11 +178,11 @@ def refuse_replaced(settings: Iterable[str], prefix: str) -> None:
     """Refuse settings of former versions.
 
     Args:
-        settings: names that were given.
-        prefix: what stands before the name of a setting of [`NIOConfig`], e.g. "nio_".
+        settings: Names of the given settings.
+        prefix: Text before the name of a setting of [`NIOConfig`], e.g. "nio_".
 
     Raises:
-        ConfigError: names each, with what replaces it.
+        ConfigError: Names each, with what replaces it.
     """
     problems = [problem for name in settings if (problem := replaced_setting(name, prefix)) is not None]
     if problems:

@@ -53,8 +53,8 @@ class Path:
     """How Hessian-vector products are computed.
 
     Attributes:
-        product: by double backward, or by central differences of gradients.
-        keep: what pass 1 keeps for pass 2.
+        product: Double backward, or central differences of gradients.
+        keep: Kind of results of pass 1 that are kept for pass 2.
     """
 
     product: Literal["exact", "finite_difference"]
@@ -72,7 +72,7 @@ def choose_path(
     """The path for a setting, from a look at the first sub-batch of this process.
 
     Raises:
-        ModelError: for "exact", where an operation has no second derivative, named; for finite differences, where the
+        ModelError: For "exact", where an operation has no second derivative, named; for finite differences, where the
             loss is not smooth.
     """
     if not parts.owned:
@@ -111,20 +111,20 @@ def second_pass(
     """Pass 2 over the sub-batches of all processes.
 
     Args:
-        loss: of the model.
-        tensors: the gradient tensors and the scaled tensors.
-        parts: the sub-batches of this process.
-        first: what pass 1 gave; what it kept is used up.
+        loss: Loss of the model.
+        tensors: Gradient tensors and the scaled tensors.
+        parts: Sub-batches of this process.
+        first: Results of pass 1; those that it kept are used up.
         objective: J.
-        initial: the m initial tensors W_l.
-        path: how products are computed.
-        collective: the processes that share the work.
+        initial: M initial tensors W_l.
+        path: Way of computing products.
+        collective: Processes that share the work.
 
     Returns:
         (m,) dJ/domega_l = sum_d <W_l, (H_d v_d)_l>, and the micro-batch size that it took.
 
     Raises:
-        NumericsError: for a gradient that is not finite, with the tensor and, of several, the rank that computed it.
+        NumericsError: For a gradient that is not finite, with the tensor and, of several, the rank that computed it.
     """
     micro_batch_size = first.micro_batch_size
     product = exact_product if path.product == "exact" else finite_difference_product
@@ -177,12 +177,12 @@ def exact_product(
     """H_d v_d on the scaled tensors by double backward, v_d = cotangent(g_d).
 
     Args:
-        loss: of the model.
-        tensors: the gradient tensors and the scaled tensors.
-        batch: sub-batch d.
-        cotangent: gives v_d from g_d.
-        seed: of the random numbers of the loss.
-        micro_batch_size: samples computed at once; g_d is then computed first, and a graph for each part.
+        loss: Loss of the model.
+        tensors: Gradient tensors and the scaled tensors.
+        batch: Sub-batch d.
+        cotangent: Function that gives v_d from g_d.
+        seed: Seed of the random numbers of the loss.
+        micro_batch_size: Samples computed at once; g_d is then computed first, and a graph for each part.
         kept: g_d with its graph; None to compute it.
     """
     wrt, scaled = tensors.gradient_parameters, tensors.scaled_parameters
@@ -218,14 +218,14 @@ def finite_difference_product(
     reentrant one works. It is wrong where the loss is not smooth, e.g. through top-k routing.
 
     Args:
-        loss: of the model; likewise what follows, as in [`exact_product`].
-        tensors: see there.
-        batch: see there.
-        cotangent: see there.
-        seed: see there.
-        micro_batch_size: see there.
+        loss: As in [`exact_product`], like the five that follow.
+        tensors: Gradient tensors and scaled tensors.
+        batch: Sub-batch d.
+        cotangent: Function that gives v_d from g_d.
+        seed: Seed of the random numbers of the loss.
+        micro_batch_size: Samples computed at once.
         kept: g_d; None to compute it.
-        step: multiplies e, which is `FINITE_DIFFERENCE_STEP` ||theta|| / ||v||.
+        step: Factor of e, which is `FINITE_DIFFERENCE_STEP` ||theta|| / ||v||.
     """
     wrt, scaled = tensors.gradient_parameters, tensors.scaled_parameters
     settings = {"seed": seed, "micro_batch_size": micro_batch_size}
@@ -270,7 +270,7 @@ def _check_smooth(loss: Loss, tensors: ModelTensors, part: Any, seed: int, micro
     """Refuse a loss whose gradient jumps, by finite differences along the gradient at two step sizes.
 
     Raises:
-        ModelError: where they differ.
+        ModelError: Where they differ.
     """
     near, far = (
         finite_difference_product(

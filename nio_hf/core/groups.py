@@ -54,7 +54,7 @@ def kinds_of(model: nn.Module) -> dict[str, Kind]:
     - "vector": the other parameters that hold one number a channel or a head, such as layer scale and logit scale.
 
     Args:
-        model: any module.
+        model: Any module.
 
     Returns:
         {parameter name: kind}, in the order of `model.named_parameters()`; tied parameters appear once.
@@ -86,8 +86,8 @@ def group_tensors(
     """Tensors of each group.
 
     Args:
-        model: the module that owns the tensors.
-        scalable: {name of a tensor that may be scaled, as in `model.named_parameters()`: its kind, see [`kinds_of`]}.
+        model: Module that owns the tensors.
+        scalable: {name of a tensor that may be scaled, as in `model.named_parameters()`: its kind}.
         groups: "additive" (see [`kinds_of`]), "model", "tensor", or a mapping {group: regular expression}. The
             expressions are searched in the parameter names.
 
@@ -96,7 +96,7 @@ def group_tensors(
         expression matches is in no group.
 
     Raises:
-        ConfigError: lists every problem: an unknown word, an empty mapping, an invalid expression, an expression that
+        ConfigError: Lists every problem: an unknown word, an empty mapping, an invalid expression, an expression that
             matches no parameter or only parameters that cannot be scaled, a tensor that two expressions claim.
     """
     ordered = [name for name, _ in model.named_parameters() if name in scalable]
@@ -159,7 +159,7 @@ def _repeated_elements(model: nn.Module) -> set[int]:
 
 
 def _pattern(module: nn.Module) -> _Pattern:
-    """What repeated elements have in common: their class and, for lists of modules, the classes inside."""
+    """The pattern that repeated elements share: their class and, for lists of modules, the classes inside."""
     is_list = type(module) in _LISTS
     return type(module), tuple(_pattern(child) for child in module.children()) if is_list else ()
 
@@ -168,9 +168,9 @@ def _blocks(module: nn.Module, repeated: set[int], matrices: set[int]) -> list[n
     """Blocks inside a module. A stage, whose blocks hold all but at most one of its matrices, is none.
 
     Args:
-        module: the module to search, itself no block.
-        repeated: identities of the elements that may be blocks.
-        matrices: identities of the weight matrices.
+        module: Module to search, itself no block.
+        repeated: Identities of the elements that may be blocks.
+        matrices: Identities of the weight matrices.
     """
     blocks = []
     for child in module.children():

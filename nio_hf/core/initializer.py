@@ -1,4 +1,4 @@
-"""`initialize`: what all methods of initialisation have in common. Measured before and after, applied whole or not."""
+"""`initialize`, the frame of all methods: it measures before and after, and applies all of the new weights or none."""
 
 from __future__ import annotations
 
@@ -56,37 +56,37 @@ def initialize(
     each time it is computed on a sub-batch.
 
     Args:
-        model: a module with fp32 or fp64 parameters.
-        batches: any iterable of batches: mappings, tuples or tensors, samples along dimension 0. The first
+        model: Module with fp32 or fp64 parameters.
+        batches: Any iterable of batches: mappings, tuples or tensors, samples along dimension 0. The first
             `report_batches` are reported on. The published search takes the next ones, and starts again when
             a re-iterable is through; an exhausted iterator ends it with what was learned so far.
         loss_fn: (model, batch) -> mean loss over the samples, or (loss_sum, weight) where the mean is over something
             else, e.g. tokens. It must use the model that it is given.
-        config: settings; None for the defaults.
+        config: Settings; None for the defaults.
         method: NIO, or one of `nio_hf.baselines.METHODS`.
         options: {name: value} that the method has of its own.
-        report: batches for the measurements before and after; None for the first `report_batches` of `batches`.
-        on_iteration: called with the record of each iteration.
-        on_trial: called with what the next iteration tries, in words.
-        collective: the processes that share the work, each of which passes the same batches and the same weights;
+        report: Batches for the measurements before and after; None for the first `report_batches` of `batches`.
+        on_iteration: Function that is called with the record of each iteration.
+        on_trial: Function that is called with what the next iteration tries, in words.
+        collective: Processes that share the work, each of which passes the same batches and the same weights;
             `Collective()` for this process alone. It must be given where torch.distributed is in use. An error of one
             process stops all.
-        resumption: where to go on, and how to be stopped; the same batches are passed again. None to run from the start
-            to the end. NIO alone can go on.
+        resumption: State to go on from, and how to be stopped; the same batches are passed again. None to run from the
+            start to the end. Only the published search of NIO can go on.
 
     Returns:
-        What was learned, measured and decided. `status` and `message` say what happened.
+        Scales, measurements and costs. `status` and `message` say what happened.
 
     Raises:
         ConfigError: D larger than the batch, settings that do not go together, or groups that do not fit the model.
-        ModelError: a model that cannot be initialised, see [`find_tensors`], or a loss that does not depend on it.
-        DataError: no data, too little data, or data that the model does not accept.
-        NumericsError: a loss or gradient at the start that is not finite, or zero, with the sub-batch and tensor;
+        ModelError: A model that cannot be initialised, see [`find_tensors`], or a loss that does not depend on it.
+        DataError: No data, too little data, or data that the model does not accept.
+        NumericsError: A loss or gradient at the start that is not finite, or zero, with the sub-batch and tensor;
             processes that differ in weights or batches.
-        NIOMemoryError: where not even one sample at a time fits into memory.
-        RankError: what another process raised that is none of our errors.
-        StoppedError: where `resumption` asked for it.
-        CheckpointError: where its state belongs to another model or search.
+        NIOMemoryError: Where not even one sample at a time fits into memory.
+        RankError: Where another process raised an error that is none of ours.
+        StoppedError: Where `resumption` asked for it.
+        CheckpointError: Where its state belongs to another model or search.
     """
     watch = Watch(on_iteration, on_trial, Resumption() if resumption is None else resumption)
     config = _checked_config(config)
@@ -140,17 +140,17 @@ def grad_cosine(
     """GradCosine and gradient norm of a model on one batch; the model is left as it is.
 
     Args:
-        model: a module with fp32 or fp64 parameters.
+        model: Module with fp32 or fp64 parameters.
         batch: B samples: a mapping, tuple or tensor, samples along dimension 0.
         loss_fn: (model, batch) -> mean loss, or (loss_sum, weight).
         sub_batches: D; None for D = B, one sample each, the quantity of the theory.
-        micro_batch_size: samples of a sub-batch that are computed at once; None for all.
+        micro_batch_size: Samples of a sub-batch that are computed at once; None for all.
 
     Returns:
         GC, GN, the norms and the loss. Values at different B / D are not comparable.
 
     Raises:
-        ConfigError, ModelError, NumericsError: as in [`initialize`].
+        ConfigError, ModelError, NumericsError: As in [`initialize`].
     """
     size = batch_size(batch)
     count = size if sub_batches is None else sub_batches
@@ -170,14 +170,14 @@ def expected_cost(
     """Training steps of a batch that a run may take at most, reports included; None where that is not known beforehand.
 
     Args:
-        config: settings.
-        groups: number of groups of tensors.
+        config: Settings.
+        groups: Number of groups of tensors.
         method: NIO, or a baseline.
-        options: of the method.
-        batches: to report on; None for `report_batches`.
+        options: Options of the method.
+        batches: Number of batches to report on; None for `report_batches`.
 
     Raises:
-        ConfigError: lists the options that are unknown or out of range.
+        ConfigError: Lists the options that are unknown or out of range.
     """
     if batches is not None:
         config = dataclasses.replace(config, report_batches=batches)
@@ -228,7 +228,7 @@ def _processes(collective: Collective | None) -> Collective:
     """The processes that were given, or this one.
 
     Raises:
-        ConfigError: where none were given although torch.distributed is in use.
+        ConfigError: Where none were given although torch.distributed is in use.
     """
     if collective is not None:
         return collective

@@ -1,4 +1,4 @@
-"""Which layers agree between sub-batches: GradCosine and gradient norm, tensor by tensor.
+"""GradCosine and gradient norm tensor by tensor: the layers whose gradients agree between sub-batches.
 
 Letters: D sub-batches, h_d the unit gradient of sub-batch d, h_{d,l} its slice in gradient tensor l. With
 u_l = sum_d h_{d,l} and E_l = sum_d ||h_{d,l}||^2,
@@ -43,13 +43,13 @@ class LayerGradient:
     """The gradient of one tensor, or of a group of tensors, over D sub-batches.
 
     Attributes:
-        name: of the tensor in memory, or of the group.
-        kind: as in [`TensorScale`].
-        depth: as in [`TensorScale`].
-        parameters: number of its elements.
-        share: s_l, its part of the squared norm of the unit gradients; over all tensors they sum to 1.
-        contribution: c_l, its part of GC; over all tensors they sum to GC.
-        grad_norm: root mean square over the sub-batches of the norm of its gradient.
+        name: Name of the tensor in memory, or of the group.
+        kind: Kind of the tensor, see [`kinds_of`].
+        depth: Position of the enclosing block, 0 for what comes before the first block.
+        parameters: Number of its elements.
+        share: s_l, part of the squared norm of the unit gradients; all shares sum to 1.
+        contribution: c_l, part of GC; all contributions sum to GC.
+        grad_norm: Root mean square over the sub-batches of the norm of its gradient.
     """
 
     name: str
@@ -68,11 +68,11 @@ class LayerGradient:
 
 @dataclasses.dataclass(frozen=True)
 class GradientInspection:
-    """What [`inspect_gradients`] measured.
+    """Measurements of [`inspect_gradients`].
 
     Attributes:
         measured: GC, GN and loss of the whole gradient, the mean over the batches.
-        layers: the gradient tensors in parameter order, each the mean over the batches.
+        layers: Gradient tensors in parameter order, each the mean over the batches.
     """
 
     measured: GradCosine
@@ -110,8 +110,8 @@ def inspect_gradients(
     what that gives as `before` and, with the learned scales, as `after`.
 
     Args:
-        model: a module with fp32 or fp64 parameters.
-        batches: at least one batch: mappings, tuples or tensors, samples along dimension 0.
+        model: Module with fp32 or fp64 parameters.
+        batches: At least one batch: mappings, tuples or tensors, samples along dimension 0.
         loss_fn: (model, batch) -> mean loss, or (loss_sum, weight).
         config: `sub_batches`, `micro_batch_size`, `precision` and `seed` are used; None for the defaults.
 
@@ -119,8 +119,8 @@ def inspect_gradients(
         GC, GN and loss, and what each gradient tensor has in them.
 
     Raises:
-        DataError: without a batch.
-        ConfigError, ModelError, NumericsError: as in [`initialize`].
+        DataError: Without a batch.
+        ConfigError, ModelError, NumericsError: As in [`initialize`].
     """
     config = NIOConfig() if config is None else config
     tensors = find_tensors(model)

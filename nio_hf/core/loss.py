@@ -28,10 +28,10 @@ class Loss:
     """The loss of a model on a batch.
 
     Attributes:
-        model: its parameters are the theta that gradients are taken at.
+        model: Model whose parameters are the theta that gradients are taken at.
         function: (model, batch) -> mean loss over the samples, or (loss_sum, weight).
-        device: where the model is.
-        autocast: lower precision to compute in, e.g. torch.bfloat16; None for that of the model.
+        device: Device of the model.
+        autocast: Lower precision to compute in, e.g. torch.bfloat16; None for that of the model.
     """
 
     model: nn.Module
@@ -41,7 +41,7 @@ class Loss:
 
     @property
     def name(self) -> str:
-        """What messages call the loss function."""
+        """Name of the loss function in messages."""
         return f"loss_fn ({getattr(self.function, '__qualname__', type(self.function).__name__)})"
 
     def __call__(self, batch: Any, seed: int, part: int = 0) -> tuple[Tensor, Tensor | float]:
@@ -50,7 +50,7 @@ class Loss:
         The random numbers that the loss draws depend on `seed` and `part` alone.
 
         Raises:
-            ModelError: for a loss that is not a scalar.
+            ModelError: For a loss that is not a scalar.
         """
         _seed_device(self.device, seed, part)
         # A loss may take keys out of a batch that is computed again.
@@ -158,7 +158,7 @@ def check_micro_batches(loss: Loss, batch: Any, size: int, *, seed: int) -> None
     """Check on two micro-batches of `size` samples that their losses add up.
 
     Raises:
-        ConfigError: for a loss of the batch that is no mean over its parts, with the reason where it is known.
+        ConfigError: For a loss of the batch that is no mean over its parts, with the reason where it is known.
     """
     part = take(batch, range(min(2 * size, batch_size(batch))))
     losses, weights = zip(*(loss(micro, seed, index) for index, micro in enumerate(chunks(part, size))), strict=True)

@@ -1,4 +1,4 @@
-"""Memory: what a run used, what is free, what a graph holds, and what to do where there is none left."""
+"""Memory: the peak of a run, free bytes, the size of a graph, and ways out where none is left."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what an attempt left behind that ran out of memory."""
+    """Free the memory that a failed attempt has left behind."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -53,7 +53,7 @@ def _machine_memory() -> int:
 
 
 def _control_group_memory() -> int:
-    """What the limit of a container leaves, files that the system only keeps at hand not counted; any without one."""
+    """Bytes below the limit of a container, not counting cached files; the largest number without a limit."""
     try:
         limit, used = (
             (_CONTROL_GROUP / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current")
@@ -115,25 +115,25 @@ def with_less_memory(
     drop_kept: Callable[[], bool] = lambda: False,
     check_split: Callable[[int], None] | None = None,
 ) -> tuple[T, int | None]:
-    """Compute again with less memory what ran out of it; what is computed stays the same but for rounding.
+    """Compute, and try again with less memory where it runs out; the result stays the same but for rounding.
 
     First nothing is kept between the passes any more, then micro-batches are halved.
 
     Args:
-        compute: gives the result for a micro-batch size; it may be called several times.
-        size: number of samples that it works on.
-        micro_batch_size: to begin with; None for all samples at once.
-        where: names the work in messages.
-        device: whose memory it is.
-        drop_kept: forgets what is kept; False where there was nothing.
-        check_split: raises ConfigError where the samples cannot be computed in parts of a size; None where they
+        compute: Function that gives the result for a micro-batch size; it may be called several times.
+        size: Number of samples that it works on.
+        micro_batch_size: Samples computed at once in the first attempt; None for all.
+        where: Name of the work in messages.
+        device: Device whose memory it is.
+        drop_kept: Function that forgets kept results; it returns False where there were none.
+        check_split: Raises ConfigError where the samples cannot be computed in parts of a size; None where they
             never can.
 
     Returns:
         The result, and the micro-batch size that it took.
 
     Raises:
-        NIOMemoryError: where there is nothing left to give way.
+        NIOMemoryError: Where there is nothing left to give way.
     """
     while True:
         try:

@@ -1,4 +1,4 @@
-"""A method of initialisation as a record, and what its own part is given and gives back."""
+"""A method of initialisation as a record, with the arguments and the result of its own part."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Resumption:
     """How a run goes on where another one stopped, and how it lets itself be stopped.
 
     Attributes:
-        state: of the run that stopped, with the same model, batches and settings; None to begin.
-        save: called with the state of the run, every `every` iterations, after the last one, and when it is stopped.
-        every: iterations from one call of `save` to the next; None to save only when it is stopped.
-        should_stop: asked once for each iteration; where it says yes on any process, the run is saved and ends with
+        state: State of the run that stopped, with the same model, batches and settings; None to begin.
+        save: Function that is called with the state every `every` iterations, after the last one, and at a stop.
+        every: Iterations from one call of `save` to the next; None to save only at a stop.
+        should_stop: Asked once for each iteration; where it says yes on any process, the run is saved and ends with
             [`StoppedError`].
     """
 
@@ -45,9 +45,9 @@ class Watch:
     """Who follows a run.
 
     Attributes:
-        on_iteration: called with the record of each iteration; None for nobody.
-        on_trial: called with what the next iteration tries, in words; None for nobody.
-        resumption: where to go on, and how to be stopped.
+        on_iteration: Function that is called with the record of each iteration.
+        on_trial: Function that is called with what the next iteration tries, in words.
+        resumption: State to go on from, and how to be stopped.
         started: `time.perf_counter()` at the start of the run.
     """
 
@@ -86,17 +86,17 @@ def stopped_error(iterations: int) -> StoppedError:
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """What a method did.
+    """Result of a method.
 
     Attributes:
         omega: (m,) scale of each scaled tensor; None for the ratio of its norm to the former one.
-        groups: the groups with what became of them; empty where each tensor stands for itself.
-        history: one record for each iteration.
-        cost: training steps of arithmetic, reports before and after not counted, but for those of `after`.
+        groups: Groups with their scales; empty where each tensor stands for itself.
+        history: One record for each iteration.
+        cost: Training steps of arithmetic, reports before and after not counted, but for those of `after`.
         after: GradCosine on the report batches at the new weights; None where it has not been measured.
-        data_exhausted: whether it ended for want of data.
-        seconds: wall time of earlier sessions.
-        micro_batch_size: that it took.
+        data_exhausted: Whether the run ended for want of data.
+        seconds: Wall time of earlier sessions.
+        micro_batch_size: Samples computed at once in the end.
     """
 
     omega: Sequence[float] | None = None
@@ -126,16 +126,16 @@ class Method:
     """A method of initialisation.
 
     Attributes:
-        name: in settings.
-        title: as its paper writes it.
-        describe: what it does, in a sentence, for settings.
-        learn: its own part.
+        name: Name in settings.
+        title: Name as its paper writes it.
+        describe: Function that says what the method does with some settings, in a sentence.
+        learn: The method's own part.
         batches: (config, options) -> batches that it takes, those of the report not counted.
         most_cost: (config, groups, options) -> training steps that it may take, reports not counted; None where that
             is not known beforehand.
-        options: {name: default} of its own options.
+        options: {name: default} of the method's own options.
         check: (options) -> checks of them.
-        own_groups: whether the settings say which tensors share a scale; otherwise each has its own.
+        own_groups: Whether the settings say which tensors share a scale; otherwise each has its own.
     """
 
     name: str
@@ -157,7 +157,7 @@ class Method:
         """All options, with defaults for those that are not given, and tuples for lists.
 
         Raises:
-            ConfigError: lists the options that are unknown or out of range.
+            ConfigError: Lists the options that are unknown or out of range.
         """
         given = dict(given or {})
         known = ", ".join(self.options)

@@ -35,7 +35,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     compiled models run eagerly.
 
     Args:
-        model: is left in the state that it was in, buffers included.
+        model: Model, whose state is restored at the end, buffers included.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_restored(model))

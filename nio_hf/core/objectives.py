@@ -1,4 +1,4 @@
-"""What the published search lowers: the cotangents v_d of J.
+"""Functions J that the published search lowers, by their cotangents v_d.
 
 Letters as in `gradcosine`. Every cotangent is a linear combination of u and of g_d itself. Source: Yang et al., NeurIPS
 2022, section 4.

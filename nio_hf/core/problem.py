@@ -1,4 +1,4 @@
-"""What a method of initialisation is given, and how a point is measured."""
+"""The task of a method of initialisation, and measurements on the report batches."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _REPORT = 500_000
 
 @dataclasses.dataclass(frozen=True)
 class ScalingProblem:
-    """What a method works with, while the parameters of the model hold copies of their values.
+    """The task of a method, while the parameters of the model hold copies of their values.
 
     Attributes:
-        config: settings.
-        loss: of the model, which is in the state of [`mode.measuring`].
-        tensors: the scaled tensors, their groups and the gradient tensors.
-        initial: the m scaled tensors W_l as they were.
-        collective: the processes that share the work.
-        stream: of the batches that are not reported on.
+        config: Settings.
+        loss: Loss of the model, which is in the state of [`mode.measuring`].
+        tensors: Scaled tensors, their groups and the gradient tensors.
+        initial: M scaled tensors W_l as they were.
+        collective: Processes that share the work.
+        stream: Stream of the batches that are not reported on.
         reported: The report batches.
         before: GradCosine on them.
         micro_batch_size: That measuring them took.

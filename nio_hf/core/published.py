@@ -37,10 +37,10 @@ class PublishedState:
 
     Attributes:
         scales: (K,) omega.
-        adam: the moments of the steps so far.
-        path: how products are computed; None before the first.
-        history: one record for each iteration.
-        micro_batch_size: samples computed at once.
+        adam: Moments of the steps so far.
+        path: Way of computing products; None before the first one.
+        history: One record for each iteration.
+        micro_batch_size: Samples computed at once.
     """
 
     scales: tuple[float, ...]

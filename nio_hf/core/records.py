@@ -12,8 +12,8 @@ def restored(kind: Any, value: Any) -> Any:
     """A value of a type, from what `dataclasses.asdict` and a trip through JSON have made of it.
 
     Args:
-        kind: a data class, a tuple, a mapping or an optional of such, or a plain type.
-        value: mappings, lists and plain values.
+        kind: Data class, a tuple, a mapping or an optional of such, or a plain type.
+        value: Mappings, lists and plain values.
     """
     origin, parts = get_origin(kind), get_args(kind)
     if value is None:

@@ -1,4 +1,4 @@
-"""What an initialisation measured and did: plain records that serialise to JSON."""
+"""Records of an initialisation, its measurements and its scales, which serialise to JSON."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from nio_hf.core.config import NIOConfig
 from nio_hf.core.records import restored
 
 Outcome = Literal["accepted", "loss_bound", "least_norm", "lower_norm"]
-"""What became of an iteration: "accepted"; "loss_bound" or "least_norm", refused by a bound; "lower_norm", a step that
-lowered the gradient norm."""
+"""Outcome of an iteration: "accepted"; "loss_bound" or "least_norm", refused by a bound; "lower_norm", a step that lowered
+the gradient norm."""
 Status = Literal[
     "improved",
     "worsened",
@@ -33,9 +33,9 @@ class GradCosine:
         value: GC = (||u||^2 - D) / (D (D - 1)) with u the sum of the unit gradients, in [-1 / (D - 1), 1].
         grad_norm: GN, the mean of `norms`.
         norms: (D,) gradient norm ||g_d|| of each sub-batch.
-        loss: mean of the losses of the sub-batches.
+        loss: Mean of the losses of the sub-batches.
         batch_size: B, the number of samples. Values at different B / D are not comparable.
-        parts: the measurements that this one is the mean of; empty for a single batch.
+        parts: Measurements that this one is the mean of; empty for a single batch.
     """
 
     value: float
@@ -73,17 +73,17 @@ class IterationRecord:
     """One iteration: what was tried, what was measured there, and what became of it.
 
     Attributes:
-        iteration: counted from 1.
-        tried: what it tried, in words, e.g. "all x4".
-        outcome: what became of it.
-        loss: mean loss over the sub-batches; NaN where it is not finite.
+        iteration: Counted from 1.
+        tried: Candidate in words, e.g. "all x4".
+        outcome: Outcome of the iteration.
+        loss: Mean loss over the sub-batches; NaN where it is not finite.
         grad_cosine: GC; None where it was not computed.
         grad_norm: GN, or the norm that a baseline bounds; None where it was not computed.
-        objective: what the method raises or lowers, where that is not GC.
-        scale: common factor that was tried; None where each tensor has its own.
-        cost: training steps of arithmetic.
-        seconds: wall time, its data included.
-        micro_batch_size: samples computed at once; None for whole sub-batches.
+        objective: Value that the method raises or lowers, where it is not GC.
+        scale: Common factor that was tried; None where each tensor has its own.
+        cost: Training steps of arithmetic.
+        seconds: Wall time, its data included.
+        micro_batch_size: Samples computed at once; None for whole sub-batches.
     """
 
     iteration: int
@@ -104,10 +104,10 @@ class GroupScale:
     """The scale of one group of tensors.
 
     Attributes:
-        name: of the group.
-        omega: its scale.
-        tensors: number of its tensors.
-        parameters: number of their entries.
+        name: Name of the group.
+        omega: Scale of the group.
+        tensors: Number of its tensors.
+        parameters: Number of their entries.
     """
 
     name: str
@@ -121,12 +121,12 @@ class TensorScale:
     """The scale of one tensor and where in the model it sits.
 
     Attributes:
-        name: parameter name in memory; in saved files its position, as names are not portable.
-        kind: what the tensor is, see [`kinds_of`].
-        depth: position of the enclosing block, 0 for what comes before the first block.
-        shape: shape of the tensor.
-        omega: the scale; for a method that draws weights anew, the ratio of their norm to the former one.
-        group: of the tensors that it shares the scale with.
+        name: Parameter name in memory; in saved files its position, as names are not portable.
+        kind: Kind of the tensor, see [`kinds_of`].
+        depth: Position of the enclosing block, 0 for what comes before the first block.
+        shape: Shape of the tensor.
+        omega: Scale; for a method that draws weights anew, the ratio of their norm to the former one.
+        group: Name of the group that shares the scale.
     """
 
     name: str
@@ -142,10 +142,10 @@ class ExcludedTensor:
     """A tensor that keeps its values.
 
     Attributes:
-        name: as in [`TensorScale`].
-        kind: as in [`TensorScale`].
-        shape: shape of the tensor.
-        reason: why it is not scaled: "zero", "frozen", "unused", "vector" where only weights are, or "no group".
+        name: Parameter name, as in [`TensorScale`].
+        kind: Kind of the tensor, see [`kinds_of`].
+        shape: Shape of the tensor.
+        reason: Why it is not scaled: "zero", "frozen", "unused", "vector" where only weights are scaled, or "no group".
     """
 
     name: str
@@ -159,8 +159,8 @@ class Lane:
     """The first steps of a training from the weights of one candidate.
 
     Attributes:
-        name: of the candidate.
-        losses: of the steps that it was trained for, up to the first that is not finite.
+        name: Name of the candidate.
+        losses: Losses of its training steps, up to the first that is not finite.
     """
 
     name: str
@@ -179,9 +179,9 @@ class Race:
     """How candidates were told apart by their first steps of training.
 
     Attributes:
-        steps: that a candidate is trained for, if it is not stopped before.
-        lanes: the candidates, what the initialisation found in front.
-        winner: name of the candidate whose weights the training begins from.
+        steps: Number of steps of a candidate that is not stopped before.
+        lanes: Candidates; the weights of the initialisation come first.
+        winner: Name of the candidate whose weights the training begins from.
     """
 
     steps: int
@@ -195,7 +195,7 @@ class Race:
 
     @property
     def message(self) -> str:
-        """What came of it, in a sentence."""
+        """Outcome of the race in a sentence."""
         ended = ", ".join(f"{lane.name} {lane.loss:.3f} at step {len(lane.losses)}" for lane in self.lanes)
         return f"Race, training loss: {ended}. The training begins from: {self.winner}."
 
@@ -205,23 +205,23 @@ class InitResult:
     """Outcome of `initialize` and of the other methods.
 
     Attributes:
-        config: the settings that it ran with.
-        groups: the groups of tensors that share a scale.
-        tensors: the scaled tensors in parameter order.
-        excluded: the tensors left as they were, with the reason.
-        history: one record per iteration.
+        config: Settings that it ran with.
+        groups: Groups of tensors that share a scale.
+        tensors: Scaled tensors in parameter order.
+        excluded: Tensors left as they were, with the reason.
+        history: One record per iteration.
         before: GradCosine on the report batches before.
-        after: the same with the new weights.
-        cost: training steps of one batch that it took, reports included.
-        seconds: wall time of the whole run.
-        peak_memory: bytes; peak of the allocator on an accelerator, peak resident set of the process on CPU.
-        status: what happened, in one word.
-        message: the same in a sentence.
-        method: name of the method.
-        title: the same as its paper writes it.
-        description: what it does, in a sentence.
-        options: its own settings, beside `config`.
-        race: how its weights were held against those before it; None without a race.
+        after: GradCosine on the report batches with the new weights.
+        cost: Training steps of one batch that it took, reports included.
+        seconds: Wall time of the whole run.
+        peak_memory: Bytes; peak of the allocator on an accelerator, peak resident set of the process on CPU.
+        status: Outcome in one word.
+        message: Outcome in a sentence.
+        method: Name of the method.
+        title: Name of the method as its paper writes it.
+        description: What the method does, in a sentence.
+        options: Options of the method, beside `config`.
+        race: Race of the new weights against those before; None without a race.
     """
 
     config: NIOConfig

@@ -22,7 +22,7 @@ from nio_hf.core.tensors import find_tensors
 from nio_hf.errors import DataError, NumericsError, Problem
 
 _CLIP_EPS = 1e-6
-"""What `torch.nn.utils.clip_grad_norm_` adds to a norm."""
+"""Number that `torch.nn.utils.clip_grad_norm_` adds to a norm."""
 
 
 def squared_gradients(
@@ -46,21 +46,21 @@ def squared_gradients(
     is. Each batch costs one forward and one backward.
 
     Args:
-        model: a module with fp32 or fp64 parameters.
-        batches: at least one batch: mappings, tuples or tensors, samples along dimension 0.
+        model: Module with fp32 or fp64 parameters.
+        batches: At least one batch: mappings, tuples or tensors, samples along dimension 0.
         loss_fn: (model, batch) -> mean loss, or (loss_sum, weight).
         config: `sub_batches`, `micro_batch_size`, `precision` and `seed` are used; None for the defaults.
         training_batch_size: B_t, samples that one step of the optimizer sees; None for that of the batches.
-        max_norm: norm above which the gradient of all parameters together is clipped; None for none.
-        collective: the processes that share the work, as in [`initialize`]; None for this one.
+        max_norm: Norm above which the gradient of all parameters together is clipped; None for no clipping.
+        collective: Processes that share the work, as in [`initialize`]; None for this one.
 
     Returns:
         {parameter name: tensor of its shape} of all trainable parameters, zero where no gradient reaches one.
 
     Raises:
-        DataError: without a batch.
-        NumericsError: for a gradient that is not finite, and for a head that is zero, behind which all others are.
-        ConfigError, ModelError: as in [`initialize`].
+        DataError: Without a batch.
+        NumericsError: For a gradient that is not finite, and for a head that is zero, behind which all others are.
+        ConfigError, ModelError: As in [`initialize`].
     """
     config = NIOConfig() if config is None else config
     processes = Collective() if collective is None else collective

@@ -21,9 +21,9 @@ class BatchStream:
     than are needed are passed over, except the first, which is an error.
 
     Args:
-        batches: a re-iterable (DataLoader, list) or an iterator.
-        min_samples: the fewest samples a batch must have.
-        needed: number of batches that will be asked for.
+        batches: Re-iterable (DataLoader, list) or an iterator.
+        min_samples: Fewest samples a batch must have.
+        needed: Number of batches that will be asked for.
     """
 
     def __init__(self, batches: Any, min_samples: int, needed: int) -> None:
@@ -45,7 +45,7 @@ class BatchStream:
         """The first `count` batches, which the stream does not deliver again.
 
         Raises:
-            DataError: where there are no more batches than that.
+            DataError: Where there are no more batches than that.
         """
         for _ in range(count):
             batch = self._next_large_enough()
@@ -60,7 +60,7 @@ class BatchStream:
         """The next batch, or None once there is none that is not held out.
 
         Raises:
-            DataError: where a pass over the data gives no batch.
+            DataError: Where a pass over the data gives no batch.
         """
         batch = None if self._ended else self._next_large_enough()
         if batch is None and not self._ended:

@@ -60,9 +60,9 @@ class SubBatches:
     Attributes:
         count: D.
         owned: {d: samples of sub-batch d}, on the device of the model.
-        seed: of the random numbers that the loss may draw: each pass over a sub-batch draws the same ones.
+        seed: Seed of the random numbers of the loss: each pass over a sub-batch draws the same ones.
         batch_size: B.
-        where: names the batch in errors.
+        where: Name of the batch in errors.
     """
 
     count: int
@@ -78,12 +78,12 @@ class SubBatches:
 
 @dataclasses.dataclass(frozen=True)
 class FirstPass:
-    """What pass 1 gives.
+    """Results of pass 1.
 
     Attributes:
-        sums: over all D sub-batches; nothing of them is read by the host yet.
+        sums: Sums over all D sub-batches, still on the device.
         kept: {d: gradient of sub-batch d}, with its graph or without; empty where nothing is kept.
-        micro_batch_size: that it took.
+        micro_batch_size: Samples computed at once in the end.
     """
 
     sums: GradientSums
@@ -106,16 +106,16 @@ def split(
 
     Args:
         batch: B samples.
-        windows: positions of each sub-batch, after the samples are put in `order`.
-        loss: gives model and device.
-        collective: the processes that share the sub-batches.
-        where: names the batch in errors.
-        seed: of the random numbers of the loss.
+        windows: Positions of each sub-batch, after the samples are put in `order`.
+        loss: Loss, which has model and device.
+        collective: Processes that share the sub-batches.
+        where: Name of the batch in errors.
+        seed: Seed of the random numbers of the loss.
         order: (B,) permutation; None for the order of the batch.
-        micro_batch_size: that is asked for.
+        micro_batch_size: Samples to compute at once, as asked for.
 
     Raises:
-        ConfigError: for sub-batches that are too small for batch normalisation, or computed in parts under it.
+        ConfigError: For sub-batches that are too small for batch normalisation, or computed in parts under it.
     """
     check_batch_norm(loss.model, min(map(len, windows)), micro_batch_size)
     owned = {}
@@ -138,13 +138,13 @@ def first_pass(
     """Pass 1 over the sub-batches of all processes: one forward and one backward for each.
 
     Args:
-        loss: of the model.
-        wrt: the gradient tensors.
-        parts: the sub-batches of this process.
-        collective: the processes that share the work.
-        micro_batch_size: samples computed at once; None for all.
-        keep: what pass 2 is given of each sub-batch, where memory allows it.
-        observe: called with each g_d of this process, tensor by tensor.
+        loss: Loss of the model.
+        wrt: Gradient tensors.
+        parts: Sub-batches of this process.
+        collective: Processes that share the work.
+        micro_batch_size: Samples computed at once; None for all.
+        keep: Kind of results that are kept of each sub-batch, where memory allows it.
+        observe: Function that is called with each g_d of this process, tensor by tensor.
     """
     kept: dict[int, list[Tensor]] = {}
     keeping = keep
@@ -188,12 +188,12 @@ def on_sub_batch(
     """Compute on a sub-batch of this process; errors say which it is, and memory that runs out is made.
 
     Args:
-        loss: of the model.
-        parts: the sub-batches of this process.
-        index: of the sub-batch.
-        compute: gives the result for a micro-batch size.
-        micro_batch_size: to begin with; None for all samples at once.
-        drop_kept: forgets what is kept between the passes; False where there was nothing.
+        loss: Loss of the model.
+        parts: Sub-batches of this process.
+        index: Number of the sub-batch.
+        compute: Function that gives the result for a micro-batch size.
+        micro_batch_size: Samples computed at once in the first attempt; None for all.
+        drop_kept: Function that forgets results kept between the passes; it returns False where there were none.
 
     Returns:
         The result, and the micro-batch size that it took.
@@ -226,7 +226,7 @@ def measure(
     The arguments are those of `first_pass`.
 
     Raises:
-        NumericsError: as [`check`].
+        NumericsError: As in [`check`].
     """
     first = first_pass(
         loss,
@@ -243,7 +243,7 @@ def measure(
 
 
 def read(sums: GradientSums, parts: SubBatches) -> GradCosine:
-    """What the host reads of pass 1, in one transfer."""
+    """GC, GN and loss of pass 1, in one transfer from the device."""
     value, *per_part = torch.cat([sums.grad_cosine.reshape(1), sums.scalars.flatten()]).tolist()
     norms, losses = per_part[: sums.sub_batches], per_part[sums.sub_batches :]
     return GradCosine(
@@ -266,7 +266,7 @@ def check(
     """Refuse losses and gradients that are not finite, and gradients that are zero.
 
     Raises:
-        NumericsError: names the first such sub-batch, the tensor and, of several, the rank that computed it.
+        NumericsError: Names the first such sub-batch, the tensor and, of several, the rank that computed it.
     """
     losses = sums.scalars[1].tolist() if not math.isfinite(measured.loss) else [measured.loss] * parts.count
     if not any(measured.norms) and math.isfinite(measured.loss):
@@ -282,7 +282,7 @@ def check_finite(values: Tensor, places: Sequence[TensorPlace], what: str, where
     """Refuse values, one for each tensor, that are not finite; without data there is nothing to refuse.
 
     Raises:
-        NumericsError: names the tensor.
+        NumericsError: For a value that is not finite, with the tensor.
     """
     if values.is_meta:
         return
@@ -308,7 +308,7 @@ def check_batch_norm(model: nn.Module, smallest: int, micro_batch_size: int | No
     """Refuse sub-batches that batch normalisation cannot take its own statistics from.
 
     Raises:
-        ConfigError: for sub-batches of one sample, or computed in parts.
+        ConfigError: For sub-batches of one sample, or computed in parts.
     """
     if not mode.batch_norms(model):
         return
@@ -325,8 +325,8 @@ def located(where: str) -> Iterator[None]:
     """Say where an error of loss_fn came from; what the data or the model cause becomes an error of ours.
 
     Raises:
-        DataError: for labels or tokens out of range.
-        ModelError: for an operation without a second derivative, or checkpointing that does not give one.
+        DataError: For labels or tokens out of range.
+        ModelError: For an operation without a second derivative, or checkpointing that does not give one.
     """
     try:
         yield
@@ -342,7 +342,7 @@ def refuse_zero_heads(tensors: ModelTensors) -> None:
     """Refuse a model whose head is zero: nothing in front of it has a gradient.
 
     Raises:
-        NumericsError: with the name of the head.
+        NumericsError: With the name of the head.
     """
     for name in tensors.zero_heads:
         fix = "Draw its values anew, e.g. with the standard deviation 0.02"

@@ -1,4 +1,4 @@
-"""Which tensors are scaled, and how the scales reach the weights.
+"""The scaled tensors of a model, and the way from scales to weights.
 
 A scaled tensor W_l becomes theta_l = omega_l W_l with a scalar omega_l; m is the number of scaled tensors, K that of
 the groups that share a scale. The gradient g is taken over all trainable tensors that the loss depends on, but for
@@ -29,10 +29,10 @@ class TensorPlace:
     """A parameter with its place in the model.
 
     Attributes:
-        name: in the model, for messages.
-        parameter: itself.
-        kind: what it is, as in [`TensorScale`].
-        depth: as in [`TensorScale`].
+        name: Name in the model, for messages.
+        parameter: The parameter.
+        kind: Kind of the tensor, see [`kinds_of`].
+        depth: Position of the enclosing block, 0 for what comes before the first block.
     """
 
     name: str
@@ -46,12 +46,12 @@ class ModelTensors:
     """The tensors of a model.
 
     Attributes:
-        places: all parameters, tied ones once, in parameter order.
-        scaled: the m scaled tensors W_l: trainable, not exactly zero, and in a group.
-        gradient: the gradient tensors: trainable, used and not exactly zero, the scaled ones among them.
-        trainable: these, and those that are zero.
+        places: All parameters, tied ones once, in parameter order.
+        scaled: M scaled tensors W_l: trainable, not exactly zero, and in a group.
+        gradient: Gradient tensors: trainable, used and not exactly zero, the scaled ones among them.
+        trainable: Gradient tensors, and trainable ones that are zero.
         groups: {name of a group: positions of its tensors in `scaled`}; the K groups are a partition.
-        excluded: the parameters that are not scaled, with the reason.
+        excluded: Parameters that are not scaled, with the reason.
     """
 
     places: tuple[TensorPlace, ...]
@@ -118,15 +118,15 @@ def find_tensors(
     """Find the tensors of a model that are scaled, their groups, and those that the gradient is taken over.
 
     Args:
-        model: any module with fp32 or fp64 parameters that hold data.
-        scaled_tensors: which tensors are scaled, as in [`NIOConfig`].
-        groups: which share a scale, likewise.
-        unused: names of tensors that no gradient reaches.
+        model: Any module with fp32 or fp64 parameters that hold data.
+        scaled_tensors: Setting of [`NIOConfig`] that says which tensors are scaled.
+        groups: Setting of [`NIOConfig`] that says which tensors share a scale.
+        unused: Names of tensors that no gradient reaches.
 
     Raises:
-        ModelError: for parameters on the meta device, sharded or in half precision, and a model without trainable or
+        ModelError: For parameters on the meta device, sharded or in half precision, and a model without trainable or
             without scalable tensors.
-        ConfigError: for groups that do not fit the model, see [`group_tensors`].
+        ConfigError: For groups that do not fit the model, see [`group_tensors`].
     """
     check_storage(model)
     places = _locate_tensors(model)
@@ -207,7 +207,7 @@ def check_storage(model: nn.Module) -> None:
     """Refuse parameters that NIO cannot compute with.
 
     Raises:
-        ModelError: for parameters on the meta device, sharded over processes, or trainable in half precision, of
+        ModelError: For parameters on the meta device, sharded over processes, or trainable in half precision, of
             different precision, or distinct in the same memory; and for what is no module.
     """
     if not isinstance(model, nn.Module):

@@ -1,4 +1,4 @@
-"""What a run of NIO achieved, in a word and in a sentence."""
+"""Outcome of a run of NIO in a word and in a sentence."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def describe_change(before: GradCosine, after: GradCosine) -> str:
 
 
 def describe_scales(groups: Sequence[GroupScale]) -> str:
-    """What happened to the weights, in words."""
+    """The change of the weights in words."""
     scales = [group.omega for group in groups]
     if all(scale == 1 for scale in scales):
         return "No scale was changed: none is needed, or none keeps the bounds"
