@@ -1,13 +1,14 @@
-"""What every search promises, on random models, data, groups and bounds; measured again by the plainest means."""
+"""What both searches promise, on random models, data, groups and bounds; measured again by the plainest means."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from nio_hf.errors import NIOError, StoppedError
 from tests.core.cases import differences, state
 from tests.core.examples import examples
 
-REPORTED = 2
+REPORTED, SLACK = 2, 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +53,13 @@ class Trial:
         return model
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Batches of a task that can be learned, with noise."""
+        """Batches of a task that can be learned, with noise; those of the report and two more."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        count = REPORTED + self.config.search_batches
+        count = REPORTED + 2
         inputs = torch.randn(count, self.samples, self.widths[0], generator=generator, dtype=torch.float64)
         task = torch.randn(self.widths[0], self.widths[-1], generator=generator, dtype=torch.float64)
         noise = torch.randn(count, self.samples, self.widths[-1], generator=generator, dtype=torch.float64)
         return list(zip(inputs, (inputs @ task + noise).argmax(-1), strict=True))
-
-    def searched(self) -> list[tuple[Tensor, Tensor]]:
-        return self.batches()[REPORTED:]
 
     def run(self, model: nn.Module, resumption: Resumption | None = None, loss_fn: Any = None) -> NIOResult:
         return initialize(model, self.batches(), loss_fn or cross_entropy, self.config, resumption=resumption)
@@ -72,146 +70,115 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 GROUPS = [
-    {"first": r"^0\.", "rest": r"^[^0]\.weight"},
-    "tensor",
-    "kind",
-    {"last bias": r"2\.bias", "first weight": r"^0\.weight"},
+    "additive",
     "model",
+    {"first": r"^0\.", "rest": r"^[^0]\.weight"},
+    {"last bias": r"2\.bias", "first weight": r"^0\.weight"},
 ]
 BOUNDS = {
-    "loss_bound": [None, 0.5, 0.1],
-    "norm_band": [(0.3, 3.0), (0.7, 1.5), None, (0.95, 1.05)],
+    "loss_bound": [None, 0.1, 0.01],
+    "least_norm": [None, 0.6, 1.0],
     "scale_range": [(0.3, 4.0), (0.01, 100.0), (0.5, 1.5), (0.5, 1.0)],
 }
 
 
-def trials(searches: Sequence[str] = ("scan", "gradient", "published")) -> st.SearchStrategy[Trial]:
+def trials(searches: Sequence[str] = ("balance", "published")) -> st.SearchStrategy[Trial]:
     """Trials whose parts are all equally likely; hypothesis alone would draw the first of each most of the time."""
     return st.integers(0, 10**9).map(lambda seed: random_trial(random.Random(seed), searches))
 
 
 def random_trial(draw: random.Random, searches: Sequence[str]) -> Trial:
-    search = draw.choice(searches)
     settings: dict[str, Any] = {name: draw.choice(values) for name, values in BOUNDS.items()}
     settings |= {
-        "search": search,
-        "groups": draw.choice(GROUPS),
+        "search": draw.choice(searches),
         "scaled_tensors": draw.choice(["all", "weights"]),
-        "objective": draw.choice(["gc", "gc_norm", "variance", *(["gc_sign"] if search == "scan" else [])]),
         "sub_batches": draw.randint(2, 4),
-        "search_batches": 2,
-        "budget": draw.choice([60.0, 15.0]),
-        "iterations": draw.randint(3, 9),
-        "lr": draw.choice([None, 0.05, *([0.7] if search == "gradient" else [])]),
-        "curvature": draw.choice(["auto", "finite_difference"]),
         "micro_batch_size": draw.choice([None, None, 2]),
     }
+    if settings["search"] == "balance":
+        settings |= {"groups": draw.choice(GROUPS), "strength": draw.choice([0.5, 1.0, 2.0])}
+    else:
+        settings |= {
+            "groups": draw.choice(["tensor", *GROUPS]),
+            "objective": draw.choice(["gc", "gc_sum_norm"]),
+            "iterations": draw.randint(3, 9),
+            "lr": draw.choice([0.003, 0.05]),
+            "gamma": draw.choice([None, 0.1, 1.0]),
+            "overlap": draw.choice([0.0, 0.3]),
+            "curvature": draw.choice(["auto", "finite_difference"]),
+        }
     return Trial(
         widths=tuple(draw.randint(3, 6) for _ in range(draw.randint(3, 4))),
         activation=draw.choice(["tanh", "gelu"]),
-        gain=draw.choice([0.5, 1.0, 2.0]),
+        gain=draw.choice([0.1, 0.4, 1.0]),
         samples=draw.randint(8, 32),
         seed=draw.randint(0, 10**6),
         settings=settings,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """Mean loss, gradient norm and objective over some batches."""
-
-    loss: float
-    grad_norm: float
-    score: float
-
-
-def measured(trial: Trial, model: nn.Module, initial_norm: float) -> Measured:
-    """By a loop over the search batches, their sub-batches and pairs of these."""
-    losses, norms, scores = [], [], []
-    config = trial.config
-    for inputs, labels in trial.searched():
-        count = config.sub_batches
+def measured(trial: Trial, model: nn.Module) -> tuple[float, float]:
+    """Mean loss and gradient norm by a loop over the report batches and their sub-batches."""
+    losses, norms = [], []
+    count = trial.config.sub_batches
+    for inputs, labels in trial.batches()[:REPORTED]:
         edges = [d * trial.samples // count for d in range(count + 1)]
-        gradients = []
         for start, end in itertools.pairwise(edges):
             loss = cross_entropy(model, (inputs[start:end], labels[start:end]))
-            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
-            losses.append(loss.item() / count)
-        lengths = [float(g.norm()) for g in gradients]
-        norms.append(sum(lengths) / count)
-        match config.objective:
-            case "gc" | "gc_norm":
-                score = mean_cosine(gradients)
-                if config.objective == "gc_norm":
-                    score += norms[-1] / initial_norm
-            case "gc_sign":
-                score = mean_cosine([g.sign() for g in gradients])
-            case _:
-                mean = torch.stack(gradients).mean(0)
-                score = -sum(float((g - mean).square().sum()) for g in gradients) / count
-        scores.append(score)
-    batches = len(scores)
-    return Measured(sum(losses) / batches, sum(norms) / batches, sum(scores) / batches)
+            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+            losses.append(loss.item())
+            norms.append(float(gradient.norm()))
+    return sum(losses) / len(losses), sum(norms) / len(norms)
 
 
-def mean_cosine(gradients: list[Tensor]) -> float:
-    pairs = list(itertools.combinations(gradients, 2))
-    return sum(float(nn.functional.cosine_similarity(a, b, dim=0)) for a, b in pairs) / len(pairs)
-
-
-def scaled(trial: Trial, result: NIOResult, omega: float) -> nn.Module:
-    """The model at the start, with all scaled tensors times omega."""
+def scaled(trial: Trial, scales: Mapping[str, float]) -> nn.Module:
+    """The model at the start, with tensors times their scales."""
     model = trial.model()
     with torch.no_grad():
-        for name in result.scales:
+        for name, omega in scales.items():
             model.get_parameter(name).mul_(omega)
     return model
 
 
-@pytest.mark.parametrize("search", ["scan", "gradient"])
-def test_bounds_hold_and_the_objective_does_not_fall_on_the_search_batches(search: str) -> None:
-    changed = []
+def excess(trial: Trial, model: nn.Module) -> float:
+    """By how much, relative to the bounds, a point is beyond them; below 0 within."""
+    (loss, norm), (first_loss, first_norm) = measured(trial, model), measured(trial, trial.model())
+    config = trial.config
+    by_loss = -1.0 if config.loss_bound is None else loss / ((1 + config.loss_bound) * first_loss) - 1
+    by_norm = -1.0 if config.least_norm is None else 1 - norm / (config.least_norm * first_norm)
+    return max(by_loss, by_norm)
 
-    @examples({"scan": 60, "gradient": 30}[search])
-    @given(trial=trials([search]))
+
+def test_what_every_search_promises() -> None:
+    outcomes: collections.Counter[str] = collections.Counter()
+
+    @examples(60)
+    @given(trial=trials())
     def check(trial: Trial) -> None:
-        changed.append(keeps_its_promises(trial))
+        outcomes.update(record.outcome for record in keeps_its_promises(trial).history)
 
     check()
-    assert sum(changed) > len(changed) / 6, "there is little to find"
+    assert min(outcomes[name] for name in ("accepted", "loss_bound", "lower_norm")) > 4
 
 
-def keeps_its_promises(trial: Trial) -> bool:
-    """Hold a run against what its settings promise; whether a group has got a scale of its own."""
+def keeps_its_promises(trial: Trial) -> NIOResult:
+    """Hold a run against what its settings promise."""
     config, model = trial.config, trial.model()
     result = trial.run(model)
-    initial_norm = result.before.grad_norm
-    start, end = measured(trial, trial.model(), initial_norm), measured(trial, model, initial_norm)
-    # The scan takes the largest common factor that the bounds let through, and raises the objective from there.
-    factors = [r.scale for r in result.history if r.group is None and r.outcome == "accepted" and r.scale]
-    common = measured(trial, scaled(trial, result, factors[0]), initial_norm) if factors else start
-    assert len(factors) <= 1
-
-    slack = 1 + 1e-6
-    if config.loss_bound is not None:
-        assert end.loss <= (1 + config.loss_bound) * start.loss * slack
-        assert common.loss <= (1 + config.loss_bound) * start.loss * slack
-    if config.norm_band is not None:
-        least, most = config.norm_band
-        assert least * common.grad_norm <= end.grad_norm * slack
-        assert end.grad_norm <= most * common.grad_norm * slack
-        assert least * start.grad_norm <= common.grad_norm * slack
     least, largest = config.scale_range
-    assert all(least / slack <= omega <= largest * slack for omega in result.scales.values())
-    assert end.score >= common.score - 1e-9 * max(1, abs(common.score))
-    if config.search == "gradient":
-        assert end.score >= start.score - 1e-9 * max(1, abs(start.score))
-
-    assert result.cost <= expected_cost(config, len(result.groups)) + 1e-9
-    values = dict(trial.model().named_parameters())
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, values[name] * result.scales.get(name, 1.0))
-    return len(set(result.scales.values())) > 1
+    assert all(least * (1 - SLACK) <= omega <= largest * (1 + SLACK) for omega in result.scales.values())
+    # How many samples windows share is known of large batches only.
+    assert config.overlap or result.cost <= expected_cost(config, len(result.groups)) + SLACK
+    for one, other in zip(model.parameters(), scaled(trial, result.scales).parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert (result.after.loss, result.after.grad_norm) == pytest.approx(measured(trial, model), rel=1e-6)
+    if config.search == "balance":
+        assert result.status == ("unchanged" if set(result.scales.values()) == {1.0} else "changed")
+        assert excess(trial, model) < SLACK or result.status == "unchanged"
+        for record in result.history:
+            tried = excess(trial, scaled(trial, dict.fromkeys(result.scales, record.scale)))
+            assert tried < SLACK if record.outcome == "accepted" else tried > -SLACK
+    return result
 
 
 @examples(25)
@@ -222,15 +189,15 @@ def test_the_same_call_gives_the_same_scales(trial: Trial) -> None:
     torch.manual_seed(trial.seed % 1000)
     other = trial.run(second)
     assert one.scales == other.scales
-    assert [dataclasses.replace(r, seconds=0) for r in one.history] == [
-        dataclasses.replace(r, seconds=0) for r in other.history
-    ] or any(math.isnan(r.loss) for r in one.history)
+    # Compared as text, where NaN equals itself.
+    first_records, second_records = ([repr(dataclasses.replace(r, seconds=0)) for r in x.history] for x in (one, other))
+    assert first_records == second_records
     for left, right in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(left, right)
 
 
 @examples(12)
-@given(trial=trials())
+@given(trial=trials(["published"]))
 def test_a_run_that_is_interrupted_and_resumed_gives_the_same_scales(trial: Trial) -> None:
     whole = trial.run(trial.model())
     saved: list[NIOState] = []
@@ -290,16 +257,3 @@ def test_a_run_that_raises_leaves_the_model_as_it_was(trial: Trial, calls: int, 
     else:
         assert next(count) <= calls + 1 or kind == "nan"
     assert torch.equal(torch.get_rng_state(), generator)
-
-
-def test_a_bound_that_does_not_hold_is_noticed() -> None:
-    """The measurements of this file tell a broken bound from one that holds."""
-    trial = Trial((4, 5, 3), "tanh", 1.0, 8, 3, {"search": "scan", "sub_batches": 2, "search_batches": 2})
-    model = trial.model()
-    start = measured(trial, model, 1.0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4.0)
-    end = measured(trial, model, 1.0)
-    assert end.loss > 1.1 * start.loss
-    assert end.score != pytest.approx(start.score, abs=1e-3)
