@@ -11,8 +11,8 @@ from nio_hf.core.config import NIOConfig
 from nio_hf.core.records import restored
 
 Outcome = Literal["accepted", "loss_bound", "least_norm", "lower_norm"]
-"""Outcome of an iteration: "accepted"; "loss_bound" or "least_norm", refused by a bound; "lower_norm", a step that lowered
-the gradient norm."""
+"""Outcome of an iteration: "accepted"; "loss_bound" or "least_norm", refused by a bound; "lower_norm", a step that
+lowered the gradient norm."""
 Status = Literal[
     "improved",
     "worsened",
