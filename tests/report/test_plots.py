@@ -29,12 +29,12 @@ from tests.report.runs import KINDS, measured, result
         result(1, 1, 1),
         result(4, 24, groups=4),
         result(50, 200, groups=600),
-        result(4, 30, groups=MOST_GROUPS, config=NIOConfig(loss_bound=None, norm_band=None)),
-        result(4, 12, groups=4, config=NIOConfig(search="gradient")),
+        result(4, 3, groups=MOST_GROUPS, config=NIOConfig(loss_bound=None, least_norm=None)),
+        result(4, 0, status="unchanged"),
         result(4, 60, groups=48, config=NIOConfig.published()),
         result(1, 9, config=NIOConfig.published(gamma=None, overlap=0.0)),
     ],
-    ids=["few", "one", "named", "many", "unbounded", "gradient", "published", "without gamma"],
+    ids=["few", "one", "named", "many", "unbounded", "no candidate", "published", "without gamma"],
 )
 def test_results_of_any_size_and_search_are_drawn(drawn: InitResult, tmp_path: Path) -> None:
     for draw in (plot_scales, plot_history):
@@ -66,38 +66,43 @@ def points(axes: Axes, label: str) -> list[float]:
     return [float(x) for line in axes.lines if line.get_label() == label for x in line.get_xdata()]
 
 
-def test_trials_are_shown_as_far_as_they_were_measured_with_their_bounds(figures: list[Figure]) -> None:
-    drawn = result(4, 12, groups=4)
+def test_refused_trials_stand_between_before_and_after_with_the_bounds(figures: list[Figure]) -> None:
+    drawn = result(4, 5, groups=4)
     plot_history(drawn, io.BytesIO())
     cosine, norm, loss = figures[0].axes
+    refused = "refused: broke a bound"
+    assert points(cosine, refused) == points(norm, refused) == [1, 3, 4]
+    assert points(loss, refused) == [1, 2, 3, 4], "the loss of the second is NaN: no point, and room on the axis"
+    most, least = 1.5 * drawn.before.loss, 0.6 * drawn.before.grad_norm
+    assert points(loss, f"loss bound: {most:.4g}") == points(norm, f"least norm: {least:.4g}") == [0, 1]
+    assert [line.get_ydata()[0] for line in loss.lines if "bound:" in str(line.get_label())] == [most]  # type: ignore[index]
+    assert [line.get_ydata()[0] for line in norm.lines if "least" in str(line.get_label())] == [least]  # type: ignore[index]
     for axes in (cosine, norm, loss):
-        assert points(axes, "start, or accepted") == [1, 7]
-        assert points(axes, "refused: not better") == [3, 4, 5, 9, 10, 11]
-    assert points(cosine, "refused: bound on loss or gradient norm") == [6, 8, 12]
-    assert points(loss, "refused: bound on loss or gradient norm") == [6, 8, 12]
-    assert points(norm, "refused, beyond the axis or not finite") == [8]
-    assert points(loss, "refused, beyond the axis or not finite") == [2], "its loss is NaN"
-    assert drawn.history[0].loss * 1.5 in [line.get_ydata()[0] for line in loss.lines]  # type: ignore[index]
-    least, band = (found.get_datalim(norm.transData) for found in norm.collections[-2:])
-    start = drawn.history[0].grad_norm
-    assert start is not None
-    assert (least.x0, least.x1, least.y0, least.y1) == pytest.approx((0.5, 3.5, 0.6 * start, 0.6 * start))
-    assert (band.x0, band.x1, band.y0, band.y1) == pytest.approx((3.5, 12.5, 0.6 * start, 1.25 * start))
+        assert axes.get_legend_handles_labels()[1][-2:] == [
+            f"report batches {when} (± standard error)" for when in ("before", "after")
+        ]
     ticks = [tick.get_text() for tick in loss.get_xticklabels()]
-    assert ticks == ["before", *(record.tried for record in drawn.history), "after"]
+    assert ticks == ["before", *(record.tried for record in drawn.history[:-1]), "after"]
+
+
+def test_what_is_accepted_at_once_is_before_and_after_alone(figures: list[Figure]) -> None:
+    plot_history(result(4, 1, config=NIOConfig(loss_bound=None, least_norm=None)), io.BytesIO())
+    loss = figures[0].axes[-1]
+    assert [tick.get_text() for tick in loss.get_xticklabels()] == ["before", "after"]
+    assert not any("bound" in label or "norm" in label for label in loss.get_legend_handles_labels()[1])
 
 
 def test_steps_are_curves_with_a_rug_where_they_lower_the_norm(figures: list[Figure]) -> None:
     plot_history(result(4, 60, groups=48, config=NIOConfig.published()), io.BytesIO())
     cosine, norm, loss = figures[0].axes
-    assert len(points(cosine, "search batches")) == 60
+    assert len(points(cosine, "batch of the iteration")) == 60
     assert points(norm, "steps that lower the norm (6 of 60)") == [9, 18, 27, 36, 45, 54]
     assert points(norm, "gamma = 10") == [0, 1]
     assert loss.get_xlabel() == "NIO iteration"
 
 
 def test_an_objective_other_than_gradcosine_has_a_panel(figures: list[Figure]) -> None:
-    drawn = result(config=NIOConfig(objective="gc_norm"))
+    drawn = dataclasses.replace(result(config=NIOConfig.published()), method="gradinit")
     other = tuple(dataclasses.replace(record, objective=-2.0) for record in drawn.history)
     plot_history(dataclasses.replace(drawn, history=other), io.BytesIO())
     plot_history(drawn, io.BytesIO())
@@ -150,16 +155,10 @@ def test_the_table_holds_what_is_known() -> None:
 
 
 def test_scales_are_listed_by_group_or_by_kind() -> None:
-    columns = ("group", "tensors", "parameters", "scale")
-    assert scale_table(result()).rows == [("group 0", "24", "4,608", "1.000")]
-    assert scale_table(result(groups=3, config=NIOConfig(search="gradient"))).columns == columns
-    trials = scale_table(result(groups=3))
-    assert trials.columns == (*columns, "tried", "gain", "last trial")
-    assert [row[4:] for row in trials.rows] == [
-        ("0", "-", "none"),
-        ("1", "+0.0100", "no gain"),
-        ("2", "+0.0200", "broke the loss bound"),
-    ]
+    table = scale_table(result())
+    assert table.columns == ("group", "tensors", "parameters", "scale")
+    assert table.rows == [("group 0", "24", "4,608", "1.000")]
+    assert [row[0] for row in scale_table(result(groups=3)).rows] == ["group 0", "group 1", "group 2"]
     many = scale_table(result(4, groups=MOST_GROUPS + 1))
     assert many.caption == "Scales of 13 groups by kind of tensors"
     assert [row[0] for row in many.rows] == [*KINDS]
