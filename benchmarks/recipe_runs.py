@@ -54,7 +54,7 @@ RUNS = {
         {"train": "imagenette224/train.parquet", "validation": "imagenette224/validation.parquet"},
         200,
         "--dataset_revision null --bf16 false --global_batch_size 8 --per_device_train_batch_size 8 "
-        "--max_eval_samples 300 --nio_batch_size 16 --nio_search_batches 2 --nio_report_batches 2 "
+        "--max_eval_samples 300 --nio_batch_size 16 --nio_report_batches 2 "
         "--per_device_eval_batch_size 20 --learning_rate 2e-4",
     ),
 }

@@ -27,13 +27,7 @@ from nio_hf.trainer.seeding import check_seedable
 from nio_hf.training.trainer import RecipeTrainer
 from nio_hf.training.weight_decay import decayed_parameters
 
-_SHORTEST = {
-    "nio_search_batches": 2,
-    "nio_report_batches": 1,
-    "nio_budget": 1.0,
-    "nio_iterations": 1,
-    "nio_save_init": False,
-}
+_SHORTEST = {"nio_report_batches": 1, "nio_iterations": 1, "nio_save_init": False}
 """Settings of the cheapest run of NIO."""
 
 

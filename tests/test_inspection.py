@@ -23,7 +23,7 @@ from nio_hf.trainer.digests import fingerprint
 from tests.trainer.toys import ToyImages, arguments, build, load_state
 
 RECIPE = "vit-tiny/digits/nio"
-SMALL = ["--use_cpu", "true", "--disable_tqdm", "true", "--nio_search_batches", "2", "--max_steps", "4"]
+SMALL = ["--use_cpu", "true", "--disable_tqdm", "true", "--max_steps", "4"]
 
 
 def options(output_dir: Path, *more: str) -> list[str]:
@@ -142,7 +142,6 @@ def test_the_recipe_that_is_saved_runs_and_keeps_no_secret(tmp_path: Path) -> No
     assert again.training.output_dir == str(tmp_path / "run"), "here it runs as it did"
     assert not again.training.push_to_hub
     assert again.model.model_config["num_hidden_layers"] == 2
-    assert again.training.nio_search_batches == 2
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_examples_run_as_they_stand(
     # One that goes on from another is run behind it.
     parts = EXAMPLES[number - 1 : number + 1] if "Accelerator()" in EXAMPLES[number] else [EXAMPLES[number]]
     code = "\n".join(parts).replace(
-        "nio_sub_batches=4,", "nio_search_batches=2, max_steps=1, report_to='none', use_cpu=True,"
+        "nio_sub_batches=4,", "max_steps=1, report_to='none', use_cpu=True,"
     )
     code = code.replace('report_to="none"', "report_to='none', use_cpu=True")
     code = code.replace("image_size=32,", "image_size=32, num_hidden_layers=1, hidden_size=48, intermediate_size=96,")

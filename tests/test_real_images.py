@@ -31,7 +31,7 @@ RUNS = {
     ),
 }
 SHORTENED = (
-    "--max_steps 4 --save_strategy steps --save_steps 2 --eval_strategy no --logging_steps 1 --nio_search_batches 2 "
+    "--max_steps 4 --save_strategy steps --save_steps 2 --eval_strategy no --logging_steps 1 "
     "--nio_report_batches 1 --dataloader_num_workers 1 --dataloader_pin_memory false --disable_tqdm true --use_cpu"
 )
 

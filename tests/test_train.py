@@ -17,7 +17,7 @@ from nio_hf.recipe.loading import load_recipe
 from nio_hf.train import build_trainer, initialise, main, train
 from tests.trainer.toys import load_state
 
-QUICK = ["--nio_search_batches", "2", "--max_steps", "4", "--logging_steps", "2", "--eval_strategy", "no"]
+QUICK = ["--max_steps", "4", "--logging_steps", "2", "--eval_strategy", "no"]
 SMALL = ["--model_config.num_hidden_layers", "1", "--nio_batch_size", "16", "--disable_tqdm", "--use_cpu"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nio_hf.core import expected_cost
+from nio_hf.core import NIO, expected_cost
 from nio_hf.trainer import NIOTrainingArguments
 from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.race import MOST_CANDIDATES
@@ -14,9 +14,12 @@ MANY_GROUPS = 8
 
 
 def is_free(args: NIOTrainingArguments) -> bool:
-    """Whether a method looks at no data. Its reports are for the reader, and a trial does not pay for them."""
+    """Whether a method looks at no data. Its reports are for the reader, and a trial does not pay for them.
+
+    NIO is not free: it judges its scales by the report batches.
+    """
     method = METHODS[args.nio_method]
-    return method.batches(args.to_nio_config(), method.checked(args.nio_method_options)) == 0
+    return method is not NIO and method.batches(args.to_nio_config(), method.checked(args.nio_method_options)) == 0
 
 
 def most_steps(args: NIOTrainingArguments, groups: Any = None) -> float | None:

@@ -130,7 +130,7 @@ def train_once(recipe_name: str, overrides: Sequence[str], diagnostics: bool, co
         found = f"the initialisation costs {cost * cost_share:.0f} training steps, the budget is {budget}"
         if cost_share < 1:
             return Outcome.failure(found, time.perf_counter() - started, cost)
-        fix = "Give more steps, or lower nio_search_batches, nio_report_batches or nio_batch_size"
+        fix = "Give more steps, or lower nio_report_batches or nio_batch_size"
         raise ConfigError(Problem("--steps", found, fix))
     trainer.args.max_steps = steps
     raced = trainer.run_race(steps)

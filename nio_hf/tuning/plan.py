@@ -90,8 +90,15 @@ class Plan:
             yield Problem("--verdict_seeds", f"{self.verdict_seeds}", fix)
 
     def candidates(self, recipe: Recipe) -> list[Arm]:
-        """The recipe's own settings and the grid, without the point of it that is the same."""
+        """The recipe's own settings and the grid, without the point of it that is the same.
+
+        Raises:
+            RecipeError: for a recipe whose scales are not computed, so that they have no strength.
+        """
         config = recipe.training.to_nio_config()
+        if config.search != "balance":
+            fix = "Set nio_search to balance: groups and strength of its scales are tuned"
+            raise RecipeError(Problem("nio_search", config.search, fix))
         own = (config.groups, config.strength)
         grid = itertools.product(self.groups, self.strengths)
         return [OWN, *(_candidate(*point) for point in grid if point != own)]

@@ -115,7 +115,7 @@ def _check_costs(plan: Plan, candidates: Sequence[Arm], recipe: Recipe) -> None:
                 f"{plan.steps:,}, where the initialisation takes up to {cost:,.0f} with {arm.description}; the same "
                 f"share of a probe of {plan.probe_steps} leaves nothing"
             )
-            fix = "Give more, or lower nio_budget, nio_search_batches, nio_report_batches or nio_batch_size"
+            fix = "Give more, or lower nio_report_batches or nio_batch_size"
             raise RecipeError(Problem("--steps", found, fix))
     first = plan.expected(candidates, recipe, {})
     if plan.budget is not None and first > plan.budget:

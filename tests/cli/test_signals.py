@@ -21,7 +21,6 @@ from tests.versions import resumes_in_several_processes
 COMMAND = [sys.executable, "-m", "nio_hf.cli", "train", "vit-tiny/digits/nio"]
 SETTINGS = {
     "max_steps": "12",
-    "nio_search_batches": "2",
     "eval_strategy": "no",
     "logging_steps": "1",
     "disable_tqdm": "true",
@@ -103,7 +102,7 @@ def test_a_training_that_is_finished_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_initialisation_that_was_stopped_goes_on(tmp_path: Path) -> None:
-    command = [part if part != "train" else "init" for part in _command(tmp_path, "alone", nio_groups="kind")]
+    command = [part if part != "train" else "init" for part in _command(tmp_path, "alone", nio_search="published")]
     finished = _run([*command, "--device", "cpu"])
     assert finished.returncode == 0, finished.stderr
     state = json.loads((tmp_path / "_nio_init" / "nio_state.json").read_text())

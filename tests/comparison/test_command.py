@@ -20,7 +20,7 @@ from nio_hf.recipe.loading import known_keys
 from nio_hf.trials.bench import QUIET
 from nio_hf.trials.results import RESULTS_NAME
 
-SMALL = ["--nio_search_batches", "2", "--nio_report_batches", "1", "--nio_batch_size", "16"]
+SMALL = ["--nio_report_batches", "1", "--nio_batch_size", "16"]
 SMALL += ["--max_eval_samples", "50", "--max_train_samples", "200"]
 
 
@@ -158,11 +158,11 @@ def test_sigterm_leaves_no_temporary_folder(tmp_path: Path) -> None:
 
 
 def test_an_initialisation_that_costs_the_budget_is_refused_before_the_first_run(tmp_path: Path) -> None:
-    short = ["--steps", "4", "--warmup_ratios", "0.25"]
+    short = ["--steps", "2", "--warmup_ratios", "0.5"]
     status, output = _compare(*SMALL, *short, "--output_dir", str(tmp_path))
     assert status == 2
     found = " ".join(output.split())
-    assert "arm nio, --steps: 4, where the initialisation takes up to 5 training steps. Give more steps" in found
+    assert "arm nio, --steps: 2, where the initialisation takes up to 2 training steps. Give more steps" in found
     assert not (tmp_path / RESULTS_NAME).exists()
 
 

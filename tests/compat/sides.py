@@ -39,7 +39,6 @@ _ARGUMENTS: dict[str, Any] = {
 _NIO_ARGUMENTS: dict[str, Any] = {
     "nio_batch_size": 8,
     "nio_sub_batches": 2,
-    "nio_search_batches": 2,
     "nio_report_batches": 2,
     "nio_groups": "model",
 }

@@ -38,7 +38,6 @@ COMMON: dict[str, Any] = {
     "learning_rate": 1e-3,
     "nio_batch_size": 12,
     "nio_sub_batches": 3,
-    "nio_search_batches": 2,
     "nio_report_batches": 2,
     "nio_save_steps": 1,
 }
@@ -50,7 +49,7 @@ PUBLISHED: dict[str, Any] = {
     "nio_curvature": "exact",
 }
 """Settings with one batch for an iteration, and scales that any difference of a loss would change."""
-SCAN: dict[str, Any] = {"nio_search": "scan", "nio_groups": "kind"}
+COMPUTED: dict[str, Any] = {"nio_search": "balance"}
 
 
 class _Reporting(NIOTrainer):

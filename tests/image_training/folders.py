@@ -35,7 +35,6 @@ cutmix_alpha: 1.0
 label_smoothing_factor: 0.1
 
 nio_batch_size: 8
-nio_search_batches: 2
 nio_report_batches: 1
 
 per_device_train_batch_size: 8

@@ -49,7 +49,6 @@ save_strategy: 'no'
 disable_tqdm: true
 nio: false
 nio_batch_size: 8
-nio_search_batches: 2
 nio_report_batches: 2
 """
 

@@ -30,15 +30,15 @@ from tests.trainer.toys import ToyImages, arguments, build
         ({"nio_iterations": 0}, "nio_iterations: 0"),
         ({"nio_gamma": -1.0}, "nio_gamma: -1.0"),
         ({"nio_objective": "cosine"}, "nio_objective: 'cosine'"),
-        ({"nio_search": "scam"}, "nio_search: 'scam'. Choose one of scan, gradient, published"),
-        ({"nio_search_batches": 1}, "nio_search_batches: 1"),
+        ({"nio_search": "scam"}, "nio_search: 'scam'. Choose one of balance, published"),
+        ({"nio_strength": 0.0}, "nio_strength: 0.0"),
+        ({"nio_strength": "half"}, "nio_strength: 'half'"),
         ({"nio_report_batches": 0}, "nio_report_batches: 0"),
         ({"nio_groups": None}, "nio_groups: None"),
         ({"nio_groups": "[1]"}, "nio_groups: [1]"),
-        ({"nio_norm_band": [1.2]}, "nio_norm_band: (1.2,)"),
-        ({"nio_norm_band": 1.5}, "nio_norm_band: 1.5"),
+        ({"nio_groups": "kind"}, "nio_groups: 'kind'"),
+        ({"nio_least_norm": 1.5}, "nio_least_norm: 1.5"),
         ({"nio_scale_range": [1.0, float("inf")]}, "nio_scale_range: (1.0, inf)"),
-        ({"nio_budget": 0}, "nio_budget: 0"),
         ({"nio_loss_bound": -0.1}, "nio_loss_bound: -0.1"),
     ],
 )
@@ -67,12 +67,12 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         (
             {"nio_gamma": 1.0},
             "nio_gamma",
-            'Leave it out, or set nio_search to "published", the only one that reads it',
+            'Leave it out, or set nio_search to "published", which alone reads it',
         ),
         (
-            {"nio_search": "gradient", "nio_objective": "gc_sign"},
-            "nio_objective",
-            'Set nio_search to "scan": gc_sign has no derivative',
+            {"nio_overlap": 0.2, "nio_groups": "tensor"},
+            "nio_overlap",
+            'Leave it out, or set nio_search to "published", which alone reads it',
         ),
         (
             {"nio_batch_size": 4, "nio_sub_batches": 8},
@@ -123,12 +123,14 @@ def test_the_command_line_parser_of_transformers_knows_the_settings(tmp_path: Pa
     (args,) = HfArgumentParser(NIOTrainingArguments).parse_args_into_dataclasses(options)
     assert (args.nio_lr, args.nio_sub_batches, args.nio) == (1e-3, 8, False)
     assert args.nio_groups == "additive"
-    options += ["--nio_norm_band", "0.9", "1.2", "--nio_groups", '{"positions": "position_embeddings"}']
+    options += ["--nio_strength", "0.5", "--nio_scale_range", "0.5", "8"]
+    options += ["--nio_groups", '{"positions": "position_embeddings"}']
     (args,) = HfArgumentParser(NIOTrainingArguments).parse_args_into_dataclasses(options)
     assert args.nio_groups == {"positions": "position_embeddings"}
-    assert args.to_nio_config().norm_band == (0.9, 1.2)
-    (args,) = HfArgumentParser(NIOTrainingArguments).parse_args_into_dataclasses([*options[:-1], "kind"])
-    assert args.nio_groups == "kind"
+    config = args.to_nio_config()
+    assert (config.strength, config.scale_range) == (0.5, (0.5, 8.0))
+    (args,) = HfArgumentParser(NIOTrainingArguments).parse_args_into_dataclasses([*options[:-1], "model"])
+    assert args.nio_groups == "model"
 
 
 @dataclasses.dataclass
@@ -160,9 +162,9 @@ class SettingsBeside(NIOSettings, OwnArguments):
 
 @pytest.mark.parametrize("kind", [Undecorated, Decorated, Behind, SettingsBeside])
 def test_the_defaults_of_other_arguments_hold(kind: Any, tmp_path: Path) -> None:
-    args = kind(output_dir=str(tmp_path), report_to="none", nio_groups="kind", warmup_steps=3)
+    args = kind(output_dir=str(tmp_path), report_to="none", nio_groups="model", warmup_steps=3)
     assert (args.learning_rate, args.logging_steps, args.words) == (2e-5, 10, ["own"])
-    assert (args.nio_groups, args.nio_sub_batches, args.warmup_steps) == ("kind", 4, 3)
+    assert (args.nio_groups, args.nio_sub_batches, args.warmup_steps) == ("model", 4, 3)
     again = pickle.loads(pickle.dumps(kind(output_dir=str(tmp_path), words=["given"], learning_rate=0.25)))
     assert (again.words, again.learning_rate, again.to_dict()["nio_groups"]) == (["given"], 0.25, "additive")
     (parsed,) = HfArgumentParser(kind).parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--nio", "false"])

@@ -22,7 +22,7 @@ Weights = dict[str, torch.Tensor]
 
 SMOOTHING = 0.1
 SENSITIVE: dict[str, Any] = {"nio_search": "published", "nio_groups": "tensor", "nio_iterations": 5, "nio_lr": 0.05}
-"""Settings whose scales differ where a loss does; a scan takes steps."""
+"""Settings whose scales differ where a loss does; those that are computed may not."""
 INDUCTOR_WARNING = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated and will be removed in v6:FutureWarning"
 
@@ -156,7 +156,7 @@ def test_activation_checkpointing_changes_no_scale(
 @pytest.mark.parametrize(
     "search",
     [{}, {**SENSITIVE, "nio_curvature": "exact"}, {**SENSITIVE, "nio_curvature": "finite_difference"}],
-    ids=["scan", "exact", "finite_difference"],
+    ids=["default", "exact", "finite_difference"],
 )
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_reentrant_activation_checkpointing_is_refused(name: str, search: dict[str, Any], tmp_path: Path) -> None:

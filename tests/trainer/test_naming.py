@@ -31,9 +31,9 @@ class TwoScalars(nn.Module):
 
 
 def test_a_text_and_a_problem_are_put_into_the_words_of_the_trainer() -> None:
-    assert in_arguments("Set a lower NIOConfig.lr, or NIOConfig.norm_band.") == "Set a lower nio_lr, or nio_norm_band."
-    problem = Problem("NIOConfig.groups", "NIOConfig.lr", 'Set NIOConfig.search to "scan"')
-    assert in_arguments(problem) == Problem("nio_groups", "nio_lr", 'Set nio_search to "scan"')
+    assert in_arguments("Set a lower NIOConfig.lr, or NIOConfig.gamma.") == "Set a lower nio_lr, or nio_gamma."
+    problem = Problem("NIOConfig.groups", "NIOConfig.lr", 'Set NIOConfig.search to "balance"')
+    assert in_arguments(problem) == Problem("nio_groups", "nio_lr", 'Set nio_search to "balance"')
     assert in_arguments("an NIOConfig of MyNIOConfig.lr") == "an NIOConfig of MyNIOConfig.lr"
 
 

@@ -23,7 +23,7 @@ from nio_hf.errors import ConfigError, DataError, NIOMemoryError, Preempted
 from nio_hf.report.run import Run
 from nio_hf.report.tables import cost_text, summary_rows
 from nio_hf.trainer import race as races
-from nio_hf.trainer.race import COMMON, RACE_NAME, START, is_behind, leader, planned_steps
+from nio_hf.trainer.race import HALF, RACE_NAME, START, is_behind, leader, planned_steps
 from tests.trainer.toys import Interruption, ToyImages, arguments, build, load_state, snapshot, unchanged
 
 STEPS = 8
@@ -81,7 +81,7 @@ def test_a_lane_is_the_beginning_of_the_training_from_its_weights(way: str, tmp_
     assert len(lanes[START]) in (STEPS // 2, STEPS)
 
 
-@pytest.mark.parametrize("winner", ["NIO", COMMON, START])
+@pytest.mark.parametrize("winner", ["NIO", HALF, START])
 def test_the_training_from_the_winner_is_the_same_as_without_a_race(
     winner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,12 +91,9 @@ def test_the_training_from_the_winner_is_the_same_as_without_a_race(
     result = raced.nio_result
     assert result is not None
     assert _race(raced).winner == winner
-    common = next(
-        r.scale for r in result.history if r.group is None and r.scale is not None and r.outcome == "accepted"
-    )
     changes: dict[str, dict[str, Any]] = {
         "NIO": {"nio_race_steps": 0},
-        COMMON: {"nio_groups": "model", "nio_race_steps": 0},
+        HALF: {"nio_strength": 0.5, "nio_race_steps": 0},
         START: {"nio": False},
     }
     plain = _trained(tmp_path / "plain", **changes[winner])
@@ -221,7 +218,7 @@ def test_a_race_that_was_interrupted_goes_on_and_ends_alike(
     monkeypatch.setattr(races.Lanes, "_lane", lambda self, name, *rest: run.append(name) or lane(self, name, *rest))
     trainer = NIOTrainer(model=build("vit"), args=_arguments(tmp_path / "broken"), train_dataset=ToyImages())
     trainer.train(resume_from_checkpoint=AUTO)
-    assert run == ["NIO", COMMON, START][lanes:]
+    assert run == ["NIO", HALF, START][lanes:]
     assert _race(trainer) == _race(whole)
     assert unchanged(snapshot(trainer.model), snapshot(whole.model))
 

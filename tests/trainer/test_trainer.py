@@ -266,7 +266,7 @@ def test_a_module_that_is_no_transformers_model_is_initialised_and_saved(tmp_pat
     assert (trainer.nio_init_dir / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("changes", [{}, {"nio_search": "published", "nio_iterations": 3}], ids=["scan", "published"])
+@pytest.mark.parametrize("changes", [{}, {"nio_search": "published", "nio_iterations": 3}], ids=["default", "published"])
 def test_history_reaches_the_log(changes: dict[str, Any], tmp_path: Path) -> None:
     args = arguments(tmp_path, **changes)
     trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
@@ -294,17 +294,17 @@ def test_warmup_beside_nio_is_warned_about(tmp_path: Path, caplog: pytest.LogCap
 @pytest.mark.parametrize(
     ("changes", "title", "tried"),
     [
-        ({}, "NIO", ["NIO: start: ", "NIO: all x7: ", "NIO: additive x"]),
-        ({"nio_groups": "kind"}, "NIO", ["NIO: start: ", "NIO: all x7: ", "NIO: additive x"]),
+        ({}, "NIO", ["NIO: additive x48.5, others x7: "]),
+        ({"nio_groups": "model", "nio_least_norm": 1.0, "nio_strength": 0.5}, "NIO", ["NIO: all x2.65: "]),
+        ({"nio_least_norm": 1.0}, "NIO", ["NIO: additive x48.5, others x7: ", "NIO: additive x1.27, others x1.13: "]),
         ({"nio_search": "published", "nio_iterations": 3}, "NIO", ["NIO: a step of 0.003: "]),
-        ({"nio_search": "gradient", "nio_iterations": 3}, "NIO", ["NIO: start: ", "NIO: a step of 0.25: "]),
         (
             {"nio_method": "gradinit", "nio_method_kwargs": {"iterations": 3}},
             "GradInit",
             ["GradInit: a step of 0.01: "],
         ),
     ],
-    ids=["scan", "groups", "published", "gradient", "baseline"],
+    ids=["default", "half", "refused", "published", "baseline"],
 )
 def test_the_progress_bar_counts_training_steps_and_says_what_is_tried(
     changes: dict[str, Any],
@@ -333,8 +333,8 @@ def test_the_progress_bar_counts_training_steps_and_says_what_is_tried(
 def test_a_run_says_beforehand_what_it_will_cost_at_most(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, changes in {
         "default": {},
-        "no bound on the loss": {"nio_loss_bound": None, "nio_norm_band": [0.99, 1.01]},
-        "groups": {"nio_groups": "kind", "nio_budget": 16.0},
+        "all refused": {"nio_least_norm": 1.0},
+        "one group": {"nio_groups": "model"},
     }.items():
         args = arguments(tmp_path / name, **changes)
         trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())

@@ -15,9 +15,9 @@ from nio_hf.recipe.loading import known_keys
 from nio_hf.trials.results import RESULTS_NAME
 from nio_hf.tuning.plan import DECIDED
 
-SMALL = ["--nio_search_batches", "2", "--nio_report_batches", "1", "--nio_batch_size", "16"]
+SMALL = ["--nio_report_batches", "1", "--nio_batch_size", "16"]
 SMALL += ["--max_eval_samples", "50", "--max_train_samples", "200"]
-GRID = ["--groups", "model,kind", "--loss_bounds", "0.05,none", "--objectives", "gc"]
+GRID = ["--groups", "additive,model", "--strengths", "0.5,0.75"]
 
 
 def _tune(*arguments: str) -> tuple[int, str]:
@@ -33,24 +33,20 @@ def test_what_a_search_decides_are_settings_of_a_recipe() -> None:
     ("arguments", "found"),
     [
         (["--groups", ""], "--groups: none"),
-        (["--groups", "kind,block"], "--groups: kind, block. Give at least one of model, "),
-        (["--objectives", "gain"], "--objectives: gain. Give at least one of auto, balance, gc, gc_norm"),
-        (["--loss_bounds", "0.1,big"], "--loss_bounds: 'big' is no number"),
-        (["--loss_bounds", "10%"], "--loss_bounds: '10%' is no number"),
-        (["--loss_bounds", "none,none"], "--loss_bounds: none, none. Give different ones above 0"),
-        (["--loss_bounds", "0"], "--loss_bounds: 0. Give different ones above 0"),
-        (
-            ["--objectives", "gc_sign", "--nio_search", "gradient"],
-            "arm kind-lossnone-gc_sign, --nio_objective: 'gc_sign'",
-        ),
-        (["--nio_gamma_relative", "2"], "--nio_gamma_relative: is a setting of a former version. Set nio_norm_band"),
+        (["--groups", "model,block"], "--groups: model, block. Give at least one of additive, model, each once"),
+        (["--strengths", "0.5,half"], "--strengths: 'half' is no number"),
+        (["--strengths", "50%"], "--strengths: '50%' is no number"),
+        (["--strengths", "0.5,0.50"], "--strengths: 0.5, 0.5. Give different ones above 0"),
+        (["--strengths", "0"], "--strengths: 0. Give different ones above 0"),
+        (["--nio_search", "published"], "nio_search: published. Set nio_search to balance"),
+        (["--nio_gamma_relative", "2"], "--nio_gamma_relative: is a setting of a former version. Set nio_least_norm"),
         (["--verdict_seeds", "2"], "Give 3 or more to judge by, or --no_verdict"),
         (["--probe_steps", "200"], "--probe_steps: 200, of whole trainings of 100"),
         (["--warmup_steps", "5"], "--warmup_steps: is decided by this command"),
         (["--nio_method", "lsuv"], "only NIO is tuned"),
         (["--nio_gama", "1"], "'nio_gama' is no known key"),
         (["--budget", "100"], "--budget: 100 training steps, where the first round takes up to"),
-        (["--nio_budget", "500"], "--steps: 100, where the initialisation takes up to"),
+        (["--nio_report_batches", "80"], "--steps: 100, where the initialisation takes up to"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(tmp_path: Path, arguments: list[str], found: str) -> None:
@@ -87,7 +83,7 @@ def test_a_search_from_the_probes_to_the_judgement(tmp_path: Path) -> None:
         assert outcome["initialisation"]["cost"] > 0
         groups = outcome["initialisation"]["scales_by_group"]
         assert set(groups.values()) == set(outcome["initialisation"]["scales"])
-        assert len(groups) == 1 or record["run"]["arm"].startswith(("kind", "own"))
+        assert len(groups) == 1 or record["run"]["arm"].startswith(("additive", "own"))
     found = json.loads((tmp_path / "tuning.json").read_text(encoding="utf-8"))
     assert len(records) == 8 + (0 if found["chosen"] == "own" else 6)
     again = subprocess.run(command, capture_output=True, text=True, check=False)
