@@ -78,7 +78,7 @@ def test_the_defaults_are_those_of_the_table() -> None:
     table = README.split("| setting | default | `NIOConfig.published()` |")[1].split("\n\n")[0].splitlines()[2:]
     size = {"nio_batch_size": NIOTrainingArguments.nio_batch_size}
     defaults, published = ({**vars(config), **size} for config in (NIOConfig(), NIOConfig.published()))
-    of_another_search = {"loss_bound", "norm_band", "search_batches"}
+    of_another_search = {"strength", "loss_bound", "least_norm"}
     for row in table:
         names, text, of_paper = (cell.strip() for cell in row.strip("|").split("|"))
         own = re.findall(r"`(\w+)`", names)
@@ -86,8 +86,8 @@ def test_the_defaults_are_those_of_the_table() -> None:
         for name in own:
             assert _shows(text, defaults[name]), row
             assert name in of_another_search or _shows(of_paper, published[name]), row
-    assert len(table) == 8
-    for name in ("gamma", "overlap", "steps"):
+    assert len(table) == 9
+    for name in ("gamma", "overlap", "iterations"):
         assert any(_shows(row.split("|")[3], getattr(NIOConfig.published(), name)) for row in table), name
 
 
@@ -129,9 +129,7 @@ def test_examples_run_as_they_stand(
     monkeypatch.chdir(tmp_path)
     # One that goes on from another is run behind it.
     parts = EXAMPLES[number - 1 : number + 1] if "Accelerator()" in EXAMPLES[number] else [EXAMPLES[number]]
-    code = "\n".join(parts).replace(
-        "nio_sub_batches=4,", "max_steps=1, report_to='none', use_cpu=True,"
-    )
+    code = "\n".join(parts).replace("nio_sub_batches=4,", "max_steps=1, report_to='none', use_cpu=True,")
     code = code.replace('report_to="none"', "report_to='none', use_cpu=True")
     code = code.replace("image_size=32,", "image_size=32, num_hidden_layers=1, hidden_size=48, intermediate_size=96,")
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from tests.core.cases import batches_of, case, differences, state
 from tests.distributed.ranks import run_ranks
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-CONFIG = NIOConfig(search_batches=2, report_batches=2)
+CONFIG = NIOConfig(report_batches=2)
 SAMPLES = 12
 
 

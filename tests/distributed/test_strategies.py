@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from nio_hf.hub.run_folder import INIT_DIR_NAME
-from tests.distributed.launched import PUBLISHED, SCAN, make_trainer
+from tests.distributed.launched import COMPUTED, PUBLISHED, make_trainer
 from tests.distributed.launching import DISTRIBUTED_TYPES, launch, save_model
 from tests.trainer.toys import load_state
 
 STRATEGIES = ["ddp", "fsdp2", "zero2", "zero3"]
-SEARCHES = {"published": PUBLISHED, "scan": SCAN}
+SEARCHES = {"published": PUBLISHED, "computed": COMPUTED}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def _check(folder: Path, strategy: str, search: str, processes: int, alone: Any)
 
 @pytest.mark.parametrize(
     ("strategy", "search"),
-    [("ddp", "published"), ("ddp", "scan"), ("fsdp2", "scan"), ("zero2", "published"), ("zero3", "scan")],
+    [("ddp", "published"), ("ddp", "computed"), ("fsdp2", "computed"), ("zero2", "published"), ("zero3", "computed")],
 )
 def test_two_processes_find_the_scales_of_one_and_train(strategy: str, search: str, tmp_path: Path, alone: Any) -> None:
     _check(tmp_path, strategy, search, 2, alone)
@@ -91,7 +91,7 @@ def test_another_method_gives_two_processes_the_weights_of_one(strategy: str, tm
 
 
 def test_two_processes_agree_on_the_winner_of_a_race_and_hold_the_one_of_one_process(tmp_path: Path) -> None:
-    settings = {**SCAN, "nio_race_steps": 3, "max_steps": 8, "save_strategy": "no", "dataloader_num_workers": 0}
+    settings = {**COMPUTED, "nio_race_steps": 3, "max_steps": 8, "save_strategy": "no", "dataloader_num_workers": 0}
     alone = launch(tmp_path / "alone", "single", 1, arguments={**settings, "per_device_train_batch_size": 8})
     together = launch(tmp_path / "together", "ddp", 2, arguments=settings)
     assert together.status == alone.status == 0, together.output[-3000:]
@@ -107,7 +107,7 @@ def test_two_processes_agree_on_the_winner_of_a_race_and_hold_the_one_of_one_pro
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
 def test_a_race_of_a_model_in_shards_is_refused(strategy: str, tmp_path: Path) -> None:
-    outcome = launch(tmp_path, strategy, 2, arguments={**SCAN, "nio_race_steps": 3})
+    outcome = launch(tmp_path, strategy, 2, arguments={**COMPUTED, "nio_race_steps": 3})
     assert outcome.status != 0
     assert "nio_race_steps: given with FSDP or DeepSpeed" in outcome.output
     assert not (tmp_path / "output" / INIT_DIR_NAME).exists()

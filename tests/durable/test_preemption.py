@@ -341,7 +341,7 @@ class Counting(NIOTrainer):
 
 
 class NIOThatIsStopped(Counting):
-    """Gets SIGTERM before the first computed scales are tried, or behind the first iteration of the published search."""
+    """Gets SIGTERM before computed scales are tried, or behind the first iteration of the published search."""
 
     def compute_nio_loss(self, *args: Any, **kwargs: Any) -> Any:
         if self.losses == (20 if self.args.nio_search == "published" else 5):

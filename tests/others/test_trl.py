@@ -89,7 +89,7 @@ def test_the_defaults_of_trl_survive(plain: Any, tmp_path: Path) -> None:
 def test_a_loss_without_second_derivatives_falls_back_to_finite_differences(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = {"nio_search": "gradient", "nio_groups": "tensor", "nio_iterations": 2}
+    settings = {"nio_search": "published", "nio_groups": "tensor", "nio_iterations": 2}
     trainer = _train(tmp_path, own=True, nio_batch_size=16, nio_report_batches=1, **settings)
     assert "Second derivatives by finite differences: an operation has no second derivative" in caplog.text
     assert len(trainer.nio_result.history) > 1

@@ -59,27 +59,33 @@ def test_settings_of_a_former_version_are_reported_with_what_replaces_them(tmp_p
         load_recipe(_write(tmp_path, text), ["--nio_min_scale", "0.1"])
     message = str(raised.value)
     former = "is a setting of a former version. "
-    assert f"line 4, nio_scale_sharing: {former}Set nio_groups to model, kind, tensor, or a mapping" in message
+    assert f"line 4, nio_scale_sharing: {former}Set nio_groups to additive, model, tensor, or a mapping" in message
     assert f"--nio_min_scale: {former}Set nio_scale_range." in message
     assert "line 5, nio_gama: 'nio_gama' is no known key" in message
     assert len(raised.value.problems) == 3
 
 
-@pytest.mark.parametrize("value", ["kind", '{"positions": "position_embeddings", "rest": "encoder\\\\."}'])
+@pytest.mark.parametrize("value", ["model", '{"positions": "position_embeddings", "rest": "encoder\\\\."}'])
 def test_groups_are_a_word_or_a_mapping_in_a_file_and_on_the_command_line(value: str, tmp_path: Path) -> None:
     path = _write(tmp_path, f"{MINIMAL}nio_groups: {value}\n")
-    wanted = "kind" if value == "kind" else {"positions": "position_embeddings", "rest": "encoder\\."}
+    wanted = "model" if value == "model" else {"positions": "position_embeddings", "rest": "encoder\\."}
     for recipe in (load_recipe(path), load_recipe(_write(tmp_path, MINIMAL), ["--nio_groups", value])):
         assert recipe.training.to_nio_config().groups == wanted
 
 
+def test_a_strength_is_read_from_a_file_and_a_command_line(tmp_path: Path) -> None:
+    path = _write(tmp_path, MINIMAL + "nio_strength: 1\n")
+    assert load_recipe(path).training.to_nio_config().strength == 1.0
+    assert load_recipe(path, ["--nio_strength", "0.75"]).training.to_nio_config().strength == 0.75
+
+
 def test_no_bound_is_null_or_none(tmp_path: Path) -> None:
-    path = _write(tmp_path, MINIMAL + "nio_norm_band: [0.5, 2]\nnio_loss_bound: 0.2\n")
+    path = _write(tmp_path, MINIMAL + "nio_least_norm: 0.5\nnio_loss_bound: 0.2\n")
     config = load_recipe(path).training.to_nio_config()
-    assert (config.norm_band, config.loss_bound) == ((0.5, 2.0), 0.2)
+    assert (config.least_norm, config.loss_bound) == (0.5, 0.2)
     for word in ("null", "none"):
-        config = load_recipe(path, ["--nio_norm_band", word, "--nio_loss_bound", word]).training.to_nio_config()
-        assert (config.norm_band, config.loss_bound) == (None, None)
+        config = load_recipe(path, ["--nio_least_norm", word, "--nio_loss_bound", word]).training.to_nio_config()
+        assert (config.least_norm, config.loss_bound) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +99,10 @@ def test_no_bound_is_null_or_none(tmp_path: Path) -> None:
         (MINIMAL + "remove_unused_columns: true\n", "line 4, remove_unused_columns: true"),
         (MINIMAL + "nio_overlap: 1.0\n", "line 4, nio_overlap: 1.0. Give a number in"),
         (MINIMAL + "nio_gamma: -1\n", "line 4, nio_gamma: -1.0. Give a finite number above 0"),
-        (MINIMAL + "nio_groups: block\n", "line 4, nio_groups: 'block'. Choose one of model, .*, or give a mapping"),
-        (MINIMAL + "nio_norm_band: [0.5]\n", r"line 4, nio_norm_band: \(0.5,\). Give two numbers"),
-        (MINIMAL + "nio_norm_band: 0.5\n", "line 4, nio_norm_band: 0.5, a number. Give a list or null"),
+        (MINIMAL + "nio_groups: block\n", "line 4, nio_groups: 'block'. Choose one of additive, .*, or give a mapping"),
+        (MINIMAL + "nio_strength: 0\n", "line 4, nio_strength: 0.0. Give a finite number above 0"),
+        (MINIMAL + "nio_scale_range: [0.5]\n", r"line 4, nio_scale_range: \(0.5,\). Give two finite numbers"),
+        (MINIMAL + "nio_scale_range: 0.5\n", "line 4, nio_scale_range: 0.5, a number. Give a list"),
         (MINIMAL + "lr_scheduler_type: cosin\n", "line 4, lr_scheduler_type: 'cosin'. Choose one of"),
         (MINIMAL + "load_best_model_at_end: true\n", "load_best_model_at_end"),
     ],

@@ -89,9 +89,9 @@ def result(
 
 def candidate(i: int, is_last: bool) -> IterationRecord:
     """Computed scales that a bound refuses, the loss of the second being NaN; the last are accepted."""
-    tried = f"all x{4 ** 0.5**i:.3g}"
+    tried = f"all x{4**0.5**i:.3g}"
     if i == 1 and not is_last:
-        return IterationRecord(i + 1, tried, "loss_bound", math.nan, scale=4 ** 0.5**i, cost=4.0)
+        return IterationRecord(i + 1, tried, "loss_bound", math.nan, scale=4**0.5**i, cost=4.0)
     outcome: Outcome = "accepted" if is_last else "least_norm" if i % 2 else "loss_bound"
     return IterationRecord(i + 1, tried, outcome, 2.3 + 0.01 * i, 0.3 * math.sin(i), 6 + 0.05 * i, cost=4.0)
 

@@ -63,7 +63,8 @@ def test_a_trial_ends_with_the_process_that_started_it(method: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("method", "pays"), [("none", False), ("range", False), ("xavier", False), ("architecture_aware", True), ("nio", True)]
+    ("method", "pays"),
+    [("none", False), ("range", False), ("xavier", False), ("architecture_aware", True), ("nio", True)],
 )
 def test_a_method_that_looks_at_no_data_is_not_paid_for(method: str, pays: bool, tmp_path: Path) -> None:
     outcome = _trained(tmp_path, nio_method=method, max_steps=14)
