@@ -46,7 +46,7 @@ def test_what_a_search_decides_are_settings_of_a_recipe() -> None:
         (["--nio_method", "lsuv"], "only NIO is tuned"),
         (["--nio_gama", "1"], "'nio_gama' is no known key"),
         (["--budget", "100"], "--budget: 100 training steps, where the first round takes up to"),
-        (["--steps", "2", "--probe_steps", "2"], "--steps: 2, where the initialisation takes up to 2 with"),
+        (["--steps", "2", "--probe_steps", "2"], "--steps: 2, where the initialisation takes up to 2"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(tmp_path: Path, arguments: list[str], found: str) -> None:
