@@ -1,4 +1,4 @@
-"""How NIO reaches the log history and the trackers."""
+"""The report of NIO to the log history and, through the log of Trainer, to trackers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from nio_hf.core.config import is_number
 from nio_hf.core.result import InitResult, IterationRecord
-from nio_hf.trainer.trackers import report_to_tracker
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -55,9 +54,6 @@ class NIOReportCallback(TrainerCallback):
         if result is None:
             return
         state.log_history += [_history_entry(record) for record in result.history]
-        if state.is_world_process_zero:
-            for callback in self._trainer.callback_handler.callbacks:
-                report_to_tracker(callback, result)
         self._trainer.log(summary(result))
 
     def on_train_end(

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForImageClassification, BatchFeature, TrainerCallback
-from transformers.integrations import TensorBoardCallback
 
 from nio_hf import NIOTrainer
 from nio_hf.errors import NIOMemoryError
@@ -95,17 +94,6 @@ def test_streams_are_iterated_as_often_as_it_takes(kind: str, tmp_path: Path) ->
     args = arguments(tmp_path, nio_search="published", nio_iterations=6)
     result = NIOTrainer(model=build("vit"), args=args, train_dataset=stream).run_nio()
     assert len(result.history) == 6
-
-
-def test_a_tracker_added_later_gets_the_curves_in_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    monkeypatch.chdir(tmp_path)
-    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path / "out"), train_dataset=ToyImages())
-    trainer.add_callback(TensorBoardCallback())
-    trainer.train()
-    assert not (tmp_path / "runs").exists()
-    (run,) = (tmp_path / "out" / "runs").iterdir()
-    assert "nio/grad_cosine" in event_accumulator.EventAccumulator(str(run)).Reload().Tags()["scalars"]
 
 
 class _OutOfMemoryOnce(TrainerCallback):
