@@ -22,12 +22,12 @@ class Attention:
     """The weights of an attention layer as matrices (out, in), each a view of a parameter.
 
     Attributes:
-        name: of the layer.
+        name: Name of the layer.
         queries: (heads k, d).
         keys: (heads k, d), of fewer heads where several queries share them.
-        values: likewise.
+        values: Likewise.
         output: (d, heads k).
-        heads: number of heads.
+        heads: Number of heads.
     """
 
     name: str
@@ -49,7 +49,7 @@ def attention_layers(model: nn.Module, tensors: ModelTensors) -> list[Attention]
     Known are layers with a linear layer for each projection, or one for queries, keys and values (timm, GPT-2).
 
     Raises:
-        ModelError: for a model without one.
+        ModelError: For a model without one.
     """
     scaled = {id(parameter) for parameter in tensors.scaled_parameters}
     modules = dict(model.named_modules())

@@ -28,10 +28,10 @@ def scale_by_depth(problem: ScalingProblem, options: Options, watch: Watch) -> L
     order. Biases, normalisation layers and embeddings are left alone. No batch is used.
 
     Options:
-        alpha: above 1 to promote emergence; 1 leaves the model as it is. The default is our choice.
+        alpha: Above 1 to promote emergence; 1 leaves the model as it is. The default is our choice.
 
     Raises:
-        ModelError: for a model without linear or convolution layers.
+        ModelError: For a model without linear or convolution layers.
 
     Source: Li, George, Silva, "Advancing Neural Network Performance through Emergence-Promoting Initialization Scheme",
     arXiv 2407.19044.

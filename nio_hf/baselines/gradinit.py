@@ -53,16 +53,16 @@ def learn_scales(problem: ScalingProblem, options: Options, watch: Watch) -> Lea
     A record has ||g||_p as `grad_norm`, L(S) as `loss` and, where that was lowered, L(S~; theta') as `objective`.
 
     Options:
-        optimizer: that the model will be trained with, "adam" or "sgd".
-        step_size: eta; None for 0.001 with adam and 0.1 with sgd.
-        gamma: bound on ||g||_p; None for `gamma_relative`.
-        gamma_relative: the bound as a multiple of ||g||_p of the first iteration; None for no bound.
-        iterations: steps on omega.
-        lr: learning rate of Adam on omega.
+        optimizer: Optimiser of the training, "adam" or "sgd".
+        step_size: Eta; None for 0.001 with adam and 0.1 with sgd.
+        gamma: Bound on ||g||_p; None for `gamma_relative`.
+        gamma_relative: The bound as a multiple of ||g||_p of the first iteration; None for no bound.
+        iterations: Steps on omega.
+        lr: Learning rate of Adam on omega.
         scale_range: (least, largest) omega.
 
     Raises:
-        NumericsError: for a loss or gradient that is not finite, before or after the step.
+        NumericsError: For a loss or gradient that is not finite, before or after the step.
 
     Source: Zhu, Ni, Xu, Kong, Huang, Goldstein, "GradInit: Learning to Initialize Neural Networks for Stable and
     Efficient Training", NeurIPS 2021, arXiv 2102.08098, algorithm 1. The defaults are our choice.
@@ -112,10 +112,10 @@ class GradInitState:
 
     Attributes:
         scales: (m,) omega.
-        adam: the moments of the steps so far.
-        gamma: bound on ||g||_p; None before the first iteration.
-        path: how products are computed; None before the first.
-        micro_batch_size: samples computed at once.
+        adam: Moments of the steps so far.
+        gamma: Bound on ||g||_p; None before the first iteration.
+        path: Way of computing products; None before the first one.
+        micro_batch_size: Samples computed at once.
     """
 
     scales: tuple[float, ...]
@@ -204,7 +204,7 @@ def _after_step(
     """(m,) <W_l, r_l>, the slope of L(S~; theta') by g where the direction follows it, and that loss.
 
     Raises:
-        NumericsError: for a loss that is not finite.
+        NumericsError: For a loss that is not finite.
     """
     adam = options["optimizer"] == "adam"
     eta = options["step_size"] or STEP_SIZES[options["optimizer"]]

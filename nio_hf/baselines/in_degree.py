@@ -29,8 +29,8 @@ def in_degrees(loss: Tensor, weights: Sequence[nn.Parameter]) -> list[int]:
     needs no gradient, because all in front of it is frozen, cannot be seen.
 
     Args:
-        loss: with its graph.
-        weights: of linear and convolution layers.
+        loss: Loss with its graph.
+        weights: Weights of linear and convolution layers.
     """
     nodes, known = _from_leaves(loss.grad_fn), {id(weight) for weight in weights}
     users = collections.Counter(child for node in nodes for child in _children(node))

@@ -47,12 +47,12 @@ def scale_outputs(problem: ScalingProblem, options: Options, watch: Watch) -> Le
 
     Options:
         orthonormal: False keeps the weights that the model has and only scales them; the seed decides on new ones.
-        tolerance: in (0, 1).
-        max_trials: at least 1.
+        tolerance: Number in (0, 1).
+        max_trials: At least 1.
 
     Raises:
-        ModelError: for a model without linear or convolution layers.
-        NumericsError: for an output variance that is not finite.
+        ModelError: For a model without linear or convolution layers.
+        NumericsError: For an output variance that is not finite.
 
     Source: Mishkin and Matas, "All you need is a good init", ICLR 2016, arXiv 1511.06422, algorithm 1.
     """
@@ -116,11 +116,11 @@ class _Outputs:
     """The outputs of the layers on a batch.
 
     Attributes:
-        problem: of the run.
+        problem: Task of the run.
         layers: {weight: the modules that own it}.
-        batch: on the device of the model.
-        micro_batch_size: samples computed at once.
-        forwards: number of forward passes so far.
+        batch: On the device of the model.
+        micro_batch_size: Samples computed at once.
+        forwards: Number of forward passes so far.
     """
 
     problem: ScalingProblem
@@ -133,7 +133,7 @@ class _Outputs:
         """Output variance of those layers that are called, in the order of their first calls.
 
         Raises:
-            NumericsError: for one that is not finite.
+            NumericsError: For one that is not finite.
         """
         loss, seed = self.problem.loss, seed_of(self.problem.config.seed, 1)
 

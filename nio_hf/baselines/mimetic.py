@@ -34,11 +34,11 @@ def draw_mimetic(problem: ScalingProblem, options: Options, watch: Watch) -> Lea
     Options:
         query_key: 0.7.
         value_output: 0.4.
-        positions: whether position tables are set; tables that are not of a grid are left alone, with a warning.
-        control: with matrices of normal entries and the same norms instead, which tells structure from size.
+        positions: Whether position tables are set; tables that are not of a grid are left alone, with a warning.
+        control: Whether matrices of normal entries and the same norms are drawn instead, which tells structure from size.
 
     Raises:
-        ModelError: for a model without attention layers, or with others than ones of d to d.
+        ModelError: For a model without attention layers, or with others than ones of d to d.
 
     Source: Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", ICML 2023, arXiv 2305.09828.
     """
@@ -60,7 +60,7 @@ def check_square(layer: Attention) -> None:
     """Refuse attention whose keys have fewer heads, or whose heads do not fill the width.
 
     Raises:
-        ModelError: with the shapes.
+        ModelError: With the shapes.
     """
     width = layer.queries.shape[1]
     shapes = [tuple(matrix.shape) for matrix in (layer.queries, layer.keys, layer.values, layer.output)]

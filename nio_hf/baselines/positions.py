@@ -20,10 +20,10 @@ class PositionTable:
     """A table of absolute positions.
 
     Attributes:
-        name: of the parameter.
+        name: Name of the parameter.
         values: (P, d) the rows of the P patches, a view of the parameter; those of tokens before them are left out.
-        side: n of an n x n grid with P = n^2; None where P is no square.
-        whole: the parameter.
+        side: N of an n x n grid with P = n^2; None where P is no square.
+        whole: Parameter.
     """
 
     name: str

@@ -22,10 +22,10 @@ def scale_range(problem: ScalingProblem, options: Options, watch: Watch) -> Lear
 
     Options:
         factor: None for 1 / (sqrt(width) initializer_range).
-        additive: further factor of positions, tokens and other tensors of the kind "additive".
+        additive: Further factor of positions, tokens and other tensors of the kind "additive".
 
     Raises:
-        ModelError: for a model whose config has no width or no range, where no factor is given.
+        ModelError: For a model whose config has no width or no range, where no factor is given.
     """
     factor = options["factor"] or _by_width(problem.loss.model)
     for place in problem.tensors.scaled:

@@ -46,13 +46,13 @@ def copy_apart(trainer: Trainer) -> Trainer:
 
 @contextlib.contextmanager
 def computing_apart(trainer: NIOTrainerMixin) -> Iterator[None]:
-    """What NIO computes within leaves no trace in random numbers, counts and logs; its errors name arguments.
+    """Keep traces of NIO out of random numbers, counts and logs, and let its errors name arguments.
 
     The loss is that of a copy of the Trainer, `trainer._apart`.
 
     Raises:
-        NIOError: in the words of the arguments.
-        NIOMemoryError: for an out-of-memory of NIO, which must not shrink the training batch
+        NIOError: In the words of the arguments.
+        NIOMemoryError: For an out-of-memory of NIO, which must not shrink the training batch
             (`auto_find_batch_size`).
     """
     with isolated_random_state(trainer.args.device, trainer.train_dataset), named_as_arguments():

@@ -109,7 +109,7 @@ class NIOSettings:
         """Refuse former settings of NIO by name.
 
         Raises:
-            ConfigError: names each, with what replaces it.
+            ConfigError: Names each, with what replaces it.
         """
         refuse_replaced(settings, "nio_")
         return super().__new__(cls)
@@ -118,7 +118,7 @@ class NIOSettings:
         """Check the settings together.
 
         Raises:
-            ConfigError: lists every `nio_*` setting that is out of range.
+            ConfigError: Lists every `nio_*` setting that is out of range.
         """
         following: Any = super()
         if hasattr(following, "__post_init__"):
@@ -131,10 +131,10 @@ class NIOSettings:
         """The settings as those of core.
 
         Args:
-            order_seed: seed where `nio_seed` is not given.
+            order_seed: Seed where `nio_seed` is not given.
 
         Raises:
-            ConfigError: lists every `nio_*` setting that is out of range.
+            ConfigError: Lists every `nio_*` setting that is out of range.
         """
         problems = [*self._batch_size_problems(), *self._steps_problems(), *self._seed_optimizer_problems()]
         problems += method_problems(self.nio_method, self.nio_method_kwargs)
@@ -211,8 +211,8 @@ def check_arguments(model: Any, args: Any) -> None:
     """Refuse what Trainer would fail at without saying why.
 
     Raises:
-        ConfigError: where `args` are no TrainingArguments.
-        ModelError: for a model without data, on the meta device.
+        ConfigError: Where `args` are no TrainingArguments.
+        ModelError: For a model without data, on the meta device.
     """
     if isinstance(model, nn.Module) and any(parameter.is_meta for parameter in model.parameters()):
         check_storage(model)

@@ -30,7 +30,7 @@ PROGRESS_NAME = "_nio_progress.json"
 MARK_KEY = "nio"
 T = TypeVar("T")
 Task = dict[str, Any]
-"""What a NIO run was given, in plain values: the same task gives the same scales."""
+"""Everything that the scales of a run depend on, in plain values."""
 
 
 def is_marked(model: nn.Module) -> bool:
@@ -75,12 +75,12 @@ def remove_mark(model: nn.Module) -> None:
 
 
 def describe_state(model: nn.Module, result: NIOResult, task: Task) -> State:
-    """What `nio_state.json` holds of a NIO run.
+    """Content of `nio_state.json` about a NIO run.
 
     Args:
-        model: with the scaled weights.
-        result: of the run that scaled them.
-        task: that the run was given, by which `load_initialised` knows it again.
+        model: Model with the scaled weights.
+        result: Result of the run that scaled them.
+        task: Task of the run, by which `load_initialised` knows it again.
     """
     return {
         "format": STATE_FORMAT,
@@ -98,14 +98,14 @@ def save_initialised(
     """Write weights, config with the mark, processor and `nio_state.json`, all or nothing.
 
     Args:
-        model: with the scaled weights.
-        state: of the run that scaled them.
-        directory: replaced where it exists.
-        processing_class: image processor or tokenizer, saved beside the weights.
-        describe: writes `nio_state.json`, and what else is to be told of the run, into a directory.
+        model: Model with the scaled weights.
+        state: State of the run that scaled them.
+        directory: Directory, which is replaced where it exists.
+        processing_class: Image processor or tokenizer, saved beside the weights.
+        describe: Writes `nio_state.json`, and what else is to be told of the run, into a directory.
 
     Raises:
-        OutputError: where the directory cannot be written.
+        OutputError: Where the directory cannot be written.
     """
     ensure_writable(directory.parent)
     temporary = directory.with_name(f"{directory.name}.partial")
@@ -133,9 +133,9 @@ def load_initialised(directory: Path, model: nn.Module, task: Task) -> NIOResult
     """Take over what `save_initialised` wrote, where it is whole and was made of the same model by the same task.
 
     Args:
-        directory: that was written.
-        model: as it was before NIO; its weights become those of the directory.
-        task: of the run that would have to be made.
+        directory: Directory that was written.
+        model: Model as it was before NIO; its weights become those of the directory.
+        task: Task of the run that would have to be made.
 
     Returns:
         The result of that run; None, with the model as it was, where there is nothing that fits.
@@ -166,18 +166,18 @@ def save_progress(state: NIOState, directory: Path, task: Task) -> None:
     """Write what a NIO run has learned so far into a directory, in place of what is there.
 
     Args:
-        state: of the run.
-        directory: of the training.
-        task: that the run was given, by which `load_progress` knows it again.
+        state: State of the run.
+        directory: Directory of the training.
+        task: Task of the run, by which `load_progress` knows it again.
 
     Raises:
-        OutputError: where it cannot be written.
+        OutputError: Where it cannot be written.
     """
     save_of_task(directory / PROGRESS_NAME, task, state.to_dict())
 
 
 def load_progress(directory: Path, task: Task) -> NIOState | None:
-    """What `save_progress` wrote, where it is of the same task; else None."""
+    """The state that `save_progress` wrote, where it is of the same task; else None."""
     return load_of_task(directory / PROGRESS_NAME, task, NIOState.from_dict)
 
 
@@ -185,7 +185,7 @@ def save_of_task(path: Path, task: Task, state: Any) -> None:
     """Write what JSON can hold of something that may be interrupted, with its task, in place of what is there.
 
     Raises:
-        OutputError: where it cannot be written.
+        OutputError: Where it cannot be written.
     """
     content = {"format": STATE_FORMAT, "task": task, "state": state}
     with output_errors(path, trained=False):
@@ -193,12 +193,12 @@ def save_of_task(path: Path, task: Task, state: Any) -> None:
 
 
 def load_of_task(path: Path, task: Task | None, made: Callable[[Any], T]) -> T | None:
-    """What `save_of_task` wrote, where it is of the same task and can be made again; else None.
+    """The object that `save_of_task` wrote, where it is of the same task and can be made again; else None.
 
     Args:
-        path: of the file.
-        task: by which it is known again.
-        made: makes of the state what was saved.
+        path: File to read.
+        task: Task by which the state is known again.
+        made: Function that makes the saved object from its state.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

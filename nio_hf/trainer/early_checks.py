@@ -1,4 +1,4 @@
-"""What can be known to fail, or to be meant otherwise, before NIO is paid for."""
+"""Checks before NIO is paid for: settings that would fail later, or that are probably meant otherwise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_best_metric(trainer: Trainer) -> None:
     """Refuse a metric for the best model that no evaluation is going to have, as far as that is known.
 
     Raises:
-        MetricError: which is a KeyError, as what Trainer raises after the first evaluation.
+        MetricError: Which is a KeyError, as what Trainer raises after the first evaluation.
     """
     args: Any = trainer.args
     chooses = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST
@@ -62,8 +62,8 @@ def check_before_nio(trainer: NIOTrainerMixin, model: nn.Module) -> None:
     """Refuse a run of NIO that cannot reach the model, or whose checkpoints have no room.
 
     Raises:
-        ModelError: for a model that DeepSpeed has taken.
-        OutputError: where there is too little room.
+        ModelError: For a model that DeepSpeed has taken.
+        OutputError: Where there is too little room.
     """
     args = trainer.args
     if getattr(trainer, "deepspeed", None) is not None:

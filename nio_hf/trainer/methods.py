@@ -29,7 +29,7 @@ def parsed_mapping(options: dict[str, Any] | str | None) -> Any:
 
 
 def method_problems(name: Any, options: Any) -> Iterator[Problem]:
-    """What is wrong with `nio_method` and `nio_method_kwargs`; values of options are checked where the method runs."""
+    """The problems of `nio_method` and `nio_method_kwargs`; the method checks the values of its options itself."""
     if name not in METHODS:
         yield Problem("nio_method", f"{name!r}", f"Choose one of {', '.join(METHODS)}")
         return
@@ -60,7 +60,7 @@ def run_baseline(
     """Initialise a replica by another method than NIO, on rank 0, whose weights the others are given.
 
     Raises:
-        NIOError: as in [`initialize`].
+        NIOError: As in [`initialize`].
     """
     result = None
     with collective.together():

@@ -28,7 +28,7 @@ def named_as_arguments() -> Iterator[None]:
     """Let errors from within call the settings of NIO as arguments.
 
     Raises:
-        NIOError: the one that was raised, of the same type.
+        NIOError: The one that was raised, of the same type.
     """
     try:
         yield

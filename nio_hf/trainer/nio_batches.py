@@ -20,7 +20,7 @@ class CheckedBatches:
     """Prepared batches whose labels are checked; a re-iterable.
 
     Attributes:
-        digest: of the first batch, before it was prepared; None until it was drawn.
+        digest: Digest of the first batch, before it was prepared; None until it was drawn.
     """
 
     def __init__(self, batches: DataLoader[Any], classes: int | None, prepare: Callable[[Any, int], Any]) -> None:

@@ -14,10 +14,10 @@ class NIOProgress:
     """A bar whose end is what a run may cost at most, where that is known.
 
     Args:
-        title: of the method.
-        cost: training steps that the run may cost; None where that is not known.
-        behind: iterations of an earlier run, which this one goes on from.
-        hidden: whether nothing is shown.
+        title: Title of the method.
+        cost: Training steps that the run may cost; None where that is not known.
+        behind: Iterations of an earlier run, which this one goes on from.
+        hidden: Whether nothing is shown.
     """
 
     def __init__(self, title: str, cost: float | None, behind: Iterable[IterationRecord], hidden: bool) -> None:

@@ -67,7 +67,7 @@ class Candidates:
 
     Attributes:
         start: {name: tensor} of the parameters before the initialisation.
-        result: of the initialisation, whose weights the model has.
+        result: Result of the initialisation, whose weights the model has.
     """
 
     start: Weights
@@ -75,7 +75,7 @@ class Candidates:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What takes part: the weights that were found, those with the square roots of their scales, and the start."""
+        """The candidates: the weights that were found, those with the square roots of their scales, and the start."""
         found = self.result
         if all(tensor.omega == 1 for tensor in found.tensors) and found.method == "nio":
             return (found.title,)
@@ -96,11 +96,11 @@ def planned_steps(trainer: NIOTrainerMixin, max_steps: int) -> int:
     """Steps of a lane, as the settings ask for them; 0 for no race.
 
     Args:
-        trainer: that would hold it.
-        max_steps: of the training.
+        trainer: Trainer that would hold the race.
+        max_steps: Steps of the training.
 
     Raises:
-        ConfigError: where the settings ask for a race that cannot be held.
+        ConfigError: Where the settings ask for a race that cannot be held.
     """
     asked = trainer.nio_args.nio_race_steps
     if asked == 0 or not trainer.nio_args.nio:
@@ -150,8 +150,8 @@ def hold_race(trainer: NIOTrainerMixin, candidates: Candidates, steps: int) -> I
         The result of the initialisation, with the race, and with the scales and measurements of the winner.
 
     Raises:
-        NIOMemoryError: where the settings ask for a race, and memory does not suffice.
-        StoppedError, DataError: as in [`Lanes.run`].
+        NIOMemoryError: Where the settings ask for a race, and memory does not suffice.
+        StoppedError, DataError: As in [`Lanes.run`].
     """
     started = time.perf_counter()
     task = None if trainer.nio_state is None else trainer.nio_state["task"]
@@ -217,10 +217,10 @@ class Lanes:
     """The lanes of one race.
 
     Args:
-        trainer: whose training they are the first steps of.
-        candidates: that take part.
-        steps: n, of each lane.
-        task: by which an interrupted race is known again.
+        trainer: Trainer of the training that the lanes begin.
+        candidates: Candidates of the race.
+        steps: N, of each lane.
+        task: Task by which an interrupted race is known again.
     """
 
     def __init__(self, trainer: NIOTrainerMixin, candidates: Candidates, steps: int, task: Task | None) -> None:
@@ -236,8 +236,8 @@ class Lanes:
         """Run the lanes that are missing, and choose.
 
         Raises:
-            StoppedError: where SIGTERM asked for it; lanes that are finished are saved.
-            DataError: where a lane is given other batches than the one before.
+            StoppedError: Where SIGTERM asked for it; lanes that are finished are saved.
+            DataError: Where a lane is given other batches than the one before.
         """
         names, lanes = self._candidates.names, self._saved()
         total = len(names) * self._steps

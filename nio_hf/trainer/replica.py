@@ -26,13 +26,13 @@ def make_replica(model: nn.Module, device: torch.device, collective: Collective)
     """A copy of a model on a device, whole and the same on every process.
 
     Args:
-        model: unwrapped; it is not changed.
-        device: where NIO computes.
-        collective: its rank 0 gives the weights.
+        model: Unwrapped; it is not changed.
+        device: Device that NIO computes on.
+        collective: Processes; rank 0 gives the weights.
 
     Raises:
-        ModelError: for parameters without data, sharded at load or in half precision, and for adapters.
-        NIOMemoryError: where NIO cannot fit into the memory of the device.
+        ModelError: For parameters without data, sharded at load or in half precision, and for adapters.
+        NIOMemoryError: Where NIO cannot fit into the memory of the device.
     """
     with collective.together():
         _check_no_adapters(model)
@@ -99,7 +99,7 @@ def check_memory(model: nn.Module, device: torch.device) -> None:
     """Refuse a model that NIO cannot fit beside into the memory of a device, activations not counted.
 
     Raises:
-        NIOMemoryError: with what it needs, what is free, and what to do.
+        NIOMemoryError: With what it needs, what is free, and what to do.
     """
     available = available_memory(device)
     if available is None:

@@ -22,10 +22,10 @@ class NIOReportCallback(TrainerCallback):
     It must be the last callback, which [`NIOTrainerMixin`] sees to.
 
     Args:
-        trainer: its log and callbacks are reported to.
+        trainer: Trainer whose log gets the report.
 
     Attributes:
-        seeded: the optimizer whose second moment the training that is under way has seeded; None where there is none.
+        seeded: Optimizer whose second moment the training that is under way has seeded; None where there is none.
     """
 
     def __init__(self, trainer: Trainer) -> None:

@@ -40,10 +40,10 @@ class NIORun:
     """A run of NIO on a copy of a Trainer's model.
 
     Args:
-        trainer: with data, loss and settings.
-        replica: the copy, whose weights are scaled.
-        collective: the processes of the training.
-        resume: whether to take over or go on with what an earlier run in the same `output_dir` has saved.
+        trainer: Trainer with data, loss and settings.
+        replica: Copy, whose weights are scaled.
+        collective: Processes of the training.
+        resume: Whether to take over or go on with what an earlier run in the same `output_dir` has saved.
     """
 
     def __init__(self, trainer: NIOTrainerMixin, replica: nn.Module, collective: Collective, *, resume: bool) -> None:
@@ -61,8 +61,8 @@ class NIORun:
         """Scale the weights of the replica, or take them over from an earlier run.
 
         Raises:
-            NIOError: as in [`initialize`].
-            OutputError: where the initialised checkpoint cannot be written.
+            NIOError: As in [`initialize`].
+            OutputError: Where the initialised checkpoint cannot be written.
         """
         result = self._take_over() if self._resume else None
         if result is None:
@@ -77,7 +77,7 @@ class NIORun:
         return result
 
     def _find_task(self) -> Task:
-        """What the run is given: weights, settings and, where it may be resumed, the first batch."""
+        """The task of the run: weights, settings and, where it may be resumed, the first batch."""
         trainer, first = self._trainer, None
         if self._resume and trainer.is_world_process_zero():
             seed_everything(self._config.seed)

@@ -28,14 +28,14 @@ class NIOBatchSampler(Sampler[list[_Draw]]):
     other, so that each is seen equally often. A batch depends on the seed and its number only.
 
     Args:
-        samples: number of samples in the data set.
+        samples: Number of samples in the data set.
         batch_size: B.
-        report_batches: batches of the report.
-        further_batches: batches behind them.
-        seed: of the permutations.
+        report_batches: Batches of the report.
+        further_batches: Batches behind them.
+        seed: Seed of the permutations.
 
     Raises:
-        DataError: for a data set too small for the report batches and one more.
+        DataError: For a data set too small for the report batches and one more.
     """
 
     def __init__(self, samples: int, batch_size: int, report_batches: int, further_batches: int, seed: int) -> None:
@@ -71,9 +71,9 @@ class EpochSampler(Sampler[_Draw]):
     An epoch is a function of the seed and its number, in whatever process and after whatever resume.
 
     Args:
-        samples: number of samples in the data set.
-        seed: of the permutations.
-        repeats: how often an epoch draws each of its samples (repeated augmentation, arXiv 1901.09335). An epoch keeps
+        samples: Number of samples in the data set.
+        seed: Seed of the permutations.
+        repeats: How often an epoch draws each of its samples (repeated augmentation, arXiv 1901.09335). An epoch keeps
             its length, so it sees a `repeats`-th of the samples; copies follow each other.
     """
 
@@ -139,9 +139,9 @@ class SeededStream(IterableDataset[Any]):
     """Samples of a stream whose augmentation is drawn from (seed, pass, position in the stream of its worker).
 
     Args:
-        dataset: the stream; `set_epoch`, where it has that, is told the number of each pass.
-        seed: of the augmentation.
-        endless: begin another pass where one ends. A training then is one epoch, in which a resumed run finds its
+        dataset: Stream; `set_epoch`, where it has that, is told the number of each pass.
+        seed: Seed of the augmentation.
+        endless: Begin another pass where one ends. A training then is one epoch, in which a resumed run finds its
             place whatever the number of passes.
     """
 
@@ -252,7 +252,7 @@ def nio_dataloader(
     (see [`own_generators`]). Generators of a stream, a closure or the owner of a bound method are not seeded.
 
     Raises:
-        DataError: for an empty data set or one too small.
+        DataError: For an empty data set or one too small.
     """
     collator = _SeededCollator(collate, seed)
     common: dict[str, Any] = {
@@ -301,7 +301,7 @@ def _seed_with_own(own: list[OwnGenerator], seed: int) -> None:
 
 
 def _random_state() -> tuple[Any, ...]:
-    """What `seed_everything` seeds, to tell whether anything was drawn."""
+    """The state of the generators that `seed_everything` seeds, which tells whether anything was drawn."""
     _, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
     return random.getstate(), bytes(keys), rest, bytes(torch.get_rng_state().numpy())
 

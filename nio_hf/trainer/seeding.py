@@ -31,7 +31,7 @@ from nio_hf.errors import ConfigError, Problem
 SeedMode = Literal["gi_adam", "uncorrected"]
 SEED_MODES: tuple[str, ...] = get_args(SeedMode)
 _WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|_orig_mod)\.")
-"""What torch puts into the names of parameters when it wraps modules for checkpointing or compiles them."""
+"""Parts of parameter names that torch adds when it wraps modules for checkpointing or compiles them."""
 _NEGLIGIBLE = 1e-8
 """beta^t from which on a bias correction is 1 in fp32."""
 
@@ -40,7 +40,7 @@ def check_seedable(trainer: Any) -> None:
     """Refuse to seed an optimizer that has no second moment of this kind, before anything is computed.
 
     Raises:
-        ConfigError: for another optimizer than torch's Adam and AdamW, and where its state is in parts that cannot be
+        ConfigError: For another optimizer than torch's Adam and AdamW, and where its state is in parts that cannot be
             seeded: DeepSpeed's, and that of FSDP version 1.
     """
     where = "nio_seed_optimizer"
@@ -64,13 +64,13 @@ def seed_second_moment(
     """Give Adam the state that it goes on from.
 
     Args:
-        optimizer: torch's Adam or AdamW, which has not taken a step yet.
-        model: whose parameters it has; they may be sharded by FSDP version 2.
+        optimizer: Torch's Adam or AdamW, which has not taken a step yet.
+        model: Model whose parameters the optimiser has; FSDP version 2 may have sharded them.
         squares: {parameter name: squared gradient at the initialisation}, whole.
-        mode: whether the bias correction applies.
+        mode: Whether the bias correction applies.
 
     Raises:
-        ConfigError: for an optimizer that has taken steps, one without a parameter of the model, and squares that lack
+        ConfigError: For an optimizer that has taken steps, one without a parameter of the model, and squares that lack
             one that it trains.
     """
     inner = _unwrapped(optimizer)

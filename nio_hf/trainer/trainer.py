@@ -63,10 +63,10 @@ class NIOTrainerMixin(TrainerMixin):
     without it, and so is what `compute_loss` counts and logs.
 
     Attributes:
-        nio_args: the settings of NIO, of `args` where those have any.
-        nio_result: of the last NIO run of this trainer; None before.
-        nio_state: what `nio_state.json` is going to hold of the run that initialised the model; None without one.
-        started_from: name on the Hub of the initialised checkpoint that the model was loaded from; None without one.
+        nio_args: Settings of NIO, of `args` where those have any.
+        nio_result: Result of the last NIO run of this trainer; None before.
+        nio_state: Content of `nio_state.json` about the run that initialised the model; None without one.
+        started_from: Name on the Hub of the initialised checkpoint that the model was loaded from; None without one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -93,17 +93,17 @@ class NIOTrainerMixin(TrainerMixin):
         """Initialise the model now, and save the initialised checkpoint where `nio_save_init` is set.
 
         Args:
-            resume: go on where an earlier run in the same `output_dir` stopped, with the same model and settings; or
+            resume: Go on where an earlier run in the same `output_dir` stopped, with the same model and settings; or
                 take over what it has finished.
 
         Returns:
             What was learned, also kept as `nio_result`.
 
         Raises:
-            NIOError: in every case with the model as it was, see [`initialize`].
-            NIOMemoryError: also where NIO cannot fit into memory, before it starts.
-            OutputError: where the disk is full or cannot be written, before NIO starts where that can be known.
-            Preempted: where SIGTERM ended it, with `enable_jit_checkpoint`.
+            NIOError: In every case with the model as it was, see [`initialize`].
+            NIOMemoryError: Also where NIO cannot fit into memory, before it starts.
+            OutputError: Where the disk is full or cannot be written, before NIO starts where that can be known.
+            Preempted: Where SIGTERM ended it, with `enable_jit_checkpoint`.
         """
         collective, model, preemption = Collective.current(), self.unwrapped_model, self.preemption
         warn_of_warmup(self)
@@ -133,15 +133,15 @@ class NIOTrainerMixin(TrainerMixin):
         `nio_hf.trainer.race` for how.
 
         Args:
-            max_steps: of the training; None for what the arguments say.
+            max_steps: Steps of the training; None for those of the arguments.
 
         Returns:
             The result of NIO with the race, also kept as `nio_result`; None where there is no race to be held.
 
         Raises:
-            ConfigError: where `nio_race_steps` asks for a race that cannot be held.
-            NIOMemoryError: where a copy of the training does not fit into memory.
-            Preempted: where SIGTERM ended it, with `enable_jit_checkpoint`.
+            ConfigError: Where `nio_race_steps` asks for a race that cannot be held.
+            NIOMemoryError: Where a copy of the training does not fit into memory.
+            Preempted: Where SIGTERM ended it, with `enable_jit_checkpoint`.
         """
         self._max_steps = max_steps or self._max_steps
         candidates, steps, self._candidates = self._candidates, self.race_steps, None
@@ -160,7 +160,7 @@ class NIOTrainerMixin(TrainerMixin):
         """Steps of each lane of a race before the training; 0 for no race.
 
         Raises:
-            ConfigError: where `nio_race_steps` asks for a race that cannot be held.
+            ConfigError: Where `nio_race_steps` asks for a race that cannot be held.
         """
         return planned_steps(self, self._max_steps or steps_of_training(self))
 
@@ -182,7 +182,7 @@ class NIOTrainerMixin(TrainerMixin):
         The model is left as it is, trained or not. On the model before and after NIO, it gives what NIO measured.
 
         Raises:
-            NIOError: as in [`inspect_gradients`].
+            NIOError: As in [`inspect_gradients`].
         """
         with computing_apart(self):
             reported = self._report_batches("Inspecting")
@@ -194,13 +194,13 @@ class NIOTrainerMixin(TrainerMixin):
         It is that of the gradient of a step of the training, clipped to `max_grad_norm`.
 
         Args:
-            batches: number of report batches of NIO to measure on; None for all.
+            batches: Number of report batches of NIO to measure on; None for all.
 
         Returns:
             {parameter name: tensor of its shape}.
 
         Raises:
-            NIOError: as in [`squared_gradients`].
+            NIOError: As in [`squared_gradients`].
         """
         collective, max_norm = Collective.current(), self.args.max_grad_norm
         with computing_apart(self), collective.together():
@@ -270,13 +270,13 @@ class NIOTrainerMixin(TrainerMixin):
         """A batch of NIO as the loss reads it, once for all passes over it. Override it for augmentation of batches.
 
         Args:
-            batch: as the collator made it.
-            number: of the batch, from 0; what is drawn must depend on it and the seed alone.
+            batch: Batch as the collator made it.
+            number: Number of the batch, from 0. Random numbers must depend on it and the seed alone.
         """
         return batch
 
     def nio_identity(self) -> dict[str, Any]:
-        """What NIO depends on beside weights, data and arguments, in values that JSON can hold.
+        """Everything that NIO depends on beside weights, data and arguments, in values that JSON can hold.
 
         Override it where the loss or the batches of NIO depend on settings of your own: `resume_from_checkpoint="auto"`
         takes over an earlier run of NIO only where all that it depends on is the same.
@@ -287,8 +287,8 @@ class NIOTrainerMixin(TrainerMixin):
         """The report batches of NIO, then those that it searches on.
 
         Raises:
-            DataError: without training data, or with too little.
-            ConfigError: for options of a method that are out of range.
+            DataError: Without training data, or with too little.
+            ConfigError: For options of a method that are out of range.
         """
         dataset = self.get_nio_dataset()
         if dataset is None:
@@ -410,7 +410,7 @@ class NIOTrainer(NIOTrainerMixin, HubTrainerMixin, DurableTrainerMixin, Trainer)
         """The initialised checkpoint before the training, `output_dir` otherwise.
 
         Raises:
-            ConfigError: where the initialised checkpoint is not saved.
+            ConfigError: Where the initialised checkpoint is not saved.
         """
         if self.state.global_step or self.nio_result is None:
             return super().folder_to_push()
