@@ -35,7 +35,7 @@ def draw_mimetic(problem: ScalingProblem, options: Options, watch: Watch) -> Lea
         query_key: 0.7.
         value_output: 0.4.
         positions: Whether position tables are set; tables that are not of a grid are left alone, with a warning.
-        control: Whether matrices of normal entries and the same norms are drawn instead, which tells structure from size.
+        control: Whether matrices of normal entries with the same norms are drawn instead, to tell structure from size.
 
     Raises:
         ModelError: For a model without attention layers, or with others than ones of d to d.
