@@ -97,8 +97,8 @@ def test_with_data_the_method_of_the_recipe_runs(
     [
         (["--data_dir", "nowhere"], "data_dir: 'nowhere' cannot be loaded as 'imagefolder'"),
         (["--label_column", "path"], "label_column: 'path' is no column"),
-        (["--nio_batch_size", "64"], "train_dataset: 36 samples for 1 report batches and one more of 64"),
-        (["--nio_report_batches", "4"], "train_dataset: 36 samples for 4 report batches and one more of 8"),
+        (["--nio_batch_size", "64"], "train_dataset: 36 samples for 1 report batches of 64"),
+        (["--nio_report_batches", "5"], "train_dataset: 36 samples for 5 report batches of 8"),
         (["--model_config.num_labels", "7"], "num_labels"),
         (["--report_to", "nowhere"], "nowhere is not supported"),
         (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint: 'nowhere' is no folder"),

@@ -35,13 +35,15 @@ class NIOBatchSampler(Sampler[list[_Draw]]):
         seed: Seed of the permutations.
 
     Raises:
-        DataError: For a data set too small for the report batches and one more.
+        DataError: For a data set too small for the report batches and, where there are further ones, one of these.
     """
 
     def __init__(self, samples: int, batch_size: int, report_batches: int, further_batches: int, seed: int) -> None:
-        if samples < batch_size * (report_batches + 1):
-            found = f"{samples} samples for {report_batches} report batches and one more of {batch_size}"
-            fix = f"Lower nio_batch_size to {samples // (report_batches + 1)}, or nio_report_batches"
+        fewest = report_batches + bool(further_batches)
+        if samples < batch_size * fewest:
+            more = " and one more" if further_batches else ""
+            found = f"{samples} samples for {report_batches} report batches{more} of {batch_size}"
+            fix = f"Lower nio_batch_size to {samples // fewest}, or nio_report_batches"
             raise DataError(Problem("train_dataset", found, fix))
         self._batch_size = batch_size
         self._batches = report_batches + further_batches

@@ -84,6 +84,9 @@ def test_too_little_data_is_refused_with_the_numbers() -> None:
     message = r"23 samples for 2 report batches and one more of 8\. Lower nio_batch_size to 7, or nio_report_batches"
     with pytest.raises(DataError, match=message):
         NIOBatchSampler(23, 8, 2, 1, seed=0)
+    assert len(list(NIOBatchSampler(16, 8, 2, 0, seed=0))) == 2
+    with pytest.raises(DataError, match=r"15 samples for 2 report batches of 8\. Lower nio_batch_size to 7"):
+        NIOBatchSampler(15, 8, 2, 0, seed=0)
 
 
 def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> None:
