@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from nio_hf.core import NIO, expected_cost
@@ -35,7 +36,8 @@ def most_steps(args: NIOTrainingArguments, groups: Any = None) -> float | None:
     if is_free(args):
         return raced
     config = args.to_nio_config()
-    number = 1 if (config.groups if groups is None else groups) == "model" else MANY_GROUPS
+    config = config if groups is None else dataclasses.replace(config, groups=groups)
+    number = 1 if config.groups == "model" else MANY_GROUPS
     batches = expected_cost(config, number, METHODS[args.nio_method], args.nio_method_options)
     samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return None if batches is None else raced + batches * args.nio_batch_size / samples

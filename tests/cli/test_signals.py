@@ -102,7 +102,7 @@ def test_a_training_that_is_finished_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_initialisation_that_was_stopped_goes_on(tmp_path: Path) -> None:
-    command = [part if part != "train" else "init" for part in _command(tmp_path, "alone", nio_search="published")]
+    command = [part if part != "train" else "init" for part in _command(tmp_path, "alone")]
     finished = _run([*command, "--device", "cpu"])
     assert finished.returncode == 0, finished.stderr
     state = json.loads((tmp_path / "_nio_init" / "nio_state.json").read_text())
