@@ -29,7 +29,7 @@ SECONDS_BOUNDS = {4: 0.60, 8: 0.35}
 TIMED = "exact_kept"
 """The path whose wall time is claimed: what the curvature "auto" chooses where the graphs fit."""
 _LABELS = {
-    FIRST_PASS: "first pass alone, a candidate of the scan",
+    FIRST_PASS: "first pass alone, a report batch",
     JOINT: "joint graph, as published",
 }
 _MIB = 2**20

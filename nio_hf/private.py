@@ -42,12 +42,10 @@ OTHERS = {
     "_gradient_checkpointing_func": "transformers: how a layer checkpoints its activations.",
     "_hf_peft_config_loaded": "transformers: whether a model has adapters.",
     "_indices": "datasets: whether rows were selected or shuffled, and stand in another order on the disk.",
-    "_ml_flow": "transformers: the module of the MLflow callback, whose run may not be open.",
     "_original_forward": "accelerate: the forward that it has patched.",
     "_overloadpacket": "torch: which operation is counted.",
     "_register_atexit": "the standard library: an end of a process that waits for a push.",
     "_resolve_features": "datasets: the columns of a stream without known features.",
     "_version": "torch: whether a buffer was written to.",
-    "_wandb": "transformers: the module of the Weights & Biases callback, whose run may not be open.",
 }
 """{any other private name: whose, and what it tells}."""

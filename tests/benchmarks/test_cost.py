@@ -59,9 +59,9 @@ def test_counting_without_data_is_counting_a_real_run() -> None:
 
 
 @pytest.mark.parametrize("table", [markdown_table, markdown_seconds, markdown_errors])
-def test_the_tables_of_the_readme_are_drawn_from_the_results(table: Any) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert table(sorted(_committed(), key=lambda result: result["model"])) in readme
+def test_the_tables_of_the_documentation_are_drawn_from_the_results(table: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cost.md").read_text()
+    assert table(sorted(_committed(), key=lambda result: result["model"])) in page
 
 
 def test_a_claim_that_does_not_hold_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,13 +20,13 @@ from nio_hf.errors import ConfigError, NumericsError
 from tests.core.cases import batches_of, case, differences, state
 from tests.distributed.ranks import run_ranks
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "own-loop.md").read_text(encoding="utf-8")
 CONFIG = NIOConfig(report_batches=2)
 SAMPLES = 12
 
 
 def _documented_loop(code: str) -> dict[str, Any]:
-    """Run the example of the README, and train by it; the weights after each."""
+    """Run the example of the documentation, and train by it; the weights after each."""
     # As `accelerate launch --cpu` does.
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.manual_seed(0)
@@ -47,15 +47,15 @@ def _weights(model: nn.Module) -> list[float]:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist()
 
 
-def _loop_of_the_readme() -> str:
+def _loop_of_the_page() -> str:
     """The definitions of the example for any torch module, and the loop that goes on from them."""
-    examples = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     (number,) = (number for number, example in enumerate(examples) if "Collective.current()" in example)
     return examples[number - 1].split("print(")[0] + examples[number]
 
 
 def test_the_documented_loop_leaves_the_same_weights_on_both_processes() -> None:
-    code = _loop_of_the_readme()
+    code = _loop_of_the_page()
     assert "initialize(model, batches, loss_fn, collective=Collective.current())" in code
     untouched = re.sub(r"^initialize\(.*\n", "", code, flags=re.MULTILINE)
     (alone,), (start,) = run_ranks(1, _documented_loop, code), run_ranks(1, _documented_loop, untouched)

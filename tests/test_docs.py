@@ -1,4 +1,4 @@
-"""What the documents say is so: commands, paths, settings and examples."""
+"""The documents are true: commands, paths, settings, tables and examples."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from nio_hf.recipe.loading import known_keys
 from tests.trainer.toys import ToyImages
 
 ROOT = Path(__file__).parent.parent
+PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = sorted(ROOT.glob("*.md"))
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 OPTIONS = {"resolved", "data", "num_processes", "config_file", "device", "private", "license", "revision"}
 COMPARE_OPTIONS = {"steps", "arms", "learning_rates", "seeds", "jobs", "warmup_ratios", "arm", "diagnostics"}
 TUNE_OPTIONS = {"steps", "probe_steps", "jobs"}
@@ -47,16 +48,27 @@ ROWS = {
     "schedule-free": "durable/test_durable.py::test_what_is_saved_of_a_schedule_free_training_is_what_is_evaluated",
     "`ema_decay`": "image_training/test_trainer.py::test_an_average_of_sharded_weights_is_refused",
 }
-"""{start of a row of the table of what NIO works with: a test behind it}."""
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+"""{start of a row of the table of settings that work with NIO: a test behind it}."""
+_FENCE = re.compile(r"```python\n(.*?)```(\n<!-- not run: .+ -->)?", flags=re.DOTALL)
+EXAMPLES = {
+    f"{name}-{number}": code
+    for name, text in {"README.md": README, **PAGES}.items()
+    for number, (code, reason) in enumerate(_FENCE.findall(text))
+    if not reason
+}
+"""{place: example}; a comment behind an example that is not run says why."""
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README) < 7000
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_path_exists_and_every_make_target_is_one(document: Path) -> None:
     text = document.read_text()
-    for path in re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(
-        r"`((?:benchmarks|nio_hf|recipes|tests)(?:/[\w.-]+)*)`", text
-    ):
+    for path in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", text):
+        assert (document.parent / path).exists(), path
+    for path in re.findall(r"`((?:benchmarks|nio_hf|recipes|tests)(?:/[\w.-]+)*)`", text):
         assert (ROOT / path).exists(), path
     rules = re.findall(r"^([a-z][a-z -]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     targets = {target for rule in rules for target in rule.split()}
@@ -64,8 +76,9 @@ def test_every_path_exists_and_every_make_target_is_one(document: Path) -> None:
 
 
 def test_every_recipe_and_setting_of_a_command_exists() -> None:
-    commands = [line for line in README.splitlines() if "nio-hf " in line or "nio_hf.train " in line]
-    assert commands
+    lines = [line for text in (README, *PAGES.values()) for line in text.splitlines()]
+    commands = [line for line in lines if "nio-hf " in line or "nio_hf.train " in line]
+    assert len(commands) > 20
     for command in commands:
         for name in re.findall(r"[\w-]+/[\w-]+/[\w-]+(?= |$)", command.split(" --")[0]):
             find_recipe(name)
@@ -74,39 +87,25 @@ def test_every_recipe_and_setting_of_a_command_exists() -> None:
             assert key in known_keys() or key in options, command
 
 
-def test_the_defaults_are_those_of_the_table() -> None:
-    table = README.split("| setting | default | `NIOConfig.published()` |")[1].split("\n\n")[0].splitlines()[2:]
-    size = {"nio_batch_size": NIOTrainingArguments.nio_batch_size}
-    defaults, published = ({**vars(config), **size} for config in (NIOConfig(), NIOConfig.published()))
-    of_another_search = {"strength", "loss_bound", "least_norm"}
-    for row in table:
-        names, text, of_paper = (cell.strip() for cell in row.strip("|").split("|"))
-        own = re.findall(r"`(\w+)`", names)
-        assert own, row
-        for name in own:
-            assert _shows(text, defaults[name]), row
-            assert name in of_another_search or _shows(of_paper, published[name]), row
-    assert len(table) == 9
-    for name in ("gamma", "overlap", "iterations"):
-        assert any(_shows(row.split("|")[3], getattr(NIOConfig.published(), name)) for row in table), name
-
-
-def _shows(text: str, value: Any) -> bool:
-    """Whether a cell of a table names a value, or each of several."""
-    values = value if isinstance(value, tuple) else (value,)
-    shown = [f"{one:g}" if isinstance(one, float) else str(one) for one in values]
-    return all(re.search(rf"(?<![\w.]){re.escape(one)}(?![\w.]\w)", text) for one in shown)
+def test_the_published_settings_are_those_that_the_page_names() -> None:
+    sentence = PAGES["settings.md"].split("`NIOConfig.published()` sets ")[1].replace("\n", " ")
+    published, default = vars(NIOConfig.published()), vars(NIOConfig())
+    for name in (name for name in published if published[name] != default[name]):
+        value = published[name]
+        assert re.search(
+            rf"`{name}` to `?{value:g}`?" if isinstance(value, float) else rf"`{name}` to `{value}`", sentence
+        )
 
 
 def test_public_names_are_those_that_are_exported() -> None:
-    for name in re.findall(r"from nio_hf import ([\w, ]+)", README):
-        assert set(name.split(", ")) <= set(nio_hf.__all__)
+    for names in re.findall(r"from nio_hf import ([\w, ]+)", "\n".join((README, *PAGES.values()))):
+        assert set(names.split(", ")) <= set(nio_hf.__all__)
     for name in nio_hf.__all__:
         assert getattr(nio_hf, name).__doc__
 
 
 def test_a_test_stands_behind_each_row_of_what_nio_works_with() -> None:
-    table = README.split("| setting | with NIO |")[1].split("\n\n")[0].splitlines()[2:]
+    table = PAGES["trainer.md"].split("| setting | with NIO |")[1].split("\n\n")[0].splitlines()[2:]
     assert len(table) == len(ROWS)
     for line, (row, place) in zip(table, ROWS.items(), strict=True):
         assert line.startswith(f"| {row}"), line
@@ -116,24 +115,28 @@ def test_a_test_stands_behind_each_row_of_what_nio_works_with() -> None:
 
 @pytest.fixture
 def forgotten_accelerator() -> Iterator[None]:
-    """What an example sets up for the process does not reach other tests."""
+    """The state that an example sets up for the process does not reach other tests."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def _limited(**arguments: Any) -> NIOTrainingArguments:
+    return NIOTrainingArguments(**{"max_steps": 1, "report_to": "none", **arguments}, use_cpu=True)
+
+
 @pytest.mark.usefixtures("forgotten_accelerator")
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+@pytest.mark.parametrize("place", EXAMPLES)
 def test_examples_run_as_they_stand(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # One that goes on from another is run behind it.
-    parts = EXAMPLES[number - 1 : number + 1] if "Accelerator()" in EXAMPLES[number] else [EXAMPLES[number]]
-    code = "\n".join(parts).replace("nio_sub_batches=4,", "max_steps=1, report_to='none', use_cpu=True,")
-    code = code.replace('report_to="none"', "report_to='none', use_cpu=True")
+    page, _, number = place.rpartition("-")
+    code = EXAMPLES[place].replace("NIOTrainingArguments(", "limited(")
+    if "Accelerator()" in code:
+        code = f"{EXAMPLES[f'{page}-{int(number) - 1}']}\n{code}"
     code = code.replace("image_size=32,", "image_size=32, num_hidden_layers=1, hidden_size=48, intermediate_size=96,")
     torch.manual_seed(0)
-    names: dict[str, Any] = {"train_dataset": ToyImages(400)}
+    names: dict[str, Any] = {"train_dataset": ToyImages(400), "limited": _limited}
     exec(code, names)
     assert capsys.readouterr().out.strip()
     if "Accelerator()" in code:
@@ -152,7 +155,7 @@ def test_no_path_of_a_machine_and_no_registry_is_named() -> None:
 
 
 def test_the_versions_are_those_that_are_allowed_and_tested() -> None:
-    table = README.split("| versions |")[1].split("\n\n")[0].splitlines()
+    table = PAGES["quickstart.md"].split("| versions |")[1].split("\n\n")[0].splitlines()
     names, _, oldest, usual, _ = ([cell.strip() for cell in row.strip("|").split("|")] for row in table)
     floors = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
     pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
