@@ -219,7 +219,8 @@ def _products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 def _zeroed(tensors: Sequence[Tensor]) -> Iterator[None]:
     values = [tensor.clone() for tensor in tensors]
     try:
-        torch._foreach_zero_(list(tensors))
+        for tensor in tensors:
+            tensor.zero_()
         yield
     finally:
         torch._foreach_copy_(list(tensors), values)
