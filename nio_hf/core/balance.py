@@ -114,7 +114,7 @@ def _computed_exponents(problem: ScalingProblem) -> tuple[tuple[float, ...], int
 
 def _outcome(config: NIOConfig, before: GradCosine, measured: GradCosine) -> Outcome:
     most = math.inf if config.loss_bound is None else before.loss + config.loss_bound * abs(before.loss)
-    if not (math.isfinite(measured.loss) and measured.loss <= most):
+    if measured.loss > most:
         return "loss_bound"
     return "least_norm" if measured.grad_norm < (config.least_norm or 0.0) * before.grad_norm else "accepted"
 

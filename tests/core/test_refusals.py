@@ -142,6 +142,21 @@ def test_a_start_that_cannot_be_measured_is_refused(search: str, value: float) -
     )
 
 
+@pytest.mark.parametrize("broken", [times(float("nan")), times(float("inf")), times(0.0), infinite_slope])
+def test_larger_weights_that_cannot_be_measured_break_the_bound(broken: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    made = case("mlp")
+    before, start = state(made.model), float(made.model.get_parameter(WEIGHT).detach().norm())
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        loss = zoo.vector_loss(model, batch)
+        return broken(model, loss) if float(model.get_parameter(WEIGHT).detach().norm()) > 1.01 * start else loss
+
+    config = NIOConfig(report_batches=2, sub_batches=2, loss_bound=None, least_norm=None)
+    result = initialize(made.model, batches_of("mlp", 2), loss_fn, config)
+    assert {record.outcome for record in result.history} == {"loss_bound"}
+    assert not differences(before, state(made.model))
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "message"),
     [
