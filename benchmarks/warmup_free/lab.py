@@ -168,17 +168,19 @@ def carry_out(run: Run, task: Task, data: Path) -> Row:
     model = task.build(run.seed)
     settings = {"seed": run.seed, "strength": arm.strength}
     config = NIOConfig.published(**settings) if arm.published else NIOConfig(**settings)
-    drawn = list(itertools.islice(samples.batches(run.seed, plain=True), config.report_batches + config.batches))
+    draws = [(METHODS[name], METHODS[name].checked(options)) for name, options in arm.draws]
+    further = max((method.batches(config, options) for method, options in draws), default=0)
+    drawn = list(itertools.islice(samples.batches(run.seed, plain=True), config.report_batches + further))
     found: Row = {}
     cost = 0.0
     if arm.searched:
         task.scale(model, json.loads(SEARCHED.read_text(encoding="utf-8"))[task.model])
     if arm.residual:
         scale_residual_projections(model)
-    for name, options in arm.draws:
-        method = METHODS[name]
+    for method, options in draws:
         result = initialize(model, drawn, task.loss, config, method=method, options=options)
-        if method.batches(config, method.checked(options)):
+        # NIO judges its scales by the report batches.
+        if method is NIO or method.batches(config, options):
             cost += result.cost
         if method is NIO:
             found = {"scales": {group.name: _short(group.omega) for group in result.groups}, "status": result.status}

@@ -126,7 +126,7 @@ def test_inference_with_the_saved_processor_sees_what_evaluation_saw(images: Pat
 def test_batches_of_nio_are_the_same_in_every_run_and_soft_only_where_asked(
     nio_augment: str, streaming: str, images: Path, tmp_path: Path
 ) -> None:
-    options = ["--nio_augment", nio_augment, "--streaming", streaming]
+    options = ["--nio_augment", nio_augment, "--streaming", streaming, "--nio_report_batches", "3"]
     if nio_augment == "mixed":
         options += ["--mix_prob", "1.0"]
 
