@@ -12,6 +12,7 @@ import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import cached_file
 
+from nio_hf.catalog import find_recipe, split_arguments
 from nio_hf.console import exit_status, print_inspection
 from nio_hf.core import GradientInspection
 from nio_hf.errors import ModelError, Problem, RecipeError, one_line
@@ -25,7 +26,6 @@ from nio_hf.hub.run_folder import (
     model_folder,
     read_run,
 )
-from nio_hf.recipe.catalog import find_recipe, split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import read_overrides, with_values
 from nio_hf.report import plot_inspection

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from accelerate.commands.config.config_args import default_config_file
 
+from nio_hf.catalog import find_accelerate_config
 from nio_hf.console import STATUS_FILE
 from nio_hf.errors import Problem, RecipeError
-from nio_hf.recipe.catalog import find_accelerate_config
 from nio_hf.recipe.loading import load_recipe
 
 _SIGNAL_STATUS = 128

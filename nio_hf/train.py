@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
+from nio_hf.catalog import DEFAULT_RECIPE, recipe_name, split_arguments
 from nio_hf.console import FAILURE, exit_status, print_run
 from nio_hf.core import NIOResult
 from nio_hf.durable.preemption import preempted_at_once
@@ -19,7 +20,6 @@ from nio_hf.errors import ConfigError, HubError, NIOError, NumericsError, Proble
 from nio_hf.files import output_errors
 from nio_hf.hub.run_folder import SAMPLE_NAME, read_run
 from nio_hf.hub.trainer import PLOTS_DIR_NAME
-from nio_hf.recipe.catalog import DEFAULT_RECIPE, recipe_name, split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.report import SummaryRow, draw_run, summary_rows
 from nio_hf.report.run import Run

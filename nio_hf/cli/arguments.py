@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nio_hf.recipe.catalog import DEFAULT_RECIPE
+from nio_hf.catalog import DEFAULT_RECIPE
 
 Private = Annotated[
     bool, typer.Option("--private", help="With --push_to_hub USER/NAME: make the repository a private one.")

@@ -16,8 +16,8 @@ _Name = Annotated[str, typer.Argument(help="Name of a recipe, e.g. vit-tiny/digi
 def recipes(context: typer.Context) -> None:
     """List the recipes, with a line each."""
     if context.invoked_subcommand is None:
+        from nio_hf.catalog import accelerate_config_names, describe, recipe_names
         from nio_hf.console import print_recipes
-        from nio_hf.recipe.catalog import accelerate_config_names, describe, recipe_names
 
         print_recipes({name: describe(name) for name in recipe_names()}, accelerate_config_names())
 
@@ -30,8 +30,8 @@ def show(
     ] = False,
 ) -> None:
     """Print a recipe."""
+    from nio_hf.catalog import find_recipe
     from nio_hf.console import exit_status
-    from nio_hf.recipe.catalog import find_recipe
     from nio_hf.recipe.layering import resolved_yaml
 
     def action() -> int:
@@ -51,8 +51,8 @@ def copy(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
     """Copy a recipe, to change it."""
+    from nio_hf.catalog import copy_recipe
     from nio_hf.console import exit_status
-    from nio_hf.recipe.catalog import copy_recipe
 
     def action() -> int:
         typer.echo(f"Copied to {copy_recipe(name, destination, replace=force)}")

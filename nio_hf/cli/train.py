@@ -43,9 +43,9 @@ def train(
     arguments = [*(arguments or []), *(["--hub_private_repo", "true"] if private else [])]
     options = {name: str(value) for name, value in given.items() if value is not None}
     if options:
+        from nio_hf.catalog import split_arguments
         from nio_hf.console import exit_status
         from nio_hf.launch import launch
-        from nio_hf.recipe.catalog import split_arguments
 
         recipe, overrides = split_arguments(arguments)
         raise typer.Exit(exit_status(lambda: launch(options, [recipe, *overrides])))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from nio_hf.catalog import find_packaged
 from nio_hf.errors import Problem, RecipeError
-from nio_hf.recipe.catalog import find_packaged
 from nio_hf.recipe.settings import PROCESSOR_KEYS
 from nio_hf.recipe.strict_yaml import Setting, read_settings
 

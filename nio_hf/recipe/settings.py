@@ -1,12 +1,46 @@
-"""What a recipe says beside the training arguments: model, data, augmentation and optimisation."""
+"""Settings of a recipe with their ranges: model, data, augmentation, optimisation, and the training arguments."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import functools
+import typing
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
+from pydantic import AfterValidator
+
+from nio_hf.trainer import NIOTrainingArguments
 
 OptimizerName = Literal["radam", "muon"]
 TaskName = Literal["image-classification", "causal-lm", "masked-lm"]
+
+Count = Annotated[int, Interval(ge=1)]
+AtLeastTwo = Annotated[int, Interval(ge=2)]
+NotNegative = Annotated[float, Interval(ge=0)]
+Positive = Annotated[float, Interval(gt=0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+ShareBelowOne = Annotated[float, Interval(ge=0, lt=1)]
+PositiveShare = Annotated[float, Interval(gt=0, le=1)]
+PartOfWhole = Annotated[float, Interval(gt=0, lt=1)]
+Magnitude = Annotated[float, Interval(ge=0, le=10)]
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+
+
+def _check_channels(values: list[float]) -> list[float]:
+    if len(values) != 3:
+        raise ValueError("Give three numbers, one for each of red, green and blue")
+    return values
+
+
+def _check_rising(values: list[float]) -> list[float]:
+    if len(values) != 2 or values[0] > values[1]:
+        raise ValueError("Give two rising numbers")
+    return values
+
+
+Channels = AfterValidator(_check_channels)
+Rising = AfterValidator(_check_rising)
 
 
 @dataclasses.dataclass
@@ -36,12 +70,12 @@ class ModelSettings:
     model_name_or_path: str | None = None
     model_revision: str | None = None
     trust_remote_code: bool = False
-    image_size: int | None = None
-    image_mean: list[float] | None = None
-    image_std: list[float] | None = None
+    image_size: Count | None = None
+    image_mean: Annotated[list[float], Channels] | None = None
+    image_std: Annotated[list[Positive], Channels] | None = None
     interpolation: Literal["bilinear", "bicubic"] | None = None
-    crop_ratio: float | None = None
-    drop_path_rate: float | None = None
+    crop_ratio: PositiveShare | None = None
+    drop_path_rate: ShareBelowOne | None = None
 
 
 PROCESSOR_KEYS = ("image_size", "image_mean", "image_std", "interpolation", "crop_ratio")
@@ -80,16 +114,16 @@ class DataSettings:
     data_dir: str | None = None
     data_files: str | list[str] | dict[str, Any] | None = None
     streaming: bool = False
-    shuffle_buffer_size: int = 1000
+    shuffle_buffer_size: Count = 1000
     train_split: str = "train"
     eval_split: str | None = None
-    eval_fraction: float = 0.2
+    eval_fraction: PartOfWhole = 0.2
     eval_from_train: bool = False
     image_column: str | None = None
     label_column: str | None = None
-    num_classes: int | None = None
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
+    num_classes: AtLeastTwo | None = None
+    max_train_samples: Count | None = None
+    max_eval_samples: Count | None = None
     skip_broken_images: bool = False
 
 
@@ -109,9 +143,9 @@ class TextSettings:
 
     tokenizer: str | None = None
     text_column: str | None = None
-    block_size: int | None = None
-    mlm_probability: float = 0.15
-    num_proc: int | None = None
+    block_size: AtLeastTwo | None = None
+    mlm_probability: PartOfWhole = 0.15
+    num_proc: Count | None = None
     sample_prompt: str | None = "def "
 
 
@@ -141,21 +175,21 @@ class AugmentationSettings:
     """
 
     random_crop: Literal["none", "resized", "padded"] = "none"
-    crop_scale: list[float] = dataclasses.field(default_factory=lambda: [0.08, 1.0])
-    crop_aspect: list[float] = dataclasses.field(default_factory=lambda: [3 / 4, 4 / 3])
-    crop_padding: int = 4
-    horizontal_flip: float = 0.0
-    randaugment_magnitude: float | None = None
-    randaugment_magnitude_std: float = 0.0
-    randaugment_layers: int = 2
-    randaugment_prob: float = 0.5
-    color_jitter: float = 0.0
-    random_erasing: float = 0.0
-    mixup_alpha: float = 0.0
-    cutmix_alpha: float = 0.0
-    mix_prob: float = 1.0
-    mix_switch_prob: float = 0.5
-    repeated_augmentation: int = 1
+    crop_scale: Annotated[list[PositiveShare], Rising] = dataclasses.field(default_factory=lambda: [0.08, 1.0])
+    crop_aspect: Annotated[list[Positive], Rising] = dataclasses.field(default_factory=lambda: [3 / 4, 4 / 3])
+    crop_padding: Count = 4
+    horizontal_flip: Share = 0.0
+    randaugment_magnitude: Magnitude | None = None
+    randaugment_magnitude_std: NotNegative = 0.0
+    randaugment_layers: Count = 2
+    randaugment_prob: Share = 0.5
+    color_jitter: Share = 0.0
+    random_erasing: Share = 0.0
+    mixup_alpha: NotNegative = 0.0
+    cutmix_alpha: NotNegative = 0.0
+    mix_prob: Share = 1.0
+    mix_switch_prob: Share = 0.5
+    repeated_augmentation: Count = 1
     nio_augment: Literal["clean", "augmented", "mixed"] = "augmented"
 
 
@@ -171,10 +205,10 @@ class OptimizationSettings:
         ema_decay: of an exponential moving average of the weights, evaluated and saved at the end; None for no average.
     """
 
-    global_batch_size: int | None = None
+    global_batch_size: Count | None = None
     no_weight_decay: list[str] | None = None
     optimizer: OptimizerName | None = None
-    ema_decay: float | None = None
+    ema_decay: PartOfWhole | None = None
 
 
 IMAGE_KEYS = {
@@ -185,3 +219,31 @@ IMAGE_KEYS = {
 """Settings of image classification only."""
 TEXT_KEYS = {field.name for field in dataclasses.fields(TextSettings)}
 """Settings of language modelling only."""
+
+GROUPS: tuple[type, ...] = (
+    *(ModelSettings, DataSettings, TextSettings, AugmentationSettings, OptimizationSettings),
+    NIOTrainingArguments,
+)
+"""Classes that the settings of a recipe are fields of."""
+_RANGES: dict[str, Any] = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), Count
+    ),
+    **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon"), NotNegative),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), ShareBelowOne),
+    "num_train_epochs": Positive,
+    "dataloader_num_workers": Annotated[int, Interval(ge=0)],
+    "seed": Seed,
+    **dict.fromkeys(("data_seed", "nio_seed"), Seed | None),
+}
+"""Types of training arguments with a range."""
+
+
+@functools.cache
+def known_keys() -> dict[str, tuple[type, Any]]:
+    """{key: (its class, its annotation)} of everything that a recipe can set."""
+    keys: dict[str, tuple[type, Any]] = {}
+    for group in GROUPS:
+        hints = typing.get_type_hints(group, include_extras=True) | (_RANGES if group is NIOTrainingArguments else {})
+        keys |= {field.name: (group, hints[field.name]) for field in dataclasses.fields(group) if field.init}
+    return keys

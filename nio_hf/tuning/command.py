@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from nio_hf.catalog import split_arguments
 from nio_hf.console import exit_status, print_comparison
 from nio_hf.errors import Problem, RecipeError
-from nio_hf.recipe.catalog import split_arguments
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.trials.bench import Bench
 from nio_hf.trials.options import (

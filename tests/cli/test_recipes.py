@@ -8,8 +8,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from nio_hf.catalog import accelerate_config_names, describe, find_accelerate_config, find_recipe, recipe_names
 from nio_hf.cli.main import app
-from nio_hf.recipe.catalog import accelerate_config_names, describe, find_accelerate_config, find_recipe, recipe_names
 from nio_hf.recipe.layering import read_layers
 
 RUNNER = CliRunner()

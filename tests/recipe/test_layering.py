@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nio_hf.catalog import find_recipe
 from nio_hf.errors import RecipeError
-from nio_hf.recipe.catalog import find_recipe
 from nio_hf.recipe.layering import merge, read_layers, resolved_yaml
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.recipe.strict_yaml import Setting

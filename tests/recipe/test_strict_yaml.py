@@ -56,8 +56,8 @@ def test_settings_know_their_line(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("a: [1\nb: 2\n", r"line 2: not YAML"),
-        ("a: 1\nb: 2\na: 3\n", r"line 3: not YAML: the key 'a' stands twice"),
-        ("a: {b: 1, b: 2}\n", r"the key 'b' stands twice"),
+        ("a: 1\nb: 2\na: 3\n", r"line 3: not YAML: found duplicate key .a."),
+        ("a: {b: 1, b: 2}\n", r"found duplicate key .b."),
         ("- 1\n- 2\n", r"list instead of settings"),
         ("", r"NoneType instead of settings"),
         ("just text", r"str instead of settings"),
