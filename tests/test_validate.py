@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from nio_hf.cli.main import app
 from nio_hf.errors import MetricError
-from nio_hf.validate import validate_recipe
+from nio_hf.recipe.loading import Recipe, load_recipe
+from nio_hf.validate import consistency_notes, consistency_problems, validate_recipe
 from tests.image_training.folders import make_folder, write_recipe
 
 RUNNER = CliRunner()
@@ -132,3 +133,38 @@ def test_a_metric_that_no_evaluation_has_is_refused_before_a_training_is_paid(im
     assert isinstance(found.error, MetricError)
     assert "metric_for_best_model: 'acuracy', and evaluations have accuracy, loss, " in str(found.error)
     assert validate_recipe(recipe, [*options, "--metric_for_best_model", "accuracy"], with_data=True).error is None
+
+
+def _load(folder: Path, text: str, name: str) -> Recipe:
+    minimal = "model_type: vit\nmodel_config: {image_size: 8, patch_size: 2}\n"
+    (folder / f"{name}.yaml").write_text(minimal + text)
+    return load_recipe(str(folder / f"{name}.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "messages"),
+    [
+        ("nio", "warmup_steps: 10\n", ["10 in a recipe without warmup. Set warmup_steps: 0"]),
+        (
+            "no_warmup",
+            "warmup_steps: 0.1\n",
+            ["0.1 in a recipe without warmup", "true in no_warmup.yaml. Set nio: false"],
+        ),
+        ("warmup", "nio: false\n", ["0 in a recipe with warmup"]),
+        ("nio", "nio: false\n", ["false in nio.yaml. Set nio: true"]),
+        ("nio", "", []),
+        ("mine", "warmup_steps: 10\n", []),
+    ],
+)
+def test_a_recipe_is_what_its_name_claims(name: str, text: str, messages: list[str], tmp_path: Path) -> None:
+    found = list(consistency_problems(_load(tmp_path, text, name)))
+    assert len(found) == len(messages)
+    for problem, message in zip(found, messages, strict=True):
+        assert message in str(problem)
+
+
+def test_what_works_but_may_not_be_meant_is_noted(tmp_path: Path) -> None:
+    recipe = _load(tmp_path, "warmup_steps: 10\nnio_sub_batches: 4\n", "mine")
+    assert list(consistency_notes(recipe, 1)) == ["NIO and warmup are both on: their effects cannot be told apart"]
+    assert "4 sub-batches on 3 processes: some of them wait" in list(consistency_notes(recipe, 3))[1]
+    assert "4 sub-batches on 8 processes: 4 of them are idle" in list(consistency_notes(recipe, 8))[1]

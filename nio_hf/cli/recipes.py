@@ -17,9 +17,11 @@ def recipes(context: typer.Context) -> None:
     """List the recipes, with a line each."""
     if context.invoked_subcommand is None:
         from nio_hf.catalog import accelerate_config_names, describe, recipe_names
-        from nio_hf.console import print_recipes
+        from nio_hf.console import print_results
 
-        print_recipes({name: describe(name) for name in recipe_names()}, accelerate_config_names())
+        rows = [(name, describe(name)) for name in recipe_names()]
+        configs = ", ".join(accelerate_config_names())
+        print_results("", {"": (("", ""), rows)}, [f"For `nio-hf train --config_file NAME`: {configs}"], {})
 
 
 @app.command()
@@ -32,11 +34,15 @@ def show(
     """Print a recipe."""
     from nio_hf.catalog import find_recipe
     from nio_hf.console import exit_status
-    from nio_hf.recipe.layering import resolved_yaml
 
     def action() -> int:
         path = find_recipe(name)
-        typer.echo(resolved_yaml(path) if resolved else path.read_text(encoding="utf-8"), nl=False)
+        text = path.read_text(encoding="utf-8")
+        if resolved:
+            from nio_hf.recipe.layering import read_layers, settings_yaml
+
+            text = settings_yaml(read_layers(path))
+        typer.echo(text, nl=False)
         return 0
 
     raise typer.Exit(exit_status(action))

@@ -62,7 +62,7 @@ class Recipe:
     augmentation: AugmentationSettings
     optimization: OptimizationSettings
     training: NIOTrainingArguments
-    settings: dict[str, Setting]
+    settings: Settings
     task: str
 
     @property
@@ -83,23 +83,34 @@ class Recipe:
         given = {key: Setting(value, f"{where}, {key}") for key, value in settings.items()}
         return build_recipe(self.path, merge(self.settings, given))
 
+    def place(self, key: str) -> str:
+        """Where a setting was written; its file and name for a default."""
+        return self.settings.place(key)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return build_recipe, (self.path, self.settings)
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Recipe:
+def load_recipe(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    *,
+    decided: Mapping[str, Any] | None = None,
+    world_size: int | None = None,
+) -> Recipe:
     """Read and check a recipe; the command line goes before the file, the file before its base and the defaults.
 
     Args:
         name_or_path: A YAML file, or the name of a recipe that comes with the package.
         overrides: Options as `["--learning_rate", "1e-3", "--model_config.hidden_size=192"]`.
+        decided: {key: value} of settings that go before the options.
         world_size: Number of processes with one device each that will run it, where they are not those of this run.
 
     Raises:
         RecipeError: lists every unknown key, wrong type, missing setting and setting out of range.
     """
     path = find_recipe(name_or_path)
-    return build_recipe(path, merge(read_layers(path), read_overrides(overrides)), world_size)
+    return build_recipe(path, merge(read_layers(path), read_overrides(overrides, decided)), world_size)
 
 
 def build_recipe(path: Path, given: Mapping[str, Setting], world_size: int | None = None) -> Recipe:

@@ -48,20 +48,21 @@ class ModelSettings:
     """The model: built anew from its configuration, or loaded with the image processor or tokeniser beside it.
 
     Attributes:
-        task: what the model learns; None where its architecture can learn one of the tasks only.
-        model_type: name of a transformers architecture that can learn the task, e.g. "vit", "swin", "gpt2" or "bert".
-        model_config: fields of its configuration that differ from the defaults, e.g. `{hidden_size: 192}`.
-        model_name_or_path: a checkpoint to start from instead, e.g. one that `nio-hf init` wrote.
-        model_revision: branch, tag or commit of that checkpoint, where it is on the Hub.
-        trust_remote_code: run Python code that this checkpoint brings with it; only for one whose author you trust.
-        image_size: side of the images in pixels, for architectures whose configuration has none (ResNet).
-        image_mean: mean of each channel over pixels in [0, 1]; None for the published one of the architecture.
-        image_std: standard deviation likewise.
-        interpolation: of resizing; None for the published one.
-        crop_ratio: part of the shorter side that evaluation keeps: images are resized to size / crop_ratio, then
+        task: Task that the model learns; None where its architecture can learn one of the tasks only.
+        model_type: Name of a transformers architecture that can learn the task, e.g. "vit", "swin", "gpt2" or "bert".
+        model_config: Fields of its configuration that differ from the defaults, e.g. `{hidden_size: 192}`.
+        model_name_or_path: Checkpoint to start from instead, e.g. one that `nio-hf init` wrote.
+        model_revision: Branch, tag or commit of that checkpoint, where it is on the Hub.
+        trust_remote_code: Whether Python code that this checkpoint brings with it may run: only where you trust its
+            author.
+        image_size: Side of the images in pixels, for architectures whose configuration has none (ResNet).
+        image_mean: Mean of each channel over pixels in [0, 1]; None for the published one of the architecture.
+        image_std: Standard deviation likewise.
+        interpolation: Method of resizing; None for the published one.
+        crop_ratio: Part of the shorter side that evaluation keeps: images are resized to size / crop_ratio, then
             cropped from the centre. None for what the published image processor does.
-        drop_path_rate: stochastic depth of the last layer, rising linearly from 0 at the first; None leaves the
-            model as its configuration says.
+        drop_path_rate: Stochastic depth of the last layer, rising linearly from 0 at the first; None leaves the model
+            as its configuration says.
     """
 
     task: TaskName | None = None
@@ -87,25 +88,25 @@ class DataSettings:
     """The images or documents.
 
     Attributes:
-        dataset_name: whatever [`datasets.load_dataset`] takes: a Hub name, a local folder, or a format ("imagefolder",
+        dataset_name: Name that [`datasets.load_dataset`] takes: of the Hub, a local folder, or a format ("imagefolder",
             "text", "json", "parquet", "webdataset") with `data_dir` or `data_files`. Images also "digits", text also
             "stdlib", the source of Python's standard library, which are their defaults.
-        dataset_config_name: configuration of the data set.
-        dataset_revision: revision of a data set on the Hub.
-        data_dir: folder in the data set, or of the files.
-        data_files: files as a pattern, a list of them, or a mapping from splits.
-        streaming: read the data while training, without downloading all of it; needs `max_steps`.
-        shuffle_buffer_size: samples that a stream is shuffled over.
-        train_split: split to train on.
-        eval_split: split to evaluate on; None for the validation split, where there is none a part of the training.
-        eval_fraction: that part.
-        eval_from_train: evaluate on that part whatever splits there are, to choose settings by.
-        image_column: None for the column of images, where there is one.
-        label_column: None for the column of class labels, where there is one.
-        num_classes: needed for a stream of integer labels whose classes have no names.
-        max_train_samples: use at most so many samples to train on.
-        max_eval_samples: likewise to evaluate on.
-        skip_broken_images: count images that cannot be read instead of ending with an error.
+        dataset_config_name: Configuration of the data set.
+        dataset_revision: Revision of a data set on the Hub.
+        data_dir: Folder in the data set, or of the files.
+        data_files: Files as a pattern, a list of them, or a mapping from splits.
+        streaming: Whether data are read while training, without a download of all of them; needs `max_steps`.
+        shuffle_buffer_size: Number of samples that a stream is shuffled over.
+        train_split: Split to train on.
+        eval_split: Split to evaluate on; None for the validation split, where there is none a part of the training.
+        eval_fraction: Share of that part.
+        eval_from_train: Whether that part is evaluated on whatever splits there are, to choose settings by.
+        image_column: Name of the column; None for the column of images, where there is one.
+        label_column: Name of the column; None for the column of class labels, where there is one.
+        num_classes: Number of classes, for a stream of integer labels whose classes have no names.
+        max_train_samples: Largest number of samples to train on.
+        max_eval_samples: Largest number of samples to evaluate on.
+        skip_broken_images: Whether images that cannot be read are counted instead of ending with an error.
     """
 
     dataset_name: str | None = None
@@ -133,12 +134,12 @@ class TextSettings:
 
     Attributes:
         tokenizer: "bytes", which needs no download, or the name of one on the Hub or its folder; None for "bytes", and
-            for that of a model that is loaded.
-        text_column: None for the column of texts, where there is one.
-        block_size: tokens of a sample; None for the positions of the model, 1024 at most.
-        mlm_probability: share of the tokens that a masked model is to restore.
-        num_proc: processes that turn text into tokens; None for this one.
-        sample_prompt: text that the trained model goes on from, in the report; None for none.
+            for the tokeniser of a model that is loaded.
+        text_column: Name of the column; None for the column of texts, where there is one.
+        block_size: Number of tokens of a sample; None for the positions of the model, 1024 at most.
+        mlm_probability: Share of the tokens that a masked model is to restore.
+        num_proc: Number of processes that turn text into tokens; None for this one.
+        sample_prompt: Text that the trained model goes on from, in the report; None for none.
     """
 
     tokenizer: str | None = None
@@ -151,26 +152,26 @@ class TextSettings:
 
 @dataclasses.dataclass
 class AugmentationSettings:
-    """What training changes about the images. Evaluation sees them as the image processor makes them.
+    """Changes of the images by the training. Evaluation sees them as the image processor makes them.
 
     Attributes:
         random_crop: "resized" (a random part, resized), "padded" (zeros around a small image, a random window), "none".
-        crop_scale: range of the part's area for "resized", as a share of the image.
-        crop_aspect: range of its width / height.
-        crop_padding: pixels around the image for "padded".
-        horizontal_flip: probability.
+        crop_scale: Range of the part's area for "resized", as a share of the image.
+        crop_aspect: Range of its width / height.
+        crop_padding: Number of pixels around the image for "padded".
+        horizontal_flip: Probability of a flip.
         randaugment_magnitude: M of RandAugment out of 10; None for no RandAugment.
-        randaugment_magnitude_std: standard deviation of M.
+        randaugment_magnitude_std: Standard deviation of M.
         randaugment_layers: N, operations an image.
-        randaugment_prob: probability of each operation.
-        color_jitter: strength of random brightness, contrast and saturation.
-        random_erasing: probability of filling a rectangle with noise.
-        mixup_alpha: of the Beta distribution that MixUp draws from; 0 for no MixUp.
-        cutmix_alpha: likewise for CutMix.
-        mix_prob: probability of mixing a batch.
-        mix_switch_prob: probability of CutMix where both are on.
-        repeated_augmentation: times that an epoch draws each of its images; an epoch keeps its length.
-        nio_augment: images of NIO: "clean" as in evaluation, "augmented" as in training but for mixing, "mixed" with
+        randaugment_prob: Probability of each operation.
+        color_jitter: Strength of random brightness, contrast and saturation.
+        random_erasing: Probability of filling a rectangle with noise.
+        mixup_alpha: Parameter of the Beta distribution that MixUp draws from; 0 for no MixUp.
+        cutmix_alpha: Parameter likewise for CutMix.
+        mix_prob: Probability of mixing a batch.
+        mix_switch_prob: Probability of CutMix where both are on.
+        repeated_augmentation: Times that an epoch draws each of its images; an epoch keeps its length.
+        nio_augment: Images of NIO: "clean" as in evaluation, "augmented" as in training but for mixing, "mixed" with
             mixing and label smoothing.
     """
 
@@ -195,14 +196,15 @@ class AugmentationSettings:
 
 @dataclasses.dataclass
 class OptimizationSettings:
-    """What TrainingArguments have no word for.
+    """Settings that TrainingArguments have no word for.
 
     Attributes:
-        global_batch_size: samples of an optimiser step over all devices; `gradient_accumulation_steps` follows from it.
-        no_weight_decay: parameters without weight decay: "vectors" for all of fewer than two dimensions (biases,
+        global_batch_size: Samples of an optimiser step over all devices; `gradient_accumulation_steps` follows from it.
+        no_weight_decay: Parameters without weight decay: "vectors" for all of fewer than two dimensions (biases,
             normalisation), others by the last part of their name. None for Trainer's choice.
         optimizer: "radam" or "muon" in the place of what `optim` says; null for `optim`.
-        ema_decay: of an exponential moving average of the weights, evaluated and saved at the end; None for no average.
+        ema_decay: Decay of an exponential moving average of the weights, which is evaluated and saved at the end; None
+            for no average.
     """
 
     global_batch_size: Count | None = None

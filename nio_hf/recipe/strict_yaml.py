@@ -109,10 +109,14 @@ def read_settings(path: Path) -> dict[str, Setting]:
     return {key: Setting(value, f"{path}, line {lines[key]}, {key}") for key, value in values.items()}
 
 
-def read_overrides(options: Sequence[str]) -> dict[str, Setting]:
+def read_overrides(options: Sequence[str], decided: Mapping[str, Any] | None = None) -> dict[str, Setting]:
     """Settings from command line options: `--key value`, `--key=value`, or `--key` alone for true.
 
     Dashes in a key count as underscores. `--key.part value` sets one entry of a mapping.
+
+    Args:
+        options: Parts of the command line.
+        decided: {key: value} of settings that go before the options.
 
     Raises:
         RecipeError: for an option that is not of this form, or that is given twice.
@@ -134,7 +138,7 @@ def read_overrides(options: Sequence[str]) -> dict[str, Setting]:
         if key in settings:
             raise RecipeError(Problem(where, "given twice", "Give it once"))
         settings[key] = Setting(parse_scalar(text, where), where)
-    return settings
+    return settings | {key: Setting(value, f"--{key}") for key, value in (decided or {}).items()}
 
 
 def with_values(options: Sequence[str], values: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Ranges, sizes that do not fit, and recipes that are not what their name claims."""
+"""Ranges, sizes that do not fit, and settings that contradict each other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from nio_hf.errors import RecipeError
-from nio_hf.recipe.consistency import consistency_notes, consistency_problems
 from nio_hf.recipe.loading import accumulation_steps, check_world_size, load_recipe
 from nio_hf.recipe.strict_yaml import Setting
 
@@ -77,35 +76,6 @@ def test_images_that_patches_and_windows_do_not_tile_are_refused(sizes: str, mes
     load_recipe(write(tmp_path, f"{SWIN}  image_size: 32\n  patch_size: 4\n  window_size: 4\n"))
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "messages"),
-    [
-        ("nio", "warmup_steps: 10\n", ["10 in a recipe without warmup. Set warmup_steps: 0"]),
-        (
-            "no_warmup",
-            "warmup_steps: 0.1\n",
-            ["0.1 in a recipe without warmup", "true in no_warmup.yaml. Set nio: false"],
-        ),
-        ("warmup", "nio: false\n", ["0 in a recipe with warmup"]),
-        ("nio", "nio: false\n", ["false in nio.yaml. Set nio: true"]),
-        ("nio", "", []),
-        ("mine", "warmup_steps: 10\n", []),
-    ],
-)
-def test_a_recipe_is_what_its_name_claims(name: str, text: str, messages: list[str], tmp_path: Path) -> None:
-    found = list(consistency_problems(load_recipe(write(tmp_path, MINIMAL + text, name))))
-    assert len(found) == len(messages)
-    for problem, message in zip(found, messages, strict=True):
-        assert message in str(problem)
-
-
-def test_what_works_but_may_not_be_meant_is_noted(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, MINIMAL + "warmup_steps: 10\nnio_sub_batches: 4\n"))
-    assert list(consistency_notes(recipe, 1)) == ["NIO and warmup are both on: their effects cannot be told apart"]
-    assert "4 sub-batches on 3 processes: some of them wait" in list(consistency_notes(recipe, 3))[1]
-    assert "4 sub-batches on 8 processes: 4 of them are idle" in list(consistency_notes(recipe, 8))[1]
-
-
 @pytest.mark.parametrize("as_file", [True, False])
 def test_a_warmup_scheduler_of_deepspeed_is_warmup(as_file: bool, tmp_path: Path) -> None:
     config = {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 100}}}
@@ -162,17 +132,3 @@ def test_a_global_batch_that_cannot_be_shared_is_an_error(total: int, size: int,
         accumulation_steps(Setting(total, "file, line 1, global_batch_size"), size, processes)
     assert fix in str(raised.value)
     assert f"{total} is no multiple of {size} samples on each of {processes} processes" in str(raised.value)
-
-
-def test_the_accumulation_of_a_recipe_reaches_the_trainer(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, MINIMAL + "global_batch_size: 32\nuse_cpu: true\n"))
-    assert recipe.training.gradient_accumulation_steps == 4
-
-
-def test_an_argument_that_needs_a_gpu_says_what_to_do(tmp_path: Path) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(RecipeError, match=r"line 4, bf16: this machine has no GPU for it\. Give --bf16 false"):
-        load_recipe(write(tmp_path, MINIMAL + "bf16: true\n"))
