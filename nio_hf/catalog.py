@@ -23,7 +23,8 @@ def recipes_dir() -> Path:
 
 def recipe_names() -> list[str]:
     """Names `model/dataset/variant` of the recipes that come with the package, sorted."""
-    return sorted(map(recipe_name, recipes_dir().glob("*/*/*.yaml")))
+    root = recipes_dir()
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.glob("*/*/*.yaml"))
 
 
 def accelerate_config_names() -> list[str]:
@@ -75,7 +76,7 @@ def find_accelerate_config(name_or_path: str) -> Path:
 
 def describe(name: str) -> str:
     """The first line of a recipe that comes with the package: what it is."""
-    with find_recipe(name).open(encoding="utf-8") as file:
+    with (recipes_dir() / f"{name}.yaml").open(encoding="utf-8") as file:
         return file.readline().removeprefix("#").strip()
 
 

@@ -11,7 +11,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from nio_hf.core.collective import is_shared
 from nio_hf.errors import ConfigError, NIOError, Preempted, RecipeError
 
 FAILURE, USAGE_ERROR, PREEMPTED, INTERRUPTED = 1, 2, Preempted.STATUS, 130
@@ -39,6 +38,8 @@ def exit_status(action: Callable[[], int], interrupted: str = _GO_ON) -> int:
     try:
         status = action()
     except NIOError as error:
+        from nio_hf.core.collective import is_shared  # torch, which `nio-hf recipes` does without
+
         is_usage = isinstance(error, ConfigError | RecipeError)
         # One message will do for what every process of a launch finds, or was told.
         if not (is_usage or is_shared(error)) or _is_first("RANK"):

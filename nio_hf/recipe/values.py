@@ -82,10 +82,13 @@ def _parts(annotation: Any) -> Iterator[Any]:
 def _problem(setting: Setting, errors: Sequence[Mapping[str, Any]], annotation: Any) -> Problem:
     """The problem of a value, or of the first entry of it that is wrong."""
     parts, where = list(_parts(annotation)), setting.where
-    inner = [error for error in errors if any(isinstance(part, int) for part in error["loc"])]
+    # The places of errors begin with a member of the union, where it has several.
+    tagged = (
+        get_origin(annotation) in (Union, UnionType) and sum(part is not NoneType for part in get_args(annotation)) > 1
+    )
+    inner = [error for error in errors if error["loc"][tagged:]]
     first = (inner or errors)[0]
-    if inner:
-        where += "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
+    where += "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][tagged:])
     value, kind = first["input"], first["type"]
     if kind == "value_error":
         return Problem(where, f"{value!r}", str(first["ctx"]["error"]))

@@ -26,18 +26,13 @@ def write(folder: Path, text: str, name: str = "recipe") -> str:
         ("horizontal_flip: 1.5", "line 4, horizontal_flip: 1.5. Give a number in [0, 1]"),
         ("crop_ratio: 0.0", "crop_ratio: 0.0. Give a number in (0, 1]"),
         ("crop_scale: [0.5, 0.1]", "crop_scale: [0.5, 0.1]. Give two rising numbers"),
-        ("crop_scale: [0.5]", "Give two rising numbers"),
         ("crop_scale: [0.5, 1.5]", "line 4, crop_scale[1]: 1.5. Give a number in (0, 1]"),
         ("weight_decay: .inf", "line 4, weight_decay: inf. Give a finite number"),
         ("ema_decay: 0", "line 4, ema_decay: 0. Give a number in (0, 1), or null"),
         ("image_mean: [0.5, 0.5]", "image_mean: [0.5, 0.5]. Give three numbers"),
         ("image_std: [0.5, 0.5, 0.0]", "line 4, image_std[2]: 0.0. Give a number above 0"),
-        ("image_mean: [0.5, a, 0.5]", "line 4, image_mean[1]: 'a', text. Give a number"),
-        ("max_train_samples: 0", "max_train_samples: 0. Give a whole number of at least 1"),
         ("ema_decay: 1.0", "ema_decay: 1.0. Give a number in (0, 1)"),
         ("random_crop: centre", "random_crop: 'centre'. Choose one of none, resized, padded"),
-        ("nio_augment: hard", "nio_augment: 'hard'. Choose one of clean, augmented, mixed"),
-        ("no_weight_decay: vectors", "no_weight_decay: 'vectors', text. Give a list"),
         ("streaming: true", "streaming: without max_steps"),
         ("streaming: true\nmax_steps: 5\nrepeated_augmentation: 3", "repeated_augmentation: given with streaming"),
         ("global_batch_size: 8\ngradient_accumulation_steps: 2", "given beside global_batch_size"),
@@ -51,6 +46,7 @@ def write(folder: Path, text: str, name: str = "recipe") -> str:
         ("optim: lomo", "Install it, or choose another optim"),
         ("lr_scheduler_kwargs: {foo: 1}", "line 4, lr_scheduler_kwargs: "),
         ("lr_scheduler_type: cosine_with_min_lr", "line 4, lr_scheduler_type: "),
+        ("deepspeed: nowhere.json", "line 4, deepspeed: cannot be read"),
         ("global_batch_size: 12", "12 is no multiple of 8 samples on one process"),
     ],
 )
@@ -105,11 +101,6 @@ def test_a_model_that_does_not_fit_the_images_is_refused(overrides: str, message
         load_recipe(write(tmp_path, MINIMAL), overrides.split())
     assert message in str(raised.value)
     load_recipe(write(tmp_path, MINIMAL), ["--model_name_or_path", "null"])
-
-
-def test_a_deepspeed_file_that_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="line 4, deepspeed: cannot be read"):
-        load_recipe(write(tmp_path, f"{MINIMAL}deepspeed: nowhere.json\n"))
 
 
 @pytest.mark.parametrize(
