@@ -13,5 +13,5 @@ project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["
 asked = {*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)}
 constraints = re.findall(r"^torch==.*$", (root / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
 if sys.argv[1] == "floors":
-    constraints += [name.replace(">=", "==") for name in sorted(asked) if re.match(r"(?!torch>=)[\w-]+>=", name)]
+    constraints += [name.replace(">=", "==") for name in sorted(asked) if re.match(r"(?!torch>=)[\w.-]+>=", name)]
 print(*constraints, sep="\n")

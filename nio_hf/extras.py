@@ -8,14 +8,17 @@ from nio_hf.errors import MissingExtraError, Problem
 
 EXTRAS = {
     "report": ("matplotlib", "PIL"),
-    "recipes": ("datasets", "evaluate", "filelock", "kornia", "matplotlib", "PIL", "pyarrow", "scipy", "sklearn"),
+    "recipes": (
+        *("annotated_types", "datasets", "evaluate", "filelock", "kornia", "matplotlib", "PIL", "pyarrow"),
+        *("pydantic", "ruamel.yaml", "scipy", "sklearn"),
+    ),
 }
 """{extra: modules that it brings}; the packages are in pyproject.toml."""
 
 
 def missing_modules(extra: str) -> list[str]:
     """Modules of an extra that are not installed."""
-    return [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
+    return [module for module in EXTRAS[extra] if importlib.util.find_spec(module.partition(".")[0]) is None]
 
 
 def require(extra: str, what: str) -> None:

@@ -8,15 +8,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from accelerate.commands.config.config_args import default_config_file
 
+from nio_hf.catalog import find_accelerate_config
 from nio_hf.console import STATUS_FILE
 from nio_hf.errors import Problem, RecipeError
-from nio_hf.recipe.catalog import find_accelerate_config
 from nio_hf.recipe.loading import load_recipe
 
 _SIGNAL_STATUS = 128
@@ -28,8 +28,8 @@ def launch_command(options: Mapping[str, str], arguments: Sequence[str]) -> list
     """The command line of `accelerate launch -m nio_hf.train`.
 
     Args:
-        options: of `accelerate launch`, by name; `config_file` may name one that comes with the package.
-        arguments: the recipe and its overrides. They stand behind the module, where `accelerate launch` leaves them
+        options: Options of `accelerate launch`, by name; `config_file` may name one that comes with the package.
+        arguments: The recipe and its overrides. They stand behind the module, where `accelerate launch` leaves them
             alone, so `--gradient_accumulation_steps` is always the recipe's.
 
     Raises:
@@ -42,35 +42,18 @@ def launch_command(options: Mapping[str, str], arguments: Sequence[str]) -> list
 
 
 def launch(options: Mapping[str, str], arguments: Sequence[str]) -> int:
-    """Run `accelerate launch` and return the exit status of the training, signals handed on to it.
+    """Run `accelerate launch` and return the exit status of the training; signals reach all of its processes.
 
     Raises:
         RecipeError: for a configuration file that does not exist, for several processes where `accelerate launch` would
             run one without a word, or for a recipe that does not validate.
     """
-    command = launch_command(options, arguments)
-    _check_processes(options)
-    load_recipe(arguments[0], arguments[1:], world_size=int(options.get("num_processes", "1")))
-    with tempfile.TemporaryDirectory() as folder:
-        status_file = Path(folder) / "status"
-        # In a session of its own, so that a signal reaches the launcher and the training alike.
-        environment = {**os.environ, STATUS_FILE: str(status_file)}
-        with _forwarding() as receivers, subprocess.Popen(command, env=environment, start_new_session=True) as process:
-            receivers.append(process)
-            status = process.wait()
-        own = int(status_file.read_text(encoding="ascii")) if status_file.is_file() else 0
-    if status != 0 and own != 0:
-        return own
-    return status if status >= 0 else _SIGNAL_STATUS - status
-
-
-@contextlib.contextmanager
-def _forwarding() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Hand signals on to all that some processes have started, and wait for how they end.
-
-    Yields:
-        The processes, none at first.
-    """
+    command, processes = launch_command(options, arguments), options.get("num_processes", "1")
+    configured = "config_file" in options or Path(default_config_file).is_file()
+    if processes != "1" and not configured and not torch.accelerator.is_available():
+        found = f"{processes} without a GPU: accelerate would run one process"
+        raise RecipeError(Problem("num_processes", found, "Add --config_file multi_cpu"))
+    load_recipe(arguments[0], arguments[1:], world_size=int(processes))
     receivers: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: object) -> None:
@@ -78,17 +61,19 @@ def _forwarding() -> Iterator[list[subprocess.Popen[bytes]]]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number) if hasattr(os, "killpg") else process.send_signal(number)
 
-    former = {number: signal.signal(number, forward) for number in _FORWARDED}
-    try:
-        yield receivers
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
-def _check_processes(options: Mapping[str, str]) -> None:
-    """Several processes need several devices, or a configuration that says otherwise."""
-    configured = "config_file" in options or Path(default_config_file).is_file()
-    if options.get("num_processes", "1") != "1" and not configured and not torch.accelerator.is_available():
-        found = f"{options['num_processes']} without a GPU: accelerate would run one process"
-        raise RecipeError(Problem("num_processes", found, "Add --config_file multi_cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        status_file = Path(folder) / "status"
+        environment = {**os.environ, STATUS_FILE: str(status_file)}
+        former = {number: signal.signal(number, forward) for number in _FORWARDED}
+        try:
+            # In a session of its own, so that a signal reaches the launcher and the training alike.
+            with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+                receivers.append(process)
+                status = process.wait()
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+        own = int(status_file.read_text(encoding="ascii")) if status_file.is_file() else 0
+    if status != 0 and own != 0:
+        return own
+    return status if status >= 0 else _SIGNAL_STATUS - status

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-from nio_hf.console import FAILURE, exit_status, print_run
+from nio_hf.catalog import DEFAULT_RECIPE, recipe_name, split_arguments
+from nio_hf.console import FAILURE, exit_status, print_results
 from nio_hf.core import NIOResult
 from nio_hf.durable.preemption import preempted_at_once
 from nio_hf.durable.trainer import AUTO
@@ -19,7 +20,6 @@ from nio_hf.errors import ConfigError, HubError, NIOError, NumericsError, Proble
 from nio_hf.files import output_errors
 from nio_hf.hub.run_folder import SAMPLE_NAME, read_run
 from nio_hf.hub.trainer import PLOTS_DIR_NAME
-from nio_hf.recipe.catalog import DEFAULT_RECIPE, recipe_name, split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.report import SummaryRow, draw_run, summary_rows
 from nio_hf.report.run import Run
@@ -27,8 +27,6 @@ from nio_hf.tasks import build_trainer
 from nio_hf.training.trainer import RecipeTrainer
 
 EMA_DIR_NAME = "ema"
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -37,13 +35,13 @@ class RunReport:
     """What a run achieved and wrote.
 
     Attributes:
-        title: names the run.
-        rows: the summary table, (quantity, before, after).
-        result: of the NIO run that the model started from; None where there was none.
-        metrics: of the Trainer.
+        title: Name of the run.
+        rows: Summary table, (quantity, before, after).
+        result: Result of the NIO run that the model started from; None where there was none.
+        metrics: Metrics of the Trainer.
         written: {what: path or address} of all that was written.
-        is_main_process: whether this process is the one that reports.
-        failure: why it is no success, or why it was not pushed; None where all went well.
+        is_main_process: Whether this process is the one that reports.
+        failure: Error that the run ended with, or its push; None where all went well.
     """
 
     title: str
@@ -81,7 +79,7 @@ def train(recipe: Recipe) -> RunReport:
             (output_dir / SAMPLE_NAME).write_text(sample, encoding="utf-8")
         run = _report(trainer, recipe, metrics)
     with _stopping_at_once(recipe):
-        return _pushed(run, trainer)
+        return _push(run, trainer)
 
 
 def _stopping_at_once(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
@@ -102,7 +100,42 @@ def initialise(recipe: Recipe) -> RunReport:
         raise ConfigError(Problem("push_to_hub", "with nio_save_init: false", fix))
     trainer = build_trainer(recipe)
     trainer.run_nio(resume=recipe.training.resume_from_checkpoint == AUTO)
-    return _pushed(_report(trainer, recipe, {}), trainer)
+    return _push(_report(trainer, recipe, {}), trainer)
+
+
+def _report(trainer: RecipeTrainer, recipe: Recipe, metrics: dict[str, float]) -> RunReport:
+    """Collect, and on the main process draw, what a run leaves behind."""
+    output_dir, is_main_process = Path(cast(str, recipe.training.output_dir)), trainer.is_world_process_zero()
+    result, written = trainer.nio_result, dict[str, Path | str]()
+    if result is not None and recipe.training.nio_save_init:
+        written["Initialised checkpoint"] = trainer.nio_init_dir
+    if metrics:
+        written["Trained model"] = output_dir
+    if is_main_process:
+        run = read_run(output_dir) if metrics else Run(output_dir.name, trainer.run_facts(), result)
+        # A training that was resumed, or loaded an initialised checkpoint, has not run NIO itself.
+        result = result or run.result
+        written |= draw_run(run, output_dir / PLOTS_DIR_NAME)
+    rows = [*summary_rows(result, metrics), *trainer.summary_rows()]
+    failure = None
+    if not all(math.isfinite(metrics.get(name, 0.0)) for name in ("train_loss", "eval_loss")):
+        failure = NumericsError(Problem("the training", "diverged: its loss is not finite", "Lower learning_rate"))
+    return RunReport(recipe_name(recipe.path), rows, result, metrics, written, is_main_process, failure)
+
+
+def _push(run: RunReport, trainer: RecipeTrainer) -> RunReport:
+    """Push what a run has made, where that is asked for and it did not fail; all of it is saved."""
+    if run.failure is not None:
+        return run
+    if not trainer.args.push_to_hub:
+        if trainer.args.hub_private_repo and run.is_main_process:
+            logger.warning("Nothing is pushed: --private needs --push_to_hub USER/NAME beside it.")
+        return run
+    try:
+        commit = trainer.push_to_hub()
+    except HubError as error:
+        return dataclasses.replace(run, failure=error)
+    return run if commit is None else dataclasses.replace(run, written={**run.written, "On the Hub": commit.repo_url})
 
 
 def run_recipe(action: Callable[[Recipe], RunReport], arguments: Sequence[str]) -> int:
@@ -111,9 +144,10 @@ def run_recipe(action: Callable[[Recipe], RunReport], arguments: Sequence[str]) 
     def command() -> int:
         run = action(load_recipe(*split_arguments(arguments)))
         if run.is_main_process:
-            print_run(run.title, run.rows, run.result.message if run.result else None, run.written)
-        if run.failure is not None and run.is_main_process:
-            raise run.failure
+            sentences = [f"Initialisation: {run.result.message}"] if run.result else []
+            print_results(run.title, {"": (("", "before NIO", "after"), run.rows)}, sentences, run.written)
+            if run.failure is not None:
+                raise run.failure
         return FAILURE if run.failure is not None else 0
 
     return exit_status(command)
@@ -127,43 +161,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"Without RECIPE it is {DEFAULT_RECIPE}.\n")
         return 0
     return run_recipe(train, arguments)
-
-
-def _report(trainer: RecipeTrainer, recipe: Recipe, metrics: dict[str, float]) -> RunReport:
-    """Collect, and on the main process draw, what a run leaves behind."""
-    output_dir = Path(cast(str, recipe.training.output_dir))
-    result, written = trainer.nio_result, dict[str, Path | str]()
-    if result is not None and recipe.training.nio_save_init:
-        written["Initialised checkpoint"] = trainer.nio_init_dir
-    if metrics:
-        written["Trained model"] = output_dir
-    if trainer.is_world_process_zero():
-        run = read_run(output_dir) if metrics else Run(output_dir.name, trainer.run_facts(), result)
-        # A training that was resumed, or loaded an initialised checkpoint, has not run NIO itself.
-        result = result or run.result
-        written |= draw_run(run, output_dir / PLOTS_DIR_NAME)
-    rows = summary_rows(result, metrics)
-    rows += trainer.summary_rows()
-    failure = None
-    if not all(math.isfinite(metrics.get(name, 0.0)) for name in ("train_loss", "eval_loss")):
-        failure = NumericsError(Problem("the training", "diverged: its loss is not finite", "Lower learning_rate"))
-    title, is_main_process = recipe_name(recipe.path), trainer.is_world_process_zero()
-    return RunReport(title, rows, result, metrics, written, is_main_process, failure)
-
-
-def _pushed(run: RunReport, trainer: RecipeTrainer) -> RunReport:
-    """Push what a run has made, where that is asked for and it did not fail; all of it is saved."""
-    if run.failure is not None:
-        return run
-    if not trainer.args.push_to_hub:
-        if trainer.args.hub_private_repo and trainer.is_world_process_zero():
-            logger.warning("Nothing is pushed: --private needs --push_to_hub USER/NAME beside it.")
-        return run
-    try:
-        commit = trainer.push_to_hub()
-    except HubError as error:
-        return dataclasses.replace(run, failure=error)
-    return run if commit is None else dataclasses.replace(run, written={**run.written, "On the Hub": commit.repo_url})
 
 
 if __name__ == "__main__":

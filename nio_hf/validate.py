@@ -5,28 +5,27 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from rich.console import Console
 
-from nio_hf.console import exit_status, print_validation
+from nio_hf.console import FAILURE, exit_status, print_error
 from nio_hf.durable.manifest import check_checkpoint
 from nio_hf.durable.trainer import AUTO
 from nio_hf.errors import NIOError, Problem, RecipeError
 from nio_hf.files import ensure_writable
-from nio_hf.recipe.consistency import consistency_notes, consistency_problems
 from nio_hf.recipe.loading import Recipe, load_recipe
-from nio_hf.recipe.strict_yaml import with_values
 from nio_hf.tasks import build_trainer, task_of
-from nio_hf.trainer import NIOTrainingArguments
 from nio_hf.trainer.early_checks import check_best_metric
 from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.seeding import check_seedable
-from nio_hf.training.trainer import RecipeTrainer
 from nio_hf.training.weight_decay import decayed_parameters
 
+NIO, WARMUP, NO_WARMUP = "nio", "warmup", "no_warmup"
+"""Names of recipes that say what they are."""
 _SHORTEST = {"nio_report_batches": 1, "nio_iterations": 1, "nio_save_init": False}
 """Settings of the cheapest run of NIO."""
 
@@ -36,10 +35,10 @@ class Validation:
     """What was found about a recipe.
 
     Attributes:
-        name: as it was given.
-        summary: what the recipe comes to.
-        notes: what works but may not be meant.
-        error: what is wrong with it; None where nothing is.
+        name: Name as it was given.
+        summary: Model and batches that the recipe comes to.
+        notes: Settings that work but may not be meant, in words.
+        error: Error of the recipe; None where nothing is wrong.
     """
 
     name: str
@@ -54,31 +53,58 @@ def validate_recipe(
     """Check a recipe without training it.
 
     Args:
-        name: a YAML file or the name of a recipe that comes with the package.
-        overrides: options as of [`load_recipe`].
-        with_data: also load one batch to train on and one to evaluate on, and run NIO as shortly as it can.
-        num_processes: processes to check for; None for those of this run.
+        name: A YAML file, or the name of a recipe that comes with the package.
+        overrides: Options as of [`load_recipe`].
+        with_data: Whether to load one batch to train on and one to evaluate on, and run NIO as shortly as it can.
+        num_processes: Number of processes to check for; None for those of this run.
     """
+    # A recipe is checked for the machine that it is meant for: settings that need a GPU are no fault of it.
+    decided = {} if with_data or torch.accelerator.is_available() else {"use_cpu": True}
     try:
-        if not with_data and not torch.accelerator.is_available():
-            # A recipe is checked for the machine that it is meant for: settings that need a GPU are no fault of it.
-            overrides = with_values(overrides, {"use_cpu": True})
-        recipe = load_recipe(name, overrides, world_size=num_processes)
-        world_size = num_processes or recipe.training.world_size
+        recipe = load_recipe(name, overrides, decided=decided, world_size=num_processes)
         problems = list(consistency_problems(recipe))
         if problems:
             raise RecipeError(*problems)
-        parts = [_described_batch(recipe, world_size)]
-        if recipe.model.model_name_or_path is None:
-            parts.insert(0, _built(recipe))
+        world_size = num_processes or recipe.training.world_size
+        parts = [] if recipe.model.model_name_or_path is not None else [_build_model(recipe)]
+        size, steps = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
+        processes = f"{world_size} process{'es' if world_size > 1 else ''} x {size} x {steps} accumulated"
+        parts.append(f"{world_size * size * steps} samples a step: {processes}")
         if with_data:
-            parts.append(_try_data(name, overrides))
+            parts.append(_try_data(load_recipe(name, overrides)))
         return Validation(name, "; ".join(parts), tuple(consistency_notes(recipe, world_size)))
     except NIOError as error:
         return Validation(name, error=error)
 
 
-def _built(recipe: Recipe) -> str:
+def consistency_problems(recipe: Recipe) -> Iterator[Problem]:
+    """The settings that contradict the name of the recipe."""
+    variant, training = recipe.path.stem, recipe.training
+    if variant not in (NIO, WARMUP, NO_WARMUP):
+        return
+    if variant != WARMUP and training.warmup_steps > 0:
+        found = f"{training.warmup_steps:g} in a recipe without warmup"
+        yield Problem(recipe.place("warmup_steps"), found, "Set warmup_steps: 0")
+    if variant == WARMUP and training.warmup_steps == 0:
+        fix = "Say how many steps of warmup it has"
+        yield Problem(recipe.place("warmup_steps"), "0 in a recipe with warmup", fix)
+    if training.nio != (variant == NIO):
+        found, fix = f"{str(training.nio).lower()} in {recipe.path.name}", f"Set nio: {str(variant == NIO).lower()}"
+        yield Problem(recipe.place("nio"), found, fix)
+
+
+def consistency_notes(recipe: Recipe, world_size: int) -> Iterator[str]:
+    """What works but may not be meant, in words."""
+    training = recipe.training
+    if training.nio and training.warmup_steps > 0:
+        yield "NIO and warmup are both on: their effects cannot be told apart"
+    if training.nio and training.nio_sub_batches % world_size:
+        idle = world_size - training.nio_sub_batches
+        consequence = f"{idle} of them are idle" if idle > 0 else "some of them wait while others compute"
+        yield f"{training.nio_sub_batches} sub-batches on {world_size} processes: {consequence}"
+
+
+def _build_model(recipe: Recipe) -> str:
     """Build the model of a recipe without memory for weights, and return its name.
 
     Raises:
@@ -93,57 +119,58 @@ def _built(recipe: Recipe) -> str:
     return type(model).__name__
 
 
-def _described_batch(recipe: Recipe, world_size: int) -> str:
-    """The samples of an optimiser step, as they are shared."""
-    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
-    size, steps = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
-    return f"{world_size * size * steps} samples a step: {processes} x {size} x {steps} accumulated"
+def _try_data(recipe: Recipe) -> str:
+    """Load a batch of each split and run NIO shortly, in a folder that is thrown away; say what happened.
 
-
-def _try_data(name: str, overrides: Sequence[str]) -> str:
-    """Load a batch of each split and run NIO shortly, in a folder that is thrown away; say what happened."""
-    _check_folders(load_recipe(name, overrides).training)
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = load_recipe(name, with_values(overrides, {"output_dir": folder}))
-        trainer = build_trainer(recipe)
-        check_best_metric(trainer)
-        if trainer.args.nio_seed_optimizer is not None:
-            check_seedable(trainer)
-        model: Any = trainer.model
-        found = [f"{task_of(recipe).describe_batch(trainer)}, {model.num_parameters():,} parameters"]
-        if trainer.args.nio:
-            found.append(_try_nio(trainer))
-    return "; ".join(found)
-
-
-def _check_folders(args: NIOTrainingArguments) -> None:
-    """Refuse an output that cannot be written, and a checkpoint that cannot be resumed from, without making either."""
-    output_dir = Path(cast(str, args.output_dir))
+    Raises:
+        NIOError: for what a training would refuse before it starts: an output that cannot be written, a checkpoint that
+            cannot be resumed from, and what [`build_trainer`] and NIO refuse.
+    """
+    output_dir, checkpoint = Path(cast(str, recipe.training.output_dir)), recipe.training.resume_from_checkpoint
     ensure_writable(next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists()))
-    if args.resume_from_checkpoint not in (None, AUTO):
-        check_checkpoint(Path(args.resume_from_checkpoint), verify=True)
-
-
-def _try_nio(trainer: RecipeTrainer) -> str:
-    """Check that there is data for the run of NIO that the recipe asks for, do the shortest one; say what it did."""
-    args = trainer.args
-    trainer.get_nio_dataloader()
-    vars(args).update(_SHORTEST)
-    if "iterations" in METHODS[args.nio_method].options:
-        args.nio_method_kwargs = {**args.nio_method_options, "iterations": 1}
-    result = trainer.run_nio()
-    return f"a short run of {result.title}: GradCosine {result.before.value:.3f} -> {result.after.value:.3f}"
+    if checkpoint not in (None, AUTO):
+        check_checkpoint(Path(checkpoint), verify=True)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(recipe.replace({"output_dir": folder}))
+        args, model = trainer.args, cast(Any, trainer.model)
+        check_best_metric(trainer)
+        if args.nio_seed_optimizer is not None:
+            check_seedable(trainer)
+        found = f"{task_of(recipe).describe_batch(trainer)}, {model.num_parameters():,} parameters"
+        if not args.nio:
+            return found
+        # There is to be data for the run that the recipe asks for.
+        trainer.get_nio_dataloader()
+        vars(args).update(_SHORTEST)
+        if "iterations" in METHODS[args.nio_method].options:
+            args.nio_method_kwargs = {**args.nio_method_options, "iterations": 1}
+        result = trainer.run_nio()
+    values = f"GradCosine {result.before.value:.3f} -> {result.after.value:.3f}"
+    return f"{found}; a short run of {result.title}: {values}"
 
 
 def run_validation(arguments: Sequence[str], *, with_data: bool, num_processes: int | None) -> int:
-    """Validate the recipes that stand first on a command line with the overrides behind them; returns the status."""
+    """Validate the recipes that stand first on a command line with the overrides behind them.
+
+    Each result is printed as soon as it is known; returns the exit status.
+    """
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
-    overrides = arguments[len(names) :]
+    overrides, console = arguments[len(names) :], Console()
 
     def command() -> int:
         if not names:
             raise RecipeError(Problem("nio-hf validate", "no recipe", "Name one, or the path of a YAML file"))
-        found = (validate_recipe(name, overrides, with_data=with_data, num_processes=num_processes) for name in names)
-        return print_validation((v.name, v.summary, v.notes, v.error) for v in found)
+        failures = 0
+        for name in names:
+            found = validate_recipe(name, overrides, with_data=with_data, num_processes=num_processes)
+            if found.error is None:
+                console.print(f"[green]ok[/green]  {name}  [dim]{found.summary}[/dim]", highlight=False, soft_wrap=True)
+            else:
+                failures += 1
+                console.print(f"[red]no[/red]  {name}", highlight=False, soft_wrap=True)
+                print_error(found.error, console)
+            for note in found.notes:
+                console.print(f"    Note: {note}.", style="yellow", highlight=False, soft_wrap=True)
+        return FAILURE if failures else 0
 
     return exit_status(command)

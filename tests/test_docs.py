@@ -14,8 +14,8 @@ from accelerate.state import AcceleratorState
 
 import nio_hf
 from nio_hf import NIOConfig, NIOTrainingArguments
-from nio_hf.recipe.catalog import find_recipe
-from nio_hf.recipe.loading import known_keys
+from nio_hf.catalog import find_recipe
+from nio_hf.recipe.settings import known_keys
 from tests.trainer.toys import ToyImages
 
 ROOT = Path(__file__).parent.parent

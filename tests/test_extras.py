@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 CORE_ONLY = """
 import importlib.metadata, sys
 from nio_hf.extras import EXTRAS
-absent = {*EXTRAS["recipes"], "pandas", "pyarrow", "dill", "multiprocess"} - {"filelock"}  # torch brings it
+absent = {*EXTRAS["recipes"], "pandas", "pyarrow", "dill", "multiprocess"}
+absent -= {"filelock", "annotated_types", "pydantic"}  # torch and DeepSpeed bring them
 sys.modules.update(dict.fromkeys(absent))
 known = importlib.metadata.version
 def version(name):
@@ -83,7 +84,7 @@ def test_plots_name_their_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_every_module_of_an_extra_is_brought_by_its_packages() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    distributions = {"PIL": "pillow", "sklearn": "scikit-learn"}
+    distributions = {"annotated_types": "annotated-types", "PIL": "pillow", "sklearn": "scikit-learn"}
     for name, modules in extras.EXTRAS.items():
         asked = [text.split(">=")[0] for text in project[name] + project["report"]]
         assert {distributions.get(module, module) for module in modules} == set(asked) - {"nio-hf[report]"}

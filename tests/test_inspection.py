@@ -94,20 +94,9 @@ def test_a_model_without_a_recipe_needs_a_data_set(
     assert inspected(tmp_path / "inspect")["steps"] == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("vit-tiny/digits/nope", "no such recipe file"),
-        ("nowhere", "no such recipe file"),
-        ("recipe.yaml", "no such recipe file"),
-    ],
-)
-def test_what_cannot_be_found(name: str, said: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_inspection([name]) == 2
-    assert said in capfd.readouterr().err
-
-
-def test_a_folder_without_a_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_holds_no_model_or_recipe_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_inspection(["vit-tiny/digits/nope"]) == 2
+    assert "no such recipe file" in capfd.readouterr().err
     assert run_inspection([str(tmp_path)]) == 1
     assert "no model in it. Give an output_dir" in capfd.readouterr().err
 

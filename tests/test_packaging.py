@@ -42,7 +42,7 @@ def test_the_wheel_holds_every_module_template_and_recipe(wheel: Path) -> None:
 
 def test_recipes_are_found_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "import nio_hf.recipe.catalog as c; print(c.__file__, *c.recipe_names(), c.recipes_dir())"
+    code = "import nio_hf.catalog as c; print(c.__file__, *c.recipe_names(), c.recipes_dir())"
     command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {code}"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.split()
     assert shown[0].startswith(str(tmp_path / "site"))
@@ -76,6 +76,7 @@ def test_every_imported_package_is_declared() -> None:
             elif isinstance(node, ast.ImportFrom):
                 imported.add(str(node.module).split(".")[0])
     names = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+    names |= {"annotated_types": "annotated-types", "ruamel": "ruamel.yaml"}
     asked = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["recipes"]]
     asked += PROJECT["optional-dependencies"]["report"]
     declared = {Requirement(text).name for text in asked} - {"nio-hf"}

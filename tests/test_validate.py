@@ -6,12 +6,12 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from nio_hf.cli.main import app
 from nio_hf.errors import MetricError
-from nio_hf.validate import validate_recipe
+from nio_hf.recipe.loading import Recipe, load_recipe
+from nio_hf.validate import consistency_notes, consistency_problems, validate_recipe
 from tests.image_training.folders import make_folder, write_recipe
 
 RUNNER = CliRunner()
@@ -48,7 +48,6 @@ def test_recipes_that_pass_and_recipes_that_do_not_are_all_reported(tmp_path: Pa
         (["validate", "vit-tiny/digits/nio", "--use_cpu"], 0, "ok"),
         (["validate", "vit-base/imagenet-1k/nio", "--num_processes", "3"], 1, "1024 is no multiple of 128 samples on"),
         (["validate", "vit-base/imagenet-1k/nio", "--model_config.hidden_act", "relux"], 1, "no model can be built"),
-        (["validate", "vit-base/imagenet-1k/nio", "--model_config.patch_size", "0"], 1, "patch_size: 0. Give a whole"),
         (["validate", "vit-tiny/digits/nio", "--no_weight_decay", "[foo]"], 1, "has no parameter 'foo'"),
         (["validate", "vit-tiny/digits/nio", "--model_type", "efficientnet", "--image_size", "8"], 1, "image_size"),
         (
@@ -98,8 +97,6 @@ def test_with_data_the_method_of_the_recipe_runs(
         (["--data_dir", "nowhere"], "data_dir: 'nowhere' cannot be loaded as 'imagefolder'"),
         (["--label_column", "path"], "label_column: 'path' is no column"),
         (["--nio_batch_size", "64"], "train_dataset: 36 samples for 1 report batches of 64"),
-        (["--nio_report_batches", "5"], "train_dataset: 36 samples for 5 report batches of 8"),
-        (["--model_config.num_labels", "7"], "num_labels"),
         (["--report_to", "nowhere"], "nowhere is not supported"),
         (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint: 'nowhere' is no folder"),
         (["--nio_seed_optimizer", "gi_adam", "--optim", "sgd"], "nio_seed_optimizer: given with SGD"),
@@ -110,11 +107,6 @@ def test_with_data_the_method_of_the_recipe_runs(
             "dataloader_drop_last: true, and 36 images fill no batch of 64",
         ),
         (["--streaming", "true", "--nio_batch_size", "64"], "batches: 0 batches, of which 1 are to be reported on"),
-        pytest.param(
-            ["--bf16", "true", "--use_cpu", "false"],
-            "--bf16: this machine has no GPU for it",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
     ],
 )
 def test_what_training_refuses_before_it_starts_is_an_error_of_that_recipe(
@@ -132,3 +124,38 @@ def test_a_metric_that_no_evaluation_has_is_refused_before_a_training_is_paid(im
     assert isinstance(found.error, MetricError)
     assert "metric_for_best_model: 'acuracy', and evaluations have accuracy, loss, " in str(found.error)
     assert validate_recipe(recipe, [*options, "--metric_for_best_model", "accuracy"], with_data=True).error is None
+
+
+def _load(folder: Path, text: str, name: str) -> Recipe:
+    minimal = "model_type: vit\nmodel_config: {image_size: 8, patch_size: 2}\n"
+    (folder / f"{name}.yaml").write_text(minimal + text)
+    return load_recipe(str(folder / f"{name}.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "messages"),
+    [
+        ("nio", "warmup_steps: 10\n", ["10 in a recipe without warmup. Set warmup_steps: 0"]),
+        (
+            "no_warmup",
+            "warmup_steps: 0.1\n",
+            ["0.1 in a recipe without warmup", "true in no_warmup.yaml. Set nio: false"],
+        ),
+        ("warmup", "nio: false\n", ["0 in a recipe with warmup"]),
+        ("nio", "nio: false\n", ["false in nio.yaml. Set nio: true"]),
+        ("nio", "", []),
+        ("mine", "warmup_steps: 10\n", []),
+    ],
+)
+def test_a_recipe_is_what_its_name_claims(name: str, text: str, messages: list[str], tmp_path: Path) -> None:
+    found = list(consistency_problems(_load(tmp_path, text, name)))
+    assert len(found) == len(messages)
+    for problem, message in zip(found, messages, strict=True):
+        assert message in str(problem)
+
+
+def test_what_works_but_may_not_be_meant_is_noted(tmp_path: Path) -> None:
+    recipe = _load(tmp_path, "warmup_steps: 10\nnio_sub_batches: 4\n", "mine")
+    assert list(consistency_notes(recipe, 1)) == ["NIO and warmup are both on: their effects cannot be told apart"]
+    assert "4 sub-batches on 3 processes: some of them wait" in list(consistency_notes(recipe, 3))[1]
+    assert "4 sub-batches on 8 processes: 4 of them are idle" in list(consistency_notes(recipe, 8))[1]

@@ -7,11 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from nio_hf.recipe.catalog import DEFAULT_RECIPE
+from nio_hf.catalog import DEFAULT_RECIPE
 
-Private = Annotated[
-    bool, typer.Option("--private", help="With --push_to_hub USER/NAME: make the repository a private one.")
-]
+
+def option_in(panel: str | None) -> Callable[..., Any]:
+    """What makes the options of a panel of the help: from name, text and least value."""
+
+    def option(name: str, text: str, least: int | None = None) -> Any:
+        names = dict.fromkeys((f"--{name}",) if "/" in name else (f"--{name}", f"--{name.replace('_', '-')}"))
+        return typer.Option(*names, help=text, rich_help_panel=panel, min=least)
+
+    return option
+
+
+option = option_in(None)
+Private = Annotated[bool, option("private", "With --push_to_hub USER/NAME: make the repository a private one.")]
 RecipeArguments = Annotated[
     list[str] | None,
     typer.Argument(
@@ -21,13 +31,3 @@ RecipeArguments = Annotated[
         show_default=False,
     ),
 ]
-
-
-def option_in(panel: str) -> Callable[..., Any]:
-    """What makes the options of a panel of the help: from name, text and least value."""
-
-    def option(name: str, text: str, least: int | None = None) -> Any:
-        names = dict.fromkeys((f"--{name}",) if "/" in name else (f"--{name}", f"--{name.replace('_', '-')}"))
-        return typer.Option(*names, help=text, rich_help_panel=panel, min=least)
-
-    return option

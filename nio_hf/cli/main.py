@@ -7,19 +7,10 @@ import sys
 import typer
 
 import nio_hf
-from nio_hf.cli import recipes
+from nio_hf.cli import recipes, runs
 from nio_hf.cli.compare import compare
-from nio_hf.cli.init import init
-from nio_hf.cli.inspect import inspect
-from nio_hf.cli.push import push
-from nio_hf.cli.report import report
-from nio_hf.cli.train import train
 from nio_hf.cli.tune import tune
-from nio_hf.cli.validate import validate
 from nio_hf.errors import MissingExtraError
-
-_RECIPE_COMMAND = {"ignore_unknown_options": True}
-"""Every `--key value` behind the recipe is an override."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,14 +18,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Neural Initialization Optimization: an initialisation fitted to the model and the data.",
 )
-app.command(context_settings=_RECIPE_COMMAND)(train)
-app.command(context_settings=_RECIPE_COMMAND)(init)
-app.command(context_settings=_RECIPE_COMMAND)(validate)
-app.command(context_settings=_RECIPE_COMMAND)(inspect)
-app.command(context_settings=_RECIPE_COMMAND)(compare)
-app.command(context_settings=_RECIPE_COMMAND)(tune)
-app.command()(report)
-app.command()(push)
+for _command in (runs.train, runs.init, runs.validate, runs.inspect, compare, tune):
+    # Every `--key value` behind the recipe is an override.
+    app.command(context_settings={"ignore_unknown_options": True})(_command)
+app.command()(runs.report)
+app.command()(runs.push)
 app.add_typer(recipes.app, name="recipes")
 
 

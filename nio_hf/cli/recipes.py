@@ -16,10 +16,12 @@ _Name = Annotated[str, typer.Argument(help="Name of a recipe, e.g. vit-tiny/digi
 def recipes(context: typer.Context) -> None:
     """List the recipes, with a line each."""
     if context.invoked_subcommand is None:
-        from nio_hf.console import print_recipes
-        from nio_hf.recipe.catalog import accelerate_config_names, describe, recipe_names
+        from nio_hf.catalog import accelerate_config_names, describe, recipe_names
+        from nio_hf.console import print_results
 
-        print_recipes({name: describe(name) for name in recipe_names()}, accelerate_config_names())
+        rows = [(name, describe(name)) for name in recipe_names()]
+        configs = ", ".join(accelerate_config_names())
+        print_results("", {"": (("", ""), rows)}, [f"For `nio-hf train --config_file NAME`: {configs}"], {})
 
 
 @app.command()
@@ -30,13 +32,17 @@ def show(
     ] = False,
 ) -> None:
     """Print a recipe."""
+    from nio_hf.catalog import find_recipe
     from nio_hf.console import exit_status
-    from nio_hf.recipe.catalog import find_recipe
-    from nio_hf.recipe.layering import resolved_yaml
 
     def action() -> int:
         path = find_recipe(name)
-        typer.echo(resolved_yaml(path) if resolved else path.read_text(encoding="utf-8"), nl=False)
+        text = path.read_text(encoding="utf-8")
+        if resolved:
+            from nio_hf.recipe.layering import read_layers, settings_yaml
+
+            text = settings_yaml(read_layers(path))
+        typer.echo(text, nl=False)
         return 0
 
     raise typer.Exit(exit_status(action))
@@ -51,8 +57,8 @@ def copy(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
     """Copy a recipe, to change it."""
+    from nio_hf.catalog import copy_recipe
     from nio_hf.console import exit_status
-    from nio_hf.recipe.catalog import copy_recipe
 
     def action() -> int:
         typer.echo(f"Copied to {copy_recipe(name, destination, replace=force)}")

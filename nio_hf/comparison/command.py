@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from nio_hf.catalog import split_arguments
 from nio_hf.comparison.arms import ARMS, CONTROLLED, choose_arms
 from nio_hf.comparison.comparing import compare
 from nio_hf.comparison.plan import Plan
 from nio_hf.comparison.report import EVALUATED, grid_columns, grid_rows, sentences, verdict_columns, verdict_rows
-from nio_hf.console import exit_status, print_comparison
+from nio_hf.console import exit_status, print_results
 from nio_hf.errors import Problem, RecipeError
-from nio_hf.recipe.catalog import split_arguments
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.trials.bench import Bench
 from nio_hf.trials.options import (
@@ -74,7 +74,7 @@ def run_comparison(
         if findings.verdicts:
             title = f"On {plan.verdict_seeds} fresh seeds and {EVALUATED[findings.evaluated is not None]}"
             tables[title] = (verdict_columns(findings.metric), verdict_rows(findings))
-        print_comparison(findings.title, tables, sentences(findings), written)
+        print_results(findings.title, tables, sentences(findings), written)
         return 0
 
     return exit_status(command, interrupted=GO_ON)

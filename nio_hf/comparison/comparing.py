@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from nio_hf.catalog import recipe_name
 from nio_hf.comparison.analysis import cells, choose, largest_gain, warmup_gains
 from nio_hf.comparison.arms import CONTROLLED
 from nio_hf.comparison.findings import Findings
@@ -13,7 +14,6 @@ from nio_hf.comparison.plan import Plan
 from nio_hf.comparison.report import write_report
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.metrics import Metric
-from nio_hf.recipe.catalog import recipe_name
 from nio_hf.tasks import describe_data
 from nio_hf.trials.bench import Bench, Trials
 from nio_hf.trials.progress import Progress

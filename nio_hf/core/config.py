@@ -44,19 +44,19 @@ class NIOConfig:
         search: How the scales are found. "balance" computes them: layers keep the variance of their inputs, and
             additive tensors become as large as what they are added to (see `nio_hf.core.balance`). "published" is the
             algorithm of the paper: Adam on omega, a new batch for every step (see [`NIOConfig.published`]).
-        strength: Of "balance": t, where omega_k = c_k^t for the computed scales c_k. 1 applies them whole.
+        strength: Exponent t of "balance": omega_k = c_k^t for the computed scales c_k. 1 applies them whole.
         groups: Which tensors share a scale. "additive" sets apart what is added to activations, such as positions and
             tokens; "model" has one scale for all; "tensor" one for each, which only "published" makes use of. A mapping
             {name of a group: regular expression} groups tensors by name, and scales no others.
-        scaled_tensors: "weights" are matrices, tables and tokens. "all" are these and what has one number a channel or
-            head, such as biases and the weights of normalisation (see [`kinds_of`]). A mapping in `groups` goes before
-            it.
-        sub_batches: D, from 2 to B.
+        scaled_tensors: Tensors that are scaled. "weights" are matrices, tables and tokens. "all" are these and what has
+            one number a channel or head, such as biases and the weights of normalisation (see [`kinds_of`]). A mapping
+            in `groups` goes before it.
+        sub_batches: Number D of the sub-batches that a batch is split into, from 2 to B.
         report_batches: Number of batches on which GC, GN and loss are measured before and after. Bounds are judged on
             the same ones.
         loss_bound: rho, of "balance": the loss may rise to (1 + rho) times that of the start. None for no bound.
         least_norm: Of "balance": GN may fall to that share of GN at the start. None for no bound.
-        scale_range: (least, largest) omega.
+        scale_range: Least and largest scale omega.
         objective: What "published" raises: "gc_sum_norm" is GC + sum of the D norms, "gc" is GC.
         iterations: Number of steps of "published".
         lr: Learning rate of Adam on omega, of "published".
@@ -67,8 +67,8 @@ class NIOConfig:
             gradients are kept between the passes where they fit into the memory that is free.
         micro_batch_size: Samples of a sub-batch that are computed at once; None computes a sub-batch whole. An
             out-of-memory halves it by itself.
-        precision: "fp32" computes in the precision of the parameters. "bf16" computes the loss under bfloat16
-            autocast, with exact curvature only.
+        precision: Precision of the loss. "fp32" computes in the precision of the parameters. "bf16" computes the loss
+            under bfloat16 autocast, with exact curvature only.
         seed: Of the random numbers of losses, and of the order of the samples in "published".
 
     Raises:

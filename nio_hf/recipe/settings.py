@@ -1,12 +1,46 @@
-"""What a recipe says beside the training arguments: model, data, augmentation and optimisation."""
+"""Settings of a recipe with their ranges: model, data, augmentation, optimisation, and the training arguments."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import functools
+import typing
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
+from pydantic import AfterValidator
+
+from nio_hf.trainer import NIOTrainingArguments
 
 OptimizerName = Literal["radam", "muon"]
 TaskName = Literal["image-classification", "causal-lm", "masked-lm"]
+
+Count = Annotated[int, Interval(ge=1)]
+AtLeastTwo = Annotated[int, Interval(ge=2)]
+NotNegative = Annotated[float, Interval(ge=0)]
+Positive = Annotated[float, Interval(gt=0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+ShareBelowOne = Annotated[float, Interval(ge=0, lt=1)]
+PositiveShare = Annotated[float, Interval(gt=0, le=1)]
+PartOfWhole = Annotated[float, Interval(gt=0, lt=1)]
+Magnitude = Annotated[float, Interval(ge=0, le=10)]
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+
+
+def _check_channels(values: list[float]) -> list[float]:
+    if len(values) != 3:
+        raise ValueError("Give three numbers, one for each of red, green and blue")
+    return values
+
+
+def _check_rising(values: list[float]) -> list[float]:
+    if len(values) != 2 or values[0] > values[1]:
+        raise ValueError("Give two rising numbers")
+    return values
+
+
+Channels = AfterValidator(_check_channels)
+Rising = AfterValidator(_check_rising)
 
 
 @dataclasses.dataclass
@@ -14,20 +48,21 @@ class ModelSettings:
     """The model: built anew from its configuration, or loaded with the image processor or tokeniser beside it.
 
     Attributes:
-        task: what the model learns; None where its architecture can learn one of the tasks only.
-        model_type: name of a transformers architecture that can learn the task, e.g. "vit", "swin", "gpt2" or "bert".
-        model_config: fields of its configuration that differ from the defaults, e.g. `{hidden_size: 192}`.
-        model_name_or_path: a checkpoint to start from instead, e.g. one that `nio-hf init` wrote.
-        model_revision: branch, tag or commit of that checkpoint, where it is on the Hub.
-        trust_remote_code: run Python code that this checkpoint brings with it; only for one whose author you trust.
-        image_size: side of the images in pixels, for architectures whose configuration has none (ResNet).
-        image_mean: mean of each channel over pixels in [0, 1]; None for the published one of the architecture.
-        image_std: standard deviation likewise.
-        interpolation: of resizing; None for the published one.
-        crop_ratio: part of the shorter side that evaluation keeps: images are resized to size / crop_ratio, then
+        task: Task that the model learns; None where its architecture can learn one of the tasks only.
+        model_type: Name of a transformers architecture that can learn the task, e.g. "vit", "swin", "gpt2" or "bert".
+        model_config: Fields of its configuration that differ from the defaults, e.g. `{hidden_size: 192}`.
+        model_name_or_path: Checkpoint to start from instead, e.g. one that `nio-hf init` wrote.
+        model_revision: Branch, tag or commit of that checkpoint, where it is on the Hub.
+        trust_remote_code: Whether Python code that this checkpoint brings with it may run: only where you trust its
+            author.
+        image_size: Side of the images in pixels, for architectures whose configuration has none (ResNet).
+        image_mean: Mean of each channel over pixels in [0, 1]; None for the published one of the architecture.
+        image_std: Standard deviation likewise.
+        interpolation: Method of resizing; None for the published one.
+        crop_ratio: Part of the shorter side that evaluation keeps: images are resized to size / crop_ratio, then
             cropped from the centre. None for what the published image processor does.
-        drop_path_rate: stochastic depth of the last layer, rising linearly from 0 at the first; None leaves the
-            model as its configuration says.
+        drop_path_rate: Stochastic depth of the last layer, rising linearly from 0 at the first; None leaves the model
+            as its configuration says.
     """
 
     task: TaskName | None = None
@@ -36,12 +71,12 @@ class ModelSettings:
     model_name_or_path: str | None = None
     model_revision: str | None = None
     trust_remote_code: bool = False
-    image_size: int | None = None
-    image_mean: list[float] | None = None
-    image_std: list[float] | None = None
+    image_size: Count | None = None
+    image_mean: Annotated[list[float], Channels] | None = None
+    image_std: Annotated[list[Positive], Channels] | None = None
     interpolation: Literal["bilinear", "bicubic"] | None = None
-    crop_ratio: float | None = None
-    drop_path_rate: float | None = None
+    crop_ratio: PositiveShare | None = None
+    drop_path_rate: ShareBelowOne | None = None
 
 
 PROCESSOR_KEYS = ("image_size", "image_mean", "image_std", "interpolation", "crop_ratio")
@@ -53,25 +88,25 @@ class DataSettings:
     """The images or documents.
 
     Attributes:
-        dataset_name: whatever [`datasets.load_dataset`] takes: a Hub name, a local folder, or a format ("imagefolder",
+        dataset_name: Name that [`datasets.load_dataset`] takes: of the Hub, a local folder, or a format ("imagefolder",
             "text", "json", "parquet", "webdataset") with `data_dir` or `data_files`. Images also "digits", text also
             "stdlib", the source of Python's standard library, which are their defaults.
-        dataset_config_name: configuration of the data set.
-        dataset_revision: revision of a data set on the Hub.
-        data_dir: folder in the data set, or of the files.
-        data_files: files as a pattern, a list of them, or a mapping from splits.
-        streaming: read the data while training, without downloading all of it; needs `max_steps`.
-        shuffle_buffer_size: samples that a stream is shuffled over.
-        train_split: split to train on.
-        eval_split: split to evaluate on; None for the validation split, where there is none a part of the training.
-        eval_fraction: that part.
-        eval_from_train: evaluate on that part whatever splits there are, to choose settings by.
-        image_column: None for the column of images, where there is one.
-        label_column: None for the column of class labels, where there is one.
-        num_classes: needed for a stream of integer labels whose classes have no names.
-        max_train_samples: use at most so many samples to train on.
-        max_eval_samples: likewise to evaluate on.
-        skip_broken_images: count images that cannot be read instead of ending with an error.
+        dataset_config_name: Configuration of the data set.
+        dataset_revision: Revision of a data set on the Hub.
+        data_dir: Folder in the data set, or of the files.
+        data_files: Files as a pattern, a list of them, or a mapping from splits.
+        streaming: Whether data are read while training, without a download of all of them; needs `max_steps`.
+        shuffle_buffer_size: Number of samples that a stream is shuffled over.
+        train_split: Split to train on.
+        eval_split: Split to evaluate on; None for the validation split, where there is none a part of the training.
+        eval_fraction: Share of that part.
+        eval_from_train: Whether that part is evaluated on whatever splits there are, to choose settings by.
+        image_column: Name of the column; None for the column of images, where there is one.
+        label_column: Name of the column; None for the column of class labels, where there is one.
+        num_classes: Number of classes, for a stream of integer labels whose classes have no names.
+        max_train_samples: Largest number of samples to train on.
+        max_eval_samples: Largest number of samples to evaluate on.
+        skip_broken_images: Whether images that cannot be read are counted instead of ending with an error.
     """
 
     dataset_name: str | None = None
@@ -80,16 +115,16 @@ class DataSettings:
     data_dir: str | None = None
     data_files: str | list[str] | dict[str, Any] | None = None
     streaming: bool = False
-    shuffle_buffer_size: int = 1000
+    shuffle_buffer_size: Count = 1000
     train_split: str = "train"
     eval_split: str | None = None
-    eval_fraction: float = 0.2
+    eval_fraction: PartOfWhole = 0.2
     eval_from_train: bool = False
     image_column: str | None = None
     label_column: str | None = None
-    num_classes: int | None = None
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
+    num_classes: AtLeastTwo | None = None
+    max_train_samples: Count | None = None
+    max_eval_samples: Count | None = None
     skip_broken_images: bool = False
 
 
@@ -99,82 +134,83 @@ class TextSettings:
 
     Attributes:
         tokenizer: "bytes", which needs no download, or the name of one on the Hub or its folder; None for "bytes", and
-            for that of a model that is loaded.
-        text_column: None for the column of texts, where there is one.
-        block_size: tokens of a sample; None for the positions of the model, 1024 at most.
-        mlm_probability: share of the tokens that a masked model is to restore.
-        num_proc: processes that turn text into tokens; None for this one.
-        sample_prompt: text that the trained model goes on from, in the report; None for none.
+            for the tokeniser of a model that is loaded.
+        text_column: Name of the column; None for the column of texts, where there is one.
+        block_size: Number of tokens of a sample; None for the positions of the model, 1024 at most.
+        mlm_probability: Share of the tokens that a masked model is to restore.
+        num_proc: Number of processes that turn text into tokens; None for this one.
+        sample_prompt: Text that the trained model goes on from, in the report; None for none.
     """
 
     tokenizer: str | None = None
     text_column: str | None = None
-    block_size: int | None = None
-    mlm_probability: float = 0.15
-    num_proc: int | None = None
+    block_size: AtLeastTwo | None = None
+    mlm_probability: PartOfWhole = 0.15
+    num_proc: Count | None = None
     sample_prompt: str | None = "def "
 
 
 @dataclasses.dataclass
 class AugmentationSettings:
-    """What training changes about the images. Evaluation sees them as the image processor makes them.
+    """Changes of the images by the training. Evaluation sees them as the image processor makes them.
 
     Attributes:
         random_crop: "resized" (a random part, resized), "padded" (zeros around a small image, a random window), "none".
-        crop_scale: range of the part's area for "resized", as a share of the image.
-        crop_aspect: range of its width / height.
-        crop_padding: pixels around the image for "padded".
-        horizontal_flip: probability.
+        crop_scale: Range of the part's area for "resized", as a share of the image.
+        crop_aspect: Range of its width / height.
+        crop_padding: Number of pixels around the image for "padded".
+        horizontal_flip: Probability of a flip.
         randaugment_magnitude: M of RandAugment out of 10; None for no RandAugment.
-        randaugment_magnitude_std: standard deviation of M.
+        randaugment_magnitude_std: Standard deviation of M.
         randaugment_layers: N, operations an image.
-        randaugment_prob: probability of each operation.
-        color_jitter: strength of random brightness, contrast and saturation.
-        random_erasing: probability of filling a rectangle with noise.
-        mixup_alpha: of the Beta distribution that MixUp draws from; 0 for no MixUp.
-        cutmix_alpha: likewise for CutMix.
-        mix_prob: probability of mixing a batch.
-        mix_switch_prob: probability of CutMix where both are on.
-        repeated_augmentation: times that an epoch draws each of its images; an epoch keeps its length.
-        nio_augment: images of NIO: "clean" as in evaluation, "augmented" as in training but for mixing, "mixed" with
+        randaugment_prob: Probability of each operation.
+        color_jitter: Strength of random brightness, contrast and saturation.
+        random_erasing: Probability of filling a rectangle with noise.
+        mixup_alpha: Parameter of the Beta distribution that MixUp draws from; 0 for no MixUp.
+        cutmix_alpha: Parameter likewise for CutMix.
+        mix_prob: Probability of mixing a batch.
+        mix_switch_prob: Probability of CutMix where both are on.
+        repeated_augmentation: Times that an epoch draws each of its images; an epoch keeps its length.
+        nio_augment: Images of NIO: "clean" as in evaluation, "augmented" as in training but for mixing, "mixed" with
             mixing and label smoothing.
     """
 
     random_crop: Literal["none", "resized", "padded"] = "none"
-    crop_scale: list[float] = dataclasses.field(default_factory=lambda: [0.08, 1.0])
-    crop_aspect: list[float] = dataclasses.field(default_factory=lambda: [3 / 4, 4 / 3])
-    crop_padding: int = 4
-    horizontal_flip: float = 0.0
-    randaugment_magnitude: float | None = None
-    randaugment_magnitude_std: float = 0.0
-    randaugment_layers: int = 2
-    randaugment_prob: float = 0.5
-    color_jitter: float = 0.0
-    random_erasing: float = 0.0
-    mixup_alpha: float = 0.0
-    cutmix_alpha: float = 0.0
-    mix_prob: float = 1.0
-    mix_switch_prob: float = 0.5
-    repeated_augmentation: int = 1
+    crop_scale: Annotated[list[PositiveShare], Rising] = dataclasses.field(default_factory=lambda: [0.08, 1.0])
+    crop_aspect: Annotated[list[Positive], Rising] = dataclasses.field(default_factory=lambda: [3 / 4, 4 / 3])
+    crop_padding: Count = 4
+    horizontal_flip: Share = 0.0
+    randaugment_magnitude: Magnitude | None = None
+    randaugment_magnitude_std: NotNegative = 0.0
+    randaugment_layers: Count = 2
+    randaugment_prob: Share = 0.5
+    color_jitter: Share = 0.0
+    random_erasing: Share = 0.0
+    mixup_alpha: NotNegative = 0.0
+    cutmix_alpha: NotNegative = 0.0
+    mix_prob: Share = 1.0
+    mix_switch_prob: Share = 0.5
+    repeated_augmentation: Count = 1
     nio_augment: Literal["clean", "augmented", "mixed"] = "augmented"
 
 
 @dataclasses.dataclass
 class OptimizationSettings:
-    """What TrainingArguments have no word for.
+    """Settings that TrainingArguments have no word for.
 
     Attributes:
-        global_batch_size: samples of an optimiser step over all devices; `gradient_accumulation_steps` follows from it.
-        no_weight_decay: parameters without weight decay: "vectors" for all of fewer than two dimensions (biases,
+        global_batch_size: Samples of an optimiser step over all devices; `gradient_accumulation_steps` follows from it.
+        no_weight_decay: Parameters without weight decay: "vectors" for all of fewer than two dimensions (biases,
             normalisation), others by the last part of their name. None for Trainer's choice.
         optimizer: "radam" or "muon" in the place of what `optim` says; null for `optim`.
-        ema_decay: of an exponential moving average of the weights, evaluated and saved at the end; None for no average.
+        ema_decay: Decay of an exponential moving average of the weights, which is evaluated and saved at the end; None
+            for no average.
     """
 
-    global_batch_size: int | None = None
+    global_batch_size: Count | None = None
     no_weight_decay: list[str] | None = None
     optimizer: OptimizerName | None = None
-    ema_decay: float | None = None
+    ema_decay: PartOfWhole | None = None
 
 
 IMAGE_KEYS = {
@@ -185,3 +221,31 @@ IMAGE_KEYS = {
 """Settings of image classification only."""
 TEXT_KEYS = {field.name for field in dataclasses.fields(TextSettings)}
 """Settings of language modelling only."""
+
+GROUPS: tuple[type, ...] = (
+    *(ModelSettings, DataSettings, TextSettings, AugmentationSettings, OptimizationSettings),
+    NIOTrainingArguments,
+)
+"""Classes that the settings of a recipe are fields of."""
+_RANGES: dict[str, Any] = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), Count
+    ),
+    **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon"), NotNegative),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), ShareBelowOne),
+    "num_train_epochs": Positive,
+    "dataloader_num_workers": Annotated[int, Interval(ge=0)],
+    "seed": Seed,
+    **dict.fromkeys(("data_seed", "nio_seed"), Seed | None),
+}
+"""Types of training arguments with a range."""
+
+
+@functools.cache
+def known_keys() -> dict[str, tuple[type, Any]]:
+    """{key: (its class, its annotation)} of everything that a recipe can set."""
+    keys: dict[str, tuple[type, Any]] = {}
+    for group in GROUPS:
+        hints = typing.get_type_hints(group, include_extras=True) | (_RANGES if group is NIOTrainingArguments else {})
+        keys |= {field.name: (group, hints[field.name]) for field in dataclasses.fields(group) if field.init}
+    return keys

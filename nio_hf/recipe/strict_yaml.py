@@ -1,4 +1,4 @@
-"""YAML as its 1.2 core schema reads it, each top-level key with its place in the file.
+"""Recipes as YAML 1.2, each top-level key with its place in the file, and options of the command line.
 
 PyYAML follows YAML 1.1, in which `1e-3` is a string and `no` is false: both are common in training settings.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML, MappingNode
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import YAMLError
 
 from nio_hf.errors import Problem, RecipeError, one_line
 
@@ -36,40 +38,38 @@ class Setting:
         return self.entries.get(entry, f"{self.where}.{entry}")
 
 
-class _CoreSchemaLoader(yaml.SafeLoader):
-    """A safe loader with the scalars of the YAML 1.2 core schema, in which a key stands once."""
+class Settings(dict[str, Setting]):
+    """Settings by key.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key that is no name", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    Args:
+        path: File of the recipe.
+        settings: {key: setting}.
+    """
 
+    def __init__(self, path: Path, settings: Mapping[str, Setting]) -> None:
+        super().__init__(settings)
+        self.path = path
 
-_CoreSchemaLoader.yaml_implicit_resolvers = {}
-_CORE_SCALARS = [
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
-]
-for _name, _pattern, _first in _CORE_SCALARS:
-    _CoreSchemaLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), _first)
+    def value(self, key: str) -> Any:
+        """The value that is given for a key; None where there is none."""
+        return self[key].value if key in self else None
+
+    def place(self, *keys: str) -> str:
+        """Where the first of some keys that is given was written; the file and the last key where none is."""
+        return next((self[key].where for key in keys if key in self), f"{self.path}, {keys[-1]}")
 
 
-def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    text = str(loader.construct_scalar(node))
-    return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+class _Constructor(SafeConstructor):
+    """Makes plain values of YAML; dates stay text."""
 
 
-_CoreSchemaLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
+
+
+def _yaml() -> YAML:
+    reader = YAML(typ="safe", pure=True)
+    reader.Constructor = _Constructor
+    return reader
 
 
 def parse_scalar(text: str, where: str) -> Any:
@@ -79,8 +79,8 @@ def parse_scalar(text: str, where: str) -> Any:
         RecipeError: for text that is not YAML.
     """
     try:
-        return yaml.load(text, _CoreSchemaLoader)
-    except yaml.YAMLError as error:
+        return _yaml().load(text)
+    except YAMLError as error:
         fix = "Put quotes around it if it is meant as text"
         raise RecipeError(Problem(where, f"not YAML ({one_line(error)})", fix)) from error
 
@@ -91,28 +91,32 @@ def read_settings(path: Path) -> dict[str, Setting]:
     Raises:
         RecipeError: for a file that is missing, unreadable, not YAML, or not a mapping of names.
     """
+    reader = _yaml()
     try:
-        text = path.read_text(encoding="utf-8")
+        root = reader.compose(path.read_text(encoding="utf-8"))
+        values = None if root is None else reader.constructor.construct_document(root)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise RecipeError(Problem(str(path), f"cannot be read: {reason}", "Give the path of a YAML file")) from error
-    try:
-        root = yaml.compose(text, _CoreSchemaLoader)
-        values = yaml.load(text, _CoreSchemaLoader)
-    except yaml.YAMLError as error:
-        place, message = _located(path, error)
-        raise RecipeError(Problem(place, f"not YAML: {message}", "Correct that line")) from error
-    if not isinstance(root, yaml.MappingNode) or not all(isinstance(key, str) for key in values):
+    except YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = str(path) if mark is None else f"{path}, line {mark.line + 1}"
+        raise RecipeError(Problem(place, f"not YAML: {problem or one_line(error)}", "Correct that line")) from error
+    if not isinstance(root, MappingNode) or not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         found = f"{type(values).__name__} instead of settings"
         raise RecipeError(Problem(str(path), found, "Write one setting a line, as in `learning_rate: 1e-3`"))
     lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
     return {key: Setting(value, f"{path}, line {lines[key]}, {key}") for key, value in values.items()}
 
 
-def read_overrides(options: Sequence[str]) -> dict[str, Setting]:
+def read_overrides(options: Sequence[str], decided: Mapping[str, Any] | None = None) -> dict[str, Setting]:
     """Settings from command line options: `--key value`, `--key=value`, or `--key` alone for true.
 
     Dashes in a key count as underscores. `--key.part value` sets one entry of a mapping.
+
+    Args:
+        options: Parts of the command line.
+        decided: {key: value} of settings that go before the options.
 
     Raises:
         RecipeError: for an option that is not of this form, or that is given twice.
@@ -134,16 +138,10 @@ def read_overrides(options: Sequence[str]) -> dict[str, Setting]:
         if key in settings:
             raise RecipeError(Problem(where, "given twice", "Give it once"))
         settings[key] = Setting(parse_scalar(text, where), where)
-    return settings
+    return settings | {key: Setting(value, f"--{key}") for key, value in (decided or {}).items()}
 
 
 def with_values(options: Sequence[str], values: Mapping[str, Any]) -> list[str]:
     """Command line options with other values for some keys."""
     merged = {key: setting.value for key, setting in read_overrides(options).items()} | dict(values)
     return [part for key, value in merged.items() for part in (f"--{key}", json.dumps(value))]
-
-
-def _located(path: Path, error: yaml.YAMLError) -> tuple[str, str]:
-    mark = getattr(error, "problem_mark", None)
-    place = str(path) if mark is None else f"{path}, line {mark.line + 1}"
-    return place, getattr(error, "problem", None) or one_line(error)

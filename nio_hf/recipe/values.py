@@ -1,26 +1,32 @@
-"""Whether a value of a recipe is what a dataclass field is annotated with."""
+"""Whether a value of a recipe is what the field of a dataclass is annotated with."""
 
 from __future__ import annotations
 
 import difflib
 import enum
-import types
-from collections.abc import Collection
+import functools
+import operator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Interval
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from nio_hf.errors import Problem
 from nio_hf.recipe.strict_yaml import Setting
 
 _NAMES = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "a mapping",
-    type(None): "null",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "string": "text",
+    "str": "text",
+    "list": "a list",
+    "dict": "a mapping",
 }
-_NONE = "none"
+"""{type of Python, or of an error of pydantic: its name in messages}."""
+_CONFIG = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
 def checked(setting: Setting, annotation: Any) -> tuple[Any, Problem | None]:
@@ -29,36 +35,14 @@ def checked(setting: Setting, annotation: Any) -> tuple[Any, Problem | None]:
     A whole number becomes a float where the field is one. "none" becomes null where the field may be null, unless it is
     a word that it takes: a choice of its own, or one of a list of words (`report_to`).
     """
-    members = _members(annotation)
-    choices = _choices(members)
-    if setting.value == _NONE and type(None) in members and list[str] not in members and _NONE not in choices:
-        return None, None
-    if choices and isinstance(setting.value, str):
-        if setting.value in choices:
-            return setting.value, None
-        return None, Problem(setting.where, f"{setting.value!r}", f"Choose one of {', '.join(map(str, choices))}")
-    if isinstance(setting.value, list):
-        return _checked_items(setting, members)
-    plain = [get_origin(member) or member for member in members]
-    if _is_number(setting.value) and float in plain and int not in plain:
-        return float(setting.value), None
-    if type(setting.value) in plain:
-        return setting.value, None
-    return None, Problem(setting.where, _described(setting.value), _advice(setting.value, plain, choices))
-
-
-def _checked_items(setting: Setting, members: list[Any]) -> tuple[Any, Problem | None]:
-    """A list with each of its items checked, where the annotation says what they are."""
-    lists = [member for member in members if (get_origin(member) or member) is list]
-    if not lists:
-        plain = [get_origin(member) or member for member in members]
-        return None, Problem(setting.where, _described(setting.value), _advice(setting.value, plain, []))
-    item_types = get_args(lists[0])
-    if not item_types:
-        return setting.value, None
-    items = [checked(Setting(item, f"{setting.where}[{n}]"), item_types[0]) for n, item in enumerate(setting.value)]
-    problem = next((problem for _, problem in items if problem is not None), None)
-    return (None if problem else [item for item, _ in items]), problem
+    annotation = _with_choices(annotation)
+    parts, value = list(_parts(annotation)), setting.value
+    if value == "none" and NoneType in parts and "none" not in parts and list[str] not in parts:
+        value = None
+    try:
+        return _adapter(annotation).validate_python(value), None
+    except ValidationError as error:
+        return None, _problem(setting, error.errors(include_url=False), annotation)
 
 
 def unknown_key(where: str, key: str, known: Collection[str]) -> Problem:
@@ -71,44 +55,72 @@ def unknown_key(where: str, key: str, known: Collection[str]) -> Problem:
     return Problem(where, f"{key!r} is no known key", meant if near else "Remove it")
 
 
-def _members(annotation: Any) -> list[Any]:
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [part for member in get_args(annotation) for part in _members(member)]
-    return [annotation]
+@functools.cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=_CONFIG)
 
 
-def _choices(members: list[Any]) -> list[Any]:
-    """The words that an enumeration or a literal allows."""
-    return [
-        value
-        for member in members
-        for value in (
-            get_args(member)
-            if get_origin(member) is Literal
-            else [item.value for item in member]
-            if isinstance(member, type) and issubclass(member, enum.Enum)
-            else []
-        )
-    ]
+def _with_choices(annotation: Any) -> Any:
+    """The annotation with the words of an enumeration in the place of it, and of the `str` beside it."""
+    members = get_args(annotation)
+    if isinstance(annotation, enum.EnumType):
+        return Literal[tuple(item.value for item in list[enum.Enum](annotation))]
+    if get_origin(annotation) in (Union, UnionType):
+        has_words = any(isinstance(member, enum.EnumType) for member in members)
+        chosen = (_with_choices(member) for member in members if member is not str or not has_words)
+        return functools.reduce(operator.or_, chosen)
+    return list[_with_choices(members[0])] if members and get_origin(annotation) is list else annotation  # type: ignore[misc]
 
 
-def _advice(value: Any, plain: list[Any], choices: list[Any]) -> str:
-    wanted = [str(choice) for choice in choices] or [_NAMES[kind] for kind in plain if kind in _NAMES]
-    advice = "Give " + " or ".join(dict.fromkeys(wanted))
-    looks_numeric = isinstance(value, str) and _as_number(value) is not None
-    return f"{advice}, without quotes" if looks_numeric and (int in plain or float in plain) else advice
+def _parts(annotation: Any) -> Iterator[Any]:
+    """An annotation and what it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)
 
 
-def _as_number(text: str) -> float | None:
+def _problem(setting: Setting, errors: Sequence[Mapping[str, Any]], annotation: Any) -> Problem:
+    """The problem of a value, or of the first entry of it that is wrong."""
+    parts, where = list(_parts(annotation)), setting.where
+    # The places of errors begin with a member of the union, where it has several.
+    tagged = (
+        get_origin(annotation) in (Union, UnionType) and sum(part is not NoneType for part in get_args(annotation)) > 1
+    )
+    inner = [error for error in errors if error["loc"][tagged:]]
+    first = (inner or errors)[0]
+    where += "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][tagged:])
+    value, kind = first["input"], first["type"]
+    if kind == "value_error":
+        return Problem(where, f"{value!r}", str(first["ctx"]["error"]))
+    if kind == "finite_number":
+        return Problem(where, f"{value!r}", "Give a finite number")
+    if kind.startswith(("greater", "less")):
+        return Problem(where, f"{value!r}", f"Give {_range(parts)}{', or null' * (NoneType in parts)}")
+    choices = [str(part) for part in parts if isinstance(part, str)]
+    if choices and isinstance(value, str):
+        return Problem(where, f"{value!r}", f"Choose one of {', '.join(choices)}")
+    wanted = [_NAMES.get(error["type"].removesuffix("_type"), "") for error in inner[:1] or errors]
+    wanted = [*choices, *filter(None, wanted), *["null"] * (NoneType in parts and not inner)]
+    fix = f"Give {' or '.join(dict.fromkeys(wanted))}"
+    if isinstance(value, str) and {"a number", "a whole number"} & set(wanted) and _is_number(value):
+        fix += ", without quotes"
+    found = "nothing" if value is None else f"{value!r}, {_NAMES.get(type(value).__name__, type(value).__name__)}"
+    return Problem(where, found, fix)
+
+
+def _range(parts: Sequence[Any]) -> str:
+    """The range of a number in words."""
+    limits = next(part for part in parts if isinstance(part, Interval))
+    number = "a whole number" if int in parts else "a number"
+    if limits.lt is None and limits.le is None:
+        return f"{number} above {limits.gt}" if limits.ge is None else f"{number} of at least {limits.ge}"
+    least = f"({limits.gt}" if limits.ge is None else f"[{limits.ge}"
+    return f"{number} in {least}, {limits.lt})" if limits.le is None else f"{number} in {least}, {limits.le}]"
+
+
+def _is_number(text: str) -> bool:
     try:
-        return float(text)
+        float(text)
     except ValueError:
-        return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _described(value: Any) -> str:
-    return "nothing" if value is None else f"{value!r}, {_NAMES.get(type(value), type(value).__name__)}"
+        return False
+    return True

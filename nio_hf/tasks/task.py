@@ -11,9 +11,9 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from nio_hf.catalog import recipe_name
 from nio_hf.errors import ConfigError, NIOError, Problem, one_line
 from nio_hf.files import ensure_writable
-from nio_hf.recipe.catalog import recipe_name
 from nio_hf.recipe.loading import Recipe, recipe_yaml
 from nio_hf.training.optimizers import optimizer_options
 from nio_hf.training.trainer import Extras, RecipeTrainer, Source

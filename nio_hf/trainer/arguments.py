@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
+import re
 from collections.abc import Iterator
 from typing import Any, Self, cast
 
@@ -19,16 +21,34 @@ from nio_hf.trainer.naming import in_arguments, named_as_arguments
 from nio_hf.trainer.seeding import SEED_MODES
 
 
+def _describe(documented: type) -> dict[str, str]:
+    """{argument: its description} of a docstring; empty where Python runs without docstrings."""
+    section = (inspect.getdoc(documented) or "").partition("Args:\n")[2].partition("\n\nRaises:")[0]
+    found = re.findall(r"^    (\w+): (.+?)(?=^    \w|\Z)", section, flags=re.DOTALL | re.MULTILINE)
+    return {name: re.sub(r"\[(`.+?`)\]", r"\1", " ".join(text.split())) for name, text in found}
+
+
+_DESCRIPTIONS = _describe(NIOConfig)
+_OWN_DEFAULTS = {field.name: field.default for field in dataclasses.fields(NIOConfig)}
+
+
 def _option(default: Any, text: str) -> Any:
+    if isinstance(default, tuple):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
     return dataclasses.field(default=default, metadata={"help": text})
+
+
+def _of_core(name: str) -> Any:
+    """A setting with the default and the description that it has in [`NIOConfig`], which checks it."""
+    return _option(_OWN_DEFAULTS[name], _DESCRIPTIONS.get(name, ""))
 
 
 @dataclasses.dataclass
 class NIOSettings:
     """The settings of NIO in the Trainer, flat, each with the prefix `nio_`.
 
-    To have them beside the arguments of another trainer: `@dataclass class MyConfig(NIOSettings, SFTConfig)`. Each one
-    is described, with its equation, under the same name in [`NIOConfig`].
+    To have them beside the arguments of another trainer: `@dataclass class MyConfig(NIOSettings, SFTConfig)`. The
+    settings of core have the defaults and meanings that they have in [`NIOConfig`].
     """
 
     # When NIO runs
@@ -38,14 +58,13 @@ class NIOSettings:
         "Method of initialisation: nio, or to compare it with: none, range, xavier, mimetic, structured, lsuv, "
         "gradinit, emergence or architecture_aware.",
     )
-    nio_method_kwargs: dict[str, Any] | str | None = dataclasses.field(
-        default=None, metadata={"help": 'Settings that such a method has of its own, e.g. {"optimizer": "sgd"}.'}
+    nio_method_kwargs: dict[str, Any] | str | None = _option(
+        None, 'Settings that such a method has of its own, e.g. {"optimizer": "sgd"}.'
     )
     nio_save_init: bool = _option(True, "Save the initialised checkpoint in OUTPUT_DIR/_nio_init.")
     nio_save_steps: int = _option(
         10, "Steps of published from one saved state to the next, from which an interrupted run goes on; 0 for none."
     )
-
     nio_race_steps: int | None = _option(
         None,
         "Steps for which the weights that NIO found, those of half its strength and the start are trained before the "
@@ -60,50 +79,26 @@ class NIOSettings:
 
     # Data
     nio_batch_size: int = _option(64, "B, samples of a NIO batch over all devices.")
-    nio_sub_batches: int = _option(NIOConfig.sub_batches, "D, sub-batches that a NIO batch is split into.")
-    nio_report_batches: int = _option(
-        NIOConfig.report_batches, "NIO batches that loss and gradients are measured on before and after."
-    )
     nio_seed: int | None = _option(None, "Seed of the NIO data order; default: data_seed, else seed.")
 
-    # How the scales are found
-    nio_search: str = _option(
-        NIOConfig.search, "balance (computed from the weights and a forward pass) or published (the paper's algorithm)."
-    )
-    nio_strength: float = _option(
-        NIOConfig.strength, "Exponent of the scales that balance computes; 1 applies them whole."
-    )
-    # HfArgumentParser takes the second of three types.
-    nio_groups: dict[str, str] | str | None = dataclasses.field(
-        default="additive",
-        metadata={
-            "help": "Tensors that share a scale: additive (positions, tokens and the like apart from the rest), model, "
-            "tensor (for published), or a mapping from names of groups to regular expressions of parameter names, e.g. "
-            '{"trunk": "layers"}.'
-        },
-    )
-    nio_scaled_tensors: str = _option(
-        NIOConfig.scaled_tensors, "What is scaled: all tensors, or weights (matrices, tables and tokens)."
-    )
-    nio_objective: str = _option(NIOConfig.objective, "What published raises: gc_sum_norm, or gc alone.")
-    nio_loss_bound: float | None = _option(
-        NIOConfig.loss_bound, "Share by which the loss may rise, of balance; none for no such bound."
-    )
-    nio_least_norm: float | None = _option(
-        NIOConfig.least_norm, "Share of the gradient norm that must be left, of balance; none for no such bound."
-    )
-    nio_scale_range: list[float] = dataclasses.field(
-        default_factory=lambda: list(NIOConfig.scale_range), metadata={"help": "Least and largest scale."}
-    )
-    nio_iterations: int = _option(NIOConfig.iterations, "Steps of published.")
-    nio_lr: float = _option(NIOConfig.lr, "Learning rate of Adam on the scales, of published.")
-    nio_gamma: float | None = _option(None, "Bound on the gradient norm of published.")
-    nio_overlap: float = _option(NIOConfig.overlap, "Overlap of neighbouring sub-batches of published, in [0, 1).")
-
-    # Computation
-    nio_curvature: str = _option(NIOConfig.curvature, "Second derivatives: auto, exact or finite_difference.")
-    nio_micro_batch_size: int | None = _option(None, "Samples of a sub-batch computed at once; default: all.")
-    nio_precision: str = _option(NIOConfig.precision, "fp32, or bf16 for the loss under bfloat16 autocast.")
+    # Settings of NIOConfig; HfArgumentParser takes the second of three types
+    nio_search: str = _of_core("search")
+    nio_strength: float = _of_core("strength")
+    nio_groups: dict[str, str] | str | None = _of_core("groups")
+    nio_scaled_tensors: str = _of_core("scaled_tensors")
+    nio_sub_batches: int = _of_core("sub_batches")
+    nio_report_batches: int = _of_core("report_batches")
+    nio_loss_bound: float | None = _of_core("loss_bound")
+    nio_least_norm: float | None = _of_core("least_norm")
+    nio_scale_range: list[float] = _of_core("scale_range")
+    nio_objective: str = _of_core("objective")
+    nio_iterations: int = _of_core("iterations")
+    nio_lr: float = _of_core("lr")
+    nio_gamma: float | None = _of_core("gamma")
+    nio_overlap: float = _of_core("overlap")
+    nio_curvature: str = _of_core("curvature")
+    nio_micro_batch_size: int | None = _of_core("micro_batch_size")
+    nio_precision: str = _of_core("precision")
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         """Refuse former settings of NIO by name.
@@ -136,10 +131,8 @@ class NIOSettings:
         Raises:
             ConfigError: Lists every `nio_*` setting that is out of range.
         """
-        problems = [*self._batch_size_problems(), *self._steps_problems(), *self._seed_optimizer_problems()]
-        problems += method_problems(self.nio_method, self.nio_method_kwargs)
-        names = [field.name for field in dataclasses.fields(NIOConfig) if field.name != "seed"]
-        settings = {name: getattr(self, f"nio_{name}") for name in names}
+        problems = [*self._problems(), *method_problems(self.nio_method, self.nio_method_kwargs)]
+        settings = {name: getattr(self, f"nio_{name}") for name in _OWN_DEFAULTS if name != "seed"}
         try:
             with named_as_arguments():
                 config = NIOConfig(**settings, seed=order_seed if self.nio_seed is None else self.nio_seed)
@@ -154,22 +147,17 @@ class NIOSettings:
         """`nio_method_kwargs` as a mapping, empty where none are given."""
         return cast(dict[str, Any], self.nio_method_kwargs or {})
 
-    def _batch_size_problems(self) -> Iterator[Problem]:
+    def _problems(self) -> Iterator[Problem]:
+        """The problems of the settings that are none of core."""
         size = self.nio_batch_size
-        if not isinstance(size, int) or isinstance(size, bool) or size < 2:
+        if not is_whole(size) or size < 2:
             yield Problem("nio_batch_size", f"{size!r}", "Give a whole number of at least 2")
-        elif isinstance(self.nio_sub_batches, int) and self.nio_sub_batches > size:
+        elif is_whole(self.nio_sub_batches) and self.nio_sub_batches > size:
             yield in_arguments(too_many_sub_batches(self.nio_sub_batches, size))
-
-    def _steps_problems(self) -> Iterator[Problem]:
-        for name in ("nio_save_steps", "nio_race_steps"):
-            steps = getattr(self, name)
-            is_open = steps is None and name == "nio_race_steps"
-            if not is_open and not (is_whole(steps) and steps >= 0):
+        for name, steps in (("nio_save_steps", self.nio_save_steps), ("nio_race_steps", self.nio_race_steps or 0)):
+            if not is_whole(steps) or steps < 0:
                 yield Problem(name, f"{steps!r}", "Give a whole number, 0 for none")
-
-    def _seed_optimizer_problems(self) -> Iterator[Problem]:
-        if self.nio_seed_optimizer is not None and self.nio_seed_optimizer not in SEED_MODES:
+        if self.nio_seed_optimizer not in (None, *SEED_MODES):
             fix = f"Choose one of {', '.join(SEED_MODES)}, or leave it out"
             yield Problem("nio_seed_optimizer", f"{self.nio_seed_optimizer!r}", fix)
 

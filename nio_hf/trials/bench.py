@@ -10,10 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from nio_hf.catalog import recipe_name
 from nio_hf.errors import NIOError, Problem, RecipeError
 from nio_hf.files import output_errors
 from nio_hf.hub.sharing import shareable
-from nio_hf.recipe.catalog import recipe_name
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import with_values
 from nio_hf.trials.costs import most_steps

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nio_hf.console import exit_status, print_comparison
+from nio_hf.catalog import split_arguments
+from nio_hf.console import exit_status, print_results
 from nio_hf.errors import Problem, RecipeError
-from nio_hf.recipe.catalog import split_arguments
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.trials.bench import Bench
 from nio_hf.trials.options import (
@@ -71,7 +71,7 @@ def run_tuning(
         written = write_report(tuned, bench.directory)
         title = f"Probes of {plan.probe_steps} steps at learning rate {plan.learning_rate:g}"
         shown = [row[:SHOWN] for row in rows(tuned)]
-        print_comparison(tuned.title, {title: (COLUMNS[:SHOWN], shown)}, sentences(tuned), written)
+        print_results(tuned.title, {title: (COLUMNS[:SHOWN], shown)}, sentences(tuned), written)
         return 0
 
     return exit_status(command, interrupted=GO_ON)

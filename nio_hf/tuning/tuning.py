@@ -10,9 +10,9 @@ from typing import Literal
 
 from rich.table import Table
 
+from nio_hf.catalog import recipe_name
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.metrics import Metric
-from nio_hf.recipe.catalog import recipe_name
 from nio_hf.recipe.loading import Recipe
 from nio_hf.tasks import describe_data
 from nio_hf.trials.bench import Bench, Trials

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from nio_hf.catalog import accelerate_config_names, describe, find_accelerate_config, find_recipe, recipe_names
 from nio_hf.cli.main import app
-from nio_hf.recipe.catalog import accelerate_config_names, describe, find_accelerate_config, find_recipe, recipe_names
 from nio_hf.recipe.layering import read_layers
 
 RUNNER = CliRunner()
@@ -19,7 +19,9 @@ NAME = "vit-base/imagenet-1k/nio"
 def test_every_recipe_is_listed_with_what_it_is() -> None:
     shown = RUNNER.invoke(app, ["recipes"], env={"COLUMNS": "200"}).output
     for name in recipe_names():
-        assert any(line.split()[0] == name and describe(name) in line for line in shown.splitlines() if line), name
+        assert any(line.split()[0] == name and describe(name) in line for line in shown.splitlines() if line.strip()), (
+            name
+        )
     assert ", ".join(accelerate_config_names()) in shown
     config = RUNNER.invoke(app, ["recipes", "show", "accelerate_configs/multi_gpu"]).output
     assert config == find_accelerate_config("multi_gpu").read_text()

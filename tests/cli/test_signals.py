@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -109,12 +108,3 @@ def test_an_initialisation_that_was_stopped_goes_on(tmp_path: Path) -> None:
     again = _run([*command, "--device", "cpu"])
     assert "NIO is finished: taking over" in again.stdout + again.stderr
     assert json.loads((tmp_path / "_nio_init" / "nio_state.json").read_text()) == state
-
-
-def test_another_device_is_a_usage_error(tmp_path: Path) -> None:
-    refused: Any = _run(
-        [part if part != "train" else "init" for part in _command(tmp_path, "alone")] + ["--device", "x"]
-    )
-    assert refused.returncode == 2
-    assert "auto" in refused.stderr
-    assert "cpu" in refused.stderr

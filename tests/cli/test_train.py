@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from nio_hf.catalog import recipes_dir
 from nio_hf.cli.main import app
 from nio_hf.errors import RecipeError
 from nio_hf.launch import launch, launch_command
-from nio_hf.recipe.catalog import recipes_dir
 from tests.image_training.folders import make_folder, write_recipe
 from tests.trainer.toys import load_state
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from nio_hf.cli.main import app
 from nio_hf.comparison.arms import CONTROLLED
-from nio_hf.recipe.loading import known_keys
+from nio_hf.recipe.settings import known_keys
 from nio_hf.trials.bench import QUIET
 from nio_hf.trials.results import RESULTS_NAME
 

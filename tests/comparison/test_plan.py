@@ -9,7 +9,7 @@ import pytest
 from nio_hf.comparison.arms import ARMS, choose_arms
 from nio_hf.comparison.plan import Choice
 from nio_hf.errors import RecipeError
-from nio_hf.recipe.loading import known_keys
+from nio_hf.recipe.settings import known_keys
 from nio_hf.trials.run import FIRST_VERDICT_SEED
 from tests.comparison.outcomes import plan
 

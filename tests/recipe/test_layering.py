@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nio_hf.catalog import find_recipe
 from nio_hf.errors import RecipeError
-from nio_hf.recipe.catalog import find_recipe
-from nio_hf.recipe.layering import merge, read_layers, resolved_yaml
+from nio_hf.recipe.layering import merge, read_layers, settings_yaml
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.recipe.strict_yaml import Setting
 
@@ -92,7 +92,7 @@ def test_a_base_that_cannot_be_one_is_refused(base: str, message: str, tmp_path:
 
 def test_a_resolved_recipe_is_the_same_recipe_in_one_file(tmp_path: Path) -> None:
     shipped = find_recipe("vit-base/imagenet-1k/nio")
-    text = resolved_yaml(shipped)
+    text = settings_yaml(read_layers(shipped))
     assert "base:" not in text.splitlines()
     path = write(tmp_path, resolved=text)
     assert values(read_layers(path)) == values(read_layers(shipped))

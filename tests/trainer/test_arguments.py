@@ -108,8 +108,12 @@ def test_former_settings_are_reported_together(tmp_path: Path) -> None:
     assert [problem.where for problem in raised.value.problems] == ["nio_holdout_batches", "nio_max_loss_rise"]
 
 
-def test_every_setting_of_nio_has_an_argument_with_the_same_default(tmp_path: Path) -> None:
+def test_every_setting_of_nio_is_an_argument_with_the_same_default_and_a_description(tmp_path: Path) -> None:
     assert NIOTrainingArguments(output_dir=str(tmp_path), seed=NIOConfig.seed).to_nio_config() == NIOConfig()
+    helps = {field.name: field.metadata["help"] for field in dataclasses.fields(NIOSettings)}
+    assert {f"nio_{field.name}" for field in dataclasses.fields(NIOConfig)} <= helps.keys()
+    assert helps["nio_report_batches"].startswith("Number of batches on which GC, GN and loss are measured before and")
+    assert all(text.endswith(".") and "[`" not in text for text in helps.values())
 
 
 def test_the_seed_of_nio_follows_that_of_the_data(tmp_path: Path) -> None:

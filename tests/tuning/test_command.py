@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nio_hf.cli.main import app
-from nio_hf.recipe.loading import known_keys
+from nio_hf.recipe.settings import known_keys
 from nio_hf.trials.results import RESULTS_NAME
 from nio_hf.tuning.plan import DECIDED
 

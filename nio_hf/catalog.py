@@ -27,30 +27,9 @@ def recipe_names() -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.glob("*/*/*.yaml"))
 
 
-def find_recipe(name_or_path: str) -> Path:
-    """The file of a recipe or accelerate configuration, by its path or by the name of one that comes with the package.
-
-    Raises:
-        RecipeError: where there is neither.
-    """
-    path = Path(name_or_path)
-    return path if path.is_file() else find_packaged(name_or_path)
-
-
-def find_packaged(name_or_path: str) -> Path:
-    """The file of a recipe or accelerate configuration that comes with the package.
-
-    Raises:
-        RecipeError: where there is none of that name.
-    """
-    names = [*recipe_names(), *(f"{ACCELERATE_CONFIGS}/{config}" for config in accelerate_config_names())]
-    name = name_or_path.removesuffix(".yaml").removeprefix("recipes/")
-    if name in names:
-        return recipes_dir() / f"{name}.yaml"
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    other = near[0] if near else "one that `nio-hf recipes` lists"
-    fix = f"Give the path of a YAML file, or {other}"
-    raise RecipeError(Problem(name_or_path, "no such recipe file", fix))
+def accelerate_config_names() -> list[str]:
+    """Names of the configurations for `accelerate launch` that come with the package, sorted."""
+    return sorted(path.stem for path in (recipes_dir() / ACCELERATE_CONFIGS).glob("*.yaml"))
 
 
 def recipe_name(path: Path) -> str:
@@ -60,9 +39,26 @@ def recipe_name(path: Path) -> str:
     return path.resolve().relative_to(root).with_suffix("").as_posix() if inside else path.name
 
 
-def accelerate_config_names() -> list[str]:
-    """Names of the configurations for `accelerate launch` that come with the package, sorted."""
-    return sorted(path.stem for path in (recipes_dir() / ACCELERATE_CONFIGS).glob("*.yaml"))
+def find_recipe(name_or_path: str, *, packaged: bool = False) -> Path:
+    """The file of a recipe or accelerate configuration, by its path or by the name of one that comes with the package.
+
+    Args:
+        name_or_path: Path or name.
+        packaged: Whether only the names count.
+
+    Raises:
+        RecipeError: where there is neither.
+    """
+    path = Path(name_or_path)
+    if path.is_file() and not packaged:
+        return path
+    names = [*recipe_names(), *(f"{ACCELERATE_CONFIGS}/{config}" for config in accelerate_config_names())]
+    name = name_or_path.removesuffix(".yaml").removeprefix("recipes/")
+    if name in names:
+        return recipes_dir() / f"{name}.yaml"
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    fix = f"Give the path of a YAML file, or {near[0] if near else 'one that `nio-hf recipes` lists'}"
+    raise RecipeError(Problem(name_or_path, "no such recipe file", fix))
 
 
 def find_accelerate_config(name_or_path: str) -> Path:
@@ -71,19 +67,16 @@ def find_accelerate_config(name_or_path: str) -> Path:
     Raises:
         RecipeError: where there is neither.
     """
-    path = Path(name_or_path)
-    if path.is_file():
-        return path
-    names = accelerate_config_names()
-    if name_or_path in names:
-        return recipes_dir() / ACCELERATE_CONFIGS / f"{name_or_path}.yaml"
-    fix = f"Give the path of a file that `accelerate config` wrote, or one of: {', '.join(names)}"
-    raise RecipeError(Problem("config_file", f"{name_or_path!r} is no file", fix))
+    path, names = Path(name_or_path), accelerate_config_names()
+    if not path.is_file() and name_or_path not in names:
+        fix = f"Give the path of a file that `accelerate config` wrote, or one of: {', '.join(names)}"
+        raise RecipeError(Problem("config_file", f"{name_or_path!r} is no file", fix))
+    return path if path.is_file() else recipes_dir() / ACCELERATE_CONFIGS / f"{name_or_path}.yaml"
 
 
 def describe(name: str) -> str:
     """The first line of a recipe that comes with the package: what it is."""
-    with find_recipe(name).open(encoding="utf-8") as file:
+    with (recipes_dir() / f"{name}.yaml").open(encoding="utf-8") as file:
         return file.readline().removeprefix("#").strip()
 
 
@@ -94,8 +87,7 @@ def copy_recipe(name: str, destination: Path | None, *, replace: bool = False) -
         RecipeError: for a recipe that does not exist, or a file that does and is not to be replaced.
         OutputError: where the file cannot be written.
     """
-    source = find_recipe(name)
-    target = Path() if destination is None else destination
+    source, target = find_recipe(name), destination or Path()
     if target.is_dir():
         target = target / f"{'-'.join(source.with_suffix('').parts[-3:])}.yaml"
     if target.exists() and not replace:
