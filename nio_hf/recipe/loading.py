@@ -8,7 +8,7 @@ import json
 import os
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,23 @@ class Recipe:
         """What a training of the task is judged by."""
         return METRICS[self.task]
 
+    def replace(self, settings: Mapping[str, Any], where: str = "settings") -> Recipe:
+        """This recipe with other values for some settings, checked as a whole.
+
+        Args:
+            settings: {key: value} as in a file; `key.part` sets one entry of a mapping.
+            where: Name of the place that the values come from, for messages.
+
+        Raises:
+            RecipeError: as [`load_recipe`].
+        """
+        given = {key: Setting(value, f"{where}, {key}") for key, value in settings.items()}
+        return _build_recipe(self.path, merge(self.settings, given))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What another process builds the recipe from, without its file."""
+        return _build_recipe, (self.path, self.settings)
+
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Recipe:
     """Read and check a recipe; the command line goes before the file, the file before its base and the defaults.
@@ -91,7 +108,16 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, world_size:
         RecipeError: lists every unknown key, wrong type, missing setting and setting out of range.
     """
     path = find_recipe(name_or_path)
-    settings = _with_repository(merge(read_layers(path), read_overrides(overrides)))
+    return _build_recipe(path, merge(read_layers(path), read_overrides(overrides)), world_size)
+
+
+def _build_recipe(path: Path, settings: dict[str, Setting], world_size: int | None = None) -> Recipe:
+    """The recipe of a file and its settings.
+
+    Raises:
+        RecipeError: as [`load_recipe`].
+    """
+    settings = _with_repository(settings)
     values, problems = _check_types(settings)
     model = ModelSettings(**values[ModelSettings])
     data = DataSettings(**values[DataSettings])

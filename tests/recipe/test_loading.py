@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,40 @@ def test_what_can_be_resumed_from_is_said(tmp_path: Path) -> None:
     recipe = load_recipe("vit-tiny/digits/nio", ["--resume_from_checkpoint", "auto"])
     assert recipe.training.resume_from_checkpoint == "auto"
     assert recipe.training.enable_jit_checkpoint
+
+
+def test_other_values_make_another_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(_write(tmp_path, MINIMAL + "learning_rate: 1e-3\n"), ["--nio_strength", "0.5"])
+    other = recipe.replace({"learning_rate": 2e-3, "model_config.patch_size": 4, "nio_groups": {"trunk": "layers"}})
+    assert (other.training.learning_rate, other.training.nio_strength) == (2e-3, 0.5)
+    assert other.model.model_config == {"image_size": 8, "patch_size": 4}
+    assert other.training.to_nio_config().groups == {"trunk": "layers"}
+    assert other.replace({"nio_groups": "model"}).training.nio_groups == "model"
+    assert recipe.training.learning_rate == 1e-3
+
+
+def test_problems_of_other_values_name_their_place_all_at_once(tmp_path: Path) -> None:
+    recipe = load_recipe(_write(tmp_path, MINIMAL))
+    with pytest.raises(RecipeError) as raised:
+        recipe.replace({"learning_rate": "high", "nio_gama": 1, "model_config.patch_sise": 4}, "arm steep")
+    assert {problem.where for problem in raised.value.problems} == {
+        "arm steep, learning_rate",
+        "arm steep, nio_gama",
+        "arm steep, model_config.patch_sise",
+    }
+
+
+def test_another_process_is_given_a_recipe_whole(tmp_path: Path) -> None:
+    path = _write(tmp_path, MINIMAL + "global_batch_size: 64\nper_device_train_batch_size: 16\n")
+    recipe = load_recipe(path, ["--learning_rate", "2e-3", "--nio_groups", '{"trunk": "layers"}'])
+    sent = pickle.dumps(recipe)
+    Path(path).unlink()
+    again = pickle.loads(sent)
+    assert (again.path, again.settings, again.model, again.data) == (
+        recipe.path,
+        recipe.settings,
+        recipe.model,
+        recipe.data,
+    )
+    assert again.training.to_dict() == recipe.training.to_dict()
+    assert again.training.gradient_accumulation_steps == 4
