@@ -26,10 +26,8 @@ from nio_hf.study.results import Outcome
 class Cell:
     """The runs of one arm at one learning rate and length of warmup, over the seeds of the selection.
 
-    Attributes:
-        values: {seed: value of the metric}; a run that failed counts as the worst value.
-        losses: Mean training loss of the last tenth of the steps, of the runs that did not fail.
-        failed: Number of runs that failed.
+    `values` is {seed: value of the metric}, `losses` the mean training loss of the last tenth of the steps of each run
+    that did not fail, `failed` the number of those that did.
     """
 
     arm: str
@@ -113,15 +111,9 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What is known of a study so far.
+    """What is known of a study so far; a run that failed counts as the value `worst`.
 
-    Attributes:
-        title: Name of the recipe.
-        plan: Plan of the study.
-        outcomes: Outcomes of the runs that have ended.
-        metric: Metric that whole trainings are judged by.
-        worst: Value that a failed run counts as.
-        evaluated: Number of evaluation samples, where all seeds share them; None where each seed has others.
+    `evaluated` is the number of evaluation samples, where all seeds share them; None where each seed has others.
     """
 
     title: str

@@ -93,13 +93,11 @@ class Report:
     """What a study says.
 
     Attributes:
-        title: Name of the recipe.
-        question: Question that the study answers.
         words: Sentences.
         sections: {heading: (text, table or None)}.
         numbers: Everything in plain values.
         plots: {what: (name of a file, function that draws it)}.
-        more: Further files, {what: (name, text)}.
+        more: {what: (name of a further file, its text)}.
     """
 
     title: str

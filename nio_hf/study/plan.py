@@ -53,14 +53,9 @@ class Arm:
 class Run:
     """The key of one training.
 
-    Attributes:
-        stage: "verdict" is evaluated on the evaluation data, "probe" (of a few steps) and "selection" on a part of the
-            training data.
-        arm: Name of its arm.
-        learning_rate: Peak of the schedule.
-        warmup_ratio: Length of warmup as a share of the steps; 0 for none.
-        seed: Seed of weights and data order. Runs of one seed are paired: they start from the same weights and see the
-            same batches.
+    A "verdict" is evaluated on the evaluation data, a "probe" (of a few steps) and a "selection" on a part of the
+    training data. `learning_rate` is the peak, `warmup_ratio` the length of warmup as a share of the steps. Runs of one
+    seed are paired: they start from the same weights and see the same batches.
     """
 
     stage: Stage

@@ -26,14 +26,10 @@ class Outcome:
     """What became of a run.
 
     Attributes:
-        value: Value of the metric at the end, as it is shown; None where the run failed.
-        eval_loss: Evaluation loss at the end; None where the run failed.
+        value: Value of the metric at the end, as it is shown; None where the run failed, as `eval_loss`.
         losses: Training loss of each step.
         grad_norms: Gradient norm of each step, before clipping.
-        steps: Training steps, after the cost of the initialisation.
-        cost_steps: Cost of the initialisation, in training steps.
-        cost_seconds: Wall time of the initialisation.
-        seconds: Wall time of the whole run.
+        steps: Training steps, without the cost of the initialisation, which is `cost_steps` training steps.
         error: Reason for which the run failed; None where it did not.
         initialisation: Measurements of the method; None where there was none.
         diagnostics: Measurements of the first steps; empty where they were not asked for.

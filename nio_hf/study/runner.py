@@ -48,13 +48,9 @@ class Study:
     """A plan for a recipe, and the directory of its runs.
 
     Attributes:
-        recipe: Recipe that all runs share.
-        plan: What is trained.
-        directory: Directory to write into.
         decided: Settings that are different from run to run.
         task: What else all runs have in common: results of another task are not those of this one.
         jobs: Number of runs at a time.
-        diagnostics: Whether to look at the first steps.
         recipes: {arm: its recipe}.
         outcomes: Outcomes of the runs that were asked for so far.
 
@@ -118,11 +114,11 @@ class Study:
         with sigterm_handled_by(end), _locked(self.directory), self._bar:
             self._results = Results(self.directory, self._task())
             self._all = self._bar.add_task("", total=total)
-            self._remove_folders()
+            _remove_folders(self.runs)
             try:
                 yield
             finally:
-                self._remove_folders()
+                _remove_folders(self.runs)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -171,10 +167,6 @@ class Study:
         threads = None if self.jobs == 1 else max((os.cpu_count() or 1) // self.jobs, 1)
         share = self.plan.budget_of(run) / self.plan.steps
         return Order(recipe, self.runs / f"{run.name}.log", share, self.diagnostics, threads)
-
-    def _remove_folders(self) -> None:
-        for folder in self.runs.glob(f"{_FOLDER}*"):
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _task(self) -> dict[str, Any]:
         """What all runs have in common: the settings of the recipe, and what it leaves to the defaults of NIO.
@@ -260,6 +252,11 @@ def _receive(receiver: Connection, process: BaseProcess, run: Run, order: Order)
         go_on = "The same command goes on with what is left; other settings need another --output_dir"
         raise RunError(Problem(where, found, f"See {order.log_file}. {go_on}"))
     return cast(Outcome, sent)
+
+
+def _remove_folders(directory: Path) -> None:
+    for folder in directory.glob(f"{_FOLDER}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

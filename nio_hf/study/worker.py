@@ -32,14 +32,9 @@ _LOOKED_AT = 64
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What a process is to do.
+    """What a process is to do: train a recipe whose output directory is a temporary one, and print to a log.
 
-    Attributes:
-        recipe: Recipe of the training, whose output directory is a temporary one.
-        log_file: File for what the process prints.
-        cost_share: Part of the cost of the initialisation that is paid from the budget.
-        diagnostics: Whether to look at the first steps.
-        threads: Number of threads of torch; None for its own choice.
+    `cost_share` of the cost of the initialisation is paid from the budget. `threads` is None for the choice of torch.
     """
 
     recipe: Recipe
@@ -141,7 +136,7 @@ class _Losses(TrainerCallback):
         self.grad_norms: list[float] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Keep what is logged of a step; a training whose loss is not finite ends."""
+        """Keep what is logged of a step, and end a training whose loss is not finite."""
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
             self.grad_norms.append(float(logs.get("grad_norm", math.nan)))

@@ -30,30 +30,20 @@ def _step(looked_at: StepDiagnostics, number: int = 1) -> None:
     looked_at.on_step_end(None, SimpleNamespace(global_step=number), None)
 
 
-def test_a_longer_weight_has_not_turned() -> None:
-    model = Scaled()
-    looked_at = StepDiagnostics(model, {"pixel_values": torch.eye(2)})
-    looked_at.on_train_begin(None, None, None)
-    with torch.no_grad():
-        model.weight.mul_(1.1)
-        model.zero.fill_(1.0)
-    _step(looked_at)
-    assert looked_at.values["relative_update"] == [pytest.approx(0.1)]
-    assert looked_at.values["angular_update"] == [pytest.approx(0.0, abs=1e-3)]
-    assert looked_at.values["output_change"] == [pytest.approx(0.1)]
-
-
-@pytest.mark.parametrize("angle", [1e-3, 0.5, math.pi / 2])
-def test_a_turned_weight_has_its_angle(angle: float) -> None:
+@pytest.mark.parametrize(("factor", "angle"), [(1.1, 0.0), (1.0, 1e-3), (1.0, 0.5), (1.0, math.pi / 2)])
+def test_a_weight_that_is_longer_or_turned(factor: float, angle: float) -> None:
     model = Scaled()
     looked_at = StepDiagnostics(model, {"pixel_values": torch.eye(2)})
     looked_at.on_train_begin(None, None, None)
     turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     with torch.no_grad():
-        model.weight.copy_(model.weight @ turn)
+        model.weight.copy_(factor * model.weight @ turn)
+        model.zero.fill_(1.0)
     _step(looked_at)
-    assert looked_at.values["angular_update"] == [pytest.approx(angle, rel=1e-2)]
-    assert looked_at.values["relative_update"] == [pytest.approx(2 * math.sin(angle / 2), rel=1e-2)]
+    moved = 2 * math.sin(angle / 2) if angle else factor - 1
+    assert looked_at.values["angular_update"] == [pytest.approx(angle, rel=1e-2, abs=1e-3 if angle == 0 else 0)]
+    assert looked_at.values["relative_update"] == [pytest.approx(moved, rel=1e-2)]
+    assert looked_at.values["output_change"] == [pytest.approx(moved, rel=1e-2)]
 
 
 def test_only_the_first_steps_are_looked_at() -> None:

@@ -42,17 +42,13 @@ def test_a_defined_arm_is_a_known_one_with_other_settings() -> None:
         (["nio"], ["low"], "--arm: 'low'"),
         (["nio"], ["low=other"], "--arm: 'low=other'"),
         (["nio"], ["low=nio,gamma"], "'gamma' in 'low=nio,gamma'"),
+        (["nio"], ["low=nio,seed=1"], "--arm low, seed: is decided by this command. Use --seeds"),
+        (["x", "y"], ["z"], "3 problems"),
     ],
 )
 def test_arms_that_do_not_exist_are_refused(names: list[str], definitions: list[str], found: str) -> None:
     with pytest.raises(RecipeError, match=found):
         choose_arms(names, definitions)
-
-
-def test_every_problem_of_the_arms_is_named() -> None:
-    with pytest.raises(RecipeError) as raised:
-        choose_arms(["x", "y"], ["z"])
-    assert len(raised.value.problems) == 3
 
 
 @pytest.mark.parametrize(

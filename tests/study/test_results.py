@@ -26,8 +26,13 @@ def _filled(directory: Path) -> Path:
     return directory / RESULTS_NAME
 
 
-def test_what_was_added_is_there_again(tmp_path: Path) -> None:
-    _filled(tmp_path)
+def test_what_was_added_is_there_again_and_counts_once(tmp_path: Path) -> None:
+    file = _filled(tmp_path)
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert records[1]["versions"] == versions()
+    records[1]["outcome"]["value"] = 1.0
+    with file.open("a", encoding="utf-8") as again:
+        again.write(json.dumps(records[1]) + "\n")
     results = Results(tmp_path, TASK)
     assert results.get(RUN, ARMS["nio"]) == outcome(50.0, diagnostics={"angular_update": [0.1]})
     assert results.get(OTHER, ARMS["nio"]) == outcome(None)
@@ -53,17 +58,6 @@ def test_an_outcome_that_is_no_number_is_refused_with_its_line(tmp_path: Path, v
         Results(tmp_path, TASK)
 
 
-def test_a_run_that_stands_twice_counts_once(tmp_path: Path) -> None:
-    file = _filled(tmp_path)
-    lines = file.read_text(encoding="utf-8").splitlines()
-    again = json.loads(lines[1])
-    again["outcome"]["value"] = 1.0
-    file.write_text("\n".join([*lines, json.dumps(again)]) + "\n", encoding="utf-8")
-    found = Results(tmp_path, TASK).get(RUN, ARMS["nio"])
-    assert found is not None
-    assert found.value == 50.0
-
-
 @pytest.mark.parametrize(
     ("task", "differs"),
     [
@@ -86,26 +80,24 @@ def test_an_arm_that_means_something_else_now_is_refused(tmp_path: Path) -> None
         Results(tmp_path, TASK).get(RUN, ARMS["gi_adam"])
 
 
+FORMER = '{"format": 1, "task": {}}\n{"run": {}, "accuracy": 1}\n'
+
+
 @pytest.mark.parametrize(
-    "text", ["{}\n", "no json\n", "no json", '{"mine": 1}\n{', '{"format": 3, "task": {}}\n', '{"format": 2}\n', "\n"]
+    ("text", "found"),
+    [
+        *((text, "is no results file") for text in ("{}\n", "no json\n", "no json", '{"mine": 1}\n{', "\n")),
+        ('{"format": 3, "task": {}}\n', "format 3, known is 2"),
+        ('{"format": 2}\n', "no 'task'"),
+        (FORMER, r"line 1: is no results file: format 1 is that of a former version, known is 2\. Move it away"),
+    ],
 )
-def test_another_file_is_refused_and_kept(tmp_path: Path, text: str) -> None:
+def test_another_file_is_refused_and_kept(tmp_path: Path, text: str, found: str) -> None:
     file = tmp_path / RESULTS_NAME
     file.write_text(text, encoding="utf-8")
-    with pytest.raises(RecipeError, match="is no results file"):
+    with pytest.raises(RecipeError, match=found):
         Results(tmp_path, TASK)
     assert file.read_text(encoding="utf-8") == text
-
-
-def test_results_of_a_former_version_say_so_and_are_kept(tmp_path: Path) -> None:
-    file = _filled(tmp_path)
-    former = file.read_text(encoding="utf-8").replace('{"format": 2', '{"format": 1').replace('"value"', '"accuracy"')
-    file.write_text(former, encoding="utf-8")
-    with pytest.raises(
-        RecipeError, match=r"line 1: .* format 1 is that of a former version, known is 2\. Move it away"
-    ):
-        Results(tmp_path, TASK)
-    assert file.read_text(encoding="utf-8") == former
 
 
 @pytest.mark.parametrize("length", [0, 1, 20, 40])
@@ -115,8 +107,3 @@ def test_a_file_that_ends_in_its_first_line_is_begun_again(tmp_path: Path, lengt
     file.write_bytes(first[:length])
     assert Results(tmp_path, TASK).get(RUN, ARMS["nio"]) is None
     assert file.read_bytes() == first
-
-
-def test_a_run_names_the_versions_that_it_was_made_with(tmp_path: Path) -> None:
-    record = json.loads(_filled(tmp_path).read_text(encoding="utf-8").splitlines()[1])
-    assert record["versions"] == versions()
