@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification, ViTConfig
 
+from nio_hf.errors import ConfigError
 from nio_hf.metrics import ACCURACY, IMAGE_CLASSIFICATION, LOSS, METRICS
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.study.costs import OperationCount, most_steps
@@ -39,8 +40,9 @@ def test_operations_are_counted_as_torch_counts_them() -> None:
     assert counted.operations == expected.get_total_flops() > 0
 
 
-def _train(folder: Path, **settings: Any) -> Outcome:
-    return train_once(load_recipe("vit-tiny/digits/nio").replace({**QUIET, "output_dir": str(folder), **settings}))
+def _train(folder: Path, share: float = 1.0, **settings: Any) -> Outcome:
+    recipe = load_recipe("vit-tiny/digits/nio").replace({**QUIET, "output_dir": str(folder), **settings})
+    return train_once(recipe, cost_share=share)
 
 
 @pytest.mark.parametrize(("method", "pays"), [("range", False), ("architecture_aware", True), ("nio", True)])
@@ -48,6 +50,20 @@ def test_a_method_that_looks_at_no_data_is_not_paid_for(method: str, pays: bool,
     outcome = _train(tmp_path, nio_method=method, max_steps=14)
     assert (outcome.cost_steps > 0) == pays
     assert outcome.steps == len(outcome.losses) == 14 - math.ceil(outcome.cost_steps)
+
+
+def test_a_probe_pays_its_share_of_what_an_initialisation_costs(tmp_path: Path) -> None:
+    outcome = _train(tmp_path, 0.25, max_steps=6)
+    assert outcome.cost_steps > 6
+    assert outcome.steps == 6 - math.ceil(outcome.cost_steps / 4)
+    assert outcome.initialisation is not None
+    groups = outcome.initialisation["scales_by_group"]
+    assert set(groups.values()) == set(outcome.initialisation["scales"])
+    failed = _train(tmp_path, 0.9, max_steps=6)
+    assert (failed.value, failed.steps) == (None, 0)
+    assert "training steps, the budget is 6" in str(failed.error)
+    with pytest.raises(ConfigError, match=r"--steps: the initialisation costs \d+ training steps, the budget is 6"):
+        _train(tmp_path, max_steps=6)
 
 
 def test_the_steps_of_a_race_are_paid_for(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -263,29 +261,3 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path, arguments: list[str]
     assert done.exit_code == 2
     assert found in " ".join(done.output.split())
     assert not (directory / RESULTS_NAME).exists()
-
-
-@pytest.mark.slow
-def test_a_search_from_the_probes_to_the_judgement(tmp_path: Path) -> None:
-    start = [sys.executable, "-m", "nio_hf.cli", "tune", "--output_dir", str(tmp_path)]
-    command = [*start, "--steps", "20", "--probe_steps", "4", "--seeds", "2", "--verdict_seeds", "3", *GRID, *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "8 probes in 2 rounds (5, 3 candidates): up to" in done.stderr
-    lines = (tmp_path / RESULTS_NAME).read_text(encoding="utf-8").splitlines()[1:]
-    records = [json.loads(line) for line in lines]
-    names = [json.dumps(record["run"]) for record in records]
-    assert len(names) == len(set(names))
-    for record in records:
-        outcome, share = record["outcome"], {"probe": 0.2, "verdict": 1.0}[record["run"]["stage"]]
-        budget = 4 if record["run"]["stage"] == "probe" else 20
-        assert outcome["steps"] == budget - -(-outcome["cost_steps"] * share // 1)
-        assert outcome["initialisation"]["cost"] > 0
-        groups = outcome["initialisation"]["scales_by_group"]
-        assert set(groups.values()) == set(outcome["initialisation"]["scales"])
-        assert len(groups) == 1 or record["run"]["arm"].startswith(("additive", "own"))
-    found = json.loads((tmp_path / "tuning.json").read_text(encoding="utf-8"))
-    assert len(records) == 8 + (0 if found["chosen"] == "own" else 6)
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 0
-    assert (tmp_path / RESULTS_NAME).read_text(encoding="utf-8").splitlines()[1:] == lines
