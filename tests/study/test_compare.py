@@ -148,8 +148,9 @@ def test_sigterm_leaves_no_temporary_folder(tmp_path: Path) -> None:
     command[command.index("8")] = "100000"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
         deadline = time.monotonic() + 240
-        while not (begun := list(tmp_path.glob("runs/.nio-trial-*"))) and time.monotonic() < deadline:
+        while not list(tmp_path.glob("runs/*.log")) and time.monotonic() < deadline:
             time.sleep(0.1)
+        begun = list(tmp_path.glob("runs/.nio-trial-*"))
         process.terminate()
         process.wait(60)
     assert begun
