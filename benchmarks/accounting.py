@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from nio_hf.trials.operations import OperationCount
+from nio_hf.study.costs import OperationCount
 
 Work = Callable[[], Any]
 

@@ -24,7 +24,7 @@ from benchmarks.warmup_free.study import HELD, SEARCHED_BY, grid, replayed, rows
 from benchmarks.warmup_free.texts import unpacked_losses
 from nio_hf.report.style import BLUE, GREY, figure
 from nio_hf.report.tables import markdown_table
-from nio_hf.trials.interval import Interval, corrected, interval
+from nio_hf.study.intervals import Interval, corrected, interval
 
 TEST_IMAGES = 10_000
 MODELS = {"rivals-vit": "ViT", "rivals-swin": "Swin"}

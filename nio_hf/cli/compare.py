@@ -30,10 +30,7 @@ def compare(
     verdict_seeds: Annotated[
         int | None, _option("verdict_seeds", "Fresh seeds to judge by; default: as many as --seeds.")
     ] = None,
-    verdict: Annotated[
-        bool,
-        _option("verdict/--no_verdict", "Whether to judge the arms on fresh seeds."),
-    ] = True,
+    verdict: Annotated[bool, _option("verdict/--no_verdict", "Whether to judge the arms on fresh seeds.")] = True,
     steps: Annotated[int | None, _option("steps", "Training steps of a run, initialisation included.")] = None,
     budget: Annotated[
         int | None,
@@ -46,21 +43,31 @@ def compare(
     ] = None,
 ) -> None:
     """Does it replace warmup? Train with and without on a grid of learning rates, and judge on fresh seeds."""
-    from nio_hf.comparison.command import run_comparison
+    from nio_hf.console import exit_status
+    from nio_hf.study import compare as study
+    from nio_hf.study.arms import ARMS, CONTROLLED, choose_arms
+    from nio_hf.study.options import GO_ON, Options
+    from nio_hf.study.plan import Plan
+    from nio_hf.study.runner import Study
 
-    raise typer.Exit(
-        run_comparison(
-            arguments or [],
-            arms=arms,
-            definitions=arm or [],
-            learning_rates=learning_rates,
-            warmup_ratios=warmup_ratios,
-            seeds=seeds,
-            verdict_seeds=0 if not verdict else seeds if verdict_seeds is None else verdict_seeds,
-            steps=steps,
-            budget=budget,
-            jobs=jobs,
-            diagnostics=diagnostics,
-            output_dir=output_dir,
+    def command() -> int:
+        line = Options(arguments or [], CONTROLLED)
+        rates = study.default_rates(line.recipe) if learning_rates is None else learning_rates
+        plan = Plan(
+            line.attempt(lambda: choose_arms(arms.split(","), arm or []), tuple(ARMS.values())),
+            line.numbers("--learning_rates", rates, "5e-4,1e-3"),
+            line.numbers("--warmup_ratios", warmup_ratios, "0.05,0.1"),
+            seeds,
+            0 if not verdict else seeds if verdict_seeds is None else verdict_seeds,
+            line.steps(steps),
+            budget,
         )
-    )
+        line.add(study.plan_problems(plan))
+        line.check()
+        directory = line.directory(output_dir, "compare")
+        task = {"steps": plan.steps}
+        findings = study.compare(Study(line.recipe, plan, directory, CONTROLLED, task, jobs, diagnostics))
+        study.make_report(findings).publish(directory, "comparison")
+        return 0
+
+    raise typer.Exit(exit_status(command, interrupted=GO_ON))

@@ -35,19 +35,33 @@ def tune(
     ] = None,
 ) -> None:
     """Choose groups and strength of NIO by short trainings without warmup, and judge by whole ones."""
-    from nio_hf.tuning.command import run_tuning
+    from nio_hf.console import exit_status
+    from nio_hf.study import tune as study
+    from nio_hf.study.options import GO_ON, Options
+    from nio_hf.study.plan import Plan
+    from nio_hf.study.runner import Study
 
-    raise typer.Exit(
-        run_tuning(
-            arguments or [],
-            groups=groups,
-            strengths=strengths,
-            seeds=seeds,
-            verdict_seeds=0 if not verdict else seeds if verdict_seeds is None else verdict_seeds,
-            probe_steps=probe_steps,
-            steps=steps,
-            budget=budget,
-            jobs=jobs,
-            output_dir=output_dir,
+    def command() -> int:
+        line = Options(arguments or [], study.CONTROLLED)
+        words = [part.strip() for part in groups.split(",") if part.strip()]
+        numbers = line.numbers("--strengths", strengths, "0.5,1")
+        line.add(study.candidate_problems(line.recipe, words, numbers))
+        plan = Plan(
+            study.make_candidates(line.recipe, words, numbers),
+            (line.recipe.training.learning_rate,),
+            (),
+            seeds,
+            0 if not verdict else seeds if verdict_seeds is None else verdict_seeds,
+            line.steps(steps),
+            budget,
+            probe_steps,
         )
-    )
+        line.add(study.plan_problems(plan))
+        line.check()
+        directory = line.directory(output_dir, "tune")
+        task = {"purpose": "tune", "steps": plan.steps, "probe_steps": probe_steps}
+        search = study.tune(Study(line.recipe, plan, directory, study.CONTROLLED, task, jobs))
+        study.make_report(search).publish(directory, "tuning")
+        return 0
+
+    raise typer.Exit(exit_status(command, interrupted=GO_ON))

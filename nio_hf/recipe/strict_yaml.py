@@ -6,7 +6,6 @@ PyYAML follows YAML 1.1, in which `1e-3` is a string and `no` is false: both are
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -139,9 +138,3 @@ def read_overrides(options: Sequence[str], decided: Mapping[str, Any] | None = N
             raise RecipeError(Problem(where, "given twice", "Give it once"))
         settings[key] = Setting(parse_scalar(text, where), where)
     return settings | {key: Setting(value, f"--{key}") for key, value in (decided or {}).items()}
-
-
-def with_values(options: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    """Command line options with other values for some keys."""
-    merged = {key: setting.value for key, setting in read_overrides(options).items()} | dict(values)
-    return [part for key, value in merged.items() for part in (f"--{key}", json.dumps(value))]

@@ -1,0 +1,5 @@
+"""Studies: trainings of one recipe, each in a process of its own, and what can be concluded from them."""
+
+from nio_hf.extras import require
+
+require("recipes", "Studies of recipes")

@@ -1,0 +1,68 @@
+"""What happens in the first steps: how far each weight matrix turns, and how far representations move.
+
+Letters: W a weight matrix before a step and W' behind it, f the output of the model for a fixed batch.
+
+    relative update     ||W' - W|| / ||W||
+    angular update      arccos(<W, W'> / (||W|| ||W'||)), in radians; by way of ||W' - W||, which keeps small angles
+    output change       ||f' - f|| / ||f||
+
+Source: Kosson, Messmer and Jaggi, "Analyzing & Reducing the Need for Learning Rate Warmup in GPT Training", NeurIPS
+2024, arXiv 2410.23922.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from nio_hf.core import mode
+
+FIRST_STEPS = 50
+"""Steps that are looked at."""
+
+
+class StepDiagnostics(TrainerCallback):
+    """Measures the first steps of a training by one forward of a fixed batch in each.
+
+    `values` is {quantity: one value per step}, the mean over the weight matrices that were not zero at the start, or of
+    the output.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+        self._model = model
+        self._inputs = inputs
+        self._matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2 and parameter.any()]
+        self._weights: list[Tensor] = []
+        self._output = torch.zeros(0)
+        self.values: dict[str, list[float]] = {"relative_update": [], "angular_update": [], "output_change": []}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note where the training starts."""
+        self._note()
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the step."""
+        if state.global_step > FIRST_STEPS:
+            self._weights = []
+            return
+        former, output = self._weights, self._output
+        self._note()
+        before, behind = (torch.stack(torch._foreach_norm(weights)).double() for weights in (former, self._weights))
+        moved = torch.stack(torch._foreach_norm(torch._foreach_sub(self._weights, former))).double()
+        # The arccosine of a product of norms would lose small angles to rounding.
+        chord = ((moved**2 - (behind - before) ** 2).clamp(min=0) / (before * behind)).sqrt()
+        self.values["relative_update"].append(float((moved / before).mean()))
+        self.values["angular_update"].append(float((2 * (chord / 2).clamp(max=1).arcsin()).mean()))
+        self.values["output_change"].append(float((self._output - output).norm() / output.norm()))
+
+    @torch.no_grad()
+    def _note(self) -> None:
+        self._weights = [matrix.detach().clone() for matrix in self._matrices]
+        with mode.measuring(self._model), torch.no_grad():
+            device = self._matrices[0].device
+            self._output = self._model(**{key: value.to(device) for key, value in self._inputs.items()}).logits.float()

@@ -1,0 +1,254 @@
+"""What follows from the runs of a study, with its uncertainty.
+
+Letters: a an arm, w warmup at its best length, s a seed, v a value of the metric.
+
+    difference   d_s = v(a, s) - v(w, s), or v(w, s) - v(a, s) where less of the metric is better, each at its chosen
+                 settings, over n fresh seeds, with its 90% t interval, Holm-corrected for the number of arms that are
+                 held against warmup; so it is above 0 where the arm is better
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping
+from functools import cached_property
+
+from nio_hf.metrics import Metric
+from nio_hf.study.arms import NO_WARMUP, WARMUP
+from nio_hf.study.intervals import Interval, Word, corrected, interval, judge, paired_gain
+from nio_hf.study.plan import Arm, Plan, Point, Run
+from nio_hf.study.results import Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """The runs of one arm at one learning rate and length of warmup, over the seeds of the selection.
+
+    `values` is {seed: value of the metric}, `losses` the mean training loss of the last tenth of the steps of each run
+    that did not fail, `failed` the number of those that did.
+    """
+
+    arm: str
+    learning_rate: float
+    warmup_ratio: float
+    values: Mapping[int, float]
+    losses: tuple[float, ...]
+    failed: int
+
+    @property
+    def value(self) -> float:
+        """Mean of `values`."""
+        return statistics.fmean(self.values.values())
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the value over the seeds; NaN for one seed."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else math.nan
+
+    @property
+    def loss(self) -> float:
+        """Mean of `losses`; NaN where every run failed."""
+        return statistics.fmean(self.losses) if self.losses else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The settings that an arm is judged at: those with the best mean value of the selection."""
+
+    arm: str
+    learning_rate: float
+    warmup_ratio: float
+    value: float
+
+    @property
+    def point(self) -> Point:
+        """The point of the grid."""
+        return self.arm, self.learning_rate, self.warmup_ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Stability:
+    """How high a learning rate an arm bears: the last, counted upwards from the best one, before the first too high.
+
+    A rate is too high where a run fails, or the mean value is farther from the best of the arm than the plateau of the
+    metric. `up_to` is None where every rate has a run that failed, `fails_from` where no rate is too high.
+    """
+
+    up_to: float | None
+    fails_from: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """What warmup of some length gains over no warmup at one learning rate, paired by seed."""
+
+    learning_rate: float
+    warmup_ratio: float
+    gain: Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """An arm held against warmup, each at its chosen settings, on fresh seeds: its mean value and its gain."""
+
+    arm: str
+    choice: Choice
+    value: Interval
+    difference: Interval
+    word: Word
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What an initialisation adds: the gain of an arm over the arm that differs from it in the initialisation only."""
+
+    arm: str
+    without: str
+    difference: Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What is known of a study so far; a run that failed counts as the value `worst`.
+
+    `evaluated` is the number of evaluation samples, where all seeds share them; None where each seed has others.
+    """
+
+    title: str
+    plan: Plan
+    outcomes: Mapping[Run, Outcome]
+    metric: Metric
+    worst: float
+    evaluated: int | None = None
+
+    def fresh_values(self, point: Point) -> list[float]:
+        """The value of a point of the grid on each fresh seed; empty while runs are missing."""
+        runs = self.plan.fresh([point])
+        if any(run not in self.outcomes for run in runs):
+            return []
+        return [self.outcomes[run].value_or(self.worst) for run in runs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings(Evidence):
+    """What is known of a comparison so far."""
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """The cells of the grid that have all their runs."""
+        found = []
+        for arm, rate, ratio in self.plan.points():
+            runs = [Run("selection", arm, rate, ratio, seed) for seed in range(self.plan.seeds)]
+            if any(run not in self.outcomes for run in runs):
+                continue
+            own = {run.seed: self.outcomes[run] for run in runs}
+            values = {seed: outcome.value_or(self.worst) for seed, outcome in own.items()}
+            losses = tuple(outcome.final_loss for outcome in own.values() if outcome.final_loss is not None)
+            failed = sum(outcome.error is not None for outcome in own.values())
+            found.append(Cell(arm, rate, ratio, values, losses, failed))
+        return found
+
+    def best(self, arm: str, rate: float | None = None) -> Cell | None:
+        """The best cell of an arm, at a rate if one is given; of equals the lowest rate and the shortest warmup."""
+        own = [cell for cell in self.cells if cell.arm == arm and rate in (None, cell.learning_rate)]
+        return max(own, key=lambda cell: self.metric.merit(cell.value), default=None)
+
+    @cached_property
+    def chosen(self) -> list[Choice]:
+        """The settings of each arm; empty while the grid is not through."""
+        is_through = len(self.cells) == len(self.plan.points())
+        best = [self.best(arm.name) for arm in self.plan.arms] if is_through else []
+        return [Choice(c.arm, c.learning_rate, c.warmup_ratio, c.value) for c in best if c is not None]
+
+    def stability(self, arm: str) -> Stability:
+        """How high a learning rate an arm bears, warmup at the length that is best at each."""
+        own = [cell for rate in self.plan.learning_rates if (cell := self.best(arm, rate)) is not None]
+        whole = [cell for cell in own if not cell.failed]
+        if not whole:
+            return Stability(None, own[0].learning_rate if own else None)
+        best = max(whole, key=lambda cell: self.metric.merit(cell.value))
+        up_to = best.learning_rate
+        for cell in own[own.index(best) + 1 :]:
+            if cell.failed or self.metric.gain(best.value, cell.value) > self.metric.plateau:
+                return Stability(up_to, cell.learning_rate)
+            up_to = cell.learning_rate
+        return Stability(up_to, None)
+
+    @cached_property
+    def gains(self) -> list[Gain]:
+        """What warmup at its best length gains over no warmup, by learning rate, on the seeds that it was chosen by."""
+        found = []
+        for rate in self.plan.learning_rates:
+            warm, cold = (self.best(name, rate) for name in (WARMUP, NO_WARMUP))
+            if warm is not None and cold is not None:
+                gain = paired_gain(self.metric, list(warm.values.values()), list(cold.values.values()))
+                found.append(Gain(rate, warm.warmup_ratio, gain))
+        return found
+
+    @property
+    def largest_gain(self) -> Gain | None:
+        """The gain where warmup gained most; None where there is nothing to choose from."""
+        return max(self.gains, key=lambda gain: gain.gain.mean, default=None)
+
+    @property
+    def judged(self) -> list[Point]:
+        """What is judged on fresh seeds: each arm as chosen, and warmup and none where warmup gained most."""
+        most = self.largest_gain
+        points = [choice.point for choice in self.chosen]
+        if most is not None:
+            points += [(NO_WARMUP, most.learning_rate, 0.0), (WARMUP, most.learning_rate, most.warmup_ratio)]
+        return list(dict.fromkeys(points))
+
+    @cached_property
+    def tested_gain(self) -> Gain | None:
+        """The largest gain, measured on fresh seeds, which it was not chosen by; None while runs are missing."""
+        most = self.largest_gain
+        if most is None or not self.chosen:
+            return None
+        warm = self.fresh_values((WARMUP, most.learning_rate, most.warmup_ratio))
+        cold = self.fresh_values((NO_WARMUP, most.learning_rate, 0.0))
+        return dataclasses.replace(most, gain=paired_gain(self.metric, warm, cold)) if warm and cold else None
+
+    @property
+    def no_warmup_loses(self) -> bool:
+        """Whether the gain of warmup is significant: where it is not, there is nothing to replace."""
+        return self.tested_gain is not None and self.tested_gain.gain.low > 0
+
+    @cached_property
+    def _fresh(self) -> dict[str, list[float]]:
+        """{arm: value on each fresh seed}; empty while runs are missing."""
+        by_arm = {choice.arm: self.fresh_values(choice.point) for choice in self.chosen}
+        return by_arm if all(by_arm.values()) else {}
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """Every arm held against warmup; empty while runs are missing."""
+        if not self._fresh:
+            return []
+        samples = {arm: paired_gain(self.metric, own, self._fresh[WARMUP]).values for arm, own in self._fresh.items()}
+        differences = {WARMUP: interval(samples.pop(WARMUP)), **corrected(samples)}
+        values = {arm: interval(own) for arm, own in self._fresh.items()}
+        words = {arm: judge(difference, self.metric.margin) for arm, difference in differences.items()}
+        return [Verdict(c.arm, c, values[c.arm], differences[c.arm], words[c.arm]) for c in self.chosen]
+
+    @cached_property
+    def shares(self) -> list[Share]:
+        """What each initialisation adds, where the plan has an arm without it; empty while runs are missing."""
+        found = {}
+        for arm in self.plan.arms if self._fresh else ():
+            without = next((other.name for other in self.plan.arms if _is_without_initialisation(other, arm)), None)
+            if without is not None:
+                gain = paired_gain(self.metric, self._fresh[arm.name], self._fresh[without])
+                found[arm.name, without] = gain.values
+        return [Share(*names, difference) for names, difference in corrected(found).items()]
+
+
+def _is_without_initialisation(other: Arm, arm: Arm) -> bool:
+    """Whether an arm is another one without its initialisation."""
+    if not arm.settings.get("nio") or other.settings.get("nio") or other.has_warmup != arm.has_warmup:
+        return False
+    own = {"nio", *(key for key in arm.settings if key.startswith("nio_"))} - {"nio_seed_optimizer"}
+    rest, others = ({k: v for k, v in each.settings.items() if k not in own} for each in (arm, other))
+    return rest == others

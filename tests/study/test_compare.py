@@ -1,0 +1,190 @@
+"""`nio-hf compare` from the command line, on digits."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from nio_hf.cli.main import app
+from nio_hf.metrics import ACCURACY, IMAGE_CLASSIFICATION, LOSS, METRICS, Metric
+from nio_hf.study import runner
+from nio_hf.study.plan import Run
+from nio_hf.study.results import RESULTS_NAME, Outcome
+from tests.study.outcomes import outcome
+
+SMALL = ["--nio_report_batches", "1", "--nio_batch_size", "16"]
+SMALL += ["--max_eval_samples", "50", "--max_train_samples", "200"]
+
+
+def _compare(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["compare", *arguments])
+    return done.exit_code, done.output
+
+
+def _command(directory: Path, *arguments: str) -> list[str]:
+    start = [sys.executable, "-m", "nio_hf.cli", "compare", "--output_dir", str(directory), "--steps", "8"]
+    return [*start, *arguments, *SMALL]
+
+
+def _records(directory: Path) -> list[dict[str, Any]]:
+    lines = (directory / RESULTS_NAME).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[1:]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--arms", "nio,other"], "'other' is no known arm"),
+        (["--arms", ""], "--arms: none"),
+        (
+            ["--arms", "nioo", "--seeds", "0", "--learning_rates", "fast"],
+            "3 problems: 1. --arms: 'nioo' is no known arm",
+        ),
+        (["--learning_rates", ""], "--learning_rates: none"),
+        (["--learning_rates", "1e-3,fast"], "'fast' is no number"),
+        (["--seeds", "1"], "Give 3 or more of both for a verdict, or --no_verdict"),
+        (["--arms", "nio", "--seeds", "3"], "to hold the others against"),
+        (
+            ["--arms", "no_warmup,warmup", "--budget", "359"],
+            "--budget: 359 training steps. Up to 36 runs of 10 steps, 360 training steps in all: 24 runs to choose",
+        ),
+        (["--learning_rate", "1e-3"], "--learning_rate: is decided by this command. Use --learning_rates"),
+        (["--seed", "1"], "Use --seeds"),
+        (
+            ["--nio_method_kwargs.iterations", "9"],
+            "--nio_method_kwargs.iterations: is decided by this command. Use --arm",
+        ),
+        (["--nio_max_loss_rise", "0.1"], "--nio_max_loss_rise: is a setting of a former version. Set nio_loss_bound"),
+        (["--weight_decoy", "1"], "'weight_decoy' is no known key"),
+        (["--arm", "x=nio,nio_gama=1"], "arm x, nio_gama"),
+        (["--arm", "x=nio,nio_lr=-1"], "arm x, "),
+        (["--steps", "0"], "--steps: 0. Give the training steps of a run"),
+        (["--steps", "2", "--warmup_ratios", "0.5", *SMALL], "arm nio, --steps: 2, where the initialisation takes up"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, arguments: list[str], found: str) -> None:
+    directory = tmp_path / "new"
+    steps = [] if "--steps" in arguments else ["--steps", "10"]
+    status, output = _compare(*arguments, *steps, "--output_dir", str(directory))
+    assert status == 2
+    assert found in " ".join(output.split())
+    assert not (directory / RESULTS_NAME).exists()
+
+
+@pytest.mark.slow
+def test_a_comparison_from_the_grid_to_the_verdict(tmp_path: Path) -> None:
+    arguments = [
+        "--arms",
+        "no_warmup,warmup,nio_seeded",
+        "--learning_rates",
+        "1e-3,2e-3",
+        "--jobs",
+        "2",
+        "--diagnostics",
+    ]
+    done = subprocess.run(_command(tmp_path, *arguments), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    records = _records(tmp_path)
+    runs = [json.dumps(record["run"]) for record in records]
+    assert len(runs) == len(set(runs)) == 3 * 2 * 3 + 3 * 3
+    assert "[27/27]" in done.stderr
+    for record in records:
+        run, outcome = record["run"], record["outcome"]
+        seeded = run["arm"] == "nio_seeded"
+        assert (outcome["cost_steps"] > 0) == seeded
+        assert outcome["steps"] == 8 - -(-outcome["cost_steps"] // 1)
+        assert len(outcome["losses"]) == outcome["steps"]
+        assert len(outcome["diagnostics"]["angular_update"]) == outcome["steps"]
+    first = {
+        (r["run"]["arm"], r["run"]["learning_rate"]): r["outcome"]["losses"][0]
+        for r in records
+        if r["run"]["seed"] == 0
+    }
+    # Runs of one seed start from the same weights and the same batch.
+    assert first["no_warmup", 1e-3] == first["warmup", 1e-3] == first["no_warmup", 2e-3]
+    for name in ("comparison.md", "comparison.json", "learning_rates.png", "first_steps.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    again = subprocess.run(_command(tmp_path, *arguments), capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert _records(tmp_path) == records
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_goes_on_and_counts_nothing_twice(tmp_path: Path) -> None:
+    arguments = ["--arms", "no_warmup,warmup", "--learning_rates", "1e-3", "--seeds", "3", "--no_verdict"]
+    file = tmp_path / RESULTS_NAME
+    for number in (signal.SIGKILL, signal.SIGINT):
+        before = len(_records(tmp_path)) if file.exists() else 0
+        with subprocess.Popen(
+            _command(tmp_path, *arguments), stderr=subprocess.PIPE, start_new_session=True
+        ) as process:
+            deadline = time.monotonic() + 120
+            while not (file.exists() and len(_records(tmp_path)) > before) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            os.kill(process.pid, number)
+            process.wait(60)
+        assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    done = subprocess.run(_command(tmp_path, *arguments), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    runs = [json.dumps(record["run"]) for record in _records(tmp_path)]
+    assert len(runs) == len(set(runs)) == 6
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_no_temporary_folder(tmp_path: Path) -> None:
+    arguments = ["--arms", "no_warmup", "--learning_rates", "1e-3", "--no_verdict"]
+    command = _command(tmp_path, *arguments)
+    command[command.index("8")] = "100000"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.monotonic() + 240
+        while not list(tmp_path.glob("runs/*.log")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        begun = list(tmp_path.glob("runs/.nio-trial-*"))
+        process.terminate()
+        process.wait(60)
+    assert begun
+    assert process.returncode == 128 + signal.SIGTERM
+    assert [path.suffix for path in (tmp_path / "runs").iterdir()] == [".log"]
+
+
+@pytest.mark.parametrize(("metric", "failed"), [(ACCURACY, 100 / 10), (LOSS, math.log(10))])
+def test_the_command_judges_by_the_metric_of_the_recipe(
+    metric: Metric, failed: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def execute(pending: Sequence[Run], order_for: Any, jobs: int, on_outcome: Any) -> None:
+        for run in pending:
+            on_outcome(run, _made_up(run))
+
+    monkeypatch.setitem(METRICS, IMAGE_CLASSIFICATION, metric)
+    monkeypatch.setattr(runner, "execute", execute)
+    arguments = ["vit-tiny/digits/nio", "--steps", "100", "--learning_rates", "1e-3,2e-3"]
+    status, text = _compare(*arguments, "--output_dir", str(tmp_path))
+    assert status == 0, text
+    output = " ".join(text.split())
+    assert f"{metric.heading} by learning rate" in output
+    assert f"no_warmup-lr0.001-s0: {metric.name} {metric.text(0.75)}" in output
+    assert ("accura" in output.lower()) == metric.is_share
+    found = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
+    values = {(cell["arm"], cell["learning_rate"]): cell["value"] for cell in found["cells"]}
+    assert values["nio", 2e-3] == pytest.approx(failed)
+    higher = {choice["arm"] for choice in found["chosen"] if choice["learning_rate"] == 2e-3}
+    assert higher == ({"warmup"} if metric.lower_is_better else {"no_warmup", "nio"})
+
+
+def _made_up(run: Run) -> Outcome:
+    """Values that rise with the rate, and fall with it where there is warmup; NIO fails at the higher rate."""
+    if (run.arm, run.learning_rate) == ("nio", 2e-3):
+        return outcome(None)
+    rise = 250 * (run.learning_rate - 1e-3) * (-1 if run.arm == "warmup" else 1)
+    return outcome(0.75 + rise + 0.125 * run.seed % 1)

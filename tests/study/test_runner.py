@@ -1,0 +1,190 @@
+"""The processes and the directory of a study."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nio_hf.errors import ConfigError, Problem, RecipeError
+from nio_hf.metrics import ACCURACY, LOSS, Metric
+from nio_hf.recipe.loading import load_recipe
+from nio_hf.study import runner
+from nio_hf.study.arms import choose_arms
+from nio_hf.study.plan import Plan, Run
+from nio_hf.study.runner import RunError, Study, execute
+from nio_hf.study.worker import Order
+from tests.study.outcomes import outcome, plan
+
+RECIPE = load_recipe("vit-tiny/digits/nio")
+RUN = Run("selection", "nio", 1e-3, 0.0, 0)
+PROGRAM = """
+import multiprocessing, os, pathlib, sys, time
+from nio_hf.study.worker import end_with_parent
+
+def work(file):
+    end_with_parent()
+    pathlib.Path(file).write_text(str(os.getpid()))
+    time.sleep(120)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    context.Process(target=work, args=(sys.argv[1],), daemon=True).start()
+    time.sleep(120)
+"""
+
+
+def _study(directory: Path, made: Plan, **more: Any) -> Study:
+    return Study(RECIPE, made, directory, (), {}, **more)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or ") Z " not in status.read_text()
+
+
+def test_a_run_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    program, file = tmp_path / "program.py", tmp_path / "pid"
+    program.write_text(PROGRAM, encoding="utf-8")
+    with subprocess.Popen([sys.executable, str(program), str(file)]) as process:
+        deadline = time.monotonic() + 120
+        while not (file.exists() and file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        pid = int(file.read_text())
+        assert _runs(pid)
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+    deadline = time.monotonic() + 20
+    while _runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _runs(pid)
+
+
+def test_folders_of_trainings_that_were_killed_are_removed_and_nobody_else_writes(tmp_path: Path) -> None:
+    study = _study(tmp_path, plan())
+    (study.runs / ".nio-trial-before").mkdir(parents=True)
+    (study.runs / "probe.log").touch()
+    with study.opened(1):
+        assert [path.name for path in study.runs.iterdir()] == ["probe.log"]
+        with pytest.raises(RecipeError, match="another process is at work in it"), _study(tmp_path, plan()).opened(1):
+            pass
+        assert Path(str(study.order_for(RUN).recipe.training.output_dir)).is_dir()
+    assert [path.name for path in study.runs.iterdir()] == ["probe.log"]
+    with study.opened(1):
+        pass
+
+
+def test_the_problems_of_all_arms_are_reported_at_once(tmp_path: Path) -> None:
+    definitions = ["low=nio,nio_gama=1", "high=nio,nio_loss_bound=-1", "other=gradinit,nio_method_kwargs.steps=3"]
+    with pytest.raises(RecipeError) as raised:
+        _study(tmp_path, plan(arms=choose_arms(["no_warmup", "warmup", "gradinit", "lsuv"], definitions)))
+    assert [problem.where for problem in raised.value.problems] == [
+        "arm low, nio_gama",
+        "arm high, nio_loss_bound",
+        "arm other, nio_method_kwargs.steps",
+    ]
+
+
+def test_a_process_is_handed_the_whole_recipe(tmp_path: Path) -> None:
+    made = plan(steps=200, arms=choose_arms(["warmup"], ["long=gradinit,nio_method_kwargs.iterations=60"]))
+    study = _study(tmp_path, made, jobs=1000)
+    with study.opened(1):
+        order = study.order_for(Run("selection", "long", 5e-4, 0.0, 2))
+        judged = study.order_for(Run("verdict", "warmup", 2e-3, 0.1, 1000))
+    training = order.recipe.training
+    assert training.nio_method_kwargs == {"iterations": 60, "lr": 0.03}
+    assert (training.learning_rate, training.seed, training.max_steps) == (5e-4, 2, 200)
+    assert (order.threads, order.cost_share) == (1, 1)
+    assert order.recipe.data.eval_from_train is True
+    assert (judged.recipe.training.warmup_steps, judged.recipe.data.eval_from_train) == (
+        20,
+        RECIPE.data.eval_from_train,
+    )
+
+
+@pytest.mark.parametrize(("steps", "refused"), [(25, True), (26, False)])
+def test_an_arm_whose_initialisation_may_cost_the_whole_budget_is_refused(
+    steps: int, refused: bool, tmp_path: Path
+) -> None:
+    made = plan(steps=steps, warmup_ratios=(0.1,))
+    if not refused:
+        _study(tmp_path, made)
+        return
+    with pytest.raises(RecipeError, match=r"^arm nio, --steps: 25, where the initialisation takes up to 25 training"):
+        _study(tmp_path, made)
+
+
+def _work(order: Order, sender: Any) -> None:
+    """Stands for `carry_out`, by the name of the log."""
+    kind = order.log_file.stem
+    if kind == "dies":
+        order.log_file.write_text("what it said last\n", encoding="utf-8")
+        os._exit(9)
+    sender.send(ConfigError(Problem("--steps", "1", "Give more")) if kind == "refuses" else outcome(50.0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "found"),
+    [
+        ("dies", RunError, r"run selection-nio-lr0.001-s0: ended with status 9 and without a result\n    what it said"),
+        ("refuses", RecipeError, r"run selection-nio-lr0.001-s0, --steps: 1\. Give more"),
+        ("ends", None, ""),
+    ],
+)
+def test_what_becomes_of_a_process(
+    kind: str, error: type[Exception] | None, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "carry_out", _work)
+    ended: dict[Run, Any] = {}
+    order = Order(RECIPE.replace({"output_dir": str(tmp_path / "folder")}), tmp_path / f"{kind}.log")
+    if error is None:
+        execute([RUN], lambda run: order, 2, ended.__setitem__)
+        assert ended == {RUN: outcome(50.0)}
+        return
+    with pytest.raises(error, match=found):
+        execute([RUN], lambda run: order, 2, ended.__setitem__)
+    assert not ended
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "said"),
+    [
+        (ACCURACY, 51.234, "accuracy 51.23%, loss 1.0000, initialisation 3.0 steps (1 s)"),
+        (LOSS, 2.34567, "evaluation loss 2.3457, initialisation 3.0 steps (1 s)"),
+        (LOSS, None, "failed, the loss is not finite (1 s)"),
+    ],
+)
+def test_a_run_that_has_ended_is_told_by_its_metric(
+    metric: Metric,
+    value: float | None,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(
+        runner, "execute", lambda runs, order_for, jobs, note: note(RUN, outcome(value, cost_steps=3.0))
+    )
+    monkeypatch.setattr(type(RECIPE), "metric", metric)
+    study = _study(tmp_path, plan())
+    with study.opened(1):
+        study.complete([RUN])
+    assert capsys.readouterr().err == f"[1/1] {RUN.name}: {said}\n"
+    again = _study(tmp_path, plan(), diagnostics=True)
+    monkeypatch.setattr(runner, "execute", lambda runs, order_for, jobs, note: None)
+    with again.opened(1):
+        again.complete([RUN])
+    told = capsys.readouterr().err
+    assert "1 runs are known already." in told
+    assert ("1 of them were not looked at" in told) == (value is not None)
+    assert again.outcomes == study.outcomes
