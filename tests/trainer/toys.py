@@ -61,7 +61,7 @@ def build(name: str, **config: Any) -> nn.Module:
 
 
 def arguments(output_dir: Path, **changes: Any) -> NIOTrainingArguments:
-    """Arguments for two training steps behind a short scan."""
+    """Arguments for two training steps behind a short run of NIO."""
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
         "use_cpu": True,
@@ -71,7 +71,6 @@ def arguments(output_dir: Path, **changes: Any) -> NIOTrainingArguments:
         "per_device_train_batch_size": 8,
         "save_strategy": "no",
         "nio_batch_size": 8,
-        "nio_search_batches": 2,
         "nio_report_batches": 2,
     }
     return NIOTrainingArguments(**{**settings, **changes})
