@@ -12,7 +12,7 @@ from typing import Any
 
 from nio_hf.errors import NIOError, Problem, RecipeError
 from nio_hf.files import output_errors
-from nio_hf.hub.sharing import shareable
+from nio_hf.hub.run_folder import shareable
 from nio_hf.recipe.catalog import recipe_name
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import with_values
