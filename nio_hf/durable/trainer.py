@@ -89,13 +89,10 @@ class DurableTrainerMixin(TrainerMixin):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """As in Trainer.
+        """As in Trainer; `resume_from_checkpoint` may be "auto", too.
 
-        Args:
-            resume_from_checkpoint: A folder; True for the newest checkpoint in `output_dir` that can be used; "auto"
-                for the same, or for the start where there is none.
-            trial: As in Trainer.
-            ignore_keys_for_eval: As in Trainer.
+        True stands for the newest checkpoint in `output_dir` that can be used, "auto" for the same, or for the start
+        where there is none.
 
         Raises:
             ConfigError: For settings of checkpoints that cannot be resumed from.
@@ -116,10 +113,9 @@ class DurableTrainerMixin(TrainerMixin):
                     ensure_writable(self._run_dir)
                     self._training.enter_context(only_writer(self._run_dir))
                 checkpoint = self._checkpoint_for(resume_from_checkpoint, collective)
-                state = (
-                    None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-                )
-            self.resumed_from, self._begun_at = checkpoint, -1 if state is None else int(state.global_step)
+                state = str(checkpoint / TRAINER_STATE_NAME) if checkpoint is not None else None
+                self._begun_at = -1 if state is None else int(TrainerState.load_from_json(state).global_step)
+            self.resumed_from = checkpoint
             # Other callbacks write into a checkpoint, too.
             self.remove_callback(self._sealing)
             self.add_callback(self._sealing)
