@@ -15,7 +15,6 @@ from nio_hf.errors import OutputError, Problem, one_line
 
 LOCK_NAME = "_nio_lock"
 _CHOOSE = "Free space or choose another output_dir"
-_START_AGAIN = f"{_CHOOSE}, then start again: checkpoints saved before are whole"
 
 
 @contextlib.contextmanager
@@ -23,12 +22,12 @@ def output_errors(target: Path, *, delete: bool = False, trained: bool = True) -
     """Turn what a full disk, or one that cannot be written, makes of a save into an error of ours.
 
     Args:
-        target: what is written.
-        delete: remove what was written of it, which makes room.
-        trained: whether there may be checkpoints of the training already.
+        target: File or folder that is written.
+        delete: Remove what was written of it, which makes room.
+        trained: Whether there may be checkpoints of the training already.
 
     Raises:
-        OutputError: with the target and the reason.
+        OutputError: With the target and the reason.
     """
     try:
         yield
@@ -40,17 +39,18 @@ def output_errors(target: Path, *, delete: bool = False, trained: bool = True) -
         if delete:
             shutil.rmtree(target, ignore_errors=True)
         found = error.problems[0].found if isinstance(error, OutputError) else one_line(error)
-        raise OutputError(Problem(str(target), found, _START_AGAIN if trained else _CHOOSE)) from error
+        fix = f"{_CHOOSE}, then start again: checkpoints saved before are whole" if trained else _CHOOSE
+        raise OutputError(Problem(str(target), found, fix)) from error
 
 
 @contextlib.contextmanager
 def only_writer(directory: Path) -> Iterator[None]:
-    """Hold a directory against a second training, as long as the context lasts and this process lives.
+    """Hold a directory against a second training while the context lasts and this process lives.
 
     Where the file system has no locks, nothing is held.
 
     Raises:
-        OutputError: where another training holds it.
+        OutputError: Where another training holds it.
     """
     try:
         import fcntl
@@ -59,7 +59,7 @@ def only_writer(directory: Path) -> Iterator[None]:
         return
     with (directory / LOCK_NAME).open("w", encoding="ascii") as file:
         try:
-            # Not flock, which processes that load data would go on holding.
+            # Not flock (as in filelock), which workers that outlive this process would go on holding.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if isinstance(error, PermissionError | BlockingIOError):
@@ -74,34 +74,27 @@ def only_writer(directory: Path) -> Iterator[None]:
 def ensure_writable(directory: Path, needed: int = 0) -> None:
     """Create a directory and try to write into it.
 
-    Args:
-        directory: to create.
-        needed: bytes that are going to be written.
-
     Raises:
-        OutputError: where that fails, or there is less room than needed.
+        OutputError: Where that fails, or fewer than `needed` bytes are free.
     """
-    fix = "Choose an output_dir that you can write to"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
         free = shutil.disk_usage(directory).free
     except OSError as error:
-        raise OutputError(Problem(str(directory), str(error), fix)) from error
+        raise OutputError(Problem(str(directory), str(error), "Choose an output_dir that you can write to")) from error
     if free < needed:
         found = f"{free / 2**20:,.0f} MiB are free, a run needs at least {needed / 2**20:,.0f} MiB for its checkpoints"
-        raise OutputError(Problem(str(directory), found, "Free space or choose another output_dir"))
+        raise OutputError(Problem(str(directory), found, _CHOOSE))
 
 
 def write_atomically(file: Path, text: str) -> None:
     """Write a file so that it holds either what it held or all of the text, whatever happens."""
     temporary = file.with_name(f"{file.name}.partial")
     try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
+        temporary.write_text(text, encoding="utf-8")
+        sync_file(temporary)
         temporary.replace(file)
     except BaseException:
         temporary.unlink(missing_ok=True)

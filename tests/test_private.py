@@ -21,33 +21,83 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 import nio_hf
-from nio_hf.private import OTHERS, TRAINER_CALLS, TRAINER_OVERRIDES
 from tests.trainer.toys import build
 from tests.versions import checkpoint_activations
 
 PACKAGE = Path(nio_hf.__file__).parent
-PARAMETERS = {
-    "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
-    "_save_checkpoint": ["model", "trial"],
-    "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
-    "_load_best_model": [],
-    "_determine_best_metric": ["metrics", "trial"],
-    "_push_from_checkpoint": ["checkpoint_folder"],
-    "_get_train_sampler": ["train_dataset"],
-    "_get_output_dir": ["trial"],
-    "_prepare_inputs": ["inputs"],
-    "_remove_unused_columns": ["dataset", "description"],
-    "_get_collator_with_removed_columns": ["data_collator", "description"],
-    "_finish_current_push": [],
+TRAINER_OVERRIDES = {
+    "_prepare_for_training": (
+        "NIO: the moment when the model is whole, nothing wraps it, no optimizer exists, and it is known whether the "
+        "training resumes. No public hook has all four.",
+        ["max_steps", "train_dataloader", "resume_from_checkpoint"],
+    ),
+    "_save_checkpoint": (
+        "durable: it deletes old checkpoints before callbacks have written into the new one, and leaves a half-written "
+        "one where the disk is full.",
+        ["model", "trial"],
+    ),
+    "_load_from_checkpoint": (
+        "durable: it leaves tensors that the library has renamed as they are.",
+        ["resume_from_checkpoint", "model"],
+    ),
+    "_load_best_model": ("durable: likewise.", []),
+    "_push_from_checkpoint": (
+        "hub: it pushes before callbacks have written into the checkpoint, and absolute paths.",
+        ["checkpoint_folder"],
+    ),
+    "_get_train_sampler": (
+        "training: an order of the data that depends on seed and epoch alone.",
+        ["train_dataset"],
+    ),
 }
-"""Those of `_run_epoch` are handed on as they are."""
+"""{method of Trainer that is overridden: (who does and why, the parameters that it has first)}."""
+
+TRAINER_CALLS = {
+    "_get_output_dir": ("each trial of a search saves in a folder of its own.", ["trial"]),
+    "_prepare_inputs": ("batches of NIO go to the device as those of the training do.", ["inputs"]),
+    "_remove_unused_columns": (
+        "samples of NIO have the columns that those of the training have.",
+        ["dataset", "description"],
+    ),
+    "_get_collator_with_removed_columns": (
+        "likewise, for data sets that are none of `datasets`.",
+        ["data_collator", "description"],
+    ),
+}
+"""{method of Trainer that is called: (why, the parameters that it is given)}."""
+
+OTHERS = {
+    "_BatchNorm": "torch: the base of all batch normalisation layers.",
+    "_attn_implementation": "transformers: the attention that a model computes with.",
+    "_bit_generator": "numpy: the state of a RandomState that is no Mersenne twister.",
+    "_commit_hash": "transformers: the revision on the Hub that a model was loaded from.",
+    "_compiled_call_impl": "torch: whether a module is compiled.",
+    "_exit": "the standard library: an end of a process that waits for nothing.",
+    **dict.fromkeys(
+        (
+            *("_foreach_add", "_foreach_add_", "_foreach_addcmul_", "_foreach_copy_", "_foreach_div", "_foreach_mul"),
+            *("_foreach_mul_", "_foreach_norm", "_foreach_sign", "_foreach_sub", "_foreach_zero_"),
+        ),
+        "torch: arithmetic on lists of tensors, as its own optimizers use it.",
+    ),
+    "_forward_cls": "torch: the operation that a custom node of a graph belongs to.",
+    "_gradient_checkpointing_func": "transformers: how a layer checkpoints its activations.",
+    "_hf_peft_config_loaded": "transformers: whether a model has adapters.",
+    "_indices": "datasets: whether rows were selected or shuffled, and stand in another order on the disk.",
+    "_original_forward": "accelerate: the forward that it has patched.",
+    "_overloadpacket": "torch: which operation is counted.",
+    "_register_atexit": "the standard library: an end of a process that waits for a push.",
+    "_resolve_features": "datasets: the columns of a stream without known features.",
+    "_version": "torch: whether a buffer was written to.",
+}
+"""{any other private name: whose, and what it tells}."""
+
 OWN = {"_accuracy", "_runtime", "_time", "_nio_init", "_nio_lock", "_nio_push", "_fields"}
 """Texts and names in the package that are private names of nobody."""
 
 
 def test_the_list_of_private_names_is_complete() -> None:
-    files = [file for file in PACKAGE.rglob("*.py") if file.name != "private.py"]
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in PACKAGE.rglob("*.py")]
     own = {name for tree in trees for name in _defined(tree)} | OWN
     used = {name for tree in trees for name in _private_names(tree)} - own
     assert used == OTHERS.keys() | TRAINER_CALLS.keys()
@@ -71,13 +121,13 @@ def test_the_documentation_counts_them() -> None:
     page = (PACKAGE.parent / "docs" / "trainer.md").read_text(encoding="utf-8")
     for mixin, owner in (("NIOTrainerMixin", "NIO"), ("DurableTrainerMixin", "durable"), ("HubTrainerMixin", "hub")):
         (row,) = [line for line in page.splitlines() if line.startswith("| `nio_hf") and f"{mixin}` |" in line]
-        assert row.endswith(f"| {sum(why.startswith(f'{owner}:') for why in TRAINER_OVERRIDES.values())} |")
+        assert row.endswith(f"| {sum(why.startswith(f'{owner}:') for why, _ in TRAINER_OVERRIDES.values())} |")
 
 
 @pytest.mark.parametrize("name", [*TRAINER_OVERRIDES, *TRAINER_CALLS])
 def test_a_method_of_trainer_has_the_parameters_that_are_given(name: str) -> None:
-    parameters = list(inspect.signature(getattr(Trainer, name)).parameters)[1:]
-    assert parameters[: len(PARAMETERS.get(name, []))] == PARAMETERS.get(name, [])
+    _, expected = (TRAINER_OVERRIDES | TRAINER_CALLS)[name]
+    assert list(inspect.signature(getattr(Trainer, name)).parameters)[1:][: len(expected)] == expected
 
 
 def test_names_of_other_libraries_tell_what_they_are_taken_for(tmp_path: Path) -> None:
@@ -107,12 +157,13 @@ def test_names_of_other_libraries_tell_what_they_are_taken_for(tmp_path: Path) -
 @pytest.mark.parametrize("name", [name for name in OTHERS if name.startswith("_foreach_")])
 def test_lists_of_tensors_are_computed_with_at_once(name: str) -> None:
     ones = [torch.ones(2), torch.full((3,), 2.0)]
-    arguments: dict[str, tuple[Any, ...]] = {"norm": (), "sign": (), "addcmul_": (ones, ones)}
+    arguments: dict[str, tuple[Any, ...]] = {"norm": (), "sign": (), "zero_": (), "addcmul_": (ones, ones)}
     operation = name.removeprefix("_foreach_")
     computed = getattr(torch, name)([tensor.clone() for tensor in ones], *arguments.get(operation, (ones,)))
     single = {
         "norm": lambda tensor: tensor.norm(),
         "sign": torch.sign,
+        "zero_": torch.zeros_like,
         "addcmul_": lambda tensor: tensor + tensor * tensor,
         "copy_": lambda tensor: tensor,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,26 +20,37 @@ _OPAQUE = type | str | bytes | torch.Tensor | torch.nn.Module | np.ndarray | ran
 
 @contextlib.contextmanager
 def isolated_random_state(device: torch.device, *owners: Any) -> Iterator[None]:
-    """Leave random state as it was found.
+    """Leave the random state of Python, NumPy and torch (the CPU and `device`) as it was found.
 
-    That of Python, NumPy and torch (the CPU and `device`), and of the generators that are attributes of `owners` or of
-    what they hold: data sets and collators may draw from a generator of their own.
+    So are the generators that `owners` have or hold: data sets and collators may draw from a generator of their own.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    restore_own = [_restorer(generator) for generator in own_generators(*owners)]
+    restorers = [_restorer(generator) for generator in own_generators(*owners)]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-            for restore in restore_own:
+            for restore in restorers:
                 restore()
 
 
 def own_generators(*owners: Any) -> list[OwnGenerator]:
-    """The generators that are attributes of `owners` or of what they hold, in the order of the attributes."""
-    return list(_generators(owners))
+    """The generators among some values, in their attributes, in short containers, or in what a partial binds."""
+    found: list[OwnGenerator] = []
+    seen: set[int] = set()
+    left = [*reversed(owners)]
+    while left and len(seen) < _MAX_VALUES:
+        value = left.pop()
+        if id(value) in seen or isinstance(value, _OPAQUE):
+            continue
+        seen.add(id(value))
+        if isinstance(value, OwnGenerator):
+            found.append(value)
+        else:
+            left += reversed(_held_by(value))
+    return found
 
 
 def reseed(generator: OwnGenerator, seed: int) -> None:
@@ -57,40 +68,20 @@ def reseed(generator: OwnGenerator, seed: int) -> None:
 
 
 def _restorer(generator: OwnGenerator) -> Callable[[], Any]:
+    """What brings a generator back into the state that it is in now."""
     if isinstance(generator, torch.Generator):
-        state = generator.get_state()
-        return lambda: generator.set_state(state)
+        return functools.partial(generator.set_state, generator.get_state())
     if isinstance(generator, random.Random):
-        python_state = generator.getstate()
-        return lambda: generator.setstate(python_state)
+        return functools.partial(generator.setstate, generator.getstate())
     if isinstance(generator, np.random.RandomState):
-        legacy_state = generator.get_state(legacy=False)
-        return lambda: generator.set_state(legacy_state)
-    bits = generator.bit_generator
-    numpy_state = bits.state
-    return lambda: setattr(bits, "state", numpy_state)
-
-
-def _generators(owners: Iterable[Any]) -> Iterator[OwnGenerator]:
-    """The generators in some values: themselves, in attributes, in short containers, or in what a partial binds."""
-    seen: set[int] = set()
-    left = [*reversed(list(owners))]
-    while left and len(seen) < _MAX_VALUES:
-        value = left.pop()
-        if id(value) in seen or isinstance(value, _OPAQUE):
-            continue
-        seen.add(id(value))
-        if isinstance(value, OwnGenerator):
-            yield value
-        else:
-            left += reversed(_held_by(value))
+        return functools.partial(generator.set_state, generator.get_state(legacy=False))
+    return functools.partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
 
 
 def _held_by(value: Any) -> list[Any]:
-    """What a value holds, as far as it is searched."""
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
-    held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else None
-    if held is not None:
-        return list(held) if len(held) <= _MAX_ENTRIES else []
+    if isinstance(value, dict | list | tuple):
+        held = list(value.values() if isinstance(value, dict) else value)
+        return held if len(held) <= _MAX_ENTRIES else []
     return [vars(value)] if hasattr(value, "__dict__") else []

@@ -24,13 +24,12 @@ from nio_hf.files import sync_directory, sync_file, write_atomically
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_NAME = "nio_manifest.json"
-MANIFEST_FORMAT = 1
+MANIFEST_NAME, MANIFEST_FORMAT = "nio_manifest.json", 1
 UNFINISHED_NAME = "nio_unfinished"
-"""In a checkpoint that is being written, callbacks that write into it included."""
+"""Name of the file that a checkpoint holds while it is written, also by callbacks."""
 _ANOTHER = f"Give a folder OUTPUT_DIR/{PREFIX_CHECKPOINT_DIR}-N, or auto for the newest that can be used"
 _UNFINISHED = 0.0
-"""When a checkpoint was written that was not written to its end."""
+"""Time of a checkpoint that was not written to its end."""
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
@@ -48,12 +47,16 @@ def write_manifest(directory: Path) -> None:
     two seconds for a GiB.
 
     Raises:
-        OutputError: where it cannot be written.
+        OutputError: Where it cannot be written.
     """
+    files = {}
     try:
-        files = {file.relative_to(directory).as_posix(): _entry(file) for file in _files(directory)}
-        for folder in (directory.parent, directory, *(path for path in directory.rglob("*") if path.is_dir())):
-            sync_directory(folder)
+        for path in (directory.parent, directory, *sorted(directory.rglob("*"))):
+            if path.is_dir():
+                sync_directory(path)
+            elif path.is_file() and path.name not in (MANIFEST_NAME, UNFINISHED_NAME):
+                sync_file(path)
+                files[path.relative_to(directory).as_posix()] = (path.stat().st_size, _digest(path))
         content = {"format": MANIFEST_FORMAT, "saved": time.time(), "files": files}
         write_atomically(directory / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
         # Until the manifest is there, this tells a checkpoint that was cut off from one that Trainer wrote.
@@ -66,8 +69,8 @@ def fault_of(directory: Path, *, may_be_thinned: bool = False) -> str | None:
     """What makes a sealed folder unusable; None for one that is as it was written.
 
     Args:
-        directory: that was sealed.
-        may_be_thinned: whether files may have been taken out.
+        directory: Folder that was sealed.
+        may_be_thinned: Whether files may have been taken out on purpose.
     """
     manifest = _read(directory)
     if manifest is None:
@@ -75,7 +78,7 @@ def fault_of(directory: Path, *, may_be_thinned: bool = False) -> str | None:
     for name, (size, digest) in manifest[1].items():
         file = directory / name
         try:
-            if not file.exists() and may_be_thinned:
+            if may_be_thinned and not file.exists():
                 continue
             if not file.is_file():
                 return f"{name} is missing"
@@ -110,18 +113,18 @@ def check_checkpoint(directory: Path, *, verify: bool) -> None:
     """Refuse a folder that was asked for by name and cannot be used. Files may have been taken out of it on purpose.
 
     Args:
-        directory: that was asked for.
-        verify: look at its files, too.
+        directory: Folder that was asked for.
+        verify: Look at its files, too.
 
     Raises:
-        NoCheckpointError: for a folder that is none, or lacks the state of the training.
-        CheckpointError: for files that were changed.
+        NoCheckpointError: For a folder that is none, or lacks the state of the training.
+        CheckpointError: For files that were changed.
     """
     if not directory.is_dir():
         raise NoCheckpointError(Problem("resume_from_checkpoint", f"{str(directory)!r} is no folder", _ANOTHER))
     if not (directory / TRAINER_STATE_NAME).is_file():
         raise NoCheckpointError(Problem(str(directory), f"no {TRAINER_STATE_NAME} in it", _ANOTHER))
-    # One that a callback has moved away has never been sealed.
+    # A checkpoint that a callback has moved away has never been sealed.
     fault = fault_of(directory, may_be_thinned=True) if verify and has_manifest(directory) else None
     if fault is not None:
         fix = f"{_ANOTHER}. To use it as it is now, delete its {MANIFEST_NAME}"
@@ -130,15 +133,16 @@ def check_checkpoint(directory: Path, *, verify: bool) -> None:
 
 def candidates(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, the one written last first; before them those that were not written to their end."""
-    return sorted(_checkpoints(run_dir), key=lambda path: (_saved(path)[0] == _UNFINISHED, _saved(path)), reverse=True)
+    found = ((_saved(path), path) for path in _checkpoints(run_dir))
+    return [path for _, path in sorted(found, key=lambda one: (one[0][0] == _UNFINISHED, one[0]), reverse=True)]
 
 
 def newest_usable(directories: Iterable[Path], fault: Callable[[Path], str | None] = checkpoint_fault) -> Path | None:
-    """The first of some checkpoints that can be used; of the others the log says why they are not.
+    """The first of some checkpoints that can be used; the log says why the others cannot.
 
     Args:
-        directories: as [`candidates`] gives them.
-        fault: says what makes one unusable, in an empty text where another process says so.
+        directories: Checkpoints as [`candidates`] gives them.
+        fault: Says what makes one unusable, with an empty text where another process says so.
     """
     for directory in directories:
         found = fault(directory)
@@ -153,9 +157,9 @@ def rotate(run_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
     """Delete the oldest checkpoints, those that are not whole first, until there are `limit`.
 
     Args:
-        run_dir: that holds them.
-        limit: of their number; None or less than 1 for no limit.
-        keep: never deleted, e.g. the one just written, which is the last one known to be whole.
+        run_dir: Folder that holds them.
+        limit: Number of checkpoints that may stay; None or less than 1 for no limit.
+        keep: Checkpoints that are never deleted, e.g. the one just written, which is the last one known to be whole.
     """
     if limit is None or limit < 1:
         return
@@ -182,6 +186,7 @@ def _saved(directory: Path) -> tuple[float, int]:
 
 
 def _read(directory: Path) -> tuple[float, dict[str, tuple[int, str]]] | None:
+    """When a folder was sealed, and {file: (bytes, SHA-256)}; None without a manifest that can be read."""
     try:
         content = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
         if content["format"] != MANIFEST_FORMAT:
@@ -190,16 +195,6 @@ def _read(directory: Path) -> tuple[float, dict[str, tuple[int, str]]] | None:
         return float(content["saved"]), files
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
-
-
-def _files(directory: Path) -> list[Path]:
-    own = (MANIFEST_NAME, UNFINISHED_NAME)
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in own)
-
-
-def _entry(file: Path) -> tuple[int, str]:
-    sync_file(file)
-    return file.stat().st_size, _digest(file)
 
 
 def _digest(file: Path) -> str:

@@ -21,8 +21,6 @@ from nio_hf.errors import Preempted
 
 logger = logging.getLogger(__name__)
 
-_SCHEDULED_BY_EVALUATION = (ReduceLROnPlateau, GreedyLR)
-
 
 class SpareWorkers:
     """`worker_init_fn` that lets a worker of a data loader survive the first SIGTERM.
@@ -31,7 +29,7 @@ class SpareWorkers:
     need what the worker is loading. A second signal ends the worker, and the end of the main process does.
 
     Args:
-        then: called afterwards, with the number of the worker.
+        then: Called afterwards, with the number of the worker.
     """
 
     def __init__(self, then: Callable[[int], Any] | None) -> None:
@@ -51,29 +49,13 @@ def _end_workers_at_exit() -> None:
 
     Python sends each one SIGTERM once and waits for it, for ever where the worker survives that.
     """
-    atexit.register(_kill_workers)
 
+    def kill_workers() -> None:
+        for process in multiprocessing.active_children():
+            if process.daemon:
+                process.kill()
 
-def _kill_workers() -> None:
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-@contextlib.contextmanager
-def preempted_at_once(message: str) -> Iterator[None]:
-    """Let SIGTERM end what is done within the context, when all is saved already.
-
-    Raises:
-        Preempted: when the signal comes.
-    """
-
-    def stop(number: int, frame: object) -> None:
-        logger.warning(message)
-        raise Preempted(message)
-
-    with sigterm_handled_by(stop):
-        yield
+    atexit.register(kill_workers)
 
 
 @contextlib.contextmanager
@@ -86,6 +68,22 @@ def sigterm_handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
+@contextlib.contextmanager
+def preempted_at_once(message: str) -> Iterator[None]:
+    """Let SIGTERM end what is done within the context, when all is saved already.
+
+    Raises:
+        Preempted: When the signal comes.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        logger.warning(message)
+        raise Preempted(message)
+
+    with sigterm_handled_by(stop):
+        yield
+
+
 class PreemptionCallback(TrainerCallback):
     """The callback of `enable_jit_checkpoint`, for any number of processes, in the place of Trainer's own.
 
@@ -95,12 +93,12 @@ class PreemptionCallback(TrainerCallback):
     the best checkpoint, or of the learning rate.
 
     Attributes:
-        requested: whether this process got the signal.
-        stopped: whether this training has been stopped.
+        requested: Whether this process got the signal.
+        stopped: Whether this training has been stopped.
     """
 
     def __init__(self) -> None:
-        self.requested = self.stopped = False
+        self.requested = self.stopped = self._saves_at_epoch_end = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -114,35 +112,26 @@ class PreemptionCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Have a checkpoint saved and the training stopped, on all processes at once."""
-        if Collective.current().any(self.requested)[0]:
-            self.stopped = True
-            control.should_training_stop = True
-            control.should_evaluate = control.should_evaluate and _needs_evaluation(args, kwargs)
-            control.should_save = not _saved_at_epoch_end(args, state, kwargs)
+        if not Collective.current().any(self.requested)[0]:
+            return
+        self.stopped = control.should_training_stop = True
+        is_scheduled = isinstance(kwargs.get("lr_scheduler"), ReduceLROnPlateau | GreedyLR)
+        evaluates = is_scheduled or args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST
+        # A checkpoint that has to know of the evaluation at the end of the epoch is saved once, behind it: to save it
+        # twice would delete the first one for a moment.
+        ends_epoch = float(state.epoch or 0.0).is_integer()
+        self._saves_at_epoch_end = ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH and evaluates
+        control.should_evaluate = control.should_evaluate and evaluates
+        control.should_save = not self._saves_at_epoch_end
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Do nothing that belongs to the end of an epoch that was not reached."""
         if self.stopped:
-            control.should_save = _saved_at_epoch_end(args, state, kwargs)
-            control.should_evaluate = control.should_evaluate and control.should_save
+            control.should_save = self._saves_at_epoch_end
+            control.should_evaluate = control.should_evaluate and self._saves_at_epoch_end
             control.should_log = False
 
     def _request(self, number: int, frame: object) -> None:
         self.requested = True
-
-
-def _needs_evaluation(args: TrainingArguments, objects: dict[str, Any]) -> bool:
-    """Whether the weights depend on evaluations."""
-    scheduled = isinstance(objects.get("lr_scheduler"), _SCHEDULED_BY_EVALUATION)
-    return scheduled or args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST
-
-
-def _saved_at_epoch_end(args: TrainingArguments, state: TrainerState, objects: dict[str, Any]) -> bool:
-    """Whether this step ends an epoch with an evaluation that the checkpoint has to know of.
-
-    It is then saved once, behind it: to save it twice would delete the first one for a moment.
-    """
-    ends_epoch = float(state.epoch or 0.0).is_integer()
-    return ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH and _needs_evaluation(args, objects)

@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint back into a model, also where the library has renamed or re-arranged its parameters.
+"""Reading checkpoints: every tensor back into a model, and no code run.
 
 `save_pretrained` writes the names of the published checkpoints, memory has those of the installed transformers, and
 Trainer loads one into the other with strict=False: of ViT, DeiT, BEiT, DINOv2, Swin and others most tensors stay as
@@ -7,10 +7,13 @@ they are. `from_pretrained` knows the conversion.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
-from collections.abc import Iterable
+import os
+import pickle
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,25 +27,31 @@ from nio_hf.errors import CheckpointError, Problem, listed
 
 logger = logging.getLogger(__name__)
 
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_FORBID = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
 
 def restore(directory: Path, model: nn.Module) -> bool:
     """Restore every tensor of a model in place, where that takes a conversion; a warning names what is not to be had.
 
     Args:
-        directory: with the weights as safetensors.
-        model: unwrapped, whole on this process.
+        directory: Folder with the weights as safetensors.
+        model: The model, unwrapped and whole on this process.
 
     Returns:
         False, with the model as it was, where the names in the file are those of the model: Trainer restores them.
 
     Raises:
-        CheckpointError: where a tensor has another shape.
+        CheckpointError: Where a tensor has another shape.
     """
-    own, shapes = model.state_dict(), _shapes(directory)
+    own, shapes = model.state_dict(), dict[str, torch.Size]()
+    for path in _files(directory):
+        with safetensors.safe_open(path, framework="pt") as file:
+            shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     fitting = [name for name, shape in shapes.items() if name in own and own[name].shape == shape]
     if not shapes or (not shapes.keys() - own.keys() and not _left_out(fitting, own)):
         return False
-    tensors, missing = _tensors_for(model, own, directory)
+    tensors, missing = _tensors_for(model, directory)
     if missing:
         logger.warning("%s does not hold %s: they stay as they are.", directory, listed(missing, 1))
     model.load_state_dict(tensors, strict=False)
@@ -51,56 +60,76 @@ def restore(directory: Path, model: nn.Module) -> bool:
 
 def restore_all(directory: Path, model: nn.Module) -> bool:
     """Restore every tensor of a model in place; False, with the model as it was, where one is not to be had."""
-    tensors, missing = _tensors_for(model, model.state_dict(), directory)
-    if missing:
-        return False
-    model.load_state_dict(tensors, strict=False)
-    return True
+    tensors, missing = _tensors_for(model, directory)
+    if not missing:
+        model.load_state_dict(tensors, strict=False)
+    return not missing
 
 
-def _tensors_for(model: nn.Module, own: dict[str, Tensor], directory: Path) -> tuple[dict[str, Tensor], list[str]]:
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """Let torch.load read tensors and the plain classes of a DeepSpeed checkpoint, and nothing else.
+
+    DeepSpeed asks for `weights_only=False`, which would run any code that someone has put into the file.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    former = {name: os.environ.pop(name, None) for name in (_FORCE, _FORBID)}
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]):
+            yield
+    finally:
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in former.items() if value is not None})
+
+
+@contextlib.contextmanager
+def unpickling_errors(checkpoint: Path | None) -> Iterator[None]:
+    """Say what it means where torch refuses to unpickle a file of a checkpoint: its own text advises to run code.
+
+    Raises:
+        CheckpointError: In the place of an UnpicklingError.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        found = "Weights only load failed: a file holds more than tensors and plain values, and may run code"
+        raise CheckpointError(Problem(str(checkpoint), found, "Do not use it unless you know who wrote it")) from error
+
+
+def _tensors_for(model: nn.Module, directory: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a checkpoint by the names that they have in a model, and the names that none is found for.
 
     What the stock class of the model converts is taken from `from_pretrained`; what somebody has added to the model or
     replaced in it, from the file by its name.
 
     Raises:
-        CheckpointError: where one that the model would miss has another shape.
+        CheckpointError: Where a tensor that the model would miss has another shape.
     """
-    saved: dict[str, Tensor] = {}
+    own, saved = model.state_dict(), dict[str, Tensor]()
     for file in _files(directory):
         saved |= safetensors.torch.load_file(file)
     converted, other_shapes = _converted(directory, model, saved)
-    tensors = _fitting(saved, own) | _fitting(converted, own)
+    found = [*saved.items(), *converted.items()]
+    tensors = {name: tensor for name, tensor in found if name in own and own[name].shape == tensor.shape}
     missing = _left_out(tensors, own)
     for name in missing:
         shape = other_shapes.get(name, saved[name].shape if name in saved else own[name].shape)
         if shape != own[name].shape:
-            found = f"holds {name} with shape {tuple(shape)}, the model has {tuple(own[name].shape)}"
-            raise CheckpointError(Problem(str(directory), found, "Resume with the model that wrote it"))
+            text = f"holds {name} with shape {tuple(shape)}, the model has {tuple(own[name].shape)}"
+            raise CheckpointError(Problem(str(directory), text, "Resume with the model that wrote it"))
     return tensors, missing
 
 
 def _files(directory: Path) -> list[Path]:
     """The safetensors of the model in a folder."""
-    index = directory / SAFE_WEIGHTS_INDEX_NAME
-    names = {SAFE_WEIGHTS_NAME}
+    index, names = directory / SAFE_WEIGHTS_INDEX_NAME, {SAFE_WEIGHTS_NAME}
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return [directory / name for name in sorted(names) if (directory / name).is_file()]
-
-
-def _shapes(directory: Path) -> dict[str, torch.Size]:
-    """{name: shape} of the tensors of a folder."""
-    shapes: dict[str, torch.Size] = {}
-    for path in _files(directory):
-        with safetensors.safe_open(path, framework="pt") as file:
-            shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return shapes
-
-
-def _fitting(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
 
 
 def _left_out(tensors: Iterable[str], own: dict[str, Tensor]) -> list[str]:
@@ -116,14 +145,14 @@ def _converted(
     """What `from_pretrained` of the model's stock class finds in a checkpoint, by the names in memory.
 
     Returns:
-        {name: tensor}, and {name: shape in the checkpoint} of those whose shape is not that of the config.
+        {name: tensor}, and {name: shape in the checkpoint} of the tensors whose shape is not that of the config.
     """
     bases = [base for base in type(model).__mro__ if base.__module__.startswith("transformers.models.")]
     if not bases or not isinstance(model, PreTrainedModel):
         return {}, {}
     # The widest precision of the file holds the values of all its tensors exactly.
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in saved.values()) else torch.float32
-    settings = {"config": copy.deepcopy(model.config), "dtype": dtype, "local_files_only": True}
+    settings: dict[str, Any] = {"config": copy.deepcopy(model.config), "dtype": dtype, "local_files_only": True}
     stock: Any = bases[0]
     with torch.random.fork_rng(devices=[]):
         try:
@@ -134,6 +163,6 @@ def _converted(
             logger.info("%s is not converted: %s", directory, error)
             return {}, {}
     other_shapes = {name: torch.Size(in_file) for name, in_file, _ in info["mismatched_keys"]}
-    tensors = cast(dict[str, Tensor], loaded.state_dict())
     made_anew = {*info["missing_keys"], *other_shapes}
+    tensors = cast(dict[str, Tensor], loaded.state_dict())
     return {name: tensor for name, tensor in tensors.items() if name not in made_anew}, other_shapes

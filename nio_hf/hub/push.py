@@ -1,138 +1,196 @@
-"""The push of a folder: tried again while that may help, and in the end an error that says how to push it later."""
+"""Pushes: what can go wrong is found beforehand, tried again while that may help, and in the end says what to do."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
+import functools
+import json
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, errors
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from nio_hf.errors import NIOError, OutputError, Problem, one_line
-from nio_hf.hub.access import Destination, hub
-from nio_hf.hub.failures import as_hub_error, is_passing
+import nio_hf
+from nio_hf.errors import HubError, NIOError, OutputError, Problem, one_line
+from nio_hf.hub.run_folder import shareable_files
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+CARD_NAME = "README.md"
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each further try of what may pass."""
-_OF_THE_HUB = (HfHubHTTPError, LocalTokenNotFoundError, ConnectionError, TimeoutError)
-"""Errors that are an OSError, but not about a file."""
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token with write permission"
+_LATER = "To push later, leave out push_to_hub now, and call `nio-hf push` then"
+_PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
+"""Statuses after which the same request may succeed; 409 and 412 where somebody else pushes at the same time."""
 _LEFT_OUT = (
-    "_*",
-    ".*",
-    "checkpoint-*",
-    "*.partial",
-    "training_args.bin",
-    "nio_manifest.json",
-    "nio_unfinished",
-    "runs",
-    "wandb",
-    "mlruns",
-    "report.html",
+    *("_*", ".*", "checkpoint-*", "*.partial", "training_args.bin", "nio_manifest.json", "nio_unfinished"),
+    *("runs", "wandb", "mlruns", "report.html"),
 )
 """Files and folders that stay here: what is pickled (`training_args.bin` holds the token, where one was given as an
 argument), and what names the machine and its folders, as the logs of trackers and the report do."""
+_ONLY_TO_RESUME = ("*.bin", "*.pt", "*.pth", "global_step*", "latest", "zero_to_fp32.py")
+"""Files of a checkpoint that are no part of the model."""
+_OF_A_RUN = (
+    *("model*.safetensors", "model.safetensors.index.json", "trainer_state.json", "all_results.json", "nio_*.json"),
+    *("nio_*.yaml", "plots/nio_*.png", "plots/training.png", "plots/inspection.png", "inspect/*"),
+)
+"""Files of a repository that belong to a run: those of an earlier one would be taken for this one's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Destination:
+    """A model repository to push to.
+
+    Attributes:
+        repo_id: USER/NAME, or NAME in the namespace of the user.
+        token: Token of the user; None for the one that is logged in.
+        private: Whether a repository that is made is private; None for the default of the namespace.
+        revision: Branch to push to, made where it does not exist; None for main.
+    """
+
+    repo_id: str
+    token: str | None = dataclasses.field(default=None, repr=False)
+    private: bool | None = None
+    revision: str | None = None
+
+
+@functools.cache
+def hub() -> HfApi:
+    """The client, which tells the Hub who is asking."""
+    return HfApi(library_name="nio_hf", library_version=nio_hf.__version__)
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a repository may have this name."""
+    with contextlib.suppress(errors.HFValidationError):
+        validate_repo_id(name)
+        return True
+    return False
+
+
+def check_destination(destination: Destination, fix: str = _LATER) -> Destination:
+    """Find out whether a push will be possible, and the whole name of the repository. Nothing is changed on the Hub.
+
+    What cannot be found out now, for a Hub that cannot be reached, is left to the push, with a warning.
+
+    Raises:
+        HubError: For a name that is not valid, a token that is missing, wrong or may not write, another user's
+            namespace, offline mode, or a repository that is public though a private one is asked for. It ends with the
+            `fix`.
+    """
+    where = destination.repo_id
+    try:
+        validate_repo_id(where)
+    except errors.HFValidationError as error:
+        rule = "Give USER/NAME, of letters, digits, and - _ . within a name, 96 characters at most"
+        raise HubError(Problem(f"the repository {where!r}", one_line(error), rule)) from error
+    try:
+        user = hub().whoami(token=destination.token, cache=True)
+        where = where if "/" in where else f"{user['name']}/{where}"
+        destination = dataclasses.replace(destination, repo_id=where)
+        _check_permission(destination, user)
+    except Exception as error:
+        if not is_passing(error):
+            raise as_hub_error(error, where, fix) from error
+        logger.warning("The Hub does not answer (%s): %s is not checked.", one_line(error), where)
+    return destination
+
+
+def _check_permission(destination: Destination, user: dict[str, Any]) -> None:
+    where, token = destination.repo_id, destination.token
+    if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        fix = "Make one with write permission at https://huggingface.co/settings/tokens, then `hf auth login --force`"
+        raise HubError(Problem(where, f"the token of {user['name']} may only read", fix))
+    roles = {org["name"]: org.get("roleInOrg") for org in user.get("orgs") or []} | {user["name"]: "admin"}
+    namespace, writable = where.partition("/")[0], sorted(name for name, role in roles.items() if role != "read")
+    if namespace not in writable:
+        found = f"{user['name']} may not write into the namespace {namespace!r}"
+        raise HubError(Problem(where, found, f"Choose one of: {', '.join(writable)}"))
+    try:
+        is_public = not hub().model_info(where, token=token).private
+        hub().auth_check(where, token=token, write=True)
+    except errors.RepositoryNotFoundError:
+        return
+    except errors.HfHubHTTPError as error:
+        # Not every Hub knows the question.
+        if is_passing(error) or error.response.status_code != 404:
+            raise
+    if destination.private and is_public:
+        fix = "Choose another name, make that repository private on the Hub, or leave out --private"
+        raise HubError(Problem(where, "exists and is public", fix))
+
+
+def card_on_hub(destination: Destination) -> ModelCard | None:
+    """The card that a repository has, for a branch that is not made yet that of main; None where there is none."""
+    for revision in (destination.revision, None):
+        try:
+            path = hub().hf_hub_download(destination.repo_id, CARD_NAME, token=destination.token, revision=revision)
+            card: ModelCard = ModelCard.load(path, ignore_metadata_errors=True)
+            return card
+        except errors.RevisionNotFoundError:
+            continue
+        except errors.LocalEntryNotFoundError:
+            raise
+        except (errors.EntryNotFoundError, errors.RepositoryNotFoundError):
+            break
+    return None
 
 
 def push_folder(
     directory: Path,
     destination: Destination,
-    *,
     message: str,
+    *,
     path_in_repo: str = "",
-    leave_out: Sequence[str] = (),
-    replaced: Mapping[str, bytes] | None = None,
-    stale: Sequence[str] = (),
+    with_card: bool = True,
     later: str | None = None,
     waits: Sequence[float] = WAITS,
 ) -> CommitInfo:
-    """Push the files of a folder in one commit, into a repository that is made where it does not exist.
+    """Push a model, or with `path_in_repo` a checkpoint into that folder, in one commit with a message.
 
-    Nothing arrives by halves: the commit is made when all files are there. Files that the Hub has already are not sent
-    again, so another try goes on where the last one stopped.
-
-    Args:
-        directory: to push, but for what [`files_to_push`] leaves out.
-        destination: where to.
-        message: of the commit.
-        path_in_repo: folder to push into; the root by default.
-        leave_out: patterns of names of files and folders that are not pushed, beside those that never are.
-        replaced: {path in the folder: what is pushed in the place of that file}.
-        stale: patterns of paths that are deleted in the repository where the folder has no such file.
-        later: the command that would push it later; None for `nio-hf push` with the same destination.
-        waits: seconds before each further try.
-
-    Returns:
-        What the Hub says about the commit.
+    The repository is made where it does not exist. Nothing arrives by halves: the commit is made when all files are
+    there (`HfApi.upload_folder` may make several). Files that the Hub has already are not sent again, so another try,
+    after each of `waits` in seconds, goes on where the last one stopped.
 
     Raises:
-        HubError: where it was refused, or failed to the last try; the folder is as it was.
-        OutputError: for a file that cannot be read.
+        HubError: Where it was refused, or failed to the last try. The folder is as it was; the message has the command
+            `later`, by default `nio-hf push` with the same destination.
+        OutputError: For a file that cannot be read.
     """
-    contents: dict[str, Path | bytes] = {name: directory / name for name in files_to_push(directory, leave_out)}
+    left_out = (*_LEFT_OUT, *([] if path_in_repo else _ONLY_TO_RESUME), *([] if with_card else [CARD_NAME]))
+    contents: dict[str, Path | bytes] = {}
+    for path in sorted(directory.rglob("*")):
+        parts = path.relative_to(directory).parts
+        if path.is_file() and not any(_fits(part, left_out) for part in parts):
+            contents["/".join(parts)] = path
     if not contents:
         raise OutputError(Problem(str(directory), "no file to push", "Give the folder of a model"))
-    contents |= {name: content for name, content in (replaced or {}).items() if name in contents}
-    prefix = f"{path_in_repo.rstrip('/')}/" if path_in_repo else ""
+    contents |= shareable_files(directory)
+    prefix = f"{path_in_repo}/" if path_in_repo else ""
 
     def push() -> CommitInfo:
         token, revision = destination.token, destination.revision
         made = hub().create_repo(destination.repo_id, token=token, private=destination.private, exist_ok=True)
         if revision is not None:
             hub().create_branch(made.repo_id, branch=revision, token=token, exist_ok=True)
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(prefix + name, content) for name, content in contents.items()
-        ]
-        present = hub().list_repo_files(made.repo_id, revision=revision, token=token) if stale else []
-        left_over = [path for path in present if path not in contents and _fits(path, stale)]
-        operations += [CommitOperationDelete(path) for path in left_over]
+        present = [] if path_in_repo else hub().list_repo_files(made.repo_id, revision=revision, token=token)
+        gone = [path for path in present if path not in contents and _fits(path, _OF_A_RUN)]
+        operations: list[Any] = [CommitOperationAdd(prefix + name, content) for name, content in contents.items()]
+        operations += [CommitOperationDelete(path) for path in gone]
         return hub().create_commit(made.repo_id, operations, commit_message=message, token=token, revision=revision)
 
     with push_errors(directory, destination, later or push_command(directory, destination)):
         return tried(push, destination.repo_id, waits)
-
-
-@contextlib.contextmanager
-def push_errors(directory: Path, destination: Destination, later: str) -> Iterator[None]:
-    """Turn what can go wrong with a push into errors of ours, which say how to push the folder later.
-
-    Raises:
-        HubError: for what the Hub refuses, or for one that does not answer.
-        OutputError: for a file that cannot be read.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        logger.warning("The push was interrupted; %s is whole. Push it later: %s", directory, later)
-        raise
-    except Exception as error:
-        if isinstance(error, NIOError):
-            raise
-        if isinstance(error, OSError) and not isinstance(error, _OF_THE_HUB):
-            raise OutputError(Problem(str(directory), one_line(error), f"Then push it: {later}")) from error
-        raise as_hub_error(error, destination.repo_id, f"{directory} is whole; push it later: {later}") from error
-
-
-def files_to_push(directory: Path, leave_out: Sequence[str] = ()) -> list[str]:
-    """Paths of the files of a folder that are pushed, relative to it.
-
-    Left out are what begins with `_` or a dot, checkpoints, logs of trackers, and pickled arguments.
-    """
-    patterns, found = (*_LEFT_OUT, *leave_out), []
-    for path in sorted(directory.rglob("*")):
-        parts = path.relative_to(directory).parts
-        if path.is_file() and not any(_fits(part, patterns) for part in parts):
-            found.append("/".join(parts))
-    return found
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:
@@ -140,13 +198,7 @@ def _fits(name: str, patterns: Sequence[str]) -> bool:
 
 
 def push_command(directory: Path, destination: Destination, **options: str | Sequence[str] | None) -> str:
-    """The command that pushes a folder.
-
-    Args:
-        directory: to push.
-        destination: where to.
-        **options: further ones of `nio-hf push`, those that are not None; one with several values is repeated.
-    """
+    """The command that pushes a folder, with further options of `nio-hf push` where they are not None."""
     words = ["nio-hf", "push", str(directory), destination.repo_id, *(["--private"] if destination.private else [])]
     for name, value in {"revision": destination.revision, **options}.items():
         for single in [value] if isinstance(value, str) else value or ():
@@ -155,13 +207,7 @@ def push_command(directory: Path, destination: Destination, **options: str | Seq
 
 
 def tried(action: Callable[[], T], where: str, waits: Sequence[float]) -> T:
-    """Do something again while that may help.
-
-    Args:
-        action: to do.
-        where: what it is about, for the log.
-        waits: seconds before each further try.
-    """
+    """Do something again while that may help, each time with a warning."""
     for number, wait in enumerate(waits, 1):
         try:
             return action()
@@ -172,3 +218,63 @@ def tried(action: Callable[[], T], where: str, waits: Sequence[float]) -> T:
             logger.warning("Push to %s, try %s: %s. Trying again in %g s.", where, tries, one_line(error), wait)
             time.sleep(wait)
     return action()
+
+
+@contextlib.contextmanager
+def push_errors(directory: Path, destination: Destination, later: str) -> Iterator[None]:
+    """Turn what can go wrong with a push into errors of ours with the command that pushes the folder later.
+
+    Raises:
+        HubError: For what the Hub refuses, or for one that does not answer.
+        OutputError: For a file that cannot be read.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        logger.warning("The push was interrupted; %s is whole. Push it later: %s", directory, later)
+        raise
+    except NIOError:
+        raise
+    except Exception as error:
+        # These are an OSError, too, but not about a file.
+        of_the_hub = (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, ConnectionError, TimeoutError)
+        if isinstance(error, OSError) and not isinstance(error, of_the_hub):
+            raise OutputError(Problem(str(directory), one_line(error), f"Then push it: {later}")) from error
+        raise as_hub_error(error, destination.repo_id, f"{directory} is whole; push it later: {later}") from error
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether it may help to try again later."""
+    error = _cause(error)
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return True
+    if isinstance(error, errors.HfHubHTTPError):
+        return error.response.status_code in _PASSING
+    # A server error whose text is not the JSON that was expected.
+    passing = (json.JSONDecodeError, errors.HTTPError, ConnectionError, TimeoutError)  # type: ignore[attr-defined]
+    return isinstance(error, passing) and not isinstance(error, errors.OfflineModeIsEnabled)
+
+
+def as_hub_error(error: Exception, where: str, fix: str) -> HubError:
+    """An error of ours that says what one of the Hub means for a repository, and what to do."""
+    if isinstance(error, HubError):
+        return error
+    error = _cause(error)
+    text = getattr(error, "server_message", None) or one_line(error)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = {403: f"no permission to write there ({text})", 404: f"not found, or not yours to see ({text})"}
+    found = text if isinstance(error, errors.LocalEntryNotFoundError) else said.get(status or 0, text)
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        found, fix = "no token to push with", f"{_LOG_IN}. {fix}"
+    elif isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        found, fix = "HF_HUB_OFFLINE is set, so nothing can be pushed", f"Unset it. {fix}"
+    elif status == 401:
+        found, fix = f"the token is not valid ({text})", f"{_LOG_IN}. {fix}"
+    return HubError(Problem(where, found, fix))
+
+
+def _cause(error: Exception) -> Exception:
+    """What is behind an error of an upload, which huggingface_hub wraps."""
+    while type(error) is RuntimeError and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -23,7 +24,6 @@ from nio_hf.core import GradientInspection, NIOResult
 from nio_hf.core.config import REPLACED
 from nio_hf.durable.manifest import fault_of, has_manifest
 from nio_hf.errors import CheckpointError, Problem, one_line
-from nio_hf.hub.sharing import shareable, shareable_recipe
 from nio_hf.report.run import Facts, Run
 
 logger = logging.getLogger(__name__)
@@ -31,63 +31,39 @@ logger = logging.getLogger(__name__)
 INIT_DIR_NAME = "_nio_init"
 """Its leading underscore keeps the initialised checkpoint out of `Trainer.push_to_hub`."""
 STATE_NAME, STATE_FORMAT = "nio_state.json", 3
-State = dict[str, Any]
-"""What is written of a NIO run, in plain values."""
-RUN_NAME = "nio_run.json"
+RUN_NAME, RUN_FORMAT = "nio_run.json", 1
 RECIPE_NAME = "nio_recipe.yaml"
 SAMPLE_NAME = "nio_sample.txt"
 """Text that a trained language model has written."""
-INSPECTION_DIR_NAME = "inspect"
-INSPECTION_NAME = "inspection.json"
-RUN_FORMAT = 1
+INSPECTION_DIR_NAME, INSPECTION_NAME = "inspect", "inspection.json"
+State = dict[str, Any]
+"""What is written of a NIO run, in plain values."""
 _GIVE = f"Give an output_dir of `nio-hf train` or `nio-hf init`, or its {INIT_DIR_NAME}"
-
-_LEFT_OUT = {"output_dir", "run_name", "report_to", "hub_token", "push_to_hub", "hub_model_id", "logging_dir"}
+_ELSEWHERE = {"output_dir", "run_name", "report_to", "hub_token", "push_to_hub", "hub_model_id", "logging_dir"}
 """Arguments that say where a run was written, not what it computed, and what is nobody's business."""
+
+# What is written
 
 
 def describe_run(directory: Path, facts: Facts, recipe: str | None, training_seconds: float | None = None) -> None:
-    """Write beside a model what it takes to tell how it came about.
-
-    What an earlier run has written there is replaced, or removed where this one has nothing of the kind.
+    """Write beside a model what it takes to tell how it came about, in the place of what an earlier run has written.
 
     Args:
-        directory: of the model.
-        facts: of the run.
-        recipe: as YAML, where there is one.
-        training_seconds: of all sessions of the training so far.
+        directory: Directory of the model.
+        facts: Facts of the run.
+        recipe: Recipe as YAML, where there is one.
+        training_seconds: Seconds of all sessions of the training so far.
     """
-    content = {
-        "format": RUN_FORMAT,
-        "facts": dataclasses.asdict(facts),
-        "versions": versions(),
-        "training_seconds": training_seconds,
-    }
-    (directory / RUN_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    about = {"format": RUN_FORMAT, "facts": dataclasses.asdict(facts), "versions": versions()}
+    _write_json(directory / RUN_NAME, {**about, "training_seconds": training_seconds})
     (directory / RECIPE_NAME).unlink(missing_ok=True)
     if recipe is not None:
         (directory / RECIPE_NAME).write_text(recipe, encoding="utf-8")
 
 
-def training_seconds(directory: Path) -> float:
-    """Seconds of all sessions of a training up to a checkpoint; 0 where that is not known."""
-    try:
-        return float((_read_json(directory / RUN_NAME) or {}).get("training_seconds") or 0.0)
-    except (CheckpointError, ValueError, TypeError):
-        return 0.0
-
-
-def shareable_files(directory: Path) -> dict[str, bytes]:
-    """{file name: content} of the files of a model's folder that may hold absolute paths, with them cut down."""
-    files = {}
-    for name in (TRAINER_STATE_NAME, RUN_NAME):
-        content = _read_json(directory / name)
-        if content is not None:
-            files[name] = (json.dumps(shareable(content), indent=1) + "\n").encode()
-    recipe = directory / RECIPE_NAME
-    if recipe.is_file():
-        files[RECIPE_NAME] = shareable_recipe(recipe.read_text(encoding="utf-8")).encode()
-    return files
+def write_state(state: State, directory: Path) -> None:
+    """Write `nio_state.json` into a directory."""
+    _write_json(directory / STATE_NAME, state)
 
 
 def inspection_json(inspection: GradientInspection, steps: int) -> str:
@@ -99,13 +75,13 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
     """The training arguments that differ from their defaults, as plain values without tokens."""
     changed = {}
     for field in dataclasses.fields(args):
-        value = getattr(args, field.name, None)
-        value = value.value if isinstance(value, enum.Enum) else value
-        default = field.default.value if isinstance(field.default, enum.Enum) else field.default
-        plain = isinstance(value, str | int | float | bool | list)
-        # Trainer itself turns None into these.
+        value, default = (
+            one.value if isinstance(one, enum.Enum) else one for one in (getattr(args, field.name, None), field.default)
+        )
+        # Trainer itself turns None into False and [].
         same = value == default or (default is None and value is False) or value == []
-        if field.init and plain and not same and field.name not in _LEFT_OUT and "token" not in field.name:
+        is_told = field.init and field.name not in _ELSEWHERE and "token" not in field.name
+        if is_told and not same and isinstance(value, str | int | float | bool | list):
             changed[field.name] = value
     return changed
 
@@ -119,27 +95,55 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_state(state: State, directory: Path) -> None:
-    """Write `nio_state.json` into a directory."""
-    (directory / STATE_NAME).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+# What others may see
 
 
-def find_state(directory: Path) -> State | None:
-    """As [`read_state`]; None where there is none that can be read."""
-    if not (directory / STATE_NAME).is_file():
-        return None
+def shareable(value: Any) -> Any:
+    """A value, and what is nested in it, with absolute paths cut down to their names."""
+    if isinstance(value, Mapping):
+        return {key: shareable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [shareable(entry) for entry in value]
+    if isinstance(value, str) and len(value) > 1 and Path(value.removeprefix("file://")).is_absolute():
+        return Path(value).name
+    return value
+
+
+def shareable_run(run: Run) -> Run:
+    """A run with the absolute paths in its facts and its recipe cut down to their names."""
+    facts = Facts(**shareable(dataclasses.asdict(run.facts)))
+    return dataclasses.replace(run, facts=facts, recipe=None if run.recipe is None else _shareable_recipe(run.recipe))
+
+
+def shareable_files(directory: Path) -> dict[str, bytes]:
+    """{file name: content} of the files of a model's folder that may hold absolute paths, with them cut down."""
+    contents = {name: _read_json(directory / name) for name in (TRAINER_STATE_NAME, RUN_NAME)}
+    files = {name: _json(shareable(content)).encode() for name, content in contents.items() if content is not None}
+    recipe = _read_text(directory / RECIPE_NAME)
+    return files if recipe is None else {**files, RECIPE_NAME: _shareable_recipe(recipe).encode()}
+
+
+def _shareable_recipe(text: str) -> str:
+    settings: str = yaml.safe_dump(shareable(yaml.safe_load(text)), sort_keys=False, allow_unicode=True)
+    return settings
+
+
+# What is read
+
+
+def training_seconds(directory: Path) -> float:
+    """Seconds of all sessions of a training up to a checkpoint; 0 where that is not known."""
     try:
-        return read_state(directory)
-    except CheckpointError as error:
-        logger.warning("What NIO did is not known here: %s", error)
-        return None
+        return float((_read_json(directory / RUN_NAME) or {}).get("training_seconds") or 0.0)
+    except (CheckpointError, ValueError, TypeError):
+        return 0.0
 
 
 def read_state(directory: Path) -> State:
     """All of `nio_state.json` in a directory; its result can be read.
 
     Raises:
-        CheckpointError: for a file that is missing, is not JSON, or has another format.
+        CheckpointError: For a file that is missing, is not JSON, or has another format.
     """
     path = directory / STATE_NAME
     try:
@@ -155,6 +159,15 @@ def read_state(directory: Path) -> State:
     raise CheckpointError(Problem(str(path), found, "Initialise again, or use the nio_hf version that wrote it"))
 
 
+def find_state(directory: Path) -> State | None:
+    """As [`read_state`]; None where there is none that can be read."""
+    try:
+        return read_state(directory) if (directory / STATE_NAME).is_file() else None
+    except CheckpointError as error:
+        logger.warning("What NIO did is not known here: %s", error)
+        return None
+
+
 def has_weights(folder: Path) -> bool:
     """Whether a folder holds a whole model as safetensors."""
     return any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
@@ -164,17 +177,15 @@ def model_folder(directory: Path) -> Path:
     """Where in the folder of a run its model is: there, else in the last whole checkpoint, else the initialised one.
 
     Raises:
-        CheckpointError: where there is none, or the folder itself is a checkpoint that is not whole.
+        CheckpointError: Where there is none, or the folder itself is a checkpoint that is not whole.
     """
-    for folder in _folders(directory):
-        if not has_weights(folder):
-            continue
+    for folder in filter(has_weights, _folders(directory)):
         fault = fault_of(folder) if has_manifest(folder) else None
         if fault is None:
             return folder
         if folder == directory:
             raise CheckpointError(Problem(str(folder), fault, "Give a checkpoint that is whole"))
-    raise CheckpointError(Problem(str(directory), _missing(directory, "model"), _GIVE))
+    raise _nothing_in(directory, "model")
 
 
 def read_run(directory: Path, name: str | None = None, progress: TrainerState | None = None) -> Run:
@@ -183,44 +194,48 @@ def read_run(directory: Path, name: str | None = None, progress: TrainerState | 
     Of an output directory whose training has not come to its end, that is its last checkpoint.
 
     Args:
-        directory: that was written.
-        name: of the run; None for that of the directory.
-        progress: of the training; None for what the folder says.
+        directory: Directory that was written.
+        name: Name of the run; None for that of the directory.
+        progress: State of the training; None for what the folder says.
 
     Raises:
-        CheckpointError: where there is nothing of a run, or a file of it cannot be read.
+        CheckpointError: Where there is nothing of a run, or a file of it cannot be read.
     """
-    folder = _described_folder(directory)
+    files = (STATE_NAME, RUN_NAME, TRAINER_STATE_NAME)
+    described = (folder for folder in _folders(directory) if any((folder / name).is_file() for name in files))
+    folder = next(described, None)
+    if folder is None:
+        raise _nothing_in(directory, "run")
     state = read_state(folder) if (folder / STATE_NAME).is_file() else None
     about = _read_json(folder / RUN_NAME) or {}
-    progress = progress or _read_progress(folder / TRAINER_STATE_NAME)
+    saved = _read_json(folder / TRAINER_STATE_NAME) if progress is None else None
     inspection = _read_json(directory / INSPECTION_DIR_NAME / INSPECTION_NAME)
-    recipe, sample = folder / RECIPE_NAME, directory / SAMPLE_NAME
     try:
-        facts = Facts(**about["facts"]) if about else _facts_of_config(folder / CONFIG_NAME)
+        progress = progress or TrainerState(**(saved or {}))
+        facts = Facts(**about["facts"]) if about else _facts_of(_read_json(folder / CONFIG_NAME) or {})
+        log, steps = progress.log_history, progress.global_step
         best = progress.best_global_step if facts.arguments.get("load_best_model_at_end") else None
-        has_ended = any("train_runtime" in entry for entry in progress.log_history)
-        kept = best if has_ended and best is not None else progress.global_step
-        metrics = final_metrics(progress.log_history, kept)
+        has_ended = any("train_runtime" in entry for entry in log)
+        kept = best if has_ended and best is not None else steps
+        metrics = final_metrics(log, kept)
         if about.get("training_seconds"):
             metrics["train_runtime"] = about["training_seconds"]
+        # An inspection of a model that was trained for another number of steps is of another run in the same folder.
+        is_of_run = inspection is not None and inspection["steps"] == steps
         return Run(
             name=name or directory.resolve().name,
             facts=facts,
             has_ended=has_ended,
-            kept_step=None if kept == progress.global_step else kept,
+            kept_step=None if kept == steps else kept,
             result=None if state is None else NIOResult.from_dict(state["result"]),
             versions=about.get("versions") or (state or {}).get("versions", {}),
-            steps=progress.global_step,
+            steps=steps,
             max_steps=progress.max_steps,
             metrics=metrics,
-            log_history=progress.log_history,
-            recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
-            sample=sample.read_text(encoding="utf-8") if has_ended and sample.is_file() else None,
-            # One of a model that was trained for another number of steps is of another run in the same folder.
-            inspection=GradientInspection.from_dict(inspection)
-            if inspection is not None and inspection["steps"] == progress.global_step
-            else None,
+            log_history=log,
+            recipe=_read_text(folder / RECIPE_NAME),
+            sample=_read_text(directory / SAMPLE_NAME) if has_ended else None,
+            inspection=GradientInspection.from_dict(inspection) if inspection and is_of_run else None,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"cannot be read: {type(error).__name__}: {one_line(error)}"
@@ -228,82 +243,62 @@ def read_run(directory: Path, name: str | None = None, progress: TrainerState | 
 
 
 def final_metrics(log_history: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
-    """The metrics of the weights that a training, or a checkpoint of it, holds.
+    """The metrics `eval_*` and `train_*` of the weights of a step: of evaluations after the training, else at the step.
 
     Args:
-        log_history: of the Trainer.
-        step: that the weights are of.
-
-    Returns:
-        `eval_*` and `train_*`: those of evaluations after the training, and what they lack of that at `step`.
+        log_history: Log history of the Trainer.
+        step: Step that the weights are of.
     """
     end = next((index for index, entry in enumerate(log_history) if "train_runtime" in entry), len(log_history))
     chosen = [entry for entry in log_history[:end] if entry.get("step") == step] + list(log_history[end:])
-    return {
-        key: float(value)
-        for entry in chosen
-        for key, value in entry.items()
-        if key.startswith(("eval_", "train_")) and isinstance(value, int | float)
-    }
-
-
-def _missing(directory: Path, what: str) -> str:
-    trials = sorted(path.name for path in directory.glob("run-*") if path.is_dir())
-    if trials:
-        return f"no {what} in it, but those of a search: {', '.join(trials)}"
-    if directory.is_dir():
-        return f"no {what} in it"
-    return "a file, not a folder" if directory.exists() else "no such folder"
+    values = {key: value for entry in chosen for key, value in entry.items() if key.startswith(("eval_", "train_"))}
+    return {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
 
 
 def _folders(directory: Path) -> list[Path]:
     """Where a run may be: in its folder, else in its last checkpoint, else in the initialised one."""
-    checkpoints = sorted(directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"), key=_step, reverse=True)
-    return [directory, *(path.parent for path in checkpoints), directory / INIT_DIR_NAME]
+
+    def step(folder: Path) -> int:
+        number = folder.name.rpartition("-")[2]
+        return int(number) if number.isdecimal() else -1
+
+    checkpoints = [path.parent for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    return [directory, *sorted(checkpoints, key=step, reverse=True), directory / INIT_DIR_NAME]
 
 
-def _described_folder(directory: Path) -> Path:
-    for folder in _folders(directory):
-        if any((folder / name).is_file() for name in (STATE_NAME, RUN_NAME, TRAINER_STATE_NAME)):
-            return folder
-    raise CheckpointError(Problem(str(directory), _missing(directory, "run"), _GIVE))
+def _nothing_in(directory: Path, what: str) -> CheckpointError:
+    trials = sorted(path.name for path in directory.glob("run-*") if path.is_dir())
+    found = f"no {what} in it, but those of a search: {', '.join(trials)}" if trials else f"no {what} in it"
+    if not directory.is_dir():
+        found = "a file, not a folder" if directory.exists() else "no such folder"
+    return CheckpointError(Problem(str(directory), found, _GIVE))
 
 
-def _step(path: Path) -> int:
-    number = path.parent.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
+def _facts_of(config: Mapping[str, Any]) -> Facts:
+    """What the configuration of a model tells, where nothing else does."""
+    names, classes = config.get("architectures") or ["model"], config.get("id2label")
+    return Facts(names[0], config.get("model_type"), classes=None if classes is None else len(classes))
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=1) + "\n"
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(_json(content), encoding="utf-8")
+
+
+def _read_text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
+        text = _read_text(path)
+        content = None if text is None else json.loads(text)
+        if content is None or isinstance(content, dict):
             return content
         found = f"a {type(content).__name__}, not an object"
     except (OSError, ValueError) as error:
         found = f"cannot be read: {one_line(error)}"
     raise CheckpointError(Problem(str(path), found, "Run the command again that wrote it"))
-
-
-def _read_progress(path: Path) -> TrainerState:
-    if not path.is_file():
-        return TrainerState()
-    try:
-        progress: TrainerState = TrainerState.load_from_json(str(path))
-        return progress
-    except (OSError, ValueError, TypeError) as error:
-        found = f"cannot be read: {one_line(error)}"
-        raise CheckpointError(Problem(str(path), found, "Give the folder of a checkpoint that is whole")) from error
-
-
-def _facts_of_config(path: Path) -> Facts:
-    """What the configuration of a model tells, where nothing else does."""
-    config = _read_json(path) or {}
-    classes = config.get("id2label")
-    return Facts(
-        model=(config.get("architectures") or ["model"])[0],
-        model_type=config.get("model_type"),
-        classes=None if classes is None else len(classes),
-    )

@@ -14,29 +14,19 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from huggingface_hub import CommitInfo
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
 from nio_hf.core import Collective
-from nio_hf.durable.mixin import TrainerMixin
+from nio_hf.durable import TrainerMixin
 from nio_hf.errors import ConfigError, HubError, Problem, one_line
 from nio_hf.extras import how_to_install, missing_modules
-from nio_hf.hub.access import Destination, check_destination
-from nio_hf.hub.background import Background
-from nio_hf.hub.card import CARD_NAME, card_on_hub, write_card
-from nio_hf.hub.push import WAITS, push_command, push_errors, push_folder, tried
-from nio_hf.hub.run_folder import (
-    changed_arguments,
-    describe_run,
-    has_weights,
-    read_run,
-    shareable_files,
-    training_seconds,
-)
+from nio_hf.hub import push, run_folder
+from nio_hf.hub.card import write_card
 from nio_hf.report import draw_run
 from nio_hf.report.run import Facts, Run
 
@@ -45,28 +35,14 @@ logger = logging.getLogger(__name__)
 PLOTS_DIR_NAME = "plots"
 _STAGING_DIR_NAME = "_nio_push"
 _CLASSIFIERS = ("ForImageClassification", "ForSequenceClassification", "ForTokenClassification")
-_ONLY_TO_RESUME = ("*.bin", "*.pt", "*.pth", "global_step*", "latest", "zero_to_fp32.py")
-"""Files of a checkpoint that are no part of the model."""
-_OF_A_RUN = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "trainer_state.json",
-    "all_results.json",
-    "nio_*.json",
-    "nio_*.yaml",
-    "plots/nio_*.png",
-    "plots/training.png",
-    "plots/inspection.png",
-    "inspect/*",
-)
-"""Files that belong to a run: those of an earlier one would be taken for this one's."""
+_NOT_PUSHED = "The model is saved, but not pushed."
 _ONE_MORE_TRY = (1.0,)
-"""For a push in the middle of a training: the next checkpoint is another try."""
+"""Waits of a push in the middle of a training: the next checkpoint is another try."""
 
 
 def publish(
     directory: Path,
-    destination: Destination,
+    destination: push.Destination,
     *,
     message: str | None = None,
     license_id: str | None = None,
@@ -74,44 +50,27 @@ def publish(
     name: str | None = None,
     plots: bool = True,
     later: Path | None = None,
-    waits: Sequence[float] = WAITS,
+    waits: Sequence[float] = push.WAITS,
 ) -> CommitInfo:
-    """Draw the plots of a model's folder, write its model card, and push it.
+    """Draw the plots of a model's folder, write its model card, and push it, see [`push_folder`].
 
-    Args:
-        directory: of the model.
-        destination: where to.
-        message: of the commit; None for one that says what the model is.
-        license_id: identifier of the model's licence on the Hub; None for the one that the card there has.
-        tags: to add to the card.
-        name: of the model; None for that of the repository.
-        plots: whether to draw them.
-        later: folder that `nio-hf push` would push later; None for `directory`.
-        waits: seconds before each further try.
+    The message of the commit is by default what the model is, the licence that of the card on the Hub, the name that of
+    the repository, and the folder that `nio-hf push` would push later the directory.
 
     Raises:
-        CheckpointError: for a folder that is not of a run.
-        HubError: where the push was refused, or failed to the last try.
-        OutputError: where plots or card cannot be written.
+        CheckpointError: For a folder that is not of a run.
+        HubError: Where the push was refused, or failed to the last try.
+        OutputError: Where plots or card cannot be written.
     """
-    run = read_run(directory, name or destination.repo_id)
+    run = run_folder.read_run(directory, name or destination.repo_id)
     options = {"license": license_id, "tag": tags, "commit_message": message}
-    command = push_command(later or directory, destination, **options)
-    with push_errors(directory, destination, command):
-        former = tried(lambda: card_on_hub(destination), destination.repo_id, waits)
-    drawn = _drawn(run, directory) if plots else {}
+    command = push.push_command(later or directory, destination, **options)
+    with push.push_errors(directory, destination, command):
+        former = push.tried(lambda: push.card_on_hub(destination), destination.repo_id, waits)
+    drawn = _draw(run, directory) if plots else {}
     is_ours = write_card(run, directory, drawn, destination.repo_id, former, license_id=license_id, tags=tags)
-    default = f"Trained for {run.steps} steps" if run.is_trained else "Initialised by NIO"
-    return push_folder(
-        directory,
-        destination,
-        message=message or default,
-        leave_out=_ONLY_TO_RESUME if is_ours else (*_ONLY_TO_RESUME, CARD_NAME),
-        replaced=shareable_files(directory),
-        stale=_OF_A_RUN,
-        later=command,
-        waits=waits,
-    )
+    message = message or (f"Trained for {run.steps} steps" if run.is_trained else "Initialised by NIO")
+    return push.push_folder(directory, destination, message, with_card=is_ours, later=command, waits=waits)
 
 
 class HubTrainerMixin(TrainerMixin):
@@ -121,17 +80,17 @@ class HubTrainerMixin(TrainerMixin):
     a warning; the training goes on.
 
     Attributes:
-        started_from: name on the Hub of what the model was loaded from, where that is to be told.
+        started_from: Name on the Hub of what the model was loaded from, where that is to be told.
     """
 
     hub_model_id: Any
-    push_in_progress: Any
+    push_in_progress: Any = None
     started_from: str | None = None
+    _sessions: tuple[float, float | None, float | None] = (0.0, None, None)
+    """Seconds of former sessions, and when this one began and ended."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._background = Background("nio-push")
         super().__init__(*args, **kwargs)
-        self._sessions: tuple[float, float | None, float | None] = (0.0, None, None)
         self.add_callback(_HubCallback(self))
 
     @property
@@ -151,7 +110,7 @@ class HubTrainerMixin(TrainerMixin):
             classes=config.num_labels if config is not None and type(model).__name__.endswith(_CLASSIFIERS) else None,
             dataset=getattr(info, "dataset_name", None),
             dataset_config=getattr(info, "config_name", None),
-            arguments=changed_arguments(self.args),
+            arguments=run_folder.changed_arguments(self.args),
             processes=self.args.world_size,
             device=self.args.device.type,
             started_from=self.started_from,
@@ -159,7 +118,11 @@ class HubTrainerMixin(TrainerMixin):
 
     def describe(self, directory: Path) -> None:
         """Write beside a model how it came about."""
-        describe_run(directory, self.run_facts(), self.recipe_text, self.training_seconds)
+        run_folder.describe_run(directory, self.run_facts(), self.recipe_text, self.training_seconds)
+
+    def folder_to_push(self) -> Path:
+        """The folder that `push_to_hub` pushes. Override it for a model that is in another one than `output_dir`."""
+        return Path(str(self.args.output_dir))
 
     @property
     def training_seconds(self) -> float | None:
@@ -167,139 +130,45 @@ class HubTrainerMixin(TrainerMixin):
         former, began, ended = self._sessions
         return None if began is None else former + (time.perf_counter() if ended is None else ended) - began
 
-    def _destination(self, token: str | None = None, private: bool | None = None) -> Destination:
-        name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
-        return Destination(
-            repo_id=name,
-            token=self.args.hub_token if token is None else token,
-            private=self.args.hub_private_repo if private is None else private,
-            revision=self.args.hub_revision,
-        )
-
-    def folder_to_push(self) -> Path:
-        """The folder that `push_to_hub` pushes. Override it for a model that is in another one than `output_dir`."""
-        return Path(str(self.args.output_dir))
-
-    def _push_checkpoint(self, directory: Path) -> None:
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        if self._pushes and not self.args.hub_always_push:
-            return
-        if not has_weights(directory):
-            logger.warning("%s is not pushed: it holds the model in shards. The trained model will be.", directory)
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        # Rotation may delete the checkpoint while it is pushed.
-        staged = directory.parent / _STAGING_DIR_NAME / directory.name
-        try:
-            _link_files(directory, staged)
-        except OSError as error:
-            logger.warning("%s is not pushed; the training goes on. %s", directory, one_line(error))
-            return
-        by_steps = self.args.save_strategy == SaveStrategy.STEPS
-        when = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
-        self._in_background(lambda: self._push_staged(staged, directory, f"Training in progress, {when}"))
-
-    def _push_staged(self, staged: Path, checkpoint: Path, message: str) -> None:
-        """Push a checkpoint that was set aside; what fails is a warning."""
-        destination = self._destination()
-        try:
-            # Without plots: matplotlib is not made for several threads.
-            publish(staged, destination, message=message, plots=False, later=checkpoint, waits=_ONE_MORE_TRY)
-            if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-                keeps_all = self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
-                push_folder(
-                    staged,
-                    destination,
-                    message=f"{message}, checkpoint",
-                    path_in_repo=checkpoint.name if keeps_all else "last-checkpoint",
-                    leave_out=(CARD_NAME,),
-                    replaced=shareable_files(staged),
-                    later=push_command(checkpoint, destination),
-                    waits=_ONE_MORE_TRY,
-                )
-        except Exception as error:
-            # Nobody asks the thread how it went.
-            logger.warning("%s is not pushed; the training goes on. %s", checkpoint, one_line(error))
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                staged.parent.rmdir()
-
-    @property
-    def _pushes(self) -> list[Future[Any]]:
-        """The pushes that are not done."""
-        in_progress = getattr(self, "push_in_progress", None)
-        return [] if in_progress is None else [job for job in in_progress.jobs if not job.done()]
-
-    def _in_background(self, action: Callable[[], Any]) -> Future[Any]:
-        future = self._background.submit(action)
-        jobs: Any = [*self._pushes, future]
-        self.push_in_progress = PushInProgress(jobs)
-        return future
-
-    def _tags(self, tags: str | Sequence[str] | None) -> list[str]:
-        """Tags that were given, and those that callbacks gave the model."""
-        given = [tags] if isinstance(tags, str) else list(tags or [])
-        return [*given, *(getattr(self.model, "model_tags", None) or [])]
-
-    # What follows overrides Trainer; _push_from_checkpoint is private, see nio_hf.private
-
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Check that the repository can be pushed to; it is made by the first push.
 
-        Args:
-            token: None for `hub_token`.
-            private: None for `hub_private_repo`.
-
         Raises:
-            HubError: for a name, token or permission that will not do.
+            HubError: For a name, token or permission that will not do.
         """
-        collective = Collective.current()
+        collective, repo_id = Collective.current(), None
         with collective.together():
-            repo_id = None
             if self.is_world_process_zero():
-                repo_id = check_destination(self._destination(token, private)).repo_id
+                repo_id = push.check_destination(self._destination(token, private)).repo_id
         self.hub_model_id = collective.broadcast_object(repo_id)
-        if not hasattr(self, "push_in_progress"):
-            self.push_in_progress = None
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
+    def create_model_card(  # type: ignore[override]
+        self, language: str | None = None, license: str | None = None, tags: Any = None, **given: Any
     ) -> None:
         """Write the card of the model as it is now into `output_dir`, unless the one there is your own.
 
-        Args:
-            language: of the model.
-            license: identifier of the licence on the Hub.
-            tags: to add.
-            model_name: None for the name of `output_dir`.
-            finetuned_from: name of the model that this one was fine-tuned from.
-            tasks: identifiers of tasks; the first one counts.
-            dataset_tags: names of data sets on the Hub.
-            dataset: names of data sets; the first one counts.
-            dataset_args: of the data sets; the first one counts.
+        As in Trainer, it takes `model_name`, `finetuned_from`, `tasks`, `dataset_tags`, `dataset` and `dataset_args`.
+        Of tasks, data sets and their arguments the first one counts.
         """
-        if self.is_world_process_zero():
-            directory = Path(str(self.args.output_dir))
-            directory.mkdir(parents=True, exist_ok=True)
-            self.describe(directory)
-            run = read_run(directory, model_name, self.state)
-            if dataset is not None:
-                facts = dataclasses.replace(run.facts, dataset=_first(dataset), dataset_config=_first(dataset_args))
-                run = dataclasses.replace(run, facts=facts)
-            plots = _drawn(run, directory)
-            given = _metadata(language, finetuned_from, tasks, dataset_tags)
-            write_card(run, directory, plots, license_id=license, tags=self._tags(tags), given=given)
+        if not self.is_world_process_zero():
+            return
+        directory = Path(str(self.args.output_dir))
+        directory.mkdir(parents=True, exist_ok=True)
+        self.describe(directory)
+        run = run_folder.read_run(directory, given.get("model_name"), self.state)
+        task, dataset, config = (next(iter(_listed(given.get(n))), None) for n in ("tasks", "dataset", "dataset_args"))
+        if dataset is not None:
+            facts = dataclasses.replace(run.facts, dataset=dataset, dataset_config=config)
+            run = dataclasses.replace(run, facts=facts)
+        fields = {
+            "language": _listed(language),
+            "base_model": given.get("finetuned_from"),
+            "pipeline_tag": task,
+            "datasets": _listed(given.get("dataset_tags")),
+        }
+        metadata = {name: value for name, value in fields.items() if value}
+        plots = _draw(run, directory)
+        write_card(run, directory, plots, license_id=license, tags=self._tags(tags), given=metadata)
 
     def push_to_hub(
         self,
@@ -310,23 +179,17 @@ class HubTrainerMixin(TrainerMixin):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Push the model with its card, see `folder_to_push`.
+        """Push the model with its card, see `folder_to_push`; as in Trainer.
 
-        Args:
-            commit_message: None for one that says what the model is.
-            blocking: return when the push is done.
-            token: None for `hub_token`, or the one that is logged in.
-            revision: branch; None for `hub_revision`.
-            private: whether a repository that is made is private; None for `hub_private_repo`.
-            **kwargs: `license`, `tags` and `model_name`, as in `create_model_card`.
+        Of `kwargs`, `license`, `tags` and `model_name` go into the card.
 
         Returns:
             [`~huggingface_hub.CommitInfo`], or the future of it; None on other processes than the first.
 
         Raises:
-            HubError: where the push was refused, or failed to the last try; what was saved is whole, and the message
+            HubError: Where the push was refused, or failed to the last try; what was saved is whole, and the message
                 has the command that pushes it later.
-            ConfigError: where there is no model, or none that is saved.
+            ConfigError: Where there is no model, or none that is saved.
         """
         if self.model is None:
             raise ConfigError(Problem("push_to_hub", "a search leaves no model", "Train the best trial, then push it"))
@@ -339,25 +202,18 @@ class HubTrainerMixin(TrainerMixin):
             self.save_state()
         if not self.is_world_process_zero():
             return None
-        destination = self._destination(token, private)
-        if revision is not None:
-            destination = dataclasses.replace(destination, revision=revision)
-        self._finish_current_push()
+        destination = self._destination(token, private, revision)
+        futures.wait(self._pushes)
 
-        def push() -> CommitInfo:
-            return publish(
-                directory,
-                destination,
-                message=commit_message,
-                license_id=kwargs.get("license"),
-                tags=self._tags(kwargs.get("tags")),
-                name=kwargs.get("model_name"),
-            )
+        given: Any = {"license_id": kwargs.get("license"), "name": kwargs.get("model_name")}
+        tags = self._tags(kwargs.get("tags"))
+
+        def publish_now() -> CommitInfo:
+            return publish(directory, destination, message=commit_message, tags=tags, **given)
 
         if blocking:
-            return push()
-        future = self._in_background(push)
-        future.add_done_callback(_log_failure)
+            return publish_now()
+        future = self._in_background(publish_now, _NOT_PUSHED, logging.ERROR)
         # An atexit function is too late: huggingface_hub cannot start its threads then.
         getattr(threading, "_register_atexit", atexit.register)(futures.wait, [future])
         return future
@@ -371,10 +227,86 @@ class HubTrainerMixin(TrainerMixin):
             try:
                 self.push_to_hub()
             except HubError as error:
-                logger.error("The model is saved, but not pushed. %s", error)
+                logger.error("%s %s", _NOT_PUSHED, error)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Not here: a checkpoint is pushed when callbacks have written theirs into it."""
+        """Not here: a checkpoint is pushed when callbacks have written theirs into it. See tests/test_private.py."""
+
+    def _destination(self, token: str | None, private: bool | None, revision: str | None = None) -> push.Destination:
+        args = self.args
+        return push.Destination(
+            repo_id=self.hub_model_id or args.hub_model_id or Path(str(args.output_dir)).absolute().name,
+            token=args.hub_token if token is None else token,
+            private=args.hub_private_repo if private is None else private,
+            revision=args.hub_revision if revision is None else revision,
+        )
+
+    def _tags(self, tags: Any) -> list[str]:
+        """Tags that were given, and those that callbacks gave the model."""
+        return [*_listed(tags), *(getattr(self.model, "model_tags", None) or [])]
+
+    # Pushes of checkpoints
+
+    @property
+    def _pushes(self) -> list[Future[Any]]:
+        """The pushes that are not done."""
+        return [] if self.push_in_progress is None else [job for job in self.push_in_progress.jobs if not job.done()]
+
+    def _in_background(self, action: Callable[[], Any], complaint: str, level: int) -> Future[Any]:
+        """Do something once the pushes before it are done; an error is logged, for nobody may ask the future."""
+        future, before = Future[Any](), self._pushes
+
+        def work() -> None:
+            futures.wait(before)
+            try:
+                future.set_result(action())
+            except BaseException as error:
+                logger.log(level, "%s %s", complaint, one_line(error))
+                future.set_exception(error)
+
+        # Not an executor (as of HfApi.run_as_future), which the end of a process waits for: nor does Ctrl-C end that.
+        threading.Thread(target=work, name="nio-push", daemon=True).start()
+        jobs: Any = [*before, future]
+        self.push_in_progress = PushInProgress(jobs)
+        return future
+
+    def _push_checkpoint(self, directory: Path) -> None:
+        """Push a checkpoint in the background, from a copy: rotation may delete it meanwhile."""
+        args, is_busy = self.args, bool(self._pushes) and not self.args.hub_always_push
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END or is_busy:
+            return
+        if not run_folder.has_weights(directory):
+            logger.warning("%s is not pushed: it holds the model in shards. The trained model will be.", directory)
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        by_steps = args.save_strategy == SaveStrategy.STEPS
+        when = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
+        message, complaint = f"Training in progress, {when}", f"{directory} is not pushed; the training goes on."
+        staged = directory.parent / _STAGING_DIR_NAME / directory.name
+        try:
+            shutil.rmtree(staged, ignore_errors=True)
+            shutil.copytree(directory, staged, copy_function=_link_or_copy)
+        except OSError as error:
+            logger.warning("%s %s", complaint, one_line(error))
+            return
+        self._in_background(lambda: self._push_staged(staged, directory, message), complaint, logging.WARNING)
+
+    def _push_staged(self, staged: Path, checkpoint: Path, message: str) -> None:
+        """Push a checkpoint that was set aside."""
+        destination = self._destination(None, None)
+        folders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
+        folder = folders.get(HubStrategy(self.args.hub_strategy))
+        try:
+            # Without plots: matplotlib is not made for several threads.
+            publish(staged, destination, message=message, plots=False, later=checkpoint, waits=_ONE_MORE_TRY)
+            if folder is not None:
+                message, later = f"{message}, checkpoint", push.push_command(checkpoint, destination)
+                options: Any = {"with_card": False, "later": later, "waits": _ONE_MORE_TRY}
+                push.push_folder(staged, destination, message, path_in_repo=folder, **options)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                staged.parent.rmdir()
 
 
 class _HubCallback(TrainerCallback):
@@ -383,25 +315,21 @@ class _HubCallback(TrainerCallback):
     def __init__(self, trainer: HubTrainerMixin) -> None:
         self._trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Begin a session, and remove what a training that was killed had set aside."""
         resumed_from = self._trainer.resumed_from
-        former = 0.0 if resumed_from is None else training_seconds(resumed_from)
+        former = 0.0 if resumed_from is None else run_folder.training_seconds(resumed_from)
         self._trainer._sessions = (former, time.perf_counter(), None)
         if state.is_world_process_zero and not self._trainer._pushes:
             shutil.rmtree(Path(str(args.output_dir)) / _STAGING_DIR_NAME, ignore_errors=True)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Push the checkpoint of this step."""
         directory = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if args.push_to_hub and directory.is_dir():
             self._trainer._push_checkpoint(directory)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """End a session; one that SIGTERM has stopped does not wait for the Hub."""
         former, began, _ = self._trainer._sessions
         self._trainer._sessions = (former, began, time.perf_counter())
@@ -410,7 +338,7 @@ class _HubCallback(TrainerCallback):
             self._trainer.push_in_progress = None
 
 
-def _drawn(run: Run, directory: Path) -> dict[str, Path]:
+def _draw(run: Run, directory: Path) -> dict[str, Path]:
     """The plots of a run, in its folder; none without the extra `report`, which is said."""
     if missing_modules("report"):
         logger.info("The card has no plots. %s", how_to_install("report"))
@@ -418,30 +346,8 @@ def _drawn(run: Run, directory: Path) -> dict[str, Path]:
     return draw_run(run, directory / PLOTS_DIR_NAME)
 
 
-def _metadata(
-    language: str | None, base_model: str | None, tasks: str | list[str] | None, datasets: str | list[str] | None
-) -> dict[str, Any]:
-    """The fields of the metadata of a card that the arguments of `create_model_card` give."""
-    names = [datasets] if isinstance(datasets, str) else datasets
-    languages = None if language is None else [language]
-    fields = {"language": languages, "base_model": base_model, "pipeline_tag": _first(tasks), "datasets": names}
-    return {name: value for name, value in fields.items() if value}
-
-
-def _first(names: str | list[str] | None) -> str | None:
-    return names[0] if isinstance(names, list) and names else cast(str | None, names or None)
-
-
-def _log_failure(future: Future[Any]) -> None:
-    """Say what went wrong with a push that nobody may ask about."""
-    if not future.cancelled() and future.exception() is not None:
-        logger.error("The model is saved, but not pushed. %s", future.exception())
-
-
-def _link_files(source: Path, target: Path) -> None:
-    """Put the files of a folder into another one, as links to the same data where the disk can."""
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, copy_function=_link_or_copy)
+def _listed(names: Any) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
 
 
 def _link_or_copy(source: str, target: str) -> str:

@@ -24,7 +24,7 @@ from nio_hf.catalog import recipe_name
 from nio_hf.durable.preemption import sigterm_handled_by
 from nio_hf.errors import ConfigError, NIOError, Problem, RecipeError
 from nio_hf.files import output_errors
-from nio_hf.hub.sharing import shareable
+from nio_hf.hub.run_folder import shareable
 from nio_hf.metrics import LOSS
 from nio_hf.recipe.loading import Recipe
 from nio_hf.study.costs import most_steps

@@ -27,8 +27,7 @@ from nio_hf.core import (
 )
 from nio_hf.core.batches import map_tensors
 from nio_hf.core.initializer import INITIALISED
-from nio_hf.durable import AUTO, GO_ON, DurableTrainerMixin
-from nio_hf.durable.mixin import TrainerMixin
+from nio_hf.durable import AUTO, GO_ON, DurableTrainerMixin, TrainerMixin
 from nio_hf.durable.preemption import SpareWorkers
 from nio_hf.errors import ConfigError, DataError, Preempted, Problem, StoppedError
 from nio_hf.hub.run_folder import INIT_DIR_NAME, STATE_NAME, State, find_state, write_state
@@ -317,7 +316,7 @@ class NIOTrainerMixin(TrainerMixin):
             worker_init_fn=None if self.preemption is None else SpareWorkers(None),
         )
 
-    # What follows overrides Trainer; _prepare_for_training is private, see nio_hf.private
+    # What follows overrides Trainer; _prepare_for_training is private, see tests/test_private.py
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer, after NIO; with "auto", which [`DurableTrainerMixin`] knows, NIO goes on as well."""

@@ -9,7 +9,7 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub import HfApi
 
-from nio_hf.hub import access, card, push
+from nio_hf.hub import push
 from tests.hub.loopback import LoopbackHub
 
 
@@ -18,8 +18,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
     """A Hub on this machine, to which the user is logged in with write permission."""
     with LoopbackHub() as loopback:
         client = HfApi(endpoint=loopback.endpoint)
-        for module in (access, card, push):
-            monkeypatch.setattr(module, "hub", lambda: client)
+        monkeypatch.setattr(push, "hub", lambda: client)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setenv("HF_TOKEN", "hf_write")

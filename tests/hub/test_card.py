@@ -12,9 +12,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from nio_hf.errors import OutputError
-from nio_hf.hub import CARD_NAME, Destination, card_on_hub, push_folder, write_card
-from nio_hf.hub.card import MARKER, card_text
+from nio_hf.errors import HubError, OutputError
+from nio_hf.hub import Destination
+from nio_hf.hub.card import MARKER, card_text, write_card
+from nio_hf.hub.push import CARD_NAME, card_on_hub, push_folder
 from nio_hf.report import draw_run
 from nio_hf.report.run import Facts, Run
 from tests.hub.loopback import LoopbackHub
@@ -77,13 +78,9 @@ def test_the_metadata_of_a_trained_model_has_its_evaluation() -> None:
     assert (data.license, data.pipeline_tag, data.metrics) == ("apache-2.0", "image-classification", ["accuracy"])
     assert "untrained" not in data.tags
     results = {one.metric_name: one for one in data.eval_results}
-    accuracy = results["Accuracy"]
-    assert (accuracy.metric_value, accuracy.metric_type) == (0.876543, "accuracy")
-    assert (accuracy.dataset_name, accuracy.dataset_config, accuracy.dataset_split) == (
-        "uoft-cs/cifar10",
-        "plain_text",
-        "test",
-    )
+    one = results["Accuracy"]
+    assert (one.metric_value, one.metric_type) == (0.876543, "accuracy")
+    assert [one.dataset_name, one.dataset_config, one.dataset_split] == ["uoft-cs/cifar10", "plain_text", "test"]
     assert set(results) == {"Accuracy"}, "neither seconds nor, beside it, the loss are a result"
     diverged = parsed(dataclasses.replace(TRAINED, metrics={**METRICS, "eval_loss": math.nan}))
     assert [one.metric_name for one in diverged.data.eval_results] == ["Accuracy"]
@@ -141,13 +138,10 @@ def test_it_is_clean_markdown_without_talk_of_fine_tuning(run: Run) -> None:
             assert lines[number - 1] == "", f"a table without an empty line before it: {line}"
 
 
-def test_an_image_processor_is_loaded_where_there_is_one(tmp_path: Path) -> None:
-    assert "AutoImageProcessor" not in card_text(TRAINED, tmp_path, {}, "user/my-vit", "mit")
+def test_models_are_loaded_in_their_own_way(tmp_path: Path) -> None:
+    assert "AutoImageProcessor" not in text(TRAINED)
     (tmp_path / "preprocessor_config.json").write_text("{}")
     assert 'AutoImageProcessor.from_pretrained("user/my-vit"' in card_text(TRAINED, tmp_path, {}, "user/my-vit", "mit")
-
-
-def test_other_models_are_loaded_in_their_own_way() -> None:
     language = dataclasses.replace(FACTS, model="BertForMaskedLM", model_type="bert", classes=None, dataset=None)
     content = text(dataclasses.replace(TRAINED, facts=language, metrics={"eval_loss": 2.5}))
     assert "from transformers import BertForMaskedLM" in content
@@ -174,20 +168,12 @@ def test_plots_are_embedded_by_a_path_in_the_repository(tmp_path: Path) -> None:
         assert (tmp_path / "plots" / f"{name}.png").is_file()
 
 
-def test_an_accuracy_is_named_where_there_is_one(tmp_path: Path) -> None:
-    logs: list[list[dict[str, float]]] = [[{"step": 1, "loss": 2.0}], [{"step": 1, "eval_accuracy": 0.5}]]
-    for log, named in zip(logs, ("Loss", "Loss and accuracy"), strict=True):
-        run = dataclasses.replace(TRAINED, log_history=log)
-        plots = {"Plot of the training": tmp_path / "training.png"}
-        assert f"![{named} by training step](training.png)" in card_text(run, tmp_path, plots, None, "mit")
-
-
 def test_the_hub_accepts_every_card(hub: LoopbackHub, tmp_path: Path) -> None:
     for number, run in enumerate([INITIALISED, TRAINED, dataclasses.replace(TRAINED, result=None, recipe=None)]):
         folder = tmp_path / str(number)
         folder.mkdir()
         write_card(run, folder, {}, "user/model", license_id="apache-2.0")
-        push_folder(folder, Destination("user/model"), message="Card", waits=())
+        push_folder(folder, Destination("user/model"), "Card", waits=())
     loaded = ModelCard.load(tmp_path / "1" / CARD_NAME)
     assert hub.repositories["user/model"].files()[CARD_NAME].decode() == (tmp_path / "2" / CARD_NAME).read_text()
     assert loaded.data.eval_results
@@ -197,14 +183,14 @@ def test_a_card_of_your_own_is_left_alone(hub: LoopbackHub, tmp_path: Path) -> N
     destination = Destination("user/model")
     assert card_on_hub(destination) is None
     assert write_card(INITIALISED, tmp_path, {}, "user/model", license_id="mit")
-    push_folder(tmp_path, destination, message="1", waits=())
+    push_folder(tmp_path, destination, "1", waits=())
     assert write_card(TRAINED, tmp_path, {}, "user/model", card_on_hub(Destination("user/model", revision="new")))
     assert ModelCard.load(tmp_path / CARD_NAME).data.license == "mit", "the licence is that of the card on the Hub"
     own = (tmp_path / CARD_NAME).read_text().replace(MARKER, "").replace("# model", "# My own words")
     (tmp_path / CARD_NAME).write_text(own)
     assert write_card(INITIALISED, tmp_path, {}, "user/model", card_on_hub(destination))
     assert (tmp_path / CARD_NAME).read_text() == own
-    push_folder(tmp_path, destination, message="2", waits=())
+    push_folder(tmp_path, destination, "2", waits=())
     (tmp_path / CARD_NAME).unlink()
     assert not write_card(INITIALISED, tmp_path, {}, "user/model", card_on_hub(destination))
     assert not (tmp_path / CARD_NAME).exists(), "what was written on the Hub stays there"
@@ -213,11 +199,9 @@ def test_a_card_of_your_own_is_left_alone(hub: LoopbackHub, tmp_path: Path) -> N
 def test_a_licence_that_the_hub_does_not_know_is_refused_before_anything_is_sent(
     hub: LoopbackHub, tmp_path: Path
 ) -> None:
-    from nio_hf.errors import HubError
-
     write_card(INITIALISED, tmp_path, {}, license_id="my-licence")
     with pytest.raises(HubError, match="license"):
-        push_folder(tmp_path, Destination("user/model"), message="Card", waits=())
+        push_folder(tmp_path, Destination("user/model"), "Card", waits=())
     assert CARD_NAME not in hub.repositories["user/model"].files()
 
 

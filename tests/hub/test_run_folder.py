@@ -23,8 +23,11 @@ from nio_hf.hub.run_folder import (
     inspection_json,
     model_folder,
     read_run,
+    shareable,
+    shareable_run,
 )
 from nio_hf.report import draw_run
+from nio_hf.report.run import Facts, Run
 from tests.trainer.toys import ToyImages, arguments, build
 
 EVALUATED = [
@@ -64,14 +67,6 @@ def test_a_trained_run(folder: Path) -> None:
     assert run.versions["nio_hf"]
 
 
-def test_an_inspection_of_another_training_is_not_taken(folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    file = copy / INSPECTION_DIR_NAME / INSPECTION_NAME
-    file.write_text(json.dumps({**json.loads(file.read_text()), "steps": 0}))
-    assert read_run(copy).inspection is None
-
-
 def test_an_initialised_checkpoint_and_a_checkpoint(folder: Path) -> None:
     initialised, checkpoint = read_run(folder / "_nio_init"), read_run(folder / "checkpoint-2")
     assert (initialised.steps, initialised.is_trained, initialised.metrics) == (0, False, {})
@@ -94,16 +89,6 @@ def test_of_an_interrupted_training_it_is_the_last_checkpoint(folder: Path, tmp_
     assert read_run(tmp_path).steps == 0
 
 
-def test_a_resumed_training_knows_its_initialisation(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
-    args = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
-    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer.nio_result is None
-    trainer.save_model()
-    assert read_run(tmp_path).result == read_run(folder).result
-
-
 def test_a_training_from_an_initialised_checkpoint_knows_it(folder: Path, tmp_path: Path) -> None:
     model = type(build("vit")).from_pretrained(folder / "_nio_init")
     trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
@@ -112,15 +97,6 @@ def test_a_training_from_an_initialised_checkpoint_knows_it(folder: Path, tmp_pa
     run = read_run(tmp_path)
     assert run.result == read_run(folder).result
     assert run.facts.started_from is None, "the path of a machine says nothing elsewhere"
-
-
-def test_without_nio_there_is_none(tmp_path: Path) -> None:
-    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path, nio=False), train_dataset=ToyImages())
-    trainer.train()
-    trainer.save_model()
-    trainer.save_state()
-    run = read_run(tmp_path)
-    assert (run.result, run.nio_share, run.steps) == (None, None, 2)
 
 
 @pytest.mark.parametrize(
@@ -137,38 +113,25 @@ def test_the_metrics_are_those_of_the_weights(history: Any, step: int, loss: flo
     assert final_metrics(history, step).get("eval_loss") == loss
 
 
-@pytest.fixture(scope="module")
-def best_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a training that ends with the weights of its first evaluation, and stops early."""
-    output_dir = tmp_path_factory.mktemp("best")
-    settings = {"max_steps": 5, "learning_rate": 1.0, "eval_strategy": "steps", "eval_steps": 1}
+def test_of_a_training_that_keeps_its_best_the_metrics_are_those_of_the_best(tmp_path: Path) -> None:
+    evaluating = {"max_steps": 5, "learning_rate": 1.0, "eval_strategy": "steps", "eval_steps": 1}
     keeping = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
-    args = arguments(output_dir, **settings, **keeping)
+    args, samples = arguments(tmp_path, nio=False, **evaluating, **keeping), ToyImages()
     stopping = [EarlyStoppingCallback(early_stopping_patience=2)]
-    samples = ToyImages()
     model = build("vit")
     trainer = NIOTrainer(model=model, args=args, train_dataset=samples, eval_dataset=samples, callbacks=stopping)
     trainer.train()
     trainer.save_model()
     trainer.save_state()
-    return output_dir
-
-
-def test_of_a_training_that_keeps_its_best_the_metrics_are_those_of_the_best(best_kept: Path) -> None:
-    run = read_run(best_kept)
+    run = read_run(tmp_path)
     assert run.is_finished
-    assert run.steps < run.max_steps
-    best = min((entry for entry in run.log_history if "eval_loss" in entry), key=lambda entry: entry["eval_loss"])
-    assert run.kept_step == best["step"] < run.steps
-    assert run.metrics["eval_loss"] == best["eval_loss"]
-
-
-def test_of_a_checkpoint_the_metrics_are_its_own(best_kept: Path) -> None:
-    last = read_run(best_kept).steps
-    run = read_run(best_kept / f"checkpoint-{last}")
-    own = next(entry for entry in run.log_history if entry.get("step") == last and "eval_loss" in entry)
-    assert run.metrics["eval_loss"] == own["eval_loss"]
-    assert (run.kept_step, run.is_finished) == (None, False)
+    losses = {entry["step"]: entry["eval_loss"] for entry in run.log_history if "eval_loss" in entry}
+    best = min(losses, key=lambda step: losses[step])
+    assert run.kept_step == best < run.steps < run.max_steps
+    assert run.metrics["eval_loss"] == losses[best]
+    last = read_run(tmp_path / f"checkpoint-{run.steps}")
+    assert last.metrics["eval_loss"] == losses[run.steps]
+    assert (last.kept_step, last.is_finished) == (None, False)
 
 
 def test_the_seconds_are_those_of_all_sessions(folder: Path, tmp_path: Path) -> None:
@@ -186,17 +149,23 @@ def test_the_seconds_are_those_of_all_sessions(folder: Path, tmp_path: Path) -> 
         assert 1000 < run.metrics["train_runtime"] < 1200
         assert run.nio_share is not None
         assert run.nio_share < 0.1
+    assert run.result == read_run(folder).result, "the initialisation is that of the first session"
 
 
 def test_nothing_is_left_of_an_earlier_run_in_the_same_folder(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     draw_run(read_run(tmp_path), tmp_path / "plots")
+    own = {name: tmp_path / name for name in ("recipe.yaml", "README.md", "report.html")}
+    for file in own.values():
+        file.write_text("mine")
     trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path, nio=False), train_dataset=ToyImages())
     trainer.train()
     trainer.save_model()
     trainer.save_state()
+    trainer.create_model_card()
+    assert all(file.read_text() == "mine" for file in own.values())
     run = read_run(tmp_path)
-    assert (run.result, run.inspection) == (None, None)
+    assert (run.result, run.inspection, run.nio_share, run.steps) == (None, None, None, 2)
     assert [path.name for path in draw_run(run, tmp_path / "plots").values()] == ["training.png"]
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["training.png"]
 
@@ -231,19 +200,17 @@ def test_folders_that_hold_nothing(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-def test_files_of_the_user_are_left_alone(tmp_path: Path) -> None:
-    own = {name: tmp_path / name for name in ("recipe.yaml", "README.md", "report.html")}
-    for file in own.values():
-        file.write_text("mine")
-    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path), train_dataset=ToyImages())
-    trainer.train()
-    trainer.save_model()
-    trainer.create_model_card()
-    assert all(file.read_text() == "mine" for file in own.values())
-
-
 @pytest.mark.parametrize("text", ["{", '{"format": 1, "facts": {"model": "A", "new": 1}}', '{"format": 1}', "[]"])
 def test_a_file_that_is_not_ours_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / RUN_NAME).write_text(text)
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         read_run(tmp_path)
+
+
+def test_paths_of_the_machine_are_cut_to_their_names() -> None:
+    given = {"a": "/data/mine/images", "b": ["/x/y.parquet", "relative/z"], "c": {"d": "/e/*.png"}, "f": 3, "g": "/"}
+    assert shareable(given) == {"a": "images", "b": ["y.parquet", "relative/z"], "c": {"d": "*.png"}, "f": 3, "g": "/"}
+    facts = Facts("Net", dataset="/data/birds", arguments={"deepspeed": "/etc/zero.json", "seed": 3})
+    run = shareable_run(Run("run", facts, recipe="data_dir: /data/birds\nlearning_rate: 0.001\n"))
+    assert (run.facts.dataset, run.facts.arguments) == ("birds", {"deepspeed": "zero.json", "seed": 3})
+    assert run.recipe == "data_dir: birds\nlearning_rate: 0.001\n"
