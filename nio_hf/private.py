@@ -11,7 +11,7 @@ TRAINER_OVERRIDES = {
     "_determine_best_metric": "durable: it decides whether save_strategy='best' saves when SIGTERM has come.",
     "_run_epoch": "durable: resumed at its end, a training would take another step.",
     "_push_from_checkpoint": "hub: it pushes before callbacks have written into the checkpoint, and absolute paths.",
-    "_get_train_sampler": "training: an order of the data that depends on seed and epoch alone.",
+    "_get_train_sampler": "tasks: an order of the data that depends on seed and epoch alone.",
 }
 """{method of Trainer that is overridden: who does, and why}."""
 

@@ -20,12 +20,12 @@ from nio_hf.recipe.consistency import consistency_notes, consistency_problems
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.recipe.strict_yaml import with_values
 from nio_hf.tasks import build_trainer, task_of
+from nio_hf.tasks.optimizers import decayed_parameters
+from nio_hf.tasks.trainer import RecipeTrainer
 from nio_hf.trainer import NIOTrainingArguments
 from nio_hf.trainer.early_checks import check_best_metric
 from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.seeding import check_seedable
-from nio_hf.training.trainer import RecipeTrainer
-from nio_hf.training.weight_decay import decayed_parameters
 
 _SHORTEST = {
     "nio_search_batches": 2,

@@ -45,7 +45,7 @@ ROWS = {
     "`SFTTrainer`": "others/test_trl.py::test_with_nio_the_logs_are_those_of_trl_from_the_same_weights",
     "timm models": "others/test_timm.py::test_the_trainer_initialises_and_trains",
     "schedule-free": "durable/test_durable.py::test_what_is_saved_of_a_schedule_free_training_is_what_is_evaluated",
-    "`ema_decay`": "image_training/test_trainer.py::test_an_average_of_sharded_weights_is_refused",
+    "`ema_decay`": "tasks/test_image_trainer.py::test_an_average_of_sharded_weights_is_refused",
 }
 """{start of a row of the table of what NIO works with: a test behind it}."""
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

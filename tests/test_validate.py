@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from nio_hf.cli.main import app
 from nio_hf.errors import MetricError
 from nio_hf.validate import validate_recipe
-from tests.image_training.folders import make_folder, write_recipe
+from tests.tasks.recipes import make_folder, write_recipe
 
 RUNNER = CliRunner()
 

@@ -27,7 +27,7 @@ from nio_hf.files import write_atomically
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.recipe.strict_yaml import with_values
 from nio_hf.tasks import build_trainer
-from nio_hf.training.trainer import RecipeTrainer
+from nio_hf.tasks.trainer import RecipeTrainer
 from nio_hf.trials.costs import is_free
 from nio_hf.trials.diagnostics import StepDiagnostics
 from nio_hf.trials.operations import OperationCount

@@ -14,7 +14,6 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from nio_hf.errors import BrokenImageError, DataError, Problem, one_line
 from nio_hf.vision.images import image_digest, read_image
-from nio_hf.vision.sample_random import draw_seed
 
 logger = logging.getLogger(__name__)
 
@@ -22,22 +21,33 @@ IGNORED_LABEL = -100
 """Label of a sample that counts neither in the loss nor in the metrics."""
 SEEDS = "seeds"
 """Key of the seeds of samples, by which they are augmented on the device."""
+MAX_SEED = 2**62
 Transform = Callable[[list[Image.Image]], list[torch.Tensor]]
 """n RGB images to pixel values (channels, height, width) of each."""
+Sample = dict[str, Any]
+COLUMNS = ("image", "label")
+"""Usual columns of images and labels."""
 
 _MAX_BROKEN_IN_A_ROW = 100
 _STREAM_SLOTS = 2**16
 
 
+def draw_seed() -> int:
+    """The seed of a sample, from torch's CPU generator."""
+    return int(torch.randint(MAX_SEED, ()))
+
+
 class BrokenImages:
-    """Counts the images that were passed over, each once, in all processes that load for this one.
+    """Number of images that were passed over, each counted once, in all processes that load for this one.
 
     Args:
-        slots: of images that are told apart.
+        slots: Number of images that are told apart.
+        part: Name of the part in messages.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, part: str) -> None:
         self._seen = torch.zeros(slots, dtype=torch.bool).share_memory_()
+        self._part = part
 
     def note(self, slot: int, error: BrokenImageError) -> None:
         """Note one, and say which the first time."""
@@ -50,8 +60,13 @@ class BrokenImages:
         """How many there were so far."""
         return int(self._seen.sum())
 
+    def too_many(self) -> DataError:
+        """The error of a long row of broken images."""
+        found = f"{_MAX_BROKEN_IN_A_ROW} images in a row cannot be read"
+        return DataError(Problem(f"the {self._part} part", found, "Check where the images are stored"))
 
-def collate_images(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+
+def collate_images(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     """A batch of samples: `pixel_values` (B, channels, height, width), `labels` (B,), and `seeds` (B,) where given.
 
     Pixels of Pillow have their channels last in memory, and are copied faster as they lie.
@@ -63,97 +78,86 @@ def collate_images(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]
     return {"pixel_values": pixel_values, **{key: torch.tensor([sample[key] for sample in samples]) for key in numbers}}
 
 
-class ImageSamples(Dataset[dict[str, Any]]):
+class ImageSamples(Dataset[Sample]):
     """Samples `{"pixel_values": (channels, height, width), "labels": int}` of a map-style data set.
 
-    With `seeded` a sample also has a seed for what augments it later: `{..., "seeds": int}`.
-
     Args:
-        rows: with images that are not decoded.
-        image_column: name of the column of images.
-        label_column: name of the column of labels.
-        transform: from RGB images to pixel values.
-        part: name of the part in messages, "train" or "evaluation".
-        skip_broken: pass over images that cannot be read: while training, the next one that can be read takes its
-            place; in evaluation, a black image that does not count.
-        replace: whether to replace them by the next.
-        seeded: whether samples have a seed, which torch's CPU generator draws behind the transform.
+        rows: Rows with images that are not decoded.
+        transform: Function from RGB images to pixel values.
+        columns: Columns of images and labels.
+        part: Name of the part in messages, "train" or "evaluation".
+        skip_broken: Whether to pass over images that cannot be read: while training, the next one that can be read
+            takes its place; in evaluation, a black image that does not count.
+        seeded: Whether samples have a seed, `{..., "seeds": int}`, by which they are augmented later. torch's CPU
+            generator draws it behind the transform.
     """
 
     def __init__(
         self,
         rows: datasets.Dataset,
-        image_column: str,
-        label_column: str,
         transform: Transform,
+        columns: tuple[str, str] = COLUMNS,
         *,
         part: str,
         skip_broken: bool = False,
-        replace: bool = True,
         seeded: bool = False,
     ) -> None:
         self._rows = rows
-        self._image_column = image_column
-        self._label_column = label_column
         self._transform = transform
+        self._columns = columns
         self._part = part
         self._skip_broken = skip_broken
-        self._replace = replace
         self._seeded = seeded
-        self.broken = BrokenImages(len(rows))
+        self.broken = BrokenImages(len(rows), part)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._rows[index]
-        image, label = self._read(index, row[self._image_column], row[self._label_column])
-        return _sample(self._transform([image])[0], label, self._seeded)
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """The samples at some positions; all are transformed together."""
         rows = self._rows[list(indices)]
-        stored = zip(indices, rows[self._image_column], rows[self._label_column], strict=True)
+        stored = zip(indices, *(rows[column] for column in self._columns), strict=True)
         images, labels = zip(*(self._read(index, image, label) for index, image, label in stored), strict=True)
         transformed = zip(self._transform(list(images)), labels, strict=True)
         return [_sample(pixels, label, self._seeded) for pixels, label in transformed]
 
     def _read(self, index: int, stored: Any, label: int) -> tuple[Image.Image, int]:
         for position in range(index, index + _MAX_BROKEN_IN_A_ROW):
+            place = position % len(self)
             if position > index:
-                row = self._rows[position % len(self)]
-                stored, label = row[self._image_column], row[self._label_column]
+                stored, label = map(self._rows[place].get, self._columns)
             try:
-                return read_image(stored, f"image {position % len(self)} of the {self._part} part"), label
+                return read_image(stored, f"image {place} of the {self._part} part"), label
             except BrokenImageError as error:
                 if not self._skip_broken:
                     raise
-                self.broken.note(position % len(self), error)
-                if not self._replace:
+                self.broken.note(place, error)
+                if self._part != "train":
                     return Image.new("RGB", (1, 1)), IGNORED_LABEL
-        raise _too_many(self._part)
+        raise self.broken.too_many()
 
 
-class ImageStream(IterableDataset[dict[str, Any]]):
-    """Samples as those of [`ImageSamples`] from a stream.
+class ImageStream(IterableDataset[Sample]):
+    """Samples as those of [`ImageSamples`] from a stream; images that are skipped are left out.
 
     Args:
-        rows: a stream with images that are not decoded.
-        image_column: name of the column of images.
-        label_column: name of the column of labels.
-        transform: from RGB images to pixel values.
-        classes: number of classes; a label of another one is an error.
-        part: name of the part in messages.
-        skip_broken: leave images out that cannot be read.
-        seeded: as in [`ImageSamples`].
+        rows: Stream with images that are not decoded.
+        transform: Function from RGB images to pixel values.
+        columns: Columns of images and labels.
+        classes: Number of classes; a label of another one is an error.
+        part: Name of the part in messages.
+        skip_broken: Whether to leave images out that cannot be read.
+        seeded: Whether samples have a seed.
     """
 
     def __init__(
         self,
         rows: datasets.IterableDataset,
-        image_column: str,
-        label_column: str,
         transform: Transform,
+        columns: tuple[str, str] = COLUMNS,
         *,
         classes: int,
         part: str,
@@ -161,41 +165,40 @@ class ImageStream(IterableDataset[dict[str, Any]]):
         seeded: bool = False,
     ) -> None:
         self._rows = rows
-        self._image_column = image_column
-        self._label_column = label_column
         self._transform = transform
+        self._columns = columns
         self._classes = classes
         self._part = part
         self._skip_broken = skip_broken
         self._seeded = seeded
-        self.broken = BrokenImages(_STREAM_SLOTS)
+        self.broken = BrokenImages(_STREAM_SLOTS, part)
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle anew, in an order that depends on the seed and the epoch."""
         self._rows.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Sample]:
         broken_in_a_row = 0
         for position, row in enumerate(self._readable_rows()):
             name = f"image {position} of the {self._part} stream"
+            stored, label = map(row.get, self._columns)
             try:
-                image = read_image(row[self._image_column], name)
+                image = read_image(stored, name)
             except BrokenImageError as error:
                 if not self._skip_broken:
                     raise
-                self.broken.note(_stream_slot(row[self._image_column]), error)
+                self.broken.note(_stream_slot(stored), error)
                 broken_in_a_row += 1
                 if broken_in_a_row == _MAX_BROKEN_IN_A_ROW:
-                    raise _too_many(self._part) from error
+                    raise self.broken.too_many() from error
                 continue
             broken_in_a_row = 0
-            label = row[self._label_column]
             if not isinstance(label, int) or not 0 <= label < self._classes:
                 found = f"label {label!r}, there are {self._classes} classes counted from 0"
                 raise DataError(Problem(name, found, "Correct the labels, or set num_classes"))
             yield _sample(self._transform([image])[0], label, self._seeded)
 
-    def _readable_rows(self) -> Iterator[dict[str, Any]]:
+    def _readable_rows(self) -> Iterator[Sample]:
         try:
             yield from self._rows
         except Exception as error:  # whatever readers of files and networks raise
@@ -204,7 +207,7 @@ class ImageStream(IterableDataset[dict[str, Any]]):
             raise DataError(Problem(f"the {self._part} stream", found, fix)) from error
 
 
-def _sample(pixels: torch.Tensor, label: int, seeded: bool) -> dict[str, Any]:
+def _sample(pixels: torch.Tensor, label: int, seeded: bool) -> Sample:
     sample = {"pixel_values": pixels, "labels": label}
     return {**sample, SEEDS: draw_seed()} if seeded else sample
 
@@ -213,8 +216,3 @@ def _stream_slot(stored: Any) -> int:
     """What tells an image of a stream from others, in every pass over it."""
     path = (stored or {}).get("path") or ""
     return zlib.crc32(path.encode(), image_digest(stored)) % _STREAM_SLOTS
-
-
-def _too_many(part: str) -> DataError:
-    found = f"{_MAX_BROKEN_IN_A_ROW} images in a row cannot be read"
-    return DataError(Problem(f"the {part} part", found, "Check where the images are stored"))

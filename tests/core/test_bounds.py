@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+from nio_hf.core.bounds import Bounds
 
 from nio_hf.core import GradCosine, NIOConfig
-from nio_hf.core.bounds import Bounds
 from nio_hf.core.result import Reading
 
 

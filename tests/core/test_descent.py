@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from nio_hf.core.descent import DescentState
 from torch import Tensor, nn
 
 from nio_hf import GradCosine, NIOConfig, grad_cosine, initialize
 from nio_hf.core import descent
 from nio_hf.core.adam import AdamState, adam_step
 from nio_hf.core.curvature import Path
-from nio_hf.core.descent import DescentState
 from nio_hf.core.objectives import make_objective
 from nio_hf.core.problem import ScalingProblem, measure_point, search_parts
 from nio_hf.core.records import restored

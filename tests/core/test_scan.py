@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from nio_hf.core.scan import ScanState
 
 from nio_hf import GradCosine, NIOConfig, initialize
 from nio_hf.core import scan
 from nio_hf.core.problem import search_parts
 from nio_hf.core.records import restored
 from nio_hf.core.result import Reading
-from nio_hf.core.scan import ScanState
 from nio_hf.errors import NumericsError, Problem
 from tests.core.cases import Agreement, case, scaling_problem
 from tests.core.examples import examples
