@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,15 +17,8 @@ from nio_hf.vision.samples import ImageSamples, ImageStream, collate_images
 Samples = ImageSamples | ImageStream
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageTrainingData:
-    """The samples of a training.
-
-    Attributes:
-        train: Bytes, cropped and flipped.
-        evaluation: Normalised pixel values, as the image processor makes them.
-        nio: Samples of `train` or, for `nio_augment="clean"`, of the same images as in evaluation.
-    """
+class ImageTrainingData(NamedTuple):
+    """Samples to train on, as cropped and flipped bytes; to evaluate on, as normalised pixel values; and for NIO."""
 
     train: Samples
     evaluation: Samples
@@ -86,7 +78,7 @@ class ImageTrainer(RecipeTrainer):
     def summary_rows(self) -> list[tuple[str, str, str]]:
         """Number of images that were passed over, counted once for each use of the data."""
         parts = {id(part): part for part in (self.data.train, self.data.evaluation, self.data.nio)}
-        skipped = sum(part.broken.total for part in parts.values())
+        skipped = sum(part.skipped for part in parts.values())
         return [("Images skipped, broken", "", str(skipped))] if skipped else []
 
     # NIO

@@ -37,22 +37,16 @@ _MAX_SEED = 2**62
 Block = dict[str, Any]
 
 
-class CausalCollator:
+class CausalCollator(DataCollatorForTokenClassification):
     """Batches of blocks whose labels are their tokens; a shorter block is padded, and what pads it is no label.
 
     transformers' collator for language modelling takes every token that is equal to the padding for padding, the ends
     of documents included where a tokeniser has one token for both.
-
-    Args:
-        tokenizer: Tokeniser with a padding token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._pad = DataCollatorForTokenClassification(tokenizer)
-
-    def __call__(self, blocks: Sequence[Block]) -> dict[str, Tensor]:
+    def __call__(self, blocks: Sequence[Block], return_tensors: str | None = None) -> dict[str, Tensor]:
         """Tensors (B, T): `input_ids`, `attention_mask` and `labels`."""
-        batch: dict[str, Tensor] = self._pad([{TOKENS: block[TOKENS], "labels": block[TOKENS]} for block in blocks])
+        batch: dict[str, Tensor] = super().__call__([{TOKENS: b[TOKENS], "labels": b[TOKENS]} for b in blocks])
         return batch
 
 
@@ -181,6 +175,9 @@ class TextTrainer(RecipeTrainer):
         """(summed cross-entropy, predicted tokens) of a batch."""
         batch: Any = self._prepare_inputs(inputs)
         tokens = counted_tokens(batch["labels"], shifted=self._shifted)
+        if not tokens:
+            # A mean over no token is no number.
+            return model(**{key: value for key, value in batch.items() if key != "labels"}).logits.sum() * 0, tokens
         return model(**batch).loss * tokens, tokens
 
     @torch.no_grad()

@@ -80,15 +80,12 @@ class TextData:
             request.
         tokenizer: Tokeniser of the texts.
         is_split: Whether the documents to evaluate on are a split of their own, and no part of the training split.
-        empty_documents: Number of documents without a token, which are passed over; None for a stream, which passes
-            over them uncounted.
     """
 
     train: Blocks
     evaluation: Blocks
     tokenizer: PreTrainedTokenizerBase
     is_split: bool
-    empty_documents: int | None
 
 
 def load_text_data(
@@ -145,13 +142,12 @@ def load_text_data(
         train = train.shuffle(seed=seed, buffer_size=settings.shuffle_buffer_size)
     tokenise = _Tokenise(tokenizer, separator_of(tokenizer), column)
 
-    def pack(rows: Rows, part: str) -> tuple[Blocks, int | None]:
-        """The blocks of a part, and the number of documents without a token."""
+    def pack(rows: Rows, part: str) -> Blocks:
         rows, options = rows.select_columns(column), {"batched": True, "remove_columns": [column]}
         if isinstance(rows, datasets.IterableDataset):
             tokenised = rows.map(tokenise, batch_size=_STREAM_BATCH, **options)
             guard = functools.partial(name_undecodable_file, settings)
-            return PackedStream(tokenised, block_size, part=part, guard=guard), None
+            return PackedStream(tokenised, block_size, part=part, guard=guard)
         features = datasets.Features({TOKENS: datasets.List(datasets.Value("int32"))})
         tokenised = rows.map(tokenise, features=features, num_proc=num_proc, desc="Tokenising", **options)
         blocks, empty = PackedBlocks(tokenised, block_size), len(rows) - len(tokenised)
@@ -160,11 +156,9 @@ def load_text_data(
             raise DataError(Problem("text_column", found, "Give documents whose texts the tokenizer has tokens for"))
         if empty:
             logger.info("%d of %d documents of the %s part are empty: passed over.", empty, len(rows), part)
-        return blocks, empty
+        return blocks
 
-    trained, empty = pack(train, "train")
-    evaluated, more = pack(evaluation, "evaluation")
-    return TextData(trained, evaluated, tokenizer, is_split, None if empty is None or more is None else empty + more)
+    return TextData(pack(train, "train"), pack(evaluation, "evaluation"), tokenizer, is_split)
 
 
 def _digest(column: str, seed: int, row: dict[str, Any]) -> int:

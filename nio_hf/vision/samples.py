@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import datasets
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, default_collate
@@ -37,35 +36,6 @@ def draw_seed() -> int:
     return int(torch.randint(MAX_SEED, ()))
 
 
-class BrokenImages:
-    """Number of images that were passed over, each counted once, in all processes that load for this one.
-
-    Args:
-        slots: Number of images that are told apart.
-        part: Name of the part in messages.
-    """
-
-    def __init__(self, slots: int, part: str) -> None:
-        self._seen = torch.zeros(slots, dtype=torch.bool).share_memory_()
-        self._part = part
-
-    def note(self, slot: int, error: BrokenImageError) -> None:
-        """Note one, and say which the first time."""
-        if not self._seen[slot]:
-            self._seen[slot] = True
-            logger.warning("Skipped: %s", error.problems[0])
-
-    @property
-    def total(self) -> int:
-        """How many there were so far."""
-        return int(self._seen.sum())
-
-    def too_many(self) -> DataError:
-        """The error of a long row of broken images."""
-        found = f"{_MAX_BROKEN_IN_A_ROW} images in a row cannot be read"
-        return DataError(Problem(f"the {self._part} part", found, "Check where the images are stored"))
-
-
 def collate_images(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     """A batch of samples: `pixel_values` (B, channels, height, width), `labels` (B,), and `seeds` (B,) where given.
 
@@ -78,23 +48,22 @@ def collate_images(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixel_values, **{key: torch.tensor([sample[key] for sample in samples]) for key in numbers}}
 
 
-class ImageSamples(Dataset[Sample]):
-    """Samples `{"pixel_values": (channels, height, width), "labels": int}` of a map-style data set.
+class _Images:
+    """Reads and transforms images, and counts the broken ones in all processes that load for this one.
 
     Args:
         rows: Rows with images that are not decoded.
         transform: Function from RGB images to pixel values.
         columns: Columns of images and labels.
         part: Name of the part in messages, "train" or "evaluation".
-        skip_broken: Whether to pass over images that cannot be read: while training, the next one that can be read
-            takes its place; in evaluation, a black image that does not count.
+        skip_broken: Whether to pass over images that cannot be read.
         seeded: Whether samples have a seed, `{..., "seeds": int}`, by which they are augmented later. torch's CPU
             generator draws it behind the transform.
     """
 
     def __init__(
         self,
-        rows: datasets.Dataset,
+        rows: Any,
         transform: Transform,
         columns: tuple[str, str] = COLUMNS,
         *,
@@ -108,7 +77,44 @@ class ImageSamples(Dataset[Sample]):
         self._part = part
         self._skip_broken = skip_broken
         self._seeded = seeded
-        self.broken = BrokenImages(len(rows), part)
+        slots = len(rows) if hasattr(rows, "__len__") else _STREAM_SLOTS
+        self._broken = torch.zeros(slots, dtype=torch.bool).share_memory_()
+
+    @property
+    def skipped(self) -> int:
+        """Number of images that were passed over, each counted once."""
+        return int(self._broken.sum())
+
+    def _try_to_read(self, stored: Any, name: str, slot: int) -> Image.Image | None:
+        """An image; None for a broken one that is passed over, which the first time is said."""
+        try:
+            return read_image(stored, name)
+        except BrokenImageError as error:
+            if not self._skip_broken:
+                raise
+            if not self._broken[slot]:
+                self._broken[slot] = True
+                logger.warning("Skipped: %s", error.problems[0])
+            return None
+
+    def _samples(self, images: Sequence[Image.Image], labels: Sequence[int]) -> list[Sample]:
+        made = [
+            {"pixel_values": pixels, "labels": label}
+            for pixels, label in zip(self._transform(list(images)), labels, strict=True)
+        ]
+        return [{**sample, SEEDS: draw_seed()} for sample in made] if self._seeded else made
+
+    def _too_many(self) -> DataError:
+        found = f"{_MAX_BROKEN_IN_A_ROW} images in a row cannot be read"
+        return DataError(Problem(f"the {self._part} part", found, "Check where the images are stored"))
+
+
+class ImageSamples(_Images, Dataset[Sample]):
+    """Samples `{"pixel_values": (channels, height, width), "labels": int}` of a map-style data set.
+
+    In the place of a broken image, training has the next one that can be read, and evaluation a black one that does not
+    count. The arguments are those of [`_Images`].
+    """
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -121,57 +127,33 @@ class ImageSamples(Dataset[Sample]):
         rows = self._rows[list(indices)]
         stored = zip(indices, *(rows[column] for column in self._columns), strict=True)
         images, labels = zip(*(self._read(index, image, label) for index, image, label in stored), strict=True)
-        transformed = zip(self._transform(list(images)), labels, strict=True)
-        return [_sample(pixels, label, self._seeded) for pixels, label in transformed]
+        return self._samples(images, labels)
 
     def _read(self, index: int, stored: Any, label: int) -> tuple[Image.Image, int]:
         for position in range(index, index + _MAX_BROKEN_IN_A_ROW):
             place = position % len(self)
             if position > index:
                 stored, label = map(self._rows[place].get, self._columns)
-            try:
-                return read_image(stored, f"image {place} of the {self._part} part"), label
-            except BrokenImageError as error:
-                if not self._skip_broken:
-                    raise
-                self.broken.note(place, error)
-                if self._part != "train":
-                    return Image.new("RGB", (1, 1)), IGNORED_LABEL
-        raise self.broken.too_many()
+            image = self._try_to_read(stored, f"image {place} of the {self._part} part", place)
+            if image is not None:
+                return image, label
+            if self._part != "train":
+                return Image.new("RGB", (1, 1)), IGNORED_LABEL
+        raise self._too_many()
 
 
-class ImageStream(IterableDataset[Sample]):
+class ImageStream(_Images, IterableDataset[Sample]):
     """Samples as those of [`ImageSamples`] from a stream; images that are skipped are left out.
 
     Args:
-        rows: Stream with images that are not decoded.
-        transform: Function from RGB images to pixel values.
-        columns: Columns of images and labels.
+        *arguments: As of [`_Images`].
         classes: Number of classes; a label of another one is an error.
-        part: Name of the part in messages.
-        skip_broken: Whether to leave images out that cannot be read.
-        seeded: Whether samples have a seed.
+        **options: As of [`_Images`].
     """
 
-    def __init__(
-        self,
-        rows: datasets.IterableDataset,
-        transform: Transform,
-        columns: tuple[str, str] = COLUMNS,
-        *,
-        classes: int,
-        part: str,
-        skip_broken: bool = False,
-        seeded: bool = False,
-    ) -> None:
-        self._rows = rows
-        self._transform = transform
-        self._columns = columns
+    def __init__(self, *arguments: Any, classes: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._classes = classes
-        self._part = part
-        self._skip_broken = skip_broken
-        self._seeded = seeded
-        self.broken = BrokenImages(_STREAM_SLOTS, part)
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle anew, in an order that depends on the seed and the epoch."""
@@ -182,21 +164,18 @@ class ImageStream(IterableDataset[Sample]):
         for position, row in enumerate(self._readable_rows()):
             name = f"image {position} of the {self._part} stream"
             stored, label = map(row.get, self._columns)
-            try:
-                image = read_image(stored, name)
-            except BrokenImageError as error:
-                if not self._skip_broken:
-                    raise
-                self.broken.note(_stream_slot(stored), error)
-                broken_in_a_row += 1
-                if broken_in_a_row == _MAX_BROKEN_IN_A_ROW:
-                    raise self.broken.too_many() from error
+            # The same in every pass over the stream.
+            path = (stored or {}).get("path") or ""
+            image = self._try_to_read(stored, name, zlib.crc32(path.encode(), image_digest(stored)) % _STREAM_SLOTS)
+            broken_in_a_row = broken_in_a_row + 1 if image is None else 0
+            if broken_in_a_row == _MAX_BROKEN_IN_A_ROW:
+                raise self._too_many()
+            if image is None:
                 continue
-            broken_in_a_row = 0
             if not isinstance(label, int) or not 0 <= label < self._classes:
                 found = f"label {label!r}, there are {self._classes} classes counted from 0"
                 raise DataError(Problem(name, found, "Correct the labels, or set num_classes"))
-            yield _sample(self._transform([image])[0], label, self._seeded)
+            yield self._samples([image], [label])[0]
 
     def _readable_rows(self) -> Iterator[Sample]:
         try:
@@ -205,14 +184,3 @@ class ImageStream(IterableDataset[Sample]):
             found = f"cannot be read on: {one_line(error)}"
             fix = "Check the files that it is read from, and the labels in them"
             raise DataError(Problem(f"the {self._part} stream", found, fix)) from error
-
-
-def _sample(pixels: torch.Tensor, label: int, seeded: bool) -> Sample:
-    sample = {"pixel_values": pixels, "labels": label}
-    return {**sample, SEEDS: draw_seed()} if seeded else sample
-
-
-def _stream_slot(stored: Any) -> int:
-    """What tells an image of a stream from others, in every pass over it."""
-    path = (stored or {}).get("path") or ""
-    return zlib.crc32(path.encode(), image_digest(stored)) % _STREAM_SLOTS

@@ -129,15 +129,6 @@ def test_tokens_on_the_disk_are_not_copied_into_memory_and_not_pickled(tmp_path:
     assert again[77] == packed[77]
 
 
-def test_selected_rows_are_written_once_and_not_by_every_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    packed = PackedBlocks(saved(documents_of(60), tmp_path).select(range(0, 60, 2)), 8)
-    pickled = pickle.dumps(packed)
-    monkeypatch.setattr(datasets.Dataset, "flatten_indices", None)
-    assert blocks_of(pickle.loads(pickled)) == expected_blocks(documents_of(60)[::2], 8)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_that_cannot_be_read_on_is_an_error_of_ours(workers: int) -> None:
     def break_off() -> Any:

@@ -76,18 +76,6 @@ def test_images_are_only_scaled_and_normalised_where_everything_is_off(dtype: to
     assert not made.is_random
 
 
-@pytest.mark.parametrize("settings", EACH)
-def test_labels_stay_integers_unless_they_are_mixed(settings: dict[str, Any]) -> None:
-    made = augmentation(**settings)
-    assert torch.equal(made(batch(), mix=False)["labels"], batch()["labels"])
-    targets = made(batch())["labels"]
-    if "mixup_alpha" in settings:
-        assert targets.shape == (8, CLASSES)
-        torch.testing.assert_close(targets.sum(1), torch.ones(8))
-    else:
-        assert torch.equal(targets, batch()["labels"])
-
-
 @pytest.mark.parametrize("settings", EACH[1:])
 def test_without_seeds_the_draws_depend_on_the_seed_of_torch_alone(settings: dict[str, Any]) -> None:
     def drawn(seed: int, other: int) -> Tensor:
@@ -123,6 +111,8 @@ def test_a_batch_is_mixed_by_the_seed_of_its_first_sample_and_the_state_of_torch
     assert torch.equal(first["pixel_values"], again["pixel_values"]), "lower precision around it changes nothing"
     assert torch.equal(first["labels"], again["labels"])
     assert not torch.equal(made({**given, "seeds": torch.arange(1, 9)})["labels"], first["labels"])
+    assert torch.equal(made(given, mix=False)["labels"], given["labels"])
+    assert torch.equal(augmentation(**UNMIXED)(given)["labels"], given["labels"])
 
 
 # Colour jitter
@@ -140,17 +130,6 @@ def test_a_grey_image_is_only_made_lighter_or_darker_within_the_strength(strengt
     assert abs(factors.mean() - 1) < 0.06
     assert abs(factors.std() - strength / 3**0.5) < 0.04
     assert factors.unique().numel() > 450
-
-
-def test_colours_change_more_with_the_strength_and_stay_colours() -> None:
-    changes = []
-    for strength in (0.05, 0.2, 0.8):
-        torch.manual_seed(1)
-        found = augmentation(color_jitter=strength)(batch(64))["pixel_values"]
-        assert in_unit(found).min() > -1e-5
-        assert in_unit(found).max() < 1 + 1e-5
-        changes.append(float((found - plain(batch(64)["pixel_values"])).abs().mean()))
-    assert 0 < 2 * changes[0] < changes[1] < changes[2]
 
 
 # Random erasing
@@ -224,24 +203,6 @@ def test_the_share_of_mixup_is_beta_distributed(alpha: float) -> None:
     assert stats.kstest(shares, stats.beta(alpha, alpha).cdf).pvalue > 0.001
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.0])
-def test_the_share_that_cutmix_takes_is_that_of_a_beta_distributed_box_cut_at_the_edges(alpha: float) -> None:
-    torch.manual_seed(0)
-    images = constant(2, 256)[:, :1]
-    taken = 1 - np.array([float(mixed(images, PAIR, **CUTMIX, cutmix_alpha=alpha)[1][0, 0]) for _ in range(800)])
-
-    def moment(power: float) -> float:
-        """E[a^power] of a ~ Beta(alpha, alpha)."""
-        first, second, third, fourth = map(math.lgamma, (alpha + power, 2 * alpha, alpha, 2 * alpha + power))
-        return math.exp(first + second - third - fourth)
-
-    # Around a uniform centre, a side s keeps s - s^2 / 4 of itself on average, and its square s^2 - 5/12 s^3.
-    mean = moment(1) - moment(1.5) / 2 + moment(2) / 16
-    square = moment(2) - 5 / 6 * moment(2.5) + 25 / 144 * moment(3)
-    assert abs(taken.mean() - mean) < 0.025
-    assert abs(taken.var() - (square - mean**2)) < 0.015
-
-
 @pytest.mark.parametrize("size", [1, 2, 8, 9])
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX, {}])
 def test_targets_match_the_pixels_sum_to_one_and_the_partner_is_the_reversed_batch(
@@ -266,7 +227,7 @@ def test_cutmix_puts_a_box_of_the_partner_into_each_image_at_one_place(height: i
     torch.manual_seed(2)
     images, labels, seen = constant(6, height, width), torch.arange(6), torch.zeros(height, width)
     for _ in range(40):
-        pixels, targets = mixed(images, labels, **CUTMIX)
+        pixels, targets = mixed(images, labels, **CUTMIX, cutmix_alpha=1e4)
         cut = torch.stack([pixels[row] == 5 - row for row in range(6)])
         assert torch.equal(cut, cut[:1, :1].expand_as(cut))
         rows, columns = cut[0, 0].any(1), cut[0, 0].any(0)
@@ -277,7 +238,9 @@ def test_cutmix_puts_a_box_of_the_partner_into_each_image_at_one_place(height: i
         torch.testing.assert_close(targets[0, 0], 1 - cut[0, 0].float().mean())
         seen += cut[0, 0]
         if rows.any() and not (rows[0] or rows[-1] or columns[0] or columns[-1]):
-            assert abs(int(columns.sum()) - width / height * int(rows.sum())) <= 2 * max(width / height, 1)
+            # lambda is about 1 / 2, and so is the area of the box.
+            assert abs(int(rows.sum()) - height / 2**0.5) <= 3
+            assert abs(int(columns.sum()) - width / 2**0.5) <= 3
     assert height == 1 or seen.min() > 0
 
 
@@ -294,16 +257,6 @@ def test_as_many_batches_are_mixed_and_cut_as_the_probabilities_say(prob: float)
     for found in (share, cut):
         assert abs(found - prob) < 0.08
         assert prob not in (0.0, 1.0) or found == prob
-
-
-@pytest.mark.parametrize("alpha", [0.01, 100.0])
-def test_no_alpha_makes_numbers_that_are_not_finite(alpha: float) -> None:
-    torch.manual_seed(12)
-    for settings in ({"mixup_alpha": alpha, "cutmix_alpha": 0}, {"mixup_alpha": 0, "cutmix_alpha": alpha}) * 100:
-        pixels, targets = mixed(constant(2, 4), PAIR, **settings)
-        assert pixels.isfinite().all()
-        assert (targets >= 0).all()
-        assert targets.sum() == pytest.approx(2)
 
 
 # RandAugment

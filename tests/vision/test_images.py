@@ -41,7 +41,7 @@ def with_orientation(image: Image.Image, orientation: int, file_format: str) -> 
     return encoded(image, file_format, exif=exif)
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "JPEG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF"])
 def test_greyscale_has_its_value_in_each_channel(file_format: str) -> None:
     image = Image.fromarray(np.repeat(np.repeat(EVERY_BYTE[::4, ::4], 8, 0), 8, 1))
     found = pixels(encoded(image, file_format)).astype(int)

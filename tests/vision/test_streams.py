@@ -219,4 +219,4 @@ def test_a_missing_or_empty_image_is_on_one_side_and_can_be_left_out(missing: An
     data = streamed(written, image_column="image", num_classes=3, eval_fraction=0.5)
     parts = [stream(data, part, skip_broken=True) for part in ("train", "evaluation")]
     assert sum(len(list(part)) for part in parts) == IMAGES - 1
-    assert sum(part.broken.total for part in parts) == 1
+    assert sum(part.skipped for part in parts) == 1
