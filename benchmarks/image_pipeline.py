@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import AutoConfig
 
 from nio_hf.hub.run_folder import versions
+from nio_hf.recipe.settings import AugmentationSettings
 from nio_hf.trainer.sampling import EpochSampler, SeededDataset
 from nio_hf.vision.augmentation import BatchAugmentation
 from nio_hf.vision.processors import make_image_processor, pixel_format
@@ -142,11 +143,13 @@ def pipeline(files: list[bytes]) -> tuple[DataLoader[Any], Callable[[Any], Any]]
     columns = {"image": [{"bytes": file, "path": None} for file in files], "label": [i % 10 for i in range(len(files))]}
     features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(10))
     rows = datasets.Dataset.from_dict(columns, features=features)
-    transform = TrainingTransform(processor, crop="resized", scale=SCALE, aspect=ASPECT, flip=0.5)
-    samples = SeededDataset(ImageSamples(rows, "image", "label", transform, part="train"), seed=0)
+    settings = AugmentationSettings(
+        random_crop="resized", crop_scale=[*SCALE], crop_aspect=[*ASPECT], horizontal_flip=0.5
+    )
+    samples = SeededDataset(ImageSamples(rows, TrainingTransform(processor, settings), part="train"), seed=0)
     sampler = EpochSampler(len(files), seed=0)
     loader = DataLoader(samples, BATCH_SIZE, sampler=sampler, num_workers=1, collate_fn=collate_images)
-    return loader, BatchAugmentation(pixel_format(processor))
+    return loader, BatchAugmentation(pixel_format(processor), settings, 10)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.report import SummaryRow, draw_run, summary_rows
 from nio_hf.report.run import Run
 from nio_hf.tasks import build_trainer
-from nio_hf.training.trainer import RecipeTrainer
+from nio_hf.tasks.trainer import RecipeTrainer
 
 EMA_DIR_NAME = "ema"
 logger = logging.getLogger(__name__)

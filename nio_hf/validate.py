@@ -19,10 +19,10 @@ from nio_hf.errors import NIOError, Problem, RecipeError
 from nio_hf.files import ensure_writable
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.tasks import build_trainer, task_of
+from nio_hf.tasks.optimizers import decayed_parameters
 from nio_hf.trainer.early_checks import check_best_metric
 from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.seeding import check_seedable
-from nio_hf.training.weight_decay import decayed_parameters
 
 NIO, WARMUP, NO_WARMUP = "nio", "warmup", "no_warmup"
 """Names of recipes that say what they are."""

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 import nio_hf
 from nio_hf import NIOConfig, NIOTrainingArguments
 from nio_hf.catalog import find_recipe
-from nio_hf.recipe.settings import known_keys
+from nio_hf.recipe.keys import known_keys
 from tests.trainer.toys import ToyImages
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +46,7 @@ ROWS = {
     "`SFTTrainer`": "others/test_trl.py::test_with_nio_the_logs_are_those_of_trl_from_the_same_weights",
     "timm models": "others/test_timm.py::test_the_trainer_initialises_and_trains",
     "schedule-free": "durable/test_durable.py::test_what_is_saved_of_a_schedule_free_training_is_what_is_evaluated",
-    "`ema_decay`": "image_training/test_trainer.py::test_an_average_of_sharded_weights_is_refused",
+    "`ema_decay`": "tasks/test_image_trainer.py::test_an_average_of_sharded_weights_is_refused",
 }
 """{start of a row of the table of settings that work with NIO: a test behind it}."""
 _FENCE = re.compile(r"```python\n(.*?)```(\n<!-- not run: .+ -->)?", flags=re.DOTALL)

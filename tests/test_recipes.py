@@ -11,8 +11,8 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from nio_hf.catalog import accelerate_config_names, describe, find_accelerate_config, recipe_names, recipes_dir
+from nio_hf.recipe.keys import known_keys
 from nio_hf.recipe.loading import Recipe, load_recipe
-from nio_hf.recipe.settings import known_keys
 from nio_hf.tasks import task_of
 from nio_hf.tasks.image_classification import build_model
 from nio_hf.validate import validate_recipe

@@ -12,7 +12,7 @@ from nio_hf.cli.main import app
 from nio_hf.errors import MetricError
 from nio_hf.recipe.loading import Recipe, load_recipe
 from nio_hf.validate import consistency_notes, consistency_problems, validate_recipe
-from tests.image_training.folders import make_folder, write_recipe
+from tests.tasks.recipes import make_folder, write_recipe
 
 RUNNER = CliRunner()
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
 from nio_hf.recipe.loading import load_recipe
-from nio_hf.tasks.image_classification import make_augmentation
-from nio_hf.vision.processors import make_image_processor
+from nio_hf.vision.augmentation import BatchAugmentation
+from nio_hf.vision.processors import make_image_processor, pixel_format
 
 CLASSES, LAYERS, WIDTH, PIXELS = 10, 6, 96, 32
 EVALUATION_BATCH = 500
@@ -178,7 +178,7 @@ class Augmentation:
         config = ViTConfig(image_size=PIXELS)
         processor = make_image_processor(config, image_mean=[0.5] * 3, image_std=[0.5] * 3)
         self._padding = settings.crop_padding
-        self._augment = make_augmentation(settings, processor, CLASSES)
+        self._augment = BatchAugmentation(pixel_format(processor), settings, CLASSES)
 
     def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(pixels, shares of classes) of a batch of bytes, drawn from a generator."""

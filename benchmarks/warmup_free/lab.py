@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import NIO, squared_gradients
 from nio_hf.core.groups import kinds_of
+from nio_hf.tasks.optimizers import MuonAndAdamW
 from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.seeding import seed_second_moment
-from nio_hf.training.muon import MuonAndAdamW
 
 RESULTS = Path(__file__).parent.parent / "results" / "warmup-free"
 SEARCHED = RESULTS / "searched.json"

@@ -22,12 +22,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from nio_hf.recipe.settings import DataSettings
+from nio_hf.tasks.text_trainer import MaskedCollator, counted_tokens
 from nio_hf.text.datasets import load_text_data
 from nio_hf.text.packing import PackedBlocks
 from nio_hf.text.stdlib import NAME
 from nio_hf.text.tokenizers import BYTES, load_tokenizer
-from nio_hf.text_training.collators import MaskedCollator
-from nio_hf.text_training.losses import counted_tokens
 
 LAYERS, WIDTH, HEADS, BLOCK = 4, 128, 4, 128
 TOKENS = len(load_tokenizer(BYTES))
@@ -164,7 +164,7 @@ def _collator() -> MaskedCollator:
 @functools.cache
 def load_blocks() -> tuple[Tensor, Tensor]:
     """(blocks to train on, blocks to test with), each (N, `BLOCK`)."""
-    data = load_text_data(NAME, tokenizer=load_tokenizer(BYTES), block_size=BLOCK, eval_fraction=EVAL_FRACTION)
+    data = load_text_data(DataSettings(NAME, eval_fraction=EVAL_FRACTION), load_tokenizer(BYTES), BLOCK)
     parts: Any = (data.train, data.evaluation)
     train, test = (_whole_blocks(part) for part in parts)
     return train, test[:TEST_BLOCKS]

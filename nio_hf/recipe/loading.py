@@ -15,17 +15,10 @@ from nio_hf.core.config import replaced_setting
 from nio_hf.errors import ConfigError, Problem, RecipeError
 from nio_hf.metrics import CAUSAL_LM, IMAGE_CLASSIFICATION, MASKED_LM, METRICS, Metric
 from nio_hf.recipe.checks import argument_problem, optimizer_problems, setting_problems
+from nio_hf.recipe.keys import GROUPS, known_keys
 from nio_hf.recipe.layering import merge, read_layers, settings_yaml
 from nio_hf.recipe.model_checks import find_task, model_problems
-from nio_hf.recipe.settings import (
-    GROUPS,
-    AugmentationSettings,
-    DataSettings,
-    ModelSettings,
-    OptimizationSettings,
-    TextSettings,
-    known_keys,
-)
+from nio_hf.recipe.settings import AugmentationSettings, DataSettings, ModelSettings, OptimizationSettings, TextSettings
 from nio_hf.recipe.strict_yaml import Setting, Settings, read_overrides
 from nio_hf.recipe.values import checked, unknown_key
 from nio_hf.trainer import NIOTrainingArguments

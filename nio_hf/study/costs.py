@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from nio_hf.core import NIO, expected_cost
+from nio_hf.tasks.trainer import RecipeTrainer
 from nio_hf.trainer import NIOTrainingArguments
 from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.race import MOST_CANDIDATES
-from nio_hf.training.trainer import RecipeTrainer
 
 MANY_GROUPS = 8
 """Number of groups that the cost beforehand counts with, where there may be more than one."""

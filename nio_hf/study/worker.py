@@ -24,7 +24,7 @@ from nio_hf.study.costs import initialise
 from nio_hf.study.diagnostics import StepDiagnostics
 from nio_hf.study.results import Outcome
 from nio_hf.tasks import build_trainer
-from nio_hf.training.trainer import RecipeTrainer
+from nio_hf.tasks.trainer import RecipeTrainer
 
 _LOOKED_AT = 64
 """Samples of the batch whose output is looked at."""

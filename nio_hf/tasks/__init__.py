@@ -7,7 +7,7 @@ import importlib
 from nio_hf.metrics import CAUSAL_LM, IMAGE_CLASSIFICATION, MASKED_LM
 from nio_hf.recipe.loading import Recipe
 from nio_hf.tasks.task import DataFacts, Task
-from nio_hf.training.trainer import RecipeTrainer
+from nio_hf.tasks.trainer import RecipeTrainer
 
 _MODULES = {
     IMAGE_CLASSIFICATION: "nio_hf.tasks.image_classification",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,52 +14,55 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from nio_hf.errors import ModelError, Problem, one_line
+from nio_hf.errors import ModelError, Problem
 from nio_hf.metrics import MASKED_LM
 from nio_hf.recipe.loading import Recipe
-from nio_hf.tasks.task import DataFacts, Task, building, extras_of
-from nio_hf.text.datasets import TextData, load_text_data
+from nio_hf.tasks.task import DataFacts, Task, name_broken_checkpoint, name_broken_config, prepare_building
+from nio_hf.tasks.text_trainer import TextTrainer
+from nio_hf.text.datasets import Blocks, load_text_data
+from nio_hf.text.packing import TOKENS, PackedStream
 from nio_hf.text.stdlib import ABOUT, NAME
 from nio_hf.text.tokenizers import BYTES, load_tokenizer
-from nio_hf.text_training.trainer import TextTrainer
 from nio_hf.trainer.arguments import order_seed
 
 LONGEST_BLOCK = 1024
 """Tokens of a block where neither the recipe nor the model asks for fewer."""
-_MODELS: dict[bool, Any] = {False: AutoModelForCausalLM, True: AutoModelForMaskedLM}
+
+
+def _auto_class(recipe: Recipe) -> Any:
+    return AutoModelForMaskedLM if recipe.task == MASKED_LM else AutoModelForCausalLM
 
 
 def build_trainer(recipe: Recipe) -> TextTrainer:
     """Tokeniser, model, data and Trainer of a recipe.
 
     Raises:
-        NIOError: for data or a model that cannot be loaded or do not go together, or an output directory that cannot
+        NIOError: For data or a model that cannot be loaded or do not go together, or an output directory that cannot
             be written.
     """
-    args, is_masked = recipe.training, recipe.task == MASKED_LM
-    with building(recipe):
+    with prepare_building(recipe):
         tokenizer = load_recipe_tokenizer(recipe)
-        model = load_model(recipe, tokenizer)
+        model = _load_model(recipe, tokenizer)
         block_size = find_block_size(recipe, model.config)
         # One process at a time prepares the data, the others find them prepared.
-        with args.main_process_first(desc="preparing the data"):
-            data = load_data(recipe, tokenizer, block_size)
-        return TextTrainer(
-            model=model,
-            args=args,
-            data=data,
-            tokenizer=tokenizer,
-            mlm_probability=recipe.text.mlm_probability if is_masked else None,
-            prompt=recipe.text.sample_prompt,
-            extras=extras_of(recipe, model, ABOUT if recipe.data.dataset_name == NAME else None),
-        )
+        with recipe.training.main_process_first(desc="preparing the data"):
+            data = load_text_data(
+                recipe.data,
+                tokenizer,
+                block_size,
+                text_column=recipe.text.text_column,
+                num_proc=recipe.text.num_proc,
+                seed=order_seed(recipe.training),
+            )
+        about_data = ABOUT if recipe.data.dataset_name == NAME else None
+        return TextTrainer(recipe=recipe, model=model, data=data, about_data=about_data)
 
 
 def load_recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokeniser that a recipe names, that of a model that is loaded, or bytes.
 
     Raises:
-        ModelError: for one that cannot be loaded, and one without a token that the task needs.
+        ModelError: For one that cannot be loaded, and one without a token that the task needs.
     """
     model = recipe.model
     tokenizer = load_tokenizer(
@@ -80,25 +81,13 @@ def load_recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model of a recipe in fp32, built anew or loaded.
-
-    Raises:
-        ModelError: for one that cannot be loaded or built, or has fewer tokens than the tokeniser.
-    """
+def _load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model of a recipe in fp32, built anew or loaded."""
     source = recipe.model.model_name_or_path
     if source is None:
         return build_model(recipe, tokenizer)
-    options = {"trust_remote_code": recipe.model.trust_remote_code, "revision": recipe.model.model_revision}
-    try:
-        model: PreTrainedModel = _MODELS[recipe.task == MASKED_LM].from_pretrained(
-            source, dtype=torch.float32, **options
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        fix = f"Give a folder with a checkpoint of {recipe.task}, or its name on the Hub"
-        raise ModelError(
-            Problem("model_name_or_path", f"{source!r} cannot be loaded: {one_line(error)}", fix)
-        ) from error
+    with name_broken_checkpoint(recipe.model, f"a checkpoint of {recipe.task}") as options:
+        model: PreTrainedModel = _auto_class(recipe).from_pretrained(source, dtype=torch.float32, **options)
     _check_vocabulary("model_name_or_path", model.config.get_text_config().vocab_size, tokenizer)
     return model
 
@@ -112,20 +101,19 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None
             vocabulary open.
 
     Raises:
-        ModelError: for a configuration that no model can be built from, or with fewer tokens than the tokeniser.
+        ModelError: For a configuration that no model can be built from, or with fewer tokens than the tokeniser.
     """
     settings = recipe.model
     if tokenizer is None and "vocab_size" not in settings.model_config:
         tokenizer = load_recipe_tokenizer(recipe)
-    own = {} if tokenizer is None else _of_tokenizer(tokenizer)
+    own: dict[str, Any] = {}
     if tokenizer is not None:
+        own = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        own["vocab_size"] = len(tokenizer)
         _check_vocabulary("model_config.vocab_size", settings.model_config.get("vocab_size", len(tokenizer)), tokenizer)
-    try:
+    with name_broken_config(settings):
         config = AutoConfig.for_model(cast(str, settings.model_type), **{**own, **settings.model_config})
-        model: PreTrainedModel = _MODELS[recipe.task == MASKED_LM].from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, ImportError) as error:
-        fix = f"Correct it for {settings.model_type}"
-        raise ModelError(Problem("model_config", f"no model can be built from it: {one_line(error)}", fix)) from error
+        model: PreTrainedModel = _auto_class(recipe).from_config(config, dtype=torch.float32)
     return model
 
 
@@ -133,7 +121,7 @@ def find_block_size(recipe: Recipe, config: PreTrainedConfig) -> int:
     """Tokens of a block: what the recipe says, or the positions of the model, 1024 at most.
 
     Raises:
-        ModelError: for a block that is longer than the positions of the model.
+        ModelError: For a block that is longer than the positions of the model.
     """
     positions: int | None = getattr(config, "max_position_embeddings", None)
     asked = recipe.text.block_size
@@ -141,39 +129,8 @@ def find_block_size(recipe: Recipe, config: PreTrainedConfig) -> int:
         return min(positions or LONGEST_BLOCK, LONGEST_BLOCK)
     if positions is not None and asked > positions:
         found = f"{asked} tokens, and the model has {positions} positions"
-        fix = "Lower it, or give the model_config more positions"
-        raise ModelError(Problem("block_size", found, fix))
+        raise ModelError(Problem("block_size", found, "Lower it, or give the model_config more positions"))
     return asked
-
-
-def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, block_size: int) -> TextData:
-    """The blocks of a recipe.
-
-    Raises:
-        DataError: see [`load_text_data`].
-    """
-    data = dataclasses.asdict(recipe.data)
-    shared = {
-        *("data_dir", "data_files", "streaming", "shuffle_buffer_size", "train_split", "eval_split"),
-        *("eval_fraction", "eval_from_train", "max_train_samples", "max_eval_samples"),
-    }
-    return load_text_data(
-        cast(str, recipe.data.dataset_name),
-        config_name=recipe.data.dataset_config_name,
-        revision=recipe.data.dataset_revision,
-        **{key: data[key] for key in shared},
-        text_column=recipe.text.text_column,
-        tokenizer=tokenizer,
-        block_size=block_size,
-        num_proc=recipe.text.num_proc,
-        seed=order_seed(recipe.training),
-    )
-
-
-def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the configuration of a model says of its tokeniser."""
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {"vocab_size": len(tokenizer), **ids}
 
 
 def _check_vocabulary(where: str, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -192,16 +149,16 @@ def _describe_data(recipe: Recipe) -> DataFacts:
     return DataFacts(len(load_recipe_tokenizer(recipe)), None)
 
 
-def _describe_batch(trainer: Any) -> str:
+def _describe_batch(trainer: TextTrainer) -> str:
     batch = next(iter(trainer.get_train_dataloader()))
     next(iter(trainer.get_eval_dataloader()))
-    parts = [_counted(blocks) for blocks in (trainer.data.train, trainer.data.evaluation)]
-    blocks, length = batch["input_ids"].shape
-    return f"{parts[0]} to train on, {parts[1]} to evaluate on; {blocks} blocks of {length} tokens read"
+    train, evaluation = map(_count_tokens, (trainer.data.train, trainer.data.evaluation))
+    blocks, length = batch[TOKENS].shape
+    return f"{train} to train on, {evaluation} to evaluate on; {blocks} blocks of {length} tokens read"
 
 
-def _counted(blocks: Any) -> str:
-    return f"{blocks.tokens:,} tokens" if hasattr(blocks, "tokens") else "a stream of tokens"
+def _count_tokens(blocks: Blocks) -> str:
+    return "a stream of tokens" if isinstance(blocks, PackedStream) else f"{blocks.tokens:,} tokens"
 
 
 TASK = Task(build_trainer, build_model, _check_model, _describe_data, _describe_batch)

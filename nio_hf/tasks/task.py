@@ -6,17 +6,16 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from torch import nn
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, set_seed
 
-from nio_hf.catalog import recipe_name
-from nio_hf.errors import ConfigError, NIOError, Problem, one_line
+from nio_hf.errors import ConfigError, ModelError, NIOError, Problem, one_line
 from nio_hf.files import ensure_writable
-from nio_hf.recipe.loading import Recipe, recipe_yaml
-from nio_hf.training.optimizers import optimizer_options
-from nio_hf.training.trainer import Extras, RecipeTrainer, Source
+from nio_hf.recipe.loading import Recipe
+from nio_hf.recipe.settings import ModelSettings
+from nio_hf.tasks.trainer import RecipeTrainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,47 +47,60 @@ class Task:
     build_model: Callable[[Recipe], PreTrainedModel]
     check_model: Callable[[Recipe, PreTrainedModel], None]
     describe_data: Callable[[Recipe], DataFacts]
-    describe_batch: Callable[[RecipeTrainer], str]
+    describe_batch: Callable[[Any], str]
 
 
 @contextlib.contextmanager
-def building(recipe: Recipe) -> Iterator[None]:
+def prepare_building(recipe: Recipe) -> Iterator[None]:
     """The building of a Trainer: the output is checked and random numbers are seeded before it.
 
     Raises:
-        ConfigError: for what Trainer refuses, with the recipe.
-        OutputError: where the output directory cannot be written.
+        ConfigError: For what Trainer refuses, with the recipe.
+        OutputError: Where the output directory cannot be written.
     """
     ensure_writable(Path(cast(str, recipe.training.output_dir)))
     set_seed(recipe.training.seed)
     try:
         yield
+    except NIOError:
+        raise
     except (ValueError, KeyError, ImportError, RuntimeError) as error:
-        if isinstance(error, NIOError):
-            raise
         fix = "Correct the training argument that it is about"
         raise ConfigError(Problem(str(recipe.path), one_line(error), fix)) from error
 
 
-def extras_of(recipe: Recipe, model: nn.Module, about_data: str | None = None) -> Extras:
-    """What a recipe asks of the Trainer of a model beside its arguments.
+@contextlib.contextmanager
+def name_broken_config(settings: ModelSettings) -> Iterator[None]:
+    """Let errors of a configuration that no model can be built from name the setting.
+
+    Raises:
+        ModelError: In the place of such an error.
+    """
+    try:
+        yield
+    except NIOError:
+        raise
+    except (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, ImportError) as error:
+        fix = f"Correct it for {settings.model_type}"
+        raise ModelError(Problem("model_config", f"no model can be built from it: {one_line(error)}", fix)) from error
+
+
+@contextlib.contextmanager
+def name_broken_checkpoint(settings: ModelSettings, what: str) -> Iterator[dict[str, Any]]:
+    """Options of `from_pretrained`; errors of a checkpoint that cannot be loaded name it.
 
     Args:
-        recipe: The recipe.
-        model: The model.
-        about_data: What is to be said of the data set beside its name; None for its configuration.
+        settings: Settings of the model.
+        what: Kind of the checkpoint, e.g. "an image classification checkpoint".
+
+    Raises:
+        ModelError: In the place of such an error.
     """
-    asked = recipe.optimization
-    return Extras(
-        no_weight_decay=asked.no_weight_decay,
-        repeats=recipe.augmentation.repeated_augmentation,
-        source=Source(
-            recipe=recipe_name(recipe.path),
-            recipe_text=recipe_yaml(recipe),
-            dataset=cast(str, recipe.data.dataset_name),
-            dataset_config=about_data or recipe.data.dataset_config_name,
-            dataset_split=recipe.data.eval_split,
-        ),
-        optimizer=optimizer_options(asked.optimizer, recipe.training, model),
-        ema_decay=asked.ema_decay,
-    )
+    try:
+        yield {"trust_remote_code": settings.trust_remote_code, "revision": settings.model_revision}
+    except NIOError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        found = f"{settings.model_name_or_path!r} cannot be loaded: {one_line(error)}"
+        fix = f"Give a folder with {what}, or its name on the Hub"
+        raise ModelError(Problem("model_name_or_path", found, fix)) from error

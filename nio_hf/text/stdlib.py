@@ -30,23 +30,26 @@ def stdlib() -> datasets.Dataset:
         Its `info` has the licence and the version of Python. `datasets` caches it.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = sorted(path.relative_to(root).as_posix() for path in _source_files(root))
+    files = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _LEFT_OUT]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    paths = sorted(file.relative_to(root).as_posix() for file in files)
+    # The name of the cache changes with an update of Python.
+    digest = hashlib.sha256(sys.version.encode())
+    for path in paths:
+        status = (root / path).stat()
+        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     rows = datasets.Dataset.from_generator(
         _documents,
         features=datasets.Features(_FEATURES),
         gen_kwargs={"root": root, "paths": tuple(paths)},
-        fingerprint=_fingerprint(root, paths),
+        fingerprint=digest.hexdigest()[:16],
     )
     rows.info.description = f"Source of the standard library of Python {sys.version.split()[0]}"
     rows.info.license = LICENCE
     rows.info.version = datasets.Version(_VERSION)
     return rows
-
-
-def _source_files(root: Path) -> Iterator[Path]:
-    for folder, inner, files in os.walk(root):
-        inner[:] = [name for name in inner if name not in _LEFT_OUT]
-        yield from (Path(folder, name) for name in files if name.endswith(".py"))
 
 
 def _documents(root: Path, paths: tuple[str, ...]) -> Iterator[dict[str, str]]:
@@ -55,12 +58,3 @@ def _documents(root: Path, paths: tuple[str, ...]) -> Iterator[dict[str, str]]:
             yield {"text": (root / path).read_text(encoding="utf-8"), "path": path}
         except UnicodeDecodeError:
             continue
-
-
-def _fingerprint(root: Path, paths: list[str]) -> str:
-    """A name for the cache, which an update of Python changes."""
-    digest = hashlib.sha256(sys.version.encode())
-    for path in paths:
-        status = (root / path).stat()
-        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    return digest.hexdigest()[:16]

@@ -19,11 +19,11 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         name: "bytes", a name on the Hub, or a folder with a tokenizer. The tokenizer of bytes has a vocabulary of 260:
             the 256 bytes, `<pad>`, `</s>`, `<unk>` and `<mask>`. `len(tokenizer)` counts all of them, its `vocab_size`
             the bytes alone.
-        revision: branch, tag or commit on the Hub.
-        trust_remote_code: run Python code that the tokenizer brings with it; only where you trust its author.
+        revision: Branch, tag or commit on the Hub.
+        trust_remote_code: Run Python code that the tokenizer brings with it; only where you trust its author.
 
     Raises:
-        ModelError: for a tokenizer that cannot be loaded.
+        ModelError: For a tokenizer that cannot be loaded.
     """
     if name == BYTES:
         return ByT5Tokenizer(extra_ids=0, mask_token="<mask>")
@@ -46,7 +46,7 @@ def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the token that stands behind each document: the end of a sequence, else the separator of two.
 
     Raises:
-        ModelError: for a tokenizer that has neither.
+        ModelError: For a tokenizer that has neither.
     """
     for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         if token is not None:
@@ -59,8 +59,8 @@ def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """The tokens of texts, without special tokens around them.
 
-    Of bytes each stays itself, also in a text that spells a special token. Other tokenizers read special tokens in a
-    text as they are set to.
+    A byte stays itself, also in a text that spells a special token. Other tokenizers read special tokens in a text as
+    they are set to.
     """
     options: dict[str, Any] = {"split_special_tokens": True} if is_bytes(tokenizer) else {}
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)

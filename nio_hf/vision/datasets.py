@@ -3,29 +3,77 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import datasets
 import numpy as np
+from PIL import Image
 
-from nio_hf.data.parts import choose_split, limit, name_eval_split, set_aside
-from nio_hf.data.sources import Rows, Source, load_splits
-from nio_hf.errors import DataError, Problem, listed
-from nio_hf.vision.columns import (
-    check_labels,
-    classes_of,
-    find_image_column,
-    find_label_column,
-    with_classes,
-    without_decoding,
-)
+from nio_hf.data.columns import TEXT_TYPES, ColumnKind, describe_columns, describe_feature, find_column, find_features
+from nio_hf.data.loading import DataKind, Rows, choose_split, divide, limit_rows, load_splits, read_splits
+from nio_hf.errors import DataError, Problem, listed, one_line
+from nio_hf.recipe.settings import DataSettings
+from nio_hf.vision.folders import find_image_files
 from nio_hf.vision.images import image_digest
-from nio_hf.vision.sources import IMAGES
 
 logger = logging.getLogger(__name__)
 
 _MAX_NAMED = 5
+
+
+def digits() -> datasets.Dataset:
+    """The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn, as greyscale images."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    label = datasets.ClassLabel(names=[str(name) for name in bunch.target_names])
+    columns = {"image": [Image.fromarray(image) for image in pixels], "label": bunch.target.tolist()}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(image=datasets.Image(), label=label))
+
+
+def _read_images(settings: DataSettings) -> Mapping[str, Rows]:
+    """The splits of a data set; the layout of a local folder tells its splits."""
+    files = None if settings.data_files is not None else find_image_files(str(settings.dataset_name), settings.data_dir)
+    if files is not None:
+        settings = dataclasses.replace(settings, dataset_name="imagefolder", data_dir=None, data_files=files)
+    return read_splits(settings)
+
+
+def _holds_files(feature: Any) -> bool:
+    """Whether a column of another type holds encoded images or their paths."""
+    if isinstance(feature, dict):
+        return {"bytes", "path"} <= feature.keys()
+    return getattr(feature, "dtype", None) in (*TEXT_TYPES, "binary", "large_binary")
+
+
+def _holds_labels(feature: Any) -> bool:
+    dtype = str(getattr(feature, "dtype", None))
+    return isinstance(feature, datasets.Value) and (dtype in TEXT_TYPES or dtype.startswith(("int", "uint")))
+
+
+IMAGES = DataKind(
+    contents="images",
+    columns="images and labels",
+    files="exist",
+    folder="images in one folder per class",
+    formats=("imagefolder", "parquet", "webdataset"),
+    embedded={"digits": digits},
+    read=_read_images,
+)
+"""Images with their classes."""
+_IMAGE = ColumnKind("image_column", "images", lambda feature: isinstance(feature, datasets.Image), _holds_files)
+_LABEL = ColumnKind(
+    "label_column",
+    "class labels",
+    lambda feature: isinstance(feature, datasets.ClassLabel),
+    _holds_labels,
+    # By common use; "cls" is the name that webdataset has for it.
+    ("label", "labels", "cls", "class"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,142 +81,168 @@ class ImageData:
     """A data set of labelled images.
 
     Attributes:
-        train: samples to train on, images not decoded.
-        evaluation: samples to evaluate on; none of them is in `train`, unless both splits are the same by request.
-        image_column: name of the column of images.
-        label_column: name of the column of class labels, integers from 0.
-        class_names: names of the classes, in the order of their labels.
-        is_split: whether the samples to evaluate on are a split of their own, and no part of the training split.
+        train: Samples to train on.
+        evaluation: Samples to evaluate on; none of them is in `train`, unless both splits are the same by request.
+        columns: Columns of the images, which are not decoded, and of the labels, integers from 0.
+        class_names: Names of the classes, in the order of their labels.
+        is_split: Whether the samples to evaluate on are a split of their own, and no part of the training split.
     """
 
     train: Rows
     evaluation: Rows
-    image_column: str
-    label_column: str
+    columns: tuple[str, str]
     class_names: tuple[str, ...]
     is_split: bool
 
 
-def load_image_data(
-    name: str,
-    *,
-    config_name: str | None = None,
-    revision: str | None = None,
-    data_dir: str | None = None,
-    data_files: Any = None,
-    streaming: bool = False,
-    shuffle_buffer_size: int = 1000,
-    train_split: str = "train",
-    eval_split: str | None = None,
-    eval_fraction: float = 0.2,
-    eval_from_train: bool = False,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    num_classes: int | None = None,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
-    seed: int = 0,
-) -> ImageData:
+def load_image_data(settings: DataSettings, seed: int = 0) -> ImageData:
     """Load a data set of images and class labels.
 
+    A limit of samples takes a random choice, or the first ones of a stream. Workers take equal shares of a limited
+    stream, so they find fewer where they do not share its files evenly.
+
     Args:
-        name: "digits", or what [`datasets.load_dataset`] takes.
-        config_name: configuration of the data set.
-        revision: of a data set on the Hub.
-        data_dir: folder in the data set, or of the files.
-        data_files: files as a pattern, a list of them, or a mapping from splits.
-        streaming: read while training, without downloading everything.
-        shuffle_buffer_size: samples that the training stream is shuffled over.
-        train_split: split to train on.
-        eval_split: split to evaluate on; None for the validation split, and where there is none a part of the training
-            split: the same of every class, or for a stream a share by digest, which no order or worker changes.
-        eval_fraction: size of that part, in (0, 1).
-        eval_from_train: evaluate on that part whatever splits there are.
-        image_column: None for the only column of images.
-        label_column: None for the only column of class labels.
-        num_classes: for a stream of integer labels whose classes have no names.
-        max_train_samples: use at most so many samples to train on, a random choice unless they are a stream. Of a
-            stream workers take equal shares of it, so they find fewer where they do not share its files evenly.
-        max_eval_samples: likewise to evaluate on.
-        seed: of all random choices.
+        settings: Settings of the data set; its name is "digits", or what [`datasets.load_dataset`] takes.
+        seed: Seed of all random choices.
 
     Raises:
-        DataError: for a data set that cannot be loaded, a split or column that it does not have, one without samples,
+        DataError: For a data set that cannot be loaded, a split or column that it does not have, one without samples,
             classes that are to be evaluated but not trained on, or samples without a label.
     """
-    splits = load_splits(Source(name, config_name, revision, data_dir, data_files, streaming), IMAGES)
-    train = choose_split(splits, train_split, "train_split", name)
-    image_column = find_image_column(train, image_column, name)
-    label_column = find_label_column(train, label_column, name)
-    if image_column == label_column:
-        raise DataError(Problem("label_column", f"{label_column!r}, the column of images", "Name another column"))
-    check_labels(train, label_column, f"{train_split!r} of {name}")
-    class_names = classes_of(train, label_column, num_classes, name)
-    train = _labelled(train, image_column, label_column, class_names, f"{train_split!r} of {name}")
-    eval_split = name_eval_split(splits, train_split, eval_split, eval_from_train)
-    if eval_split is None:
-        train, evaluation = set_aside(
-            train,
-            eval_fraction,
-            digest=_ImageDigest(image_column, seed),
-            seed=seed,
-            name=name,
-            need="holds a sample of every class",
-            stratify_by=label_column,
-        )
-    else:
-        rows = choose_split(splits, eval_split, "eval_split", name)
-        find_image_column(rows, image_column, name)
-        find_label_column(rows, label_column, name)
-        check_labels(rows, label_column, f"{eval_split!r} of {name}")
-        evaluation = _labelled(rows, image_column, label_column, class_names, f"{eval_split!r} of {name}")
+    name = cast(str, settings.dataset_name)
+    splits = load_splits(settings, IMAGES)
+    train = choose_split(splits, settings.train_split, "train_split", name)
+    image, label = find_image_columns(train, settings.image_column, settings.label_column, name)
+    where = f"{settings.train_split!r} of {name}"
+    _check_labels(train, label, where)
+    class_names = _find_classes(train, label, settings.num_classes, name)
+    train = _with_classes(train, image, label, class_names, where)
+
+    def prepare(rows: Rows, split: str) -> Rows:
+        find_image_columns(rows, image, label, name)
+        _check_labels(rows, label, f"{split!r} of {name}")
+        return _with_classes(rows, image, label, class_names, f"{split!r} of {name}")
+
+    train, evaluation, is_split = divide(
+        splits,
+        train,
+        settings,
+        prepare=prepare,
+        digest=functools.partial(_digest, image, seed),
+        need="holds a sample of every class",
+        seed=seed,
+        stratify_by=label,
+    )
     if isinstance(train, datasets.Dataset) and isinstance(evaluation, datasets.Dataset):
-        _check_classes(train, evaluation, label_column, class_names, name)
-    train = limit(train, max_train_samples, seed)
-    evaluation = limit(evaluation, max_eval_samples, seed)
+        _check_classes(train, evaluation, label, class_names, name)
+    train = limit_rows(train, settings.max_train_samples, seed)
     if isinstance(train, datasets.IterableDataset):
-        train = train.shuffle(seed=seed, buffer_size=shuffle_buffer_size)
-    return ImageData(train, evaluation, image_column, label_column, class_names, eval_split is not None)
+        train = train.shuffle(seed=seed, buffer_size=settings.shuffle_buffer_size)
+    evaluation = limit_rows(evaluation, settings.max_eval_samples, seed)
+    return ImageData(train, evaluation, (image, label), class_names, is_split)
 
 
-def _labelled(rows: Rows, image_column: str, label_column: str, class_names: tuple[str, ...], name: str) -> Rows:
-    """The samples of a split with images that are not decoded and labels of these classes."""
-    return with_classes(without_decoding(rows, image_column), label_column, class_names, name)
+def _digest(image: str, seed: int, row: dict[str, Any]) -> int:
+    return image_digest(row[image], seed)
 
 
-@dataclasses.dataclass(frozen=True)
-class _ImageDigest:
-    """The digest of the image of a sample."""
+def find_image_columns(rows: Rows, image: str | None, label: str | None, name: str) -> tuple[str, str]:
+    """The columns of images and of labels: those that are named, the only ones of their types, or that are called so.
 
-    image_column: str
-    seed: int
+    Raises:
+        DataError: Where there is none, or more than one to choose from.
+    """
+    features = find_features(rows, IMAGES, name)
+    fix = None
+    if name == "imagefolder":
+        fix = "Put the images of each class into a folder of their own"
+        if len(features) > 1:
+            fix = "Its metadata files replace the names of folders: add a column label to them, name one with "
+            fix += f"label_column, or remove them. Their columns are {describe_columns(features)}"
+    image, label = find_column(features, image, name, _IMAGE), find_column(features, label, name, _LABEL, fix)
+    if image == label:
+        raise DataError(Problem("label_column", f"{label!r}, the column of images", "Name another column"))
+    return image, label
 
-    def __call__(self, row: dict[str, Any]) -> int:
-        return image_digest(row[self.image_column], self.seed)
+
+def _find_classes(rows: Rows, label: str, num_classes: int | None, name: str) -> tuple[str, ...]:
+    """Names of the classes, in the order of their labels: as the data set has them, or as its labels are."""
+    feature = find_features(rows, IMAGES, name)[label]
+    if isinstance(feature, datasets.ClassLabel):
+        return tuple(feature.names)
+    if num_classes is not None:
+        return tuple(map(str, range(num_classes)))
+    is_text = feature.dtype in TEXT_TYPES
+    if isinstance(rows, datasets.IterableDataset):
+        found = f"{label!r} of {name} holds {describe_feature(feature)}, and a stream is not read beforehand"
+        fix = "Turn streaming off" if is_text else "Set num_classes, or turn streaming off"
+        raise DataError(Problem("num_classes", found, fix))
+    values = rows.unique(label)
+    return tuple(sorted(values)) if is_text else tuple(map(str, range(max(values) + 1)))
+
+
+def _with_classes(rows: Rows, image: str, label: str, class_names: tuple[str, ...], name: str) -> Rows:
+    """The columns of images, not decoded, and of labels of a split, with labels of these classes.
+
+    Raises:
+        DataError: For a label that is none of them.
+    """
+    feature = find_features(rows, IMAGES, name)[label]
+    if rows.features is None and isinstance(rows, datasets.IterableDataset):
+        rows = rows._resolve_features()
+    if isinstance(feature, datasets.ClassLabel):
+        if tuple(feature.names) != class_names:
+            found = "other classes than those of the training split, or in another order"
+            raise DataError(Problem(name, found, "Give two splits of the same classes"))
+    else:
+        where, fix = f"{label} of {name}", "Correct it, or num_classes"
+        found = f"a label that is none of the {len(class_names)} classes"
+        is_text = feature.dtype in TEXT_TYPES
+        largest = max(rows.unique(label)) if isinstance(rows, datasets.Dataset) and not is_text else 0
+        if largest >= len(class_names):
+            raise DataError(Problem(where, f"{found}: {largest}, counted from 0", fix))
+        try:
+            if is_text:
+                # Some releases turn only one of the two types of text into classes.
+                rows = rows.cast_column(label, datasets.Value("string"))
+            rows = rows.cast_column(label, datasets.ClassLabel(names=list(class_names)))
+        except (ValueError, KeyError) as error:
+            raise DataError(Problem(where, f"{found} ({one_line(error)})", fix)) from error
+    # Images stay as they are stored, so that a broken one can be told and passed over.
+    return rows.cast_column(image, datasets.Image(decode=False)).select_columns([image, label])
+
+
+def _check_labels(rows: Rows, label: str, name: str) -> None:
+    """Refuse samples without a label: none at all, or -1 as test splits often have. A stream shows them as it is read.
+
+    Raises:
+        DataError: With their number.
+    """
+    if isinstance(rows, datasets.IterableDataset):
+        return
+    labels = rows.with_format("arrow")[label][:]
+    given = labels.drop_null().to_numpy()
+    missing = labels.null_count + (np.count_nonzero(given < 0) if given.dtype.kind == "i" else 0)
+    if missing:
+        found = f"{missing} of {len(labels)} samples have no label"
+        raise DataError(Problem(f"{label} of {name}", found, "Choose a split whose samples have labels"))
 
 
 def _check_classes(
-    train: datasets.Dataset,
-    evaluation: datasets.Dataset,
-    label_column: str,
-    class_names: tuple[str, ...],
-    name: str,
+    train: datasets.Dataset, evaluation: datasets.Dataset, label: str, class_names: tuple[str, ...], name: str
 ) -> None:
     """Report classes without an image, and refuse those that are only evaluated."""
-    counts = []
-    for rows in (train, evaluation):
-        labels = np.asarray(rows.with_format("numpy")[label_column][:])
-        counts.append(np.bincount(labels, minlength=len(class_names)))
-    trained, evaluated = (count > 0 for count in counts)
+    labels = [np.asarray(rows.with_format("numpy")[label][:]) for rows in (train, evaluation)]
+    trained, evaluated = (np.bincount(values, minlength=len(class_names)) > 0 for values in labels)
+
+    def named(which: Any) -> str:
+        names = [repr(name) for name, is_meant in zip(class_names, which, strict=True) if is_meant]
+        return f"class{'es' * (len(names) > 1)} {listed(names, _MAX_NAMED)}"
+
     if (evaluated & ~trained).any():
-        found = f"images to evaluate on but none to train on of {_named(class_names, evaluated & ~trained)}"
+        found = f"images to evaluate on but none to train on of {named(evaluated & ~trained)}"
         raise DataError(Problem(f"classes of {name}", found, "Give two splits of the same classes"))
     if not trained.all():
-        logger.warning("%s has no image of %s: the model cannot learn it.", name, _named(class_names, ~trained))
+        logger.warning("%s has no image of %s: the model cannot learn it.", name, named(~trained))
     if (trained & ~evaluated).any():
-        logger.warning("No image to evaluate on of %s.", _named(class_names, trained & ~evaluated))
-
-
-def _named(class_names: tuple[str, ...], which: Any) -> str:
-    names = [repr(name) for name, chosen in zip(class_names, which, strict=True) if chosen]
-    return f"class{'es' * (len(names) > 1)} {listed(names, _MAX_NAMED)}"
+        logger.warning("No image to evaluate on of %s.", named(trained & ~evaluated))

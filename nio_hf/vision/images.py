@@ -26,22 +26,24 @@ def read_image(stored: Any, name: str) -> Image.Image:
     Args:
         stored: `{"bytes": ..., "path": ...}` as [`datasets.Image`] stores it, the path local, in an archive or remote;
             or an image.
-        name: of the image in messages, where it has no path.
+        name: Name of the image in messages, where it has no path.
 
     Raises:
-        BrokenImageError: for a file that is missing, truncated, no image, or larger than Pillow allows.
+        BrokenImageError: For a file that is missing, truncated, no image, or larger than Pillow allows.
     """
-    content, path = (
-        (None, None) if stored is None or isinstance(stored, Image.Image) else (stored["bytes"], stored["path"])
-    )
-    where = f"{path} ({name})" if path else name
-    if stored is None or (not isinstance(stored, Image.Image) and content is None and not path):
-        raise BrokenImageError(Problem(where, "no image", _FIX))
+    where = name
     try:
         if isinstance(stored, Image.Image):
             return _to_rgb(ImageOps.exif_transpose(stored))
+        stored = stored or {"bytes": None, "path": None}
+        if stored["path"]:
+            where = f"{stored['path']} ({name})"
+        elif stored["bytes"] is None:
+            raise BrokenImageError(Problem(where, "no image", _FIX))
         with _FEATURE.decode_example(stored) as image:  # a file of several pictures stays open
             return _to_rgb(image)
+    except BrokenImageError:
+        raise
     except Image.DecompressionBombError as error:
         raise BrokenImageError(Problem(where, f"too large: {one_line(error)}", _FIX)) from error
     except Exception as error:  # Pillow's decoders raise nearly every kind for a damaged file
@@ -52,12 +54,12 @@ def read_image(stored: Any, name: str) -> Image.Image:
 def image_digest(stored: Any, seed: int = 0) -> int:
     """A digest in [0, 2^32) of an image as it is stored: the same in whatever order and folder the images come.
 
-    Args:
-        stored: `{"bytes": ..., "path": ...}`; of a file without bytes the last parts of its path stand for it.
-        seed: another seed gives another digest.
+    Of a file without bytes the last two parts of its path, in its archive if need be, stand for it. Another seed gives
+    another digest.
     """
     stored = stored or {"bytes": None, "path": None}
-    content = stored["bytes"] or "/".join(PurePath(stored["path"] or "").parts[-2:]).encode()
+    path, _, _ = (stored["path"] or "").partition("::")
+    content = stored["bytes"] or "/".join(PurePath(path).parts[-2:]).encode()
     return zlib.crc32(content, seed)
 
 

@@ -1,4 +1,4 @@
-"""Metrics of image classification that need no network."""
+"""Loss and metrics of image classification; they need no network."""
 
 from __future__ import annotations
 
@@ -8,52 +8,66 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 from transformers import EvalPrediction
 
 from nio_hf.vision.samples import IGNORED_LABEL
 
 TOP_K = 5
-_DESCRIPTION = "Share of the samples whose label is among the predicted classes, in [0, 1]."
 
 
-class Accuracy(evaluate.Metric):  # type: ignore[misc]
-    """Top-1 accuracy of class indices, as `evaluate.load("accuracy")` gives it, without the Hub."""
+def classification_loss(
+    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, samples: Tensor | int | None = None
+) -> Tensor:
+    """Mean over the samples of -sum_k p_k log softmax(logits)_k, with p = (1 - s) targets + s / K.
 
-    def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features(predictions=datasets.Value("int64"), references=datasets.Value("int64"))
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION, citation="", inputs_description="Class indices.", features=features
-        )
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+    Args:
+        logits: (B, K).
+        targets: Classes (B,), where [`IGNORED_LABEL`] does not count, or probabilities (B, K).
+        label_smoothing: s (arXiv 1512.00567).
+        samples: Divisor of the sum, where it is not the samples of this batch but those of all batches that are
+            accumulated to one gradient.
+    """
+    total: Tensor = functional.cross_entropy(
+        logits.float(), targets, ignore_index=IGNORED_LABEL, label_smoothing=label_smoothing, reduction="sum"
+    )
+    if samples is None:
+        samples = len(targets) if targets.is_floating_point() else (targets != IGNORED_LABEL).sum()
+    # A batch of which no sample counts has the loss 0.
+    mean: Tensor = total / torch.as_tensor(samples, device=total.device).clamp(min=1)
+    return mean
 
 
 class TopKAccuracy(evaluate.Metric):  # type: ignore[misc]
-    """Top-k accuracy of the k most probable classes of each sample; the metric is called after their number."""
+    """Share of the samples whose label is among the k predicted classes, in [0, 1].
+
+    Its name is "accuracy" for k = 1, as `evaluate.load("accuracy")` has it, else "top{k}_accuracy".
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         classes = datasets.Sequence(datasets.Value("int64"))
-        features = datasets.Features(predictions=classes, references=datasets.Value("int64"))
         return evaluate.MetricInfo(
-            description=_DESCRIPTION, citation="", inputs_description="k class indices a sample.", features=features
+            description=str(type(self).__doc__),
+            citation="",
+            inputs_description="k class indices a sample.",
+            features=datasets.Features(predictions=classes, references=datasets.Value("int64")),
         )
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         classes = np.asarray(predictions)
         hits = (classes == np.asarray(references)[:, None]).any(axis=1)
-        return {f"top{classes.shape[1]}_accuracy": float(hits.mean())}
+        return {"accuracy" if classes.shape[1] == 1 else f"top{classes.shape[1]}_accuracy": float(hits.mean())}
 
 
-def predictions_and_losses(logits: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def predictions_and_losses(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     """What the metrics need of each sample, for `Trainer(preprocess_logits_for_metrics=...)`.
 
     Returns:
         The classes (B, k) of the k largest logits, largest first, where k is 5, or 1 where there are no more than 5
         classes; and the cross-entropy (B,), 0 for samples with [`IGNORED_LABEL`].
     """
-    scores: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
+    scores: Tensor = logits[0] if isinstance(logits, tuple) else logits
     classes = scores.topk(TOP_K if scores.shape[-1] > TOP_K else 1, dim=-1).indices
     return classes, functional.cross_entropy(scores.float(), labels, ignore_index=IGNORED_LABEL, reduction="none")
 
@@ -61,11 +75,11 @@ def predictions_and_losses(logits: Any, labels: torch.Tensor) -> tuple[torch.Ten
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Loss, accuracy, and top-5 accuracy where there are more than 5 classes, for `Trainer(compute_metrics=...)`.
 
-    The loss is the mean over the samples. That of Trainer is one over batches, in which samples count twice that fill
-    the last batch of several processes, and samples that do not count have a share.
+    The loss is the mean over the samples. Trainer's own loss is a mean over batches, in which samples count twice that
+    fill the last batch of several processes, and samples that do not count have a share.
 
     Args:
-        prediction: of [`predictions_and_losses`]; samples with [`IGNORED_LABEL`] do not count.
+        prediction: Prediction of [`predictions_and_losses`]; samples with [`IGNORED_LABEL`] do not count.
     """
     counted = np.asarray(prediction.label_ids) != IGNORED_LABEL
     labels = np.asarray(prediction.label_ids)[counted]
@@ -73,7 +87,6 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     if not len(labels):
         return {}
     computed = {"loss": float(losses.mean(dtype=np.float64))}
-    computed |= dict(Accuracy(keep_in_memory=True).compute(predictions=classes[:, 0], references=labels) or {})
-    if classes.shape[1] > 1:
-        computed.update(TopKAccuracy(keep_in_memory=True).compute(predictions=classes, references=labels) or {})
+    for k in sorted({1, classes.shape[1]}):
+        computed |= TopKAccuracy(keep_in_memory=True).compute(predictions=classes[:, :k], references=labels) or {}
     return computed

@@ -18,7 +18,6 @@ from nio_hf.errors import ModelError, Problem
 _BYTE = 255
 _PROBES = ((60, 40), (40, 60), (500, 400))
 _TOLERANCE = 1e-3
-_NO_FORMAT = "does not make normalised images of one size"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +25,12 @@ class PixelFormat:
     """What an image processor makes of images, for those who augment them.
 
     Attributes:
-        height: of the result in pixels.
-        width: likewise.
-        mean: of each channel, over pixels in [0, 1].
-        std: standard deviation likewise.
+        height: Height of the result in pixels.
+        width: Width likewise.
+        mean: Mean of each channel, over pixels in [0, 1].
+        std: Standard deviation likewise.
         resample: Pillow's filter of resizing.
-        keeps: whether images of that height and width are left as they are.
+        keeps: Whether images of that height and width are left as they are.
     """
 
     height: int
@@ -54,40 +53,51 @@ def make_image_processor(
     """The image processor of an architecture, on Pillow, as published but for what is given.
 
     Args:
-        config: of the model; its image size is used where it has one.
-        image_size: for a config without one.
-        image_mean: mean of each channel over pixels in [0, 1].
-        image_std: standard deviation likewise.
+        config: Configuration of the model; its image size is used where it has one.
+        image_size: Image size for a configuration without one.
+        image_mean: Mean of each channel over pixels in [0, 1].
+        image_std: Standard deviation likewise.
         interpolation: "bilinear" or "bicubic".
-        crop_ratio: resize the shorter side to image_size / crop_ratio and crop the centre. None for what the
-            published one does, with the ratio of the sizes that it resizes and crops to kept.
+        crop_ratio: Part of the shorter side that is kept: it is resized to image_size / crop_ratio, and the centre is
+            cropped. None for the way of the published one, with the ratio of its resize to its crop.
 
     Raises:
-        ModelError: for an architecture without an image processor.
+        ModelError: For an architecture without an image processor.
     """
     names = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type, {})
-    if "pil" not in names:
-        found = f"{config.model_type!r} has no image processor on Pillow"
-        raise ModelError(Problem("model_type", found, "Choose another architecture"))
-    processor_class: type[Any] = getattr(transformers, names["pil"])
-    published: Any = processor_class()
-    if not published.size:
-        found = f"the image processor of {config.model_type!r} resizes to no size"
-        raise ModelError(Problem("model_type", found, "Choose another architecture"))
+    make: Any = getattr(transformers, names["pil"]) if "pil" in names else None
+    published: Any = make and make()
+    if not make or not published.size:
+        found = "has no image processor on Pillow" if not make else "has an image processor that resizes to no size"
+        raise ModelError(Problem("model_type", f"{config.model_type!r} {found}", "Choose another architecture"))
+    resample = None if interpolation is None else Image.Resampling[interpolation.upper()]
+    given: dict[str, Any] = {"image_mean": image_mean, "image_std": image_std, "resample": resample}
+    given = {key: value for key, value in given.items() if value is not None}
     size = getattr(config, "image_size", None) or image_size
-    changes: dict[str, Any] = {"image_mean": image_mean, "image_std": image_std}
-    changes["resample"] = None if interpolation is None else Image.Resampling[interpolation.upper()]
-    changes = {key: value for key, value in changes.items() if value is not None}
-    if crop_ratio is not None:
-        return _resize_and_crop(published, size or _side(published), crop_ratio, changes)
-    if size is None:
-        return cast(BaseImageProcessor, processor_class(**changes))
-    height, width = (size, size) if isinstance(size, int) else size
-    changes["size"] = _scaled(published.size, height, width, published.size)
-    if getattr(published, "do_center_crop", False):
-        changes["size"] = _scaled(published.size, height, width, published.crop_size)
-        changes["crop_size"] = {"height": height, "width": width}
-    return cast(BaseImageProcessor, processor_class(**changes))
+    resized, cropped = _sides(published.size), _sides(getattr(published, "crop_size", None))
+    if size is None and crop_ratio is not None:
+        size = max((cropped or resized).values())
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        given["crop_size"] = {"height": height, "width": width}
+        if crop_ratio is not None:
+            make = BitImageProcessorPil
+            given = {key: getattr(published, key) for key in ("image_mean", "image_std", "resample")} | given
+            given["size"] = {"shortest_edge": round(max(height, width) / crop_ratio)}
+        else:
+            crops = getattr(published, "do_center_crop", False)
+            wanted = {"height": height, "width": width, "shortest_edge": min(height, width)}
+            # In the ratio that the published size has to its crop.
+            kept = cropped if crops else resized
+            kept = {key: kept.get(key, max(kept.values())) for key in resized}
+            given["size"] = {key: round(wanted[key] * side / kept[key]) for key, side in resized.items()}
+            if not crops:
+                del given["crop_size"]
+    return cast(BaseImageProcessor, make(**given))
+
+
+def _sides(size: Any) -> dict[str, int]:
+    return {key: value for key, value in dict(size or {}).items() if value}
 
 
 def image_bytes(image: Image.Image) -> torch.Tensor:
@@ -103,19 +113,17 @@ def resized_bytes(processor: BaseImageProcessor, images: list[Image.Image]) -> t
 
 
 def pixel_format(processor: BaseImageProcessor) -> PixelFormat:
-    """What an image processor makes of images: size, mean, standard deviation, interpolation.
-
-    It is tried on images of different shapes: only one that makes (resized bytes / 255 - mean) / std of them, all of
-    one size, can be augmented for.
+    """What an image processor makes of images, tried on images of several shapes.
 
     Raises:
-        ModelError: for another one.
+        ModelError: For one that does not make (resized bytes / 255 - mean) / std of images, all of one size: its images
+            cannot be augmented.
     """
     described: Any = processor
-    probes = [_probe(width, height) for width, height in _PROBES]
-    size = {key: value for key, value in dict(getattr(described, "size", None) or {}).items() if value}
+    found = f"{type(processor).__name__} with size {_sides(getattr(described, 'size', None))} does not make normalised "
     fix = "Give one that resizes to a height and width and normalises"
-    problem = Problem("image processor", f"{type(processor).__name__} with size {size} {_NO_FORMAT}", fix)
+    problem = Problem("image processor", f"{found}images of one size", fix)
+    probes = [_probe(width, height) for width, height in _PROBES]
     try:
         made = described(probes, return_tensors="pt")["pixel_values"]
         mean, std = (torch.tensor(values)[:, None, None] for values in (described.image_mean, described.image_std))
@@ -127,46 +135,11 @@ def pixel_format(processor: BaseImageProcessor) -> PixelFormat:
         raise ModelError(problem)
     height, width = made.shape[-2:]
     fitting = _probe(width, height)
-    return PixelFormat(
-        height=height,
-        width=width,
-        mean=tuple(described.image_mean),
-        std=tuple(described.image_std),
-        resample=resample,
-        keeps=torch.equal(resized_bytes(processor, [fitting])[0], image_bytes(fitting)),
-    )
+    keeps = torch.equal(resized_bytes(processor, [fitting])[0], image_bytes(fitting))
+    return PixelFormat(height, width, tuple(described.image_mean), tuple(described.image_std), resample, keeps)
 
 
 def _probe(width: int, height: int) -> Image.Image:
     """An image of many colours, white and black among them."""
     pixels = np.linspace(0, _BYTE, 3 * width * height).astype(np.uint8)
     return Image.fromarray(pixels.reshape(height, width, 3))
-
-
-def _resize_and_crop(published: Any, size: Any, crop_ratio: float, changes: dict[str, Any]) -> BaseImageProcessor:
-    """A processor that keeps the aspect ratio: resize so that size / crop_ratio is covered, and crop the centre."""
-    height, width = (size, size) if isinstance(size, int) else size
-    kept = {key: getattr(published, key) for key in ("image_mean", "image_std", "resample")}
-    processor: BaseImageProcessor = BitImageProcessorPil(
-        **{**kept, **changes},
-        size={"shortest_edge": round(max(height, width) / crop_ratio)},
-        crop_size={"height": height, "width": width},
-    )
-    return processor
-
-
-def _side(published: Any) -> int:
-    """The side of the images of a published processor."""
-    sizes: list[int] = [
-        value for value in dict(getattr(published, "crop_size", None) or published.size).values() if value
-    ]
-    return max(sizes)
-
-
-def _scaled(size: Any, height: int, width: int, reference: Any) -> dict[str, int]:
-    """A published size for images of height x width, in the ratio that it has to a reference size."""
-    size, reference = ({key: value for key, value in dict(s).items() if value} for s in (size, reference))
-    wanted = {"height": height, "width": width, "shortest_edge": min(height, width)}
-    return {
-        key: round(wanted[key] * value / reference.get(key, max(reference.values()))) for key, value in size.items()
-    }

@@ -17,7 +17,7 @@ from nio_hf.catalog import recipes_dir
 from nio_hf.cli.main import app
 from nio_hf.errors import RecipeError
 from nio_hf.launch import launch, launch_command
-from tests.image_training.folders import make_folder, write_recipe
+from tests.tasks.recipes import make_folder, write_recipe
 from tests.trainer.toys import load_state
 
 RUNNER = CliRunner()

@@ -1,5 +1,29 @@
-"""What every test of data sets of any kind starts from."""
+"""What every test of data starts from."""
 
-from tests.vision.conftest import given_up_files, heard_logger, prompt_ends
+from __future__ import annotations
 
-__all__ = ["given_up_files", "heard_logger", "prompt_ends"]
+import gc
+import warnings
+from collections.abc import Iterator
+
+import datasets
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def prompt_ends() -> Iterator[None]:
+    """No waiting of five seconds, as `datasets` does behind a parquet file and torch for workers that are given up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+        patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+        yield
+
+
+@pytest.fixture
+def given_up_files() -> Iterator[None]:
+    """Files that `datasets` leaves open where reading ends with an error are closed in silence."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()

@@ -11,8 +11,8 @@ import torch
 
 from nio_hf.catalog import DEFAULT_RECIPE, find_recipe, recipe_names, split_arguments
 from nio_hf.errors import RecipeError
+from nio_hf.recipe.keys import GROUPS, known_keys
 from nio_hf.recipe.loading import load_recipe
-from nio_hf.recipe.settings import GROUPS, known_keys
 
 MINIMAL = "model_type: vit\nmodel_config: {image_size: 8, patch_size: 2}\noutput_dir: outputs/x\n"
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nio_hf.errors import RecipeError
-from nio_hf.recipe.settings import known_keys
+from nio_hf.recipe.keys import known_keys
 from nio_hf.study.arms import ARMS, CONTROLLED, choose_arms
 from nio_hf.study.compare import most_runs, plan_problems
 from nio_hf.study.plan import FIRST_VERDICT_SEED, QUIET

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import subprocess
 import sys
@@ -11,9 +9,7 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
-from nio_hf.cli.main import app
 from nio_hf.errors import ModelError, NIOError, RecipeError
 from nio_hf.hub.card import card_text
 from nio_hf.hub.run_folder import read_run
@@ -24,7 +20,7 @@ from nio_hf.tasks import build_trainer, describe_data
 from nio_hf.text.tokenizers import load_tokenizer
 from nio_hf.train import train
 from nio_hf.validate import validate_recipe
-from tests.text_training.folders import recipe_of
+from tests.tasks.recipes import text_recipe
 from tests.trainer.toys import load_state
 
 
@@ -33,7 +29,7 @@ from tests.trainer.toys import load_state
     [
         ("gpt2", ["--model_config.vocab_size", "200"], "vocab_size: a vocabulary of 200, and the tokeniser has 260"),
         ("gpt2", ["--block_size", "33"], "block_size: 33 tokens, and the model has 32 positions"),
-        ("gpt2", ["--tokenizer", "nowhere/at-all"], "tokenizer: 'nowhere/at-all' cannot be loaded"),
+        ("gpt2", ["--tokenizer", "/nowhere"], "tokenizer: '/nowhere' cannot be loaded"),
         ("gpt2", ["--text_column", "texts"], "text_column: 'texts' is no column"),
     ],
 )
@@ -41,7 +37,7 @@ def test_what_does_not_go_together_is_refused_before_nio(
     name: str, overrides: list[str], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(NIOError) as raised:
-        build_trainer(recipe_of(tmp_path, name, *overrides))
+        build_trainer(text_recipe(tmp_path, name, *overrides))
     assert message in str(raised.value)
 
 
@@ -60,28 +56,24 @@ def test_what_does_not_go_together_is_refused_before_nio(
 )
 def test_settings_of_another_task_and_out_of_range_are_refused(more: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as raised:
-        recipe_of(tmp_path, "gpt2", more=more)
+        text_recipe(tmp_path, "gpt2", more=more)
     assert message in str(raised.value)
 
 
-def _written(folder: Path, text: str) -> str:
-    file = folder / "recipe.yaml"
-    file.write_text(f"{text}\noutput_dir: {folder / 'output'}\nuse_cpu: true\n")
-    return str(file)
-
-
 def test_the_task_is_found_where_the_architecture_can_learn_one_only(tmp_path: Path) -> None:
-    found = {
-        text: load_recipe(_written(tmp_path, text)).task
-        for text in ("model_type: gpt2", "model_type: vit", "task: masked-lm\nmodel_type: bert")
-    }
-    assert list(found.values()) == [CAUSAL_LM, IMAGE_CLASSIFICATION, MASKED_LM]
-    with pytest.raises(RecipeError, match=r"task: nothing, and bert can learn causal-lm and masked-lm. Set task"):
-        load_recipe(_written(tmp_path, "model_type: bert"))
-    with pytest.raises(RecipeError, match=r"'bert' is an encoder, and the task is causal-lm. Set task: masked-lm"):
-        load_recipe(_written(tmp_path, "task: causal-lm\nmodel_type: bert"))
-    with pytest.raises(RecipeError, match="'gpt2' is no architecture of transformers for masked-lm"):
-        load_recipe(_written(tmp_path, "task: masked-lm\nmodel_type: gpt2"))
+    def task_of(text: str) -> str:
+        (tmp_path / "recipe.yaml").write_text(f"{text}\noutput_dir: {tmp_path / 'output'}\nuse_cpu: true\n")
+        return load_recipe(str(tmp_path / "recipe.yaml")).task
+
+    texts = ("model_type: gpt2", "model_type: vit", "task: masked-lm\nmodel_type: bert")
+    assert [task_of(text) for text in texts] == [CAUSAL_LM, IMAGE_CLASSIFICATION, MASKED_LM]
+    for text, message in (
+        ("model_type: bert", "task: nothing, and bert can learn causal-lm and masked-lm. Set task"),
+        ("task: causal-lm\nmodel_type: bert", "'bert' is an encoder, and the task is causal-lm. Set task: masked-lm"),
+        ("task: masked-lm\nmodel_type: gpt2", "'gpt2' is no architecture of transformers for masked-lm"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            task_of(text)
 
 
 def test_a_tokeniser_without_a_mask_is_refused_by_a_masked_recipe(tmp_path: Path) -> None:
@@ -89,13 +81,13 @@ def test_a_tokeniser_without_a_mask_is_refused_by_a_masked_recipe(tmp_path: Path
     tokenizer.mask_token = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     assert AutoTokenizer.from_pretrained(tmp_path / "tokenizer").mask_token is None
-    recipe = recipe_of(tmp_path, "bert", "--tokenizer", str(tmp_path / "tokenizer"))
+    recipe = text_recipe(tmp_path, "bert", "--tokenizer", str(tmp_path / "tokenizer"))
     with pytest.raises(ModelError, match=r"tokenizer: no mask_token. Choose the tokeniser of a masked model"):
         build_trainer(recipe)
 
 
 def test_the_vocabulary_and_special_tokens_are_those_of_the_tokeniser(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, "gpt2")
+    recipe = text_recipe(tmp_path, "gpt2")
     trainer = build_trainer(recipe)
     tokenizer, config = trainer.processing_class, trainer.model.config
     assert (config.vocab_size, config.eos_token_id) == (len(tokenizer), tokenizer.eos_token_id)
@@ -105,7 +97,7 @@ def test_the_vocabulary_and_special_tokens_are_those_of_the_tokeniser(tmp_path: 
 
 
 def test_a_recipe_of_text_trains_reports_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, "gpt2", "--nio", "true")
+    recipe = text_recipe(tmp_path, "gpt2", "--nio", "true")
     report = train(recipe)
     shown = {name for name, _, _ in report.rows}
     assert {"Evaluation loss", "Evaluation perplexity", "Evaluation bits per byte"} <= shown
@@ -127,7 +119,7 @@ def _from_checkpoint(folder: Path) -> str:
 
 def test_page_and_card_show_a_sample_and_say_what_the_data_are(tmp_path: Path) -> None:
     options = ["--dataset_name", "stdlib", "--max_train_samples", "20", "--max_eval_samples", "2", "--block_size", "32"]
-    recipe = recipe_of(tmp_path, "gpt2", *options, more="").path
+    recipe = text_recipe(tmp_path, "gpt2", *options, more="").path
     text = "\n".join(line for line in recipe.read_text().splitlines() if not line.startswith("data"))
     recipe.write_text(text + "\n")
     train(load_recipe(str(recipe), options))
@@ -146,35 +138,17 @@ def test_page_and_card_show_a_sample_and_say_what_the_data_are(tmp_path: Path) -
 
 
 def test_a_recipe_of_text_is_validated_with_its_data(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, "gpt2", "--nio", "true")
+    recipe = text_recipe(tmp_path, "gpt2", "--nio", "true")
     found = validate_recipe(str(recipe.path), ["--nio", "true"], with_data=True)
     assert found.error is None, str(found.error)
     assert "blocks of 32 tokens read" in found.summary
     assert "a short run of NIO: GradCosine" in found.summary
 
 
-def test_arms_of_a_text_recipe_are_compared_by_their_loss(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, "gpt2")
-    directory = tmp_path / "compared"
-    command = ["compare", str(recipe.path), "--arms", "no_warmup,warmup", "--steps", "10", "--learning_rates", "1e-3"]
-    command += ["--seeds", "1", "--no_verdict", "--diagnostics", "--output_dir", str(directory)]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
-    page = (directory / "comparison.md").read_text()
-    assert "valuation loss" in page
-    assert "ccuracy" not in page + done.output
-    records = [json.loads(line) for line in (directory / "runs.jsonl").read_text().splitlines()[1:]]
-    losses = {record["run"]["arm"]: record["outcome"]["value"] for record in records}
-    assert len(losses) == 2
-    assert all(0 < loss < math.log(260) + 1 for loss in losses.values())
-    assert all(len(record["outcome"]["diagnostics"]["output_change"]) == 10 for record in records)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
-def test_two_processes_find_the_scales_of_one(name: str, tmp_path: Path) -> None:
+def test_two_processes_find_the_scales_of_one(tmp_path: Path) -> None:
     found = []
     for processes in (1, 2):
-        recipe = recipe_of(tmp_path / str(processes), name, more="dataloader_pin_memory: false\n")
+        recipe = text_recipe(tmp_path / str(processes), "bert", more="dataloader_pin_memory: false\n")
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [*launch, "-m", "nio_hf.cli", "init", str(recipe.path), "--nio", "true"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}

@@ -1,5 +1,5 @@
-"""What every test of the texts starts from."""
+"""What every test of this folder starts from."""
 
-from tests.vision.conftest import given_up_files, heard_logger, prompt_ends
+from tests.data.conftest import given_up_files, prompt_ends
 
-__all__ = ["given_up_files", "heard_logger", "prompt_ends"]
+__all__ = ["given_up_files", "prompt_ends"]

@@ -13,11 +13,11 @@ from typing import Any
 import datasets
 import huggingface_hub
 import pytest
-from torch.utils.data import DataLoader
 
 import nio_hf.text.datasets as text_datasets
-from nio_hf.errors import DataError, ModelError
-from nio_hf.text.datasets import TextData, load_text_data
+from nio_hf.errors import DataError
+from nio_hf.recipe.settings import DataSettings
+from nio_hf.text.datasets import TextData, find_text_column, load_text_data, name_undecodable_file
 from nio_hf.text.tokenizers import load_tokenizer
 from tests.text.documents import blocks_of, joined, words_tokenizer, write_texts
 
@@ -27,8 +27,21 @@ BYTES = load_tokenizer("bytes")
 TEXTS = [f"document {index}\nends with {index * index}\n" for index in range(40)]
 
 
-def load(name: str = "json", block_size: int = 16, **settings: Any) -> TextData:
-    return load_text_data(name, **{"tokenizer": BYTES, "block_size": block_size, **settings})
+STREAMED = pytest.mark.parametrize("streaming", [False, True])
+
+
+def load(
+    name: str = "json",
+    block_size: int = 16,
+    *,
+    tokenizer: Any = BYTES,
+    text_column: str | None = None,
+    num_proc: int | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> TextData:
+    data = DataSettings(dataset_name=name, **settings)
+    return load_text_data(data, tokenizer, block_size, text_column=text_column, num_proc=num_proc, seed=seed)
 
 
 def refused(name: str = "json", **settings: Any) -> str:
@@ -65,11 +78,6 @@ def text_files(root: Path) -> dict[str, Any]:
     return {"name": "text", "data_files": str(root / "*.txt")}
 
 
-def text_folder(root: Path) -> dict[str, Any]:
-    text_files(root)
-    return {"name": "text", "data_dir": str(root)}
-
-
 def text_folder_by_name(root: Path) -> dict[str, Any]:
     text_files(root)
     return {"name": str(root)}
@@ -81,16 +89,11 @@ def parquet_folder_by_name(root: Path) -> dict[str, Any]:
 
 
 FORMATS: list[Callable[[Path], dict[str, Any]]] = [
-    json_lines,
-    parquet,
-    text_files,
-    text_folder,
-    text_folder_by_name,
-    parquet_folder_by_name,
+    *(json_lines, parquet, text_files, text_folder_by_name, parquet_folder_by_name)
 ]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@STREAMED
 @pytest.mark.parametrize("make", FORMATS)
 def test_every_format_gives_every_document_in_one_of_the_parts(
     make: Callable[[Path], dict[str, Any]], streaming: bool, tmp_path: Path
@@ -100,24 +103,15 @@ def test_every_format_gives_every_document_in_one_of_the_parts(
     assert Counter(trained + evaluated) == Counter(TEXTS)
     assert evaluated
     assert not data.is_split
-    assert data.text_column == "text"
     assert data.tokenizer is BYTES
 
 
 def test_the_standard_library_is_loaded_by_its_name() -> None:
     data = load("stdlib", block_size=256, max_train_samples=20, max_eval_samples=3)
-    assert len(texts(data, "train")) + len(texts(data, "evaluation")) + (data.empty_documents or 0) == 23
+    assert len(texts(data, "train")) + len(texts(data, "evaluation")) in (22, 23)
     assert len(data.train) == -(-data.train.tokens // 256)  # type: ignore[arg-type, union-attr]
     stream = load("stdlib", block_size=256, streaming=True, max_train_samples=5, max_eval_samples=1)
     assert {len(block) for block in blocks_of(stream.train)[:-1]} == {256}
-
-
-def test_blocks_have_the_size_that_is_asked_for_and_the_last_may_be_shorter(tmp_path: Path) -> None:
-    data = load(**json_lines(tmp_path), block_size=100)
-    for part in (data.train, data.evaluation):
-        lengths = [len(block) for block in blocks_of(part)]
-        assert set(lengths[:-1]) == {100}
-        assert 2 <= lengths[-1] <= 100
 
 
 def test_another_tokenizer_gives_its_tokens_and_its_separator(tmp_path: Path) -> None:
@@ -128,42 +122,7 @@ def test_another_tokenizer_gives_its_tokens_and_its_separator(tmp_path: Path) ->
     assert set(tokenizer.decode(tokens).split("[SEP]")[0].split()) & {"document", "ends", "with"}
 
 
-def test_a_tokenizer_without_a_separator_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"^tokenizer: .* has neither an eos_token nor a sep_token\."):
-        load(**json_lines(tmp_path), tokenizer=words_tokenizer(TEXTS))
-
-
-def test_a_text_that_spells_a_separator_is_no_end_of_a_document(tmp_path: Path) -> None:
-    data = load(data_files=write_texts(tmp_path, ["a </s> b <mask>"] * 2), eval_fraction=0.5)
-    assert texts(data, "train") == ["a </s> b <mask>"]
-
-
 # Parts
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_validation_split_is_evaluated_on_and_all_of_the_training_split_trained_on(
-    streaming: bool, tmp_path: Path
-) -> None:
-    files = {
-        split: write_texts(tmp_path / split, [f"{split} {n}" for n in range(9)]) for split in ("train", "val", "test")
-    }
-    data = load(data_files=files, streaming=streaming)
-    assert data.is_split
-    assert sorted(texts(data, "train")) == [f"train {n}" for n in range(9)]
-    assert texts(data, "evaluation") == [f"val {n}" for n in range(9)]
-    assert texts(load(data_files=files, streaming=streaming, eval_split="test"), "evaluation")[0] == "test 0"
-    own = load(data_files=files, streaming=streaming, eval_from_train=True, eval_fraction=0.5)
-    assert not own.is_split
-    assert sorted(texts(own, "train") + texts(own, "evaluation")) == [f"train {n}" for n in range(9)]
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_the_choice_of_the_part_depends_on_the_seed_alone(streaming: bool, tmp_path: Path) -> None:
-    settings = {**json_lines(tmp_path), "streaming": streaming, "eval_fraction": 0.5}
-    first, again, other = (set(texts(load(**settings, seed=seed), "evaluation")) for seed in (1, 1, 2))
-    assert first == again
-    assert first != other
 
 
 def test_the_parts_of_a_stream_depend_on_the_texts_alone(tmp_path: Path) -> None:
@@ -174,30 +133,7 @@ def test_the_parts_of_a_stream_depend_on_the_texts_alone(tmp_path: Path) -> None
     assert not set(texts(here, "train")) & set(texts(here, "evaluation")), "copies are on one side"
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_no_more_documents_than_asked_for_are_read(streaming: bool, tmp_path: Path) -> None:
-    settings = {**json_lines(tmp_path), "streaming": streaming, "eval_fraction": 0.4}
-    whole = load(**settings)
-    few = load(**settings, max_train_samples=7, max_eval_samples=3)
-    assert (len(texts(few, "train")), len(texts(few, "evaluation"))) == (7, 3)
-    assert set(texts(few, "train")) <= set(texts(whole, "train"))
-    assert set(texts(few, "evaluation")) <= set(texts(whole, "evaluation"))
-    more = load(**settings, max_train_samples=1000, max_eval_samples=1000)
-    assert Counter(texts(more, "train")) == Counter(texts(whole, "train"))
-
-
-def test_an_epoch_of_a_stream_has_its_own_order_and_evaluation_always_the_same(tmp_path: Path) -> None:
-    data = load(**json_lines(tmp_path), streaming=True, eval_fraction=0.3)
-    orders = []
-    for epoch in (0, 1, 0):
-        data.train.set_epoch(epoch)  # type: ignore[union-attr]
-        orders.append(texts(data, "train"))
-    assert orders[0] == orders[2] != orders[1]
-    assert sorted(orders[0]) == sorted(orders[1])
-    assert texts(data, "evaluation") == [text for text in TEXTS if text in texts(data, "evaluation")]
-
-
-@pytest.mark.parametrize("streaming", [False, True])
+@STREAMED
 def test_workers_share_the_documents(streaming: bool, tmp_path: Path) -> None:
     files = [write_texts(tmp_path / str(shard), TEXTS[shard::2]) for shard in range(2)]
     data = load(data_files=files, streaming=streaming, eval_fraction=0.3)
@@ -205,15 +141,8 @@ def test_workers_share_the_documents(streaming: bool, tmp_path: Path) -> None:
         seen = [Counter(joined(blocks_of(part, workers))) for workers in (0, 2)]
         assert ((seen[0] - seen[1]) + (seen[1] - seen[0])).total() <= (2 if streaming else 0)
     assert sum(seen[1].values()) > 0
-
-
-def test_a_stream_has_no_length_and_a_loader_asks_for_none(tmp_path: Path) -> None:
-    data = load(**json_lines(tmp_path), streaming=True)
-    with pytest.raises(TypeError):
-        len(data.train)  # type: ignore[arg-type]
-    batches = list(DataLoader(data.train, batch_size=4, collate_fn=list))
-    assert len(joined([joined(block["input_ids"] for block in batch) for batch in batches])) > 100
-    assert data.empty_documents is None
+    few = load(data_files=files, streaming=streaming, eval_fraction=0.3, max_train_samples=7, max_eval_samples=3)
+    assert (len(texts(few, "train")), len(texts(few, "evaluation"))) == (7, 3)
 
 
 # The cache
@@ -260,15 +189,6 @@ def test_what_was_tokenised_once_is_not_tokenised_again(
     assert counting.take() == 28
 
 
-def test_the_standard_library_is_not_tokenised_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    counting = Counting(monkeypatch)
-    settings = {"name": "stdlib", "max_train_samples": 9, "max_eval_samples": 2, "seed": 7}
-    load(**settings)
-    assert 0 < counting.take() <= 11
-    load(**settings)
-    assert counting.take() == 0
-
-
 def test_several_processes_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = load(data_files=write_texts(tmp_path / "alone", TEXTS))
     counting = Counting(monkeypatch)
@@ -277,23 +197,10 @@ def test_several_processes_give_the_same_tokens(tmp_path: Path, monkeypatch: pyt
     assert texts(shared, "train") == texts(alone, "train")
 
 
-def test_the_progress_bar_says_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    described = []
-    mapped = datasets.Dataset.map
-
-    def seen(rows: datasets.Dataset, *args: Any, **options: Any) -> datasets.Dataset:
-        described.append(options.get("desc"))
-        return mapped(rows, *args, **options)
-
-    monkeypatch.setattr(datasets.Dataset, "map", seen)
-    load(**json_lines(tmp_path))
-    assert described == ["Tokenising", "Tokenising"]
-
-
 # Documents without a text
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@STREAMED
 def test_empty_documents_are_passed_over_and_counted(
     streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -301,13 +208,12 @@ def test_empty_documents_are_passed_over_and_counted(
     with caplog.at_level(logging.INFO, logger="nio_hf"):
         data = load(data_files=file, streaming=streaming, eval_fraction=0.5)
     assert Counter(texts(data, "train") + texts(data, "evaluation")) == Counter(TEXTS)
-    assert data.empty_documents == (None if streaming else 4)
     told = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
     assert sum(int(message.split()[0]) for message in told) == (0 if streaming else 4)
     assert all(message.endswith("part are empty: passed over.") for message in told)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@STREAMED
 @pytest.mark.parametrize("part", ["train", "evaluation"])
 def test_a_part_of_empty_texts_is_refused(part: str, streaming: bool, tmp_path: Path) -> None:
     other = {"train": "validation", "evaluation": "train"}[part]
@@ -343,6 +249,7 @@ def test_what_is_no_data_set_is_refused_with_the_setting_to_look_at(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
+    assert refused("csv") == "dataset_name: 'csv' without data_dir or data_files. Give one of them with it."
     for name in ("user/missing", str(tmp_path / "missing"), str(tmp_path / "empty")):
         message = refused(name)
         assert message.startswith(f"dataset_name: {name!r} cannot be loaded: ")
@@ -359,31 +266,6 @@ def test_what_is_no_data_set_is_refused_with_the_setting_to_look_at(
         assert message.endswith("Give files that exist and hold texts, relative to where you are.")
 
 
-@pytest.mark.parametrize("name", ["text", "json", "csv", "parquet"])
-def test_a_format_alone_is_refused(name: str) -> None:
-    assert refused(name) == f"dataset_name: {name!r} without data_dir or data_files. Give one of them with it."
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_an_empty_data_set_is_refused(streaming: bool, tmp_path: Path) -> None:
-    file = str(tmp_path / "data.parquet")
-    datasets.Dataset.from_dict({"text": ["a"]}).select([]).to_parquet(file)
-    (tmp_path / "full").mkdir()
-    full = parquet(tmp_path / "full")["data_files"]
-    for part, files in (("train", {"train": file, "validation": full}), ("eval", {"train": full, "validation": file})):
-        split = {"train": "train", "eval": "validation"}[part]
-        message = refused("parquet", data_files=files, streaming=streaming)
-        if streaming:
-            wanted = f"{part}_split: the split {split!r} of parquet is empty. Give a split with samples."
-        else:
-            wanted = f"data_files: {files} cannot be loaded as 'parquet': Instruction "
-        assert message.startswith(wanted)
-    (tmp_path / "nothing.jsonl").write_text("")
-    message = refused(data_files=str(tmp_path / "nothing.jsonl"), streaming=streaming)
-    assert message.startswith(f"data_files: '{tmp_path / 'nothing.jsonl'}' cannot be loaded as 'json': ")
-    assert message.endswith("Give files that exist and hold texts, relative to where you are.")
-
-
 def test_a_stream_of_too_few_documents_for_its_parts_is_refused(tmp_path: Path) -> None:
     settings = {"data_files": write_texts(tmp_path, TEXTS), "streaming": True}
     for fraction, part in ((1e-6, "evaluation"), (1 - 1e-6, "training")):
@@ -393,7 +275,7 @@ def test_a_stream_of_too_few_documents_for_its_parts_is_refused(tmp_path: Path) 
         )
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@STREAMED
 def test_columns_that_cannot_be_known_are_refused(streaming: bool, tmp_path: Path) -> None:
     several = write_texts(tmp_path / "several", TEXTS, "question", answer=TEXTS, id=range(40))
     assert refused(data_files=several, streaming=streaming) == (
@@ -411,17 +293,6 @@ def test_columns_that_cannot_be_known_are_refused(streaming: bool, tmp_path: Pat
     assert refused(data_files=several, text_column="body", streaming=streaming).startswith(
         "text_column: 'body' is no column of json. Name one of question (string), "
     )
-
-
-def test_the_column_of_the_evaluation_split_is_the_same(tmp_path: Path) -> None:
-    files = {
-        "train": write_texts(tmp_path / "train", TEXTS),
-        "validation": write_texts(tmp_path / "val", TEXTS, "body"),
-    }
-    sets = {split: datasets.load_dataset("json", data_files=file)["train"] for split, file in files.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda **settings: datasets.DatasetDict(sets))
-        assert refused(data_files=files).startswith("text_column: 'text' is no column of json. Name one of body")
 
 
 def test_one_document_cannot_be_divided(tmp_path: Path) -> None:
@@ -449,7 +320,7 @@ def read_all(name: str, **settings: Any) -> None:
 
 
 @pytest.mark.usefixtures("given_up_files")
-@pytest.mark.parametrize("streaming", [False, True])
+@STREAMED
 @pytest.mark.parametrize("kind", ["text", "json", "csv"])
 def test_a_file_that_is_not_utf_8_is_named_with_the_place(kind: str, streaming: bool, tmp_path: Path) -> None:
     file, offset = latin_1(tmp_path, kind)
@@ -490,3 +361,49 @@ def test_an_archive_is_not_taken_for_a_broken_text(tmp_path: Path) -> None:
     message = refused("text", data_files=str(tmp_path / "a.txt.gz"))
     assert message.startswith("data_files: ")
     assert "cannot be loaded as 'text': 'utf-8' codec can't decode byte 0xe9 in position 3" in message
+
+
+def rows_of(**dtypes: str) -> datasets.Dataset:
+    features = datasets.Features({name: datasets.Value(dtype) for name, dtype in dtypes.items()})
+    return datasets.Dataset.from_dict({name: [] for name in dtypes}, features=features)
+
+
+@pytest.mark.parametrize("dtype", ["string", "large_string"])
+def test_the_column_called_text_or_the_only_one_of_texts_is_chosen(dtype: str) -> None:
+    assert find_text_column(rows_of(id="int64", body=dtype), None, "notes") == "body"
+    assert find_text_column(rows_of(body=dtype, text=dtype), None, "notes") == "text"
+    assert find_text_column(rows_of(body=dtype, text=dtype), "body", "notes") == "body"
+    assert find_text_column(rows_of(body=dtype, text="int64"), None, "notes") == "body"
+
+
+SNOWMAN = "\N{SNOWMAN}".encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "offset"),
+    [
+        (b"\xff", 0),
+        (b"fine\xe9 not fine", 4),
+        (SNOWMAN * 3 + b"\n" + SNOWMAN + b"\r\n\xff", 15),
+        (b"x\n" * 100 + SNOWMAN[:2] + b"\n", 200),
+        (b"x" * 100 + SNOWMAN[:2], 100),
+    ],
+)
+def test_the_first_byte_that_cannot_be_decoded_is_found_wherever_it_is(
+    content: bytes, offset: int, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_bytes(b"x" * 99 + SNOWMAN)
+    file = tmp_path / "b.txt"
+    file.write_bytes(content)
+    with pytest.raises(UnicodeDecodeError) as of_python:
+        content.decode()
+    assert of_python.value.start == offset
+    settings = DataSettings(dataset_name="text", data_dir=str(tmp_path))
+    with pytest.raises(DataError) as raised, name_undecodable_file(settings):
+        raise RuntimeError("it failed") from of_python.value
+    assert f"{file} is not UTF-8: it cannot be decoded at byte {offset}, counted from 0." in str(raised.value)
+    with pytest.raises(OSError, match=r"^the network is gone$"), name_undecodable_file(settings):
+        raise OSError("the network is gone")
+    file.unlink()
+    with pytest.raises(UnicodeDecodeError), name_undecodable_file(settings):
+        content.decode()

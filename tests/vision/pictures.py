@@ -39,6 +39,10 @@ def as_bytes(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def pixels_of(image: Image.Image) -> bytes:
+    return np.asarray(image).tobytes()
+
+
 def as_they_are(images: list[Image.Image]) -> list[torch.Tensor]:
     """A transform that changes nothing."""
     return [as_bytes(image) for image in images]

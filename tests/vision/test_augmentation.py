@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
+from scipy import stats
 from torch import Tensor
 
-from nio_hf.vision.augmentation import BatchAugmentation
-from nio_hf.vision.mixing import Mixing
+from nio_hf.recipe.settings import AugmentationSettings
+from nio_hf.vision.augmentation import BatchAugmentation, mix_batch
 from nio_hf.vision.processors import PixelFormat
-from nio_hf.vision.rand_augment import RandAugment
-from nio_hf.vision.sample_random import SampleRandom
+from nio_hf.vision.rand_augment import OPERATIONS, apply_operations, draw_operations
+from tests.vision.pictures import as_bytes
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-PIXELS = PixelFormat(16, 16, MEAN, STD, Image.Resampling.BILINEAR, keeps=True)
-CLASSES = 5
+CLASSES = 7
+RANDAUGMENT = {"randaugment_magnitude": 9.0, "randaugment_magnitude_std": 0.5}
+MIXED = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+UNMIXED: dict[str, Any] = {**RANDAUGMENT, "color_jitter": 0.4, "random_erasing": 0.5}
+EVERYTHING: dict[str, Any] = {**UNMIXED, **MIXED}
+EACH: list[dict[str, Any]] = [{}, RANDAUGMENT, {"color_jitter": 0.4}, {"random_erasing": 0.5}, MIXED, EVERYTHING]
 
 
-def mixing() -> Mixing:
-    return Mixing(CLASSES, mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5)
+def augmentation(mean: tuple[float, ...] = MEAN, **settings: Any) -> BatchAugmentation:
+    pixels = PixelFormat(16, 16, mean, STD, Image.Resampling.BILINEAR, keeps=True)
+    return BatchAugmentation(pixels, AugmentationSettings(**settings), CLASSES)
 
 
-def rand_augment() -> RandAugment:
-    return RandAugment(magnitude=9, magnitude_std=0.5, layers=2, prob=0.5, fill=MEAN)
-
-
-EVERYTHING: dict[str, Any] = {
-    "rand_augment": rand_augment(),
-    "color_jitter": 0.4,
-    "random_erasing": 0.5,
-    "mixing": mixing(),
-}
-EACH = [{}, *({key: value} for key, value in EVERYTHING.items()), EVERYTHING]
-
-
-def batch(size: int = 8, side: int = 16, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def batch(size: int = 8, side: int = 16) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (size, 3, side, side), generator=generator, dtype=torch.uint8)
     return {"pixel_values": images, "labels": torch.arange(size) % CLASSES}
 
 
-def normalised(images: Tensor) -> Tensor:
-    return (images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+def plain(images: Tensor) -> Tensor:
+    """Scaled and normalised images."""
+    return ((images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).float()
 
 
 def in_unit(pixels: Tensor) -> Tensor:
@@ -53,142 +49,87 @@ def in_unit(pixels: Tensor) -> Tensor:
     return pixels * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
 
 
-def test_images_are_only_scaled_and_normalised_where_everything_is_off() -> None:
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    given = batch()
-    found = BatchAugmentation(PIXELS)(given)
-    torch.testing.assert_close(found["pixel_values"].double(), normalised(given["pixel_values"]), atol=1e-6, rtol=1e-6)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 @pytest.mark.parametrize("settings", EACH)
-def test_bytes_become_floats_of_the_same_shape(settings: dict[str, Any]) -> None:
-    for size, side in ((8, 16), (1, 16), (3, 8), (2, 33)):
-        found = BatchAugmentation(PIXELS, **settings)(batch(size, side))
+def test_bytes_become_floats_and_what_is_given_stays_as_it_was(settings: dict[str, Any]) -> None:
+    for size, side in ((8, 16), (1, 16), (2, 33)):
+        given = {**batch(size, side), "weights": torch.ones(8), "name": "batch"}
+        found = augmentation(**settings)(given)
+        assert found.keys() == given.keys()
+        assert found["weights"] is given["weights"]
+        assert all(torch.equal(given[key], value) for key, value in batch(size, side).items())
         assert found["pixel_values"].dtype == torch.float32
         assert found["pixel_values"].shape == (size, 3, side, side)
         assert found["pixel_values"].isfinite().all()
 
 
-@pytest.mark.parametrize("settings", EACH)
-def test_the_batch_that_is_given_is_not_modified_and_its_other_keys_are_kept(settings: dict[str, Any]) -> None:
-    given = {**batch(), "weights": torch.ones(8), "name": "batch"}
-    found = BatchAugmentation(PIXELS, **settings)(given)
-    assert given.keys() == found.keys()
-    assert found["weights"] is given["weights"]
-    assert found["name"] == "batch"
-    for key, value in batch().items():
-        assert torch.equal(given[key], value)
-
-
-@pytest.mark.parametrize("settings", EACH)
-def test_labels_stay_integers_unless_they_are_mixed(settings: dict[str, Any]) -> None:
-    augmentation = BatchAugmentation(PIXELS, **settings)
-    for seed in range(5):
-        torch.manual_seed(seed)
-        assert torch.equal(augmentation(batch(), mix=False)["labels"], batch()["labels"])
-        targets = augmentation(batch())["labels"]
-        if "mixing" in settings:
-            assert targets.shape == (8, CLASSES)
-            torch.testing.assert_close(targets.sum(1), torch.ones(8))
-        else:
-            assert torch.equal(targets, batch()["labels"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_images_are_only_scaled_and_normalised_where_everything_is_off(dtype: torch.dtype) -> None:
+    before, default = torch.get_rng_state(), torch.get_default_dtype()
+    made = augmentation()
+    torch.set_default_dtype(dtype)
+    try:
+        found = made(batch())["pixel_values"]
+    finally:
+        torch.set_default_dtype(default)
+    torch.testing.assert_close(found, plain(batch()["pixel_values"]), atol=1e-6, rtol=1e-6)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not made.is_random
 
 
 @pytest.mark.parametrize("settings", EACH[1:])
-def test_what_is_drawn_depends_on_the_seed_of_torch_alone(settings: dict[str, Any]) -> None:
-    augmentation = BatchAugmentation(PIXELS, **settings)
-
+def test_without_seeds_the_draws_depend_on_the_seed_of_torch_alone(settings: dict[str, Any]) -> None:
     def drawn(seed: int, other: int) -> Tensor:
         np.random.seed(other)
         torch.manual_seed(seed)
-        pixels: Tensor = augmentation(batch())["pixel_values"]
+        pixels: Tensor = augmentation(**settings)(batch())["pixel_values"]
         return pixels
 
     assert torch.equal(drawn(0, 0), drawn(0, 1))
     assert any(not torch.equal(drawn(0, 0), drawn(seed, 0)) for seed in range(1, 4))
 
 
-def test_a_second_augmentation_of_the_same_settings_draws_the_same() -> None:
-    found = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        found.append(BatchAugmentation(PIXELS, **EVERYTHING)(batch())["pixel_values"])
-    assert torch.equal(found[0], found[1])
-
-
 def test_a_sample_is_augmented_by_its_seed_whatever_batch_and_process_it_is_in() -> None:
-    augmentation = BatchAugmentation(PIXELS, **{**EVERYTHING, "mixing": None})
+    made = augmentation(**UNMIXED)
     given = {**batch(12), "seeds": torch.arange(100, 112)}
-    together = augmentation(given)
+    together = made(given)
     assert "seeds" not in together
     for rows in (slice(0, 4), slice(4, 12), slice(7, 8)):
         torch.manual_seed(rows.start)
-        alone = augmentation({key: value[rows] for key, value in given.items()})["pixel_values"]
+        alone = made({key: value[rows] for key, value in given.items()})["pixel_values"]
         torch.testing.assert_close(alone, together["pixel_values"][rows])
-    other = augmentation({**given, "seeds": torch.arange(12)})["pixel_values"]
+    other = made({**given, "seeds": torch.arange(12)})["pixel_values"]
     assert ((other - together["pixel_values"]).abs().flatten(1).amax(1) > 1e-3).all()
 
 
 def test_a_batch_is_mixed_by_the_seed_of_its_first_sample_and_the_state_of_torch_left_alone() -> None:
-    augmentation = BatchAugmentation(PIXELS, **EVERYTHING)
-    given = {**batch(), "seeds": torch.arange(8)}
-    before = torch.get_rng_state()
-    first = augmentation(given)
+    made, given, before = augmentation(**EVERYTHING), {**batch(), "seeds": torch.arange(8)}, torch.get_rng_state()
+    first = made(given)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
-    again = augmentation(given)
-    assert torch.equal(first["pixel_values"], again["pixel_values"])
-    assert torch.equal(first["labels"], again["labels"])
-    assert not torch.equal(augmentation({**given, "seeds": torch.arange(1, 9)})["labels"], first["labels"])
-
-
-def test_nothing_is_recorded_for_a_gradient_and_lower_precision_around_changes_nothing() -> None:
-    augmentation = BatchAugmentation(PIXELS, **EVERYTHING)
-    torch.manual_seed(0)
-    plain = augmentation(batch())["pixel_values"]
-    assert not plain.requires_grad
-    torch.manual_seed(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(augmentation(batch())["pixel_values"], plain)
+        again = made(given)
+    assert torch.equal(first["pixel_values"], again["pixel_values"]), "lower precision around it changes nothing"
+    assert torch.equal(first["labels"], again["labels"])
+    assert not torch.equal(made({**given, "seeds": torch.arange(1, 9)})["labels"], first["labels"])
+    assert torch.equal(made(given, mix=False)["labels"], given["labels"])
+    assert torch.equal(augmentation(**UNMIXED)(given)["labels"], given["labels"])
 
 
 # Colour jitter
-
-
-def test_each_sample_draws_its_own_colours() -> None:
-    torch.manual_seed(0)
-    given = {"pixel_values": batch(1)["pixel_values"].repeat(16, 1, 1, 1), "labels": torch.zeros(16, dtype=torch.long)}
-    found = BatchAugmentation(PIXELS, color_jitter=0.4)(given)["pixel_values"]
-    assert len({image.numpy().tobytes() for image in found}) == 16
-
-
-def test_colours_change_more_with_the_strength_and_stay_colours() -> None:
-    changes = []
-    for strength in (0.05, 0.2, 0.8):
-        torch.manual_seed(1)
-        found = BatchAugmentation(PIXELS, color_jitter=strength)(batch(64))["pixel_values"]
-        colours = in_unit(found)
-        assert colours.min() > -1e-5
-        assert colours.max() < 1 + 1e-5
-        changes.append(float((found - normalised(batch(64)["pixel_values"])).abs().mean()))
-    assert changes == sorted(changes)
-    assert changes[0] > 0
-    assert changes[1] > 2 * changes[0]
 
 
 @pytest.mark.parametrize("strength", [0.4, 1.0])
 def test_a_grey_image_is_only_made_lighter_or_darker_within_the_strength(strength: float) -> None:
     torch.manual_seed(2)
     given = {"pixel_values": torch.full((500, 3, 4, 4), 100, dtype=torch.uint8), "labels": torch.zeros(500).long()}
-    found = in_unit(BatchAugmentation(PIXELS, color_jitter=strength)(given)["pixel_values"])
+    found = in_unit(augmentation(color_jitter=strength)(given)["pixel_values"])
     torch.testing.assert_close(found, found[:, :1, :1, :1].expand_as(found), atol=1e-5, rtol=0)
     factors = found[:, 0, 0, 0] / (100 / 255)
     assert factors.min() >= 1 - strength - 1e-4
     assert factors.max() <= 1 + strength + 1e-4
     assert abs(factors.mean() - 1) < 0.06
     assert abs(factors.std() - strength / 3**0.5) < 0.04
+    assert factors.unique().numel() > 450
 
 
 # Random erasing
@@ -197,10 +138,8 @@ def test_a_grey_image_is_only_made_lighter_or_darker_within_the_strength(strengt
 def erased_of(probability: float, size: int, side: int) -> tuple[Tensor, Tensor]:
     """(images with random erasing, which of their pixels (size, side, side) changed)."""
     torch.manual_seed(0)
-    given = batch(size, side)
-    found = BatchAugmentation(PIXELS, random_erasing=probability)(given)["pixel_values"]
-    plain = BatchAugmentation(PIXELS)(given)["pixel_values"]
-    return found, (found != plain).any(1)
+    found = augmentation(random_erasing=probability)(batch(size, side))["pixel_values"]
+    return found, (found != augmentation()(batch(size, side))["pixel_values"]).any(1)
 
 
 @pytest.mark.parametrize("probability", [0.25, 1.0])
@@ -211,102 +150,221 @@ def test_as_many_samples_are_erased_as_the_probability_says(probability: float) 
     assert probability < 1 or share == 1
 
 
-def rectangle(mask: Tensor) -> tuple[int, int]:
-    """Height and width of the box around the pixels of a mask."""
-    return int(mask.any(1).nonzero().max() - mask.any(1).nonzero().min()) + 1, int(
-        mask.any(0).nonzero().max() - mask.any(0).nonzero().min()
-    ) + 1
-
-
-def test_what_is_erased_is_a_rectangle_of_the_published_area_and_aspect() -> None:
+def test_what_is_erased_is_a_rectangle_of_the_published_area_and_aspect_anywhere() -> None:
     side = 64
     _, erased = erased_of(1.0, 400, side)
     shares, aspects = [], []
     for mask in erased:
-        height, width = rectangle(mask)
+        height, width = (int(places.max() - places.min()) + 1 for places in mask.nonzero().T)
         assert int(mask.sum()) == height * width
         shares.append(height * width / side**2)
         aspects.append(height / width)
     assert 0.01 < min(shares) < 0.04
     assert 0.28 < max(shares) < 0.36
     assert abs(np.mean(shares) - (0.02 + 1 / 3) / 2) < 0.02
-    assert min(aspects) < 0.5
-    assert max(aspects) > 2
-    assert min(aspects) > 0.2
-    assert max(aspects) < 5
+    assert 0.2 < min(aspects) < 0.5
+    assert 2 < max(aspects) < 5
     assert abs(np.mean(np.log(aspects))) < 0.2
+    assert erased.any(0).float().mean() > 0.98
 
 
 def test_a_rectangle_is_filled_with_normal_noise_that_differs_between_pixels_channels_and_samples() -> None:
     found, erased = erased_of(1.0, 200, 32)
     noise = torch.stack([found[:, channel][erased] for channel in range(3)])
-    assert noise.shape[1] > 20_000
-    for channel in noise:
-        assert abs(channel.mean()) < 0.02
-        assert abs(channel.std() - 1) < 0.02
+    assert noise.mean(1).abs().max() < 0.02
+    assert (noise.std(1) - 1).abs().max() < 0.02
     assert (torch.corrcoef(noise) - torch.eye(3)).abs().max() < 0.02
     assert noise.flatten().unique().numel() > 0.99 * noise.numel()
 
 
-def test_rectangles_lie_anywhere_and_differ_between_samples() -> None:
-    _, erased = erased_of(1.0, 1000, 16)
-    assert erased.any(0).all()
-    assert len({mask.numpy().tobytes() for mask in erased}) > 500
+# MixUp and CutMix
 
 
-def test_what_is_outside_of_the_rectangle_is_what_it_was() -> None:
-    found, erased = erased_of(0.5, 100, 16)
-    plain = BatchAugmentation(PIXELS)(batch(100, 16))["pixel_values"]
-    kept = ~erased[:, None].expand_as(found)
-    assert torch.equal(found[kept], plain[kept])
+def mixed(images: Tensor, labels: Tensor, **settings: float) -> tuple[Tensor, Tensor]:
+    return mix_batch(images, labels, AugmentationSettings(**{**MIXED, **settings}), CLASSES)
 
 
-# The order
+MIXUP, CUTMIX = {"cutmix_alpha": 0.0}, {"mixup_alpha": 0.0}
 
 
-def test_erased_rectangles_are_noise_after_normalisation_and_before_mixing() -> None:
+def constant(size: int, side: int = 16, width: int | None = None) -> Tensor:
+    """Image i is i everywhere, so that pixels show what they were mixed of."""
+    return torch.arange(size, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, side, width or side).clone()
+
+
+PAIR = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+def test_the_share_of_mixup_is_beta_distributed(alpha: float) -> None:
     torch.manual_seed(0)
-    both = BatchAugmentation(
-        PIXELS, random_erasing=1.0, mixing=Mixing(CLASSES, mixup_alpha=0.0, cutmix_alpha=1.0, prob=1.0, switch_prob=0.0)
-    )
-    given = {"pixel_values": torch.full((64, 3, 16, 16), 255, dtype=torch.uint8), "labels": torch.zeros(64).long()}
-    found = both(given)["pixel_values"]
-    white = normalised(given["pixel_values"]).float()
-    noise = found[(found - white).abs() > 1e-4]
-    assert abs(noise.mean()) < 0.05
-    assert abs(noise.std() - 1) < 0.05
+    images = constant(2, 2)
+    shares = [float(mixed(images, PAIR, mixup_alpha=alpha, cutmix_alpha=0)[1][0, 0]) for _ in range(1500)]
+    assert stats.kstest(shares, stats.beta(alpha, alpha).cdf).pvalue > 0.001
 
 
-def test_rand_augment_sees_images_in_the_unit_range() -> None:
-    seen = []
-
-    class Watching(RandAugment):
-        def __call__(self, images: Tensor, random: SampleRandom) -> Tensor:
-            seen.append(images.clone())
-            return images
-
-    given = batch()
-    watching = Watching(magnitude=9, magnitude_std=0, layers=1, prob=1, fill=MEAN)
-    found = BatchAugmentation(PIXELS, rand_augment=watching)(given)["pixel_values"]
-    torch.testing.assert_close(seen[0], given["pixel_values"] / 255)
-    torch.testing.assert_close(found.double(), normalised(given["pixel_values"]), atol=1e-6, rtol=1e-6)
-
-
-def test_rand_augment_changes_about_as_many_samples_as_its_probability_says() -> None:
-    torch.manual_seed(0)
-    augment = RandAugment(magnitude=9, magnitude_std=0, layers=1, prob=0.5, fill=MEAN)
-    given = batch(400)
-    found = BatchAugmentation(PIXELS, rand_augment=augment)(given)["pixel_values"]
-    changed = (found - normalised(given["pixel_values"])).abs().flatten(1).amax(1) > 1e-3
-    assert 0.4 < changed.float().mean() < 0.55
+@pytest.mark.parametrize("size", [1, 2, 8, 9])
+@pytest.mark.parametrize("settings", [MIXUP, CUTMIX, {}])
+def test_targets_match_the_pixels_sum_to_one_and_the_partner_is_the_reversed_batch(
+    settings: dict[str, float], size: int
+) -> None:
+    torch.manual_seed(1)
+    images, labels = constant(size), torch.arange(size) % CLASSES
+    for _ in range(20):
+        pixels, targets = mixed(images, labels, **settings)
+        for row in range(size):
+            partner = size - 1 - row
+            share = 1.0 if row == partner else (float(pixels[row].mean()) - partner) / (row - partner)
+            wanted = torch.zeros(CLASSES)
+            wanted[labels[row]] += share
+            wanted[labels[partner]] += 1 - share
+            torch.testing.assert_close(targets[row], wanted, atol=1e-5, rtol=0)
+    assert torch.equal(images, constant(size))
 
 
-@pytest.mark.parametrize("name", ["float16", "bfloat16"])
-def test_pixels_are_made_in_full_precision_whatever_the_default_of_the_model_is(name: str) -> None:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, name))
-    try:
-        found = BatchAugmentation(PIXELS)(batch())["pixel_values"]
-    finally:
-        torch.set_default_dtype(before)
-    assert found.dtype == torch.float32
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (7, 31), (1, 1), (224, 9)])
+def test_cutmix_puts_a_box_of_the_partner_into_each_image_at_one_place(height: int, width: int) -> None:
+    torch.manual_seed(2)
+    images, labels, seen = constant(6, height, width), torch.arange(6), torch.zeros(height, width)
+    for _ in range(40):
+        pixels, targets = mixed(images, labels, **CUTMIX, cutmix_alpha=1e4)
+        cut = torch.stack([pixels[row] == 5 - row for row in range(6)])
+        assert torch.equal(cut, cut[:1, :1].expand_as(cut))
+        rows, columns = cut[0, 0].any(1), cut[0, 0].any(0)
+        assert torch.equal(cut[0, 0], rows[:, None] & columns[None])
+        for edges in (rows, columns):
+            places = edges.nonzero().flatten()
+            assert len(places) == 0 or len(places) == places.max() - places.min() + 1
+        torch.testing.assert_close(targets[0, 0], 1 - cut[0, 0].float().mean())
+        seen += cut[0, 0]
+        if rows.any() and not (rows[0] or rows[-1] or columns[0] or columns[-1]):
+            # lambda is about 1 / 2, and so is the area of the box.
+            assert abs(int(rows.sum()) - height / 2**0.5) <= 3
+            assert abs(int(columns.sum()) - width / 2**0.5) <= 3
+    assert height == 1 or seen.min() > 0
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.3, 1.0])
+def test_as_many_batches_are_mixed_and_cut_as_the_probabilities_say(prob: float) -> None:
+    torch.manual_seed(8)
+    images = constant(2, 32)
+    made = [mixed(images, PAIR, **MIXUP, mix_prob=prob) for _ in range(400)]
+    share = np.mean([not torch.equal(targets, torch.eye(CLASSES)[PAIR]) for _, targets in made])
+    assert all(torch.equal(pixels, images) == bool((targets[:, :2] == torch.eye(2)).all()) for pixels, targets in made)
+    # A blend of 0 and 1 is neither; a box leaves both as they are.
+    switched = [mixed(images, PAIR, mixup_alpha=2.0, mix_switch_prob=prob)[0] for _ in range(400)]
+    cut = np.mean([bool(((pixels == 0) | (pixels == 1)).all()) for pixels in switched])
+    for found in (share, cut):
+        assert abs(found - prob) < 0.08
+        assert prob not in (0.0, 1.0) or found == prob
+
+
+# RandAugment
+
+SIDE = 24
+FILL = (0.5, 0.25, 0.75)
+FILL_BYTES = tuple(round(255 * value) for value in FILL)
+
+
+def smooth(seed: int) -> Image.Image:
+    """A smooth image with some noise, so that interpolation matters little and every operation something."""
+    generator = np.random.default_rng(seed)
+    coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC)).astype(int)
+    return Image.fromarray((pixels + generator.integers(-2, 3, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def tensor(*images: Image.Image) -> Tensor:
+    return torch.stack([as_bytes(image) for image in images]).float() / 255
+
+
+def affine(image: Image.Image, *source: float) -> Image.Image:
+    a, b, c, d, e, f = source
+    # Pillow counts from the corner of a pixel, the operations from its centre.
+    data = (a, b, c + 0.5 - 0.5 * a - 0.5 * b, d, e, f + 0.5 - 0.5 * d - 0.5 * e)
+    return image.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=FILL_BYTES)
+
+
+def solarize_add(image: Image.Image, added: int) -> Image.Image:
+    return image.point([min(255, value + added) if value < 128 else value for value in range(256)] * 3)
+
+
+PILLOW: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "auto_contrast": lambda image, s: ImageOps.autocontrast(image),
+    "equalize": lambda image, s: ImageOps.equalize(image),
+    "invert": lambda image, s: ImageOps.invert(image),
+    "rotate": lambda image, s: image.rotate(30 * s, Image.Resampling.BILINEAR, fillcolor=FILL_BYTES),
+    "posterize": lambda image, s: ImageOps.posterize(image, 4 - int(abs(s) * 4)),
+    "solarize": lambda image, s: ImageOps.solarize(image, 256 - int(abs(s) * 256)),
+    "solarize_add": lambda image, s: solarize_add(image, int(abs(s) * 110)),
+    "color": lambda image, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s),
+    "contrast": lambda image, s: ImageEnhance.Contrast(image).enhance(1 + 0.9 * s),
+    "brightness": lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s),
+    "sharpness": lambda image, s: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s),
+    "shear_x": lambda image, s: affine(image, 1, 0.3 * s, 0, 0, 1, 0),
+    "shear_y": lambda image, s: affine(image, 1, 0, 0, 0.3 * s, 1, 0),
+    "translate_x": lambda image, s: affine(image, 1, 0, 0.45 * SIDE * s, 0, 1, 0),
+    "translate_y": lambda image, s: affine(image, 1, 0, 0, 0, 1, 0.45 * SIDE * s),
+}
+GEOMETRIC = {"rotate", "shear_x", "shear_y", "translate_x", "translate_y"}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("strength", [0.35, -0.9])
+def test_an_operation_is_that_of_pillow(name: str, strength: float) -> None:
+    images = [smooth(seed) for seed in range(3)]
+    found = OPERATIONS[name](tensor(*images), torch.full((3,), strength), torch.tensor(FILL)) * 255
+    difference = (found - tensor(*(PILLOW[name](image, strength) for image in images)) * 255).abs()
+    if name in GEOMETRIC:
+        # Pillow interpolates no pixel that lies half outside; there the two differ.
+        assert difference.flatten().quantile(0.85) <= 1.5
+        assert (difference.amax(1) > 4).float().mean() < 0.12
+        moved = OPERATIONS[name](torch.zeros(2, 3, SIDE, SIDE), torch.tensor([0.9, -0.9]), torch.tensor(FILL))
+        torch.testing.assert_close(moved.amax((-2, -1)), torch.tensor([FILL, FILL]))
+    else:
+        assert difference.max() <= 1.5
+
+
+def test_a_constant_image_has_no_contrast_to_stretch() -> None:
+    grey = torch.full((1, 3, SIDE, SIDE), 0.4)
+    for name in ("auto_contrast", "equalize"):
+        torch.testing.assert_close(OPERATIONS[name](grey, torch.ones(1), torch.zeros(3)), grey, atol=0.003, rtol=0)
+
+
+def draw(count: int, prob: float) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.rand(count, 6, generator=generator), torch.randn(count, 2, generator=generator)
+    return draw_operations(AugmentationSettings(**RANDAUGMENT, randaugment_prob=prob), *numbers)
+
+
+def test_a_batch_is_augmented_as_its_samples_are_one_by_one() -> None:
+    images = tensor(*(smooth(seed) for seed in range(60)))
+    operations, strengths = draw(60, 0.8)
+    assert len(operations.unique()) == len(OPERATIONS) + 1
+    together = apply_operations(images, (operations, strengths), FILL)
+    for index in range(len(images)):
+        alone = operations[:, index : index + 1], strengths[:, index : index + 1]
+        torch.testing.assert_close(apply_operations(images[index : index + 1], alone, FILL)[0], together[index])
+
+
+def test_draws_have_the_published_distribution() -> None:
+    operations, strengths = draw(20_000, 0.5)
+    applied = operations >= 0
+    assert abs(applied.float().mean() - 0.5) < 0.01
+    shares = torch.bincount(operations[applied], minlength=len(OPERATIONS)) / applied.sum()
+    assert (shares - 1 / len(OPERATIONS)).abs().max() < 0.006
+    assert abs((operations[0] == operations[1])[applied.all(0)].float().mean() - 1 / 15) < 0.01
+    magnitudes = strengths.abs() * 10
+    assert magnitudes.max() <= 10
+    # A clamp at two deviations takes E[max(z - 2, 0)] of them from the mean.
+    clamped = math.exp(-2) / math.sqrt(2 * math.pi) - math.erfc(math.sqrt(2))
+    assert abs(magnitudes.mean() - (9 - 0.5 * clamped)) < 0.01
+    assert abs((strengths > 0).float().mean() - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("mean", [(0.485, 0.456, 0.406), (0.5, 0.5, 0.5), (0.4, 0.2, 0.6)])
+def test_what_rand_augment_fills_in_is_not_0_once_normalised(mean: tuple[float, ...]) -> None:
+    filled = torch.tensor(augmentation(mean).fill)
+    assert torch.equal((filled * 255).round(), (filled * 255))
+    assert ((filled - torch.tensor(mean)).abs() < 1.1 / 255).all()
+    assert ((filled - torch.tensor(mean)).abs() > 1e-4).all()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nio_hf.errors import DataError
+from nio_hf.recipe.settings import DataSettings
 from nio_hf.vision.datasets import ImageData, load_image_data
 from tests.vision.pictures import photo, write_folder
 
@@ -14,7 +15,7 @@ STREAMED = pytest.mark.parametrize("streaming", [False, True])
 
 
 def loaded(root: Path, streaming: bool = False) -> ImageData:
-    return load_image_data("imagefolder", data_dir=str(root), streaming=streaming)
+    return load_image_data(DataSettings(dataset_name="imagefolder", data_dir=str(root), streaming=streaming))
 
 
 def refused(root: Path) -> str:
@@ -66,15 +67,10 @@ def test_lists_beside_the_folders_of_classes_are_named_and_are_no_splits(
     root = write_folder(tmp_path / "photos")
     for name in ("train.txt", "test.txt", "classes.txt"):
         (root / name).write_text("cat/0.png\n")
-    assert total(loaded(root, streaming)) == 16
+    photo(99).save(root / "cat" / "IMG test 1.png")
+    assert total(loaded(root, streaming)) == 17
     assert "test.txt, train.txt are not read: splits are folders, or given by data_files." in caplog.text
     assert "classes.txt" not in caplog.text
-
-
-def test_names_of_images_are_no_splits(tmp_path: Path) -> None:
-    root = write_folder(tmp_path / "photos")
-    photo(99).save(root / "cat" / "IMG test 1.png")
-    assert total(loaded(root)) == 17
 
 
 def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
@@ -114,20 +110,11 @@ def test_names_with_the_characters_of_patterns_are_read_as_they_are(tmp_path: Pa
     assert loaded(root).class_names == ("[a]", "b*")
 
 
-def test_a_folder_with_many_images_is_listed_by_few_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_class_folders_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_folder(tmp_path / "photos")
-    import datasets.data_files
-
-    patterns = []
-    original = datasets.data_files.resolve_pattern
-
-    def counted(pattern: str, *args: object, **kwargs: object) -> list[str]:
-        patterns.append(pattern)
-        return original(pattern, *args, **kwargs)
-
-    monkeypatch.setattr(datasets.data_files, "resolve_pattern", counted)
-    loaded(root)
-    assert len(patterns) == 1
+    (root / "bird").mkdir()
+    assert loaded(root).class_names == ("cat", "dog")
+    assert f"No class is made of empty folders: {root / 'bird'}." in caplog.text
 
 
 # What is refused
@@ -148,6 +135,14 @@ def test_a_single_class_stray_images_and_metadata_without_labels_have_messages_o
     single = refused(write_folder(tmp_path / "single", ["cat"]))
     assert single.startswith("data_dir: all 8 images of ")
     assert single.endswith("are of one class, 'cat'. Give two classes or more, each in a folder of its own.")
+
+    (tmp_path / "flat").mkdir()
+    for seed in range(5):
+        photo(seed).save(tmp_path / "flat" / f"{seed}.png")
+    message = refused(tmp_path / "flat")
+    assert message.startswith(
+        f"data_dir: '{tmp_path / 'flat'}' has 5 images that are in no folder of a class. Put the "
+    )
 
     stray = write_folder(tmp_path / "stray")
     photo(99).save(stray / "x.png")
@@ -174,10 +169,8 @@ def test_all_that_hides_the_classes_is_reported_at_once(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import nio_hf.vision.folders as folders
-
     def refuse(path: Path) -> None:
         raise PermissionError("not allowed")
 
-    monkeypatch.setattr(folders.os, "scandir", refuse)
+    monkeypatch.setattr(Path, "iterdir", refuse)
     assert refused(tmp_path) == f"{tmp_path}: cannot be read: not allowed. Allow to read it, or move it out."

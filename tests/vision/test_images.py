@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import io
 import re
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-from nio_hf.errors import BrokenImageError, DataError
+from nio_hf.errors import BrokenImageError
 from nio_hf.vision.images import read_image
 from tests.vision.pictures import BROKEN, encoded, photo, stored
 
@@ -42,7 +41,7 @@ def with_orientation(image: Image.Image, orientation: int, file_format: str) -> 
     return encoded(image, file_format, exif=exif)
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "JPEG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF"])
 def test_greyscale_has_its_value_in_each_channel(file_format: str) -> None:
     image = Image.fromarray(np.repeat(np.repeat(EVERY_BYTE[::4, ::4], 8, 0), 8, 1))
     found = pixels(encoded(image, file_format)).astype(int)
@@ -56,28 +55,15 @@ def test_greyscale_has_its_value_in_each_channel(file_format: str) -> None:
 def test_greyscale_of_sixteen_bits_is_scaled_down_and_not_clipped(dtype: str, file_format: str) -> None:
     image = Image.fromarray((EVERY_BYTE.astype(np.int64) * 257).astype(dtype))
     np.testing.assert_array_equal(pixels(encoded(image, file_format)), grey(EVERY_BYTE))
+    decoded = Image.fromarray(EVERY_BYTE.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(np.asarray(read_image(decoded, "image 0")), grey(EVERY_BYTE))
 
 
-def test_every_value_of_sixteen_bits_is_within_one_of_its_share_of_white() -> None:
-    values = np.arange(0, 65536, dtype=np.uint16).reshape(256, 256)
-    found = pixels(encoded(Image.fromarray(values), "PNG"))[..., 0].astype(float)
-    assert np.abs(found - values / 257).max() < 1
-
-
-def test_a_sixteen_bit_image_that_was_decoded_before_is_scaled_likewise() -> None:
-    image = Image.fromarray(EVERY_BYTE.astype(np.uint16) * 257)
-    np.testing.assert_array_equal(np.asarray(read_image(image, "image 0")), grey(EVERY_BYTE))
-
-
-def test_one_bit_is_black_or_white() -> None:
+def test_one_bit_and_cmyk_have_the_colours_that_pillow_gives_them() -> None:
     image = Image.fromarray(EVERY_BYTE).convert("1")
     np.testing.assert_array_equal(pixels(encoded(image)), grey(np.asarray(image).astype(np.uint8) * 255))
-
-
-@pytest.mark.parametrize("file_format", ["JPEG", "TIFF"])
-def test_cmyk_has_the_colours_that_pillow_gives_it(file_format: str) -> None:
     solid = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    assert np.abs(pixels(encoded(solid, file_format)).astype(int) - [255, 0, 0]).max() <= 4
+    assert np.abs(pixels(encoded(solid, "JPEG")).astype(int) - [255, 0, 0]).max() <= 4
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -89,8 +75,7 @@ def test_transparency_is_dropped_and_the_colours_beneath_it_stay(mode: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("file_format", "transparency"),
-    [("PNG", None), ("PNG", 3), ("PNG", bytes(range(256))), ("GIF", None), ("GIF", 3)],
+    ("file_format", "transparency"), [("PNG", None), ("PNG", 3), ("PNG", bytes(range(256))), ("GIF", 3)]
 )
 def test_a_palette_gives_its_colours_with_and_without_transparency(
     file_format: str, transparency: int | bytes | None
@@ -101,48 +86,25 @@ def test_a_palette_gives_its_colours_with_and_without_transparency(
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
 def test_an_exif_orientation_is_applied(file_format: str, orientation: int) -> None:
     image = photo(2, 3, 5).resize((40, 24), Image.Resampling.NEAREST)
     content = with_orientation(image, orientation, file_format)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
     assert upright.shape == ((24, 40, 3) if orientation < 5 else (40, 24, 3))
     np.testing.assert_array_equal(pixels(content), upright)
+    decoded = read_image(Image.open(io.BytesIO(content)), "image 0")
+    np.testing.assert_array_equal(np.asarray(decoded), upright)
 
 
-def test_a_photo_on_its_side_is_turned_to_where_its_camera_says_up_is() -> None:
-    values = np.zeros((8, 16, 3), np.uint8)
-    values[:, :8] = 255
-    turned = pixels(with_orientation(Image.fromarray(values), 6, "PNG"))
-    assert turned.shape == (16, 8, 3)
-    assert turned[:8].min() == 255
-    assert turned[8:].max() == 0
-
-
-def test_the_first_picture_of_an_animation_is_read() -> None:
-    first, second = photo(3), photo(4)
-    content = encoded(first, "PNG", save_all=True, append_images=[second])
-    np.testing.assert_array_equal(pixels(content), np.asarray(first))
-
-
-def test_an_image_of_a_single_pixel_is_an_image() -> None:
-    for mode in ("1", "L", "P", "RGB", "RGBA", "I;16"):
-        assert pixels(encoded(Image.new(mode, (1, 1)))).shape == (1, 1, 3)
-
-
-def test_a_file_is_read_from_its_path_and_closed(tmp_path: Path) -> None:
-    photo(5).save(tmp_path / "a.png")
-    found = read_image(stored(None, str(tmp_path / "a.png")), "image 0")
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(photo(5)))
-
-
-@pytest.mark.parametrize("file_format", ["GIF", "TIFF", "PNG", "WEBP"])
-def test_a_file_of_several_pictures_is_closed_too(file_format: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file_format", ["GIF", "TIFF", "PNG"])
+def test_the_first_of_several_pictures_is_read_and_the_file_closed(file_format: str, tmp_path: Path) -> None:
     path = tmp_path / f"several.{file_format.lower()}"
     photo(3).save(path, file_format, save_all=True, append_images=[photo(4)])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ResourceWarning)
         image = read_image(stored(None, str(path)), "image 0")
+        assert file_format == "GIF" or np.array_equal(np.asarray(image), np.asarray(photo(3)))
         assert getattr(image, "fp", None) is None
         del image
         gc.collect()
@@ -161,12 +123,6 @@ def truncated(file_format: str) -> bytes:
     return content[: len(content) // 2]
 
 
-def png_with_text(key: str, value: str) -> bytes:
-    text = PngImagePlugin.PngInfo()
-    text.add_text(key, value)
-    return encoded(photo(8), pnginfo=text)
-
-
 def png_of_a_wrong_checksum() -> bytes:
     content = bytearray(encoded(photo(9)))
     content[content.index(b"IDAT") + 6] ^= 255
@@ -180,26 +136,11 @@ def png_that_claims_no_width() -> bytes:
     return bytes(content)
 
 
-def jpeg_with_exif_of_a_wrong_type() -> bytes:
-    """Its orientation is fine, but a text stands where the position of another directory belongs."""
-    orientation = struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0)
-    directory = struct.pack("<HHI4s", 0xA005, 2, 4, b"R98\0")
-    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + orientation + directory + bytes(4)
-    return encoded(photo(10, 16, 16), "JPEG", exif=exif)
-
-
 BROKEN_FILES: dict[str, Callable[[], bytes]] = {
     "empty": lambda: b"",
     "no image": lambda: BROKEN,
-    "a text file": lambda: b"<html>404 not found</html>" * 20,
     "only a signature": lambda: encoded(photo(0))[:8],
-    "a truncated PNG": lambda: truncated("PNG"),
-    "a truncated JPEG": lambda: truncated("JPEG"),
-    "a truncated WEBP": lambda: truncated("WEBP"),
-    "a truncated TIFF": lambda: truncated("TIFF"),
-    "a truncated GIF": lambda: truncated("GIF"),
-    "a truncated BMP": lambda: truncated("BMP"),
-    "a truncated AVIF": lambda: truncated("AVIF"),
+    **{f"a truncated {name}": lambda name=name: truncated(name) for name in ("PNG", "JPEG", "WEBP", "TIFF", "GIF")},
     "a wrong checksum": png_of_a_wrong_checksum,
     "no width": png_that_claims_no_width,
 }
@@ -214,29 +155,18 @@ def test_a_broken_file_is_an_error_that_names_it_and_the_fix(kind: str) -> None:
     assert message.endswith(FIX)
     assert "\n" not in message
     assert "object at 0x" not in message
-    assert isinstance(raised.value, DataError)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        pytest.param(png_with_text("Raw profile type exif", "\nexif\n       4\n4d4d002a"), id="PNG"),
-        pytest.param(jpeg_with_exif_of_a_wrong_type(), id="JPEG"),
-    ],
-)
-def test_metadata_that_cannot_be_read_does_not_end_in_an_error_of_somebody_else(content: bytes) -> None:
-    # Whether it is the image without its orientation or a broken one is left to the reader.
-    with contextlib.suppress(BrokenImageError):
-        assert read_image(stored(content), "image 0").mode == "RGB"
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "DDS"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF"])
 def test_no_damage_to_a_file_ends_in_an_error_of_somebody_else(file_format: str) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     exif[0x010F] = "maker"
-    options = {"exif": exif} if file_format in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF") else {}
+    options = {} if file_format in ("GIF", "BMP") else {"exif": exif}
+    if file_format == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_text("Raw profile type exif", "\nexif\n       4\n4d4d002a")
     content = encoded(photo(11, 20, 17), file_format, **options)
     generator = np.random.default_rng(0)
     refused = 0
@@ -255,9 +185,8 @@ def test_no_damage_to_a_file_ends_in_an_error_of_somebody_else(file_format: str)
 
 @pytest.mark.parametrize("missing", [None, stored(None), stored(None, "")])
 def test_a_sample_without_an_image_is_broken(missing: object) -> None:
-    with pytest.raises(BrokenImageError, match=re.escape("image 3 of the train part")) as raised:
+    with pytest.raises(BrokenImageError, match=r"^image 3 of the train part: no image\. Replace or remove it"):
         read_image(missing, "image 3 of the train part")
-    assert str(raised.value).endswith(FIX)
 
 
 def test_a_missing_file_and_a_folder_are_broken_images(tmp_path: Path) -> None:
@@ -274,10 +203,3 @@ def test_an_image_of_more_pixels_than_pillow_allows_is_refused_with_their_number
     with pytest.raises(BrokenImageError, match=r"bomb.png \(image 0\): too large: Image size \(100 pixels\)") as raised:
         read_image(stored(content, "bomb.png"), "image 0")
     assert str(raised.value).endswith(FIX)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert read_image(stored(content), "image 0").size == (10, 10)
-
-
-def test_a_decoded_image_is_made_upright_rgb_as_a_stored_one() -> None:
-    image = Image.open(io.BytesIO(with_orientation(photo(13, 8, 16), 6, "PNG")))
-    assert read_image(image, "image 0").size == (8, 16)

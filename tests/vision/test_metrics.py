@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, without a network."""
+"""The loss against its formula in fp64, and the metrics against scikit-learn, without a network."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import socket
 from typing import Any
 
 import evaluate
-import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
+from torch import Tensor
 from transformers import EvalPrediction
 
-from nio_hf.vision.metrics import Accuracy, TopKAccuracy, classification_metrics, predictions_and_losses
+from nio_hf.vision.metrics import TopKAccuracy, classification_loss, classification_metrics, predictions_and_losses
 from nio_hf.vision.samples import IGNORED_LABEL
+
+BATCH, CLASSES = 12, 5
 
 
 @pytest.fixture(autouse=True)
@@ -24,97 +26,108 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-def drawn(samples: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+def drawn(samples: int = BATCH, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
     """(logits, labels)"""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(samples, classes, generator=generator)
-    return logits, torch.randint(classes, (samples,), generator=generator).numpy()
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(samples, classes, generator=generator)
+    return logits, torch.randint(classes, (samples,), generator=generator)
 
 
-def metrics_of(logits: torch.Tensor, labels: np.ndarray) -> dict[str, float]:
-    made = predictions_and_losses(logits, torch.from_numpy(labels))
-    return classification_metrics(EvalPrediction(tuple(part.numpy() for part in made), labels))
+# The loss
 
 
-def top_classes(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    return predictions_and_losses(logits, labels.long())[0]
+def targets_of(kind: str) -> Tensor:
+    _, labels = drawn()
+    if kind == "soft":
+        return torch.randn(BATCH, CLASSES, generator=torch.Generator().manual_seed(2)).softmax(1)
+    if kind == "some ignored":
+        labels[[0, 5, 11]] = IGNORED_LABEL
+    return labels
 
 
-def test_the_loss_is_the_mean_over_the_samples_that_count() -> None:
-    logits, labels = drawn(50, 8)
-    labels[::3] = IGNORED_LABEL
-    expected = torch.nn.functional.cross_entropy(logits.double(), torch.from_numpy(labels), ignore_index=IGNORED_LABEL)
-    assert metrics_of(logits, labels)["loss"] == pytest.approx(float(expected), rel=1e-6)
+def by_the_formula(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """The mean over the samples that count of -sum_k p_k log softmax(logits)_k, in fp64."""
+    if not targets.is_floating_point():
+        counted = targets != IGNORED_LABEL
+        logits, targets = logits[counted], torch.eye(CLASSES)[targets[counted]]
+    probabilities = (1 - smoothing) * targets.double() + smoothing / CLASSES
+    return -(probabilities * logits.double().log_softmax(1)).sum(1).mean()
 
 
-def test_they_are_metrics_of_evaluate() -> None:
-    for metric in (Accuracy, TopKAccuracy):
-        assert issubclass(metric, evaluate.Metric)
-        assert "in [0, 1]" in metric(keep_in_memory=True).description
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("kind", ["hard", "soft", "some ignored"])
+@pytest.mark.parametrize("sizes", [(12,), (1, 4, 7)])
+def test_the_loss_and_its_gradient_are_those_of_the_formula_also_in_micro_batches(
+    sizes: tuple[int, ...], kind: str, smoothing: float
+) -> None:
+    targets = targets_of(kind)
+    logits, exact = drawn()[0].requires_grad_(), drawn()[0].double().requires_grad_()
+    wanted = by_the_formula(exact, targets, smoothing)
+    wanted.backward()
+    samples: Any = BATCH if targets.is_floating_point() else (targets != IGNORED_LABEL).sum()
+    losses = [
+        classification_loss(part, own, label_smoothing=smoothing, samples=samples if len(sizes) > 1 else None)
+        for part, own in zip(logits.split(sizes), targets.split(sizes), strict=True)
+    ]
+    torch.stack(losses).sum().backward()
+    torch.testing.assert_close(torch.stack(losses).sum().double(), wanted, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-6, rtol=1e-5)
 
 
-def test_accuracy_is_that_of_scikit_learn() -> None:
-    predictions, references = np.random.default_rng(0).integers(0, 3, (2, 50))
-    computed = Accuracy(keep_in_memory=True).compute(predictions=predictions, references=references)
-    assert computed == {"accuracy": accuracy_score(references, predictions)}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_lower_precision_are_added_up_in_full_precision(dtype: torch.dtype) -> None:
+    logits, labels = drawn(2000)
+    found = classification_loss(logits.to(dtype), labels)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), by_the_formula(logits.to(dtype), labels, 0.0), atol=1e-5, rtol=1e-5)
 
 
-def test_accuracy_is_added_up_over_batches() -> None:
-    predictions, references = np.random.default_rng(1).integers(0, 3, (2, 50))
-    metric = Accuracy(keep_in_memory=True)
-    for part in (slice(0, 20), slice(20, 50)):
-        metric.add_batch(predictions=predictions[part], references=references[part])
-    assert metric.compute() == {"accuracy": accuracy_score(references, predictions)}
+@pytest.mark.parametrize("samples", [None, 4])
+def test_a_batch_of_which_nothing_counts_has_a_loss_and_a_gradient_of_zero(samples: int | None) -> None:
+    logits = drawn()[0].requires_grad_()
+    loss = classification_loss(logits, torch.full((BATCH,), IGNORED_LABEL), samples=samples)
+    assert loss == 0
+    loss.backward()
+    assert logits.grad.abs().max() == 0
 
 
-@pytest.mark.parametrize("k", [1, 2, 5])
-def test_top_k_accuracy_is_that_of_scikit_learn(k: int) -> None:
-    logits, labels = drawn(200, 8)
-    classes = logits.topk(k).indices.numpy()
-    computed = TopKAccuracy(keep_in_memory=True).compute(predictions=classes, references=labels)
-    assert computed == {f"top{k}_accuracy": top_k_accuracy_score(labels, logits.numpy(), k=k, labels=range(8))}
+# Metrics
 
 
-@pytest.mark.parametrize("classes", [6, 10, 1000])
-def test_both_accuracies_are_given_where_there_are_more_than_five_classes(classes: int) -> None:
+def metrics_of(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    made = predictions_and_losses(logits, labels)
+    return classification_metrics(EvalPrediction(tuple(part.numpy() for part in made), labels.numpy()))
+
+
+@pytest.mark.parametrize("classes", [2, 5, 6, 1000])
+def test_loss_and_accuracies_are_those_of_the_samples_that_count(classes: int) -> None:
     logits, labels = drawn(300, classes)
-    scores = {
-        "accuracy": accuracy_score(labels, logits.argmax(1)),
-        "top5_accuracy": top_k_accuracy_score(labels, logits.numpy(), k=5, labels=range(classes)),
-    }
-    found = metrics_of(logits, labels)
-    assert {name: found[name] for name in found if name != "loss"} == scores
+    counted = torch.arange(300) % 3 > 0
+    found = metrics_of(logits, labels.where(counted, IGNORED_LABEL))
+    logits, labels = logits[counted], labels[counted]
+    assert found.pop("loss") == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits.double(), labels)), rel=1e-6
+    )
+    scores = {"accuracy": accuracy_score(labels, logits.argmax(1))}
+    if classes > 5:
+        scores["top5_accuracy"] = top_k_accuracy_score(labels, logits.numpy(), k=5, labels=range(classes))
+    assert found == scores
+    assert {type(value) for value in found.values()} == {float}, "they can be written as JSON"
+    assert metrics_of(logits, torch.full_like(labels, IGNORED_LABEL)) == {}
 
 
-@pytest.mark.parametrize("classes", [2, 3, 5])
-def test_the_top_five_of_no_more_than_five_classes_are_not_given(classes: int) -> None:
-    logits, labels = drawn(100, classes)
-    assert metrics_of(logits, labels)["accuracy"] == accuracy_score(labels, logits.argmax(1))
-    assert set(metrics_of(logits, labels)) == {"loss", "accuracy"}
+def test_accuracy_is_a_metric_of_evaluate_that_is_added_up_over_batches() -> None:
+    metric = TopKAccuracy(keep_in_memory=True)
+    assert isinstance(metric, evaluate.Metric)
+    logits, labels = drawn(200, 8)
+    classes = logits.topk(2).indices
+    for part in (slice(0, 20), slice(20, 200)):
+        metric.add_batch(predictions=classes[part].numpy(), references=labels[part].numpy())
+    assert metric.compute() == {"top2_accuracy": top_k_accuracy_score(labels, logits.numpy(), k=2, labels=range(8))}
 
 
 def test_the_largest_logits_come_first_whatever_else_a_model_returns() -> None:
-    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
-    assert top_classes(logits, torch.zeros(2)).tolist() == [[1], [0]]
-    assert top_classes((logits, torch.zeros(1)), torch.zeros(2)).tolist() == [[1], [0]]
-    many = torch.tensor([[0.0, 5.0, 1.0, 4.0, 2.0, 3.0, -1.0]])
-    assert top_classes(many, torch.zeros(1)).tolist() == [[1, 3, 5, 4, 2]]
-    assert top_classes(many.bfloat16(), torch.zeros(1)).tolist() == [[1, 3, 5, 4, 2]]
-
-
-def test_ignored_labels_do_not_count() -> None:
-    logits, labels = drawn(100, 8)
-    ignored = np.arange(100) % 3 == 0
-    masked = np.where(ignored, IGNORED_LABEL, labels)
-    assert metrics_of(logits, masked) == metrics_of(logits[~ignored], labels[~ignored])
-    assert metrics_of(logits, masked) != metrics_of(logits, labels)
-
-
-def test_nothing_is_said_of_labels_that_are_all_ignored() -> None:
-    logits, labels = drawn(10, 8)
-    assert metrics_of(logits, np.full_like(labels, IGNORED_LABEL)) == {}
-
-
-def test_shares_are_python_numbers_that_can_be_written_as_json() -> None:
-    found = metrics_of(*drawn(30, 8))
-    assert {type(value) for value in found.values()} == {float}
+    few, many = torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([[0.0, 5.0, 1.0, 4.0, 2.0, 3.0, -1.0]])
+    label = torch.zeros(1, dtype=torch.long)
+    for logits, classes in ((few, [[1]]), ((few, label), [[1]]), (many, [[1, 3, 5, 4, 2]]), (many.bfloat16(), None)):
+        assert predictions_and_losses(logits, label)[0].tolist() == (classes or [[1, 3, 5, 4, 2]])

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nio_hf.errors import CheckpointError, Problem
@@ -18,6 +18,7 @@ from nio_hf.files import output_errors
 from nio_hf.trainer import NIOTrainer
 
 EMA_NAME = "ema.safetensors"
+_Tensors = dict[str, torch.Tensor]
 
 
 class EMACallback(TrainerCallback):
@@ -27,33 +28,40 @@ class EMACallback(TrainerCallback):
     may be tied in any way: one Parameter in several modules, or memory that parameters and buffers share.
 
     Args:
-        trainer: whose model is averaged.
-        decay: in (0, 1).
+        trainer: Trainer whose model is averaged.
+        decay: Decay, in (0, 1).
     """
 
     def __init__(self, trainer: NIOTrainer, decay: float) -> None:
         self._trainer = trainer
         self._update = get_ema_multi_avg_fn(decay)
-        self._average: dict[str, torch.Tensor] | None = None
+        self._average: _Tensors | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start from the model's weights, or from the average of the checkpoint that training resumes from.
 
         Raises:
-            CheckpointError: for a checkpoint without an average of each parameter.
+            CheckpointError: For a checkpoint without an average of each parameter.
         """
-        self._average = _copies(self._parameters())
-        if self._trainer.resumed_from is not None:
-            _restore(self._average, self._trainer.resumed_from / EMA_NAME)
+        self._average = _copy(self._parameters())
+        if self._trainer.resumed_from is None:
+            return
+        file, fix = self._trainer.resumed_from / EMA_NAME, "Resume without ema_decay, or start anew"
+        if not file.is_file():
+            found = "no average of the weights: it was saved by a training without ema_decay"
+            raise CheckpointError(Problem(str(file), found, fix))
+        saved = safetensors.torch.load_file(file)
+        missing = [name for name, mean in self._average.items() if name not in saved or saved[name].shape != mean.shape]
+        if missing:
+            raise CheckpointError(Problem(str(file), f"no average that fits {', '.join(missing)}", fix))
+        _write(saved, self._average)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
         """Update the average."""
         if self._average is not None:
             self._update(list(self._average.values()), list(self._parameters().values()), state.global_step)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
         """Save the average into the checkpoint of this step."""
         if self._average is not None and args.should_save and args.output_dir is not None:
             file = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / EMA_NAME
@@ -68,37 +76,23 @@ class EMACallback(TrainerCallback):
             return
         parameters = self._parameters()
         # All are copied before one is written: a parameter may lie in the memory of another.
-        trained = _copies(parameters)
+        trained = _copy(parameters)
         _write(self._average, parameters)
         try:
             yield
         finally:
             _write(trained, parameters)
 
-    def _parameters(self) -> dict[str, torch.Tensor]:
+    def _parameters(self) -> _Tensors:
         """The parameters that training can change, each Parameter once. Integers have no gradient."""
         parameters = self._trainer.unwrapped_model.named_parameters()
-        return {
-            name: tensor.detach() for name, tensor in parameters if tensor.is_floating_point() or tensor.is_complex()
-        }
+        return {name: p.detach() for name, p in parameters if p.is_floating_point() or p.is_complex()}
 
 
-def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _copy(tensors: _Tensors) -> _Tensors:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def _write(values: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> None:
+def _write(values: _Tensors, targets: _Tensors) -> None:
     for name, target in targets.items():
         target.copy_(values[name])
-
-
-def _restore(average: dict[str, torch.Tensor], file: Path) -> None:
-    fix = "Resume without ema_decay, or start anew"
-    if not file.is_file():
-        found = "no average of the weights: it was saved by a training without ema_decay"
-        raise CheckpointError(Problem(str(file), found, fix))
-    saved = safetensors.torch.load_file(file)
-    missing = [name for name, mean in average.items() if name not in saved or saved[name].shape != mean.shape]
-    if missing:
-        raise CheckpointError(Problem(str(file), f"no average that fits {', '.join(missing)}", fix))
-    _write(saved, average)

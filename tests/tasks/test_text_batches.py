@@ -1,12 +1,25 @@
-"""Batches of causal and masked language modelling."""
+"""Batches, losses and metrics of causal and masked language modelling."""
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional
+from transformers import EvalPrediction
 
+from nio_hf.tasks.text_trainer import (
+    IGNORED,
+    BlocksWithSeeds,
+    CausalCollator,
+    MaskedCollator,
+    counted_tokens,
+    losses_of_blocks,
+    text_metrics,
+)
 from nio_hf.text.tokenizers import load_tokenizer
-from nio_hf.text_training.collators import BlocksWithSeeds, CausalCollator, MaskedCollator
 
 TOKENIZER = load_tokenizer("bytes")
 BLOCKS = [{"input_ids": list(range(10, 20))}, {"input_ids": [40, 1, 42]}]
@@ -58,3 +71,29 @@ def test_a_block_has_another_seed_each_time_unless_the_generator_is_the_same() -
     torch.manual_seed(0)
     assert blocks[0] == first != second
     assert len(blocks) == 2
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_losses_and_counts_are_those_of_the_tokens_that_are_predicted(shifted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(3, 5, 7, generator=generator), torch.randint(0, 7, (3, 5), generator=generator)
+    labels[0, 3:] = IGNORED
+    labels[2, 1] = IGNORED
+    found = losses_of_blocks(logits, labels, shifted=shifted)
+    for block in range(3):
+        places = [place for place in range(shifted, 5) if labels[block, place] != IGNORED]
+        losses = [functional.cross_entropy(logits[block, place - shifted], labels[block, place]) for place in places]
+        assert found[block].tolist() == pytest.approx([float(sum(losses)), len(places)], rel=1e-5)
+    assert counted_tokens(labels, shifted=shifted) == found[:, 1].sum()
+
+
+def test_the_metrics_are_means_over_tokens_not_over_blocks() -> None:
+    def metrics(sums: list[list[float]], has_bits: bool = False) -> dict[str, float]:
+        return text_metrics(EvalPrediction(np.array(sums), np.zeros((len(sums), 5))), has_bits=has_bits)
+
+    loss = 11 / 6
+    found = metrics([[10.0, 5.0], [1.0, 1.0]], has_bits=True)
+    assert found == pytest.approx({"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2)})
+    assert "bits_per_byte" not in metrics([[10.0, 5.0]])
+    assert math.isfinite(metrics([[1e6, 1.0]])["perplexity"])
+    assert math.isnan(metrics([[0.0, 0.0]])["loss"])

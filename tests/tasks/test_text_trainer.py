@@ -11,12 +11,12 @@ import torch
 from torch.nn import functional
 
 from nio_hf.tasks import build_trainer
-from nio_hf.text_training.trainer import TextTrainer
-from tests.text_training.folders import MODELS, recipe_of
+from nio_hf.tasks.text_trainer import TextTrainer
+from tests.tasks.recipes import TEXT_MODELS, text_recipe
 
 
 def trainer_of(folder: Path, name: str, *overrides: str, more: str = "") -> TextTrainer:
-    trainer = build_trainer(recipe_of(folder, name, *overrides, more=more))
+    trainer = build_trainer(text_recipe(folder, name, *overrides, more=more))
     assert isinstance(trainer, TextTrainer)
     return trainer
 
@@ -39,7 +39,7 @@ def _loss_by_token(trainer: TextTrainer, batch: dict[str, Any]) -> float:
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TEXT_MODELS)
 def test_the_loss_of_nio_and_of_the_evaluation_is_the_mean_over_tokens(name: str, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, name)
     trainer.model.eval()
@@ -61,7 +61,7 @@ def test_the_loss_of_nio_and_of_the_evaluation_is_the_mean_over_tokens(name: str
     assert {f"eval_{metric}" for metric in trainer.metric_names} <= metrics.keys()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TEXT_MODELS)
 def test_nio_runs_and_is_the_same_in_parts(name: str, tmp_path: Path) -> None:
     """Sub-batches have different numbers of predicted tokens: parts are weighted by them."""
     scales = []

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from nio_hf.errors import CheckpointError
-from nio_hf.training.ema import EMA_NAME, EMACallback
+from nio_hf.tasks.ema import EMA_NAME, EMACallback
 
 DECAY = 0.75
 STEPS = 3
@@ -32,11 +32,6 @@ def transposed_memory(left: nn.Linear, right: nn.Linear) -> None:
     right.weight.data = left.weight.data.T
 
 
-def parameter_as_buffer(left: nn.Linear, right: nn.Linear) -> None:
-    del right.weight
-    right.register_buffer("weight", left.weight)
-
-
 def memory_as_buffer(left: nn.Linear, right: nn.Linear) -> None:
     del right.weight
     right.register_buffer("weight", left.weight.detach())
@@ -48,14 +43,7 @@ def shared_buffer(left: nn.Linear, right: nn.Linear) -> None:
 
 
 Tie = Callable[[nn.Linear, nn.Linear], None]
-TIES: list[Tie] = [
-    shared_parameter,
-    shared_memory,
-    transposed_memory,
-    parameter_as_buffer,
-    memory_as_buffer,
-    shared_buffer,
-]
+TIES: list[Tie] = [shared_parameter, shared_memory, transposed_memory, memory_as_buffer, shared_buffer]
 
 
 def tied_model(tie: Tie, seed: int = 0) -> nn.Sequential:

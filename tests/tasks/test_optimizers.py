@@ -1,4 +1,4 @@
-"""Muon and AdamW as one optimizer: the updates of each, checkpoints, schedules."""
+"""Muon and AdamW as one optimizer, and weight decay against the published lists, family by family."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import nn
 
 from nio_hf import NIOTrainingArguments
 from nio_hf.errors import ModelError
-from nio_hf.training.muon import MuonAndAdamW
-from nio_hf.training.optimizers import optimizer_options
+from nio_hf.recipe.loading import load_recipe
+from nio_hf.tasks.image_classification import build_model
+from nio_hf.tasks.optimizers import MuonAndAdamW, decayed_parameters, optimizer_options
 from tests.trainer.toys import build
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-6}
@@ -99,3 +100,69 @@ def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     with pytest.raises(ModelError, match="muon, and Sequential has no matrices in its blocks"):
         optimizer_options("muon", NIOTrainingArguments(output_dir=str(tmp_path)), model)
+
+
+# Weight decay
+
+
+def published_vit(layers: int) -> set[str]:
+    """DeiT by timm: no decay of biases, normalisation, the class token and position embeddings."""
+    names = {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings", "classifier.bias"}
+    names |= {"vit.embeddings.patch_embeddings.projection.bias", "vit.layernorm.weight", "vit.layernorm.bias"}
+    for layer in (f"vit.layers.{number}" for number in range(layers)):
+        names |= {f"{layer}.attention.{part}_proj.bias" for part in "qkvo"}
+        names |= {f"{layer}.mlp.fc1.bias", f"{layer}.mlp.fc2.bias"}
+        names |= {f"{layer}.layernorm_{side}.{part}" for side in ("before", "after") for part in ("weight", "bias")}
+    return names
+
+
+def published_swin(depths: list[int]) -> set[str]:
+    """Swin: no decay of biases, normalisation and tables of relative position biases."""
+    norm = ("weight", "bias")
+    names = {f"swin.layernorm.{part}" for part in norm} | {"classifier.bias"}
+    names |= {f"swin.embeddings.norm.{part}" for part in norm} | {"swin.embeddings.patch_embeddings.projection.bias"}
+    for stage, depth in enumerate(depths):
+        for block in (f"swin.encoder.layers.{stage}.blocks.{number}" for number in range(depth)):
+            names |= {f"{block}.attention.relative_position_bias.relative_position_bias_table"}
+            names |= {f"{block}.attention.{part}_proj.bias" for part in "qkvo"}
+            names |= {f"{block}.mlp.fc1.bias", f"{block}.mlp.fc2.bias"}
+            names |= {f"{block}.layernorm_{side}.{part}" for side in ("before", "after") for part in norm}
+        if stage < len(depths) - 1:
+            names |= {f"swin.encoder.layers.{stage}.downsample.norm.{part}" for part in norm}
+    return names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "vit-tiny/imagenet-1k/nio",
+            "vit-tiny/cifar10/nio",
+            "swin-tiny/imagenet-1k/nio",
+            "swin-base/imagenet-1k/nio",
+        ),
+        *("resnet-50/imagenet-1k/nio", "resnet-18/cifar10/warmup"),
+    ],
+)
+def test_recipes_leave_out_of_weight_decay_what_is_published(name: str) -> None:
+    recipe = load_recipe(name, ["--use_cpu", "true"])
+    with torch.device("meta"):
+        model = build_model(recipe.model, ("a", "b"))
+    names = {parameter for parameter, _ in model.named_parameters()}
+    found = names - set(decayed_parameters(model, recipe.optimization.no_weight_decay or []))
+    if name.startswith("vit"):
+        assert found == published_vit(model.config.num_hidden_layers)
+    elif name.startswith("swin"):
+        assert found == published_swin(model.config.depths)
+    else:
+        weighty = (nn.Conv2d, nn.Linear)
+        assert names - found == {f"{key}.weight" for key, part in model.named_modules() if isinstance(part, weighty)}
+        assert len(names - found) == (54 if "50" in name else 21)
+
+
+def test_a_name_that_no_parameter_has_is_an_error_with_the_nearest() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    with pytest.raises(ModelError, match=r"Sequential has no parameter 'weigth'\. Did you mean 'weight'\?"):
+        decayed_parameters(model, ["weigth"])
+    assert decayed_parameters(model, []) == [name for name, _ in model.named_parameters()]
+    assert decayed_parameters(model, ["vectors"]) == ["0.weight"]

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from nio_hf.trainer import NIOTrainingArguments
-from nio_hf.training.trainer import Extras, RecipeTrainer
+from nio_hf.recipe.loading import Recipe
+from nio_hf.tasks.trainer import RecipeTrainer
 from nio_hf.vision.augmentation import BatchAugmentation
-from nio_hf.vision.losses import classification_loss
-from nio_hf.vision.metrics import TOP_K, classification_metrics, predictions_and_losses
+from nio_hf.vision.metrics import TOP_K, classification_loss, classification_metrics, predictions_and_losses
 from nio_hf.vision.samples import ImageSamples, ImageStream, collate_images
 
-NIOAugment = Literal["clean", "augmented", "mixed"]
 Samples = ImageSamples | ImageStream
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageTrainingData:
-    """The samples of a training.
-
-    Attributes:
-        train: bytes, cropped and flipped.
-        evaluation: normalised pixel values, as the image processor makes them.
-        nio: those of `train` or, for `nio_augment="clean"`, of the same images as in evaluation.
-    """
+class ImageTrainingData(NamedTuple):
+    """Samples to train on, as cropped and flipped bytes; to evaluate on, as normalised pixel values; and for NIO."""
 
     train: Samples
     evaluation: Samples
@@ -38,41 +28,37 @@ class ImageTrainingData:
 class ImageTrainer(RecipeTrainer):
     """A [`RecipeTrainer`] of image classifiers.
 
-    Crops, flips and what augments batches on the device have a seed for each sample, which depends on the epoch and the
-    sample alone. The loss is the cross-entropy against classes or probabilities, the sum over all
-    accumulated samples of all processes divided by their number; label smoothing counts in training only.
+    Crops, flips and the augmentation on the device have a seed for each sample, which depends on the epoch and the
+    sample alone. The loss is the cross-entropy against classes or probabilities, the sum over all accumulated samples
+    of all processes divided by their number; label smoothing counts in training only. Batches of NIO are "clean",
+    "augmented" without mixing, or "mixed" with mixing and label smoothing, as `nio_augment` says.
 
     Args:
+        recipe: Recipe.
         model: Model with images as `pixel_values` and `logits` as a result.
-        args: Arguments, of which `label_smoothing_factor` is the smoothing.
-        data: The samples.
+        data: Samples.
         augmentation: Augmentation of the batches of training.
-        nio_augment: Batches of NIO: "clean", "augmented" without mixing, or "mixed" with mixing and label smoothing.
         processing_class: Image processor that is saved with the model.
-        extras: What a recipe asks for beside that.
 
     Raises:
-        ConfigError, ModelError: as in [`RecipeTrainer`].
+        ConfigError, ModelError: As in [`RecipeTrainer`].
     """
 
     def __init__(
         self,
         *,
+        recipe: Recipe,
         model: PreTrainedModel,
-        args: NIOTrainingArguments,
         data: ImageTrainingData,
         augmentation: BatchAugmentation,
-        nio_augment: NIOAugment,
         processing_class: BaseImageProcessor,
-        extras: Extras = Extras(),  # noqa: B008
     ) -> None:
         self._augmentation = augmentation
-        self._nio_augment = nio_augment
+        self._nio_augment = recipe.augmentation.nio_augment
         self.data = data
         super().__init__(
+            recipe=recipe,
             model=model,
-            args=args,
-            extras=extras,
             samples="images",
             data_collator=collate_images,
             train_dataset=data.train,
@@ -89,15 +75,11 @@ class ImageTrainer(RecipeTrainer):
         classes: int = self.unwrapped_model.config.num_labels  # type: ignore[union-attr,assignment]
         return ("accuracy", f"top{TOP_K}_accuracy") if classes > TOP_K else ("accuracy",)
 
-    @property
-    def skipped_images(self) -> int:
-        """Images that could not be read and were passed over so far, counted once for each use of the data."""
-        parts = {id(part): part for part in (self.data.train, self.data.evaluation, self.data.nio)}
-        return sum(part.broken.total for part in parts.values())
-
     def summary_rows(self) -> list[tuple[str, str, str]]:
-        """Images that were passed over."""
-        return [("Images skipped, broken", "", str(self.skipped_images))] if self.skipped_images else []
+        """Number of images that were passed over, counted once for each use of the data."""
+        parts = {id(part): part for part in (self.data.train, self.data.evaluation, self.data.nio)}
+        skipped = sum(part.skipped for part in parts.values())
+        return [("Images skipped, broken", "", str(skipped))] if skipped else []
 
     # NIO
 

@@ -1,0 +1,211 @@
+"""`TextTrainer`: the Trainer of causal and masked language models on blocks of tokens, with its batches and losses."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForTokenClassification,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from nio_hf.durable.isolation import isolated_random_state
+from nio_hf.metrics import MASKED_LM
+from nio_hf.recipe.loading import Recipe
+from nio_hf.tasks.trainer import RecipeTrainer
+from nio_hf.text.datasets import TextData
+from nio_hf.text.packing import TOKENS
+from nio_hf.text.tokenizers import is_bytes
+
+SAMPLE_TOKENS = 400
+IGNORED = -100
+"""Label of a token that is not predicted."""
+_TOP_K = 50
+_SEED = "mask_seed"
+_MAX_SEED = 2**62
+Block = dict[str, Any]
+
+
+class CausalCollator(DataCollatorForTokenClassification):
+    """Batches of blocks whose labels are their tokens; a shorter block is padded, and what pads it is no label.
+
+    transformers' collator for language modelling takes every token that is equal to the padding for padding, the ends
+    of documents included where a tokeniser has one token for both.
+    """
+
+    def __call__(self, blocks: Sequence[Block], return_tensors: str | None = None) -> dict[str, Tensor]:
+        """Tensors (B, T): `input_ids`, `attention_mask` and `labels`."""
+        batch: dict[str, Tensor] = super().__call__([{TOKENS: b[TOKENS], "labels": b[TOKENS]} for b in blocks])
+        return batch
+
+
+class MaskedCollator:
+    """Batches of blocks in which some tokens are masked (arXiv 1810.04805, section 3.1), which are the labels.
+
+    Masks depend on the seed of the first block, in whatever process; of blocks without one, as in evaluation, on its
+    tokens, so that every evaluation has the same masks.
+
+    Args:
+        tokenizer: Tokeniser with a padding and a mask token.
+        probability: Share of the tokens that is masked.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float) -> None:
+        self._mask = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=probability)
+
+    def __call__(self, blocks: Sequence[Block]) -> dict[str, Tensor]:
+        """Tensors (B, T): `input_ids`, `attention_mask` and `labels`, -100 where nothing is masked."""
+        seed = blocks[0].get(_SEED, zlib.crc32(np.asarray(blocks[0][TOKENS], np.int64).tobytes()))
+        with isolated_random_state(torch.device("cpu")):
+            torch.manual_seed(seed)
+            batch: dict[str, Tensor] = self._mask([{TOKENS: block[TOKENS]} for block in blocks])
+        return batch
+
+
+class BlocksWithSeeds(Dataset[Block]):
+    """Blocks with a seed for their masks, drawn from torch's generator: another one each time that a block is read.
+
+    Args:
+        blocks: A map-style data set.
+    """
+
+    def __init__(self, blocks: Any) -> None:
+        self._blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index: int) -> Block:
+        return {**self._blocks[index], _SEED: int(torch.randint(_MAX_SEED, ()))}
+
+
+def counted_tokens(labels: Tensor, *, shifted: bool) -> Tensor:
+    """Number of the tokens of labels (B, T) that are predicted, where `IGNORED` does not count.
+
+    With `shifted` each token is predicted from those before it, so that the first one of a block is not.
+    """
+    return ((labels[:, 1:] if shifted else labels) != IGNORED).sum()
+
+
+def losses_of_blocks(logits: Any, labels: Tensor, *, shifted: bool) -> Tensor:
+    """The summed cross-entropy of each block, and its predicted tokens: (B, 2).
+
+    It is for `Trainer(preprocess_logits_for_metrics=...)`, which would otherwise keep the logits of all tokens.
+    """
+    scores: Tensor = logits[0] if isinstance(logits, tuple) else logits
+    if shifted:
+        scores, labels = scores[:, :-1], labels[:, 1:]
+    by_token = functional.cross_entropy(scores.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    return torch.stack([by_token.double().sum(1), (labels != IGNORED).double().sum(1)], dim=1)
+
+
+def text_metrics(prediction: EvalPrediction, *, has_bits: bool) -> dict[str, float]:
+    """Loss, perplexity and, with `has_bits`, bits per byte, for `Trainer(compute_metrics=...)`.
+
+        loss = sum over tokens of -log p / number of tokens    perplexity = exp(loss)    bits per byte = loss / log 2
+
+    The loss of Trainer is a mean over batches, in which the tokens of a short block weigh more.
+    """
+    sums = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
+    loss = float(sums[0] / sums[1]) if sums[1] else math.nan
+    found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    return {**found, "bits_per_byte": loss / math.log(2)} if has_bits else found
+
+
+class TextTrainer(RecipeTrainer):
+    """A [`RecipeTrainer`] of language models.
+
+    Losses are means over predicted tokens, also where batches are accumulated, shared by processes, or computed in
+    parts by NIO. Masks are drawn when a batch is made: all candidates of NIO are measured on the same ones.
+
+    Args:
+        recipe: Recipe.
+        model: A causal or masked language model.
+        data: Blocks of tokens, with the tokeniser that is saved with the model.
+        about_data: As in [`RecipeTrainer`].
+
+    Raises:
+        ConfigError, ModelError: As in [`RecipeTrainer`].
+    """
+
+    def __init__(
+        self, *, recipe: Recipe, model: PreTrainedModel, data: TextData, about_data: str | None = None
+    ) -> None:
+        self.data = data
+        tokenizer, is_masked = data.tokenizer, recipe.task == MASKED_LM
+        self._shifted = not is_masked
+        self._has_bits = not is_masked and is_bytes(tokenizer)
+        draws_masks = is_masked and hasattr(data.train, "__len__")
+        self._samples_of_training: Any = BlocksWithSeeds(data.train) if draws_masks else data.train
+        probability = recipe.text.mlm_probability
+        super().__init__(
+            recipe=recipe,
+            model=model,
+            samples="blocks",
+            about_data=about_data,
+            data_collator=MaskedCollator(tokenizer, probability) if is_masked else CausalCollator(tokenizer),
+            train_dataset=self._samples_of_training,
+            eval_dataset=data.evaluation,
+            processing_class=tokenizer,
+            compute_metrics=lambda prediction: text_metrics(prediction, has_bits=self._has_bits),
+            preprocess_logits_for_metrics=lambda *values: losses_of_blocks(*values, shifted=self._shifted),
+        )
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics that an evaluation has beside the loss."""
+        return ("perplexity", "bits_per_byte") if self._has_bits else ("perplexity",)
+
+    def get_nio_dataset(self) -> Any:
+        """The blocks of the training."""
+        return self._samples_of_training
+
+    def compute_nio_loss(self, model: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
+        """(summed cross-entropy, predicted tokens) of a batch."""
+        batch: Any = self._prepare_inputs(inputs)
+        tokens = counted_tokens(batch["labels"], shifted=self._shifted)
+        if not tokens:
+            # A mean over no token is no number.
+            return model(**{key: value for key, value in batch.items() if key != "labels"}).logits.sum() * 0, tokens
+        return model(**batch).loss * tokens, tokens
+
+    @torch.no_grad()
+    def sample(self, tokens: int = SAMPLE_TOKENS) -> str | None:
+        """Text that a causal model writes behind the prompt of the recipe; None without one, and for sharded weights.
+
+        Args:
+            tokens: Largest number of tokens to write.
+        """
+        prompt = self.recipe.text.sample_prompt if self._shifted else None
+        if prompt is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        model: Any = self.unwrapped_model
+        tokenizer: Any = self.processing_class
+        start = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(self.args.device)
+        room = getattr(model.config, "max_position_embeddings", tokens) - start.shape[1]
+        was_training = model.training
+        model.eval()
+        with isolated_random_state(self.args.device):
+            torch.manual_seed(self.args.seed)
+            written = model.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                max_new_tokens=max(1, min(tokens, room)),
+                do_sample=True,
+                top_k=_TOP_K,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        model.train(was_training)
+        text: str = tokenizer.decode(written[0], skip_special_tokens=True)
+        return text

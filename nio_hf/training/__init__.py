@@ -1,1 +1,0 @@
-"""What trainings of recipes have in common, whatever their task."""

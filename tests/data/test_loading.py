@@ -1,0 +1,254 @@
+"""Splits, parts and columns of data sets: which are chosen, and what is said where none can be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import pytest
+
+from nio_hf.data.columns import ColumnKind, describe_columns, find_column, find_features
+from nio_hf.data.loading import DataKind, Rows, choose_split, divide, limit_rows, load_splits, read_splits
+from nio_hf.errors import DataError, Problem
+from nio_hf.recipe.settings import DataSettings
+
+COUNT = 1000
+ROWS = datasets.Dataset.from_dict({"note": ["a", "b"]})
+STREAMED = pytest.mark.parametrize("streaming", [False, True])
+
+
+def kind_of(read: Any = read_splits) -> DataKind:
+    return DataKind("sounds", "sounds and notes", "play", "sounds", ("wave", "tape"), {"song": lambda: ROWS}, read)
+
+
+def settings_of(name: str = "numbers", **changes: Any) -> DataSettings:
+    return DataSettings(dataset_name=name, **changes)
+
+
+def rows_of(count: int = COUNT, streaming: bool = False) -> Rows:
+    rows = datasets.Dataset.from_dict({"number": list(range(count)), "odd": [n % 2 for n in range(count)]})
+    rows = rows.cast_column("odd", datasets.ClassLabel(names=["no", "yes"]))
+    return rows.to_iterable_dataset() if streaming else rows
+
+
+def numbers(rows: Rows) -> list[int]:
+    return [row["number"] for row in rows]
+
+
+def digest(row: dict[str, Any]) -> int:
+    """Spread over [0, 2^32) evenly, the largest numbers lowest."""
+    return (COUNT - 1 - row["number"]) * 2**32 // COUNT
+
+
+# Sources
+
+
+def failing(settings: DataSettings) -> Any:
+    raise RuntimeError("it failed") from OSError("no\nsuch thing.")
+
+
+def test_an_embedded_data_set_is_not_read_from_anywhere() -> None:
+    assert load_splits(settings_of("song"), kind_of(failing)) == {"train": ROWS}
+    stream = load_splits(settings_of("song", streaming=True), kind_of(failing))["train"]
+    assert isinstance(stream, datasets.IterableDataset)
+    assert list(stream) == list(ROWS)
+
+
+def test_all_that_is_said_of_a_source_reaches_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(datasets, "load_dataset", lambda **arguments: asked.update(arguments) or {"train": ROWS})
+    changes = {"dataset_config_name": "loud", "dataset_revision": "v2", "data_dir": "folder", "data_files": ["a.wav"]}
+    assert read_splits(settings_of("user/songs", streaming=True, **changes), sample_by="bar") == {"train": ROWS}
+    expected = {"path": "user/songs", "name": "loud", "revision": "v2", "data_dir": "folder", "data_files": ["a.wav"]}
+    assert asked == {**expected, "streaming": True, "sample_by": "bar"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (settings_of("wave"), "dataset_name: 'wave' without data_dir or data_files. Give one of them with it."),
+        (
+            settings_of("wave", data_dir="here"),
+            "data_dir: 'here' cannot be loaded as 'wave': no such thing. Give a folder with sounds.",
+        ),
+        (
+            settings_of("tape", data_dir="here", data_files=["a"]),
+            "data_files: ['a'] cannot be loaded as 'tape': no such thing. "
+            "Give files that play, relative to where you are.",
+        ),
+        (
+            settings_of("user/songs", data_files=["a"]),
+            "dataset_name: 'user/songs' cannot be loaded: no such thing. "
+            "Give 'song', the name of a data set on the Hub, a local folder, or wave, tape.",
+        ),
+    ],
+)
+def test_a_failure_names_the_setting_to_look_at_and_its_cause(settings: DataSettings, message: str) -> None:
+    with pytest.raises(DataError) as raised:
+        load_splits(settings, kind_of(failing))
+    assert str(raised.value) == message
+
+
+def test_a_kind_reads_its_data_itself_and_its_errors_pass() -> None:
+    def refuse(settings: DataSettings) -> Any:
+        raise DataError(Problem("a", "b", "C"))
+
+    assert load_splits(settings_of("x"), kind_of(lambda settings: {"test": ROWS})) == {"test": ROWS}
+    with pytest.raises(DataError, match=r"^a: b\. C\.$"):
+        load_splits(settings_of("x"), kind_of(refuse))
+    with pytest.raises(DataError, match=r"^dataset_name: 'x' has no split\. Give a data set with sounds\.$"):
+        load_splits(settings_of("x"), kind_of(lambda settings: {}))
+
+
+# Splits and parts
+
+
+@STREAMED
+def test_a_split_that_is_missing_empty_or_unreadable_is_refused(streaming: bool) -> None:
+    def break_off() -> Any:
+        raise OSError("gone\naway.")
+        yield
+
+    splits = {
+        "train": rows_of(3, streaming),
+        "test": rows_of(3, streaming).filter(lambda row: False),
+        "broken": datasets.IterableDataset.from_generator(break_off),
+    }
+    assert choose_split(splits, "train", "some_split", "numbers") is splits["train"]
+    for split, message in (
+        ("other", "some_split: 'other' is no split of numbers. Choose one of train, test, broken."),
+        ("test", "some_split: the split 'test' of numbers is empty. Give a split with samples."),
+        ("broken", "some_split: the split 'broken' of numbers cannot be read: gone away. Check its files."),
+    ):
+        with pytest.raises(DataError) as raised:
+            choose_split(splits, split, "some_split", "numbers")
+        assert str(raised.value) == message
+
+
+def divided(
+    splits: Mapping[str, Rows], seed: int = 1, stratify_by: str | None = None, **changes: Any
+) -> tuple[list[int], list[int], bool]:
+    train, evaluation, is_split = divide(
+        splits,
+        splits["train"],
+        settings_of(**changes),
+        prepare=lambda rows, split: rows.filter(lambda row: row["number"] > 0),
+        digest=digest,
+        need="shines",
+        seed=seed,
+        stratify_by=stratify_by,
+    )
+    return numbers(train), numbers(evaluation), is_split
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val"])
+def test_the_validation_split_is_evaluated_on_unless_another_is_asked_for(name: str) -> None:
+    splits = {"train": rows_of(9), "test": rows_of(5), name: rows_of(7)}
+    assert divided(splits) == (list(range(9)), list(range(1, 7)), True)
+    assert divided(splits, eval_split="test")[1:] == (list(range(1, 5)), True)
+    for options in ({"eval_from_train": True, "eval_split": "test"}, {"train_split": name, "eval_from_train": True}):
+        train, evaluation, is_split = divided(splits, **options)
+        assert sorted(train + evaluation) == list(range(9))
+        assert not is_split
+    assert not divided({"train": rows_of(9), "test": rows_of(5)})[2]
+
+
+@STREAMED
+def test_parts_share_no_sample_and_have_their_sizes(streaming: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="nio_hf"):
+        train, evaluation, _ = divided({"train": rows_of(streaming=streaming)}, eval_fraction=0.25)
+    assert len(evaluation) == 250
+    assert sorted(train + evaluation) == list(range(COUNT))
+    assert not streaming or evaluation == list(range(750, COUNT)), "the digest alone decides"
+    assert caplog.messages == ["numbers: 0.25 of the training split is set aside to evaluate on."]
+
+
+def test_the_choice_is_random_by_its_seed_and_takes_the_same_share_of_each_class() -> None:
+    splits = {"train": rows_of()}
+    chosen = [divided(splits, seed=seed, stratify_by="odd", eval_fraction=0.3)[1] for seed in (1, 1, 2)]
+    assert chosen[0] == chosen[1]
+    assert set(chosen[0]) != set(chosen[2])
+    assert [sum(number % 2 for number in part) for part in chosen] == [150, 150, 150]
+
+
+@STREAMED
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
+def test_a_fraction_that_is_none_is_refused(fraction: float, streaming: bool) -> None:
+    with pytest.raises(DataError) as raised:
+        divided({"train": rows_of(5, streaming=streaming)}, eval_fraction=fraction)
+    assert str(raised.value) == f"eval_fraction: {fraction}. Give a part in (0, 1), or an eval_split."
+
+
+def test_a_part_of_nothing_is_refused_with_what_it_needs() -> None:
+    with pytest.raises(DataError) as raised:
+        divided({"train": rows_of(1)}, eval_fraction=0.5)
+    message = str(raised.value)
+    assert message.startswith("eval_fraction: 0.5 of 1 samples of numbers cannot be set aside (")
+    assert message.endswith("). Give a part in (0, 1) that shines, or an eval_split.")
+
+
+def test_a_limit_chooses_at_random_by_its_seed_or_the_first_samples_of_a_stream() -> None:
+    few, again, other = (numbers(limit_rows(rows_of(), 50, seed)) for seed in (1, 1, 2))
+    assert few == again
+    assert set(few) != set(other)
+    assert len(set(few)) == 50
+    assert few != sorted(few)
+    assert numbers(limit_rows(rows_of(streaming=True), 5, seed=1)) == list(range(5))
+    for rows in (rows_of(9), rows_of(9, streaming=True)):
+        assert limit_rows(rows, None, seed=1) is rows
+        assert sorted(numbers(limit_rows(rows, 20, seed=1))) == list(range(9))
+
+
+# Columns
+
+NUMBER, WORD = datasets.Value("int64"), datasets.Value("string")
+LIST = datasets.List(NUMBER)
+NOTES = ColumnKind(
+    "note_column",
+    "notes",
+    is_one=lambda feature: feature == WORD,
+    can_be_one=lambda feature: feature == NUMBER,
+    usual_names=("note", "notes"),
+)
+
+
+def column_of(column: str | None = None, fix: str | None = None, **features: Any) -> str:
+    return find_column(datasets.Features(features), column, "songs", NOTES, fix)
+
+
+def test_the_only_column_of_the_type_is_chosen_before_one_that_is_called_so() -> None:
+    assert column_of(tune=WORD, note=NUMBER) == "tune"
+    assert column_of(pitch=NUMBER, notes=NUMBER) == "notes"
+    assert column_of("pitch", tune=WORD, pitch=NUMBER) == "pitch"
+
+
+@pytest.mark.parametrize(
+    ("features", "arguments", "message"),
+    [
+        ({"a": WORD, "b": WORD}, {}, "2 columns of notes in songs. Name one of its columns: a (string), b (string)."),
+        ({"note": NUMBER, "notes": NUMBER}, {}, "2 columns of notes in songs. Name one of its columns: note (int64), "),
+        ({"note": LIST}, {}, "no columns of notes in songs. Name one of its columns: note (List)."),
+        ({"a": NUMBER}, {"fix": "Sing"}, "no columns of notes in songs. Sing."),
+        ({"a": WORD, "b": WORD}, {"fix": "Sing"}, "2 columns of notes in songs. Name one of its columns: "),
+        ({"a": WORD}, {"column": "b"}, "'b' is no column of songs. Name one of a (string)."),
+        ({"a": LIST}, {"column": "a"}, "'a' of songs holds List. Name a column of notes: a (List)."),
+    ],
+)
+def test_no_column_or_several_are_refused_with_all_of_them(
+    features: dict[str, Any], arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError) as raised:
+        column_of(**arguments, **features)
+    assert str(raised.value).startswith(f"note_column: {message}")
+
+
+def test_columns_of_a_stream_are_known_from_its_first_samples() -> None:
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{"tune": "a", "length": 3}]))
+    assert stream.features is None
+    assert describe_columns(find_features(stream, kind_of(), "songs")) == "tune (string), length (int64)"
+    with pytest.raises(
+        DataError, match=r"^dataset_name: songs has no columns\. Give a data set of sounds and notes\.$"
+    ):
+        find_features(datasets.Dataset.from_dict({}), kind_of(), "songs")
