@@ -76,7 +76,7 @@ OTHERS = {
     **dict.fromkeys(
         (
             *("_foreach_add", "_foreach_add_", "_foreach_addcmul_", "_foreach_copy_", "_foreach_div", "_foreach_mul"),
-            *("_foreach_mul_", "_foreach_norm", "_foreach_sign", "_foreach_sub", "_foreach_zero_"),
+            *("_foreach_mul_", "_foreach_norm", "_foreach_sign", "_foreach_sub"),
         ),
         "torch: arithmetic on lists of tensors, as its own optimizers use it.",
     ),
@@ -92,7 +92,7 @@ OTHERS = {
 }
 """{any other private name: whose, and what it tells}."""
 
-OWN = {"_accuracy", "_runtime", "_time", "_nio_init", "_nio_lock", "_nio_push", "_fields"}
+OWN = {"_accuracy", "_runtime", "_time", "_nio_init", "_nio_lock", "_nio_push", "_fields", "_type"}
 """Texts and names in the package that are private names of nobody."""
 
 
