@@ -69,7 +69,6 @@ def test_the_settings_of_the_published_search(name: str, bad: list[Any], good: l
     [
         ({"gamma": 5.0}, r"NIOConfig\.gamma: 5\.0\. Leave it out, or set NIOConfig\.search to \"published\""),
         ({"overlap": 0.2}, r"NIOConfig\.overlap: 0\.2\. Leave it out, or set"),
-        ({"groups": "tensor"}, 'Set NIOConfig.groups to "additive" or "model", or NIOConfig.search to "published"'),
         ({"precision": "bf16", "curvature": "finite_difference"}, "bfloat16 rounds away the difference"),
     ],
 )

@@ -216,7 +216,7 @@ def test_resuming_with_an_average_that_was_not_saved_is_refused(images: Path, tm
 
 
 def test_too_few_images_for_nio_are_met_with_the_largest_batch_that_fits(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"36 samples for 2 report batches .* Lower nio_batch_size to 12, or"):
+    with pytest.raises(DataError, match=r"36 samples for 2 report batches of 64\. Lower nio_batch_size to 18, or"):
         trainer_of(tmp_path / "64", images, "--nio_batch_size", "64", "--nio_report_batches", "2").train()
     loader = trainer_of(tmp_path / "12", images, "--nio_batch_size", "12", "--nio_report_batches", "2")
     assert len(next(iter(loader.get_nio_dataloader()))["labels"]) == 12
