@@ -120,7 +120,7 @@ HELD = {
     "where-width384": _where(width=384),
     "length-25000": Part(
         ImageTask("vit", steps=25_000, augmented=True),
-        (*_LONG, "published"),
+        ("nio", "warmup10", "x4", "positions8"),
         (1400, 1401, 1402),
         rates_of="length-2500",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from nio_hf.core.config import NIOConfig
@@ -154,6 +155,11 @@ class ExcludedTensor:
     reason: str
 
 
+def last_quarter(losses: Sequence[float]) -> slice:
+    """The steps that a lane of a race is judged by, the last one at least."""
+    return slice(max(len(losses) - max(len(losses) // 4, 1), 0), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Lane:
     """The first steps of a training from the weights of one candidate.
@@ -171,7 +177,7 @@ class Lane:
         """Mean over the last quarter of the steps; NaN where the first loss was not finite."""
         if not self.losses:
             return math.nan
-        return statistics.fmean(self.losses[-max(len(self.losses) // 4, 1) :])
+        return statistics.fmean(self.losses[last_quarter(self.losses)])
 
 
 @dataclasses.dataclass(frozen=True)

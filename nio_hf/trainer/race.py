@@ -30,7 +30,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from nio_hf.core import Collective, InitResult
 from nio_hf.core.memory import is_out_of_memory
-from nio_hf.core.result import GradCosine, Lane, Race
+from nio_hf.core.result import GradCosine, Lane, Race, last_quarter
 from nio_hf.core.verdict import judge
 from nio_hf.durable.isolation import isolated_random_state
 from nio_hf.errors import ConfigError, DataError, NIOMemoryError, Problem, StoppedError, one_line
@@ -54,8 +54,6 @@ Swin of benchmarks/layer_scales as their accuracies do (Spearman's correlation 0
 MOST_CANDIDATES = 3
 LARGEST_SHARE = 0.02
 """Share of the training that a race may take where the settings leave it open."""
-_WINDOW = 4
-"""A lane is judged by the last of that many parts of its steps."""
 _ERRORS_BEHIND = 2.0
 _SETTING = "nio_race_steps"
 Weights = dict[str, Tensor]
@@ -301,8 +299,8 @@ def leader(lanes: Iterable[Lane], steps: int) -> Lane | None:
 
 def is_behind(losses: Sequence[float], best: Sequence[float]) -> bool:
     """Whether losses are above those of another lane at the same steps by more than chance has it."""
-    first = len(losses) - len(losses) // _WINDOW
-    differences = [own - other for own, other in zip(losses[first:], best[first:], strict=False)]
+    judged = last_quarter(losses)
+    differences = [own - other for own, other in zip(losses[judged], best[judged], strict=False)]
     if len(differences) < 2:
         return False
     error = statistics.stdev(differences) / math.sqrt(len(differences))
