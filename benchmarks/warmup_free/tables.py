@@ -9,6 +9,7 @@ standard error of a difference that comes from the test images, which all seeds 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 import sys
@@ -22,7 +23,7 @@ from benchmarks.warmup_free.images import unpacked
 from benchmarks.warmup_free.lab import RESULTS, Row, score
 from benchmarks.warmup_free.study import HELD, SEARCHED_BY, grid, replayed, rows
 from benchmarks.warmup_free.texts import unpacked_losses
-from nio_hf.report.style import BLUE, GREY, figure
+from nio_hf.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, figure
 from nio_hf.report.tables import markdown_table
 from nio_hf.study.intervals import Interval, corrected, interval
 
@@ -31,6 +32,23 @@ MODELS = {"rivals-vit": "ViT", "rivals-swin": "Swin"}
 """{part that holds all rivals against each other on images: its model}."""
 TEXTS = {"text-gpt2": "GPT-2", "text-llama": "Llama", "text-bert": "BERT"}
 """The same for text."""
+LENGTHS = {
+    "ViT": {500: "rivals-vit", 2500: "length-2500", 10_000: "length-10000", 25_000: "length-25000"},
+    **{title: {500: part, 5000: f"{part}-5000"} for part, title in TEXTS.items()},
+}
+"""{model: {steps: part that trained so long}}."""
+PLACES = {
+    "where-width192": "width 192",
+    "where-width384": "width 384",
+    "where-batch256": "batches of 256",
+    "where-depth12": "12 layers",
+    "where-imagenette64": "Imagenette, 64 pixels",
+}
+"""{part that trained under other conditions: what is different}."""
+COLORS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY)
+RACED = ("nio", "x4", "class")
+RACE_WINDOW = slice(4, 5)
+"""Of the kept mean losses of a training of 500 steps: those of steps 100 to 125, about the end of a race of 120."""
 WARMUPS = ("warmup2", "warmup5", "warmup10", "warmup30")
 COMMON = ("x2", "x4", "width")
 AIM = 0.8
@@ -97,6 +115,17 @@ class Judged:
         return [score(line) for line in self.lines]
 
     @property
+    def digits(self) -> int:
+        """Digits behind the point that a score is told with."""
+        return 2 if "accuracy" in self.lines[0] else 3
+
+    @property
+    def text(self) -> str:
+        """The mean of the accuracy or the loss, with its standard deviation over seeds."""
+        spread = statistics.stdev(self.scores) if len(self.scores) > 1 else math.nan
+        return f"{abs(statistics.fmean(self.scores)):.{self.digits}f} ± {spread:.{self.digits}f}"
+
+    @property
     def cost(self) -> float:
         """Mean cost in training steps."""
         return statistics.fmean(line["cost"] for line in self.lines)
@@ -144,13 +173,34 @@ def best(arms: Mapping[str, Judged], names: Sequence[str]) -> str:
 
 def rivals(parts: Iterable[str]) -> Family:
     """NIO minus each arm without NIO, in some parts, corrected together; of warmup, the length that was chosen."""
-    samples = {}
-    for part in parts:
-        arms = judged(part)
-        left_out = {"nio", *WITHOUT, *WARMUPS} - {best(arms, WARMUPS)}
-        for arm in arms.keys() - left_out:
-            samples[part, arm] = difference(arms["nio"], arms[arm])
-    return corrected(samples)
+    arms = {part: judged(part) for part in parts}
+    return corrected(
+        {
+            (part, arm): difference(found["nio"], found[arm])
+            for part, found in arms.items()
+            for arm in found.keys() - ({"nio", *WITHOUT, *WARMUPS} - {best(found, WARMUPS)})
+        }
+    )
+
+
+def others(parts: Iterable[str], arms: Iterable[str] | None = None) -> Family:
+    """NIO minus each of the other arms, or of some, in parts that have NIO, corrected together."""
+    found = {part: judged(part) for part in parts}
+    return corrected(
+        {
+            (part, arm): difference(of_part["nio"], of_part[arm])
+            for part, of_part in found.items()
+            for arm in of_part
+            if "nio" in of_part and arm != "nio" and (arms is None or arm in arms)
+        }
+    )
+
+
+def by_length(model: str) -> Family:
+    """NIO minus each of the arms of the longer trainings of a model, corrected over the arms of a length."""
+    parts = LENGTHS[model]
+    arms = {arm for steps, part in parts.items() if steps > min(parts) for arm in HELD[part].arms}
+    return {key: found for part in parts.values() for key, found in others([part], arms).items()}
 
 
 def additions(parts: Iterable[str]) -> Family:
@@ -169,16 +219,7 @@ def arms_table(part: str, title: str) -> str:
     arms = judged(part)
     order = sorted(arms, key=lambda arm: -statistics.fmean(arms[arm].scores))
     is_accuracy = "accuracy" in arms[order[0]].lines[0]
-    digits = 2 if is_accuracy else 3
-    lines = [
-        (
-            NAMES[arm],
-            f"{arms[arm].rate:g}",
-            f"{arms[arm].cost:.0f}",
-            f"{abs(statistics.fmean(arms[arm].scores)):.{digits}f} ± {statistics.stdev(arms[arm].scores):.{digits}f}",
-        )
-        for arm in order
-    ]
+    lines = [(NAMES[arm], f"{arms[arm].rate:g}", f"{arms[arm].cost:.0f}", arms[arm].text) for arm in order]
     return markdown_table((title, "learning rate", "cost, steps", "accuracy, %" if is_accuracy else "loss"), lines)
 
 
@@ -203,11 +244,60 @@ def family_table(family: Family, label: str, other: Mapping[str, str], parts: Ma
     return markdown_table((label, *(cell for title in parts.values() for cell in (title, "samples"))), lines)
 
 
+def rows_table(family: Family, label: str, parts: Mapping[str, str]) -> str:
+    """A row for each part that is done: what NIO ends at, its cost, and its differences from the others.
+
+    Args:
+        family: Differences of NIO from the others.
+        label: Head of the column of parts.
+        parts: {part: its title}.
+    """
+    names = [name for name in NAMES if any(arm == name for _, arm in family)]
+    lines = []
+    for part, title in parts.items():
+        arms = judged(part)
+        if "nio" in arms:
+            own = arms["nio"]
+            cells = [_with_ends(family[part, name], own) if (part, name) in family else "" for name in names]
+            lines.append((title, own.text, f"{own.cost:.0f}", *cells))
+    return markdown_table((label, "NIO", "cost, steps", *(f"minus {NAMES[name]}" for name in names)), lines)
+
+
+def race_table(part: str, title: str) -> str:
+    """What a race of NIO, x4 and the class's own would have chosen, at each learning rate that all of them have.
+
+    The winner is the one with the lowest loss about step 120, on each seed that chooses; its cost is not paid.
+    """
+    ended: dict[float, dict[int, dict[str, Row]]] = {}
+    for row in rows(part):
+        if row["choosing"] and row["arm"] in RACED:
+            ended.setdefault(row["learning_rate"], {}).setdefault(row["seed"], {})[row["arm"]] = row
+    lines = []
+    for rate, seeds in sorted(ended.items()):
+        full = [arms for arms in seeds.values() if set(arms) == set(RACED)]
+        if full:
+            winners = [min(RACED, key=lambda arm, arms=arms: _raced_loss(arms[arm])) for arms in full]
+            means = [statistics.fmean(score(arms[arm]) for arms in full) for arm in RACED]
+            won = statistics.fmean(score(arms[winner]) for arms, winner in zip(full, winners, strict=True))
+            best_of_all = statistics.fmean(max(map(score, arms.values())) for arms in full)
+            counts = ", ".join(f"{NAMES[arm]} {winners.count(arm)}" for arm in RACED if arm in winners)
+            lines.append((f"{rate:g}", counts, *(f"{value:.1f}" for value in (*means, won, best_of_all))))
+    head = (f"{title}: learning rate", "winners", *(NAMES[arm] for arm in RACED), "the winner", "the best in the end")
+    return markdown_table(head, lines)
+
+
+def _raced_loss(row: Row) -> float:
+    """Loss at the end of a race; infinite for a training that had failed by then."""
+    return min(row["losses"][RACE_WINDOW], default=math.inf)
+
+
 def _cells(found: Interval, arms: Mapping[str, Judged], name: str, other: Mapping[str, str]) -> list[str]:
     own, against = (arms[name], arms[other[name]]) if name in other else (arms["nio"], arms[name])
-    digits = 2 if "accuracy" in own.lines[0] else 3
-    difference = f"{found.mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
-    return [difference, f"{samples_error(own, against):.{digits}f}"]
+    return [_with_ends(found, own), f"{samples_error(own, against):.{own.digits}f}"]
+
+
+def _with_ends(found: Interval, of: Judged) -> str:
+    return f"{found.mean:+.{of.digits}f} ({found.low:+.{of.digits}f} to {found.high:+.{of.digits}f})"
 
 
 def head_room(search_part: str) -> str:
@@ -254,6 +344,35 @@ def draw(family: Family, parts: Mapping[str, str], unit: str, target: Path) -> N
         panels[0].invert_yaxis()
 
 
+def draw_lengths(models: Sequence[str], target: Path) -> None:
+    """The differences of NIO from the others by length of training, with their intervals."""
+    with figure(target, width=4.2 * len(models), height=3.4) as drawn:
+        for axes, model in zip(drawn.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+            family, steps_of = by_length(model), {part: steps for steps, part in LENGTHS[model].items()}
+            names = [name for name in NAMES if any(arm == name for _, arm in family)]
+            axes.axhline(0, color=GREY, linewidth=1)
+            for number, (name, color) in enumerate(zip(names, itertools.cycle(COLORS))):
+                known = [(steps_of[part], found) for (part, arm), found in family.items() if arm == name]
+                axes.errorbar(
+                    # A little apart, so that no interval covers another.
+                    [steps * 1.04 ** (number - len(names) / 2) for steps, _ in known],
+                    [found.mean for _, found in known],
+                    yerr=[found.half_width for _, found in known],
+                    color=color,
+                    marker="o",
+                    markersize=4,
+                    capsize=3,
+                    label=NAMES[name].replace("`", ""),
+                )
+            axes.set_xscale("log")
+            axes.set_xticks(list(LENGTHS[model]), [f"{steps:,}" for steps in LENGTHS[model]])
+            axes.minorticks_off()
+            axes.set_title(model)
+            axes.set_xlabel("steps of the training")
+            axes.legend(fontsize="small")
+        drawn.axes[0].set_ylabel("points of accuracy, NIO minus the other" if models == ["ViT"] else "NIO's gain")
+
+
 def page(parts: Mapping[str, str], searches: Sequence[str]) -> str:
     """All tables of some parts, and what direct searches say."""
     family = rivals(parts)
@@ -278,6 +397,16 @@ def main() -> int:
         if done:
             sys.stdout.write(page(done, [name for name in searches if SEARCHED_BY[name] in done]) + "\n\n")
             draw(rivals(done), done, unit, RESULTS / target)
+    for model, parts in LENGTHS.items():
+        titles = {part: f"{steps:,}" for steps, part in parts.items()}
+        sys.stdout.write(rows_table(by_length(model), f"{model}, steps", titles) + "\n\n")
+    sys.stdout.write(rows_table(others(PLACES), "where", PLACES) + "\n\n")
+    for part, title in MODELS.items():
+        sys.stdout.write(race_table(part, title) + "\n\n")
+    for models, target in ((["ViT"], "lengths.png"), (list(TEXTS.values()), "text-lengths.png")):
+        shown = [model for model in models if len({part for part, _ in by_length(model)}) > 1]
+        if shown:
+            draw_lengths(shown, RESULTS / target)
     return 0
 
 

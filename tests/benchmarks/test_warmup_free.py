@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -188,6 +189,8 @@ def test_the_whole_study_in_miniature(tiny: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tables, "RESULTS", tiny)
     monkeypatch.setattr(tables, "TEST_IMAGES", 360)
     monkeypatch.setattr(tables, "MODELS", {"rivals-vit": "ViT"})
+    monkeypatch.setattr(tables, "LENGTHS", {"ViT": {24: "rivals-vit"}})
+    monkeypatch.setattr(tables, "PLACES", {})
     study.work(["search-vit", "rivals-vit"], Path(), float("inf"))
     assert list(study.search_jobs("search-vit")) == []
     assert list(study.held_jobs("rivals-vit")) == []
@@ -207,6 +210,42 @@ def test_the_whole_study_in_miniature(tiny: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tables, "TEXTS", {})
     assert tables.main() == 0
     assert (tiny / "rivals.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_of_longer_trainings_and_of_races(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arms, judging = ("nio", "x4", "class"), (1400, 1401, 1402)
+    parts = {
+        "rivals-vit": Part(_digits(500), arms, judging, extends=False),
+        "length-2500": Part(_digits(2500), ("nio", "x4"), judging, extends=False),
+        "where-width192": Part(_digits(500), ("nio", "x4"), judging, extends=False),
+    }
+    lengths = {"ViT": {500: "rivals-vit", 2500: "length-2500", 9000: "length-9000"}}
+    for module in (study, tables):
+        monkeypatch.setattr(module, "HELD", {**parts, "length-9000": parts["length-2500"]})
+    for name, value in (("RESULTS", tiny), ("LENGTHS", lengths), ("PLACES", {"where-width192": "width 192"})):
+        monkeypatch.setattr(tables, name, value)
+    ends = {"nio": 50.0, "x4": 48.0, "class": 40.0}
+    middle = {"nio": 1.5, "x4": 1.4, "class": 2.0}
+    for part, held in parts.items():
+        with (tiny / f"{part}.jsonl").open("w") as file:
+            for arm, rate, seed in itertools.product(held.arms, (5e-4, 1e-3, 2e-3), (0, 1, *judging)):
+                run = Run(part, arm, rate, seed, seed in held.choosing)
+                accuracy = ends[arm] - (rate != 1e-3) + (seed % 10) * (1 + (arm == "nio"))
+                row = {"accuracy": accuracy, "cost": 8.67, "losses": [3.0] * 4 + [middle[arm]] + [0.1] * 15}
+                file.write(json.dumps({**dataclasses.asdict(run), **row}) + "\n")
+    family = tables.by_length("ViT")
+    assert set(family) == {("rivals-vit", "x4"), ("length-2500", "x4")}, "arms of the longer trainings, where done"
+    assert family["length-2500", "x4"].mean == pytest.approx(3.0)
+    table = tables.rows_table(family, "steps", {"rivals-vit": "500", "length-2500": "2,500", "length-9000": "9,000"})
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| 500", "| 2,500"]
+    assert "| 51.00 ± 2.00 | 9 | +3.00 (" in table
+    # 90% interval of 2, 3, 4 by Student's t with 2 degrees of freedom: 2.920 x 1 / sqrt(3).
+    assert "+3.00 (+1.31 to +4.69)" in table
+    raced = tables.race_table("rivals-vit", "ViT").splitlines()[2:]
+    # The race prefers x4, which has the lower loss at its end and the lower accuracy in the end.
+    assert raced[1] == "| 0.001 | `initializer_range` x4 2 | 51.0 | 48.5 | 40.5 | 48.5 | 51.0 |"
+    tables.draw_lengths(["ViT"], tiny / "lengths.png")
+    assert (tiny / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_seeding_and_warmup_change_the_first_steps_only_where_asked_for() -> None:
