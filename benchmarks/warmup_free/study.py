@@ -37,10 +37,9 @@ JUDGING = tuple(range(1300, 1308))
 LEAST_RATE, LARGEST_RATE = 6.25e-5, 3.2e-2
 RETRY_SECONDS = 5.0
 
-_COMMON = ("x2", "x4", "width", "xavier", "mimetic", "lsuv")
-_FIRST = ("nio", "class", "warmup10", "warmup30")
-_LAST = (
-    *("searched", "gi_adam", "radam", "schedule_free", "muon"),
+_VIT = (
+    *("nio", "class", "warmup10", "warmup30", "x2", "x4", "width", "xavier", "mimetic", "lsuv", "structured"),
+    *("positions8", "positions32", "searched", "gi_adam", "radam", "schedule_free", "muon"),
     *("nio_warmup10", "nio_seeded", "nio_muon", "xavier_nio", "mimetic_nio"),
 )
 _LONG = ("nio", "warmup10", "x4", "xavier", "positions8")
@@ -59,7 +58,8 @@ _TEXT = (
     "nio_seeded",
 )
 _LONG_TEXT = ("nio", "class", "warmup10", "x2", "nio_half")
-_WHERE = ("nio", "warmup10", "x4", "width", "positions8")
+_WHERE = ("nio", "warmup10", "x4", "positions8")
+_SWIN = ("nio", "class", "warmup10", "warmup30", "x2", "x4", "xavier", "mimetic", "lsuv", "searched")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Part:
     extends: bool = True
 
 
-def _where(**changes: Any) -> Part:
-    return Part(ImageTask("vit", **changes), _WHERE, (1400, 1401, 1402), choosing=(0,), extends=False)
+def _where(arms: tuple[str, ...] = _WHERE, **changes: Any) -> Part:
+    return Part(ImageTask("vit", **changes), arms, (1400, 1401, 1402), choosing=(0,), extends=False)
 
 
 def _text(model: str, *further: str) -> Part:
@@ -96,14 +96,14 @@ def _long_text(model: str) -> Part:
 
 
 HELD = {
-    "rivals-vit": Part(
-        ImageTask("vit"), (*_FIRST, *_COMMON, "structured", "positions8", "positions32", *_LAST), JUDGING
-    ),
+    "rivals-vit": Part(ImageTask("vit"), _VIT, JUDGING),
     "text-gpt2": _text("gpt2"),
     "text-llama": _text("llama", "residual"),
     "text-bert": _text("bert", "residual"),
-    "rivals-swin": Part(ImageTask("swin"), (*_FIRST, *_COMMON, *_LAST), JUDGING),
-    "length-2500": Part(ImageTask("vit", steps=2500), _LONG, (1400, 1401, 1402, 1403, 1404)),
+    "rivals-swin": Part(
+        ImageTask("swin"), (*_SWIN, "gi_adam", "radam", "muon", "nio_seeded"), JUDGING[:5], choosing=(0,)
+    ),
+    "length-2500": Part(ImageTask("vit", steps=2500), _LONG, (1400, 1401, 1402, 1403, 1404), choosing=(0,)),
     "text-gpt2-5000": _long_text("gpt2"),
     "text-llama-5000": _long_text("llama"),
     "text-bert-5000": _long_text("bert"),
@@ -113,14 +113,14 @@ HELD = {
     "where-imagenette64": _where(data="imagenette224", pixels=64),
     "length-10000": Part(
         ImageTask("vit", steps=10_000, augmented=True),
-        (*_LONG, "published"),
+        ("nio", "warmup10", "x4", "positions8", "published"),
         (1400, 1401, 1402),
         rates_of="length-2500",
     ),
-    "where-width384": _where(width=384),
+    "where-width384": _where(("nio", "warmup10", "x4"), width=384),
     "length-25000": Part(
         ImageTask("vit", steps=25_000, augmented=True),
-        ("nio", "warmup10", "x4", "positions8"),
+        ("nio", "warmup10", "x4"),
         (1400, 1401, 1402),
         rates_of="length-2500",
     ),
