@@ -45,7 +45,9 @@ def options_for(name: str, output_dir: Path) -> list[str]:
     return ["--dataset_name", "parquet", *data, *options.split(), *SHORTENED.split(), "--output_dir", str(output_dir)]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", ["vit-tiny/cifar10/nio", pytest.param("swin-tiny/imagenette/nio", marks=pytest.mark.slow)]
+)
 def test_a_recipe_runs_from_real_images_to_a_model_and_goes_on_where_it_was(name: str, tmp_path: Path) -> None:
     run = train(load_recipe(name, options_for(name, tmp_path / "whole")))
     assert run.result is not None

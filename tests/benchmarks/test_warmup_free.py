@@ -143,8 +143,8 @@ def test_every_arm_trains_and_pays_its_initialisation(arm: str, tiny: Path) -> N
 def test_text_trains_too(model: str, arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "load_blocks", lambda: tuple(BLOCKS.split([448, 64])))
     monkeypatch.setattr(texts, "CHOOSING_BLOCKS", 64)
-    row = lab.carry_out(Run(model, arm, 2e-3, 3, choosing=False), TextTask(model, steps=36), Path())
-    assert row["steps"] + np.ceil(row["cost"]) == 36
+    row = lab.carry_out(Run(model, arm, 2e-3, 3, choosing=False), TextTask(model, steps=20), Path())
+    assert row["steps"] + np.ceil(row["cost"]) == 20
     assert "accuracy" not in row
     assert lab.score(row) == -row["loss"] > -math.log(texts.TOKENS)
     by_block = texts.unpacked_losses(row["right"])
@@ -175,21 +175,22 @@ def test_residual_projections_are_scaled_as_gpt2_scales_them() -> None:
 
 def test_the_whole_study_in_miniature(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Search, choice and judgement, then tables and picture, on the digits with few steps."""
-    arms = ("nio", "class", "warmup10", "x4", "searched", "nio_warmup10")
-    parts = {"rivals-vit": Part(_digits(24), arms, (1300, 1301, 1302))}
+    arms = ("nio", "warmup10", "x4", "searched", "nio_warmup10")
+    parts = {"rivals-vit": Part(_digits(14), arms, (1300, 1301), choosing=(0,))}
     for module in (study, tables):
         monkeypatch.setattr(module, "HELD", parts)
         monkeypatch.setattr(module, "SEARCHED_BY", {"search-vit": "rivals-vit"})
     monkeypatch.setattr(study, "LEAST_RATE", 5e-4)
     monkeypatch.setattr(study, "LARGEST_RATE", 2e-3)
-    monkeypatch.setattr(search, "MOST_CONFIGURATIONS", 4)
+    monkeypatch.setattr(study, "CHOOSING", (0,))
+    monkeypatch.setattr(search, "MOST_CONFIGURATIONS", 3)
     monkeypatch.setattr(search, "RATES", {"digits": 1e-3})
     for module in (lab, search):
         monkeypatch.setattr(module, "SEARCHED", tiny / "searched.json")
     monkeypatch.setattr(tables, "RESULTS", tiny)
     monkeypatch.setattr(tables, "TEST_IMAGES", 360)
     monkeypatch.setattr(tables, "MODELS", {"rivals-vit": "ViT"})
-    monkeypatch.setattr(tables, "LENGTHS", {"ViT": {24: "rivals-vit"}})
+    monkeypatch.setattr(tables, "LENGTHS", {"ViT": {14: "rivals-vit"}})
     monkeypatch.setattr(tables, "PLACES", {})
     study.work(["search-vit", "rivals-vit"], Path(), float("inf"))
     assert list(study.search_jobs("search-vit")) == []
@@ -197,7 +198,7 @@ def test_the_whole_study_in_miniature(tiny: Path, monkeypatch: pytest.MonkeyPatc
     found = tables.judged("rivals-vit")
     assert list(found) == list(arms)
     family = tables.rivals(["rivals-vit"])
-    assert {name for _, name in family} == {"class", "warmup10", "x4", "searched"}
+    assert {name for _, name in family} == {"warmup10", "x4", "searched"}
     own, other = found["nio"], found["x4"]
     expected = [a - b for a, b in zip(own.scores, other.scores, strict=True)]
     assert family["rivals-vit", "x4"].mean == pytest.approx(np.mean(expected))
@@ -205,7 +206,7 @@ def test_the_whole_study_in_miniature(tiny: Path, monkeypatch: pytest.MonkeyPatc
     assert tables.samples_error(own, other) == pytest.approx(shares.std(ddof=1) / np.sqrt(360))
     assert shares.mean() == pytest.approx(np.mean(expected), abs=0.01)
     page = tables.page({"rivals-vit": "ViT"}, ["search-vit"])
-    assert "the direct search over 4 configurations finds" in page
+    assert "the direct search over 3 configurations finds" in page
     assert "| NIO, warmup 10%, minus NIO |" in page
     monkeypatch.setattr(tables, "TEXTS", {})
     assert tables.main() == 0

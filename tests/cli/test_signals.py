@@ -61,10 +61,8 @@ def _stopped_after_a_step(command: list[str], number: int) -> tuple[int, str]:
         return process.returncode, "".join(lines) + rest
 
 
-@pytest.mark.parametrize(
-    "how",
-    [pytest.param("alone", marks=pytest.mark.slow), pytest.param("launched", marks=resumes_in_several_processes)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["alone", pytest.param("launched", marks=resumes_in_several_processes)])
 def test_sigterm_saves_and_the_same_command_goes_on(how: str, tmp_path: Path) -> None:
     whole = _run(_command(tmp_path / "whole", how))
     assert whole.returncode == 0, whole.stdout + whole.stderr

@@ -113,6 +113,7 @@ def test_two_processes_really_ran_and_reported_once(runs: dict[int, Path]) -> No
     assert (runs[2] / "shown.txt").read_text().count("Trained model: ") == 1
 
 
+@pytest.mark.slow
 def test_a_recipe_of_the_package_trains_once_in_two_processes(tmp_path: Path) -> None:
     options = ["--max_steps", "2", "--nio", "false", "--logging_steps", "1", "--eval_strategy", "no"]
     options += ["--output_dir", str(tmp_path), "--disable_tqdm", "true"]

@@ -69,6 +69,7 @@ def _started_again(
     return first, second
 
 
+@pytest.mark.slow
 def test_killed_in_nio(tmp_path: Path, uninterrupted: Any) -> None:
     faults = {"nio": {"number": REPORTED + 4, "signal": "SIGKILL"}}
     first, second = _started_again(tmp_path, "single", 1, faults)
@@ -78,6 +79,7 @@ def test_killed_in_nio(tmp_path: Path, uninterrupted: Any) -> None:
     assert not (tmp_path / "output" / PROGRESS_NAME).exists()
 
 
+@pytest.mark.slow
 def test_killed_while_scales_are_tried_begins_again(tmp_path: Path, uninterrupted: Any) -> None:
     faults = {"loss": {"number": 16, "signal": "SIGKILL"}}
     first, second = _started_again(tmp_path, "single", 1, faults, COMPUTING)
@@ -87,6 +89,7 @@ def test_killed_while_scales_are_tried_begins_again(tmp_path: Path, uninterrupte
     assert not (tmp_path / "output" / PROGRESS_NAME).exists()
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_while_scales_are_computed_stops_all(tmp_path: Path, uninterrupted: Any) -> None:
     faults = {"loss": {"number": 3, "signal": "SIGTERM", "rank": 1}}
     first, second = _started_again(tmp_path, "ddp", 2, faults, COMPUTING)
@@ -96,6 +99,7 @@ def test_sigterm_to_one_process_while_scales_are_computed_stops_all(tmp_path: Pa
     assert [report["trained"] for report in second.reports] == [uninterrupted("ddp", 2, COMPUTING)] * 2
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_in_nio_saves_and_stops_all(tmp_path: Path, uninterrupted: Any) -> None:
     faults = {"nio": {"number": REPORTED + 2, "signal": "SIGTERM", "rank": 1}}
     first, second = _started_again(tmp_path, "ddp", 2, faults)
@@ -105,6 +109,7 @@ def test_sigterm_to_one_process_in_nio_saves_and_stops_all(tmp_path: Path, unint
     assert [report["trained"] for report in second.reports] == [uninterrupted("ddp", 2)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "processes"), [("single", 1), ("ddp", 2)])
 def test_killed_in_a_race(strategy: str, processes: int, tmp_path: Path, uninterrupted: Any) -> None:
     settings = {**COMPUTING, "arguments": {**COMPUTING["arguments"], "nio_race_steps": 4}}
@@ -116,6 +121,7 @@ def test_killed_in_a_race(strategy: str, processes: int, tmp_path: Path, uninter
     assert {report["trained"] for report in second.reports} == {expected}
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_in_a_race_stops_all(tmp_path: Path, uninterrupted: Any) -> None:
     settings = {**COMPUTING, "arguments": {**COMPUTING["arguments"], "nio_race_steps": 4}}
     faults = {"step": {"number": 3, "signal": "SIGTERM", "rank": 1}}
@@ -125,6 +131,7 @@ def test_sigterm_to_one_process_in_a_race_stops_all(tmp_path: Path, uninterrupte
     assert {report["trained"] for report in second.reports} == {uninterrupted("ddp", 2, settings)}
 
 
+@pytest.mark.slow
 def test_killed_in_the_save_of_the_initialised_checkpoint(tmp_path: Path, uninterrupted: Any) -> None:
     _, second = _started_again(tmp_path, "ddp", 2, {"save": True})
     assert "NIO goes on after 6 iterations" in second.output
@@ -174,7 +181,8 @@ def test_sigterm_in_nio_saves_and_exits_with_its_status(tmp_path: Path, uninterr
     assert second.reports[0]["trained"] == uninterrupted("single", 1)
 
 
-@pytest.mark.parametrize("phase", [pytest.param("nio", marks=pytest.mark.slow), "step"])
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["nio", "step"])
 def test_sigterm_to_every_process_of_a_job_spares_the_workers_that_load_data(
     phase: str, tmp_path: Path, uninterrupted: Any
 ) -> None:

@@ -83,6 +83,7 @@ def test_sharded_checkpoints_of_fsdp_are_refused_before_training(
         trainer.train()
 
 
+@pytest.mark.slow
 def test_nio_after_deepspeed_has_taken_the_weights_is_refused(tmp_path: Path) -> None:
     outcome = launch(tmp_path, "zero2", 2, arguments={"max_steps": 2, "save_strategy": "no"}, nio_again=True)
     assert outcome.status != 0

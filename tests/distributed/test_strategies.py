@@ -58,12 +58,19 @@ def _check(folder: Path, strategy: str, search: str, processes: int, alone: Any)
 
 @pytest.mark.parametrize(
     ("strategy", "search"),
-    [("ddp", "published"), ("ddp", "computed"), ("fsdp2", "computed"), ("zero2", "published"), ("zero3", "computed")],
+    [
+        pytest.param("ddp", "published", marks=pytest.mark.slow),
+        ("ddp", "computed"),
+        ("fsdp2", "computed"),
+        pytest.param("zero2", "published", marks=pytest.mark.slow),
+        pytest.param("zero3", "computed", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_find_the_scales_of_one_and_train(strategy: str, search: str, tmp_path: Path, alone: Any) -> None:
     _check(tmp_path, strategy, search, 2, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_seed_the_optimizer_as_one_does(strategy: str, tmp_path: Path) -> None:
     """A step of two processes sees as many samples as one of a process with batches of twice the size."""
@@ -78,6 +85,7 @@ def test_two_processes_seed_the_optimizer_as_one_does(strategy: str, tmp_path: P
         assert report["trained"] == together.reports[0]["trained"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_another_method_gives_two_processes_the_weights_of_one(strategy: str, tmp_path: Path) -> None:
     options = {"iterations": 4}
@@ -90,6 +98,7 @@ def test_another_method_gives_two_processes_the_weights_of_one(strategy: str, tm
         assert report["initialised"] == together.reports[0]["initialised"]
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_the_winner_of_a_race_and_hold_the_one_of_one_process(tmp_path: Path) -> None:
     settings = {**COMPUTED, "nio_race_steps": 3, "max_steps": 8, "save_strategy": "no", "dataloader_num_workers": 0}
     alone = launch(tmp_path / "alone", "single", 1, arguments={**settings, "per_device_train_batch_size": 8})
@@ -105,7 +114,7 @@ def test_two_processes_agree_on_the_winner_of_a_race_and_hold_the_one_of_one_pro
         assert lane["losses"] == pytest.approx(other["losses"], rel=0.1)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_a_race_of_a_model_in_shards_is_refused(strategy: str, tmp_path: Path) -> None:
     outcome = launch(tmp_path, strategy, 2, arguments={**COMPUTED, "nio_race_steps": 3})
     assert outcome.status != 0
@@ -113,6 +122,7 @@ def test_a_race_of_a_model_in_shards_is_refused(strategy: str, tmp_path: Path) -
     assert not (tmp_path / "output" / INIT_DIR_NAME).exists()
 
 
+@pytest.mark.slow
 def test_deepspeed_has_no_second_moment_to_seed(tmp_path: Path) -> None:
     outcome = launch(tmp_path, "zero2", 2, arguments={"nio_seed_optimizer": "gi_adam"})
     assert outcome.status != 0

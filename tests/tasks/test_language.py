@@ -145,6 +145,7 @@ def test_a_recipe_of_text_is_validated_with_its_data(tmp_path: Path) -> None:
     assert "a short run of NIO: GradCosine" in found.summary
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_scales_of_one(tmp_path: Path) -> None:
     found = []
     for processes in (1, 2):
