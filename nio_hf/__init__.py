@@ -1,6 +1,6 @@
 """Neural Initialization Optimization (NIO) for Hugging Face Transformers.
 
-NIO finds by how much to scale the weights before training (Yang et al., NeurIPS 2022, arXiv 2210.05956).
+NIO finds the factors by which to scale the weights before training (Yang et al., NeurIPS 2022, arXiv 2210.05956).
 """
 
 from __future__ import annotations
@@ -13,17 +13,6 @@ if TYPE_CHECKING:
     from nio_hf.trainer import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments
 
 __version__ = "0.1.0"
-
-_HOMES = {
-    "GradCosine": "nio_hf.core",
-    "NIOConfig": "nio_hf.core",
-    "NIOResult": "nio_hf.core",
-    "NIOTrainer": "nio_hf.trainer",
-    "NIOTrainerMixin": "nio_hf.trainer",
-    "NIOTrainingArguments": "nio_hf.trainer",
-    "grad_cosine": "nio_hf.core",
-    "initialize": "nio_hf.core",
-}
 
 __all__ = [
     "GradCosine",
@@ -38,9 +27,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    home = "nio_hf.trainer" if name.startswith("NIOTrain") else "nio_hf.core"
+    return getattr(importlib.import_module(home), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The recipes that come with the package, wherever it is installed."""
+"""Recipes and accelerate configurations that come with the package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ACCELERATE_CONFIGS = "accelerate_configs"
 
 
 def recipes_dir() -> Path:
-    """The folder of the recipes: `nio_hf.recipes` where installed, `recipes/` in a bare checkout."""
+    """Return the folder of the recipes: `nio_hf.recipes` of an installation, `recipes/` of a bare checkout."""
     try:
         return Path(str(importlib.resources.files("nio_hf.recipes")))
     except ModuleNotFoundError:
@@ -22,32 +22,32 @@ def recipes_dir() -> Path:
 
 
 def recipe_names() -> list[str]:
-    """Names `model/dataset/variant` of the recipes that come with the package, sorted."""
+    """Return the names `model/dataset/variant` of the recipes that come with the package, sorted."""
     root = recipes_dir()
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.glob("*/*/*.yaml"))
 
 
 def accelerate_config_names() -> list[str]:
-    """Names of the configurations for `accelerate launch` that come with the package, sorted."""
+    """Return the names of the configurations for `accelerate launch` that come with the package, sorted."""
     return sorted(path.stem for path in (recipes_dir() / ACCELERATE_CONFIGS).glob("*.yaml"))
 
 
 def recipe_name(path: Path) -> str:
-    """The name of a recipe that comes with the package, of another one its file name."""
+    """Return the name of a recipe that comes with the package, or the file name of another recipe."""
     root = recipes_dir().resolve()
     inside = path.resolve().is_relative_to(root)
     return path.resolve().relative_to(root).with_suffix("").as_posix() if inside else path.name
 
 
 def find_recipe(name_or_path: str, *, packaged: bool = False) -> Path:
-    """The file of a recipe or accelerate configuration, by its path or by the name of one that comes with the package.
+    """Find the file of a recipe or accelerate configuration.
 
     Args:
-        name_or_path: Path or name.
-        packaged: Whether only the names count.
+        name_or_path: Path of a file, or name of one that comes with the package.
+        packaged: Whether only names are accepted.
 
     Raises:
-        RecipeError: where there is neither.
+        RecipeError: No such file or name, with the name that is most similar.
     """
     path = Path(name_or_path)
     if path.is_file() and not packaged:
@@ -62,10 +62,10 @@ def find_recipe(name_or_path: str, *, packaged: bool = False) -> Path:
 
 
 def find_accelerate_config(name_or_path: str) -> Path:
-    """A configuration file for `accelerate launch`, by its path or by the name of one that comes with the package.
+    """Find a configuration file for `accelerate launch` by its path, or by its name if it comes with the package.
 
     Raises:
-        RecipeError: where there is neither.
+        RecipeError: No such file or name, with the names that exist.
     """
     path, names = Path(name_or_path), accelerate_config_names()
     if not path.is_file() and name_or_path not in names:
@@ -75,7 +75,7 @@ def find_accelerate_config(name_or_path: str) -> Path:
 
 
 def describe(name: str) -> str:
-    """The first line of a recipe that comes with the package: what it is."""
+    """Return the description of a recipe that comes with the package, which is its first line."""
     with (recipes_dir() / f"{name}.yaml").open(encoding="utf-8") as file:
         return file.readline().removeprefix("#").strip()
 
@@ -84,8 +84,8 @@ def copy_recipe(name: str, destination: Path | None, *, replace: bool = False) -
     """Copy a recipe to a file, or into a folder as MODEL-DATASET-VARIANT.yaml, and return the file.
 
     Raises:
-        RecipeError: for a recipe that does not exist, or a file that does and is not to be replaced.
-        OutputError: where the file cannot be written.
+        RecipeError: A recipe that does not exist, or a file that exists without `replace`.
+        OutputError: A file that cannot be written.
     """
     source, target = find_recipe(name), destination or Path()
     if target.is_dir():
@@ -100,7 +100,7 @@ def copy_recipe(name: str, destination: Path | None, *, replace: bool = False) -
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """(recipe, overrides) of a command line: the recipe stands first, or it is the default."""
+    """Split a command line into the recipe, which stands first or is the default, and its overrides."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], list(arguments[1:])
     return DEFAULT_RECIPE, list(arguments)

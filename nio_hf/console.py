@@ -1,4 +1,4 @@
-"""What a command shows on the terminal: messages, errors and results."""
+"""Output of the commands on the terminal: messages, errors and results."""
 
 from __future__ import annotations
 
@@ -14,22 +14,18 @@ from rich.table import Table
 from nio_hf.errors import ConfigError, NIOError, Preempted, RecipeError
 
 FAILURE, USAGE_ERROR, PREEMPTED, INTERRUPTED = 1, 2, Preempted.STATUS, 130
-"""Exit status of a run that failed, of settings that cannot work, of a run that SIGTERM ended after it had saved, and
-of an interrupted run."""
+"""Exit statuses: a run that failed, settings that cannot work, a run that SIGTERM ended after a save, Ctrl-C."""
 STATUS_FILE = "NIO_HF_STATUS_FILE"
-"""Environment variable: file for the exit status of a run, which launchers replace by their own."""
-_GO_ON = "The same command with --resume_from_checkpoint auto goes on from what was saved, without it begins."
+"""Environment variable with the path of a file for the exit status of a run, which launchers replace by their own."""
+_GO_ON = "The same command with --resume_from_checkpoint auto goes on from the last save; without it, it begins."
 
 
 def exit_status(action: Callable[[], int], interrupted: str = _GO_ON) -> int:
-    """Do what a command does, with our errors as messages on standard error.
+    """Carry out a command, print errors of this package to standard error, and return the exit status.
 
     Args:
-        action: Function that does it and returns the exit status.
-        interrupted: How to go on after Ctrl-C.
-
-    Returns:
-        The exit status.
+        action: Function of the command, which returns an exit status.
+        interrupted: Advice after Ctrl-C.
     """
     errors = Console(stderr=True)
     logger = logging.getLogger("nio_hf")
@@ -41,7 +37,7 @@ def exit_status(action: Callable[[], int], interrupted: str = _GO_ON) -> int:
         from nio_hf.core.collective import is_shared  # torch, which `nio-hf recipes` does without
 
         is_usage = isinstance(error, ConfigError | RecipeError)
-        # One message will do for what every process of a launch finds, or was told.
+        # An error that every process of a launch finds or receives needs one message.
         if not (is_usage or is_shared(error)) or _is_first("RANK"):
             print_error(error, errors)
         status = USAGE_ERROR if is_usage else FAILURE
@@ -56,14 +52,14 @@ def exit_status(action: Callable[[], int], interrupted: str = _GO_ON) -> int:
 
 
 class _MessageHandler(logging.Handler):
-    """Shows a message in one line, so that a command in it can be copied."""
+    """Prints each message in one line, so that a command in it can be copied."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a message behind its level."""
+        """Print the level and the message."""
         style = {logging.WARNING: "yellow", logging.ERROR: "red"}.get(record.levelno)
         text = f"{record.levelname:<8} {record.getMessage()}"
         self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
@@ -74,7 +70,7 @@ def _is_first(rank: str) -> bool:
 
 
 def print_error(error: NIOError, console: Console) -> None:
-    """Print one of our errors with its kind."""
+    """Print an error of this package with its class."""
     console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -84,13 +80,13 @@ def print_results(
     sentences: Sequence[str],
     files: Mapping[str, Path | str],
 ) -> None:
-    """Print what a command found.
+    """Print the results of a command.
 
     Args:
         title: Name of the run, model or comparison; empty for none.
-        tables: {name: (columns, rows)}; empty names of columns for a table without a header.
-        sentences: What it comes to.
-        files: {what: path or address} of all that was written.
+        tables: {name: (columns, rows)}; a table whose columns have empty names has no header.
+        sentences: Conclusions.
+        files: {description: path or address} of everything that was written.
     """
     console = Console()
     if title:

@@ -1,4 +1,4 @@
-"""The errors a user of nio_hf can cause. Each says where, what was found, and how to fix it."""
+"""Errors that a user of nio_hf can cause. Each says where it is, what was found, and how to fix it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One problem.
 
     Attributes:
-        where: the argument, file and key, or tensor that the problem is about.
-        found: what was found there.
-        fix: what the user can do about it, as an imperative sentence without the final stop.
+        where: Argument, file and key, or tensor that the problem is about.
+        found: Finding at that place.
+        fix: Advice to the user, as an imperative sentence without its full stop.
     """
 
     where: str
@@ -26,11 +26,11 @@ class Problem:
 
 
 class NIOError(Exception):
-    """Base of all errors of nio_hf. It carries every problem found, not only the first.
+    """Base of all errors of nio_hf. It carries all problems that were found.
 
     Args:
-        problems: at least one [`Problem`]. A worker of a data loader hands over the text of its traceback instead,
-            which ends with the message.
+        problems: Problems, at least one. A worker of a data loader passes the text of its traceback instead, which
+            ends with the message.
     """
 
     def __init__(self, *problems: Problem | str) -> None:
@@ -73,15 +73,15 @@ class NumericsError(NIOError, ArithmeticError):
 
 
 class NIOMemoryError(NIOError, MemoryError):
-    """NIO does not fit in the memory of the device."""
+    """A run of NIO that does not fit into the memory of the device."""
 
 
 class RankError(NIOError, RuntimeError):
-    """An error of one process of several, which stops all of them."""
+    """An error in one of several processes, which stops all of them."""
 
 
 class StoppedError(NIOError, RuntimeError):
-    """A run that was asked to stop, and has saved what it takes to go on."""
+    """A run that was asked to stop, and has saved the state to go on from."""
 
 
 class RecipeError(NIOError, ValueError):
@@ -93,7 +93,7 @@ class CheckpointError(NIOError, ValueError, RuntimeError):
 
 
 class NoCheckpointError(CheckpointError, FileNotFoundError):
-    """A folder that is no checkpoint, or lacks what makes it one."""
+    """A folder that is missing, or is no checkpoint."""
 
 
 class OutputError(NIOError, OSError):
@@ -101,7 +101,7 @@ class OutputError(NIOError, OSError):
 
 
 class HubError(NIOError, RuntimeError):
-    """Something that the Hugging Face Hub refuses, or a Hub that cannot be reached."""
+    """A request that the Hugging Face Hub refuses, or a Hub that cannot be reached."""
 
 
 class MissingExtraError(NIOError, ImportError):
@@ -109,9 +109,9 @@ class MissingExtraError(NIOError, ImportError):
 
 
 class Preempted(SystemExit):
-    """A run that SIGTERM ended after it had saved. A script that lets it pass exits with status 75.
+    """A run that SIGTERM ended after a save. A script that does not catch it exits with status 75.
 
-    That is EX_TEMPFAIL of sysexits.h: try again later.
+    This status is EX_TEMPFAIL of sysexits.h: try again later.
     """
 
     STATUS = 75
@@ -125,11 +125,11 @@ class Preempted(SystemExit):
 
 
 def listed(names: Sequence[str], most: int) -> str:
-    """Names one after the other, with the number of those that are left out beyond `most`."""
+    """Join names by commas; of more than `most` names, the last part is the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def one_line(error: BaseException) -> str:
-    """The message of somebody else's error, for use inside one of ours."""
+    """Return the message of a foreign error in one line, for use inside an error of this package."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""The extras of the package: what they bring, and what to install where one is missing."""
+"""The extras of the package: their modules, and how to install an extra that is missing."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ EXTRAS = {
         *("pydantic", "ruamel.yaml", "scipy", "sklearn"),
     ),
 }
-"""{extra: modules that it brings}; the packages are in pyproject.toml."""
+"""{extra: modules that it installs}; the packages are in pyproject.toml."""
 
 
 def missing_modules(extra: str) -> list[str]:
-    """Modules of an extra that are not installed."""
+    """Return the modules of an extra that are not installed."""
     return [module for module in EXTRAS[extra] if importlib.util.find_spec(module.partition(".")[0]) is None]
 
 
 def require(extra: str, what: str) -> None:
-    """Refuse to go on without an extra.
+    """Check that an extra is installed.
 
     Args:
-        extra: its name.
-        what: what needs it, as the subject of a sentence in the plural.
+        extra: Name of the extra.
+        what: Part of the package that needs the extra, in the plural, for the message.
 
     Raises:
-        MissingExtraError: with the command that installs it.
+        MissingExtraError: Missing modules, with the command that installs them.
     """
     missing = missing_modules(extra)
     if missing:
@@ -37,5 +37,5 @@ def require(extra: str, what: str) -> None:
 
 
 def how_to_install(extra: str) -> str:
-    """What to do to have an extra."""
+    """Return the advice to install an extra, with the command."""
     return f"Install what they need: pip install 'nio-hf[{extra}]'"

@@ -1,4 +1,4 @@
-"""Writing into folders: whole or not at all, by one training at a time, with errors that say what is wrong."""
+"""Writing into folders: whole files or none, one training at a time, with errors that name the reason."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _CHOOSE = "Free space or choose another output_dir"
 
 @contextlib.contextmanager
 def output_errors(target: Path, *, delete: bool = False, trained: bool = True) -> Iterator[None]:
-    """Turn what a full disk, or one that cannot be written, makes of a save into an error of ours.
+    """Turn errors of a disk that is full or cannot be written into [`OutputError`].
 
     Args:
         target: File or folder that is written.
-        delete: Remove what was written of it, which makes room.
-        trained: Whether there may be checkpoints of the training already.
+        delete: Whether to remove an incomplete target, which frees its space.
+        trained: Whether the training may have saved checkpoints already.
 
     Raises:
-        OutputError: With the target and the reason.
+        OutputError: A failed write, with the target and the reason.
     """
     try:
         yield
@@ -45,12 +45,12 @@ def output_errors(target: Path, *, delete: bool = False, trained: bool = True) -
 
 @contextlib.contextmanager
 def only_writer(directory: Path) -> Iterator[None]:
-    """Hold a directory against a second training while the context lasts and this process lives.
+    """Lock a directory against a second training while the context lasts and this process lives.
 
-    Where the file system has no locks, nothing is held.
+    On a file system without locks, nothing is locked.
 
     Raises:
-        OutputError: Where another training holds it.
+        OutputError: A directory that another training has locked.
     """
     try:
         import fcntl
@@ -75,7 +75,7 @@ def ensure_writable(directory: Path, needed: int = 0) -> None:
     """Create a directory and try to write into it.
 
     Raises:
-        OutputError: Where that fails, or fewer than `needed` bytes are free.
+        OutputError: A directory that cannot be written, or has fewer than `needed` bytes free.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def ensure_writable(directory: Path, needed: int = 0) -> None:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write a file so that it holds either what it held or all of the text, whatever happens."""
+    """Write a text into a file. If this fails at any moment, the file keeps its former content."""
     temporary = file.with_name(f"{file.name}.partial")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -103,14 +103,14 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def sync_file(file: Path) -> None:
-    """Have the content of a file on the disk, not only handed to the system."""
+    """Write the content of a file to the disk, beyond the buffers of the system."""
     # Windows syncs a file only through a handle that may write.
     with file.open("rb+") as handle:
         os.fsync(handle.fileno())
 
 
 def sync_directory(directory: Path) -> None:
-    """Make a rename last; systems that cannot open directories do so by themselves."""
+    """Write a rename in a directory to the disk; systems that cannot open directories do so by themselves."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:

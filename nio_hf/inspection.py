@@ -29,14 +29,14 @@ from nio_hf.report.tables import LAYER_COLUMNS, layer_rows, shape_of_sub_batches
 from nio_hf.tasks import build_trainer
 
 AT_INIT_DIR_NAME = "inspect-init"
-"""Folder for the inspection of a recipe's model, as it is before NIO and training."""
+"""Folder for the inspection of the model of a recipe before NIO and training."""
 _QUIET = {"report_to": "none", "push_to_hub": False, "nio": False}
 
 
 def run_inspection(arguments: Sequence[str]) -> int:
-    """Inspect the model or recipe of a command line, on the batches that NIO sets aside; returns the exit status.
+    """Inspect the model or recipe of a command line on the report batches of NIO, and return the exit status.
 
-    Numbers and a plot are written beside what the model or the training has written.
+    The numbers and a plot are written into a subfolder of the model's folder or the recipe's `output_dir`.
     """
 
     def command() -> int:
@@ -67,7 +67,7 @@ def run_inspection(arguments: Sequence[str]) -> int:
 
 
 def _is_model(name: str) -> bool:
-    """Whether it names a model: a folder, or USER/NAME on the Hub; recipes are files, or of three parts."""
+    """Whether a name is a model, i.e. a folder or USER/NAME on the Hub; a recipe is a file, or has three parts."""
     if Path(name).is_dir():
         return True
     try:
@@ -78,11 +78,11 @@ def _is_model(name: str) -> bool:
 
 
 def _recipe_of_model(name: str, overrides: Sequence[str]) -> tuple[Recipe, int]:
-    """The recipe that a model was saved with, and the steps that it was trained for.
+    """Return the recipe that a model was saved with, and the number of its training steps.
 
     Raises:
-        ModelError: for a model that is not there, or not to be reached.
-        RecipeError: for a model without a recipe, where no data set is given either.
+        ModelError: A model that does not exist or cannot be reached.
+        RecipeError: A model without a recipe, when no data set is given.
     """
     local = Path(name).is_dir()
     source = str(model_folder(Path(name))) if local else name
@@ -103,10 +103,10 @@ def _recipe_of_model(name: str, overrides: Sequence[str]) -> tuple[Recipe, int]:
 
 
 def _find_beside(source: str, name: str, revision: str | None) -> Path | None:
-    """A file that was saved with a model, in a folder or on the Hub; None where there is none of that name.
+    """Find a file that was saved with a model, in a folder or on the Hub; None if there is no such file.
 
     Raises:
-        ModelError: for a model that is not there, or not to be reached.
+        ModelError: A model that does not exist or cannot be reached.
     """
     try:
         file = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)

@@ -1,4 +1,4 @@
-"""`accelerate launch` around a training, for those who give launch options to `nio-hf train`."""
+"""`accelerate launch` around a training, for the launch options of `nio-hf train`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _FORWARDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", 
 
 
 def launch_command(options: Mapping[str, str], arguments: Sequence[str]) -> list[str]:
-    """The command line of `accelerate launch -m nio_hf.train`.
+    """Return the command line of `accelerate launch -m nio_hf.train`.
 
     Args:
-        options: Options of `accelerate launch`, by name; `config_file` may name one that comes with the package.
-        arguments: The recipe and its overrides. They stand behind the module, where `accelerate launch` leaves them
-            alone, so `--gradient_accumulation_steps` is always the recipe's.
+        options: Options of `accelerate launch` by name; `config_file` may name one that comes with the package.
+        arguments: Recipe and overrides. They stand behind the module, where `accelerate launch` ignores them, so
+            `--gradient_accumulation_steps` always belongs to the recipe.
 
     Raises:
-        RecipeError: for a configuration file that does not exist.
+        RecipeError: A configuration file that does not exist.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     for name, value in options.items():
@@ -45,8 +45,8 @@ def launch(options: Mapping[str, str], arguments: Sequence[str]) -> int:
     """Run `accelerate launch` and return the exit status of the training; signals reach all of its processes.
 
     Raises:
-        RecipeError: for a configuration file that does not exist, for several processes where `accelerate launch` would
-            run one without a word, or for a recipe that does not validate.
+        RecipeError: A configuration file that does not exist, several processes where `accelerate launch` would run
+            one without a warning, or a recipe that does not validate.
     """
     command, processes = launch_command(options, arguments), options.get("num_processes", "1")
     configured = "config_file" in options or Path(default_config_file).is_file()
@@ -66,7 +66,7 @@ def launch(options: Mapping[str, str], arguments: Sequence[str]) -> int:
         environment = {**os.environ, STATUS_FILE: str(status_file)}
         former = {number: signal.signal(number, forward) for number in _FORWARDED}
         try:
-            # In a session of its own, so that a signal reaches the launcher and the training alike.
+            # A session of its own lets a signal reach both the launcher and the training.
             with subprocess.Popen(command, env=environment, start_new_session=True) as process:
                 receivers.append(process)
                 status = process.wait()

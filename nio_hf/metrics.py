@@ -1,4 +1,4 @@
-"""What a training is judged by, so that nothing else need know whether more or less of it is better."""
+"""Metrics that trainings are judged by. Only this module knows whether a higher value is better."""
 
 from __future__ import annotations
 
@@ -11,76 +11,66 @@ class Metric:
     """A metric of an evaluation, as people read it.
 
     Attributes:
-        key: of the metrics of Trainer, e.g. "eval_accuracy".
-        name: in sentences and axes, e.g. "accuracy".
-        unit: behind a value, e.g. "%"; empty for none.
-        points: what a difference is counted in, e.g. "points of accuracy".
-        factor: from the value of Trainer to the one that is shown.
-        lower_is_better: whether less of it is better.
-        digits: behind the point, of a value that is shown.
-        margin: difference that counts as none.
-        plateau: distance from the best value at which a learning rate is too high.
-        is_share: whether it is a share of samples, with a binomial error.
+        key: Name in the metrics of Trainer, e.g. "eval_accuracy".
+        name: Name in sentences and on axes, e.g. "accuracy".
+        unit: Unit of a value, e.g. "%"; empty for none.
+        points: Unit of a difference, e.g. "points of accuracy".
+        digits: Number of decimal digits.
+        margin: Largest difference that counts as none.
+        plateau: Distance from the best value beyond which a learning rate is too high.
+        factor: Factor from the value of Trainer to the displayed value.
+        lower_is_better: Whether a lower value is better.
+        is_share: Whether the value is a share of the samples, with a binomial error.
     """
 
     key: str
     name: str
     unit: str
     points: str
+    digits: int
+    margin: float
+    plateau: float
     factor: float = 1.0
     lower_is_better: bool = False
-    digits: int = 2
-    margin: float = 0.5
-    plateau: float = 3.0
     is_share: bool = False
 
     def worst(self, classes: int) -> float:
-        """What a model has that knows nothing of `classes` equal choices, by which a failed training counts."""
+        """Value of a uniform guess among `classes` choices, which stands for a training that failed."""
         return math.log(classes) if self.lower_is_better else 100 / classes
 
     def merit(self, value: float) -> float:
-        """A number that is the higher, the better a value is."""
+        """Return a number that is higher for a better value."""
         return -value if self.lower_is_better else value
 
     def gain(self, own: float, other: float) -> float:
-        """By how much one value is better than another, above 0 where it is."""
+        """Return by how much a value is better than another; negative if it is worse."""
         return self.merit(own) - self.merit(other)
 
     @property
     def label(self) -> str:
-        """Its name, and what its values are counted in, for axes and tables."""
+        """Name and unit, for axes and tables."""
         return f"{self.name} ({self.unit or self.points})"
 
     @property
     def heading(self) -> str:
-        """The label at the beginning of a line."""
+        """Label at the beginning of a line."""
         return self.label[0].upper() + self.label[1:]
 
     @property
     def grid_digits(self) -> int:
-        """Digits behind the point, of a value in a grid of many."""
+        """Number of decimal digits in a grid of many values."""
         return self.digits - 1
 
     def text(self, value: float) -> str:
-        """A value with its unit."""
+        """Return a value with its unit."""
         return f"{value:.{self.digits}f}{self.unit}"
 
 
-ACCURACY = Metric(
-    "eval_accuracy",
-    "accuracy",
-    "%",
-    "points of accuracy",
-    factor=100.0,
-    digits=2,
-    margin=0.5,
-    plateau=3.0,
-    is_share=True,
-)
-"""Of image classification, in percent."""
-LOSS = Metric("eval_loss", "evaluation loss", "", "nats", lower_is_better=True, digits=4, margin=0.01, plateau=0.1)
-"""Of language modelling: the mean cross-entropy of a token, in nats."""
+ACCURACY = Metric("eval_accuracy", "accuracy", "%", "points of accuracy", 2, 0.5, 3.0, factor=100.0, is_share=True)
+"""Accuracy of image classification, in percent."""
+LOSS = Metric("eval_loss", "evaluation loss", "", "nats", 4, 0.01, 0.1, lower_is_better=True)
+"""Loss of language modelling: the mean cross-entropy of a token, in nats."""
 
 IMAGE_CLASSIFICATION, CAUSAL_LM, MASKED_LM = "image-classification", "causal-lm", "masked-lm"
 METRICS = {IMAGE_CLASSIFICATION: ACCURACY, CAUSAL_LM: LOSS, MASKED_LM: LOSS}
-"""{task of a recipe: the metric that it is judged by}."""
+"""{task of a recipe: metric that its trainings are judged by}."""

@@ -32,16 +32,16 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class RunReport:
-    """What a run achieved and wrote.
+    """Results and files of a run.
 
     Attributes:
         title: Name of the run.
-        rows: Summary table, (quantity, before, after).
-        result: Result of the NIO run that the model started from; None where there was none.
+        rows: Rows (quantity, before, after) of the summary table.
+        result: Result of the NIO run that the model started from; None without one.
         metrics: Metrics of the Trainer.
-        written: {what: path or address} of all that was written.
-        is_main_process: Whether this process is the one that reports.
-        failure: Error that the run ended with, or its push; None where all went well.
+        written: {description: path or address} of everything that was written.
+        is_main_process: Whether this process reports.
+        failure: Error that ended the run or its push; None for a success.
     """
 
     title: str
@@ -54,11 +54,11 @@ class RunReport:
 
 
 def train(recipe: Recipe) -> RunReport:
-    """Initialise, train, evaluate, save, and draw what happened.
+    """Initialise and train a model, evaluate and save it, and draw the plots of the run.
 
     Raises:
-        NIOError: for data or a model that cannot be loaded or do not go together; see also [`NIOTrainer`].
-        Preempted: where SIGTERM ended it after a save.
+        NIOError: Data or a model that cannot be loaded or do not fit together, and the errors of [`NIOTrainer`].
+        Preempted: A SIGTERM, after a save.
     """
     trainer = build_trainer(recipe)
     outcome = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
@@ -68,7 +68,7 @@ def train(recipe: Recipe) -> RunReport:
         trainer.save_state()
     with _stopping_at_once(recipe):
         metrics = {**outcome.metrics, **trainer.evaluate()}
-        # Of all sessions, where the training was resumed.
+        # A training that was resumed counts the seconds of all its sessions.
         metrics["train_runtime"] = trainer.training_seconds
         metrics |= trainer.evaluate_average(output_dir / EMA_DIR_NAME)
         sample = trainer.sample()
@@ -83,17 +83,17 @@ def train(recipe: Recipe) -> RunReport:
 
 
 def _stopping_at_once(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
-    """Let SIGTERM end what follows on the training: what was trained is saved first."""
+    """Let SIGTERM end the work after the training at once: the trained model is saved already."""
     if not recipe.training.enable_jit_checkpoint:
         return contextlib.nullcontext()
     return preempted_at_once("SIGTERM: stopped after the training; the trained model is saved.")
 
 
 def initialise(recipe: Recipe) -> RunReport:
-    """Initialise and save, without training.
+    """Initialise a model and save it without training.
 
     Raises:
-        NIOError: as [`train`].
+        NIOError: As in [`train`].
     """
     if recipe.training.push_to_hub and not recipe.training.nio_save_init:
         fix = "Leave out nio_save_init: what is pushed is the initialised checkpoint that it saves"
@@ -104,7 +104,7 @@ def initialise(recipe: Recipe) -> RunReport:
 
 
 def _report(trainer: RecipeTrainer, recipe: Recipe, metrics: dict[str, float]) -> RunReport:
-    """Collect, and on the main process draw, what a run leaves behind."""
+    """Collect the results of a run, and draw its plots on the main process."""
     output_dir, is_main_process = Path(cast(str, recipe.training.output_dir)), trainer.is_world_process_zero()
     result, written = trainer.nio_result, dict[str, Path | str]()
     if result is not None and recipe.training.nio_save_init:
@@ -124,7 +124,7 @@ def _report(trainer: RecipeTrainer, recipe: Recipe, metrics: dict[str, float]) -
 
 
 def _push(run: RunReport, trainer: RecipeTrainer) -> RunReport:
-    """Push what a run has made, where that is asked for and it did not fail; all of it is saved."""
+    """Push the model of a run that did not fail, if the recipe asks for it; the model is saved before."""
     if run.failure is not None:
         return run
     if not trainer.args.push_to_hub:
@@ -139,7 +139,7 @@ def _push(run: RunReport, trainer: RecipeTrainer) -> RunReport:
 
 
 def run_recipe(action: Callable[[Recipe], RunReport], arguments: Sequence[str]) -> int:
-    """Do something with the recipe of a command line and show the report; returns the exit status."""
+    """Carry out an action with the recipe of a command line, print its report, and return the exit status."""
 
     def command() -> int:
         run = action(load_recipe(*split_arguments(arguments)))
@@ -154,7 +154,7 @@ def run_recipe(action: Callable[[Recipe], RunReport], arguments: Sequence[str]) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train the recipe named first, with the overrides behind it; returns the exit status."""
+    """Train the recipe that stands first, with the overrides behind it, and return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(arguments):
         sys.stdout.write(f"usage: python -m nio_hf.train [RECIPE] [--key value ...]\n\n{__doc__}\n")

@@ -1,4 +1,4 @@
-"""Check recipes: keys, types, consistency, and with data one batch and a short run of NIO."""
+"""Checks of recipes: keys, types and consistency, and on request one batch of data and a short run of NIO."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.seeding import check_seedable
 
 NIO, WARMUP, NO_WARMUP = "nio", "warmup", "no_warmup"
-"""Names of recipes that say what they are."""
+"""Variants of recipes, whose names state settings."""
 _SHORTEST = {"nio_report_batches": 1, "nio_iterations": 1, "nio_save_init": False}
-"""Settings of the cheapest run of NIO."""
+"""Settings of the shortest run of NIO."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """What was found about a recipe.
+    """Findings about a recipe.
 
     Attributes:
-        name: Name as it was given.
-        summary: Model and batches that the recipe comes to.
-        notes: Settings that work but may not be meant, in words.
-        error: Error of the recipe; None where nothing is wrong.
+        name: Name as the user gave it.
+        summary: Model and batches of the recipe, in words.
+        notes: Settings that work but may be a mistake, in words.
+        error: Error of the recipe; None for a valid one.
     """
 
     name: str
@@ -53,12 +53,12 @@ def validate_recipe(
     """Check a recipe without training it.
 
     Args:
-        name: A YAML file, or the name of a recipe that comes with the package.
-        overrides: Options as of [`load_recipe`].
-        with_data: Whether to load one batch to train on and one to evaluate on, and run NIO as shortly as it can.
-        num_processes: Number of processes to check for; None for those of this run.
+        name: Path of a YAML file, or name of a recipe that comes with the package.
+        overrides: Overrides, as in [`load_recipe`].
+        with_data: Whether to load a batch of each split, and run NIO with as few iterations as it can.
+        num_processes: Number of processes that the recipe is checked for; None for the number of this run.
     """
-    # A recipe is checked for the machine that it is meant for: settings that need a GPU are no fault of it.
+    # A recipe may be meant for another machine: settings that need a GPU are valid here.
     decided = {} if with_data or torch.accelerator.is_available() else {"use_cpu": True}
     try:
         recipe = load_recipe(name, overrides, decided=decided, world_size=num_processes)
@@ -78,7 +78,7 @@ def validate_recipe(
 
 
 def consistency_problems(recipe: Recipe) -> Iterator[Problem]:
-    """The settings that contradict the name of the recipe."""
+    """Yield the settings that contradict the name of the recipe."""
     variant, training = recipe.path.stem, recipe.training
     if variant not in (NIO, WARMUP, NO_WARMUP):
         return
@@ -94,7 +94,7 @@ def consistency_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def consistency_notes(recipe: Recipe, world_size: int) -> Iterator[str]:
-    """What works but may not be meant, in words."""
+    """Yield the settings that work but may be a mistake, in words."""
     training = recipe.training
     if training.nio and training.warmup_steps > 0:
         yield "NIO and warmup are both on: their effects cannot be told apart"
@@ -105,10 +105,10 @@ def consistency_notes(recipe: Recipe, world_size: int) -> Iterator[str]:
 
 
 def _build_model(recipe: Recipe) -> str:
-    """Build the model of a recipe without memory for weights, and return its name.
+    """Build the model of a recipe without memory for its weights, and return the name of its class.
 
     Raises:
-        ModelError: for a model that cannot be built, or lacks a parameter that is named in `no_weight_decay`.
+        ModelError: A model that cannot be built, or lacks a parameter that `no_weight_decay` names.
     """
     task = task_of(recipe)
     with torch.device("meta"):
@@ -120,11 +120,11 @@ def _build_model(recipe: Recipe) -> str:
 
 
 def _try_data(recipe: Recipe) -> str:
-    """Load a batch of each split and run NIO shortly, in a folder that is thrown away; say what happened.
+    """Load a batch of each split, run NIO shortly in a temporary folder, and return the findings in words.
 
     Raises:
-        NIOError: for what a training would refuse before it starts: an output that cannot be written, a checkpoint that
-            cannot be resumed from, and what [`build_trainer`] and NIO refuse.
+        NIOError: Everything that a training would refuse before its start: an output directory that cannot be written,
+            a checkpoint that cannot be resumed from, and the errors of [`build_trainer`] and NIO.
     """
     output_dir, checkpoint = Path(cast(str, recipe.training.output_dir)), recipe.training.resume_from_checkpoint
     ensure_writable(next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists()))
@@ -139,7 +139,7 @@ def _try_data(recipe: Recipe) -> str:
         found = f"{task_of(recipe).describe_batch(trainer)}, {model.num_parameters():,} parameters"
         if not args.nio:
             return found
-        # There is to be data for the run that the recipe asks for.
+        # The data has to suffice for the run of the recipe, not only for this short one.
         trainer.get_nio_dataloader()
         vars(args).update(_SHORTEST)
         if "iterations" in METHODS[args.nio_method].options:
@@ -152,7 +152,7 @@ def _try_data(recipe: Recipe) -> str:
 def run_validation(arguments: Sequence[str], *, with_data: bool, num_processes: int | None) -> int:
     """Validate the recipes that stand first on a command line with the overrides behind them.
 
-    Each result is printed as soon as it is known; returns the exit status.
+    Each result is printed at once. The return value is the exit status.
     """
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     overrides, console = arguments[len(names) :], Console()

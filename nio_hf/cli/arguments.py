@@ -1,4 +1,4 @@
-"""The arguments that commands share."""
+"""Arguments that the commands share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nio_hf.catalog import DEFAULT_RECIPE
 
 
 def option_in(panel: str | None) -> Callable[..., Any]:
-    """What makes the options of a panel of the help: from name, text and least value."""
+    """Return a function that makes an option in a panel of the help, from its name, text and least value."""
 
     def option(name: str, text: str, least: int | None = None) -> Any:
         names = dict.fromkeys((f"--{name}",) if "/" in name else (f"--{name}", f"--{name.replace('_', '-')}"))

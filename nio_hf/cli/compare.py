@@ -14,7 +14,7 @@ _option = option_in("The comparison")
 
 def compare(
     arguments: RecipeArguments = None,
-    arms: Annotated[str, _option("arms", "What is compared, by name, between commas.")] = "no_warmup,warmup,nio",
+    arms: Annotated[str, _option("arms", "Names of the arms to compare, between commas.")] = "no_warmup,warmup,nio",
     arm: Annotated[
         list[str] | None,
         _option("arm", "A further arm: NAME=ARM,key=value,... a known arm with other settings; may be repeated."),

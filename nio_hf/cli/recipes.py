@@ -14,7 +14,7 @@ _Name = Annotated[str, typer.Argument(help="Name of a recipe, e.g. vit-tiny/digi
 
 @app.callback(invoke_without_command=True)
 def recipes(context: typer.Context) -> None:
-    """List the recipes, with a line each."""
+    """List the recipes with a line for each."""
     if context.invoked_subcommand is None:
         from nio_hf.catalog import accelerate_config_names, describe, recipe_names
         from nio_hf.console import print_results
@@ -28,7 +28,7 @@ def recipes(context: typer.Context) -> None:
 def show(
     name: _Name,
     resolved: Annotated[
-        bool, typer.Option("--resolved", help="With the settings of its base, without comments.")
+        bool, typer.Option("--resolved", help="Include the settings of its base, without comments.")
     ] = False,
 ) -> None:
     """Print a recipe."""

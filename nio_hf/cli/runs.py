@@ -18,8 +18,8 @@ def train(
     config_file: Annotated[
         str | None, _launch("config_file", "A configuration of accelerate, or the name of one in `recipes`.")
     ] = None,
-    num_processes: Annotated[int | None, _launch("num_processes", "Processes on all machines together.", 1)] = None,
-    num_machines: Annotated[int | None, _launch("num_machines", "Machines.", 1)] = None,
+    num_processes: Annotated[int | None, _launch("num_processes", "Number of processes on all machines.", 1)] = None,
+    num_machines: Annotated[int | None, _launch("num_machines", "Number of machines.", 1)] = None,
     machine_rank: Annotated[int | None, _launch("machine_rank", "Number of this machine, from 0.", 0)] = None,
     main_process_ip: Annotated[str | None, _launch("main_process_ip", "Address of machine 0.")] = None,
     main_process_port: Annotated[int | None, _launch("main_process_port", "Port on machine 0.")] = None,
@@ -74,10 +74,10 @@ def validate(
     ],
     data: Annotated[bool, option("data", "Also load a batch and run NIO shortly; nothing is kept.")] = False,
     num_processes: Annotated[
-        int | None, option("num_processes", "Check for so many processes, not for this one.", 1)
+        int | None, option("num_processes", "Number of processes to check for; by default one.", 1)
     ] = None,
 ) -> None:
-    """Check keys, types and consistency of recipes; every problem is reported."""
+    """Check keys, types and consistency of recipes, and report every problem."""
     from nio_hf.validate import run_validation
 
     raise typer.Exit(run_validation(arguments, with_data=data, num_processes=num_processes))
@@ -104,7 +104,7 @@ def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="An output_dir, or a checkpoint.")],
     output: Annotated[Path | None, option("output", "File to write; by default DIR/report.html.")] = None,
 ) -> None:
-    """Write one page with all tables and plots of a run, which needs no network."""
+    """Write one page with all tables and plots of a run, which works without a network."""
     from nio_hf.console import exit_status
     from nio_hf.hub.run_folder import read_run
     from nio_hf.report.page import write_page
@@ -122,15 +122,15 @@ def push(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="An output_dir, a checkpoint, or an initialised checkpoint.")
     ],
-    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Model repository, made where there is none.")],
-    private: Annotated[bool, option("private", "Make the repository a private one.")] = False,
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Model repository, new or existing.")],
+    private: Annotated[bool, option("private", "Make the repository private.")] = False,
     revision: Annotated[str | None, option("revision", "Branch to push to.")] = None,
-    commit_message: Annotated[str | None, option("commit_message", "Default: what the model is.")] = None,
+    commit_message: Annotated[str | None, option("commit_message", "Default: a description of the model.")] = None,
     tag: Annotated[list[str] | None, option("tag", "Tag for the card; may be repeated.")] = None,
     license_id: Annotated[
         str | None, option("license", "Licence of the model, as the Hub names it, e.g. apache-2.0.")
     ] = None,
-    token: Annotated[str | None, option("token", "Default: HF_TOKEN, or the one of `hf auth login`.")] = None,
+    token: Annotated[str | None, option("token", "Default: HF_TOKEN, or the token of `hf auth login`.")] = None,
 ) -> None:
     """Push a model with its card, plots and `nio_state.json` to the Hub."""
     from nio_hf.console import exit_status

@@ -1,4 +1,4 @@
-"""Trainings in which nothing is lost: whole checkpoints, resumed in every tensor, on SIGTERM. For any Trainer."""
+"""Durable trainings with any Trainer: whole checkpoints, every tensor restored, a checkpoint on SIGTERM."""
 
 from nio_hf.durable.trainer import AUTO, GO_ON, DurableTrainerMixin, TrainerMixin
 

@@ -1,4 +1,4 @@
-"""Random numbers that are drawn beside a training, and that it must not miss."""
+"""Random numbers drawn beside a training, without an effect on it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ OwnGenerator = torch.Generator | random.Random | np.random.Generator | np.random
 
 _MAX_ENTRIES, _MAX_VALUES = 100, 10_000
 _OPAQUE = type | str | bytes | torch.Tensor | torch.nn.Module | np.ndarray | random.SystemRandom
-"""Kinds of values that are not searched for generators; the numbers of the system have no state."""
+"""Types that are not searched for generators; SystemRandom has no state."""
 
 
 @contextlib.contextmanager
 def isolated_random_state(device: torch.device, *owners: Any) -> Iterator[None]:
-    """Leave the random state of Python, NumPy and torch (the CPU and `device`) as it was found.
+    """Restore the random state of Python, NumPy and torch (CPU and `device`) at the end of the context.
 
-    So are the generators that `owners` have or hold: data sets and collators may draw from a generator of their own.
+    The generators that `owners` hold are restored, too: data sets and collators may draw from a generator of their own.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     restorers = [_restorer(generator) for generator in own_generators(*owners)]
@@ -37,7 +37,7 @@ def isolated_random_state(device: torch.device, *owners: Any) -> Iterator[None]:
 
 
 def own_generators(*owners: Any) -> list[OwnGenerator]:
-    """The generators among some values, in their attributes, in short containers, or in what a partial binds."""
+    """Return the generators among values, in their attributes, in short containers, and in arguments of partials."""
     found: list[OwnGenerator] = []
     seen: set[int] = set()
     left = [*reversed(owners)]
@@ -54,7 +54,7 @@ def own_generators(*owners: Any) -> list[OwnGenerator]:
 
 
 def reseed(generator: OwnGenerator, seed: int) -> None:
-    """Bring a generator into the state that a seed of 63 bits gives, whatever was drawn from it."""
+    """Seed a generator with 63 bits, whatever was drawn from it."""
     if isinstance(generator, torch.Generator):
         generator.manual_seed(seed)
     elif isinstance(generator, random.Random):
@@ -68,7 +68,7 @@ def reseed(generator: OwnGenerator, seed: int) -> None:
 
 
 def _restorer(generator: OwnGenerator) -> Callable[[], Any]:
-    """What brings a generator back into the state that it is in now."""
+    """Return a function that brings a generator back into its present state."""
     if isinstance(generator, torch.Generator):
         return functools.partial(generator.set_state, generator.get_state())
     if isinstance(generator, random.Random):

@@ -1,7 +1,7 @@
-"""Which checkpoints are whole: a list of their files with sizes and digests, written last.
+"""Manifests of checkpoints: files with sizes and digests, written last, which tell whether a checkpoint is whole.
 
-A checkpoint of Trainer has no such list. Trainer writes the state of the training last, so a checkpoint is taken for
-whole where that can be read.
+A checkpoint of Trainer has no manifest. Trainer writes the state of the training last, so a checkpoint whose state can
+be read counts as whole.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_NAME, MANIFEST_FORMAT = "nio_manifest.json", 1
 UNFINISHED_NAME = "nio_unfinished"
-"""Name of the file that a checkpoint holds while it is written, also by callbacks."""
+"""File in a checkpoint that is still being written, by Trainer or by callbacks."""
 _ANOTHER = f"Give a folder OUTPUT_DIR/{PREFIX_CHECKPOINT_DIR}-N, or auto for the newest that can be used"
 _UNFINISHED = 0.0
-"""Time of a checkpoint that was not written to its end."""
+"""Time that stands for an incomplete checkpoint."""
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
 def begin(directory: Path) -> None:
-    """Begin to write a checkpoint, in the place of what there is of that name."""
+    """Make the empty folder of a checkpoint, in place of one of the same name."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     (directory / UNFINISHED_NAME).touch()
 
 
 def write_manifest(directory: Path) -> None:
-    """Seal a checkpoint: from here on it is used, and known to be broken where a file of it is missing or changed.
+    """Seal a checkpoint: its manifest shows from now on whether a file is missing or has changed.
 
-    Everything is on the disk, not only handed to the system, before the manifest is. That and the digests take about
+    All files are on the disk, beyond the buffers of the system, before the manifest is. This and the digests take about
     two seconds for a GiB.
 
     Raises:
-        OutputError: Where it cannot be written.
+        OutputError: A file that cannot be written.
     """
     files = {}
     try:
@@ -59,18 +59,18 @@ def write_manifest(directory: Path) -> None:
                 files[path.relative_to(directory).as_posix()] = (path.stat().st_size, _digest(path))
         content = {"format": MANIFEST_FORMAT, "saved": time.time(), "files": files}
         write_atomically(directory / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
-        # Until the manifest is there, this tells a checkpoint that was cut off from one that Trainer wrote.
+        # Without a manifest, this file tells an incomplete checkpoint from a checkpoint of Trainer.
         (directory / UNFINISHED_NAME).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(Problem(str(directory), str(error), "Free space, then start again")) from error
 
 
 def fault_of(directory: Path, *, may_be_thinned: bool = False) -> str | None:
-    """What makes a sealed folder unusable; None for one that is as it was written.
+    """Return the fault of a sealed folder in words; None for a folder that is unchanged.
 
     Args:
-        directory: Folder that was sealed.
-        may_be_thinned: Whether files may have been taken out on purpose.
+        directory: Folder with a manifest.
+        may_be_thinned: Whether files may have been removed on purpose.
     """
     manifest = _read(directory)
     if manifest is None:
@@ -92,12 +92,12 @@ def fault_of(directory: Path, *, may_be_thinned: bool = False) -> str | None:
 
 
 def has_manifest(directory: Path) -> bool:
-    """Whether a checkpoint was written with a manifest."""
+    """Whether a checkpoint has a manifest."""
     return (directory / MANIFEST_NAME).is_file()
 
 
 def checkpoint_fault(directory: Path) -> str | None:
-    """What makes a checkpoint unusable, sealed or not; None where nothing is known against it."""
+    """Return the fault of a checkpoint, sealed or of Trainer, in words; None if no fault is known."""
     if has_manifest(directory):
         return fault_of(directory)
     if (directory / UNFINISHED_NAME).exists():
@@ -110,21 +110,21 @@ def checkpoint_fault(directory: Path) -> str | None:
 
 
 def check_checkpoint(directory: Path, *, verify: bool) -> None:
-    """Refuse a folder that was asked for by name and cannot be used. Files may have been taken out of it on purpose.
+    """Check a checkpoint that the user has named. The user may have removed files from it on purpose.
 
     Args:
-        directory: Folder that was asked for.
-        verify: Look at its files, too.
+        directory: Folder of the checkpoint.
+        verify: Whether to compare its files with the manifest.
 
     Raises:
-        NoCheckpointError: For a folder that is none, or lacks the state of the training.
-        CheckpointError: For files that were changed.
+        NoCheckpointError: A folder that does not exist, or lacks the state of the training.
+        CheckpointError: Files that have changed.
     """
     if not directory.is_dir():
         raise NoCheckpointError(Problem("resume_from_checkpoint", f"{str(directory)!r} is no folder", _ANOTHER))
     if not (directory / TRAINER_STATE_NAME).is_file():
         raise NoCheckpointError(Problem(str(directory), f"no {TRAINER_STATE_NAME} in it", _ANOTHER))
-    # A checkpoint that a callback has moved away has never been sealed.
+    # A checkpoint that a callback has moved elsewhere has no manifest.
     fault = fault_of(directory, may_be_thinned=True) if verify and has_manifest(directory) else None
     if fault is not None:
         fix = f"{_ANOTHER}. To use it as it is now, delete its {MANIFEST_NAME}"
@@ -132,17 +132,17 @@ def check_checkpoint(directory: Path, *, verify: bool) -> None:
 
 
 def candidates(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, the one written last first; before them those that were not written to their end."""
+    """Return the checkpoints of a run, the incomplete ones first, then the others from the newest on."""
     found = ((_saved(path), path) for path in _checkpoints(run_dir))
     return [path for _, path in sorted(found, key=lambda one: (one[0][0] == _UNFINISHED, one[0]), reverse=True)]
 
 
 def newest_usable(directories: Iterable[Path], fault: Callable[[Path], str | None] = checkpoint_fault) -> Path | None:
-    """The first of some checkpoints that can be used; the log says why the others cannot.
+    """Return the first usable checkpoint, and log the faults of those before it; None if none is usable.
 
     Args:
-        directories: Checkpoints as [`candidates`] gives them.
-        fault: Says what makes one unusable, with an empty text where another process says so.
+        directories: Checkpoints, as [`candidates`] returns them.
+        fault: Function that returns the fault of a checkpoint, or an empty text if another process logs the fault.
     """
     for directory in directories:
         found = fault(directory)
@@ -154,12 +154,12 @@ def newest_usable(directories: Iterable[Path], fault: Callable[[Path], str | Non
 
 
 def rotate(run_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """Delete the oldest checkpoints, those that are not whole first, until there are `limit`.
+    """Delete the oldest checkpoints, incomplete ones first, until `limit` are left.
 
     Args:
-        run_dir: Folder that holds them.
+        run_dir: Folder of the checkpoints.
         limit: Number of checkpoints that may stay; None or less than 1 for no limit.
-        keep: Checkpoints that are never deleted, e.g. the one just written, which is the last one known to be whole.
+        keep: Checkpoints that are never deleted, e.g. the newest, which may be the only one known to be whole.
     """
     if limit is None or limit < 1:
         return
@@ -176,7 +176,7 @@ def _checkpoints(run_dir: Path) -> list[Path]:
 
 
 def _saved(directory: Path) -> tuple[float, int]:
-    """When a checkpoint was written, and its step; what was not written to its end comes before all others."""
+    """Return the time at which a checkpoint was written, and its step; incomplete ones sort before all others."""
     manifest, state = _read(directory), directory / TRAINER_STATE_NAME
     step = int(directory.name.rpartition("-")[2])
     if manifest is not None:
@@ -186,7 +186,7 @@ def _saved(directory: Path) -> tuple[float, int]:
 
 
 def _read(directory: Path) -> tuple[float, dict[str, tuple[int, str]]] | None:
-    """When a folder was sealed, and {file: (bytes, SHA-256)}; None without a manifest that can be read."""
+    """Return the time of a manifest and its {file: (bytes, SHA-256)}; None if it cannot be read."""
     try:
         content = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
         if content["format"] != MANIFEST_FORMAT:

@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers send it before they take a machine away: save, stop, and say so with the exit status."""
+"""SIGTERM, which schedulers send before they take a machine away: save, stop, and exit with a status of its own."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 class SpareWorkers:
-    """`worker_init_fn` that lets a worker of a data loader survive the first SIGTERM.
+    """`worker_init_fn` with which a worker of a data loader survives the first SIGTERM.
 
-    Schedulers send it to every process of a job. The main process then goes on to the end of the step, for which it may
-    need what the worker is loading. A second signal ends the worker, and the end of the main process does.
+    Schedulers send SIGTERM to every process of a job. The main process then goes on to the end of the step, for which
+    it may need samples of the worker. A second signal or the end of the main process ends the worker.
 
     Args:
-        then: Called afterwards, with the number of the worker.
+        then: Former `worker_init_fn`, which is called afterwards; None without one.
     """
 
     def __init__(self, then: Callable[[int], Any] | None) -> None:
@@ -37,7 +37,7 @@ class SpareWorkers:
         _end_workers_at_exit()
 
     def __call__(self, worker: int) -> None:
-        """Called in the worker as it starts."""
+        """Prepare a worker; called in its process."""
         signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
         if self._then is not None:
             self._then(worker)
@@ -45,9 +45,9 @@ class SpareWorkers:
 
 @functools.cache
 def _end_workers_at_exit() -> None:
-    """Kill the workers that are left at the end of this process.
+    """Kill the remaining workers at the end of this process.
 
-    Python sends each one SIGTERM once and waits for it, for ever where the worker survives that.
+    Python sends each worker one SIGTERM and waits for its end, which would never come.
     """
 
     def kill_workers() -> None:
@@ -60,7 +60,7 @@ def _end_workers_at_exit() -> None:
 
 @contextlib.contextmanager
 def sigterm_handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Let a handler have SIGTERM within the context; the one that was there before is put back."""
+    """Install a handler for SIGTERM within the context, and restore the former one after it."""
     former = signal.signal(signal.SIGTERM, handler)
     try:
         yield
@@ -70,10 +70,10 @@ def sigterm_handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preempted_at_once(message: str) -> Iterator[None]:
-    """Let SIGTERM end what is done within the context, when all is saved already.
+    """Let SIGTERM end the context at once, for work after everything is saved.
 
     Raises:
-        Preempted: When the signal comes.
+        Preempted: A SIGTERM, with the message.
     """
 
     def stop(number: int, frame: object) -> None:
@@ -85,16 +85,16 @@ def preempted_at_once(message: str) -> Iterator[None]:
 
 
 class PreemptionCallback(TrainerCallback):
-    """The callback of `enable_jit_checkpoint`, for any number of processes, in the place of Trainer's own.
+    """Callback of `enable_jit_checkpoint` for any number of processes, in place of the callback of Trainer.
 
-    Trainer's own saves wherever it happens to be, each process by itself. This one saves at the end of a step, the
-    same step on all processes as soon as one of them got the signal, by Trainer's usual way of saving a checkpoint,
-    callbacks included. An evaluation that is due then is left out unless the weights depend on it: by the choice of
-    the best checkpoint, or of the learning rate.
+    Trainer's callback saves at once, each process by itself. This one saves at the end of a step, the same step on all
+    processes as soon as one of them has received the signal, as Trainer usually saves a checkpoint, callbacks included.
+    It leaves out an evaluation that is due then, unless the weights depend on it by the choice of the best checkpoint
+    or of the learning rate.
 
     Attributes:
-        requested: Whether this process got the signal.
-        stopped: Whether this training has been stopped.
+        requested: Whether this process has received the signal.
+        stopped: Whether the signal has stopped this training.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class PreemptionCallback(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Wait for the signal within the context; one inside of another waits no less."""
+        """Listen for the signal within the context. Contexts can be nested."""
         if signal.getsignal(signal.SIGTERM) == self._request:
             yield
             return
@@ -111,14 +111,14 @@ class PreemptionCallback(TrainerCallback):
             yield
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Have a checkpoint saved and the training stopped, on all processes at once."""
+        """Save a checkpoint and stop the training, on all processes at once, if one has received the signal."""
         if not Collective.current().any(self.requested)[0]:
             return
         self.stopped = control.should_training_stop = True
         is_scheduled = isinstance(kwargs.get("lr_scheduler"), ReduceLROnPlateau | GreedyLR)
         evaluates = is_scheduled or args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST
-        # A checkpoint that has to know of the evaluation at the end of the epoch is saved once, behind it: to save it
-        # twice would delete the first one for a moment.
+        # A checkpoint that depends on the evaluation at the end of the epoch is saved once, after it: saving it twice
+        # would delete the first one for a moment.
         ends_epoch = float(state.epoch or 0.0).is_integer()
         self._saves_at_epoch_end = ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH and evaluates
         control.should_evaluate = control.should_evaluate and evaluates
@@ -127,7 +127,7 @@ class PreemptionCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Do nothing that belongs to the end of an epoch that was not reached."""
+        """Skip the work at the end of an epoch that was not reached."""
         if self.stopped:
             control.should_save = self._saves_at_epoch_end
             control.should_evaluate = control.should_evaluate and self._saves_at_epoch_end

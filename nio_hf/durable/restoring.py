@@ -1,8 +1,8 @@
-"""Reading checkpoints: every tensor back into a model, and no code run.
+"""Reading checkpoints: restore every tensor of a model, and run no code.
 
-`save_pretrained` writes the names of the published checkpoints, memory has those of the installed transformers, and
-Trainer loads one into the other with strict=False: of ViT, DeiT, BEiT, DINOv2, Swin and others most tensors stay as
-they are. `from_pretrained` knows the conversion.
+`save_pretrained` writes the tensor names of the published checkpoints, a model in memory has the names of the installed
+transformers, and Trainer loads the one into the other with strict=False: most tensors of ViT, DeiT, BEiT, DINOv2, Swin
+and others stay as they are. `from_pretrained` knows the conversion.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _FORBID = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def restore(directory: Path, model: nn.Module) -> bool:
-    """Restore every tensor of a model in place, where that takes a conversion; a warning names what is not to be had.
+    """Restore every tensor of a model in place if this takes a conversion; a warning names a tensor that is missing.
 
     Args:
         directory: Folder with the weights as safetensors.
-        model: The model, unwrapped and whole on this process.
+        model: Model, unwrapped and whole on this process.
 
     Returns:
-        False, with the model as it was, where the names in the file are those of the model: Trainer restores them.
+        Whether the model was restored: not if the names in the file are those of the model, which Trainer restores.
 
     Raises:
-        CheckpointError: Where a tensor has another shape.
+        CheckpointError: A tensor with another shape.
     """
     own, shapes = model.state_dict(), dict[str, torch.Size]()
     for path in _files(directory):
@@ -59,7 +59,7 @@ def restore(directory: Path, model: nn.Module) -> bool:
 
 
 def restore_all(directory: Path, model: nn.Module) -> bool:
-    """Restore every tensor of a model in place; False, with the model as it was, where one is not to be had."""
+    """Restore every tensor of a model in place; if one is missing, leave the model as it is and return False."""
     tensors, missing = _tensors_for(model, directory)
     if not missing:
         model.load_state_dict(tensors, strict=False)
@@ -68,9 +68,9 @@ def restore_all(directory: Path, model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def weights_only() -> Iterator[None]:
-    """Let torch.load read tensors and the plain classes of a DeepSpeed checkpoint, and nothing else.
+    """Let torch.load read only tensors and the plain classes of a DeepSpeed checkpoint within the context.
 
-    DeepSpeed asks for `weights_only=False`, which would run any code that someone has put into the file.
+    DeepSpeed asks for `weights_only=False`, which would run any code in the file.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -88,10 +88,10 @@ def weights_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unpickling_errors(checkpoint: Path | None) -> Iterator[None]:
-    """Say what it means where torch refuses to unpickle a file of a checkpoint: its own text advises to run code.
+    """Explain that torch refuses to unpickle a file of a checkpoint; the message of torch advises to run its code.
 
     Raises:
-        CheckpointError: In the place of an UnpicklingError.
+        CheckpointError: An UnpicklingError of torch.
     """
     try:
         yield
@@ -101,13 +101,13 @@ def unpickling_errors(checkpoint: Path | None) -> Iterator[None]:
 
 
 def _tensors_for(model: nn.Module, directory: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a checkpoint by the names that they have in a model, and the names that none is found for.
+    """Return the tensors of a checkpoint by their names in a model, and the names in the model without a tensor.
 
-    What the stock class of the model converts is taken from `from_pretrained`; what somebody has added to the model or
-    replaced in it, from the file by its name.
+    Tensors of the stock class of the model come from `from_pretrained`, and those that the user has added or replaced
+    come from the file by their names.
 
     Raises:
-        CheckpointError: Where a tensor that the model would miss has another shape.
+        CheckpointError: A tensor that the model lacks and that has another shape in the checkpoint.
     """
     own, saved = model.state_dict(), dict[str, Tensor]()
     for file in _files(directory):
@@ -125,7 +125,7 @@ def _tensors_for(model: nn.Module, directory: Path) -> tuple[dict[str, Tensor], 
 
 
 def _files(directory: Path) -> list[Path]:
-    """The safetensors of the model in a folder."""
+    """Return the safetensors files of the model in a folder."""
     index, names = directory / SAFE_WEIGHTS_INDEX_NAME, {SAFE_WEIGHTS_NAME}
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -133,7 +133,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _left_out(tensors: Iterable[str], own: dict[str, Tensor]) -> list[str]:
-    """Names of a model that would be left as they are. One that shares its memory with a restored one is not."""
+    """Return the names in a model that would not be restored, neither directly nor by shared memory."""
     named = set(tensors)
     restored = {own[name].data_ptr() for name in named}
     return [name for name, tensor in own.items() if name not in named and tensor.data_ptr() not in restored]
@@ -142,10 +142,10 @@ def _left_out(tensors: Iterable[str], own: dict[str, Tensor]) -> list[str]:
 def _converted(
     directory: Path, model: nn.Module, saved: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, torch.Size]]:
-    """What `from_pretrained` of the model's stock class finds in a checkpoint, by the names in memory.
+    """Load a checkpoint by `from_pretrained` of the model's stock class.
 
     Returns:
-        {name: tensor}, and {name: shape in the checkpoint} of the tensors whose shape is not that of the config.
+        {name in memory: tensor}, and {name: shape in the checkpoint} of tensors whose shape contradicts the config.
     """
     bases = [base for base in type(model).__mro__ if base.__module__.startswith("transformers.models.")]
     if not bases or not isinstance(model, PreTrainedModel):

@@ -1,4 +1,4 @@
-"""Checkpoints that survive whatever ends a training, for any Trainer."""
+"""Checkpoints that survive any end of a training, for any Trainer."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ else:
 
 
 class TrainerMixin(_Base):
-    """What the mixins of this package share, whichever of them a Trainer is made of.
+    """Common base of the mixins of this package.
 
     Attributes:
-        preemption: Says whether SIGTERM has come; None without [`DurableTrainerMixin`] or `enable_jit_checkpoint`.
-        resumed_from: Folder that the last training resumed from; None for one that began, and without that mixin.
+        preemption: Callback that listens for SIGTERM; None without [`DurableTrainerMixin`] or `enable_jit_checkpoint`.
+        resumed_from: Folder that the last training resumed from; None for a new training or without that mixin.
     """
 
     preemption: PreemptionCallback | None = None
@@ -48,21 +48,21 @@ class TrainerMixin(_Base):
 
     @property
     def unwrapped_model(self) -> nn.Module:
-        """The model itself, inside of what the training wraps it in."""
+        """Model without the wrappers of the training."""
         return cast(nn.Module, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def _tell(self, logger: logging.Logger, message: str, *values: Any, level: int = logging.INFO) -> None:
-        """Log a message, on the main process only."""
+        """Log a message on the main process."""
         if self.is_world_process_zero():
             logger.log(level, message, *values)
 
 
 class DurableTrainerMixin(TrainerMixin):
-    """Checkpoints that survive whatever ends the training: `class MyTrainer(DurableTrainerMixin, Trainer)`.
+    """Checkpoints that survive any end of the training: `class MyTrainer(DurableTrainerMixin, Trainer)`.
 
-    - `train(resume_from_checkpoint="auto")` goes on from the newest checkpoint that can be used, or begins.
-    - Each checkpoint gets a manifest of its files once all of them are written, those of callbacks included. One whose
-      files do not match its manifest is passed over, and older ones are deleted only when it is there.
+    - `train(resume_from_checkpoint="auto")` goes on from the newest usable checkpoint, or begins.
+    - Each checkpoint gets a manifest when all its files are written, those of callbacks included. A checkpoint whose
+      files do not match its manifest is passed over, and older ones are deleted only when the new manifest exists.
     - `resume_from_checkpoint` and `load_best_model_at_end` restore every tensor, see [`restore`].
     - With `enable_jit_checkpoint`, SIGTERM saves a checkpoint at the end of a step and ends with [`Preempted`].
     - One training at a time writes into an `output_dir`.
@@ -76,7 +76,7 @@ class DurableTrainerMixin(TrainerMixin):
         self._given: dict[str, Any] = {}
         self._loading = self._training = contextlib.ExitStack()
         if self.pop_callback(JITCheckpointCallback) is not None:
-            # Trainer listens from the moment that it is made, long before it can save anything.
+            # Trainer listens as soon as it is made, long before it can save anything.
             signal.signal(signal.SIGTERM, handler)
             self.preemption = PreemptionCallback()
             self.add_callback(self.preemption)
@@ -89,16 +89,16 @@ class DurableTrainerMixin(TrainerMixin):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """As in Trainer; `resume_from_checkpoint` may be "auto", too.
+        """Train as in Trainer; `resume_from_checkpoint` may also be "auto".
 
-        True stands for the newest checkpoint in `output_dir` that can be used, "auto" for the same, or for the start
-        where there is none.
+        True stands for the newest usable checkpoint in `output_dir`, and "auto" for the same or, without one, a new
+        training.
 
         Raises:
-            ConfigError: For settings of checkpoints that cannot be resumed from.
-            CheckpointError: For a checkpoint that is missing or not whole; it is a ValueError.
-            OutputError: Where `output_dir` cannot be written.
-            Preempted: Where SIGTERM ended it; it is a SystemExit.
+            ConfigError: Settings that write checkpoints which cannot be resumed from.
+            CheckpointError: A checkpoint that is missing or not whole; a subclass of ValueError.
+            OutputError: An `output_dir` that cannot be written.
+            Preempted: A SIGTERM, after a save; a subclass of SystemExit.
         """
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and "SHARDED" in str(plugin.state_dict_type):
@@ -116,7 +116,7 @@ class DurableTrainerMixin(TrainerMixin):
                 state = str(checkpoint / TRAINER_STATE_NAME) if checkpoint is not None else None
                 self._begun_at = -1 if state is None else int(TrainerState.load_from_json(state).global_step)
             self.resumed_from = checkpoint
-            # Other callbacks write into a checkpoint, too.
+            # The sealing callback comes last, since other callbacks write into a checkpoint, too.
             self.remove_callback(self._sealing)
             self.add_callback(self._sealing)
             self._training.enter_context(unpickling_errors(checkpoint))
@@ -136,7 +136,7 @@ class DurableTrainerMixin(TrainerMixin):
 
     @property
     def _run_dir(self) -> Path:
-        """Where checkpoints are saved; each trial of a hyper-parameter search has its own."""
+        """Folder of the checkpoints; each trial of a hyper-parameter search has its own."""
         return Path(self._get_output_dir(self._trial))
 
     @property
@@ -145,7 +145,7 @@ class DurableTrainerMixin(TrainerMixin):
         return self.preemption is not None and self.preemption.stopped
 
     def _checkpoint_for(self, asked: str | bool | None, collective: Collective) -> Path | None:
-        """The folder to resume from, the same on all processes; None to begin."""
+        """Return the folder to resume from, the same on all processes; None for a new training."""
         if not asked:
             return None
         if asked != AUTO and asked is not True:
@@ -155,7 +155,7 @@ class DurableTrainerMixin(TrainerMixin):
             listed = manifest.candidates(self._run_dir) if collective.rank == 0 else []
 
         def fault_anywhere(directory: Path) -> str | None:
-            """Machines without a shared disk have a copy each (`save_on_each_node`); who finds a fault says so."""
+            """Return the fault on this machine, or "" for one elsewhere: with `save_on_each_node` each has a copy."""
             with collective.together():
                 fault = manifest.checkpoint_fault(directory) if self.args.should_save else None
             return (fault or "") if collective.any(fault is not None)[0] else None
@@ -169,11 +169,11 @@ class DurableTrainerMixin(TrainerMixin):
             return None
         self._tell(logger, "Resuming from %s.", found)
         if not manifest.has_manifest(found):
-            self._tell(logger, "%s has no manifest: nobody knows whether it is whole.", found, level=logging.WARNING)
+            self._tell(logger, "%s has no manifest: it may be incomplete.", found, level=logging.WARNING)
         return found
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; a training that was resumed at its end has no epoch left, where Trainer takes another step."""
+        """Return no epochs for a training that was resumed at its end, where Trainer would take another step."""
         values: Any = super().set_initial_training_values(*args, **kwargs)
         self._epochs, *others = values
         return (0, *others) if self._begun_at >= others[-1] else values
@@ -182,7 +182,7 @@ class DurableTrainerMixin(TrainerMixin):
 
     @contextlib.contextmanager
     def _showing_trainer(self, **arguments: Any) -> Iterator[None]:
-        """Let Trainer see other arguments within the context; those that it saves are the ones that the user gave."""
+        """Show other arguments to Trainer within the context; [`save_model`] still saves those of the user."""
         former, outer = {name: getattr(self.args, name) for name in arguments}, self._given
         self._given = {**former, **outer}
         vars(self.args).update(arguments)
@@ -193,7 +193,7 @@ class DurableTrainerMixin(TrainerMixin):
             self._given = outer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer; the weights of a schedule-free optimizer are those that it evaluates at."""
+        """Save as in Trainer; a schedule-free optimizer saves the weights that it evaluates."""
         optimizer: Any = self.optimizer
         if callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None)):
             optimizer.eval()
@@ -201,11 +201,11 @@ class DurableTrainerMixin(TrainerMixin):
             super().save_model(output_dir, _internal_call)
 
     def _complete_checkpoint(self) -> None:
-        """Seal the checkpoint of this step once all processes and callbacks have written theirs; delete old ones."""
+        """Seal the checkpoint of this step when all processes have written their files, and delete old ones."""
         collective, directory = Collective.current(), self._checkpoint_dir
         collective.wait()
         with collective.together():
-            # Callbacks may have moved it away.
+            # A callback may have moved it elsewhere.
             if self.args.should_save and (directory / TRAINER_STATE_NAME).is_file():
                 with output_errors(directory, delete=True):
                     manifest.write_manifest(directory)
@@ -222,11 +222,11 @@ class DurableTrainerMixin(TrainerMixin):
     # Data
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As in Trainer, with workers that SIGTERM leaves alone."""
+        """Return the data loader of Trainer, with workers that survive a SIGTERM."""
         return self._spared(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """As in Trainer, with workers that SIGTERM leaves alone."""
+        """Return the data loader of Trainer, with workers that survive a SIGTERM."""
         return self._spared(super().get_eval_dataloader(eval_dataset))
 
     def _spared(self, loader: Any) -> DataLoader[Any]:
@@ -238,14 +238,14 @@ class DurableTrainerMixin(TrainerMixin):
         return cast(DataLoader[Any], loader)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in Trainer; with `enable_jit_checkpoint` no part of the randomness of the training."""
-        # SIGTERM leaves evaluations out.
+        """Evaluate as in Trainer; with `enable_jit_checkpoint` without an effect on the random state."""
+        # A SIGTERM may leave an evaluation out.
         is_apart = self.preemption is not None and self.is_in_train
         with isolated_random_state(self.args.device) if is_apart else contextlib.nullcontext():
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
 
-    # Private methods of Trainer, see tests/test_private.py
+    # Private methods of Trainer; tests/test_private.py says why they are overridden
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # FSDP and DeepSpeed let the processes talk while they save, and so does the choice of the best checkpoint.
@@ -280,18 +280,18 @@ class DurableTrainerMixin(TrainerMixin):
 
 
 class _SealingCallback(TrainerCallback):
-    """Completes each checkpoint; it must come after all callbacks that write into one."""
+    """Completes each checkpoint, after all callbacks that write into it."""
 
     def __init__(self, trainer: DurableTrainerMixin) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Load as usual again, for the checkpoint that was resumed from is read."""
+        """End the special loading: the checkpoint to resume from has been read."""
         self._trainer._loading.close()
         state.num_train_epochs = self._trainer._epochs
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep Trainer from what would undo the checkpoint of SIGTERM: it saves none but the best, and deletes."""
+        """Protect the checkpoint of SIGTERM: Trainer would save the best ones only, and delete others."""
         if self._trainer._is_stopped:
             saves = SaveStrategy.STEPS if args.save_strategy == SaveStrategy.BEST else args.save_strategy
             shown = self._trainer._showing_trainer(save_strategy=saves, save_total_limit=None)

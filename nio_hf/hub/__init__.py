@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: who may push what where, the model card, and the push."""
+"""Pushes to the Hugging Face Hub: permissions, the model card, and the upload."""
 
 from nio_hf.hub.push import Destination, check_destination, is_repo_id
 

@@ -1,4 +1,4 @@
-"""The model card of a run: what the Hub reads of it, and what people do."""
+"""The model card of a run: metadata for the Hub and text for people."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nio_hf.report.templating import render
 logger = logging.getLogger(__name__)
 
 NO_LICENCE_YET = "unknown"
-"""What the card says until the owner of the model has chosen a licence."""
+"""Licence in the card until the owner of the model has chosen one."""
 MARKER = "<!-- Written by nio_hf, which writes it anew with each push. Delete this line to keep your changes. -->"
 _TASKS = {
     "ForImageClassification": "image-classification",
@@ -34,11 +34,11 @@ _TASKS = {
     "ForSemanticSegmentation": "image-segmentation",
     "ForObjectDetection": "object-detection",
 }
-"""{end of the name of a class: task on the Hub}."""
+"""{ending of the name of a class: task on the Hub}."""
 _METRIC_NAMES = {"accuracy": "Accuracy", "top5_accuracy": "Accuracy, top 5", "loss": "Loss", "perplexity": "Perplexity"}
 _NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 _FORMATS = {"digits", "stdlib", "imagefolder", "parquet", "webdataset", "json", "csv", "text", "arrow", "generator"}
-"""Names of data sets that are none on the Hub."""
+"""Values of `dataset_name` that are formats, not data sets on the Hub."""
 
 
 def write_card(
@@ -52,29 +52,36 @@ def write_card(
     tags: Sequence[str] = (),
     given: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Write the model card of a run into the folder of its model, unless there is one that somebody has made their own.
+    """Write the model card of a run into the folder of its model, unless the user has edited the card there.
 
-    Licence (`license_id`) and tags are those of the `former` card of the repository where they are not given. `plots`
-    are {what: PNG file in the directory}, and `given` are further fields of [`~huggingface_hub.ModelCardData`].
+    Args:
+        run: Run that the card describes.
+        directory: Folder of the model.
+        plots: {description: PNG file in the directory}.
+        repo_id: Name of the repository; None if it is not known.
+        former: Card that the repository has; None without one. Its licence and tags stay valid.
+        license_id: Licence; None for the licence of the former card.
+        tags: Further tags.
+        given: Further fields of [`~huggingface_hub.ModelCardData`].
 
     Returns:
-        Whether the card of the folder is to be pushed: not where that on the Hub is somebody's own.
+        Whether the card of the folder should be pushed. A card that the user has edited on the Hub stays as it is.
 
     Raises:
-        OutputError: Where it cannot be written.
+        OutputError: A card that cannot be written.
     """
     path = directory / CARD_NAME
     known: Any = {} if former is None else former.data
     try:
         if path.is_file() and MARKER not in path.read_text(encoding="utf-8"):
-            logger.info("%s is pushed as it is: it is your own.", path)
+            logger.info("%s is pushed as it is: you have edited it.", path)
             return True
         if former is not None and MARKER not in former.content:
-            logger.info("The card of %s is kept: it is your own.", repo_id)
+            logger.info("The card of %s is kept: you have edited it.", repo_id)
             return False
         license_id = license_id or known.get("license") or NO_LICENCE_YET
         kept = [tag for tag in known.get("tags") or [] if tag not in ("untrained", known.get("pipeline_tag"))]
-        # Not into a file that a checkpoint shares.
+        # The old file may be a hard link that a checkpoint shares.
         path.unlink(missing_ok=True)
         path.write_text(card_text(run, directory, plots, repo_id, license_id, [*tags, *kept], given), encoding="utf-8")
         return True
@@ -91,7 +98,7 @@ def card_text(
     tags: Sequence[str] = (),
     given: Mapping[str, Any] | None = None,
 ) -> str:
-    """The card as Markdown with the metadata of the Hub in front; see [`write_card`]."""
+    """Return the card: metadata for the Hub, then Markdown. The arguments are those of [`write_card`]."""
     metadata, run = card_metadata(run, license_id, tags, given), shareable_run(run)
     result, initialisation = run.result, dict[str, str]()
     if result is not None:
@@ -127,12 +134,11 @@ def card_text(
 def card_metadata(
     run: Run, license_id: str, tags: Sequence[str] = (), given: Mapping[str, Any] | None = None
 ) -> ModelCardData:
-    """What the Hub reads: library, task, tags, data set, licence, and of a trained model its evaluation."""
+    """Return the metadata for the Hub: library, task, tags, data set, licence, evaluation of a trained model."""
     dataset = run.facts.dataset or ""
     is_on_hub = dataset not in _FORMATS and is_repo_id(dataset) and not Path(dataset).exists()
     run = shareable_run(run)
     facts, given, measured = run.facts, given or {}, evaluation_metrics(run)
-    # An untrained model is nothing to try on a web page.
     task = _task(run)
     all_tags = ["nio", "initialization", *([] if run.is_trained else ["untrained"]), facts.model_type, *tags]
     results = [
@@ -164,7 +170,7 @@ def card_metadata(
 
 
 def evaluation_metrics(run: Run) -> dict[str, float]:
-    """The metrics of the evaluation, by their names without `eval_`; empty for a model that is not trained."""
+    """Return the metrics of the evaluation by their names without `eval_`; none for a model that is not trained."""
     metrics = {key.removeprefix("eval_"): value for key, value in run.metrics.items() if key.startswith("eval_")}
     return {key: value for key, value in metrics.items() if not key.endswith(_NOT_MEASURED)} if run.is_trained else {}
 

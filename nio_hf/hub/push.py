@@ -1,4 +1,4 @@
-"""Pushes: what can go wrong is found beforehand, tried again while that may help, and in the end says what to do."""
+"""Pushes to the Hub: checks beforehand, retries, and errors that say how to go on."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ T = TypeVar("T")
 
 CARD_NAME = "README.md"
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Seconds before each further try of what may pass."""
+"""Seconds to wait before each further attempt."""
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token with write permission"
 _LATER = "To push later, leave out push_to_hub now, and call `nio-hf push` then"
 _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
-"""Statuses after which the same request may succeed; 409 and 412 where somebody else pushes at the same time."""
+"""Statuses after which the same request may succeed; 409 and 412 mean a push of another process."""
 _LEFT_OUT = (
     *("_*", ".*", "checkpoint-*", "*.partial", "training_args.bin", "nio_manifest.json", "nio_unfinished"),
     *("runs", "wandb", "mlruns", "report.html"),
 )
-"""Files and folders that stay here: what is pickled (`training_args.bin` holds the token, where one was given as an
-argument), and what names the machine and its folders, as the logs of trackers and the report do."""
+"""Files and folders that are never pushed: pickles (`training_args.bin` may hold the token), and files that name the
+machine and its folders, such as the logs of trackers and the report."""
 _ONLY_TO_RESUME = ("*.bin", "*.pt", "*.pth", "global_step*", "latest", "zero_to_fp32.py")
-"""Files of a checkpoint that are no part of the model."""
+"""Files of a checkpoint that are not part of the model."""
 _OF_A_RUN = (
     *("model*.safetensors", "model.safetensors.index.json", "trainer_state.json", "all_results.json", "nio_*.json"),
     *("nio_*.yaml", "plots/nio_*.png", "plots/training.png", "plots/inspection.png", "inspect/*"),
 )
-"""Files of a repository that belong to a run: those of an earlier one would be taken for this one's."""
+"""Files in a repository that belong to a run: a push deletes those of an earlier run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Destination:
 
     Attributes:
         repo_id: USER/NAME, or NAME in the namespace of the user.
-        token: Token of the user; None for the one that is logged in.
-        private: Whether a repository that is made is private; None for the default of the namespace.
-        revision: Branch to push to, made where it does not exist; None for main.
+        token: Token of the user; None for the token of the login.
+        private: Whether a new repository is private; None for the default of the namespace.
+        revision: Branch to push to, which is created if it does not exist; None for main.
     """
 
     repo_id: str
@@ -66,12 +66,12 @@ class Destination:
 
 @functools.cache
 def hub() -> HfApi:
-    """The client, which tells the Hub who is asking."""
+    """Return the client of the Hub."""
     return HfApi(library_name="nio_hf", library_version=nio_hf.__version__)
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a repository may have this name."""
+    """Whether the name is valid for a repository."""
     with contextlib.suppress(errors.HFValidationError):
         validate_repo_id(name)
         return True
@@ -79,14 +79,17 @@ def is_repo_id(name: str) -> bool:
 
 
 def check_destination(destination: Destination, fix: str = _LATER) -> Destination:
-    """Find out whether a push will be possible, and the whole name of the repository. Nothing is changed on the Hub.
+    """Check that a push will be possible, and complete the name of the repository. Nothing is changed on the Hub.
 
-    What cannot be found out now, for a Hub that cannot be reached, is left to the push, with a warning.
+    If the Hub cannot be reached now, a warning says so, and the push will find out.
+
+    Args:
+        destination: Repository to push to.
+        fix: Last sentence of the error.
 
     Raises:
-        HubError: For a name that is not valid, a token that is missing, wrong or may not write, another user's
-            namespace, offline mode, or a repository that is public though a private one is asked for. It ends with the
-            `fix`.
+        HubError: An invalid name, a token that is missing, wrong or may only read, the namespace of another user,
+            offline mode, or a public repository where a private one is asked for.
     """
     where = destination.repo_id
     try:
@@ -122,7 +125,7 @@ def _check_permission(destination: Destination, user: dict[str, Any]) -> None:
     except errors.RepositoryNotFoundError:
         return
     except errors.HfHubHTTPError as error:
-        # Not every Hub knows the question.
+        # Some Hubs do not have this request.
         if is_passing(error) or error.response.status_code != 404:
             raise
     if destination.private and is_public:
@@ -131,7 +134,7 @@ def _check_permission(destination: Destination, user: dict[str, Any]) -> None:
 
 
 def card_on_hub(destination: Destination) -> ModelCard | None:
-    """The card that a repository has, for a branch that is not made yet that of main; None where there is none."""
+    """Load the card of a repository, from main if the branch does not exist yet; None if there is no card."""
     for revision in (destination.revision, None):
         try:
             path = hub().hf_hub_download(destination.repo_id, CARD_NAME, token=destination.token, revision=revision)
@@ -156,16 +159,24 @@ def push_folder(
     later: str | None = None,
     waits: Sequence[float] = WAITS,
 ) -> CommitInfo:
-    """Push a model, or with `path_in_repo` a checkpoint into that folder, in one commit with a message.
+    """Push a model, or a checkpoint into the folder `path_in_repo`, in one commit.
 
-    The repository is made where it does not exist. Nothing arrives by halves: the commit is made when all files are
-    there (`HfApi.upload_folder` may make several). Files that the Hub has already are not sent again, so another try,
-    after each of `waits` in seconds, goes on where the last one stopped.
+    The repository is created if it does not exist. A push is never partial: the commit is made when all files have
+    arrived (`HfApi.upload_folder` may make several). Files that the Hub has already are not sent again, so each further
+    attempt goes on where the last one stopped.
+
+    Args:
+        directory: Folder to push.
+        destination: Repository to push to.
+        message: Message of the commit.
+        path_in_repo: Folder in the repository for a checkpoint; empty for a model.
+        with_card: Whether the model card is pushed, too.
+        later: Command in the error, which pushes the folder later; None for `nio-hf push` to the same destination.
+        waits: Seconds to wait before each further attempt.
 
     Raises:
-        HubError: Where it was refused, or failed to the last try. The folder is as it was; the message has the command
-            `later`, by default `nio-hf push` with the same destination.
-        OutputError: For a file that cannot be read.
+        HubError: A push that was refused, or whose attempts all failed. The folder is unchanged.
+        OutputError: A file that cannot be read.
     """
     left_out = (*_LEFT_OUT, *([] if path_in_repo else _ONLY_TO_RESUME), *([] if with_card else [CARD_NAME]))
     contents: dict[str, Path | bytes] = {}
@@ -198,7 +209,7 @@ def _fits(name: str, patterns: Sequence[str]) -> bool:
 
 
 def push_command(directory: Path, destination: Destination, **options: str | Sequence[str] | None) -> str:
-    """The command that pushes a folder, with further options of `nio-hf push` where they are not None."""
+    """Return the command that pushes a folder, with those further options of `nio-hf push` that are not None."""
     words = ["nio-hf", "push", str(directory), destination.repo_id, *(["--private"] if destination.private else [])]
     for name, value in {"revision": destination.revision, **options}.items():
         for single in [value] if isinstance(value, str) else value or ():
@@ -207,7 +218,7 @@ def push_command(directory: Path, destination: Destination, **options: str | Seq
 
 
 def tried(action: Callable[[], T], where: str, waits: Sequence[float]) -> T:
-    """Do something again while that may help, each time with a warning."""
+    """Carry out an action, and repeat it after a warning while another attempt may succeed."""
     for number, wait in enumerate(waits, 1):
         try:
             return action()
@@ -222,11 +233,11 @@ def tried(action: Callable[[], T], where: str, waits: Sequence[float]) -> T:
 
 @contextlib.contextmanager
 def push_errors(directory: Path, destination: Destination, later: str) -> Iterator[None]:
-    """Turn what can go wrong with a push into errors of ours with the command that pushes the folder later.
+    """Turn the errors of a push into errors of this package, with the command that pushes the folder later.
 
     Raises:
-        HubError: For what the Hub refuses, or for one that does not answer.
-        OutputError: For a file that cannot be read.
+        HubError: A request that the Hub refuses, or a Hub that does not answer.
+        OutputError: A file that cannot be read.
     """
     try:
         yield
@@ -236,7 +247,7 @@ def push_errors(directory: Path, destination: Destination, later: str) -> Iterat
     except NIOError:
         raise
     except Exception as error:
-        # These are an OSError, too, but not about a file.
+        # These errors are OSErrors, too, but not about a file.
         of_the_hub = (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, ConnectionError, TimeoutError)
         if isinstance(error, OSError) and not isinstance(error, of_the_hub):
             raise OutputError(Problem(str(directory), one_line(error), f"Then push it: {later}")) from error
@@ -244,19 +255,19 @@ def push_errors(directory: Path, destination: Destination, later: str) -> Iterat
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether it may help to try again later."""
+    """Whether another attempt may succeed later."""
     error = _cause(error)
     if isinstance(error, errors.LocalEntryNotFoundError):
         return True
     if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code in _PASSING
-    # A server error whose text is not the JSON that was expected.
+    # JSONDecodeError: a server error whose text is not the expected JSON.
     passing = (json.JSONDecodeError, errors.HTTPError, ConnectionError, TimeoutError)  # type: ignore[attr-defined]
     return isinstance(error, passing) and not isinstance(error, errors.OfflineModeIsEnabled)
 
 
 def as_hub_error(error: Exception, where: str, fix: str) -> HubError:
-    """An error of ours that says what one of the Hub means for a repository, and what to do."""
+    """Return the error of this package that explains an error of the Hub and says how to go on."""
     if isinstance(error, HubError):
         return error
     error = _cause(error)
@@ -274,7 +285,7 @@ def as_hub_error(error: Exception, where: str, fix: str) -> HubError:
 
 
 def _cause(error: Exception) -> Exception:
-    """What is behind an error of an upload, which huggingface_hub wraps."""
+    """Return the error that huggingface_hub has wrapped in an error of an upload."""
     while type(error) is RuntimeError and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error

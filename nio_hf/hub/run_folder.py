@@ -1,4 +1,4 @@
-"""What a run writes about itself into its folders, and how it is read from there."""
+"""Files in which a run describes itself, and the functions that read them."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from nio_hf.report.run import Facts, Run
 logger = logging.getLogger(__name__)
 
 INIT_DIR_NAME = "_nio_init"
-"""Its leading underscore keeps the initialised checkpoint out of `Trainer.push_to_hub`."""
+"""Folder of the initialised checkpoint. Its underscore keeps it out of `Trainer.push_to_hub`."""
 STATE_NAME, STATE_FORMAT = "nio_state.json", 3
 RUN_NAME, RUN_FORMAT = "nio_run.json", 1
 RECIPE_NAME = "nio_recipe.yaml"
 SAMPLE_NAME = "nio_sample.txt"
-"""Text that a trained language model has written."""
+"""File with the text that a trained language model has written."""
 INSPECTION_DIR_NAME, INSPECTION_NAME = "inspect", "inspection.json"
 State = dict[str, Any]
-"""What is written of a NIO run, in plain values."""
+"""Content of the file about a NIO run, in plain values."""
 _GIVE = f"Give an output_dir of `nio-hf train` or `nio-hf init`, or its {INIT_DIR_NAME}"
 _ELSEWHERE = {"output_dir", "run_name", "report_to", "hub_token", "push_to_hub", "hub_model_id", "logging_dir"}
-"""Arguments that say where a run was written, not what it computed, and what is nobody's business."""
+"""Training arguments that say where a run was written and not what it computed, and private ones."""
 
-# What is written
+# Writing
 
 
 def describe_run(directory: Path, facts: Facts, recipe: str | None, training_seconds: float | None = None) -> None:
-    """Write beside a model what it takes to tell how it came about, in the place of what an earlier run has written.
+    """Write the description of a run beside its model, in place of the description of an earlier run.
 
     Args:
         directory: Directory of the model.
         facts: Facts of the run.
-        recipe: Recipe as YAML, where there is one.
+        recipe: Recipe as YAML; None without one.
         training_seconds: Seconds of all sessions of the training so far.
     """
     about = {"format": RUN_FORMAT, "facts": dataclasses.asdict(facts), "versions": versions()}
@@ -67,12 +67,12 @@ def write_state(state: State, directory: Path) -> None:
 
 
 def inspection_json(inspection: GradientInspection, steps: int) -> str:
-    """An inspection as the text of its file, with the steps that the model was trained for."""
+    """Return the text of the file of an inspection, with the number of training steps of the model."""
     return json.dumps({"steps": steps, **inspection.to_dict()}, indent=1, allow_nan=False) + "\n"
 
 
 def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """The training arguments that differ from their defaults, as plain values without tokens."""
+    """Return the training arguments that differ from their defaults, as plain values without tokens."""
     changed = {}
     for field in dataclasses.fields(args):
         value, default = (
@@ -87,7 +87,7 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, as far as it is installed."""
+    """Return the versions of the libraries that the numbers depend on."""
     found = {"nio_hf": nio_hf.__version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "accelerate", "datasets"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -95,11 +95,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-# What others may see
+# Sharing
 
 
 def shareable(value: Any) -> Any:
-    """A value, and what is nested in it, with absolute paths cut down to their names."""
+    """Return a value, nested ones included, with absolute paths cut down to their names."""
     if isinstance(value, Mapping):
         return {key: shareable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -110,13 +110,13 @@ def shareable(value: Any) -> Any:
 
 
 def shareable_run(run: Run) -> Run:
-    """A run with the absolute paths in its facts and its recipe cut down to their names."""
+    """Return a run with the absolute paths in its facts and its recipe cut down to their names."""
     facts = Facts(**shareable(dataclasses.asdict(run.facts)))
     return dataclasses.replace(run, facts=facts, recipe=None if run.recipe is None else _shareable_recipe(run.recipe))
 
 
 def shareable_files(directory: Path) -> dict[str, bytes]:
-    """{file name: content} of the files of a model's folder that may hold absolute paths, with them cut down."""
+    """Return {file name: content} of the files of a model that may hold absolute paths, with these cut down."""
     contents = {name: _read_json(directory / name) for name in (TRAINER_STATE_NAME, RUN_NAME)}
     files = {name: _json(shareable(content)).encode() for name, content in contents.items() if content is not None}
     recipe = _read_text(directory / RECIPE_NAME)
@@ -128,11 +128,11 @@ def _shareable_recipe(text: str) -> str:
     return settings
 
 
-# What is read
+# Reading
 
 
 def training_seconds(directory: Path) -> float:
-    """Seconds of all sessions of a training up to a checkpoint; 0 where that is not known."""
+    """Return the seconds of all sessions of a training up to a checkpoint; 0 if they are not known."""
     try:
         return float((_read_json(directory / RUN_NAME) or {}).get("training_seconds") or 0.0)
     except (CheckpointError, ValueError, TypeError):
@@ -140,10 +140,10 @@ def training_seconds(directory: Path) -> float:
 
 
 def read_state(directory: Path) -> State:
-    """All of `nio_state.json` in a directory; its result can be read.
+    """Read `nio_state.json` in a directory, and check that its result can be read.
 
     Raises:
-        CheckpointError: For a file that is missing, is not JSON, or has another format.
+        CheckpointError: A file that is missing, is not JSON, or has another format.
     """
     path = directory / STATE_NAME
     try:
@@ -160,24 +160,24 @@ def read_state(directory: Path) -> State:
 
 
 def find_state(directory: Path) -> State | None:
-    """As [`read_state`]; None where there is none that can be read."""
+    """Read `nio_state.json` in a directory; None if it is missing or, with a warning, cannot be read."""
     try:
         return read_state(directory) if (directory / STATE_NAME).is_file() else None
     except CheckpointError as error:
-        logger.warning("What NIO did is not known here: %s", error)
+        logger.warning("The result of NIO cannot be read: %s", error)
         return None
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds a whole model as safetensors."""
+    """Whether a folder holds a model as safetensors."""
     return any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
 
 
 def model_folder(directory: Path) -> Path:
-    """Where in the folder of a run its model is: there, else in the last whole checkpoint, else the initialised one.
+    """Find the folder of a run's model: the folder itself, the last whole checkpoint, or the initialised checkpoint.
 
     Raises:
-        CheckpointError: Where there is none, or the folder itself is a checkpoint that is not whole.
+        CheckpointError: A folder without a model, or a checkpoint that is not whole.
     """
     for folder in filter(has_weights, _folders(directory)):
         fault = fault_of(folder) if has_manifest(folder) else None
@@ -189,17 +189,17 @@ def model_folder(directory: Path) -> Path:
 
 
 def read_run(directory: Path, name: str | None = None, progress: TrainerState | None = None) -> Run:
-    """What a folder holds of a run: an output directory, a checkpoint, or an initialised checkpoint.
+    """Read a run from its output directory, a checkpoint, or an initialised checkpoint.
 
-    Of an output directory whose training has not come to its end, that is its last checkpoint.
+    For a training that has not come to its end, the output directory stands for its last checkpoint.
 
     Args:
-        directory: Directory that was written.
-        name: Name of the run; None for that of the directory.
-        progress: State of the training; None for what the folder says.
+        directory: Directory to read.
+        name: Name of the run; None for the name of the directory.
+        progress: State of the training; None for the state in the folder.
 
     Raises:
-        CheckpointError: Where there is nothing of a run, or a file of it cannot be read.
+        CheckpointError: A folder without a run, or with a file that cannot be read.
     """
     files = (STATE_NAME, RUN_NAME, TRAINER_STATE_NAME)
     described = (folder for folder in _folders(directory) if any((folder / name).is_file() for name in files))
@@ -220,7 +220,7 @@ def read_run(directory: Path, name: str | None = None, progress: TrainerState | 
         metrics = final_metrics(log, kept)
         if about.get("training_seconds"):
             metrics["train_runtime"] = about["training_seconds"]
-        # An inspection of a model that was trained for another number of steps is of another run in the same folder.
+        # An inspection after another number of steps belongs to another run in the same folder.
         is_of_run = inspection is not None and inspection["steps"] == steps
         return Run(
             name=name or directory.resolve().name,
@@ -243,11 +243,9 @@ def read_run(directory: Path, name: str | None = None, progress: TrainerState | 
 
 
 def final_metrics(log_history: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
-    """The metrics `eval_*` and `train_*` of the weights of a step: of evaluations after the training, else at the step.
+    """Return the metrics `eval_*` and `train_*` of the weights of a step.
 
-    Args:
-        log_history: Log history of the Trainer.
-        step: Step that the weights are of.
+    Evaluations after the training take precedence over the evaluation at the step.
     """
     end = next((index for index, entry in enumerate(log_history) if "train_runtime" in entry), len(log_history))
     chosen = [entry for entry in log_history[:end] if entry.get("step") == step] + list(log_history[end:])
@@ -256,7 +254,7 @@ def final_metrics(log_history: Sequence[Mapping[str, Any]], step: int) -> dict[s
 
 
 def _folders(directory: Path) -> list[Path]:
-    """Where a run may be: in its folder, else in its last checkpoint, else in the initialised one."""
+    """Return the folders that may hold a run: its folder, its checkpoints from the last on, the initialised one."""
 
     def step(folder: Path) -> int:
         number = folder.name.rpartition("-")[2]
@@ -275,7 +273,7 @@ def _nothing_in(directory: Path, what: str) -> CheckpointError:
 
 
 def _facts_of(config: Mapping[str, Any]) -> Facts:
-    """What the configuration of a model tells, where nothing else does."""
+    """Return the facts that the configuration of a model states."""
     names, classes = config.get("architectures") or ["model"], config.get("id2label")
     return Facts(names[0], config.get("model_type"), classes=None if classes is None else len(classes))
 

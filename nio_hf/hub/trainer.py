@@ -1,4 +1,4 @@
-"""A Trainer whose pushes to the Hub say what the model is, and cannot end a training."""
+"""A Trainer whose pushes carry a model card, and cannot end a training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _STAGING_DIR_NAME = "_nio_push"
 _CLASSIFIERS = ("ForImageClassification", "ForSequenceClassification", "ForTokenClassification")
 _NOT_PUSHED = "The model is saved, but not pushed."
 _ONE_MORE_TRY = (1.0,)
-"""Waits of a push in the middle of a training: the next checkpoint is another try."""
+"""Waits of a push during a training: the next checkpoint is another attempt."""
 
 
 def publish(
@@ -52,15 +52,23 @@ def publish(
     later: Path | None = None,
     waits: Sequence[float] = push.WAITS,
 ) -> CommitInfo:
-    """Draw the plots of a model's folder, write its model card, and push it, see [`push_folder`].
+    """Draw the plots of a run, write its model card, and push the folder of its model as [`push_folder`] does.
 
-    The message of the commit is by default what the model is, the licence that of the card on the Hub, the name that of
-    the repository, and the folder that `nio-hf push` would push later the directory.
+    Args:
+        directory: Folder of the model.
+        destination: Repository to push to.
+        message: Message of the commit; None for one that describes the model.
+        license_id: Licence; None for the licence of the card on the Hub.
+        tags: Further tags of the card.
+        name: Name of the model in the card; None for the name of the repository.
+        plots: Whether to draw the plots.
+        later: Folder that the command in an error pushes; None for the directory.
+        waits: Seconds to wait before each further attempt.
 
     Raises:
-        CheckpointError: For a folder that is not of a run.
-        HubError: Where the push was refused, or failed to the last try.
-        OutputError: Where plots or card cannot be written.
+        CheckpointError: A folder without a run.
+        HubError: A push that was refused, or whose attempts all failed.
+        OutputError: Plots or a card that cannot be written.
     """
     run = run_folder.read_run(directory, name or destination.repo_id)
     options = {"license": license_id, "tag": tags, "commit_message": message}
@@ -74,20 +82,20 @@ def publish(
 
 
 class HubTrainerMixin(TrainerMixin):
-    """Describes each model that it saves, and pushes it with a card of what it is.
+    """Describes each model that it saves, and pushes it with a model card.
 
-    Token, name and permission are checked when the Trainer is made. A push in the middle of a training that fails is
-    a warning; the training goes on.
+    Token, name and permission are checked when the Trainer is made. A push that fails during the training is a warning,
+    and the training goes on.
 
     Attributes:
-        started_from: Name on the Hub of what the model was loaded from, where that is to be told.
+        started_from: Name on the Hub of the checkpoint that the model was loaded from; None if the card omits it.
     """
 
     hub_model_id: Any
     push_in_progress: Any = None
     started_from: str | None = None
     _sessions: tuple[float, float | None, float | None] = (0.0, None, None)
-    """Seconds of former sessions, and when this one began and ended."""
+    """Seconds of former sessions, and the times at which this session began and ended."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -95,11 +103,11 @@ class HubTrainerMixin(TrainerMixin):
 
     @property
     def recipe_text(self) -> str | None:
-        """The recipe as YAML, saved with the model; None without one. Override it where there is one."""
+        """Recipe as YAML, which is saved with the model; None without one. Subclasses with a recipe override it."""
         return None
 
     def run_facts(self) -> Facts:
-        """What is saved with the model of how it came about. Override it where more is known, e.g. of the data."""
+        """Return the facts of the run, which are saved with the model. Subclasses that know more override it."""
         model: Any = self.unwrapped_model
         config = model.config if isinstance(model, PreTrainedModel) else None
         info = getattr(self.train_dataset, "info", None)
@@ -117,24 +125,24 @@ class HubTrainerMixin(TrainerMixin):
         )
 
     def describe(self, directory: Path) -> None:
-        """Write beside a model how it came about."""
+        """Write the description of the run beside a model."""
         run_folder.describe_run(directory, self.run_facts(), self.recipe_text, self.training_seconds)
 
     def folder_to_push(self) -> Path:
-        """The folder that `push_to_hub` pushes. Override it for a model that is in another one than `output_dir`."""
+        """Return the folder that `push_to_hub` pushes. Subclasses whose model is outside `output_dir` override it."""
         return Path(str(self.args.output_dir))
 
     @property
     def training_seconds(self) -> float | None:
-        """Seconds of all sessions of this training so far, those before it was resumed included; None before it."""
+        """Seconds of all sessions of this training so far; None before the training."""
         former, began, ended = self._sessions
         return None if began is None else former + (time.perf_counter() if ended is None else ended) - began
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Check that the repository can be pushed to; it is made by the first push.
+        """Check that the repository can be pushed to. The first push creates it.
 
         Raises:
-            HubError: For a name, token or permission that will not do.
+            HubError: A name, token or permission that does not suffice.
         """
         collective, repo_id = Collective.current(), None
         with collective.together():
@@ -145,10 +153,10 @@ class HubTrainerMixin(TrainerMixin):
     def create_model_card(  # type: ignore[override]
         self, language: str | None = None, license: str | None = None, tags: Any = None, **given: Any
     ) -> None:
-        """Write the card of the model as it is now into `output_dir`, unless the one there is your own.
+        """Write the model card of the present model into `output_dir`, unless the user has edited the card there.
 
-        As in Trainer, it takes `model_name`, `finetuned_from`, `tasks`, `dataset_tags`, `dataset` and `dataset_args`.
-        Of tasks, data sets and their arguments the first one counts.
+        The arguments `model_name`, `finetuned_from`, `tasks`, `dataset_tags`, `dataset` and `dataset_args` are those of
+        Trainer. The first task, data set and data set argument count.
         """
         if not self.is_world_process_zero():
             return
@@ -179,17 +187,17 @@ class HubTrainerMixin(TrainerMixin):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Push the model with its card, see `folder_to_push`; as in Trainer.
+        """Push [`folder_to_push`] with a model card, as in Trainer.
 
-        Of `kwargs`, `license`, `tags` and `model_name` go into the card.
+        `license`, `tags` and `model_name` in `kwargs` go into the card.
 
         Returns:
-            [`~huggingface_hub.CommitInfo`], or the future of it; None on other processes than the first.
+            [`~huggingface_hub.CommitInfo`], or its future if `blocking` is false; None on all processes but the first.
 
         Raises:
-            HubError: Where the push was refused, or failed to the last try; what was saved is whole, and the message
+            HubError: A push that was refused, or whose attempts all failed. The saved model is whole, and the message
                 has the command that pushes it later.
-            ConfigError: Where there is no model, or none that is saved.
+            ConfigError: No model, or a model that is not saved.
         """
         if self.model is None:
             raise ConfigError(Problem("push_to_hub", "a search leaves no model", "Train the best trial, then push it"))
@@ -214,12 +222,12 @@ class HubTrainerMixin(TrainerMixin):
         if blocking:
             return publish_now()
         future = self._in_background(publish_now, _NOT_PUSHED, logging.ERROR)
-        # An atexit function is too late: huggingface_hub cannot start its threads then.
+        # huggingface_hub starts threads, which is too late in an atexit function.
         getattr(threading, "_register_atexit", atexit.register)(futures.wait, [future])
         return future
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer, described; a push that fails is an error in the log, for the model is saved."""
+        """Save and describe the model, as in Trainer. A push that fails is an error in the log: the model is saved."""
         super().save_model(output_dir, _internal_call=True)
         if self.args.should_save:
             HubTrainerMixin.describe(self, Path(str(output_dir or self.args.output_dir)))
@@ -230,7 +238,7 @@ class HubTrainerMixin(TrainerMixin):
                 logger.error("%s %s", _NOT_PUSHED, error)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Not here: a checkpoint is pushed when callbacks have written theirs into it. See tests/test_private.py."""
+        """Do nothing: [`_HubCallback`] pushes a checkpoint when all callbacks have written their files into it."""
 
     def _destination(self, token: str | None, private: bool | None, revision: str | None = None) -> push.Destination:
         args = self.args
@@ -242,18 +250,18 @@ class HubTrainerMixin(TrainerMixin):
         )
 
     def _tags(self, tags: Any) -> list[str]:
-        """Tags that were given, and those that callbacks gave the model."""
+        """Return the given tags and the tags that callbacks have added to the model."""
         return [*_listed(tags), *(getattr(self.model, "model_tags", None) or [])]
 
     # Pushes of checkpoints
 
     @property
     def _pushes(self) -> list[Future[Any]]:
-        """The pushes that are not done."""
+        """Pushes that are still going on."""
         return [] if self.push_in_progress is None else [job for job in self.push_in_progress.jobs if not job.done()]
 
     def _in_background(self, action: Callable[[], Any], complaint: str, level: int) -> Future[Any]:
-        """Do something once the pushes before it are done; an error is logged, for nobody may ask the future."""
+        """Carry out an action after the present pushes. An error is logged, since nobody may ask the future."""
         future, before = Future[Any](), self._pushes
 
         def work() -> None:
@@ -264,14 +272,14 @@ class HubTrainerMixin(TrainerMixin):
                 logger.log(level, "%s %s", complaint, one_line(error))
                 future.set_exception(error)
 
-        # Not an executor (as of HfApi.run_as_future), which the end of a process waits for: nor does Ctrl-C end that.
+        # The end of a process, even by Ctrl-C, would wait for an executor, as HfApi.run_as_future uses it.
         threading.Thread(target=work, name="nio-push", daemon=True).start()
         jobs: Any = [*before, future]
         self.push_in_progress = PushInProgress(jobs)
         return future
 
     def _push_checkpoint(self, directory: Path) -> None:
-        """Push a checkpoint in the background, from a copy: rotation may delete it meanwhile."""
+        """Push a copy of a checkpoint in the background: rotation may delete the checkpoint meanwhile."""
         args, is_busy = self.args, bool(self._pushes) and not self.args.hub_always_push
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END or is_busy:
             return
@@ -292,12 +300,12 @@ class HubTrainerMixin(TrainerMixin):
         self._in_background(lambda: self._push_staged(staged, directory, message), complaint, logging.WARNING)
 
     def _push_staged(self, staged: Path, checkpoint: Path, message: str) -> None:
-        """Push a checkpoint that was set aside."""
+        """Push the copy of a checkpoint, and delete the copy."""
         destination = self._destination(None, None)
         folders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
         folder = folders.get(HubStrategy(self.args.hub_strategy))
         try:
-            # Without plots: matplotlib is not made for several threads.
+            # matplotlib is not made for several threads.
             publish(staged, destination, message=message, plots=False, later=checkpoint, waits=_ONE_MORE_TRY)
             if folder is not None:
                 message, later = f"{message}, checkpoint", push.push_command(checkpoint, destination)
@@ -310,13 +318,13 @@ class HubTrainerMixin(TrainerMixin):
 
 
 class _HubCallback(TrainerCallback):
-    """Pushes each checkpoint, and keeps the time."""
+    """Pushes each checkpoint, and measures the sessions."""
 
     def __init__(self, trainer: HubTrainerMixin) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Begin a session, and remove what a training that was killed had set aside."""
+        """Begin a session, and remove the copies of a training that was killed."""
         resumed_from = self._trainer.resumed_from
         former = 0.0 if resumed_from is None else run_folder.training_seconds(resumed_from)
         self._trainer._sessions = (former, time.perf_counter(), None)
@@ -330,7 +338,7 @@ class _HubCallback(TrainerCallback):
             self._trainer._push_checkpoint(directory)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """End a session; one that SIGTERM has stopped does not wait for the Hub."""
+        """End a session. A training that SIGTERM has stopped does not wait for the Hub."""
         former, began, _ = self._trainer._sessions
         self._trainer._sessions = (former, began, time.perf_counter())
         preemption = self._trainer.preemption
@@ -339,7 +347,7 @@ class _HubCallback(TrainerCallback):
 
 
 def _draw(run: Run, directory: Path) -> dict[str, Path]:
-    """The plots of a run, in its folder; none without the extra `report`, which is said."""
+    """Draw the plots of a run into its folder; without the extra `report`, log that there are none."""
     if missing_modules("report"):
         logger.info("The card has no plots. %s", how_to_install("report"))
         return {}

@@ -1,4 +1,4 @@
-"""What a run has to show: tables, plots, and one page with all of them."""
+"""Reports of a run: tables, plots, and one page with all of them."""
 
 from nio_hf.report.history import plot_history
 from nio_hf.report.plots import draw_run, plot_inspection, plot_scales, plot_training

@@ -1,4 +1,4 @@
-"""The plot of a run by iteration: what was tried, measured, accepted and refused."""
+"""The plot of an initialisation by iteration: trials, measurements, acceptances and refusals."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _REPORTED: dict[str, Callable[[GradCosine], float]] = {
 }
 _LONGEST_NAME = 28
 _LETTER_HEIGHT = 0.05
-"""Inches that a letter of a tick label adds to the height."""
+"""Height that a letter of a tick label adds, in inches."""
 
 
 def plot_history(result: InitResult, target: Target) -> None:
     """Draw GradCosine, gradient norm and loss by iteration, with the report batches before and after.
 
-    Scales that NIO computed are points, with the bounds that they had to keep: those that were refused, then those that
-    were accepted, which are the point after. Other methods are curves. The objective has a panel of its own where it is
-    not GradCosine. A trial that could not be measured is on the axis alone.
+    Computed scales are points beside their bounds: first the refused ones, and the accepted ones as the point after.
+    Other methods are curves. An objective other than GradCosine has a panel of its own. A trial without a measurement
+    has a tick on the axis alone.
 
     Args:
-        result: Outcome of `initialize`.
+        result: Result of `initialize`.
         target: PNG file to write.
 
     Raises:
-        OutputError: Where the file cannot be written.
+        OutputError: A file that cannot be written.
     """
     history, config = result.history, result.config
     is_computed = result.method == "nio" and config.search == "balance"
@@ -83,7 +83,7 @@ def _draw_refused(axes: Axes, refused: list[IterationRecord], name: str) -> None
 
 
 def _draw_reports(axes: Axes, result: InitResult, measure: Callable[[GradCosine], float], last: int) -> None:
-    """Draw the report batches in front of the first iteration and behind the last."""
+    """Draw the report batches before the first iteration and after the last."""
     reports = {"before": (0, result.before), "after": (last, result.after)}
     for when, (position, measured) in reports.items():
         values = [measure(part) for part in measured.parts]
@@ -110,7 +110,7 @@ def _draw_bounds(loss: Axes, norm: Axes, result: InitResult) -> None:
 
 
 def _draw_gamma(axes: Axes, result: InitResult) -> None:
-    """Draw gamma, and a rug of the iterations that lowered the gradient norm instead of the objective."""
+    """Draw gamma, and marks at the iterations that lowered the gradient norm instead of the objective."""
     gamma = result.config.gamma
     if gamma is not None:
         axes.axhline(gamma, color=VERMILLION, linestyle="--", label=f"gamma = {gamma:.4g}")
@@ -127,5 +127,5 @@ def _draw_gamma(axes: Axes, result: InitResult) -> None:
 
 
 def _shortened(name: str) -> str:
-    """A name for an axis; of a long one the end, which tells more."""
+    """Return a name for an axis; a long one is cut to its end, which tells more."""
     return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"

@@ -1,4 +1,4 @@
-"""One HTML page with all that is known of a run."""
+"""The HTML page of a run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import base64
 import dataclasses
 import io
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nio_hf.core.result import InitResult, Status
 from nio_hf.errors import OutputError, Problem, one_line
+from nio_hf.files import write_atomically
 from nio_hf.report.history import plot_history
 from nio_hf.report.plots import plot_inspection, plot_scales, plot_training
 from nio_hf.report.run import Run
@@ -31,7 +31,7 @@ from nio_hf.report.templating import render
 
 _CSS_PIXELS_PER_INCH = 96
 _DRAWN = ("loss", "eval_loss", "eval_accuracy")
-"""What `plot_training` draws of a log."""
+"""Quantities of a log that `plot_training` draws."""
 _TONES: dict[Status, tuple[str, str]] = {
     "improved": ("good", "✓"),
     "applied": ("neutral", "="),
@@ -45,26 +45,11 @@ _TONES: dict[Status, tuple[str, str]] = {
 """{status: (class in the style sheet, sign)}."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Image:
-    """A plot in the page.
-
-    Attributes:
-        uri: the PNG as a data URI.
-        width: in CSS pixels, at which text has the size that it was drawn for.
-        height: likewise.
-    """
-
-    uri: str
-    width: int
-    height: int
-
-
 def render_page(run: Run) -> str:
-    """The page of a run: HTML with everything in it, nothing is loaded from elsewhere.
+    """Return the HTML page of a run, which loads nothing from elsewhere.
 
     Args:
-        run: of which any part may be missing; its section is left out.
+        run: Run; a part that is missing leaves its section out.
     """
     result, inspection = run.result, run.inspection
     logged = [entry[key] for entry in run.log_history for key in _DRAWN if key in entry]
@@ -96,25 +81,20 @@ def render_page(run: Run) -> str:
 
 
 def write_page(run: Run, path: Path) -> None:
-    """Write the page of a run, so that the file holds either what it held or all of the page.
+    """Write the page of a run. If this fails at any moment, the file keeps its former content.
 
     Args:
-        run: as of [`render_page`].
-        path: HTML file, whose folder is made.
+        run: Run, as in [`render_page`].
+        path: HTML file, whose folder is created.
 
     Raises:
-        OutputError: where it cannot be written.
+        OutputError: A file that cannot be written.
     """
-    page = render_page(run)
-    temporary = path.parent / f"{path.name}.{os.getpid()}.partial"
+    # The name of a folder may hold characters that UTF-8 lacks.
+    page = render_page(run).encode("utf-8", errors="xmlcharrefreplace").decode("utf-8")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # Names of folders that are not UTF-8 have characters that UTF-8 does not.
-            temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, page)
     except OSError as error:
         raise OutputError(Problem(str(path), one_line(error), "Free space or choose another --output")) from error
 
@@ -164,7 +144,7 @@ def _nio_facts(result: InitResult) -> dict[str, str]:
 
 
 def _readable(name: str, value: float) -> str:
-    """A metric as text: an accuracy in %, a time in seconds, small numbers with four significant digits."""
+    """Return a metric as text: accuracies in %, times in seconds, small numbers with four significant digits."""
     if name.endswith("accuracy"):
         return f"{value:.2%}"
     if not math.isfinite(value):
@@ -174,7 +154,8 @@ def _readable(name: str, value: float) -> str:
     return f"{text} s" if name.endswith(("_runtime", "_time")) else text
 
 
-def _drawn(draw: Callable[[Any, Target], object], what: Any) -> _Image:
+def _drawn(draw: Callable[[Any, Target], object], what: Any) -> dict[str, Any]:
+    """Return a plot as a data URI, with its width and height in CSS pixels at the size of its text."""
     from PIL import Image
 
     target = io.BytesIO()
@@ -182,4 +163,5 @@ def _drawn(draw: Callable[[Any, Target], object], what: Any) -> _Image:
     with Image.open(target) as image:
         scale = _CSS_PIXELS_PER_INCH / float(image.info["dpi"][0])
         width, height = (round(scale * pixels) for pixels in image.size)
-    return _Image(f"data:image/png;base64,{base64.b64encode(target.getvalue()).decode()}", width, height)
+    uri = f"data:image/png;base64,{base64.b64encode(target.getvalue()).decode()}"
+    return {"uri": uri, "width": width, "height": height}

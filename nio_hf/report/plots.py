@@ -38,16 +38,16 @@ _FINE_TICKS_UP_TO = 3.0
 
 
 def plot_scales(result: InitResult, target: Target) -> None:
-    """Draw the scale of each tensor against the depth of its block, by group, or by kind where groups are one or many.
+    """Draw the scale of each tensor by the depth of its block. Colours are groups, or kinds for one or many groups.
 
     The y axis is logarithmic and symmetric around 1, so that a scale and its inverse are equally far from the line.
 
     Args:
-        result: of `initialize`.
+        result: Result of `initialize`.
         target: PNG file to write.
 
     Raises:
-        OutputError: where the file cannot be written.
+        OutputError: A file that cannot be written.
     """
     blocks = sorted({tensor.depth for tensor in result.tensors})
     with figure(target, width=min(max(6.5, 0.34 * len(blocks) + 2), 16), height=4.4) as drawn:
@@ -71,11 +71,11 @@ def plot_training(log_history: Sequence[Mapping[str, Any]], target: Target) -> N
     """Draw training loss, evaluation loss and evaluation accuracy by step.
 
     Args:
-        log_history: of [`~transformers.TrainerState`]; entries without these quantities are passed over.
+        log_history: Log history of [`~transformers.TrainerState`]; entries without these quantities are skipped.
         target: PNG file to write.
 
     Raises:
-        OutputError: where the file cannot be written.
+        OutputError: A file that cannot be written.
     """
     training, evaluation, accuracy = (_series(log_history, key) for key in ("loss", "eval_loss", "eval_accuracy"))
     with figure(target, width=7, height=5.5 if accuracy else 3.8) as drawn:
@@ -99,13 +99,13 @@ def plot_training(log_history: Sequence[Mapping[str, Any]], target: Target) -> N
 
 
 def draw_run(run: Run, directory: Path) -> dict[str, Path]:
-    """Draw all that a run has to show into a directory, in the place of what an earlier run has drawn there.
+    """Draw the plots of a run into a directory, in place of the plots of an earlier run.
 
     Returns:
-        {what: PNG file}.
+        {description: PNG file}.
 
     Raises:
-        OutputError: where a file cannot be written.
+        OutputError: A file that cannot be written.
     """
     for stale in _PLOT_NAMES:
         (directory / stale).unlink(missing_ok=True)
@@ -127,16 +127,16 @@ def draw_run(run: Run, directory: Path) -> dict[str, Path]:
 
 
 def plot_inspection(inspection: GradientInspection, target: Target) -> None:
-    """Draw where in a model the gradients of sub-batches agree, and where the gradient is, by block and kind.
+    """Draw the agreement of the gradients of sub-batches, and the share of the gradient, by block and kind.
 
     The upper panel has the agreement a_l, the lower one the share s_l of the squared norm; GC is the sum of s_l a_l.
 
     Args:
-        inspection: of `inspect_gradients`.
+        inspection: Result of `inspect_gradients`.
         target: PNG file to write.
 
     Raises:
-        OutputError: where the file cannot be written.
+        OutputError: A file that cannot be written.
     """
     groups = inspection.grouped(lambda layer: (layer.kind, layer.depth))
     kinds = sorted({kind for kind, _ in groups}, key=kind_order)
@@ -172,7 +172,7 @@ def _draw_agreement(axes: Axes, groups: Mapping[tuple[str, int], LayerGradient],
 
 
 def _draw_shares(axes: Axes, groups: Mapping[tuple[str, int], LayerGradient], kinds: Sequence[str]) -> None:
-    """Stacked bars."""
+    """Draw the shares as stacked bars."""
     heights: dict[int, float] = collections.defaultdict(float)
     for kind in kinds:
         color = kind_marker(kind)["markeredgecolor"]
@@ -189,7 +189,7 @@ def _draw_shares(axes: Axes, groups: Mapping[tuple[str, int], LayerGradient], ki
 
 
 def _legend(result: InitResult) -> dict[str, tuple[dict[str, Any], list[TensorScale]]]:
-    """{label: (its marker, its tensors)}."""
+    """Return {label: (marker, tensors)}."""
     tensors = result.tensors
     if 1 < len(result.groups) <= MOST_GROUPS:
         return {
@@ -204,7 +204,7 @@ def _legend(result: InitResult) -> dict[str, tuple[dict[str, Any], list[TensorSc
 
 
 def _place(tensors: Sequence[TensorScale]) -> dict[str, float]:
-    """{name of a tensor: x}: the tensors of a block stand side by side, ordered by kind."""
+    """Return {name of a tensor: x}. The tensors of a block stand side by side, ordered by kind."""
     blocks = collections.defaultdict(list)
     for tensor in tensors:
         blocks[tensor.depth].append(tensor)

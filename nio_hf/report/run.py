@@ -1,4 +1,4 @@
-"""What is known of a run, from which page and model card are made."""
+"""The data of a run, from which page and model card are made."""
 
 from __future__ import annotations
 
@@ -9,26 +9,24 @@ from typing import Any
 from nio_hf.core.layerwise import GradientInspection
 from nio_hf.core.result import InitResult
 
-_BEFORE_NAME = "For"
-
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What weights and logs do not tell of a run.
+    """Facts of a run that weights and logs do not tell.
 
     Attributes:
-        model: name of the model's class.
-        model_type: name of the architecture in transformers; None for a module of the user's own.
-        parameters: number of all parameters.
-        classes: of a classifier.
-        dataset: name of the data set, as it is loaded.
-        dataset_config: its configuration.
-        dataset_split: that is evaluated on.
-        recipe: name of the recipe; None without one.
-        arguments: the training arguments that differ from their defaults.
-        processes: that trained together.
-        device: kind of device.
-        started_from: the initialised checkpoint that was loaded; None for a model that was built anew.
+        model: Name of the model's class.
+        model_type: Name of the architecture in transformers; None for a module of the user.
+        parameters: Number of all parameters.
+        classes: Number of classes; None for a model that is no classifier.
+        dataset: Name of the data set, as it is loaded.
+        dataset_config: Configuration of the data set.
+        dataset_split: Split of the evaluation.
+        recipe: Name of the recipe; None without one.
+        arguments: Training arguments that differ from their defaults.
+        processes: Number of processes.
+        device: Type of the device.
+        started_from: Initialised checkpoint that was loaded; None for a model that was built anew.
     """
 
     model: str
@@ -44,30 +42,25 @@ class Facts:
     device: str = "cpu"
     started_from: str | None = None
 
-    @property
-    def architecture(self) -> str:
-        """The model's class without its task, e.g. "ViT"."""
-        return self.model.partition(_BEFORE_NAME)[0] or self.model
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A run as its folder holds it.
 
     Attributes:
-        name: of the folder, or of the repository.
-        facts: what it was made from.
-        result: of the initialisation; None where there was none.
-        versions: of the libraries.
-        steps: optimiser steps that were trained; 0 for an initialised checkpoint.
-        max_steps: that were meant to be trained.
-        metrics: of the Trainer, for the weights that the folder holds; `train_runtime` is that of all sessions.
-        log_history: of the Trainer.
-        recipe: the recipe as YAML, with the overrides of the run; None without one.
-        inspection: by layer, where the folder has one.
-        has_ended: whether the training came to an end, be it before `max_steps`.
-        kept_step: step that the weights are of, where that is not the last one.
-        sample: text that the trained model has written; None without one.
+        name: Name of the folder or the repository.
+        facts: Model, data and settings.
+        result: Result of the initialisation; None without one.
+        versions: Versions of the libraries.
+        steps: Number of training steps so far; 0 for an initialised checkpoint.
+        max_steps: Number of planned training steps.
+        metrics: Metrics of the Trainer for the weights in the folder; `train_runtime` covers all sessions.
+        log_history: Log history of the Trainer.
+        recipe: Recipe as YAML, with the overrides of the run; None without one.
+        inspection: Inspection by layer; None without one.
+        has_ended: Whether the training has ended, at `max_steps` or before.
+        kept_step: Training step of the weights; None for the last one.
+        sample: Text that the trained model has written; None without one.
     """
 
     name: str
@@ -86,12 +79,12 @@ class Run:
 
     @property
     def is_trained(self) -> bool:
-        """Whether it holds more than an initialisation."""
+        """Whether the model has been trained."""
         return self.steps > 0
 
     @property
     def is_finished(self) -> bool:
-        """Whether its training came to its end."""
+        """Whether the training has come to its end."""
         return self.has_ended or self.steps >= self.max_steps
 
     @property
@@ -101,7 +94,7 @@ class Run:
 
     @property
     def nio_share(self) -> float | None:
-        """Seconds of the initialisation as a share of those of both together; None where one is not known."""
+        """Share of the initialisation in the seconds of initialisation and training; None if one is not known."""
         training = self.metrics.get("train_runtime")
         if self.result is None or training is None:
             return None

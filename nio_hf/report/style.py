@@ -1,4 +1,4 @@
-"""One style for all plots: readable in print and by people with any form of colour blindness."""
+"""The style of all plots: readable in print and by people with any form of colour blindness."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _KIND_STYLES = {
     "bias": (GREY, "X"),
     "vector": (DARK, "d"),
 }
-"""{kind of tensors, in the order in which they are shown: color and shape}."""
+"""{kind of tensors: colour and shape}, in the order of the legends."""
 _GROUP_STYLES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (VERMILLION, "D"), (PURPLE, "P"), (SKY, "v"))
 _MAX_BLOCK_LABELS = 30
 ROUND_STEPS = (1, 2, 5, 10)
 """Distances of ticks."""
 Target = Path | BinaryIO
-"""A PNG file, whose folder is made, or an open binary file."""
+"""PNG file, whose folder is created, or an open binary file."""
 
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -58,11 +58,11 @@ _STYLE: dict[Any, Any] = {
 
 @contextlib.contextmanager
 def figure(target: Target, width: float, height: float) -> Iterator[Figure]:
-    """A figure in one style, written when the block ends. It needs no display and touches no global figure.
+    """Make a figure, and write it at the end of the context. No display and no global figure is used.
 
     Raises:
-        MissingExtraError: without the extra `report`.
-        OutputError: where the target cannot be written.
+        MissingExtraError: A missing extra `report`.
+        OutputError: A target that cannot be written.
     """
     require("report", "Plots")
     import matplotlib
@@ -82,12 +82,12 @@ def figure(target: Target, width: float, height: float) -> Iterator[Figure]:
 
 
 def kind_order(kind: str) -> int:
-    """Sorts kinds of tensors from the input to the head, then what is no weight matrix."""
+    """Return the rank of a kind of tensors: from the input to the head, then those that are no weight matrices."""
     return list(_KIND_STYLES).index(kind)
 
 
 def marker(color: str, shape: str, *, is_open: bool = False) -> dict[str, Any]:
-    """How points without a line are drawn."""
+    """Return the look of points without a line."""
     return {
         "linestyle": "none",
         "marker": shape,
@@ -98,12 +98,12 @@ def marker(color: str, shape: str, *, is_open: bool = False) -> dict[str, Any]:
 
 
 def kind_marker(kind: str) -> dict[str, Any]:
-    """How a kind of tensors is drawn."""
+    """Return the look of a kind of tensors."""
     return marker(*_KIND_STYLES[kind])
 
 
 def group_marker(position: int) -> dict[str, Any]:
-    """How the group at a position is drawn; 12 groups look different."""
+    """Return the look of the group at a position, different for 12 groups."""
     turn, color = divmod(position, len(_GROUP_STYLES))
     return marker(_GROUP_STYLES[color][0], _GROUP_STYLES[(color + turn) % len(_GROUP_STYLES)][1])
 
@@ -120,14 +120,14 @@ def mark_blocks(axes: Axes, blocks: Sequence[int]) -> None:
 
 
 def integer_ticks(axes: Axes) -> None:
-    """Whole numbers on the x axis."""
+    """Put whole numbers on the x axis."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=ROUND_STEPS))
 
 
 def legend_below(figure: Figure, *panels: Axes, columns: int = 3) -> None:
-    """One legend under all panels, each label once."""
+    """Draw one legend under all panels, with each label once."""
     entries: dict[str, Any] = {}
     for panel in panels:
         handles, labels = panel.get_legend_handles_labels()

@@ -21,7 +21,7 @@ _ACCURACIES = {
 SummaryRow = tuple[str, str, str]
 LayerRow = tuple[str, str, str, str, str, str]
 MOST_GROUPS = 12
-"""Groups that are shown one by one; tensors of more groups are shown by their kind."""
+"""Number of groups up to which each group is shown; beyond, tensors are shown by their kind."""
 _GROUP_COLUMNS = ("group", "tensors", "parameters", "scale")
 _KIND_COLUMNS = ("kind", "tensors", "parameters", "smallest", "median", "largest")
 _LOSSES = {
@@ -35,15 +35,14 @@ _BAR = r"\|"
 
 
 def summary_rows(result: InitResult | None, metrics: Mapping[str, float]) -> list[SummaryRow]:
-    """The summary table of a run, as (quantity, before, after).
+    """Return the rows (quantity, before, after) of the summary table of a run.
 
     Args:
-        result: of the initialisation; None where there was none.
-        metrics: of the Trainer; used are accuracies, losses and what follows from them, and
-            `train_runtime`.
+        result: Result of the initialisation; None without one.
+        metrics: Metrics of the Trainer, of which accuracies, losses and `train_runtime` are used.
 
     Returns:
-        One row per quantity that is known. What exists only after the run has an empty `before`.
+        A row for each known quantity. A quantity that exists only after the run has an empty `before`.
     """
     rows = [] if result is None else initialisation_rows(result)
     rows += [(name, "", f"{metrics[key]:.2%}") for key, name in _ACCURACIES.items() if key in metrics]
@@ -59,7 +58,7 @@ def summary_rows(result: InitResult | None, metrics: Mapping[str, float]) -> lis
 
 
 def initialisation_rows(result: InitResult) -> list[SummaryRow]:
-    """What a method changed on the report batches, as (quantity, before, after)."""
+    """Return the rows (quantity, before, after) of the measurements on the report batches."""
     before, after = result.before, result.after
     return [
         (f"GradCosine ({shape_of_sub_batches(before)})", cosine_with_error(before), cosine_with_error(after)),
@@ -69,13 +68,13 @@ def initialisation_rows(result: InitResult) -> list[SummaryRow]:
 
 
 def cosine_with_error(measured: GradCosine) -> str:
-    """GC, with its standard error over the batches where there are several."""
+    """Return GC as text, with its standard error over several batches."""
     error = measured.standard_error
     return f"{measured.value:.4f} ± {error:.4f}" if math.isfinite(error) else f"{measured.value:.4f}"
 
 
 def shape_of_sub_batches(measured: GradCosine) -> str:
-    """D and B / D, without which a GC cannot be compared with another."""
+    """Return D and B / D as text; GC is comparable only at the same values."""
     per_sub_batch = measured.batch_size / measured.sub_batches
     return f"D = {measured.sub_batches}, B/D = {per_sub_batch:.4g}"
 
@@ -85,9 +84,9 @@ class ScaleTable:
     """The scales of a run as a table of text.
 
     Attributes:
-        caption: what a row is.
-        columns: their names.
-        rows: one for each group, or for each kind of tensors.
+        caption: Caption, which says what a row is.
+        columns: Names of the columns.
+        rows: Rows, one for each group or kind of tensors.
     """
 
     caption: str
@@ -96,7 +95,7 @@ class ScaleTable:
 
 
 def scale_table(result: InitResult) -> ScaleTable:
-    """The scales by group; for more than `MOST_GROUPS` groups by kind of tensors."""
+    """Return the scales by group, or by kind of tensors for more than `MOST_GROUPS` groups."""
     if len(result.groups) > MOST_GROUPS:
         return ScaleTable(
             f"Scales of {len(result.groups)} groups by kind of tensors", _KIND_COLUMNS, _kind_rows(result)
@@ -121,7 +120,7 @@ def _kind_rows(result: InitResult) -> list[tuple[str, ...]]:
 
 
 def cost_text(run: Run, result: InitResult) -> str:
-    """What an initialisation cost, as a sentence."""
+    """Return the cost of an initialisation as a sentence."""
     title, share = result.title, run.nio_share
     part = "" if share is None else f", {share:.1%} of the time of {title} and training together"
     steps = f"{result.cost:,.1f} training steps of {result.before.batch_size} samples"
@@ -131,7 +130,7 @@ def cost_text(run: Run, result: InitResult) -> str:
 
 
 def excluded_text(result: InitResult) -> str:
-    """What is not scaled and why, as a sentence; empty where all is."""
+    """Return the number of tensors without a scale by reason, as a sentence; empty if there are none."""
     reasons = [tensor.reason for tensor in result.excluded]
     meanings = {
         "zero": "all zero",
@@ -144,12 +143,12 @@ def excluded_text(result: InitResult) -> str:
 
 
 def kept_text(run: Run) -> str:
-    """Which step the weights are of, as a sentence behind another one; empty where it is the last."""
+    """Return the training step of the weights as a sentence to append; empty for the last step."""
     return "" if run.kept_step is None else f" The weights are those of step {run.kept_step:,}, the best evaluation."
 
 
 def layer_rows(inspection: GradientInspection, by: str) -> list[LayerRow]:
-    """An inspection by "kind" or "depth", as `LAYER_COLUMNS`."""
+    """Return the rows of an inspection by "kind" or "depth"; the columns are `LAYER_COLUMNS`."""
     groups = inspection.grouped(lambda layer: getattr(layer, by))
     order = sorted(groups, key=kind_order if by == "kind" else None)
     return [_layer_row(groups[key]) for key in order]
@@ -168,6 +167,6 @@ def _layer_row(group: LayerGradient) -> LayerRow:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', _BAR) for cell in line)} |" for line in lines)

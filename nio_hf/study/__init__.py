@@ -1,4 +1,4 @@
-"""Studies: trainings of one recipe, each in a process of its own, and what can be concluded from them."""
+"""Studies: trainings of one recipe, each in a process of its own, and the conclusions from them."""
 
 from nio_hf.extras import require
 

@@ -1,4 +1,4 @@
-"""The arms of `compare`, each a change to the initialisation or the first steps of the same training."""
+"""The arms of `nio-hf compare`, each a change to the initialisation or the first steps of the same training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTROLLED = {
     "learning_rate": "Use --learning_rates",
     "warmup_steps": "Use --warmup_ratios",
 }
-"""{setting of the recipe that a comparison decides itself: what to do instead}."""
+"""{setting of the recipe that a comparison decides itself: advice}."""
 _COMMA = re.compile(r",(?![^\[{]*[\]}])")
 """A comma outside a list or mapping."""
 
@@ -61,18 +61,18 @@ _KNOWN = (
     _method("architecture_aware", "architecture-aware initialisation"),
 )
 ARMS = {arm.name: arm for arm in _KNOWN}
-"""{name: arm} of those that are known by name."""
+"""{name: arm} of the known arms."""
 
 
 def choose_arms(names: Sequence[str], definitions: Sequence[str] = ()) -> tuple[Arm, ...]:
-    """The arms of a comparison.
+    """Return the arms of a comparison.
 
     Args:
         names: Names of known arms.
         definitions: Further arms, each `NAME=ARM,key=value,...`: a known arm with other settings of the recipe.
 
     Raises:
-        RecipeError: for names that are unknown or stand twice, and definitions that cannot be read; lists all.
+        RecipeError: All unknown names, repeated names, and definitions that cannot be read.
     """
     problems = []
     arms: dict[str, Arm] = {}
@@ -100,7 +100,7 @@ def choose_arms(names: Sequence[str], definitions: Sequence[str] = ()) -> tuple[
 
 
 def _define(definition: str) -> Arm:
-    """The arm of `NAME=ARM,key=value,...`."""
+    """Return the arm that a text `NAME=ARM,key=value,...` defines."""
     head, *settings = _COMMA.split(definition)
     name, _, base = head.partition("=")
     fix = "Write NAME=ARM,key=value,... e.g. strict=nio,nio_loss_bound=0.05"

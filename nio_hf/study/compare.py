@@ -1,4 +1,4 @@
-"""`nio-hf compare`: does it replace warmup?"""
+"""`nio-hf compare`: does an initialisation replace warmup?"""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from nio_hf.tasks import describe_data
 
 _GRID_NOTE = "Mean ± standard deviation over the seeds; in brackets the length of warmup that was best there."
 RATE_FACTORS = (0.5, 1.0, 2.0, 4.0)
-"""The learning rates of the grid where none are given, as multiples of the recipe's."""
+"""Default learning rates of the grid, as multiples of the learning rate of the recipe."""
 
 
 def default_rates(recipe: Recipe) -> str:
-    """The learning rates around that of a recipe, between commas."""
+    """Return the default learning rates of the grid, between commas."""
     return ",".join(f"{factor * recipe.training.learning_rate:.6g}" for factor in RATE_FACTORS)
 
 
 def compare(study: Study) -> Findings:
-    """Carry out the runs of a comparison that are missing.
+    """Carry out the missing runs of a comparison, and return its findings.
 
     Raises:
-        RecipeError: for a budget that the runs do not fit into, results of another comparison in the directory, or
-            another process at work in it.
-        RunError: for a run that ended without an outcome, and a grid of which every run failed.
+        RecipeError: A budget that the runs exceed, results of another comparison in the directory, or another process
+            at work in it.
+        RunError: A run that ended without an outcome, or a grid in which every run failed.
     """
     plan, metric = study.plan, study.recipe.metric
     grid, most = plan.selection(), most_runs(plan)
@@ -63,12 +63,12 @@ def compare(study: Study) -> Findings:
 
 
 def most_runs(plan: Plan) -> int:
-    """Number of runs, where the verdict needs warmup and no warmup at further settings, those where it gained most."""
+    """Return the largest number of runs: the verdict may need warmup and no warmup at two further settings."""
     return len(plan.selection()) + plan.verdict_seeds * (len(plan.arms) + 2)
 
 
 def plan_problems(plan: Plan) -> Iterator[Problem]:
-    """The problems of a comparison, with the options that they come from."""
+    """Yield the problems of a comparison, with the options that cause them."""
     yield from seed_problems(plan)
     yield from grid_problems("--learning_rates", plan.learning_rates, "5e-4,1e-3,2e-3")
     ratios, warms_up = ", ".join(f"{ratio:g}" for ratio in plan.warmup_ratios), any(a.has_warmup for a in plan.arms)
@@ -91,9 +91,9 @@ def plan_problems(plan: Plan) -> Iterator[Problem]:
 
 
 def sentences(findings: Findings) -> list[str]:
-    """What a comparison says, in words."""
+    """Return the conclusions of a comparison in words."""
     if not findings.chosen:
-        return [f"{len(findings.outcomes)} runs so far; the grid is not through."]
+        return [f"{len(findings.outcomes)} runs so far; the grid is not complete."]
     metric, most, tested = findings.metric, findings.largest_gain, findings.tested_gain
     said = []
     if most is not None:
@@ -158,7 +158,7 @@ def _correction(comparisons: int) -> str:
 
 
 def grid_table(findings: Findings) -> TableOf:
-    """A row for each arm: its value at each learning rate, warmup at its best length, and the highest stable rate."""
+    """Return a row for each arm: its value at each learning rate, at the best warmup, and its highest stable rate."""
     rates = findings.plan.learning_rates
     rows = []
     for arm in findings.plan.arms:
@@ -178,7 +178,7 @@ def _cell_text(cell: Cell | None, digits: int) -> str:
 
 
 def verdict_table(findings: Findings) -> TableOf:
-    """A row for each arm on the fresh seeds."""
+    """Return a row for each arm on the fresh seeds."""
     rows: list[tuple[str, ...]] = []
     digits = findings.metric.digits
     for verdict in findings.verdicts:
@@ -206,7 +206,7 @@ def verdict_table(findings: Findings) -> TableOf:
 
 
 def make_report(findings: Findings) -> Report:
-    """What a comparison says."""
+    """Return the report of a comparison."""
     plan = findings.plan
     budget = f"Each run has a budget of {plan.steps:,} training steps, from which the initialisation is paid."
     sections: dict[str, tuple[str, TableOf | None]] = {
@@ -234,7 +234,7 @@ def make_report(findings: Findings) -> Report:
 
 
 def to_dict(findings: Findings) -> dict[str, Any]:
-    """The findings in plain values."""
+    """Return the findings in plain values."""
     plain = dataclasses.asdict
     return {
         "recipe": findings.title,

@@ -1,4 +1,4 @@
-"""What an initialisation costs: at most, before a training begins, and counted, as it is carried out."""
+"""The cost of an initialisation: its maximum, known beforehand, and its count, when it is carried out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.race import MOST_CANDIDATES
 
 MANY_GROUPS = 8
-"""Number of groups that the cost beforehand counts with, where there may be more than one."""
+"""Number of groups that the maximal cost assumes for settings with several groups."""
 
 
 class OperationCount(TorchDispatchMode):
@@ -26,7 +26,7 @@ class OperationCount(TorchDispatchMode):
 
     Attributes:
         formulas: {operation: number of floating point operations of a call}.
-        operations: Number of them so far.
+        operations: Number of operations so far.
     """
 
     formulas: Mapping[Any, Callable[..., int]] = flop_registry
@@ -38,7 +38,7 @@ class OperationCount(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Carry out an operation, and count it."""
+        """Carry out an operation and count it."""
         result = func(*args, **(kwargs or {}))
         formula = self.formulas.get(func._overloadpacket)
         if formula is not None:
@@ -47,7 +47,7 @@ class OperationCount(TorchDispatchMode):
 
 
 def is_free(args: NIOTrainingArguments) -> bool:
-    """Whether a method looks at no data. Its reports are for the reader, and a training does not pay for them.
+    """Whether a method uses no data. Its report batches are for the reader, and no training pays for them.
 
     NIO is not free: it judges its scales by the report batches.
     """
@@ -56,7 +56,7 @@ def is_free(args: NIOTrainingArguments) -> bool:
 
 
 def most_steps(args: NIOTrainingArguments) -> float | None:
-    """Training steps that an initialisation costs at most, reports included; None where the most is not known."""
+    """Return the maximal cost of an initialisation in training steps, reports included; None if it is not known."""
     if not args.nio:
         return 0.0
     raced = float(MOST_CANDIDATES * (args.nio_race_steps or 0))
@@ -69,7 +69,7 @@ def most_steps(args: NIOTrainingArguments) -> float | None:
 
 
 def initialise(trainer: RecipeTrainer) -> float:
-    """Initialise the model, and return what this and the seeding of the optimizer cost, in training steps.
+    """Initialise the model, and return the cost in training steps, the seeding of the optimizer included.
 
     The floating point operations of the initialisation are counted, and divided by those of a training step.
     """

@@ -1,9 +1,9 @@
-"""What happens in the first steps: how far each weight matrix turns, and how far representations move.
+"""Diagnostics of the first training steps: how far each weight matrix turns, and how far the output moves.
 
-Letters: W a weight matrix before a step and W' behind it, f the output of the model for a fixed batch.
+Letters: W a weight matrix before a step and W' after it, f the output of the model for a fixed batch.
 
     relative update     ||W' - W|| / ||W||
-    angular update      arccos(<W, W'> / (||W|| ||W'||)), in radians; by way of ||W' - W||, which keeps small angles
+    angular update      arccos(<W, W'> / (||W|| ||W'||)), in radians; computed from ||W' - W||, which keeps small angles
     output change       ||f' - f|| / ||f||
 
 Source: Kosson, Messmer and Jaggi, "Analyzing & Reducing the Need for Learning Rate Warmup in GPT Training", NeurIPS
@@ -22,14 +22,15 @@ from transformers import TrainerCallback
 from nio_hf.core import mode
 
 FIRST_STEPS = 50
-"""Steps that are looked at."""
+"""Number of training steps that are measured."""
 
 
 class StepDiagnostics(TrainerCallback):
-    """Measures the first steps of a training by one forward of a fixed batch in each.
+    """Measures the first steps of a training, with one forward pass of a fixed batch in each.
 
-    `values` is {quantity: one value per step}, the mean over the weight matrices that were not zero at the start, or of
-    the output.
+    Attributes:
+        values: {quantity: one value for each step}: the mean over the weight matrices that are not zero at the start,
+            or the change of the output.
     """
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
@@ -41,7 +42,7 @@ class StepDiagnostics(TrainerCallback):
         self.values: dict[str, list[float]] = {"relative_update": [], "angular_update": [], "output_change": []}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note where the training starts."""
+        """Remember the state before the first step."""
         self._note()
 
     @torch.no_grad()
@@ -52,10 +53,10 @@ class StepDiagnostics(TrainerCallback):
             return
         former, output = self._weights, self._output
         self._note()
-        before, behind = (torch.stack(torch._foreach_norm(weights)).double() for weights in (former, self._weights))
+        before, after = (torch.stack(torch._foreach_norm(weights)).double() for weights in (former, self._weights))
         moved = torch.stack(torch._foreach_norm(torch._foreach_sub(self._weights, former))).double()
         # The arccosine of a product of norms would lose small angles to rounding.
-        chord = ((moved**2 - (behind - before) ** 2).clamp(min=0) / (before * behind)).sqrt()
+        chord = ((moved**2 - (after - before) ** 2).clamp(min=0) / (before * after)).sqrt()
         self.values["relative_update"].append(float((moved / before).mean()))
         self.values["angular_update"].append(float((2 * (chord / 2).clamp(max=1).arcsin()).mean()))
         self.values["output_change"].append(float((self._output - output).norm() / output.norm()))

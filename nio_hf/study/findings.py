@@ -1,10 +1,10 @@
-"""What follows from the runs of a study, with its uncertainty.
+"""Conclusions from the runs of a study, with their uncertainty.
 
 Letters: a an arm, w warmup at its best length, s a seed, v a value of the metric.
 
-    difference   d_s = v(a, s) - v(w, s), or v(w, s) - v(a, s) where less of the metric is better, each at its chosen
-                 settings, over n fresh seeds, with its 90% t interval, Holm-corrected for the number of arms that are
-                 held against warmup; so it is above 0 where the arm is better
+    difference   d_s = v(a, s) - v(w, s), or v(w, s) - v(a, s) for a metric whose lower values are better, each at its
+                 chosen settings, over n fresh seeds, with the 90% t interval, Holm-corrected for the number of arms
+                 that are compared with warmup; it is positive for a better arm
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from nio_hf.study.results import Outcome
 class Cell:
     """The runs of one arm at one learning rate and length of warmup, over the seeds of the selection.
 
-    `values` is {seed: value of the metric}, `losses` the mean training loss of the last tenth of the steps of each run
-    that did not fail, `failed` the number of those that did.
+    Attributes:
+        values: {seed: value of the metric}.
+        losses: Mean training loss of the last tenth of the steps, of each run that did not fail.
+        failed: Number of runs that failed.
     """
 
     arm: str
@@ -55,7 +57,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The settings that an arm is judged at: those with the best mean value of the selection."""
+    """The settings at which an arm is judged, which have the best mean value in the selection."""
 
     arm: str
     learning_rate: float
@@ -64,16 +66,20 @@ class Choice:
 
     @property
     def point(self) -> Point:
-        """The point of the grid."""
+        """Point of the grid."""
         return self.arm, self.learning_rate, self.warmup_ratio
 
 
 @dataclasses.dataclass(frozen=True)
 class Stability:
-    """How high a learning rate an arm bears: the last, counted upwards from the best one, before the first too high.
+    """The stable learning rates of an arm: from the best one up to the last before the first that is too high.
 
-    A rate is too high where a run fails, or the mean value is farther from the best of the arm than the plateau of the
-    metric. `up_to` is None where every rate has a run that failed, `fails_from` where no rate is too high.
+    A rate is too high if a run fails, or if the mean value is farther from the best of the arm than the plateau of the
+    metric.
+
+    Attributes:
+        up_to: Highest stable rate; None if every rate has a run that failed.
+        fails_from: Lowest rate that is too high; None if no rate is.
     """
 
     up_to: float | None
@@ -82,7 +88,7 @@ class Stability:
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """What warmup of some length gains over no warmup at one learning rate, paired by seed."""
+    """The gain of a length of warmup over no warmup at one learning rate, paired by seed."""
 
     learning_rate: float
     warmup_ratio: float
@@ -91,7 +97,7 @@ class Gain:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """An arm held against warmup, each at its chosen settings, on fresh seeds: its mean value and its gain."""
+    """The comparison of an arm with warmup on fresh seeds, each at its chosen settings: mean value and gain."""
 
     arm: str
     choice: Choice
@@ -102,7 +108,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What an initialisation adds: the gain of an arm over the arm that differs from it in the initialisation only."""
+    """The gain of an arm over the arm that differs from it in the initialisation only."""
 
     arm: str
     without: str
@@ -111,9 +117,11 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What is known of a study so far; a run that failed counts as the value `worst`.
+    """The outcomes of a study so far.
 
-    `evaluated` is the number of evaluation samples, where all seeds share them; None where each seed has others.
+    Attributes:
+        worst: Value that stands for a run that failed.
+        evaluated: Number of evaluation samples that all seeds share; None if each seed has others.
     """
 
     title: str
@@ -124,7 +132,7 @@ class Evidence:
     evaluated: int | None = None
 
     def fresh_values(self, point: Point) -> list[float]:
-        """The value of a point of the grid on each fresh seed; empty while runs are missing."""
+        """Return the value of a point of the grid on each fresh seed; none while runs are missing."""
         runs = self.plan.fresh([point])
         if any(run not in self.outcomes for run in runs):
             return []
@@ -133,11 +141,11 @@ class Evidence:
 
 @dataclasses.dataclass(frozen=True)
 class Findings(Evidence):
-    """What is known of a comparison so far."""
+    """The conclusions of a comparison so far."""
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """The cells of the grid that have all their runs."""
+        """Cells of the grid that have all their runs."""
         found = []
         for arm, rate, ratio in self.plan.points():
             runs = [Run("selection", arm, rate, ratio, seed) for seed in range(self.plan.seeds)]
@@ -151,19 +159,19 @@ class Findings(Evidence):
         return found
 
     def best(self, arm: str, rate: float | None = None) -> Cell | None:
-        """The best cell of an arm, at a rate if one is given; of equals the lowest rate and the shortest warmup."""
+        """Return the best cell of an arm, at a rate if given; among equals the lowest rate and the shortest warmup."""
         own = [cell for cell in self.cells if cell.arm == arm and rate in (None, cell.learning_rate)]
         return max(own, key=lambda cell: self.metric.merit(cell.value), default=None)
 
     @cached_property
     def chosen(self) -> list[Choice]:
-        """The settings of each arm; empty while the grid is not through."""
+        """Settings of each arm; none while the grid is not complete."""
         is_through = len(self.cells) == len(self.plan.points())
         best = [self.best(arm.name) for arm in self.plan.arms] if is_through else []
         return [Choice(c.arm, c.learning_rate, c.warmup_ratio, c.value) for c in best if c is not None]
 
     def stability(self, arm: str) -> Stability:
-        """How high a learning rate an arm bears, warmup at the length that is best at each."""
+        """Return the stable learning rates of an arm, each at its best length of warmup."""
         own = [cell for rate in self.plan.learning_rates if (cell := self.best(arm, rate)) is not None]
         whole = [cell for cell in own if not cell.failed]
         if not whole:
@@ -178,7 +186,7 @@ class Findings(Evidence):
 
     @cached_property
     def gains(self) -> list[Gain]:
-        """What warmup at its best length gains over no warmup, by learning rate, on the seeds that it was chosen by."""
+        """Gains of warmup at its best length over no warmup, by learning rate, on the seeds of the selection."""
         found = []
         for rate in self.plan.learning_rates:
             warm, cold = (self.best(name, rate) for name in (WARMUP, NO_WARMUP))
@@ -189,12 +197,12 @@ class Findings(Evidence):
 
     @property
     def largest_gain(self) -> Gain | None:
-        """The gain where warmup gained most; None where there is nothing to choose from."""
+        """Largest gain of warmup; None if there is no gain to choose from."""
         return max(self.gains, key=lambda gain: gain.gain.mean, default=None)
 
     @property
     def judged(self) -> list[Point]:
-        """What is judged on fresh seeds: each arm as chosen, and warmup and none where warmup gained most."""
+        """Points for the fresh seeds: the choice of each arm, and both sides of the largest gain of warmup."""
         most = self.largest_gain
         points = [choice.point for choice in self.chosen]
         if most is not None:
@@ -203,7 +211,7 @@ class Findings(Evidence):
 
     @cached_property
     def tested_gain(self) -> Gain | None:
-        """The largest gain, measured on fresh seeds, which it was not chosen by; None while runs are missing."""
+        """Largest gain of warmup, measured again on fresh seeds; None while runs are missing."""
         most = self.largest_gain
         if most is None or not self.chosen:
             return None
@@ -213,18 +221,18 @@ class Findings(Evidence):
 
     @property
     def no_warmup_loses(self) -> bool:
-        """Whether the gain of warmup is significant: where it is not, there is nothing to replace."""
+        """Whether the gain of warmup is significant. If it is not, there is nothing to replace."""
         return self.tested_gain is not None and self.tested_gain.gain.low > 0
 
     @cached_property
     def _fresh(self) -> dict[str, list[float]]:
-        """{arm: value on each fresh seed}; empty while runs are missing."""
+        """{arm: values on the fresh seeds}; empty while runs are missing."""
         by_arm = {choice.arm: self.fresh_values(choice.point) for choice in self.chosen}
         return by_arm if all(by_arm.values()) else {}
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
-        """Every arm held against warmup; empty while runs are missing."""
+        """Comparison of every arm with warmup; empty while runs are missing."""
         if not self._fresh:
             return []
         samples = {arm: paired_gain(self.metric, own, self._fresh[WARMUP]).values for arm, own in self._fresh.items()}
@@ -235,7 +243,7 @@ class Findings(Evidence):
 
     @cached_property
     def shares(self) -> list[Share]:
-        """What each initialisation adds, where the plan has an arm without it; empty while runs are missing."""
+        """Gain of each initialisation whose arm without it is in the plan; empty while runs are missing."""
         found = {}
         for arm in self.plan.arms if self._fresh else ():
             without = next((other.name for other in self.plan.arms if _is_without_initialisation(other, arm)), None)
@@ -246,7 +254,7 @@ class Findings(Evidence):
 
 
 def _is_without_initialisation(other: Arm, arm: Arm) -> bool:
-    """Whether an arm is another one without its initialisation."""
+    """Whether `other` is the training of `arm` without its initialisation."""
     if not arm.settings.get("nio") or other.settings.get("nio") or other.has_warmup != arm.has_warmup:
         return False
     own = {"nio", *(key for key in arm.settings if key.startswith("nio_"))} - {"nio_seed_optimizer"}

@@ -1,11 +1,11 @@
 """Means with their uncertainty, and the word for a difference.
 
 interval      mean d +- t(0.95, n - 1) sd(d) / sqrt(n), the 90% t interval of n values
-corrected     Holm's correction for m means that are asked about at once: the one with the k-th smallest p is tested,
-              and has an interval, at the level 1 - 0.1 / (m - k + 1); behind the first that is not told from 0 all
-              have the level of that one
+corrected     Holm's correction for m means that are tested together: the mean with the k-th smallest p is tested, and
+              has its interval, at the level 1 - 0.1 / (m - k + 1); all means after the first that does not differ
+              significantly from 0 have the level of that one
 test images   an accuracy p on n images has the standard error sqrt(p (1 - p) / n) for other images of the same kind,
-              however many seeds it is the mean of
+              independently of the number of seeds
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Interval:
     Attributes:
         mean: Mean of the values.
         half_width: Half of the interval; infinite for one value.
-        values: Values of which it is the mean.
-        p: Two-sided p value of the mean against 0, corrected where the interval is; NaN where it is not asked for.
+        values: Values of the mean.
+        p: Two-sided p value of the mean against 0, corrected as the interval is; NaN for an interval alone.
     """
 
     mean: float
@@ -52,7 +52,7 @@ class Interval:
         return self.mean + self.half_width
 
     def text(self, digits: int) -> str:
-        """The mean with its sign, and half of the interval, with `digits` behind the point."""
+        """Return the mean with its sign, and half of the interval, with a number of decimal digits."""
         width = f" ± {self.half_width:.{digits}f}" if math.isfinite(self.half_width) else ""
         return f"{self.mean:+.{digits}f}{width}"
 
@@ -61,7 +61,7 @@ class Interval:
 
 
 def interval(values: Sequence[float], level: float = CONFIDENCE) -> Interval:
-    """The mean of some values with its t interval."""
+    """Return the mean of values with its t interval."""
     mean, count = statistics.fmean(values), len(values)
     if count < 2:
         return Interval(mean, math.inf, tuple(values))
@@ -70,7 +70,7 @@ def interval(values: Sequence[float], level: float = CONFIDENCE) -> Interval:
 
 
 def corrected(samples: Mapping[K, Sequence[float]]) -> dict[K, Interval]:
-    """The mean of each sample, e.g. of paired differences, with interval and p value by Holm's correction."""
+    """Return the mean of each sample, e.g. of paired differences, with interval and p value by Holm's correction."""
     raw = {name: _p_value(values) for name, values in samples.items()}
     found: dict[K, Interval] = {}
     left, largest, all_told = len(raw), 0.0, True
@@ -84,11 +84,10 @@ def corrected(samples: Mapping[K, Sequence[float]]) -> dict[K, Interval]:
 
 
 def judge(difference: Interval, margin: float) -> Word:
-    """The word for a paired gain.
+    """Return the word for a paired gain.
 
     Returns:
-        "beats" where the interval is above 0, "matches" where it is above minus the margin, "worse" where it is below
-        that, else "undecided".
+        "beats" for an interval above 0, "matches" above minus the margin, "worse" below it, else "undecided".
     """
     if difference.low > 0:
         return "beats"
@@ -98,22 +97,22 @@ def judge(difference: Interval, margin: float) -> Word:
 
 
 def image_error(accuracy: float, images: int) -> float:
-    """Standard error of an accuracy for other images of the same kind, both in percent."""
+    """Return the standard error of an accuracy for other images of the same kind, both in percent."""
     return math.sqrt(accuracy * (100 - accuracy) / images)
 
 
 def paired_gain(metric: Metric, own: Sequence[float], other: Sequence[float]) -> Interval:
-    """The mean by which values of a metric are better than others that they are paired with, with its interval."""
+    """Return the mean gain of values of a metric over the values that they are paired with, with its interval."""
     return interval([metric.gain(a, b) for a, b in zip(own, other, strict=True)])
 
 
 def gain_text(metric: Metric, gain: Interval) -> str:
-    """A gain with its uncertainty, and what the metric counts it in."""
+    """Return a gain as text, with its uncertainty and its unit."""
     return f"{gain.text(metric.digits)} {metric.points}"
 
 
 def _p_value(values: Sequence[float]) -> float:
-    """Two-sided p of the mean against 0; 1 where one value tells nothing, or all are 0."""
+    """Return the two-sided p value of the mean against 0; 1 for a single value, or if all values are 0."""
     if len(values) < 2 or not any(values):
         return 1.0
     error = statistics.stdev(values) / math.sqrt(len(values))

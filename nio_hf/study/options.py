@@ -1,4 +1,4 @@
-"""What the commands of studies have in common: reading their options, and reporting what a study says."""
+"""Options and reports of the commands of studies."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Options:
 
     Args:
         arguments: Recipe and settings that override it.
-        decided: {setting that the command decides itself: what to do instead}.
+        decided: {setting that the command decides itself: advice}.
 
     Raises:
-        RecipeError: lists what is wrong with the settings.
+        RecipeError: Settings that the command decides itself, or that the recipe cannot have.
     """
 
     def __init__(self, arguments: Sequence[str], decided: Mapping[str, str]) -> None:
@@ -46,17 +46,17 @@ class Options:
         self.recipe = load_recipe(name, overrides)
 
     def add(self, problems: Iterable[Problem]) -> None:
-        """Note problems, except of options that have one already."""
+        """Add problems, except of options that have one already."""
         places = {problem.where for problem in self._problems}
         self._problems += [problem for problem in problems if problem.where not in places]
 
     def check(self) -> None:
-        """Raise RecipeError with all problems, where there are some."""
+        """Raise RecipeError if there are problems, with all of them."""
         if self._problems:
             raise RecipeError(*self._problems)
 
     def attempt(self, make: Callable[[], T], default: T) -> T:
-        """What a function returns; the default where it finds problems."""
+        """Return the result of a function; if it raises problems, add them and return the default."""
         try:
             return make()
         except RecipeError as error:
@@ -64,7 +64,7 @@ class Options:
             return default
 
     def numbers(self, option: str, text: str, example: str) -> tuple[float, ...]:
-        """The numbers between the commas of an option, rising; anything else there is a problem."""
+        """Return the numbers between the commas of an option, rising; any other text there is a problem."""
         found: list[float] = []
         for part in filter(str.strip, text.split(",")):
             try:
@@ -75,7 +75,7 @@ class Options:
         return tuple(sorted(found))
 
     def steps(self, given: int | None) -> int:
-        """Steps of a whole training: those given, or those of the recipe; 1 and a problem where there are none."""
+        """Return the training steps of a run: those given, or those of the recipe; 1 with a problem without any."""
         steps = self.recipe.training.max_steps if given is None else given
         if steps < 1:
             found = "nothing, and the recipe counts in epochs" if given is None else f"{given}"
@@ -83,21 +83,23 @@ class Options:
         return max(steps, 1)
 
     def directory(self, given: Path | None, purpose: str) -> Path:
-        """The directory of a study: the one given, or one beside the output of the recipe."""
+        """Return the directory of a study: the one given, or one beside the `output_dir` of the recipe."""
         output_dir = Path(str(self.recipe.training.output_dir)).absolute()
         return given or output_dir.with_name(f"{output_dir.name}-{purpose}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a study says.
+    """The report of a study.
 
     Attributes:
-        words: Sentences.
+        title: Name of the recipe.
+        question: Question that the study answers.
+        words: Conclusions as sentences.
         sections: {heading: (text, table or None)}.
-        numbers: Everything in plain values.
-        plots: {what: (name of a file, function that draws it)}.
-        more: {what: (name of a further file, its text)}.
+        numbers: All findings in plain values.
+        plots: {description: (name of a file, function that draws it)}.
+        more: {description: (name of a further file, its text)}.
     """
 
     title: str
@@ -109,7 +111,7 @@ class Report:
     more: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
     def markdown(self) -> str:
-        """The report as a page of Markdown."""
+        """Return the report as a page of Markdown."""
         parts = [f"# {self.title}: {self.question}", "\n".join(f"- {sentence}" for sentence in self.words)]
         for heading, (text, table) in self.sections.items():
             parts += [f"## {heading}", text] + ([] if table is None else [markdown_table(*table)])
@@ -119,7 +121,7 @@ class Report:
         """Write NAME.md, NAME.json and the other files into a directory, and print the report.
 
         Raises:
-            OutputError: where a file cannot be written.
+            OutputError: A file that cannot be written.
         """
         numbers = json.dumps(self.numbers, indent=1) + "\n"
         texts = {**self.more, "Table": (f"{name}.md", self.markdown()), "Numbers": (f"{name}.json", numbers)}

@@ -1,4 +1,4 @@
-"""What a study trains: arms, each at learning rates and lengths of warmup, from seeds."""
+"""Plans of studies: arms, each at several learning rates and lengths of warmup, from several seeds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from nio_hf.errors import Problem
 
 Stage = Literal["probe", "selection", "verdict"]
 FIRST_VERDICT_SEED = 1000
-"""Seeds to judge by count from here, those to choose by from 0."""
+"""First seed of the verdict; seeds of the selection begin at 0."""
 MIN_SEEDS = 3
-"""Paired seeds below which nothing is judged."""
+"""Least number of paired seeds for a verdict."""
 WITH_NIO = {"nio": True, "nio_method": "nio", "nio_method_kwargs": None}
 """Settings of an arm that starts with NIO."""
 QUIET = {
@@ -26,7 +26,7 @@ QUIET = {
     **dict.fromkeys(("push_to_hub", "load_best_model_at_end", "enable_jit_checkpoint"), False),
     **dict.fromkeys(("nio_save_init", "logging_nan_inf_filter"), False),
 }
-"""Settings of every run: it only trains and is evaluated at the end."""
+"""Settings of every run, which only trains and is evaluated at the end."""
 DECIDED = {
     **dict.fromkeys(("max_steps", "num_train_epochs"), "Use --steps"),
     **dict.fromkeys(("seed", "data_seed", "nio_seed"), "Use --seeds"),
@@ -34,14 +34,14 @@ DECIDED = {
     "resume_from_checkpoint": "Leave it out: the same command goes on",
     "push_to_hub": "Leave it out: the trainings of a study are not pushed",
 }
-"""{setting of the recipe that every study decides itself: what to do instead}."""
+"""{setting of the recipe that every study decides itself: advice}."""
 Point = tuple[str, float, float]
 """Name of an arm, learning rate, length of warmup."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One way to start a training: the settings of the recipe that make it, and whether its learning rate rises."""
+    """One way to start a training: its settings of the recipe, and whether it warms up."""
 
     name: str
     description: str
@@ -53,9 +53,15 @@ class Arm:
 class Run:
     """The key of one training.
 
-    A "verdict" is evaluated on the evaluation data, a "probe" (of a few steps) and a "selection" on a part of the
-    training data. `learning_rate` is the peak, `warmup_ratio` the length of warmup as a share of the steps. Runs of one
-    seed are paired: they start from the same weights and see the same batches.
+    Runs of one seed are paired: they start from the same weights and see the same batches.
+
+    Attributes:
+        stage: "verdict", which is evaluated on the evaluation data, "selection" or, with a few steps, "probe", which
+            are evaluated on a part of the training data.
+        arm: Name of the arm.
+        learning_rate: Peak learning rate.
+        warmup_ratio: Length of warmup as a share of the steps.
+        seed: Seed of the training.
     """
 
     stage: Stage
@@ -66,28 +72,28 @@ class Run:
 
     @property
     def point(self) -> Point:
-        """The point of the grid."""
+        """Point of the grid."""
         return self.arm, self.learning_rate, self.warmup_ratio
 
     @property
     def name(self) -> str:
-        """A name for files."""
+        """Name for files."""
         warmup = f"-w{self.warmup_ratio:g}" if self.warmup_ratio else ""
         return f"{self.stage}-{self.arm}-lr{self.learning_rate:g}{warmup}-s{self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A study.
+    """The plan of a study.
 
     Attributes:
-        arms: Arms that are held against each other.
+        arms: Arms that are compared.
         learning_rates: Peak learning rates, rising.
         warmup_ratios: Lengths of warmup as shares of the steps, for arms with warmup.
-        seeds: Number of seeds to choose by.
-        verdict_seeds: Number of fresh seeds to judge by; 0 for no verdict.
+        seeds: Number of seeds of the selection.
+        verdict_seeds: Number of fresh seeds of the verdict; 0 for no verdict.
         steps: Budget of a whole training, in training steps, initialisation included.
-        budget: Training steps of all runs that are allowed; None for no limit.
+        budget: Largest number of training steps of all runs together; None for no limit.
         probe_steps: Budget of a probe; 0 for a study without probes.
     """
 
@@ -101,11 +107,11 @@ class Plan:
     probe_steps: int = 0
 
     def arm(self, name: str) -> Arm:
-        """The arm of a name."""
+        """Return the arm with a name."""
         return next(arm for arm in self.arms if arm.name == name)
 
     def points(self) -> list[Point]:
-        """The grid, arm by arm."""
+        """Return the points of the grid, arm by arm."""
         return [
             (arm.name, rate, ratio)
             for arm in self.arms
@@ -114,21 +120,21 @@ class Plan:
         ]
 
     def selection(self) -> list[Run]:
-        """The runs of the grid: seed by seed, so that every arm has a first result early."""
+        """Return the runs of the grid, seed by seed, so that every arm has a first result early."""
         by_rate = sorted(self.points(), key=lambda point: point[1])
         return [Run("selection", *point, seed) for seed in range(self.seeds) for point in by_rate]
 
     def fresh(self, points: Sequence[Point]) -> list[Run]:
-        """The runs that judge points of the grid, on seeds that the choice has not seen."""
+        """Return the runs of points of the grid on the seeds of the verdict."""
         seeds = range(FIRST_VERDICT_SEED, FIRST_VERDICT_SEED + self.verdict_seeds)
         return [Run("verdict", *point, seed) for seed in seeds for point in points]
 
     def budget_of(self, run: Run) -> int:
-        """Training steps of a run, initialisation included; a probe pays the same share of it as a whole training."""
+        """Return the training steps of a run, its initialisation included."""
         return self.probe_steps if run.stage == "probe" else self.steps
 
     def settings(self, run: Run) -> dict[str, Any]:
-        """The settings of a run, beside those of its arm."""
+        """Return the settings of a run, without those of its arm."""
         steps = self.budget_of(run)
         own = {"learning_rate": run.learning_rate, "warmup_steps": round(run.warmup_ratio * steps)}
         part = {} if run.stage == "verdict" else {"eval_from_train": True}
@@ -136,19 +142,19 @@ class Plan:
 
 
 def seed_problems(plan: Plan) -> Iterator[Problem]:
-    """The problem of the number of seeds to choose by."""
+    """Yield the problem of a number of seeds that is out of range."""
     if not 1 <= plan.seeds <= FIRST_VERDICT_SEED:
         yield Problem("--seeds", f"{plan.seeds}", f"Give 1 to {FIRST_VERDICT_SEED}")
 
 
 def are_distinct(values: Iterable[float]) -> bool:
-    """Whether values are different as the names of runs have them."""
+    """Whether values differ in the names of runs."""
     names = [f"{value:g}" for value in values]
     return len(set(names)) == len(names)
 
 
 def grid_problems(option: str, values: Sequence[float], example: str) -> Iterator[Problem]:
-    """The problem of values that are none, not different, not finite or not above 0."""
+    """Yield the problem of values that are missing, equal, not finite or not above 0."""
     if not values:
         yield Problem(option, "none", f"Give at least one, e.g. {example}")
     elif not (are_distinct(values) and all(0 < value < math.inf for value in values)):

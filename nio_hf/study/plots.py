@@ -27,12 +27,12 @@ _QUANTITIES = {
 
 
 def plot_learning_rates(findings: Findings, target: Path) -> None:
-    """Draw the metric and the final training loss of each arm by learning rate: how sensitive it is.
+    """Draw the metric and the final training loss of each arm by learning rate.
 
-    At a single learning rate the arms stand beneath each other.
+    At a single learning rate the arms are rows.
 
     Raises:
-        OutputError: where the file cannot be written.
+        OutputError: A file that cannot be written.
     """
     rates, title = findings.plan.learning_rates, f"mean ± standard deviation over {findings.plan.seeds} seeds"
     if len(rates) == 1:
@@ -75,12 +75,12 @@ def _plot_arms(findings: Findings, title: str, target: Path) -> None:
 
 
 def plot_first_steps(findings: Findings, target: Path) -> None:
-    """Draw the training loss of the first steps, and what moved in them.
+    """Draw the training loss of the first steps, and the diagnostics of these steps.
 
-    The learning rate is the one at which warmup gains most over no warmup, or the highest where there is no warmup.
+    The learning rate is the one at which warmup gains most over no warmup, or the highest in a study without warmup.
 
     Raises:
-        OutputError: where the file cannot be written.
+        OutputError: A file that cannot be written.
     """
     gain = findings.largest_gain
     rate = max(findings.plan.learning_rates) if gain is None else gain.learning_rate
@@ -112,10 +112,16 @@ def plot_first_steps(findings: Findings, target: Path) -> None:
 
 
 def plot_probes(rows: Sequence[tuple[str, Sequence[float], bool]], plan: Plan, title: str, target: Path) -> None:
-    """Draw the loss of each probe, (description, losses, whether it is marked) of each candidate, the best on top.
+    """Draw the loss of each probe.
+
+    Args:
+        rows: (description, losses, whether it is highlighted) of each candidate, from the top.
+        plan: Plan of the search.
+        title: Name of the recipe.
+        target: PNG file to write.
 
     Raises:
-        OutputError: where the file cannot be written.
+        OutputError: A file that cannot be written.
     """
     with figure(target, width=8.5, height=1.6 + 0.28 * len(rows)) as drawn:
         axes = drawn.subplots()
@@ -129,7 +135,7 @@ def plot_probes(rows: Sequence[tuple[str, Sequence[float], bool]], plan: Plan, t
 
 
 def _bars(cells: Sequence[Cell]) -> list[float]:
-    """Standard deviations, or nothing where there is a single seed."""
+    """Return the standard deviations over the seeds; 0 for a single seed."""
     return [cell.spread if math.isfinite(cell.spread) else 0.0 for cell in cells]
 
 

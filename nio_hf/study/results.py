@@ -18,21 +18,25 @@ from nio_hf.study.plan import Arm, Run
 RESULTS_NAME = "runs.jsonl"
 _FORMAT = 2
 _START = f'{{"format": {_FORMAT}, "task": '.encode()
-"""The beginning of a file of results."""
+"""Beginning of a file of results."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a run.
+    """The outcome of a run.
 
     Attributes:
-        value: Value of the metric at the end, as it is shown; None where the run failed, as `eval_loss`.
+        value: Displayed value of the metric at the end; None for a run that failed.
+        eval_loss: Evaluation loss at the end; None for a run that failed.
         losses: Training loss of each step.
         grad_norms: Gradient norm of each step, before clipping.
-        steps: Training steps, without the cost of the initialisation, which is `cost_steps` training steps.
-        error: Reason for which the run failed; None where it did not.
-        initialisation: Measurements of the method; None where there was none.
-        diagnostics: Measurements of the first steps; empty where they were not asked for.
+        steps: Number of training steps, without the initialisation.
+        cost_steps: Cost of the initialisation in training steps.
+        cost_seconds: Seconds of the initialisation.
+        seconds: Seconds of the run.
+        error: Reason of a failure; None for a run that did not fail.
+        initialisation: Measurements of the initialisation; None without one.
+        diagnostics: Measurements of the first steps; empty without `--diagnostics`.
     """
 
     value: float | None
@@ -49,7 +53,7 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Outcome:
-        """Inverse of `dataclasses.asdict`, after a trip through JSON."""
+        """Rebuild an outcome from its fields in JSON."""
         for name in ("value", "eval_loss"):
             value = fields[name]
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
@@ -57,25 +61,25 @@ class Outcome:
         return cls(**{**fields, "losses": tuple(fields["losses"]), "grad_norms": tuple(fields["grad_norms"])})
 
     def value_or(self, worst: float) -> float:
-        """The value of the metric, or `worst` where the run failed."""
+        """Return the value of the metric, or `worst` for a run that failed."""
         return worst if self.value is None else self.value
 
     @property
     def final_loss(self) -> float | None:
-        """Mean training loss of the last tenth of the steps; None where the run failed."""
+        """Mean training loss of the last tenth of the steps; None for a run that failed."""
         last = self.losses[-max(len(self.losses) // 10, 1) :]
         return sum(last) / len(last) if last and self.error is None else None
 
 
 class Results:
-    """The runs that have ended, by their keys.
+    """The outcomes of the runs that have ended, in a file.
 
     Args:
-        directory: Directory that holds the file of results.
-        task: What all runs have in common, by which the results of something else are told.
+        directory: Directory of the file.
+        task: Settings that all runs share. A file with another task is refused.
 
     Raises:
-        RecipeError: for a file of something else, or of a former version.
+        RecipeError: A file with another task or of a former version, or one that is no file of results.
     """
 
     def __init__(self, directory: Path, task: Mapping[str, Any]) -> None:
@@ -84,17 +88,17 @@ class Results:
         with output_errors(directory, trained=False):
             content = self._file.read_bytes() if self._file.is_file() else b""
             if b"\n" not in content and _START.startswith(content[: len(_START)]):
-                # A command that ended while it wrote the first line.
+                # A former command ended while it wrote the first line.
                 self._file.unlink(missing_ok=True)
                 self._append({"format": _FORMAT, "task": task})
             else:
                 self._read(content, json.loads(json.dumps(task)))
 
     def get(self, run: Run, arm: Arm) -> Outcome | None:
-        """The outcome of a run; None where it has not ended.
+        """Return the outcome of a run; None for a run that has not ended.
 
         Raises:
-            RecipeError: where a run of that key had other settings.
+            RecipeError: A run of the same key with other settings.
         """
         settings, outcome = self._outcomes.get(run, (None, None))
         if settings is not None and settings != json.loads(json.dumps(arm.settings)):
@@ -103,7 +107,7 @@ class Results:
         return outcome
 
     def add(self, run: Run, arm: Arm, outcome: Outcome) -> None:
-        """Append a run; it is on the disk when this returns."""
+        """Append a run to the file, on the disk."""
         record = {"run": dataclasses.asdict(run), "settings": arm.settings, "outcome": dataclasses.asdict(outcome)}
         self._append({**record, "versions": versions()})
 

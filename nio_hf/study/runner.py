@@ -1,4 +1,4 @@
-"""The runs of a study in one directory: those that have ended are known, those that are missing are carried out."""
+"""The runs of a study in one directory: outcomes of those that have ended, processes for those that are missing."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from nio_hf.study.results import Outcome, Results
 from nio_hf.study.worker import Order, carry_out
 
 TERMINATED = 128 + signal.SIGTERM
-"""Exit status of a command that SIGTERM ended, as shells count it."""
+"""Exit status of a command that SIGTERM ended, as in shells."""
 _FOLDER = ".nio-trial-"
-"""What the names of temporary folders begin with."""
+"""Beginning of the names of temporary folders."""
 _LOG_LINES = 12
 
 
@@ -48,14 +48,18 @@ class Study:
     """A plan for a recipe, and the directory of its runs.
 
     Attributes:
-        decided: Settings that are different from run to run.
-        task: What else all runs have in common: results of another task are not those of this one.
+        recipe: Recipe of all runs, before the settings of the arms.
+        plan: Plan of the study.
+        directory: Directory of the results.
+        decided: Settings that differ from run to run.
+        task: Further values that all runs share. Results with another task are refused.
         jobs: Number of runs at a time.
-        recipes: {arm: its recipe}.
-        outcomes: Outcomes of the runs that were asked for so far.
+        diagnostics: Whether the runs measure their first steps.
+        recipes: {name of an arm: its recipe}.
+        outcomes: {run: outcome} of the runs that [`complete`] was called with.
 
     Raises:
-        RecipeError: lists the problems of each arm, of which an initialisation that may take the whole budget is one.
+        RecipeError: The problems of all arms, such as an initialisation that may take the whole budget.
     """
 
     recipe: Recipe
@@ -94,13 +98,13 @@ class Study:
 
     @contextlib.contextmanager
     def opened(self, total: int) -> Iterator[None]:
-        """The directory, locked, with its results; nothing temporary is left, even where SIGTERM ends the context.
+        """Lock the directory and read its results. Temporary folders are removed, even if SIGTERM ends the context.
 
         Args:
-            total: Number of runs at the least.
+            total: Least number of runs, for the progress bar.
 
         Raises:
-            RecipeError: for results of something else in the directory, or another process at work in it.
+            RecipeError: Results of another study in the directory, or another process at work in it.
         """
 
         def end(number: int, frame: object) -> None:
@@ -121,18 +125,18 @@ class Study:
                 _remove_folders(self.runs)
 
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the progress bar."""
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def complete(self, runs: Sequence[Run], total: int | None = None) -> None:
-        """Take those that have ended from the results, and carry out those that are missing.
+        """Take the outcomes of runs from the results, and carry out the runs that are missing.
 
         Args:
             runs: Runs.
-            total: Number of all runs of the study, once it is known.
+            total: Number of all runs of the study; None if it is not known yet.
 
         Raises:
-            RunError: for a run that ended without an outcome.
+            RunError: A run that ended without an outcome.
         """
         known = {run: self._results.get(run, self.plan.arm(run.arm)) for run in runs if run not in self.outcomes}
         recalled = {run: outcome for run, outcome in known.items() if outcome is not None}
@@ -142,12 +146,11 @@ class Study:
             self.say(f"{len(recalled)} runs are known already.")
         unseen = [run for run, o in recalled.items() if self.diagnostics and not o.diagnostics and o.error is None]
         if unseen:
-            told = "of them were not looked at: for --diagnostics of all give another --output_dir."
-            self.say(f"{len(unseen)} {told}")
+            self.say(f"{len(unseen)} of them have no diagnostics. Give another --output_dir to measure all runs.")
         execute([run for run in runs if run not in self.outcomes], self.order_for, self.jobs, self._note)
 
     def _note(self, run: Run, outcome: Outcome) -> None:
-        """Keep an outcome, and print it."""
+        """Save an outcome and print it."""
         self._results.add(run, self.plan.arm(run.arm), outcome)
         self.outcomes[run] = outcome
         self._bar.advance(self._all)
@@ -160,7 +163,7 @@ class Study:
         self.say(f"[{task.completed:.0f}/{task.total:.0f}] {run.name}: {said} ({outcome.seconds:.0f} s)")
 
     def order_for(self, run: Run) -> Order:
-        """What the process of a run is to do."""
+        """Return the order for the process of a run."""
         with output_errors(self.runs, trained=False):
             folder = tempfile.mkdtemp(prefix=_FOLDER, dir=self.runs)
         recipe = self.recipes[run.arm].replace({**self.plan.settings(run), "output_dir": folder}, f"run {run.name}")
@@ -169,9 +172,9 @@ class Study:
         return Order(recipe, self.runs / f"{run.name}.log", share, self.diagnostics, threads)
 
     def _task(self) -> dict[str, Any]:
-        """What all runs have in common: the settings of the recipe, and what it leaves to the defaults of NIO.
+        """Return the values that all runs share: the settings of the recipe and the defaults of NIO.
 
-        Results can be moved, to another machine or into a repository: of absolute paths they keep the names.
+        Absolute paths are cut down to their names, so that results can move to another machine.
         """
         own = {*self.decided, *QUIET, "output_dir"}
         settings = {key: value for key, value in vars(self.recipe.training).items() if key.startswith("nio_")}
@@ -186,11 +189,13 @@ def execute(
     jobs: int,
     on_outcome: Callable[[Run, Outcome], None],
 ) -> None:
-    """Carry out runs, in their order, `jobs` at a time, each in a process of its own, which ends with its parent.
+    """Carry out runs in their order, `jobs` at a time, each in a process of its own, which ends with its parent.
+
+    An error stops the other runs.
 
     Raises:
-        RecipeError: for settings that a run cannot work with; the others are stopped, here and below.
-        RunError: for a run that ended without an outcome.
+        RecipeError: Settings that a run cannot work with.
+        RunError: A run that ended without an outcome.
     """
     can_fork = "forkserver" in multiprocessing.get_all_start_methods()
     # Processes start from one that has imported everything, where the platform can fork.
@@ -227,11 +232,11 @@ def execute(
 
 
 def _receive(receiver: Connection, process: BaseProcess, run: Run, order: Order) -> Outcome:
-    """The outcome that a process sent.
+    """Return the outcome that a process has sent.
 
     Raises:
-        RecipeError: with what is wrong with its settings.
-        RunError: with what else went wrong, or with the last lines of its log where it sent nothing.
+        RecipeError: Settings that the run cannot work with.
+        RunError: Another error of the run, or the last lines of its log if it has sent nothing.
     """
     where = f"run {run.name}"
     with receiver:
@@ -261,10 +266,10 @@ def _remove_folders(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Keep a second process out of a directory.
+    """Lock a directory against a second process.
 
     Raises:
-        RecipeError: where another process works in it.
+        RecipeError: Another process at work in the directory.
     """
     with output_errors(directory / ".lock", trained=False):
         try:
@@ -277,7 +282,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _cost_problems(recipe: Recipe, plan: Plan, where: str) -> Iterator[Problem]:
-    """The problem of an initialisation that may take the whole budget of a run."""
+    """Yield the problem of an initialisation that may take the whole budget of a run."""
     most, steps = most_steps(recipe.training) or 0.0, plan.probe_steps or plan.steps
     if math.ceil(most * steps / plan.steps) >= steps:
         found = f"{plan.steps:,}, where the initialisation takes up to {most:,.0f} training steps"

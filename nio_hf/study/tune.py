@@ -1,9 +1,9 @@
 """`nio-hf tune`: which groups and strength of NIO?
 
-In round k every candidate that is left is probed with seed k: it initialises the model and trains for a few steps
-without warmup. After each round the better half is left (successive halving: Jamieson and Talwalkar, AISTATS 2016,
+Round k probes every remaining candidate with seed k: a probe initialises the model and trains it for a few steps
+without warmup. After each round the better half remains (successive halving: Jamieson and Talwalkar, AISTATS 2016,
 arXiv 1502.07943), by the mean loss over the rounds so far, on a part of the training data that is set aside. The
-recipe's own settings stay to the end, to hold the others against.
+recipe's own settings remain to the end for comparison.
 """
 
 from __future__ import annotations
@@ -38,44 +38,44 @@ CONTROLLED = {
     "nio_method": "Leave it out: only NIO is tuned",
     "nio_method_kwargs": "Leave it out: only NIO is tuned",
 }
-"""{setting of the recipe that a search decides itself: what to do instead}."""
+"""{setting of the recipe that a search decides itself: advice}."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Search(Evidence):
-    """What a search has found so far."""
+    """The findings of a search so far."""
 
     def probe(self, arm: Arm, seed: int) -> Run:
-        """The probe of a candidate in a round."""
+        """Return the probe of a candidate in a round."""
         return Run("probe", arm.name, self.plan.learning_rates[0], 0.0, seed)
 
     def probes(self, arm: Arm) -> list[Outcome]:
-        """The probes of a candidate, by round."""
+        """Return the outcomes of the probes of a candidate, by round."""
         runs = [self.probe(arm, seed) for seed in range(self.plan.seeds)]
         return [self.outcomes[run] for run in runs if run in self.outcomes]
 
     def losses(self, arm: Arm) -> list[float]:
-        """Loss of each probe of a candidate, by round; infinite where it failed."""
+        """Return the loss of each probe of a candidate, by round; infinite for a probe that failed."""
         return [math.inf if probe.eval_loss is None else probe.eval_loss for probe in self.probes(arm)]
 
     def rank(self, arms: Sequence[Arm]) -> list[Arm]:
-        """Candidates that have been probed, those that lasted longest first, and among these the lowest mean loss."""
+        """Sort candidates that have been probed: those with the most rounds first, among these by mean loss."""
         losses = {arm.name: self.losses(arm) for arm in arms}
         return sorted(arms, key=lambda arm: (-len(losses[arm.name]), statistics.fmean(losses[arm.name])))
 
     def better_half(self, arms: Sequence[Arm]) -> list[Arm]:
-        """The candidates that are left after a round: the recipe's own settings, and the better half of the others."""
+        """Return the candidates that remain after a round: the recipe's own settings, and half of the others."""
         others = self.rank([arm for arm in arms if arm is not OWN])
         return [OWN, *others[: math.ceil(len(others) / 2)]]
 
     @cached_property
     def candidates(self) -> list[Arm]:
-        """All candidates, the best first."""
+        """Candidates, from the best on."""
         return self.rank(self.plan.arms)
 
     @property
     def chosen(self) -> Arm:
-        """The best candidate."""
+        """Best candidate."""
         return self.candidates[0]
 
     @property
@@ -85,11 +85,11 @@ class Search(Evidence):
 
     @property
     def spent(self) -> float:
-        """Training steps that the probes so far took, initialisations included."""
+        """Training steps of the probes so far, initialisations included."""
         return sum(o.steps + o.cost_steps for run, o in self.outcomes.items() if run.stage == "probe")
 
     def expected(self, arms: Sequence[Arm], recipes: Mapping[str, Recipe]) -> float:
-        """Training steps that the probes of a round may take: as they took so far, or else what they may cost."""
+        """Return the expected training steps of a round: the means of former rounds, in the first the maxima."""
         steps, found = self.plan.probe_steps, 0.0
         for arm in arms:
             known = [probe.steps + probe.cost_steps for probe in self.probes(arm)]
@@ -99,23 +99,23 @@ class Search(Evidence):
 
     @cached_property
     def difference(self) -> Interval | None:
-        """Gain of the chosen settings over the recipe's own, paired over the fresh seeds; None where there is none."""
+        """Gain of the chosen settings over the recipe's own, paired over the fresh seeds; None without a verdict."""
         own, chosen = (self.fresh_values(self.probe(arm, 0).point) for arm in (OWN, self.chosen))
         return paired_gain(self.metric, chosen, own) if own and chosen and self.chosen is not OWN else None
 
     @property
     def word(self) -> Word:
-        """The word for the difference; "undecided" where there is none."""
+        """Word for the difference; "undecided" without a verdict."""
         return "undecided" if self.difference is None else judge(self.difference, margin=0.0)
 
 
 def tune(study: Study) -> Search:
-    """Carry out the probes and trainings of a search that are missing.
+    """Carry out the missing probes and trainings of a search, and return its findings.
 
     Raises:
-        RecipeError: for a budget that one round does not fit into, results of something else in the directory, or
-            another process at work in it.
-        RunError: for a run that ended without an outcome, and probes that all fail.
+        RecipeError: A budget that the first round exceeds, results of another study in the directory, or another
+            process at work in it.
+        RunError: A run that ended without an outcome, or probes that all failed.
     """
     plan, metric = study.plan, study.recipe.metric
     worst = metric.worst(describe_data(study.recipe).choices)
@@ -152,7 +152,7 @@ def tune(study: Study) -> Search:
 
 
 def candidate_problems(recipe: Recipe, groups: Sequence[str], strengths: Sequence[float]) -> Iterator[Problem]:
-    """The problems of what is to be tried."""
+    """Yield the problems of the settings to try."""
     if not groups or len(set(groups)) < len(groups) or not set(groups) <= set(GROUPS):
         yield Problem("--groups", ", ".join(groups) or "none", f"Give at least one of {', '.join(GROUPS)}, each once")
     yield from grid_problems("--strengths", strengths, "0.5")
@@ -162,7 +162,7 @@ def candidate_problems(recipe: Recipe, groups: Sequence[str], strengths: Sequenc
 
 
 def make_candidates(recipe: Recipe, groups: Sequence[str], strengths: Sequence[float]) -> tuple[Arm, ...]:
-    """The recipe's own settings and the grid, without the point of it that is the same."""
+    """Return the candidates: the recipe's own settings, and the other points of the grid."""
     config = recipe.training.to_nio_config()
     grid = [point for point in itertools.product(groups, strengths) if point != (config.groups, config.strength)]
     return OWN, *(
@@ -176,7 +176,7 @@ def make_candidates(recipe: Recipe, groups: Sequence[str], strengths: Sequence[f
 
 
 def plan_problems(plan: Plan) -> Iterator[Problem]:
-    """The problems of a search, with the options that they come from."""
+    """Yield the problems of a search, with the options that cause them."""
     yield from seed_problems(plan)
     if not 1 <= plan.probe_steps <= plan.steps:
         found = f"{plan.probe_steps}, of whole trainings of {plan.steps}"
@@ -187,7 +187,7 @@ def plan_problems(plan: Plan) -> Iterator[Problem]:
 
 
 def round_sizes(plan: Plan) -> list[int]:
-    """Number of candidates in each round, of which one is the recipe's own settings."""
+    """Return the number of candidates in each round, the recipe's own settings included."""
     sizes = [len(plan.arms)]
     while len(sizes) < plan.seeds:
         sizes.append(1 + math.ceil((sizes[-1] - 1) / 2))
@@ -195,7 +195,7 @@ def round_sizes(plan: Plan) -> list[int]:
 
 
 def sentences(search: Search) -> list[str]:
-    """What a search says, in words."""
+    """Return the conclusions of a search in words."""
     plan, chosen = search.plan, search.chosen
     probes = [outcome for run, outcome in search.outcomes.items() if run.stage == "probe"]
     said = [
@@ -224,7 +224,7 @@ def sentences(search: Search) -> list[str]:
 
 
 def probe_table(search: Search) -> TableOf:
-    """A row for each candidate, the best first."""
+    """Return a row for each candidate, from the best on."""
     rows = []
     for arm in search.candidates:
         losses, probes = search.losses(arm), search.probes(arm)
@@ -244,12 +244,12 @@ def probe_table(search: Search) -> TableOf:
 
 
 def _before_and_after(pairs: Sequence[Sequence[float]]) -> str:
-    """Mean before -> mean after."""
+    """Return the means of pairs as text: before -> after."""
     return " -> ".join(f"{statistics.fmean(values):.3g}" for values in zip(*pairs, strict=True)) or "-"
 
 
 def make_report(search: Search) -> Report:
-    """What a search says."""
+    """Return the report of a search."""
     plan = search.plan
     drawn = [(a.description, search.losses(a), a in (search.chosen, OWN)) for a in search.candidates]
     heading = f"Probes of {plan.probe_steps} steps at learning rate {plan.learning_rates[0]:g}, without warmup"
@@ -266,12 +266,12 @@ def make_report(search: Search) -> Report:
 
 
 def tuned_settings(arm: Arm) -> dict[str, Any]:
-    """The settings of a recipe that a candidate changes."""
+    """Return the settings of the recipe that a candidate changes."""
     return {key: value for key, value in arm.settings.items() if key not in WITH_NIO}
 
 
 def settings_yaml(search: Search) -> str:
-    """The settings to put into a recipe: commented out where its own were judged to be as good or better."""
+    """Return the chosen settings for a recipe, commented out unless they were judged to be better."""
     off = "" if search.difference is None or search.word == "beats" else "# "
     lines = [f"# {line}" for line in (search.title, *sentences(search))]
     lines += [f"{off}{key}: {json.dumps(value)}" for key, value in tuned_settings(search.chosen).items()]
@@ -279,7 +279,7 @@ def settings_yaml(search: Search) -> str:
 
 
 def to_dict(search: Search) -> dict[str, Any]:
-    """The search in plain values."""
+    """Return the search in plain values."""
     return {
         "recipe": search.title,
         "metric": dataclasses.asdict(search.metric),

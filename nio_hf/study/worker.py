@@ -1,4 +1,4 @@
-"""One run, in a process of its own."""
+"""One run of a study, in a process of its own."""
 
 from __future__ import annotations
 
@@ -27,14 +27,19 @@ from nio_hf.tasks import build_trainer
 from nio_hf.tasks.trainer import RecipeTrainer
 
 _LOOKED_AT = 64
-"""Samples of the batch whose output is looked at."""
+"""Number of samples in the batch of the diagnostics."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What a process is to do: train a recipe whose output directory is a temporary one, and print to a log.
+    """The order for the process of a run.
 
-    `cost_share` of the cost of the initialisation is paid from the budget. `threads` is None for the choice of torch.
+    Attributes:
+        recipe: Recipe to train, whose output directory is temporary.
+        log_file: File for the output of the process.
+        cost_share: Share of the cost of the initialisation that is paid from the budget.
+        diagnostics: Whether to measure the first steps.
+        threads: Number of threads; None for the default of torch.
     """
 
     recipe: Recipe
@@ -45,9 +50,9 @@ class Order:
 
 
 def carry_out(order: Order, sender: Connection) -> None:
-    """Do a run and send its outcome, or the error of ours that ended it; what it prints goes to its log.
+    """Carry out a run, print to its log, and send its outcome or the [`NIOError`] that ended it.
 
-    It ends with the process that started it.
+    The process ends with the process that started it.
     """
     end_with_parent()
     with order.log_file.open("w", encoding="utf-8") as log:
@@ -65,7 +70,7 @@ def carry_out(order: Order, sender: Connection) -> None:
 
 
 def end_with_parent() -> None:
-    """Let this process end as soon as the one that started it has ended, however that came about."""
+    """End this process as soon as the process that started it has ended for any reason."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -78,14 +83,14 @@ def end_with_parent() -> None:
 
 
 def train_once(recipe: Recipe, diagnostics: bool = False, cost_share: float = 1.0) -> Outcome:
-    """Initialise, train for what is left of the budget, and evaluate.
+    """Initialise a model, train it for the rest of the budget, and evaluate it.
 
-    The budget is `max_steps` training steps. The initialisation, or `cost_share` of it, is paid from it. So are the
-    steps of a race, which has the schedule of a training that is longer by as many.
+    The budget is `max_steps` training steps. It pays for the initialisation, or for `cost_share` of it, and for the
+    steps of a race, whose schedule is that of a training longer by as many steps.
 
     Raises:
-        ConfigError: for an initialisation that costs the whole budget; where a share of it is paid, the run failed.
-        NIOError: as in [`build_trainer`] and [`NIOTrainer`].
+        ConfigError: An initialisation that costs the whole budget. With a `cost_share` below 1 the run fails instead.
+        NIOError: As in [`build_trainer`] and [`NIOTrainer`].
     """
     started = time.perf_counter()
     trainer = build_trainer(recipe)
@@ -129,14 +134,14 @@ def train_once(recipe: Recipe, diagnostics: bool = False, cost_share: float = 1.
 
 
 class _Losses(TrainerCallback):
-    """Loss and gradient norm of each step."""
+    """Records the loss and the gradient norm of each step."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Keep what is logged of a step, and end a training whose loss is not finite."""
+        """Record the log of a step, and end a training whose loss is not finite."""
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
             self.grad_norms.append(float(logs.get("grad_norm", math.nan)))
@@ -153,7 +158,7 @@ def _look_at(trainer: RecipeTrainer) -> StepDiagnostics:
 
 
 def _summarise(result: NIOResult) -> dict[str, Any]:
-    """What is kept of an initialisation."""
+    """Return the results of an initialisation that an outcome keeps."""
     return {
         "method": result.method,
         "status": result.status,

@@ -224,7 +224,7 @@ def test_there_is_no_verdict_while_runs_are_missing() -> None:
     assert sentences(found)[-1] == "The verdict is still to come."
     del known[made.selection()[0]]
     assert Findings("recipe", made, known, ACCURACY, CHANCE).chosen == []
-    assert "the grid is not through" in sentences(Findings("recipe", made, known, ACCURACY, CHANCE))[0]
+    assert "the grid is not complete" in sentences(Findings("recipe", made, known, ACCURACY, CHANCE))[0]
 
 
 def test_nothing_that_is_said_or_written_of_a_loss_speaks_of_accuracy(tmp_path: Path) -> None:

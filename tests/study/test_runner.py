@@ -186,5 +186,5 @@ def test_a_run_that_has_ended_is_told_by_its_metric(
         again.complete([RUN])
     told = capsys.readouterr().err
     assert "1 runs are known already." in told
-    assert ("1 of them were not looked at" in told) == (value is not None)
+    assert ("1 of them have no diagnostics" in told) == (value is not None)
     assert again.outcomes == study.outcomes
