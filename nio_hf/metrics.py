@@ -56,11 +56,6 @@ class Metric:
         """Label at the beginning of a line."""
         return self.label[0].upper() + self.label[1:]
 
-    @property
-    def grid_digits(self) -> int:
-        """Number of decimal digits in a grid of many values."""
-        return self.digits - 1
-
     def text(self, value: float) -> str:
         """Return a value with its unit."""
         return f"{value:.{self.digits}f}{self.unit}"

@@ -1,1 +1,1 @@
-"""The `nio-hf` command: one module per subcommand."""
+"""The `nio-hf` command."""

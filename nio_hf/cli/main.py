@@ -7,9 +7,7 @@ import sys
 import typer
 
 import nio_hf
-from nio_hf.cli import recipes, runs
-from nio_hf.cli.compare import compare
-from nio_hf.cli.tune import tune
+from nio_hf.cli import recipes, runs, studies
 from nio_hf.errors import MissingExtraError
 
 app = typer.Typer(
@@ -18,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Neural Initialization Optimization: an initialisation fitted to the model and the data.",
 )
-for _command in (runs.train, runs.init, runs.validate, runs.inspect, compare, tune):
+for _command in (runs.train, runs.init, runs.validate, runs.inspect, studies.compare, studies.tune):
     # Every `--key value` behind the recipe is an override.
     app.command(context_settings={"ignore_unknown_options": True})(_command)
 app.command()(runs.report)

@@ -29,8 +29,8 @@ def train(
     """Initialise with NIO, train, evaluate and save, as a recipe says."""
     given = {
         **{"config_file": config_file, "num_processes": num_processes, "num_machines": num_machines},
-        **{"machine_rank": machine_rank, "main_process_ip": main_process_ip},
-        **{"main_process_port": main_process_port, "gpu_ids": gpu_ids},
+        **{"machine_rank": machine_rank, "main_process_ip": main_process_ip, "main_process_port": main_process_port},
+        "gpu_ids": gpu_ids,
     }
     arguments = [*(arguments or []), *(_PRIVATE if private else [])]
     options = {name: str(value) for name, value in given.items() if value is not None}

@@ -13,20 +13,11 @@ from typing import Any
 from nio_hf.core.result import InitResult, Status
 from nio_hf.errors import OutputError, Problem, one_line
 from nio_hf.files import write_atomically
+from nio_hf.report import tables
 from nio_hf.report.history import plot_history
 from nio_hf.report.plots import plot_inspection, plot_scales, plot_training
 from nio_hf.report.run import Run
 from nio_hf.report.style import Target
-from nio_hf.report.tables import (
-    LAYER_COLUMNS,
-    cost_text,
-    excluded_text,
-    kept_text,
-    layer_rows,
-    scale_table,
-    shape_of_sub_batches,
-    summary_rows,
-)
 from nio_hf.report.templating import render
 
 _CSS_PIXELS_PER_INCH = 96
@@ -59,24 +50,24 @@ def render_page(run: Run) -> str:
         result=result,
         headline=_headline(run),
         facts=_facts(run),
-        summary=summary_rows(result, run.metrics),
+        summary=tables.summary_rows(result, run.metrics),
         tone=None if result is None else _TONES[result.status],
         nio_facts=() if result is None else _nio_facts(result),
         history_plot=_drawn(plot_history, result) if result is not None and result.history else None,
         scales_plot=_drawn(plot_scales, result) if result is not None and result.tensors else None,
-        cost=None if result is None else cost_text(run, result),
-        scales=None if result is None else scale_table(result),
-        excluded="" if result is None else excluded_text(result),
+        cost=None if result is None else tables.cost_text(run, result),
+        scales=None if result is None else tables.scale_table(result),
+        excluded="" if result is None else tables.excluded_text(result),
         settings={} if result is None else {**dataclasses.asdict(result.config), **result.options},
         training_plot=_drawn(plot_training, run.log_history) if logged else None,
         not_finite=sum(not math.isfinite(value) for value in logged),
         metrics={name: _readable(name, value) for name, value in run.metrics.items()},
         measured=None if inspection is None else inspection.measured,
-        measured_on=None if inspection is None else shape_of_sub_batches(inspection.measured),
+        measured_on=None if inspection is None else tables.shape_of_sub_batches(inspection.measured),
         inspection_plot=_drawn(plot_inspection, inspection) if inspection is not None and inspection.layers else None,
-        layer_columns=LAYER_COLUMNS[1:],
-        kinds=() if inspection is None else layer_rows(inspection, "kind"),
-        blocks=() if inspection is None else layer_rows(inspection, "depth"),
+        layer_columns=tables.LAYER_COLUMNS[1:],
+        kinds=() if inspection is None else tables.layer_rows(inspection, "kind"),
+        blocks=() if inspection is None else tables.layer_rows(inspection, "depth"),
     )
 
 
@@ -106,20 +97,13 @@ def _headline(run: Run) -> str:
     if not run.is_finished:
         return f"Stopped at step {run.steps:,} of {run.max_steps:,}."
     steps = f"{run.steps:,}" if run.steps >= run.max_steps else f"{run.steps:,} of {run.max_steps:,}"
-    return f"Trained for {steps} step{'s' if run.steps > 1 else ''}.{kept_text(run)}"
+    return f"Trained for {steps} step{'s' if run.steps > 1 else ''}.{tables.kept_text(run)}"
 
 
 def _facts(run: Run) -> dict[str, str]:
     facts = run.facts
-    details = ", ".join(
-        filter(
-            None,
-            (
-                facts.dataset_config and f"configuration {facts.dataset_config}",
-                facts.dataset_split and f"evaluated on {facts.dataset_split}",
-            ),
-        )
-    )
+    named = {"configuration": facts.dataset_config, "evaluated on": facts.dataset_split}
+    details = ", ".join(f"{what} {name}" for what, name in named.items() if name)
     known = {
         "Model": f"{facts.model} ({facts.model_type})" if facts.model_type else facts.model,
         "Parameters": f"{facts.parameters:,}" if facts.parameters else None,

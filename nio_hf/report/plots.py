@@ -60,10 +60,8 @@ def plot_scales(result: InitResult, target: Target) -> None:
         _symmetric_log_scale(axes, [tensor.omega for tensor in result.tensors])
         mark_blocks(axes, blocks)
         axes.set_ylabel("scale (omega)")
-        count = len(result.groups)
-        axes.set_title(
-            f"Scales of {result.title}: {len(result.tensors)} tensors in {count} group{'s' if count > 1 else ''}"
-        )
+        groups = f"{len(result.groups)} group{'s' if len(result.groups) > 1 else ''}"
+        axes.set_title(f"Scales of {result.title}: {len(result.tensors)} tensors in {groups}")
         legend_below(drawn, axes)
 
 
@@ -80,15 +78,13 @@ def plot_training(log_history: Sequence[Mapping[str, Any]], target: Target) -> N
     training, evaluation, accuracy = (_series(log_history, key) for key in ("loss", "eval_loss", "eval_accuracy"))
     with figure(target, width=7, height=5.5 if accuracy else 3.8) as drawn:
         panels = drawn.subplots(1 + bool(accuracy), sharex=True, squeeze=False)[:, 0]
-        _draw_series(
-            panels[0], training, color=BLUE, label="training", marker="." if len(training) < _FEW_POINTS else ""
-        )
-        _draw_series(panels[0], evaluation, color=VERMILLION, label="evaluation", marker="o")
+        _draw_series(panels[0], training, BLUE, "training", marker="." if len(training) < _FEW_POINTS else "")
+        _draw_series(panels[0], evaluation, VERMILLION, "evaluation", marker="o")
         panels[0].set_ylabel("loss")
         panels[0].set_title("Training")
         if accuracy:
             percent = [(step, 100 * value) for step, value in accuracy]
-            _draw_series(panels[1], percent, color=VERMILLION, label="evaluation", marker="o")
+            _draw_series(panels[1], percent, VERMILLION, "evaluation", marker="o")
             panels[1].set_ylabel("accuracy (%)")
         if not (training or evaluation):
             panels[0].set_title("Training: no loss was logged, lower logging_steps to see it")
@@ -109,20 +105,20 @@ def draw_run(run: Run, directory: Path) -> dict[str, Path]:
     """
     for stale in _PLOT_NAMES:
         (directory / stale).unlink(missing_ok=True)
+    scales, history, training, inspection = (directory / name for name in _PLOT_NAMES)
     drawn: dict[str, Path] = {}
     if run.result is not None:
-        drawn["Plot of the scales"] = directory / "nio_scales.png"
-        plot_scales(run.result, drawn["Plot of the scales"])
+        plot_scales(run.result, scales)
+        drawn["Plot of the scales"] = scales
         if run.result.history:
-            what = f"Plot of {run.result.title} by iteration"
-            drawn[what] = directory / "nio_history.png"
-            plot_history(run.result, drawn[what])
+            plot_history(run.result, history)
+            drawn[f"Plot of {run.result.title} by iteration"] = history
     if run.is_trained:
-        drawn["Plot of the training"] = directory / "training.png"
-        plot_training(run.log_history, drawn["Plot of the training"])
+        plot_training(run.log_history, training)
+        drawn["Plot of the training"] = training
     if run.inspection is not None:
-        drawn["Plot by layer"] = directory / "inspection.png"
-        plot_inspection(run.inspection, drawn["Plot by layer"])
+        plot_inspection(run.inspection, inspection)
+        drawn["Plot by layer"] = inspection
     return drawn
 
 
@@ -178,13 +174,7 @@ def _draw_shares(axes: Axes, groups: Mapping[tuple[str, int], LayerGradient], ki
         color = kind_marker(kind)["markeredgecolor"]
         for (own, depth), group in groups.items():
             if own == kind:
-                axes.bar(
-                    depth,
-                    100 * group.share,
-                    width=_BLOCK_WIDTH,
-                    bottom=heights[depth],
-                    color=color,
-                )
+                axes.bar(depth, 100 * group.share, width=_BLOCK_WIDTH, bottom=heights[depth], color=color)
                 heights[depth] += 100 * group.share
 
 

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from nio_hf.core.layerwise import GradientInspection, LayerGradient
+from nio_hf.core.layerwise import GradientInspection
 from nio_hf.core.result import GradCosine, InitResult
 from nio_hf.report.run import Run
 from nio_hf.report.style import kind_order
@@ -22,8 +22,6 @@ SummaryRow = tuple[str, str, str]
 LayerRow = tuple[str, str, str, str, str, str]
 MOST_GROUPS = 12
 """Number of groups up to which each group is shown; beyond, tensors are shown by their kind."""
-_GROUP_COLUMNS = ("group", "tensors", "parameters", "scale")
-_KIND_COLUMNS = ("kind", "tensors", "parameters", "smallest", "median", "largest")
 _LOSSES = {
     "eval_loss": "Evaluation loss",
     "eval_perplexity": "Evaluation perplexity",
@@ -96,27 +94,20 @@ class ScaleTable:
 
 def scale_table(result: InitResult) -> ScaleTable:
     """Return the scales by group, or by kind of tensors for more than `MOST_GROUPS` groups."""
-    if len(result.groups) > MOST_GROUPS:
-        return ScaleTable(
-            f"Scales of {len(result.groups)} groups by kind of tensors", _KIND_COLUMNS, _kind_rows(result)
-        )
-    rows: list[tuple[str, ...]] = [
-        (group.name, f"{group.tensors:,}", f"{group.parameters:,}", f"{group.omega:#.4g}") for group in result.groups
-    ]
-    return ScaleTable("Scale of each group of tensors", _GROUP_COLUMNS, rows)
-
-
-def _kind_rows(result: InitResult) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
+    if len(result.groups) <= MOST_GROUPS:
+        columns: tuple[str, ...] = ("group", "tensors", "parameters", "scale")
+        for group in result.groups:
+            rows.append((group.name, f"{group.tensors:,}", f"{group.parameters:,}", f"{group.omega:#.4g}"))
+        return ScaleTable("Scale of each group of tensors", columns, rows)
+    columns = ("kind", "tensors", "parameters", "smallest", "median", "largest")
     for kind in sorted({tensor.kind for tensor in result.tensors}, key=kind_order):
         members = [tensor for tensor in result.tensors if tensor.kind == kind]
         scales = [tensor.omega for tensor in members]
         parameters = sum(math.prod(tensor.shape) for tensor in members)
-        middle = statistics.median(scales)
-        rows.append(
-            (kind, f"{len(members)}", f"{parameters:,}", f"{min(scales):#.4g}", f"{middle:#.4g}", f"{max(scales):#.4g}")
-        )
-    return rows
+        statistic = (f"{value:#.4g}" for value in (min(scales), statistics.median(scales), max(scales)))
+        rows.append((kind, f"{len(members)}", f"{parameters:,}", *statistic))
+    return ScaleTable(f"Scales of {len(result.groups)} groups by kind of tensors", columns, rows)
 
 
 def cost_text(run: Run, result: InitResult) -> str:
@@ -150,20 +141,15 @@ def kept_text(run: Run) -> str:
 def layer_rows(inspection: GradientInspection, by: str) -> list[LayerRow]:
     """Return the rows of an inspection by "kind" or "depth"; the columns are `LAYER_COLUMNS`."""
     groups = inspection.grouped(lambda layer: getattr(layer, by))
-    order = sorted(groups, key=kind_order if by == "kind" else None)
-    return [_layer_row(groups[key]) for key in order]
-
-
-def _layer_row(group: LayerGradient) -> LayerRow:
-    agreement = f"{group.agreement:.4f}" if math.isfinite(group.agreement) else "-"
-    return (
-        group.name,
-        f"{group.parameters:,}",
-        f"{group.grad_norm:#.4g}",
-        f"{group.share:.1%}" if group.share >= _SMALL_SHARE or group.share == 0 else f"<{_SMALL_SHARE:.1%}",
-        agreement,
-        f"{group.contribution:.4f}",
-    )
+    rows: list[LayerRow] = []
+    for key in sorted(groups, key=kind_order if by == "kind" else None):
+        group = groups[key]
+        is_small = 0 < group.share < _SMALL_SHARE
+        share = f"<{_SMALL_SHARE:.1%}" if is_small else f"{group.share:.1%}"
+        agreement = f"{group.agreement:.4f}" if math.isfinite(group.agreement) else "-"
+        norm, contribution = f"{group.grad_norm:#.4g}", f"{group.contribution:.4f}"
+        rows.append((group.name, f"{group.parameters:,}", norm, share, agreement, contribution))
+    return rows
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,12 +15,7 @@ _OWN_OF_ARMS = {
     **dict.fromkeys(("nio", "nio_method", "nio_seed_optimizer", "optimizer"), "Use --arms"),
     "nio_method_kwargs": "Use --arm, e.g. --arm long=gradinit,nio_method_kwargs.iterations=60",
 }
-CONTROLLED = {
-    **DECIDED,
-    **_OWN_OF_ARMS,
-    "learning_rate": "Use --learning_rates",
-    "warmup_steps": "Use --warmup_ratios",
-}
+CONTROLLED = {**DECIDED, **_OWN_OF_ARMS, "learning_rate": "Use --learning_rates", "warmup_steps": "Use --warmup_ratios"}
 """{setting of the recipe that a comparison decides itself: advice}."""
 _COMMA = re.compile(r",(?![^\[{]*[\]}])")
 """A comma outside a list or mapping."""

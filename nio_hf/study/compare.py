@@ -108,9 +108,7 @@ def sentences(findings: Findings) -> list[str]:
     measured = f"{gain_text(metric, tested.gain)} (90% interval over {len(tested.gain.values)} fresh paired seeds)"
     if findings.no_warmup_loses:
         said.append(f"No warmup loses: there warmup gains {measured}.")
-        said += [
-            _sentence(verdict, findings) for verdict in findings.verdicts if verdict.arm not in (WARMUP, NO_WARMUP)
-        ]
+        said += [_sentence(one, findings) for one in findings.verdicts if one.arm not in (WARMUP, NO_WARMUP)]
     else:
         said.append(f"There warmup gains {measured}: these seeds do not tell whether it gains at all.")
     said += [
@@ -162,7 +160,7 @@ def grid_table(findings: Findings) -> TableOf:
     rates = findings.plan.learning_rates
     rows = []
     for arm in findings.plan.arms:
-        texts = [_cell_text(findings.best(arm.name, rate), findings.metric.grid_digits) for rate in rates]
+        texts = [_cell_text(findings.best(arm.name, rate), findings.metric.digits - 1) for rate in rates]
         stable = findings.stability(arm.name).up_to
         rows.append((arm.name, *texts, "-" if stable is None else f"{stable:g}"))
     return ("arm", *(f"{rate:g}" for rate in rates), "stable up to"), rows
@@ -179,6 +177,7 @@ def _cell_text(cell: Cell | None, digits: int) -> str:
 
 def verdict_table(findings: Findings) -> TableOf:
     """Return a row for each arm on the fresh seeds."""
+    columns = ("arm", "learning rate", "warmup", "cost (steps)", findings.metric.label, "gain over warmup", "verdict")
     rows: list[tuple[str, ...]] = []
     digits = findings.metric.digits
     for verdict in findings.verdicts:
@@ -194,27 +193,15 @@ def verdict_table(findings: Findings) -> TableOf:
             verdict.word if findings.no_warmup_loses and name != WARMUP else "-",
         )
         rows.append(row)
-    return (
-        "arm",
-        "learning rate",
-        "warmup",
-        "cost (steps)",
-        findings.metric.label,
-        "gain over warmup",
-        "verdict",
-    ), rows
+    return columns, rows
 
 
 def make_report(findings: Findings) -> Report:
     """Return the report of a comparison."""
     plan = findings.plan
     budget = f"Each run has a budget of {plan.steps:,} training steps, from which the initialisation is paid."
-    sections: dict[str, tuple[str, TableOf | None]] = {
-        f"{findings.metric.heading} by learning rate, on a part of the training data, {plan.seeds} seeds": (
-            f"{budget}\n\n{_GRID_NOTE}",
-            grid_table(findings),
-        )
-    }
+    grid = f"{findings.metric.heading} by learning rate, on a part of the training data, {plan.seeds} seeds"
+    sections: dict[str, tuple[str, TableOf | None]] = {grid: (f"{budget}\n\n{_GRID_NOTE}", grid_table(findings))}
     if findings.verdicts:
         judged_on = "a part of the training data, drawn anew for each seed, since there is no evaluation split"
         if findings.evaluated is not None:
@@ -229,23 +216,27 @@ def make_report(findings: Findings) -> Report:
         "Plot by learning rate": ("learning_rates.png", lambda file: plot_learning_rates(findings, file)),
         "Plot of the first steps": ("first_steps.png", lambda file: plot_first_steps(findings, file)),
     }
-    question = "does it replace warmup?"
-    return Report(findings.title, question, sentences(findings), sections, to_dict(findings), plots)
+    said = sentences(findings)
+    return Report(findings.title, "does it replace warmup?", said, sections, to_dict(findings), plots)
 
 
 def to_dict(findings: Findings) -> dict[str, Any]:
     """Return the findings in plain values."""
     plain = dataclasses.asdict
+
+    def plain_cell(cell: Cell) -> dict[str, Any]:
+        return {**plain(cell), "value": cell.value, "values": list(cell.values.values())}
+
     return {
         "recipe": findings.title,
         "metric": plain(findings.metric),
         "plan": plain(findings.plan),
-        "cells": [{**plain(c), "value": c.value, "values": list(c.values.values())} for c in findings.cells],
+        "cells": [plain_cell(cell) for cell in findings.cells],
         "gains_of_warmup": [plain(gain) for gain in findings.gains],
         "tested_gain": None if findings.tested_gain is None else plain(findings.tested_gain),
         "stability": {arm.name: plain(findings.stability(arm.name)) for arm in findings.plan.arms},
-        "chosen": [plain(choice) for choice in findings.chosen],
-        "verdicts": [plain(verdict) for verdict in findings.verdicts],
+        "chosen": [plain_cell(cell) for cell in findings.chosen],
+        "verdicts": [{**plain(one), "choice": plain_cell(one.choice)} for one in findings.verdicts],
         "shares": [plain(share) for share in findings.shares],
         "words": sentences(findings),
     }

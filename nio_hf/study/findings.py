@@ -40,6 +40,11 @@ class Cell:
     failed: int
 
     @property
+    def point(self) -> Point:
+        """Point of the grid."""
+        return self.arm, self.learning_rate, self.warmup_ratio
+
+    @property
     def value(self) -> float:
         """Mean of `values`."""
         return statistics.fmean(self.values.values())
@@ -53,21 +58,6 @@ class Cell:
     def loss(self) -> float:
         """Mean of `losses`; NaN where every run failed."""
         return statistics.fmean(self.losses) if self.losses else math.nan
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """The settings at which an arm is judged, which have the best mean value in the selection."""
-
-    arm: str
-    learning_rate: float
-    warmup_ratio: float
-    value: float
-
-    @property
-    def point(self) -> Point:
-        """Point of the grid."""
-        return self.arm, self.learning_rate, self.warmup_ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +90,7 @@ class Verdict:
     """The comparison of an arm with warmup on fresh seeds, each at its chosen settings: mean value and gain."""
 
     arm: str
-    choice: Choice
+    choice: Cell
     value: Interval
     difference: Interval
     word: Word
@@ -164,11 +154,11 @@ class Findings(Evidence):
         return max(own, key=lambda cell: self.metric.merit(cell.value), default=None)
 
     @cached_property
-    def chosen(self) -> list[Choice]:
-        """Settings of each arm; none while the grid is not complete."""
-        is_through = len(self.cells) == len(self.plan.points())
-        best = [self.best(arm.name) for arm in self.plan.arms] if is_through else []
-        return [Choice(c.arm, c.learning_rate, c.warmup_ratio, c.value) for c in best if c is not None]
+    def chosen(self) -> list[Cell]:
+        """Best cell of each arm, at whose settings it is judged; none while the grid is not complete."""
+        is_complete = len(self.cells) == len(self.plan.points())
+        best = [self.best(arm.name) for arm in self.plan.arms] if is_complete else []
+        return [cell for cell in best if cell is not None]
 
     def stability(self, arm: str) -> Stability:
         """Return the stable learning rates of an arm, each at its best length of warmup."""

@@ -184,10 +184,7 @@ class Study:
 
 
 def execute(
-    pending: Sequence[Run],
-    order_for: Callable[[Run], Order],
-    jobs: int,
-    on_outcome: Callable[[Run, Outcome], None],
+    pending: Sequence[Run], order_for: Callable[[Run], Order], jobs: int, on_outcome: Callable[[Run, Outcome], None]
 ) -> None:
     """Carry out runs in their order, `jobs` at a time, each in a process of its own, which ends with its parent.
 
