@@ -13,15 +13,8 @@ from nio_hf.catalog import find_recipe, split_arguments
 from nio_hf.console import exit_status, print_results
 from nio_hf.errors import ModelError, Problem, RecipeError, one_line
 from nio_hf.files import output_errors, write_atomically
-from nio_hf.hub import is_repo_id
-from nio_hf.hub.run_folder import (
-    INSPECTION_DIR_NAME,
-    INSPECTION_NAME,
-    RECIPE_NAME,
-    inspection_json,
-    model_folder,
-    read_run,
-)
+from nio_hf.hub import is_repo_id, run_folder
+from nio_hf.hub.run_folder import RECIPE_NAME
 from nio_hf.recipe.loading import Recipe, build_recipe, load_recipe
 from nio_hf.recipe.strict_yaml import read_overrides
 from nio_hf.report import plot_inspection
@@ -43,15 +36,15 @@ def run_inspection(arguments: Sequence[str]) -> int:
         name, overrides = split_arguments(arguments)
         if _is_model(name):
             recipe, steps = _recipe_of_model(name, overrides)
-            folder_name = INSPECTION_DIR_NAME
+            folder_name = run_folder.INSPECTION_DIR_NAME
         else:
             recipe, steps, folder_name = load_recipe(name, overrides, decided=_QUIET), 0, AT_INIT_DIR_NAME
         folder = Path(cast(str, recipe.training.output_dir)) / folder_name
         inspection = build_trainer(recipe).inspect()
-        files = {"Numbers": folder / INSPECTION_NAME, "Plot by layer": folder / "inspection.png"}
+        files = {"Numbers": folder / run_folder.INSPECTION_NAME, "Plot by layer": folder / "inspection.png"}
         with output_errors(folder, trained=False):
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(files["Numbers"], inspection_json(inspection, steps))
+            write_atomically(files["Numbers"], run_folder.inspection_json(inspection, steps))
             plot_inspection(inspection, files["Plot by layer"])
         measured = inspection.measured
         rows = [
@@ -85,7 +78,7 @@ def _recipe_of_model(name: str, overrides: Sequence[str]) -> tuple[Recipe, int]:
         RecipeError: A model without a recipe, when no data set is given.
     """
     local = Path(name).is_dir()
-    source = str(model_folder(Path(name))) if local else name
+    source = str(run_folder.model_folder(Path(name))) if local else name
     given = read_overrides(overrides)
     decided = {**_QUIET, "model_name_or_path": source}
     if "output_dir" not in given:
@@ -99,7 +92,7 @@ def _recipe_of_model(name: str, overrides: Sequence[str]) -> tuple[Recipe, int]:
     else:
         fix = "Say what to measure it on, e.g. --dataset_name imagefolder --data_dir path/to/images"
         raise RecipeError(Problem(name, f"there is no {RECIPE_NAME} beside the model", fix))
-    return recipe, 0 if state is None else read_run(state.parent).steps
+    return recipe, 0 if state is None else run_folder.read_run(state.parent).steps
 
 
 def _find_beside(source: str, name: str, revision: str | None) -> Path | None:

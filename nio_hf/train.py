@@ -30,7 +30,7 @@ EMA_DIR_NAME = "ema"
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class RunReport:
     """Results and files of a run.
 
@@ -39,7 +39,7 @@ class RunReport:
         rows: Rows (quantity, before, after) of the summary table.
         result: Result of the NIO run that the model started from; None without one.
         metrics: Metrics of the Trainer.
-        written: {description: path or address} of everything that was written.
+        files: {description: path or address} of everything that was written.
         is_main_process: Whether this process reports.
         failure: Error that ended the run or its push; None for a success.
     """
@@ -48,7 +48,7 @@ class RunReport:
     rows: list[SummaryRow]
     result: NIOResult | None
     metrics: dict[str, float]
-    written: dict[str, Path | str]
+    files: dict[str, Path | str]
     is_main_process: bool
     failure: NIOError | None = None
 
@@ -79,7 +79,8 @@ def train(recipe: Recipe) -> RunReport:
             (output_dir / SAMPLE_NAME).write_text(sample, encoding="utf-8")
         run = _report(trainer, recipe, metrics)
     with _stopping_at_once(recipe):
-        return _push(run, trainer)
+        _push(run, trainer)
+    return run
 
 
 def _stopping_at_once(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
@@ -100,42 +101,42 @@ def initialise(recipe: Recipe) -> RunReport:
         raise ConfigError(Problem("push_to_hub", "with nio_save_init: false", fix))
     trainer = build_trainer(recipe)
     trainer.run_nio(resume=recipe.training.resume_from_checkpoint == AUTO)
-    return _push(_report(trainer, recipe, {}), trainer)
+    run = _report(trainer, recipe, {})
+    _push(run, trainer)
+    return run
 
 
 def _report(trainer: RecipeTrainer, recipe: Recipe, metrics: dict[str, float]) -> RunReport:
     """Collect the results of a run, and draw its plots on the main process."""
     output_dir, is_main_process = Path(cast(str, recipe.training.output_dir)), trainer.is_world_process_zero()
-    result, written = trainer.nio_result, dict[str, Path | str]()
+    result, files = trainer.nio_result, dict[str, Path | str]()
     if result is not None and recipe.training.nio_save_init:
-        written["Initialised checkpoint"] = trainer.nio_init_dir
+        files["Initialised checkpoint"] = trainer.nio_init_dir
     if metrics:
-        written["Trained model"] = output_dir
+        files["Trained model"] = output_dir
     if is_main_process:
         run = read_run(output_dir) if metrics else Run(output_dir.name, trainer.run_facts(), result)
         # A training that was resumed, or loaded an initialised checkpoint, has not run NIO itself.
         result = result or run.result
-        written |= draw_run(run, output_dir / PLOTS_DIR_NAME)
+        files |= draw_run(run, output_dir / PLOTS_DIR_NAME)
     rows = [*summary_rows(result, metrics), *trainer.summary_rows()]
     failure = None
     if not all(math.isfinite(metrics.get(name, 0.0)) for name in ("train_loss", "eval_loss")):
         failure = NumericsError(Problem("the training", "diverged: its loss is not finite", "Lower learning_rate"))
-    return RunReport(recipe_name(recipe.path), rows, result, metrics, written, is_main_process, failure)
+    return RunReport(recipe_name(recipe.path), rows, result, metrics, files, is_main_process, failure)
 
 
-def _push(run: RunReport, trainer: RecipeTrainer) -> RunReport:
+def _push(run: RunReport, trainer: RecipeTrainer) -> None:
     """Push the model of a run that did not fail, if the recipe asks for it; the model is saved before."""
-    if run.failure is not None:
-        return run
-    if not trainer.args.push_to_hub:
-        if trainer.args.hub_private_repo and run.is_main_process:
-            logger.warning("Nothing is pushed: --private needs --push_to_hub USER/NAME beside it.")
-        return run
-    try:
-        commit = trainer.push_to_hub()
-    except HubError as error:
-        return dataclasses.replace(run, failure=error)
-    return run if commit is None else dataclasses.replace(run, written={**run.written, "On the Hub": commit.repo_url})
+    if run.failure is None and trainer.args.push_to_hub:
+        try:
+            commit = trainer.push_to_hub()
+            if commit is not None:
+                run.files["On the Hub"] = commit.repo_url
+        except HubError as error:
+            run.failure = error
+    elif run.failure is None and trainer.args.hub_private_repo and run.is_main_process:
+        logger.warning("Nothing is pushed: --private needs --push_to_hub USER/NAME beside it.")
 
 
 def run_recipe(action: Callable[[Recipe], RunReport], arguments: Sequence[str]) -> int:
@@ -145,7 +146,7 @@ def run_recipe(action: Callable[[Recipe], RunReport], arguments: Sequence[str]) 
         run = action(load_recipe(*split_arguments(arguments)))
         if run.is_main_process:
             sentences = [f"Initialisation: {run.result.message}"] if run.result else []
-            print_results(run.title, {"": (("", "before NIO", "after"), run.rows)}, sentences, run.written)
+            print_results(run.title, {"": (("", "before NIO", "after"), run.rows)}, sentences, run.files)
             if run.failure is not None:
                 raise run.failure
         return FAILURE if run.failure is not None else 0

@@ -35,13 +35,11 @@ class Validation:
     """Findings about a recipe.
 
     Attributes:
-        name: Name as the user gave it.
         summary: Model and batches of the recipe, in words.
         notes: Settings that work but may be a mistake, in words.
         error: Error of the recipe; None for a valid one.
     """
 
-    name: str
     summary: str = ""
     notes: tuple[str, ...] = ()
     error: NIOError | None = None
@@ -72,9 +70,9 @@ def validate_recipe(
         parts.append(f"{world_size * size * steps} samples a step: {processes}")
         if with_data:
             parts.append(_try_data(load_recipe(name, overrides)))
-        return Validation(name, "; ".join(parts), tuple(consistency_notes(recipe, world_size)))
+        return Validation("; ".join(parts), tuple(consistency_notes(recipe, world_size)))
     except NIOError as error:
-        return Validation(name, error=error)
+        return Validation(error=error)
 
 
 def consistency_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -86,8 +84,7 @@ def consistency_problems(recipe: Recipe) -> Iterator[Problem]:
         found = f"{training.warmup_steps:g} in a recipe without warmup"
         yield Problem(recipe.place("warmup_steps"), found, "Set warmup_steps: 0")
     if variant == WARMUP and training.warmup_steps == 0:
-        fix = "Say how many steps of warmup it has"
-        yield Problem(recipe.place("warmup_steps"), "0 in a recipe with warmup", fix)
+        yield Problem(recipe.place("warmup_steps"), "0 in a recipe with warmup", "Set the number of warmup steps")
     if training.nio != (variant == NIO):
         found, fix = f"{str(training.nio).lower()} in {recipe.path.name}", f"Set nio: {str(variant == NIO).lower()}"
         yield Problem(recipe.place("nio"), found, fix)

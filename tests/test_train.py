@@ -76,7 +76,7 @@ def test_an_initialised_checkpoint_is_trained_without_nio(digits_run: Path, tmp_
     recipe = load_recipe("vit-tiny/digits/nio", [*options, "--model_name_or_path", str(digits_run / "_nio_init")])
     run = train(recipe)
     assert run.result is not None, "what was done to the model that it starts from"
-    assert "Initialised checkpoint" not in run.written
+    assert "Initialised checkpoint" not in run.files
     assert run.metrics["eval_accuracy"] > 0
     assert not (tmp_path / "_nio_init").exists()
 
@@ -85,7 +85,7 @@ def test_init_saves_and_does_not_train(tmp_path: Path) -> None:
     run, again = (initialise(load_recipe("vit-tiny/digits/nio", _options(tmp_path))) for _ in range(2))
     assert run.result is not None
     assert run.metrics == {}
-    assert set(run.written) == {"Initialised checkpoint", "Plot of the scales", "Plot of NIO by iteration"}
+    assert set(run.files) == {"Initialised checkpoint", "Plot of the scales", "Plot of NIO by iteration"}
     assert not (tmp_path / "model.safetensors").exists()
     assert run.result.scales == again.result.scales, "a run over the output of another replaces it"
     assert load_state(tmp_path / "_nio_init").after == again.result.after

@@ -72,7 +72,7 @@ def fault_of(directory: Path, *, may_be_thinned: bool = False) -> str | None:
         directory: Folder with a manifest.
         may_be_thinned: Whether files may have been removed on purpose.
     """
-    manifest = _read(directory)
+    manifest = _read_manifest(directory)
     if manifest is None:
         return f"{MANIFEST_NAME} is missing or cannot be read: it was not written to its end"
     for name, (size, digest) in manifest[1].items():
@@ -133,7 +133,7 @@ def check_checkpoint(directory: Path, *, verify: bool) -> None:
 
 def candidates(run_dir: Path) -> list[Path]:
     """Return the checkpoints of a run, the incomplete ones first, then the others from the newest on."""
-    found = ((_saved(path), path) for path in _checkpoints(run_dir))
+    found = ((_time_and_step(path), path) for path in _list_checkpoints(run_dir))
     return [path for _, path in sorted(found, key=lambda one: (one[0][0] == _UNFINISHED, one[0]), reverse=True)]
 
 
@@ -164,20 +164,20 @@ def rotate(run_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
     if limit is None or limit < 1:
         return
     protected = {path.resolve() for path in keep}
-    checkpoints = sorted(_checkpoints(run_dir), key=_saved)
+    checkpoints = sorted(_list_checkpoints(run_dir), key=_time_and_step)
     surplus = max(len(checkpoints) - limit, 0)
     for directory in [path for path in checkpoints if path.resolve() not in protected][:surplus]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _checkpoints(run_dir: Path) -> list[Path]:
+def _list_checkpoints(run_dir: Path) -> list[Path]:
     found = run_dir.iterdir() if run_dir.is_dir() else ()
     return [path for path in found if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
 
 
-def _saved(directory: Path) -> tuple[float, int]:
+def _time_and_step(directory: Path) -> tuple[float, int]:
     """Return the time at which a checkpoint was written, and its step; incomplete ones sort before all others."""
-    manifest, state = _read(directory), directory / TRAINER_STATE_NAME
+    manifest, state = _read_manifest(directory), directory / TRAINER_STATE_NAME
     step = int(directory.name.rpartition("-")[2])
     if manifest is not None:
         return manifest[0], step
@@ -185,7 +185,7 @@ def _saved(directory: Path) -> tuple[float, int]:
     return (state.stat().st_mtime if is_finished else _UNFINISHED), step
 
 
-def _read(directory: Path) -> tuple[float, dict[str, tuple[int, str]]] | None:
+def _read_manifest(directory: Path) -> tuple[float, dict[str, tuple[int, str]]] | None:
     """Return the time of a manifest and its {file: (bytes, SHA-256)}; None if it cannot be read."""
     try:
         content = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))

@@ -49,7 +49,7 @@ def restore(directory: Path, model: nn.Module) -> bool:
         with safetensors.safe_open(path, framework="pt") as file:
             shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     fitting = [name for name, shape in shapes.items() if name in own and own[name].shape == shape]
-    if not shapes or (not shapes.keys() - own.keys() and not _left_out(fitting, own)):
+    if not shapes or (not shapes.keys() - own.keys() and not _names_without(fitting, own)):
         return False
     tensors, missing = _tensors_for(model, directory)
     if missing:
@@ -112,10 +112,10 @@ def _tensors_for(model: nn.Module, directory: Path) -> tuple[dict[str, Tensor], 
     own, saved = model.state_dict(), dict[str, Tensor]()
     for file in _files(directory):
         saved |= safetensors.torch.load_file(file)
-    converted, other_shapes = _converted(directory, model, saved)
+    converted, other_shapes = _convert(directory, model, saved)
     found = [*saved.items(), *converted.items()]
     tensors = {name: tensor for name, tensor in found if name in own and own[name].shape == tensor.shape}
-    missing = _left_out(tensors, own)
+    missing = _names_without(tensors, own)
     for name in missing:
         shape = other_shapes.get(name, saved[name].shape if name in saved else own[name].shape)
         if shape != own[name].shape:
@@ -132,14 +132,14 @@ def _files(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(names) if (directory / name).is_file()]
 
 
-def _left_out(tensors: Iterable[str], own: dict[str, Tensor]) -> list[str]:
+def _names_without(tensors: Iterable[str], own: dict[str, Tensor]) -> list[str]:
     """Return the names in a model that would not be restored, neither directly nor by shared memory."""
     named = set(tensors)
     restored = {own[name].data_ptr() for name in named}
     return [name for name, tensor in own.items() if name not in named and tensor.data_ptr() not in restored]
 
 
-def _converted(
+def _convert(
     directory: Path, model: nn.Module, saved: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, torch.Size]]:
     """Load a checkpoint by `from_pretrained` of the model's stock class.

@@ -223,13 +223,13 @@ class DurableTrainerMixin(TrainerMixin):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the data loader of Trainer, with workers that survive a SIGTERM."""
-        return self._spared(super().get_train_dataloader())
+        return self._spare_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Return the data loader of Trainer, with workers that survive a SIGTERM."""
-        return self._spared(super().get_eval_dataloader(eval_dataset))
+        return self._spare_workers(super().get_eval_dataloader(eval_dataset))
 
-    def _spared(self, loader: Any) -> DataLoader[Any]:
+    def _spare_workers(self, loader: Any) -> DataLoader[Any]:
         # The loader of accelerate iterates over the one inside.
         inner = getattr(loader, "base_dataloader", loader)
         has_workers = getattr(inner, "num_workers", 0) > 0
@@ -263,16 +263,16 @@ class DurableTrainerMixin(TrainerMixin):
                 super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._restored(resume_from_checkpoint):
+        if not self._restore_converted(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best = cast(str, self.state.best_model_checkpoint)
         with unpickling_errors(Path(best)), weights_only() if self.is_deepspeed_enabled else contextlib.nullcontext():
-            if not self._restored(best):
+            if not self._restore_converted(best):
                 super()._load_best_model()
 
-    def _restored(self, checkpoint: str) -> bool:
+    def _restore_converted(self, checkpoint: str) -> bool:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
         with Collective.current().together():

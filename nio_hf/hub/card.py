@@ -100,26 +100,16 @@ def card_text(
 ) -> str:
     """Return the card: metadata for the Hub, then Markdown. The arguments are those of [`write_card`]."""
     metadata, run = card_metadata(run, license_id, tags, given), shareable_run(run)
-    result, initialisation = run.result, dict[str, str]()
-    if result is not None:
-        table = tables.scale_table(result)
-        initialisation = {
-            "before_after": tables.markdown_table(("", "before", "after"), tables.initialisation_rows(result)),
-            "cost": tables.cost_text(run, result),
-            "scales_caption": table.caption,
-            "scales": tables.markdown_table(table.columns, table.rows),
-            "excluded": tables.excluded_text(result),
-        }
     return render(
         "model_card.md.j2",
         metadata=metadata.to_yaml(),
         run=run,
         facts=run.facts,
-        result=result,
+        result=run.result,
+        tables=tables,
         repo_id=repo_id or "USER/NAME",
         title=(repo_id or run.name).rpartition("/")[2],
         headline=_headline(run),
-        **initialisation,
         metrics=evaluation_metrics(run),
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", f"{run.recipe} {run.sample}")), default=0)),
         plots={what: path.relative_to(directory).as_posix() for what, path in plots.items()},

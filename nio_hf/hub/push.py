@@ -201,7 +201,7 @@ def push_folder(
         return hub().create_commit(made.repo_id, operations, commit_message=message, token=token, revision=revision)
 
     with push_errors(directory, destination, later or push_command(directory, destination)):
-        return tried(push, destination.repo_id, waits)
+        return retry(push, destination.repo_id, waits)
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:
@@ -217,7 +217,7 @@ def push_command(directory: Path, destination: Destination, **options: str | Seq
     return shlex.join(words)
 
 
-def tried(action: Callable[[], T], where: str, waits: Sequence[float]) -> T:
+def retry(action: Callable[[], T], where: str, waits: Sequence[float]) -> T:
     """Carry out an action, and repeat it after a warning while another attempt may succeed."""
     for number, wait in enumerate(waits, 1):
         try:

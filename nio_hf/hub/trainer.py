@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import shutil
@@ -74,7 +75,7 @@ def publish(
     options = {"license": license_id, "tag": tags, "commit_message": message}
     command = push.push_command(later or directory, destination, **options)
     with push.push_errors(directory, destination, command):
-        former = push.tried(lambda: push.card_on_hub(destination), destination.repo_id, waits)
+        former = push.retry(lambda: push.card_on_hub(destination), destination.repo_id, waits)
     drawn = _draw(run, directory) if plots else {}
     is_ours = write_card(run, directory, drawn, destination.repo_id, former, license_id=license_id, tags=tags)
     message = message or (f"Trained for {run.steps} steps" if run.is_trained else "Initialised by NIO")
@@ -164,15 +165,15 @@ class HubTrainerMixin(TrainerMixin):
         directory.mkdir(parents=True, exist_ok=True)
         self.describe(directory)
         run = run_folder.read_run(directory, given.get("model_name"), self.state)
-        task, dataset, config = (next(iter(_listed(given.get(n))), None) for n in ("tasks", "dataset", "dataset_args"))
+        task, dataset, config = (next(iter(_as_list(given.get(n))), None) for n in ("tasks", "dataset", "dataset_args"))
         if dataset is not None:
             facts = dataclasses.replace(run.facts, dataset=dataset, dataset_config=config)
             run = dataclasses.replace(run, facts=facts)
         fields = {
-            "language": _listed(language),
+            "language": _as_list(language),
             "base_model": given.get("finetuned_from"),
             "pipeline_tag": task,
-            "datasets": _listed(given.get("dataset_tags")),
+            "datasets": _as_list(given.get("dataset_tags")),
         }
         metadata = {name: value for name, value in fields.items() if value}
         plots = _draw(run, directory)
@@ -210,18 +211,13 @@ class HubTrainerMixin(TrainerMixin):
             self.save_state()
         if not self.is_world_process_zero():
             return None
-        destination = self._destination(token, private, revision)
         futures.wait(self._pushes)
-
         given: Any = {"license_id": kwargs.get("license"), "name": kwargs.get("model_name")}
-        tags = self._tags(kwargs.get("tags"))
-
-        def publish_now() -> CommitInfo:
-            return publish(directory, destination, message=commit_message, tags=tags, **given)
-
+        given |= {"message": commit_message, "tags": self._tags(kwargs.get("tags"))}
+        push_now = functools.partial(publish, directory, self._destination(token, private, revision), **given)
         if blocking:
-            return publish_now()
-        future = self._in_background(publish_now, _NOT_PUSHED, logging.ERROR)
+            return push_now()
+        future = self._in_background(push_now, _NOT_PUSHED, logging.ERROR)
         # huggingface_hub starts threads, which is too late in an atexit function.
         getattr(threading, "_register_atexit", atexit.register)(futures.wait, [future])
         return future
@@ -251,7 +247,7 @@ class HubTrainerMixin(TrainerMixin):
 
     def _tags(self, tags: Any) -> list[str]:
         """Return the given tags and the tags that callbacks have added to the model."""
-        return [*_listed(tags), *(getattr(self.model, "model_tags", None) or [])]
+        return [*_as_list(tags), *(getattr(self.model, "model_tags", None) or [])]
 
     # Pushes of checkpoints
 
@@ -354,7 +350,7 @@ def _draw(run: Run, directory: Path) -> dict[str, Path]:
     return draw_run(run, directory / PLOTS_DIR_NAME)
 
 
-def _listed(names: Any) -> list[str]:
+def _as_list(names: Any) -> list[str]:
     return [names] if isinstance(names, str) else list(names or [])
 
 

@@ -42,7 +42,7 @@ def plot_history(result: InitResult, target: Target) -> None:
     history, config = result.history, result.config
     is_computed = result.method == "nio" and config.search == "balance"
     refused = [record for record in history if record.outcome in ("loss_bound", "least_norm")]
-    names = ["before", *(_shortened(record.tried) for record in refused), "after"] if is_computed else []
+    names = ["before", *(_shorten(record.tried) for record in refused), "after"] if is_computed else []
     has_objective = any(record.objective is not None for record in history)
     panels_of = list(_NAMES)[not has_objective :]
     height = 2.5 * len(panels_of) + _LETTER_HEIGHT * max(map(len, names), default=0)
@@ -126,6 +126,6 @@ def _draw_gamma(axes: Axes, result: InitResult) -> None:
         )
 
 
-def _shortened(name: str) -> str:
+def _shorten(name: str) -> str:
     """Return a name for an axis; a long one is cut to its end, which tells more."""
     return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"

@@ -53,18 +53,20 @@ def render_page(run: Run) -> str:
         summary=tables.summary_rows(result, run.metrics),
         tone=None if result is None else _TONES[result.status],
         nio_facts=() if result is None else _nio_facts(result),
-        history_plot=_drawn(plot_history, result) if result is not None and result.history else None,
-        scales_plot=_drawn(plot_scales, result) if result is not None and result.tensors else None,
+        history_plot=_draw_image(plot_history, result) if result is not None and result.history else None,
+        scales_plot=_draw_image(plot_scales, result) if result is not None and result.tensors else None,
         cost=None if result is None else tables.cost_text(run, result),
         scales=None if result is None else tables.scale_table(result),
         excluded="" if result is None else tables.excluded_text(result),
         settings={} if result is None else {**dataclasses.asdict(result.config), **result.options},
-        training_plot=_drawn(plot_training, run.log_history) if logged else None,
+        training_plot=_draw_image(plot_training, run.log_history) if logged else None,
         not_finite=sum(not math.isfinite(value) for value in logged),
         metrics={name: _readable(name, value) for name, value in run.metrics.items()},
         measured=None if inspection is None else inspection.measured,
         measured_on=None if inspection is None else tables.shape_of_sub_batches(inspection.measured),
-        inspection_plot=_drawn(plot_inspection, inspection) if inspection is not None and inspection.layers else None,
+        inspection_plot=_draw_image(plot_inspection, inspection)
+        if inspection is not None and inspection.layers
+        else None,
         layer_columns=tables.LAYER_COLUMNS[1:],
         kinds=() if inspection is None else tables.layer_rows(inspection, "kind"),
         blocks=() if inspection is None else tables.layer_rows(inspection, "depth"),
@@ -138,7 +140,7 @@ def _readable(name: str, value: float) -> str:
     return f"{text} s" if name.endswith(("_runtime", "_time")) else text
 
 
-def _drawn(draw: Callable[[Any, Target], object], what: Any) -> dict[str, Any]:
+def _draw_image(draw: Callable[[Any, Target], object], what: Any) -> dict[str, Any]:
     """Return a plot as a data URI, with its width and height in CSS pixels at the size of its text."""
     from PIL import Image
 

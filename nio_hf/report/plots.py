@@ -52,7 +52,7 @@ def plot_scales(result: InitResult, target: Target) -> None:
     blocks = sorted({tensor.depth for tensor in result.tensors})
     with figure(target, width=min(max(6.5, 0.34 * len(blocks) + 2), 16), height=4.4) as drawn:
         axes = drawn.subplots()
-        places = _place(result.tensors)
+        places = _places_of(result.tensors)
         for label, (look, tensors) in _legend(result).items():
             scales = [tensor.omega for tensor in tensors]
             axes.plot([places[tensor.name] for tensor in tensors], scales, label=label, **look)
@@ -193,7 +193,7 @@ def _legend(result: InitResult) -> dict[str, tuple[dict[str, Any], list[TensorSc
     return {kind: (kind_marker(kind), [tensor for tensor in tensors if tensor.kind == kind]) for kind in kinds}
 
 
-def _place(tensors: Sequence[TensorScale]) -> dict[str, float]:
+def _places_of(tensors: Sequence[TensorScale]) -> dict[str, float]:
     """Return {name of a tensor: x}. The tensors of a block stand side by side, ordered by kind."""
     blocks = collections.defaultdict(list)
     for tensor in tensors:
