@@ -81,11 +81,10 @@ def test_every_imported_package_is_declared() -> None:
     asked += PROJECT["optional-dependencies"]["report"]
     declared = {Requirement(text).name for text in asked} - {"nio-hf"}
     foreign = imported - set(sys.stdlib_module_names) - {"nio_hf"}
-    launcher = {"accelerate"}
     # Imported only for models that it has partitioned.
     optional = {"deepspeed"}
     assert optional == {Requirement(text).name for text in PROJECT["optional-dependencies"]["deepspeed"]}
-    assert {names.get(name, name) for name in foreign} - optional | launcher == declared
+    assert {names.get(name, name) for name in foreign} - optional == declared
 
 
 def test_the_version_is_the_same_everywhere() -> None:

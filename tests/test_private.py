@@ -130,7 +130,7 @@ def test_a_method_of_trainer_has_the_parameters_that_are_given(name: str) -> Non
     assert list(inspect.signature(getattr(Trainer, name)).parameters)[1:][: len(expected)] == expected
 
 
-def test_names_of_other_libraries_tell_what_they_are_taken_for(tmp_path: Path) -> None:
+def test_names_of_other_libraries_tell_what_they_are_taken_for() -> None:
     model: Any = build("vit")
     assert issubclass(torch.nn.BatchNorm2d, _BatchNorm)
     assert model.config._attn_implementation in ("eager", "sdpa")
@@ -157,13 +157,12 @@ def test_names_of_other_libraries_tell_what_they_are_taken_for(tmp_path: Path) -
 @pytest.mark.parametrize("name", [name for name in OTHERS if name.startswith("_foreach_")])
 def test_lists_of_tensors_are_computed_with_at_once(name: str) -> None:
     ones = [torch.ones(2), torch.full((3,), 2.0)]
-    arguments: dict[str, tuple[Any, ...]] = {"norm": (), "sign": (), "zero_": (), "addcmul_": (ones, ones)}
+    arguments: dict[str, tuple[Any, ...]] = {"norm": (), "sign": (), "addcmul_": (ones, ones)}
     operation = name.removeprefix("_foreach_")
     computed = getattr(torch, name)([tensor.clone() for tensor in ones], *arguments.get(operation, (ones,)))
     single = {
         "norm": lambda tensor: tensor.norm(),
         "sign": torch.sign,
-        "zero_": torch.zeros_like,
         "addcmul_": lambda tensor: tensor + tensor * tensor,
         "copy_": lambda tensor: tensor,
     }
@@ -219,8 +218,3 @@ def _private_names(tree: ast.AST) -> set[str]:
             found.add(node.value)
     listed = {*TRAINER_OVERRIDES}
     return {name for name in found if name.startswith("_") and not name.startswith("__") and name not in listed}
-
-
-def _set_in(kind: type) -> set[str]:
-    """Attributes that the constructor of a class sets."""
-    return set(inspect.getsource(kind.__init__).replace("self.", " ").split())

@@ -48,6 +48,8 @@ def render_page(run: Run) -> str:
         "report.html.j2",
         run=run,
         result=result,
+        inspection=inspection,
+        tables=tables,
         headline=_headline(run),
         facts=_facts(run),
         summary=tables.summary_rows(result, run.metrics),
@@ -55,21 +57,13 @@ def render_page(run: Run) -> str:
         nio_facts=() if result is None else _nio_facts(result),
         history_plot=_draw_image(plot_history, result) if result is not None and result.history else None,
         scales_plot=_draw_image(plot_scales, result) if result is not None and result.tensors else None,
-        cost=None if result is None else tables.cost_text(run, result),
-        scales=None if result is None else tables.scale_table(result),
-        excluded="" if result is None else tables.excluded_text(result),
         settings={} if result is None else {**dataclasses.asdict(result.config), **result.options},
         training_plot=_draw_image(plot_training, run.log_history) if logged else None,
         not_finite=sum(not math.isfinite(value) for value in logged),
         metrics={name: _readable(name, value) for name, value in run.metrics.items()},
-        measured=None if inspection is None else inspection.measured,
-        measured_on=None if inspection is None else tables.shape_of_sub_batches(inspection.measured),
         inspection_plot=_draw_image(plot_inspection, inspection)
         if inspection is not None and inspection.layers
         else None,
-        layer_columns=tables.LAYER_COLUMNS[1:],
-        kinds=() if inspection is None else tables.layer_rows(inspection, "kind"),
-        blocks=() if inspection is None else tables.layer_rows(inspection, "depth"),
     )
 
 

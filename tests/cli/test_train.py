@@ -56,9 +56,6 @@ def test_the_exit_status_is_that_of_the_training(tmp_path: Path) -> None:
     assert launch({"config_file": "cpu"}, ["vit-tiny/digits/nio", *options]) == 1
     with pytest.raises(RecipeError, match=r"Did you mean 'seed'\?"):
         launch({"config_file": "cpu"}, ["vit-tiny/digits/nio", "--sede", "1"])
-    refused = RUNNER.invoke(app, ["train", "--config_file", "gpus"])
-    assert refused.exit_code == 2
-    assert "'gpus' is no file" in refused.output
 
 
 def test_several_processes_without_gpus_or_a_configuration_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,19 +108,6 @@ def test_two_processes_really_ran_and_reported_once(runs: dict[int, Path]) -> No
     accumulated = {n: torch.load(path / "training_args.bin", weights_only=False) for n, path in runs.items()}
     assert {n: arguments.gradient_accumulation_steps for n, arguments in accumulated.items()} == {1: 4, 2: 2}
     assert (runs[2] / "shown.txt").read_text().count("Trained model: ") == 1
-
-
-@pytest.mark.slow
-def test_a_recipe_of_the_package_trains_once_in_two_processes(tmp_path: Path) -> None:
-    options = ["--max_steps", "2", "--nio", "false", "--logging_steps", "1", "--eval_strategy", "no"]
-    options += ["--output_dir", str(tmp_path), "--disable_tqdm", "true"]
-    command = [sys.executable, "-m", "nio_hf.cli", "train", "vit-tiny/digits/nio", "--config_file", "multi_cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, timeout=240)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("'loss'") == 2
-    state = json.loads((tmp_path / "trainer_state.json").read_text())
-    assert state["epoch"] == pytest.approx(2 * 2 * 64 / 1437, rel=0.1), "one process would be half as far"
 
 
 def test_evaluation_counts_every_image_once(runs: dict[int, Path]) -> None:

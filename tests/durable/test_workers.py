@@ -42,12 +42,9 @@ class Told(TrainerCallback):
 class Durable(DurableTrainerMixin, Trainer):
     pass
 
-class NIO(NIOTrainer):
-    pass
-
 if __name__ == "__main__":
     args = arguments(folder, nio=kind == "broken", max_steps=200, dataloader_num_workers=2, enable_jit_checkpoint=True)
-    trainer = (NIO if kind == "broken" else Durable)(
+    trainer = (NIOTrainer if kind == "broken" else Durable)(
         model=build("vit"), args=args, train_dataset=Slow(64), callbacks=[Told()]
     )
     trainer.train()

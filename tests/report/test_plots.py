@@ -121,17 +121,22 @@ def test_scales_are_told_apart_by_group_where_there_are_several(figures: list[Fi
 
 
 @pytest.mark.parametrize(
-    "log",
+    ("log", "labels"),
     [
-        [],
-        [{"step": 1, "loss": 2.0}],
-        [{"step": i, "loss": 1 / i} for i in range(1, 90)] + [{"step": 9, "eval_loss": 1.0, "eval_accuracy": 0.5}],
-        [{"step": 3, "eval_loss": 1.0}, {"step": 0, "nio_loss": 2.0}],
+        ([], [[]]),
+        ([{"step": 1, "loss": 2.0}], [["training"]]),
+        (
+            [{"step": i, "loss": 1 / i} for i in range(1, 90)] + [{"step": 9, "eval_loss": 1.0, "eval_accuracy": 0.5}],
+            [["training", "evaluation"], ["evaluation"]],
+        ),
+        ([{"step": 3, "eval_loss": 1.0}, {"step": 0, "nio_loss": 2.0}], [["evaluation"]]),
     ],
 )
-def test_training_is_drawn_from_whatever_was_logged(log: list[dict[str, float]], tmp_path: Path) -> None:
-    plot_training(log, tmp_path / "training.png")
-    assert (tmp_path / "training.png").stat().st_size > 0
+def test_training_is_drawn_from_whatever_was_logged(
+    log: list[dict[str, float]], labels: list[list[str]], figures: list[Figure]
+) -> None:
+    plot_training(log, io.BytesIO())
+    assert [axes.get_legend_handles_labels()[1] for axes in figures[0].axes] == labels
 
 
 def test_a_plot_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
