@@ -19,7 +19,6 @@ from nio_hf.console import STATUS_FILE
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.loading import load_recipe
 
-_SIGNAL_STATUS = 128
 _FORWARDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
 """Windows has the first two, and no groups of processes."""
 
@@ -76,4 +75,5 @@ def launch(options: Mapping[str, str], arguments: Sequence[str]) -> int:
         own = int(status_file.read_text(encoding="ascii")) if status_file.is_file() else 0
     if status != 0 and own != 0:
         return own
-    return status if status >= 0 else _SIGNAL_STATUS - status
+    # As in shells: 128 and the number of the signal.
+    return status if status >= 0 else 128 - status

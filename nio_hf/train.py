@@ -26,7 +26,6 @@ from nio_hf.report.run import Run
 from nio_hf.tasks import build_trainer
 from nio_hf.tasks.trainer import RecipeTrainer
 
-EMA_DIR_NAME = "ema"
 logger = logging.getLogger(__name__)
 
 
@@ -70,7 +69,7 @@ def train(recipe: Recipe) -> RunReport:
         metrics = {**outcome.metrics, **trainer.evaluate()}
         # A training that was resumed counts the seconds of all its sessions.
         metrics["train_runtime"] = trainer.training_seconds
-        metrics |= trainer.evaluate_average(output_dir / EMA_DIR_NAME)
+        metrics |= trainer.evaluate_average(output_dir / "ema")
         sample = trainer.sample()
     with output_errors(output_dir):
         trainer.save_metrics("all", metrics)

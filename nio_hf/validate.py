@@ -26,8 +26,6 @@ from nio_hf.trainer.seeding import check_seedable
 
 NIO, WARMUP, NO_WARMUP = "nio", "warmup", "no_warmup"
 """Variants of recipes, whose names state settings."""
-_SHORTEST = {"nio_report_batches": 1, "nio_iterations": 1, "nio_save_init": False}
-"""Settings of the shortest run of NIO."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +136,7 @@ def _try_data(recipe: Recipe) -> str:
             return found
         # The data has to suffice for the run of the recipe, not only for this short one.
         trainer.get_nio_dataloader()
-        vars(args).update(_SHORTEST)
+        vars(args).update(nio_report_batches=1, nio_iterations=1, nio_save_init=False)
         if "iterations" in METHODS[args.nio_method].options:
             args.nio_method_kwargs = {**args.nio_method_options, "iterations": 1}
         result = trainer.run_nio()

@@ -39,14 +39,14 @@ class Outcome:
         diagnostics: Measurements of the first steps; empty without `--diagnostics`.
     """
 
-    value: float | None
-    eval_loss: float | None
-    losses: tuple[float, ...]
-    grad_norms: tuple[float, ...]
-    steps: int
-    cost_steps: float
-    cost_seconds: float
-    seconds: float
+    value: float | None = None
+    eval_loss: float | None = None
+    losses: tuple[float, ...] = ()
+    grad_norms: tuple[float, ...] = ()
+    steps: int = 0
+    cost_steps: float = 0.0
+    cost_seconds: float = 0.0
+    seconds: float = 0.0
     error: str | None = None
     initialisation: dict[str, Any] | None = None
     diagnostics: dict[str, list[float]] = dataclasses.field(default_factory=dict)

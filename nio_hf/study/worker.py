@@ -26,7 +26,7 @@ from nio_hf.study.results import Outcome
 from nio_hf.tasks import build_trainer
 from nio_hf.tasks.trainer import RecipeTrainer
 
-_LOOKED_AT = 64
+_DIAGNOSTIC_SAMPLES = 64
 """Number of samples in the batch of the diagnostics."""
 
 
@@ -98,7 +98,7 @@ def train_once(recipe: Recipe, diagnostics: bool = False, cost_share: float = 1.
     try:
         cost = initialise(trainer)
     except NumericsError as error:
-        return Outcome(None, None, (), (), 0, 0.0, 0.0, time.perf_counter() - started, str(error))
+        return Outcome(seconds=time.perf_counter() - started, error=str(error))
     initialised = time.perf_counter()
     trainer.args.max_steps = steps = budget - math.ceil(cost * cost_share)
     raced = trainer.run_race(steps) if steps >= 1 else None
@@ -108,12 +108,12 @@ def train_once(recipe: Recipe, diagnostics: bool = False, cost_share: float = 1.
     if steps < 1:
         found = f"the initialisation costs {budget - steps} training steps, the budget is {budget}"
         if cost_share < 1:
-            return Outcome(None, None, (), (), 0, cost, 0.0, time.perf_counter() - started, found)
+            return Outcome(cost_steps=cost, seconds=time.perf_counter() - started, error=found)
         fix = "Give more steps, or lower nio_report_batches, nio_batch_size or nio_race_steps"
         raise ConfigError(Problem("--steps", found, fix))
     losses = _Losses()
     trainer.add_callback(losses)
-    looked_at = _look_at(trainer) if diagnostics else None
+    measured = _add_diagnostics(trainer) if diagnostics else None
     trainer.train()
     metrics = trainer.evaluate()
     failed = not all(map(math.isfinite, losses.losses)) or not math.isfinite(metrics["eval_loss"])
@@ -129,7 +129,7 @@ def train_once(recipe: Recipe, diagnostics: bool = False, cost_share: float = 1.
         seconds=time.perf_counter() - started,
         error="the loss is not finite" if failed else None,
         initialisation=None if result is None else _summarise(result),
-        diagnostics={} if looked_at is None else looked_at.values,
+        diagnostics={} if measured is None else measured.values,
     )
 
 
@@ -148,13 +148,13 @@ class _Losses(TrainerCallback):
             control.should_training_stop |= not math.isfinite(self.losses[-1])
 
 
-def _look_at(trainer: RecipeTrainer) -> StepDiagnostics:
+def _add_diagnostics(trainer: RecipeTrainer) -> StepDiagnostics:
     batch = next(iter(trainer.get_eval_dataloader()))
-    inputs = {key: value[:_LOOKED_AT] for key, value in batch.items() if key != "labels"}
+    inputs = {key: value[:_DIAGNOSTIC_SAMPLES] for key, value in batch.items() if key != "labels"}
     inputs = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
-    looked_at = StepDiagnostics(cast(torch.nn.Module, trainer.model), inputs)
-    trainer.add_callback(looked_at)
-    return looked_at
+    diagnostics = StepDiagnostics(cast(torch.nn.Module, trainer.model), inputs)
+    trainer.add_callback(diagnostics)
+    return diagnostics
 
 
 def _summarise(result: NIOResult) -> dict[str, Any]:
