@@ -1,4 +1,4 @@
-"""Errors: every problem in the message, also where a worker of a data loader hands on its text alone."""
+"""Errors: every problem is in the message, also in the text that a worker of a data loader passes."""
 
 from __future__ import annotations
 

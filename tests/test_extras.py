@@ -1,4 +1,4 @@
-"""Without the extras a user's own model is initialised and trained; what needs an extra names it."""
+"""The core installation initialises and trains a user's model; parts that need an extra name it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nio-hf inspect` and `nio-hf report`: what NIO measured, by layer, of anything that can be named."""
+"""`nio-hf inspect` and `nio-hf report`: measurements by layer of models and recipes, and pages of runs."""
 
 from __future__ import annotations
 

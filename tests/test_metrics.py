@@ -1,4 +1,4 @@
-"""What trainings are judged by."""
+"""The metrics that trainings are judged by."""
 
 from __future__ import annotations
 

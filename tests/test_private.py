@@ -1,4 +1,4 @@
-"""Private names of other libraries: the list of them is complete, and each is what the package takes it for."""
+"""Private names of other libraries: their list is complete, and each means what the package assumes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TRAINER_OVERRIDES = {
         ["train_dataset"],
     ),
 }
-"""{method of Trainer that is overridden: (who does and why, the parameters that it has first)}."""
+"""{overridden method of Trainer: (owner and reason, first parameters)}."""
 
 TRAINER_CALLS = {
     "_get_output_dir": ("each trial of a search saves in a folder of its own.", ["trial"]),
@@ -64,7 +64,7 @@ TRAINER_CALLS = {
         ["data_collator", "description"],
     ),
 }
-"""{method of Trainer that is called: (why, the parameters that it is given)}."""
+"""{called method of Trainer: (reason, given parameters)}."""
 
 OTHERS = {
     "_BatchNorm": "torch: the base of all batch normalisation layers.",
@@ -90,10 +90,10 @@ OTHERS = {
     "_resolve_features": "datasets: the columns of a stream without known features.",
     "_version": "torch: whether a buffer was written to.",
 }
-"""{any other private name: whose, and what it tells}."""
+"""{any other private name: its library and its meaning}."""
 
 OWN = {"_accuracy", "_runtime", "_time", "_nio_init", "_nio_lock", "_nio_push", "_fields", "_type"}
-"""Texts and names in the package that are private names of nobody."""
+"""Texts and names in the package that look like private names."""
 
 
 def test_the_list_of_private_names_is_complete() -> None:
@@ -207,7 +207,7 @@ def _defined(tree: ast.AST) -> set[str]:
 
 
 def _private_names(tree: ast.AST) -> set[str]:
-    """Private names that are looked up, imported, or given to getattr and the like as a text."""
+    """Private names that are looked up, imported, or passed to getattr and the like as a text."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):

@@ -1,4 +1,4 @@
-"""The main job: a recipe from the first line to the files that it leaves."""
+"""`nio_hf.train`: a recipe from its command line to its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nio-hf validate`: what passes, what does not, and what is tried with data."""
+"""`nio-hf validate`: recipes that pass, recipes that fail, and the checks with data."""
 
 from __future__ import annotations
 

@@ -266,7 +266,7 @@ def _folders(directory: Path) -> list[Path]:
 
 def _nothing_in(directory: Path, what: str) -> CheckpointError:
     trials = sorted(path.name for path in directory.glob("run-*") if path.is_dir())
-    found = f"no {what} in it, but those of a search: {', '.join(trials)}" if trials else f"no {what} in it"
+    found = f"no {what} in it, but trials of a search: {', '.join(trials)}" if trials else f"no {what} in it"
     if not directory.is_dir():
         found = "a file, not a folder" if directory.exists() else "no such folder"
     return CheckpointError(Problem(str(directory), found, _GIVE))

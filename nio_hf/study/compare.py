@@ -87,7 +87,7 @@ def plan_problems(plan: Plan) -> Iterator[Problem]:
         missing = [name for name in (NO_WARMUP, WARMUP) if name not in {arm.name for arm in plan.arms}]
         if missing:
             fix = "Add it to --arms, or give --no_verdict"
-            yield Problem("--arms", f"no {' and no '.join(missing)} to hold the others against", fix)
+            yield Problem("--arms", f"no {' and no '.join(missing)} to compare the others with", fix)
 
 
 def sentences(findings: Findings) -> list[str]:
@@ -125,7 +125,7 @@ def sentences(findings: Findings) -> list[str]:
             f"a difference of up to {math.sqrt(2) * error:.2f}; more seeds do not lower it."
         )
     if not findings.no_warmup_loses:
-        said.append("So nothing is said about what replaces warmup. The differences on fresh seeds are in the table.")
+        said.append("So it does not tell what replaces warmup. The differences on fresh seeds are in the table.")
     return said
 
 

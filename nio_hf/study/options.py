@@ -78,7 +78,7 @@ class Options:
         """Return the training steps of a run: those given, or those of the recipe; 1 with a problem without any."""
         steps = self.recipe.training.max_steps if given is None else given
         if steps < 1:
-            found = "nothing, and the recipe counts in epochs" if given is None else f"{given}"
+            found = "not given, and the recipe counts in epochs" if given is None else f"{given}"
             self.add([Problem("--steps", found, "Give the training steps of a run, at least 1")])
         return max(steps, 1)
 

@@ -251,7 +251,7 @@ def _receive(receiver: Connection, process: BaseProcess, run: Run, order: Order)
             lines = order.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
         tail = "".join(f"\n    {line}" for line in lines[-_LOG_LINES:])
         found = f"ended with status {process.exitcode} and without a result{tail}"
-        go_on = "The same command goes on with what is left; other settings need another --output_dir"
+        go_on = "The same command goes on with the remaining runs; other settings need another --output_dir"
         raise RunError(Problem(where, found, f"See {order.log_file}. {go_on}"))
     return cast(Outcome, sent)
 

@@ -253,7 +253,7 @@ def make_report(search: Search) -> Report:
     plan = search.plan
     drawn = [(a.description, search.losses(a), a in (search.chosen, OWN)) for a in search.candidates]
     heading = f"Probes of {plan.probe_steps} steps at learning rate {plan.learning_rates[0]:g}, without warmup"
-    text = "Mean loss on a part of the training data; after each round the better half is left."
+    text = "Mean loss on a part of the training data; after each round the better half remains."
     return Report(
         search.title,
         "settings of NIO",

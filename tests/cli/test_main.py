@@ -1,4 +1,4 @@
-"""The `nio-hf` command: what it takes and what it loads."""
+"""The `nio-hf` command: arguments and imports."""
 
 from __future__ import annotations
 

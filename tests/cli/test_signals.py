@@ -44,7 +44,7 @@ def _environment() -> dict[str, str]:
 
 
 def _stopped_after_a_step(command: list[str], number: int) -> tuple[int, str]:
-    """Send a signal to the command when it has logged a step; its status, and what it printed."""
+    """Send a signal to a command after its first logged step; return its status and its output."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment(), start_new_session=True
     ) as process:

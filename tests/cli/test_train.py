@@ -1,4 +1,4 @@
-"""Launch options of `nio-hf train`, and a training in two processes that is the one of one process."""
+"""Launch options of `nio-hf train`, and a training in two processes that equals the one in one process."""
 
 from __future__ import annotations
 

@@ -24,12 +24,12 @@ from tests.trainer.toys import InterruptedAfter, Interruption, snapshot, unchang
 
 SAVING: dict[str, Any] = {"nio": False, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 FULL = "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
-"""What torch.save makes of a full disk, observed on one of 1 MiB."""
+"""Error of torch.save on a full disk, observed on a disk of 1 MiB."""
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a training of four steps that nothing happened to, saved at 2 and 4."""
+    """The output of an undisturbed training of four steps, saved at steps 2 and 4."""
     output_dir = tmp_path_factory.mktemp("whole")
     make(output_dir, **SAVING).train()
     return output_dir
@@ -37,7 +37,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(whole: Path, tmp_path: Path) -> Path:
-    """A copy of the output of that training, to be harmed."""
+    """A copy of the output of that training, which a test may harm."""
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 

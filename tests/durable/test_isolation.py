@@ -1,4 +1,4 @@
-"""What NIO draws, training does not miss."""
+"""Random numbers drawn beside a training do not change it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nio_hf.durable.isolation import isolated_random_state
 
 
 class Holder:
-    """Holds generators as data sets do: as attributes, and in what they hold."""
+    """Holds generators as data sets do: as attributes, and inside other attributes."""
 
     def __init__(self) -> None:
         self.numpy = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Which checkpoints are known to be whole, which one is taken, and which ones are deleted."""
+"""Manifests: checkpoints that are whole, the choice of the newest, and the deletion of old ones."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_a_checkpoint_that_cannot_be_sealed_is_an_output_error(tmp_path: Path, m
 
 
 def _unsealed(checkpoint: Path) -> Path:
-    """A checkpoint without a manifest, as a training leaves it that was killed."""
+    """A checkpoint without a manifest, as a killed training leaves it."""
     (checkpoint / "parts").mkdir(parents=True)
     (checkpoint / "model.bin").write_bytes(b"x" * 1000)
     (checkpoint / "parts" / "optimizer.bin").write_bytes(b"state")
@@ -223,7 +223,7 @@ def _sealed(checkpoint: Path) -> Path:
 
 
 def _saved_at(checkpoint: Path, seconds: float) -> Path:
-    """The checkpoint as if it had been written at another time."""
+    """Change the time in the manifest of a checkpoint."""
     file = checkpoint / MANIFEST_NAME
     file.write_text(json.dumps({**json.loads(file.read_text()), "saved": seconds}))
     return checkpoint

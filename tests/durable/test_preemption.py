@@ -1,4 +1,4 @@
-"""SIGTERM in the middle of a training: a whole checkpoint, a status, and the same weights after the next start."""
+"""SIGTERM during a training: a whole checkpoint, an exit status, and the same weights after the next start."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BEST: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def terminations() -> Iterator[list[int]]:
-    """The signals that reach the handler that was there before; after each test it is there again."""
+    """Signals that reach the former handler, which is installed again after each test."""
     received: list[int] = []
 
     def former(number: int, frame: Any) -> None:
@@ -44,7 +44,7 @@ def terminations() -> Iterator[list[int]]:
 
 
 def sigterm(step: int, event: str = "on_step_begin") -> At:
-    """SIGTERM to this process in a step, once."""
+    """Send SIGTERM to this process in a step, once."""
     return At(event, terminate, step if event in ("on_step_end", "on_epoch_end") else step - 1)
 
 
@@ -169,7 +169,7 @@ def test_the_end_of_a_stopped_training_does_not_delete_its_checkpoint(tmp_path: 
 
 
 class NIOThatIsStopped(Counting):
-    """Gets SIGTERM before computed scales are tried, or behind the first iteration of the published search."""
+    """Gets SIGTERM before computed scales are tried, or after the first iteration of the published search."""
 
     def compute_nio_loss(self, *args: Any, **kwargs: Any) -> Any:
         if self.losses == (20 if self.args.nio_search == "published" else 5):

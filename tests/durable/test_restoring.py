@@ -1,4 +1,4 @@
-"""Checkpoints back into models that are not what their config says."""
+"""Restoring checkpoints into models that differ from their config."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class DurableTrainer(DurableTrainerMixin, Trainer):
 
 
 def with_own_head(name: str = "vit") -> Any:
-    """A model of the library whose head somebody has replaced."""
+    """A model of the library with a replaced head."""
     model: Any = build(name)
     model.classifier = nn.Sequential(nn.Dropout(0.1), nn.Linear(model.classifier.in_features, CLASSES))
     return model
 
 
 def with_further_arguments(name: str = "vit") -> Any:
-    """A class of somebody's own with a further argument, and a layer behind that of the library."""
+    """A user's class with a further argument and a layer after those of the library."""
     stock: Any = build(name)
 
     class Own(type(stock)):  # type: ignore[misc]

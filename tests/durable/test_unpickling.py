@@ -1,4 +1,4 @@
-"""No checkpoint runs code: what is unpickled when training resumes, when the best is loaded, and under DeepSpeed."""
+"""No checkpoint runs code: unpickling when a training resumes, loads its best model, or uses DeepSpeed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_checkpoint_that_holds_code_is_refused_and_runs_none(name: str, tmp_pa
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """An environment with DeepSpeed in which nobody has said how torch is to load."""
+    """An environment with DeepSpeed and without the variables for loading by torch."""
     with warnings.catch_warnings(action="ignore"):
         pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
     for name in (FORCE, FORBID):

@@ -1,4 +1,4 @@
-"""What the package needs of POSIX is not needed: a process without it imports all modules and writes checkpoints."""
+"""The package works without POSIX: a process without it imports all modules and writes checkpoints."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from nio_hf.errors import Preempted
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 120
-"""Seconds after which a process that does not end hangs."""
+"""Seconds after which a process counts as hanging."""
 TRAINING = """
 import sys, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Small trainings that something happens to."""
+"""Small trainings with disturbances."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Counting(NIOTrainer):
 
 
 class At(TrainerCallback):
-    """Does something at an event, once: the first time, or when so many steps are done."""
+    """Carries out an action once at an event, the first time or after a number of steps."""
 
     def __init__(self, event: str, action: Callable[[], Any], steps: int | None = None) -> None:
         self.action, self.steps, self.is_done = action, steps, False

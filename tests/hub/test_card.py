@@ -1,4 +1,4 @@
-"""The model card: what the Hub reads, and what people do."""
+"""The model card: metadata for the Hub and text for people."""
 
 from __future__ import annotations
 

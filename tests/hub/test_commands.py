@@ -1,4 +1,4 @@
-"""The commands against a Hub, each in a process of its own: push, load back, train from it, and all that can fail."""
+"""The commands with a Hub, each in a process of its own: push, load back, train from it, and failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The push: checked beforehand, bit-equal, at once or not at all, tried again, and an error that says how to go on."""
+"""Pushes: checks beforehand, equal bits, one commit or none, retries, and errors that say how to go on."""
 
 from __future__ import annotations
 

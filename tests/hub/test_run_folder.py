@@ -1,4 +1,4 @@
-"""What a run says about itself, and what is read of it."""
+"""The files in which a run describes itself, and their readers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EVALUATED = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a training with checkpoints, saved, and inspected at its end."""
+    """The folder of a training with checkpoints, which was saved and inspected at its end."""
     output_dir = tmp_path_factory.mktemp("run")
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3}
     args = arguments(output_dir, nio_search="published", nio_iterations=5, **saving)
@@ -196,7 +196,7 @@ def test_folders_that_hold_nothing(tmp_path: Path) -> None:
             read(tmp_path / "file")
         (tmp_path / "file").unlink()
     (tmp_path / "run-0").mkdir()
-    with pytest.raises(CheckpointError, match="no run in it, but those of a search: run-0"):
+    with pytest.raises(CheckpointError, match="no run in it, but trials of a search: run-0"):
         read_run(tmp_path)
 
 

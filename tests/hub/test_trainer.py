@@ -1,4 +1,4 @@
-"""Pushes of the Trainer: what arrives, when, and that none can end a training."""
+"""Pushes of the Trainer: their content and order, and a training that survives their failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of every shape, of plausible numbers."""
+"""Made-up runs of every shape, with plausible numbers."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def run(
     recipe: str | None = None,
     inspection: GradientInspection | None = None,
 ) -> Run:
-    """A run that has nothing but what is given; steps are those that were trained, and those that were to be."""
+    """A run with the given parts alone; steps are the number of trained and of planned steps."""
     facts = facts or Facts("ViTForImageClassification")
     return Run(name, facts, result, versions or {}, *steps, metrics or {}, log, recipe, inspection)
 

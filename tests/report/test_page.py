@@ -1,4 +1,4 @@
-"""The page of a run: whole, whatever the run has, and nothing but itself."""
+"""The page of a run: complete for any run, and without anything from elsewhere."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ NASTY = "<script>alert('x')</script> & \"quoted\""
 
 
 class Page(HTMLParser):
-    """A page that was read: its tags, its text, its tables as rows of text."""
+    """A parsed page: its tags, its text, and its tables as rows of text."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -95,7 +95,7 @@ def sections(read_page: Page) -> list[str | None]:
 
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots are white and drawn at once."""
+    """Replace the plots by white images."""
 
     def draw(what: Any, target: io.BytesIO) -> None:
         Image.new("L", (16, 16), 255).save(target, "PNG", dpi=(160, 160))

@@ -1,4 +1,4 @@
-"""The page in a browser: it shows, and fits a phone."""
+"""The page in a browser: it is visible and fits a phone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def page() -> str:
 
 
 def browse(content: str, folder: Path, *flags: str) -> str:
-    """Open a page; returns what the browser prints."""
+    """Open a page and return the output of the browser."""
     (folder / "page.html").write_text(content, encoding="utf-8")
     command = [str(BROWSER), *FLAGS.split(), f"--user-data-dir={folder / 'profile'}", *flags]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What an initialisation costs."""
+"""The cost of an initialisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What moves in a step, against numbers worked out by hand."""
+"""Diagnostics of a step, compared with numbers worked out by hand."""
 
 from __future__ import annotations
 

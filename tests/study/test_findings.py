@@ -1,4 +1,4 @@
-"""What follows from runs, against numbers worked out by hand, by accuracy and by an evaluation loss."""
+"""Conclusions from runs, compared with numbers worked out by hand, for accuracy and evaluation loss."""
 
 from __future__ import annotations
 
@@ -144,13 +144,13 @@ def _by_hand(gain: float, tested: float) -> Findings:
 
 
 def test_where_warmup_gains_nothing_there_is_no_verdict() -> None:
-    """Even where it gained on the seeds that rate and length were chosen by."""
+    """This holds even if warmup gained on the seeds of the selection."""
     found = _by_hand(gain=3.0, tested=-0.5)
     text = " ".join(sentences(found))
     assert "warmup (10%) gains most over no warmup on the seeds of the selection: +3" in text
     assert "There warmup gains -0.50 ± 0.00 points of accuracy" in text
     assert "these seeds do not tell whether it gains at all" in text
-    assert "nothing is said about what replaces warmup" in text
+    assert "does not tell what replaces warmup" in text
     assert all(row[-1] == "-" for row in verdict_table(found)[1])
 
 
@@ -195,7 +195,7 @@ def test_what_an_initialisation_adds_is_held_against_the_same_training_without_i
 
 
 def test_an_interval_is_wider_where_more_arms_are_held_against_warmup() -> None:
-    """Differences 0.2, 0.3, 0.1 once, and beside them two other arms that are not told from warmup."""
+    """Differences 0.2, 0.3, 0.1 once, and beside them two arms that do not differ significantly from warmup."""
 
     def value(run: Run) -> float:
         number = run.seed % 1000

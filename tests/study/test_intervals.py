@@ -34,7 +34,7 @@ def test_holm_corrects_the_smallest_p_most() -> None:
 
 
 def test_an_interval_holds_zero_where_its_p_is_not_below_a_tenth() -> None:
-    """Behind the first that is not told from 0, intervals keep its level and p does not fall."""
+    """After the first mean without a significant difference, intervals keep its level and p does not fall."""
     samples = {"a": [1.0, 1.2, 0.1], "b": [1.0, 1.3, 0.05], "c": [1.0, 1.4, 0.02]}
     found = corrected(samples)
     raw = {name: float(stats.ttest_1samp(values, 0).pvalue) for name, values in samples.items()}

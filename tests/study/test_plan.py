@@ -16,7 +16,7 @@ from tests.study.outcomes import plan
 
 
 def test_every_arm_sets_what_the_others_set() -> None:
-    """So that nothing of the recipe's own choice of method is left in one arm and not in another."""
+    """Otherwise one arm would keep the method of the recipe, and another would not."""
     for arm in ARMS.values():
         assert {"nio", "nio_seed_optimizer", "optimizer"} <= arm.settings.keys()
         assert arm.settings.keys() <= known_keys().keys()
@@ -64,7 +64,7 @@ def test_arms_that_do_not_exist_are_refused(names: list[str], definitions: list[
         ({"warmup_ratios": (0.001, 0.1)}, "0.001, 0.1, of which the least is no whole step of 100"),
         ({"seeds": 1, "verdict_seeds": 1}, "or more of both for a verdict, or --no_verdict"),
         ({"seeds": 3, "verdict_seeds": 2}, "3 to choose by and 2 to judge by"),
-        ({"arms": choose_arms(["nio"])}, "no no_warmup and no warmup to hold the others against"),
+        ({"arms": choose_arms(["nio"])}, "no no_warmup and no warmup to compare the others with"),
     ],
 )
 def test_a_comparison_that_cannot_conclude_is_refused(changes: dict[str, Any], found: str) -> None:

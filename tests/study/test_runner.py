@@ -125,7 +125,7 @@ def test_an_arm_whose_initialisation_may_cost_the_whole_budget_is_refused(
 
 
 def _work(order: Order, sender: Any) -> None:
-    """Stands for `carry_out`, by the name of the log."""
+    """Stand for `carry_out`, by the name of the log."""
     kind = order.log_file.stem
     if kind == "dies":
         order.log_file.write_text("what it said last\n", encoding="utf-8")

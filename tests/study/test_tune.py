@@ -1,4 +1,4 @@
-"""A search for settings, with trainings that are made up: which are asked for, and what follows."""
+"""A search for settings with made-up trainings: its runs and its conclusions."""
 
 from __future__ import annotations
 
