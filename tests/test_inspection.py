@@ -152,7 +152,7 @@ def test_a_report_of_a_folder(trained: Path, tmp_path: Path) -> None:
     shown = runner.invoke(app, ["report", str(trained)])
     assert shown.exit_code == 0
     assert f"Report: {trained / 'report.html'}" in shown.output
-    assert "Trained for 4 steps" in (trained / "report.html").read_text()
+    assert "was trained for 4 steps" in (trained / "report.html").read_text()
     other = tmp_path / "pages" / "a.html"
     assert runner.invoke(app, ["report", str(trained / "_nio_init"), "--output", str(other)]).exit_code == 0
     assert "not a trained model" in other.read_text()

@@ -109,7 +109,6 @@ def card_text(
         tables=tables,
         repo_id=repo_id or "USER/NAME",
         title=(repo_id or run.name).rpartition("/")[2],
-        headline=_headline(run),
         metrics=evaluation_metrics(run),
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", f"{run.recipe} {run.sample}")), default=0)),
         plots={what: path.relative_to(directory).as_posix() for what, path in plots.items()},
@@ -163,18 +162,6 @@ def evaluation_metrics(run: Run) -> dict[str, float]:
     """Return the metrics of the evaluation by their names without `eval_`; none for a model that is not trained."""
     metrics = {key.removeprefix("eval_"): value for key, value in run.metrics.items() if key.startswith("eval_")}
     return {key: value for key, value in metrics.items() if not key.endswith(_NOT_MEASURED)} if run.is_trained else {}
-
-
-def _headline(run: Run) -> str:
-    data = f" on `{run.facts.dataset}`" if run.facts.dataset else ""
-    if not run.is_trained:
-        what = "model is not trained" if run.result is None else "is an initialised checkpoint, not a trained model"
-        return f"This {what}. Its predictions mean nothing yet."
-    if not run.is_finished:
-        return f"This training is not finished: step {run.steps:,} of {run.max_steps:,}{data}."
-    steps = f"{run.steps:,} steps" if run.steps >= run.max_steps else f"{run.steps:,} of {run.max_steps:,} steps"
-    start = "" if run.result is None else f", from an initialisation by {run.result.title}"
-    return f"This model was trained for {steps}{data}{start}.{tables.kept_text(run)}"
 
 
 def _task(run: Run) -> str | None:

@@ -50,7 +50,6 @@ def render_page(run: Run) -> str:
         result=result,
         inspection=inspection,
         tables=tables,
-        headline=_headline(run),
         facts=_facts(run),
         summary=tables.summary_rows(result, run.metrics),
         tone=None if result is None else _TONES[result.status],
@@ -84,16 +83,6 @@ def write_page(run: Run, path: Path) -> None:
         write_atomically(path, page)
     except OSError as error:
         raise OutputError(Problem(str(path), one_line(error), "Free space or choose another --output")) from error
-
-
-def _headline(run: Run) -> str:
-    if not run.is_trained:
-        what = "A model that is not trained" if run.result is None else "An initialised checkpoint, not a trained model"
-        return f"{what}."
-    if not run.is_finished:
-        return f"Stopped at step {run.steps:,} of {run.max_steps:,}."
-    steps = f"{run.steps:,}" if run.steps >= run.max_steps else f"{run.steps:,} of {run.max_steps:,}"
-    return f"Trained for {steps} step{'s' if run.steps > 1 else ''}.{tables.kept_text(run)}"
 
 
 def _facts(run: Run) -> dict[str, str]:

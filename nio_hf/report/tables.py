@@ -133,9 +133,19 @@ def excluded_text(result: InitResult) -> str:
     return f"Left as they were: {', '.join(parts)}." if parts else ""
 
 
-def kept_text(run: Run) -> str:
-    """Return the training step of the weights as a sentence to append; empty for the last step."""
-    return "" if run.kept_step is None else f" The weights are those of step {run.kept_step:,}, the best evaluation."
+def headline(run: Run) -> str:
+    """Return one or two sentences that tell how far a model is trained, with the data set in backticks."""
+    data = f" on `{run.facts.dataset}`" if run.facts.dataset else ""
+    if not run.is_trained:
+        what = "model is not trained" if run.result is None else "is an initialised checkpoint, not a trained model"
+        return f"This {what}. Its predictions mean nothing yet."
+    if not run.is_finished:
+        return f"This training is not finished: step {run.steps:,} of {run.max_steps:,}{data}."
+    steps = f"{run.steps:,}" if run.steps >= run.max_steps else f"{run.steps:,} of {run.max_steps:,}"
+    steps += " step" if run.max_steps == 1 else " steps"
+    start = "" if run.result is None else f", from an initialisation by {run.result.title}"
+    kept = "" if run.kept_step is None else f" The weights are those of step {run.kept_step:,}, the best evaluation."
+    return f"This model was trained for {steps}{data}{start}.{kept}"
 
 
 def layer_rows(inspection: GradientInspection, by: str) -> list[LayerRow]:

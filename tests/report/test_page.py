@@ -217,16 +217,19 @@ def test_a_run_is_shown_with_whatever_it_has(outcome: Any, steps: tuple[int, int
 @pytest.mark.usefixtures("no_plots")
 def test_the_headline_says_how_far_the_training_came() -> None:
     headlines = {
-        (0, 0): "A model that is not trained.",
-        (1, 1): "Trained for 1 step.",
-        (1200, 1200): "Trained for 1,200 steps.",
-        (300, 1200): "Stopped at step 300 of 1,200.",
+        (0, 0): "This model is not trained. Its predictions mean nothing yet.",
+        (1, 1): "This model was trained for 1 step.",
+        (1200, 1200): "This model was trained for 1,200 steps.",
+        (300, 1200): "This training is not finished: step 300 of 1,200.",
     }
     for steps, headline in headlines.items():
         assert headline in read(run(steps=steps)).text["p"]
-    assert "An initialised checkpoint, not a trained model." in read(run(result=result())).text["p"]
+    initialised = "This is an initialised checkpoint, not a trained model. Its predictions mean nothing yet."
+    assert initialised in read(run(result=result())).text["p"]
+    facts = Facts("ViTForImageClassification", dataset="user/images")
+    assert "This model was trained for 1 step on user/images." in read(run(steps=(1, 1), facts=facts)).text["p"]
     ended = dataclasses.replace(run(steps=(300, 1200)), has_ended=True, kept_step=200)
-    kept = "Trained for 300 of 1,200 steps. The weights are those of step 200, the best evaluation."
+    kept = "This model was trained for 300 of 1,200 steps. The weights are those of step 200, the best evaluation."
     assert kept in read(ended).text["p"]
     assert "Training" in read(run(steps=(1, 1), metrics=METRICS)).text["h2"]
     assert "Evaluation" in read(run(metrics=METRICS)).text["h2"]
