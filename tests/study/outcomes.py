@@ -32,8 +32,6 @@ def outcome(value: float | None, **changes: Any) -> Outcome:
         "losses": tuple(2.0 - step / 100 for step in range(100)),
         "grad_norms": (1.0,) * 100,
         "steps": 100,
-        "cost_steps": 0.0,
-        "cost_seconds": 0.0,
         "seconds": 1.0,
         "error": "the loss is not finite" if value is None else None,
     }
