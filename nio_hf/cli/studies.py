@@ -20,7 +20,9 @@ _OutputDir = Annotated[
 
 def compare(
     arguments: RecipeArguments = None,
-    arms: Annotated[str, _option("arms", "Names of the arms to compare, between commas.")] = "no_warmup,warmup,nio",
+    arms: Annotated[
+        str, _option("arms", "Names of the arms, i.e. the ways to start, between commas.")
+    ] = "no_warmup,warmup,nio",
     arm: Annotated[
         list[str] | None,
         _option("arm", "A further arm: NAME=ARM,key=value,... a known arm with other settings; may be repeated."),
@@ -44,7 +46,7 @@ def compare(
     diagnostics: Annotated[bool, _option("diagnostics", "Measure what moves in the first steps.")] = False,
     output_dir: _OutputDir = None,
 ) -> None:
-    """Does it replace warmup? Train with and without on a grid of learning rates, and judge on fresh seeds."""
+    """Compare ways to start a training with warmup: choose on a grid of learning rates, and judge on fresh seeds."""
     from nio_hf.console import exit_status
     from nio_hf.study import compare as study
     from nio_hf.study.arms import ARMS, CONTROLLED, choose_arms
