@@ -14,17 +14,16 @@ from nio_hf.recipe.strict_yaml import Setting, read_settings
 
 BASE_KEY = "base"
 _OWNED = {"model_type": "model_config", "optim": "optim_args", "lr_scheduler_type": "lr_scheduler_kwargs"}
-"""{setting that says what to build: the setting that holds its arguments}."""
+"""{setting that chooses a class: setting that holds the arguments of the class}."""
 
 
 def read_layers(path: Path) -> dict[str, Setting]:
-    """The settings of a recipe over those of its base, and of the base of that.
+    """Read the settings of a recipe over those of its base, and of the bases of its base.
 
-    A base is named as one that comes with the package, or by a path inside of the folder of the file that names it.
+    A base is a recipe that comes with the package, or a file in the folder of the recipe that names it.
 
     Raises:
-        RecipeError: for a file that cannot be read, a base that does not exist or lies elsewhere, or one that leads
-            back to its recipe.
+        RecipeError: File that cannot be read, or base that does not exist, lies elsewhere, or leads back to its recipe.
     """
     layers, seen = [read_settings(path)], [path.resolve()]
     while (base := layers[-1].pop(BASE_KEY, None)) is not None:
@@ -40,18 +39,18 @@ def read_layers(path: Path) -> dict[str, Setting]:
 
 
 def settings_yaml(settings: Mapping[str, Setting]) -> str:
-    """Settings as the text of a recipe, which YAML 1.1 and 1.2 read alike."""
+    """Settings as the text of a recipe; YAML 1.1 and 1.2 read it alike."""
     values = {key: setting.value for key, setting in settings.items()}
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
 
 
 def merge(lower: Mapping[str, Setting], upper: Mapping[str, Setting]) -> dict[str, Setting]:
-    """The settings of both, those of `upper` first.
+    """Merge settings; those of `upper` override those of `lower`.
 
     `model_config` is merged entry by entry, `key.part` sets one entry of any mapping. Another `model_type` starts from
-    an empty `model_config`, another optimiser or schedule without the arguments of the former, and a loaded model
-    brings its configuration with its image processor.
+    an empty `model_config`, another optimiser or schedule without the arguments of the former one. A loaded model
+    brings its configuration and its image processor.
     """
     given = {key for key, setting in upper.items() if setting.value is not None}
     changed = {key for key in lower.keys() & upper.keys() if lower[key].value != upper[key].value}
@@ -76,7 +75,7 @@ def merge(lower: Mapping[str, Setting], upper: Mapping[str, Setting]) -> dict[st
 
 
 def _find_base(base: Setting, file: Path) -> Path:
-    """The file of a base: a recipe that comes with the package, or one in the folder of the recipe that names it."""
+    """File of a base: a recipe that comes with the package, or one in the folder of the recipe that names it."""
     if not isinstance(base.value, str):
         raise RecipeError(Problem(base.where, f"{base.value!r}", "Name one recipe"))
     beside = file.parent / base.value

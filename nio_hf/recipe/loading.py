@@ -14,37 +14,35 @@ from nio_hf.catalog import find_recipe, recipe_name
 from nio_hf.core.config import replaced_setting
 from nio_hf.errors import ConfigError, Problem, RecipeError
 from nio_hf.metrics import CAUSAL_LM, IMAGE_CLASSIFICATION, MASKED_LM, METRICS, Metric
-from nio_hf.recipe.checks import argument_problem, optimizer_problems, setting_problems
-from nio_hf.recipe.keys import GROUPS, known_keys
+from nio_hf.recipe.checks import argument_problem, find_task, model_problems, optimizer_problems, setting_problems
+from nio_hf.recipe.keys import GROUPS, check_value, known_keys, unknown_key
 from nio_hf.recipe.layering import merge, read_layers, settings_yaml
-from nio_hf.recipe.model_checks import find_task, model_problems
 from nio_hf.recipe.settings import AugmentationSettings, DataSettings, ModelSettings, OptimizationSettings, TextSettings
 from nio_hf.recipe.strict_yaml import Setting, Settings, read_overrides
-from nio_hf.recipe.values import checked, unknown_key
 from nio_hf.trainer import NIOTrainingArguments
 
 _DEFAULTS = {"remove_unused_columns": False, "report_to": "none", "enable_jit_checkpoint": True}
-"""Defaults of a recipe that differ from TrainingArguments: the image column is read by a transform, trackers are asked
-for by name, and SIGTERM saves."""
-EMBEDDED = {IMAGE_CLASSIFICATION: "digits", CAUSAL_LM: "stdlib", MASKED_LM: "stdlib"}
-"""{task: the data set that needs no download, and is trained on where none is named}."""
+"""Defaults of a recipe that differ from those of TrainingArguments: a transform reads the image column, trackers are
+asked for by name, and SIGTERM saves a checkpoint."""
+_EMBEDDED = {IMAGE_CLASSIFICATION: "digits", CAUSAL_LM: "stdlib", MASKED_LM: "stdlib"}
+"""{task: default data set, which needs no download}."""
 _FIXES = {"resume_from_checkpoint": "Give auto, a folder OUTPUT_DIR/checkpoint-N, or null"}
-"""What to do about values of the wrong type, where their type says too little."""
+"""{key: advice about values of a wrong type}, for keys whose type says too little."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A checked recipe, which can be pickled: another process builds it again, without its file.
+    """A checked recipe. It can be pickled: another process builds it again without its file.
 
     Attributes:
-        path: File that it was read from.
-        model: Model to train.
-        data: Data to train on.
+        path: File of the recipe.
+        model: Settings of the model.
+        data: Settings of the data set.
         text: Settings by which documents become samples, for tasks of text.
-        augmentation: Changes of the images by the training, for tasks of images.
-        optimization: Settings that TrainingArguments have no word for.
-        training: The other settings, NIO included.
-        settings: Every setting with the place that it comes from, defaults left out.
+        augmentation: Settings by which training changes images, for tasks of images.
+        optimization: Settings of the optimisation that TrainingArguments lack.
+        training: Training arguments, NIO included.
+        settings: Every given setting with its place.
         task: Task that the model learns, a key of `METRICS`.
     """
 
@@ -60,24 +58,24 @@ class Recipe:
 
     @property
     def metric(self) -> Metric:
-        """The metric that a training of the task is judged by."""
+        """Metric by which trainings of the task are judged."""
         return METRICS[self.task]
 
     def replace(self, settings: Mapping[str, Any], where: str = "settings") -> Recipe:
-        """This recipe with other values for some settings, checked as a whole.
+        """Return this recipe with other values for some settings, checked as a whole.
 
         Args:
             settings: {key: value} as in a file; `key.part` sets one entry of a mapping.
-            where: Name of the place that the values come from, for messages.
+            where: Source of the values, for messages.
 
         Raises:
-            RecipeError: as [`load_recipe`].
+            RecipeError: Problems as in [`load_recipe`].
         """
         given = {key: Setting(value, f"{where}, {key}") for key, value in settings.items()}
         return build_recipe(self.path, merge(self.settings, given))
 
     def place(self, key: str) -> str:
-        """Where a setting was written; its file and name for a default."""
+        """Place of a setting; the file and the key for a default."""
         return self.settings.place(key)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -91,26 +89,26 @@ def load_recipe(
     decided: Mapping[str, Any] | None = None,
     world_size: int | None = None,
 ) -> Recipe:
-    """Read and check a recipe; the command line goes before the file, the file before its base and the defaults.
+    """Read and check a recipe. The command line overrides the file, the file its base, and the base the defaults.
 
     Args:
-        name_or_path: A YAML file, or the name of a recipe that comes with the package.
+        name_or_path: YAML file, or name of a recipe that comes with the package.
         overrides: Options as `["--learning_rate", "1e-3", "--model_config.hidden_size=192"]`.
-        decided: {key: value} of settings that go before the options.
-        world_size: Number of processes with one device each that will run it, where they are not those of this run.
+        decided: {key: value} of settings that override the options.
+        world_size: Number of processes with one device each that will run the recipe; None for those of this run.
 
     Raises:
-        RecipeError: lists every unknown key, wrong type, missing setting and setting out of range.
+        RecipeError: Every unknown key, wrong type, missing setting and setting out of range.
     """
     path = find_recipe(name_or_path)
     return build_recipe(path, merge(read_layers(path), read_overrides(overrides, decided)), world_size)
 
 
 def build_recipe(path: Path, given: Mapping[str, Setting], world_size: int | None = None) -> Recipe:
-    """The recipe of a file from its settings.
+    """Build and check the recipe of a file from its settings.
 
     Raises:
-        RecipeError: as [`load_recipe`].
+        RecipeError: Problems as in [`load_recipe`].
     """
     settings = _with_repository(Settings(path, given))
     output_dir = f"outputs/{recipe_name(path).removesuffix('.yaml').replace('/', '-')}"
@@ -118,11 +116,11 @@ def build_recipe(path: Path, given: Mapping[str, Setting], world_size: int | Non
     values, problems = _check_types(settings)
     model, data = ModelSettings(**values[ModelSettings]), DataSettings(**values[DataSettings])
     task = find_task(settings)
-    data.dataset_name = data.dataset_name or EMBEDDED[task]
+    data.dataset_name = data.dataset_name or _EMBEDDED[task]
     problems += [*model_problems(task, model, settings), *setting_problems(task, settings)]
     if problems:
         raise RecipeError(*problems)
-    # Several processes without an accelerator can only mean the CPU, which accelerate does not tell Trainer.
+    # Several processes without an accelerator train on the CPU, which accelerate does not tell Trainer.
     on_cpu = {"use_cpu": True} if _launched_processes() > 1 and not torch.accelerator.is_available() else {}
     try:
         training = NIOTrainingArguments(**{**_DEFAULTS, **on_cpu, **values[NIOTrainingArguments]})
@@ -136,28 +134,20 @@ def build_recipe(path: Path, given: Mapping[str, Setting], world_size: int | Non
         raise RecipeError(*problems)
     if world_size is None:
         check_world_size(training.world_size)
-    if values[OptimizationSettings].get("global_batch_size") is not None:
+    text, augmentation = TextSettings(**values[TextSettings]), AugmentationSettings(**values[AugmentationSettings])
+    optimization = OptimizationSettings(**values[OptimizationSettings])
+    if optimization.global_batch_size is not None:
         at_once = (training.train_batch_size, training.world_size)
         if world_size is not None:
             at_once = (training.per_device_train_batch_size, world_size)
         training.gradient_accumulation_steps = accumulation_steps(settings["global_batch_size"], *at_once)
-    return Recipe(
-        path,
-        model,
-        data,
-        TextSettings(**values[TextSettings]),
-        AugmentationSettings(**values[AugmentationSettings]),
-        OptimizationSettings(**values[OptimizationSettings]),
-        training,
-        settings,
-        task,
-    )
+    return Recipe(path, model, data, text, augmentation, optimization, training, settings, task)
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """A recipe as it was run, in one file with its base and the overrides.
+    """A recipe as one YAML text, with its base and the overrides.
 
-    The token, and where the run was pushed to and resumed from, are left out.
+    It lacks the token, the repository, and the checkpoint that the run resumed from.
     """
     private = ("hub_", "push_to_hub", "resume_from_checkpoint")
     settings = {key: setting for key, setting in recipe.settings.items() if not key.startswith(private)}
@@ -165,15 +155,15 @@ def recipe_yaml(recipe: Recipe) -> str:
 
 
 def accumulation_steps(global_batch_size: Setting, process_batch_size: int, world_size: int) -> int:
-    """Batches that each process adds up for one optimiser step.
+    """Number of batches that each process accumulates for one optimiser step.
 
     Args:
-        global_batch_size: samples of an optimiser step over all processes.
-        process_batch_size: samples of a batch of one process.
-        world_size: number of processes.
+        global_batch_size: Number of samples of an optimiser step over all processes.
+        process_batch_size: Number of samples of a batch of one process.
+        world_size: Number of processes.
 
     Raises:
-        RecipeError: where the product of the other two does not divide it.
+        RecipeError: Global batch size that is no multiple of the product of the other two.
     """
     at_once = process_batch_size * world_size
     if global_batch_size.value % at_once == 0:
@@ -189,10 +179,10 @@ def accumulation_steps(global_batch_size: Setting, process_batch_size: int, worl
 
 
 def check_world_size(world_size: int) -> None:
-    """Refuse to train the same model several times over: processes that do not know of each other.
+    """Refuse processes that do not know of each other: each would train the same model.
 
     Raises:
-        RecipeError: where more processes were launched than `world_size`, those that take part.
+        RecipeError: Launched processes of another number than `world_size`, the number that take part.
     """
     launched = _launched_processes()
     if launched > 1 and world_size != launched:
@@ -205,7 +195,7 @@ def _launched_processes() -> int:
 
 
 def _with_repository(settings: Settings) -> Settings:
-    """Settings in which `push_to_hub: USER/NAME` is what it means."""
+    """Replace `push_to_hub: USER/NAME` by `push_to_hub: true` and `hub_model_id: USER/NAME`."""
     push = settings.get("push_to_hub")
     if push is None or not isinstance(push.value, str):
         return settings
@@ -218,7 +208,7 @@ def _with_repository(settings: Settings) -> Settings:
 
 
 def _check_types(settings: Settings) -> tuple[dict[type, dict[str, Any]], list[Problem]]:
-    """({class: the values of its fields}, the problems of the others)."""
+    """Return ({class: {field: value}}, problems of the values that do not fit)."""
     values: dict[type, dict[str, Any]] = {group: {} for group in GROUPS}
     problems = []
     for key, setting in settings.items():
@@ -228,7 +218,7 @@ def _check_types(settings: Settings) -> tuple[dict[type, dict[str, Any]], list[P
             problems.append(unknown if former is None else dataclasses.replace(former, where=setting.where))
             continue
         group, annotation = known_keys()[key]
-        value, problem = checked(setting, annotation)
+        value, problem = check_value(setting, annotation)
         if problem is None:
             values[group][key] = value
         else:

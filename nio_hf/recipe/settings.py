@@ -1,4 +1,4 @@
-"""Settings of a recipe with their ranges: model, data, augmentation, optimisation, and the training arguments."""
+"""Settings of a recipe with their ranges: model, data, text, augmentation and optimisation."""
 
 from __future__ import annotations
 
@@ -41,24 +41,23 @@ Rising = AfterValidator(_check_rising)
 
 @dataclasses.dataclass
 class ModelSettings:
-    """The model: built anew from its configuration, or loaded with the image processor or tokeniser beside it.
+    """Settings of the model: built anew from its configuration, or loaded with its image processor or tokeniser.
 
     Attributes:
-        task: Task that the model learns; None where its architecture can learn one of the tasks only.
+        task: Task that the model learns; None for an architecture that can learn one task only.
         model_type: Name of a transformers architecture that can learn the task, e.g. "vit", "swin", "gpt2" or "bert".
-        model_config: Fields of its configuration that differ from the defaults, e.g. `{hidden_size: 192}`.
+        model_config: Fields of the configuration that differ from the defaults, e.g. `{hidden_size: 192}`.
         model_name_or_path: Checkpoint to start from instead, e.g. one that `nio-hf init` wrote.
-        model_revision: Branch, tag or commit of that checkpoint, where it is on the Hub.
-        trust_remote_code: Whether Python code that this checkpoint brings with it may run: only where you trust its
-            author.
+        model_revision: Branch, tag or commit of a checkpoint on the Hub.
+        trust_remote_code: Whether Python code of the checkpoint may run: only where you trust its author.
         image_size: Side of the images in pixels, for architectures whose configuration has none (ResNet).
         image_mean: Mean of each channel over pixels in [0, 1]; None for the published one of the architecture.
-        image_std: Standard deviation likewise.
+        image_std: Standard deviation of each channel, likewise.
         interpolation: Method of resizing; None for the published one.
         crop_ratio: Part of the shorter side that evaluation keeps: images are resized to size / crop_ratio, then
-            cropped from the centre. None for what the published image processor does.
-        drop_path_rate: Stochastic depth of the last layer, rising linearly from 0 at the first; None leaves the model
-            as its configuration says.
+            cropped at the centre. None for the way of the published image processor.
+        drop_path_rate: Stochastic depth of the last layer, rising linearly from 0 at the first; None for the value of
+            the configuration.
     """
 
     task: TaskName | None = None
@@ -76,33 +75,33 @@ class ModelSettings:
 
 
 PROCESSOR_KEYS = ("image_size", "image_mean", "image_std", "interpolation", "crop_ratio")
-"""Settings of the image processor, which a loaded model brings itself."""
+"""Settings of the image processor. A loaded model brings its own."""
 
 
 @dataclasses.dataclass
 class DataSettings:
-    """The images or documents.
+    """Settings of the data set of images or documents.
 
     Attributes:
-        dataset_name: Name that [`datasets.load_dataset`] takes: of the Hub, a local folder, or a format ("imagefolder",
-            "text", "json", "parquet", "webdataset") with `data_dir` or `data_files`. Images also "digits", text also
-            "stdlib", the source of Python's standard library, which are their defaults.
+        dataset_name: Name that [`datasets.load_dataset`] takes: a data set on the Hub, a local folder, or a format
+            ("imagefolder", "text", "json", "parquet", "webdataset") with `data_dir` or `data_files`. The default is
+            "digits" for images, and "stdlib", the source of Python's standard library, for text.
         dataset_config_name: Configuration of the data set.
         dataset_revision: Revision of a data set on the Hub.
         data_dir: Folder in the data set, or of the files.
-        data_files: Files as a pattern, a list of them, or a mapping from splits.
+        data_files: Files as a pattern, a list of patterns, or a mapping from splits.
         streaming: Whether data are read while training, without a download of all of them; needs `max_steps`.
-        shuffle_buffer_size: Number of samples that a stream is shuffled over.
+        shuffle_buffer_size: Number of samples of a stream that are shuffled at a time.
         train_split: Split to train on.
-        eval_split: Split to evaluate on; None for the validation split, where there is none a part of the training.
-        eval_fraction: Share of that part.
-        eval_from_train: Whether that part is evaluated on whatever splits there are, to choose settings by.
-        image_column: Name of the column; None for the column of images, where there is one.
-        label_column: Name of the column; None for the column of class labels, where there is one.
+        eval_split: Split to evaluate on; None for the validation split, or without one a part of the training split.
+        eval_fraction: Share of the training split that is set aside as that part.
+        eval_from_train: Whether to evaluate on such a part whatever splits there are, to choose settings by it.
+        image_column: Column of images; None for the only one.
+        label_column: Column of class labels; None for the only one.
         num_classes: Number of classes, for a stream of integer labels whose classes have no names.
         max_train_samples: Largest number of samples to train on.
         max_eval_samples: Largest number of samples to evaluate on.
-        skip_broken_images: Whether images that cannot be read are counted instead of ending with an error.
+        skip_broken_images: Whether unreadable images are skipped and counted instead of ending the run.
     """
 
     dataset_name: str | None = None
@@ -126,16 +125,16 @@ class DataSettings:
 
 @dataclasses.dataclass
 class TextSettings:
-    """How documents become blocks of tokens.
+    """Settings by which documents become blocks of tokens.
 
     Attributes:
-        tokenizer: "bytes", which needs no download, or the name of one on the Hub or its folder; None for "bytes", and
-            for the tokeniser of a model that is loaded.
-        text_column: Name of the column; None for the column of texts, where there is one.
-        block_size: Number of tokens of a sample; None for the positions of the model, 1024 at most.
-        mlm_probability: Share of the tokens that a masked model is to restore.
-        num_proc: Number of processes that turn text into tokens; None for this one.
-        sample_prompt: Text that the trained model goes on from, in the report; None for none.
+        tokenizer: "bytes", which needs no download, or a tokeniser on the Hub or in a folder; None for the tokeniser of
+            a loaded model, else "bytes".
+        text_column: Column of texts; None for the only one.
+        block_size: Number of tokens of a block; None for the positions of the model, 1024 at most.
+        mlm_probability: Share of the tokens that a masked model has to restore.
+        num_proc: Number of processes that turn text into tokens; None for this process alone.
+        sample_prompt: Prompt that the trained model continues in the report; None for no sample.
     """
 
     tokenizer: str | None = None
@@ -148,26 +147,26 @@ class TextSettings:
 
 @dataclasses.dataclass
 class AugmentationSettings:
-    """Changes of the images by the training. Evaluation sees them as the image processor makes them.
+    """Settings by which training changes images. Evaluation sees images as the image processor makes them.
 
     Attributes:
         random_crop: "resized" (a random part, resized), "padded" (zeros around a small image, a random window), "none".
-        crop_scale: Range of the part's area for "resized", as a share of the image.
-        crop_aspect: Range of its width / height.
+        crop_scale: Range of the area of the part for "resized", as a share of the image.
+        crop_aspect: Range of the width / height of the part for "resized".
         crop_padding: Number of pixels around the image for "padded".
         horizontal_flip: Probability of a flip.
-        randaugment_magnitude: M of RandAugment out of 10; None for no RandAugment.
+        randaugment_magnitude: Magnitude M of RandAugment out of 10; None for no RandAugment.
         randaugment_magnitude_std: Standard deviation of M.
-        randaugment_layers: N, operations an image.
+        randaugment_layers: Number N of operations for each image.
         randaugment_prob: Probability of each operation.
         color_jitter: Strength of random brightness, contrast and saturation.
         random_erasing: Probability of filling a rectangle with noise.
         mixup_alpha: Parameter of the Beta distribution that MixUp draws from; 0 for no MixUp.
-        cutmix_alpha: Parameter likewise for CutMix.
+        cutmix_alpha: Parameter of the Beta distribution that CutMix draws from; 0 for no CutMix.
         mix_prob: Probability of mixing a batch.
         mix_switch_prob: Probability of CutMix where both are on.
-        repeated_augmentation: Times that an epoch draws each of its images; an epoch keeps its length.
-        nio_augment: Images of NIO: "clean" as in evaluation, "augmented" as in training but for mixing, "mixed" with
+        repeated_augmentation: Number of draws of each image in an epoch; an epoch keeps its length.
+        nio_augment: Images of NIO: "clean" as in evaluation, "augmented" as in training but not mixed, "mixed" with
             mixing and label smoothing.
     """
 
@@ -192,13 +191,14 @@ class AugmentationSettings:
 
 @dataclasses.dataclass
 class OptimizationSettings:
-    """Settings that TrainingArguments have no word for.
+    """Settings of the optimisation that TrainingArguments lack.
 
     Attributes:
-        global_batch_size: Samples of an optimiser step over all devices; `gradient_accumulation_steps` follows from it.
+        global_batch_size: Number of samples of an optimiser step over all devices, from which
+            `gradient_accumulation_steps` follows.
         no_weight_decay: Parameters without weight decay: "vectors" for all of fewer than two dimensions (biases,
             normalisation), others by the last part of their name. None for Trainer's choice.
-        optimizer: "radam" or "muon" in the place of what `optim` says; null for `optim`.
+        optimizer: Optimiser "radam" or "muon"; None for the optimiser that `optim` names.
         ema_decay: Decay of an exponential moving average of the weights, which is evaluated and saved at the end; None
             for no average.
     """

@@ -1,6 +1,6 @@
 """Recipes as YAML 1.2, each top-level key with its place in the file, and options of the command line.
 
-PyYAML follows YAML 1.1, in which `1e-3` is a string and `no` is false: both are common in training settings.
+PyYAML follows YAML 1.1, in which `1e-3` is a string and `no` is false. Both are common in training settings.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from nio_hf.errors import Problem, RecipeError, one_line
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A value and where it was written, for messages.
+    """A value with its place, for messages.
 
     Attributes:
-        value: as YAML reads it.
-        where: the file, line and key, or the option of the command line.
-        entries: {entry of a mapping: where it was written}, of those that were merged into it one by one.
+        value: Value as YAML reads it.
+        where: Place of the setting: file, line and key, or option of the command line.
+        entries: {entry of the mapping: its place}, for entries that were merged into the mapping one by one.
     """
 
     value: Any
@@ -33,7 +33,7 @@ class Setting:
     entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def place(self, entry: str) -> str:
-        """Where an entry of the mapping was written."""
+        """Place of an entry of the mapping."""
         return self.entries.get(entry, f"{self.where}.{entry}")
 
 
@@ -50,16 +50,16 @@ class Settings(dict[str, Setting]):
         self.path = path
 
     def value(self, key: str) -> Any:
-        """The value that is given for a key; None where there is none."""
+        """Value of a key; None for a key that is not given."""
         return self[key].value if key in self else None
 
     def place(self, *keys: str) -> str:
-        """Where the first of some keys that is given was written; the file and the last key where none is."""
+        """Place of the first key that is given; the file and the last key where none is."""
         return next((self[key].where for key in keys if key in self), f"{self.path}, {keys[-1]}")
 
 
 class _Constructor(SafeConstructor):
-    """Makes plain values of YAML; dates stay text."""
+    """Constructor of plain values; dates stay text."""
 
 
 _Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
@@ -72,10 +72,10 @@ def _yaml() -> YAML:
 
 
 def parse_scalar(text: str, where: str) -> Any:
-    """The value of one setting as it would be read in a file.
+    """Return the value that a text has in a file.
 
     Raises:
-        RecipeError: for text that is not YAML.
+        RecipeError: Text that is not YAML.
     """
     try:
         return _yaml().load(text)
@@ -85,10 +85,10 @@ def parse_scalar(text: str, where: str) -> Any:
 
 
 def read_settings(path: Path) -> dict[str, Setting]:
-    """The top-level keys of a YAML file.
+    """Read the top-level keys of a YAML file.
 
     Raises:
-        RecipeError: for a file that is missing, unreadable, not YAML, or not a mapping of names.
+        RecipeError: File that is missing, unreadable, not YAML, or not a mapping of names.
     """
     reader = _yaml()
     try:
@@ -109,16 +109,16 @@ def read_settings(path: Path) -> dict[str, Setting]:
 
 
 def read_overrides(options: Sequence[str], decided: Mapping[str, Any] | None = None) -> dict[str, Setting]:
-    """Settings from command line options: `--key value`, `--key=value`, or `--key` alone for true.
+    """Read settings from command line options: `--key value`, `--key=value`, or `--key` alone for true.
 
     Dashes in a key count as underscores. `--key.part value` sets one entry of a mapping.
 
     Args:
         options: Parts of the command line.
-        decided: {key: value} of settings that go before the options.
+        decided: {key: value} of settings that override the options.
 
     Raises:
-        RecipeError: for an option that is not of this form, or that is given twice.
+        RecipeError: Option that is not of this form, or is given twice.
     """
     settings: dict[str, Setting] = {}
     position = 0

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
+from nio_hf.recipe.keys import check_value, unknown_key
 from nio_hf.recipe.strict_yaml import Setting
-from nio_hf.recipe.values import checked, unknown_key
 
 
 class Strategy(enum.Enum):
@@ -35,7 +35,7 @@ class Strategy(enum.Enum):
     ],
 )
 def test_values_of_the_right_type_pass(value: Any, annotation: Any, expected: Any) -> None:
-    result, problem = checked(Setting(value, "key"), annotation)
+    result, problem = check_value(Setting(value, "key"), annotation)
     assert problem is None
     assert result == expected
     assert type(result) is type(expected)
@@ -61,7 +61,7 @@ def test_values_of_the_right_type_pass(value: Any, annotation: Any, expected: An
     ],
 )
 def test_values_of_another_type_are_refused_with_the_one_wanted(value: Any, annotation: Any, message: str) -> None:
-    _, problem = checked(Setting(value, "key"), annotation)
+    _, problem = check_value(Setting(value, "key"), annotation)
     assert str(problem) == message
 
 
