@@ -1,4 +1,4 @@
-"""Data sets of any kind: where they come from, their splits, parts and columns. It knows nothing of NIO."""
+"""Data sets of any kind: their sources, splits, parts and columns. The room knows nothing of NIO."""
 
 from nio_hf.extras import require
 

@@ -1,4 +1,4 @@
-"""Splits of a data set, from the Hub, local files or embedded ones, and the parts of it to train and evaluate on."""
+"""Data sets from the Hub, local files or the package: their splits, columns, and parts to train and evaluate on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ logger = logging.getLogger(__name__)
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 """Samples of a split: all of them at hand, or a stream."""
-Digest = Callable[[dict[str, Any]], int]
-"""Function of the content of a sample, evenly spread over [0, 2^32). Workers get a copy, so it can be pickled."""
-
+TEXT_TYPES = ("string", "large_string")
+"""Types of a column of texts."""
 _VALIDATION_SPLITS = ("validation", "valid", "val")
 _DIGESTS = 2**32
 
@@ -36,7 +35,12 @@ def load_arguments(settings: DataSettings) -> dict[str, Any]:
 
 
 def read_splits(settings: DataSettings, **options: Any) -> Mapping[str, Rows]:
-    """The splits that [`datasets.load_dataset`] finds, by name; `options` are of their format. Its errors pass."""
+    """Return the splits that [`datasets.load_dataset`] finds, by name. Its errors pass.
+
+    Args:
+        settings: Settings of the data set.
+        **options: Options of the format.
+    """
     splits: Mapping[str, Rows] = datasets.load_dataset(
         **load_arguments(settings), streaming=settings.streaming, **options
     )
@@ -45,32 +49,51 @@ def read_splits(settings: DataSettings, **options: Any) -> Mapping[str, Rows]:
 
 @dataclasses.dataclass(frozen=True)
 class DataKind:
-    """The kind of samples, and the words that messages have for them.
+    """A kind of data, with the words that messages have for it.
 
     Attributes:
-        contents: Content of a data set, e.g. "images".
-        columns: Content of its columns, e.g. "images and labels".
-        files: Property that its files must have, e.g. "exist".
+        contents: Content of the samples, e.g. "images and labels".
         folder: Content of a folder, e.g. "images in one folder per class".
+        part: Property of every part beside its size, e.g. "holds a sample of every class".
         formats: Names for `datasets.load_dataset` that need `data_dir` or `data_files`.
-        embedded: {name: function that makes the data set}, of data sets that need no download.
+        embedded: {name: function that makes the data set}, for data sets that need no download.
         read: Function that reads any other data set. It may raise errors of any type.
+        digest: Function from (content, seed) to an integer, evenly spread over [0, 2^32). Workers get a pickled copy.
     """
 
     contents: str
-    columns: str
-    files: str
     folder: str
+    part: str
     formats: tuple[str, ...]
     embedded: Mapping[str, Callable[[], datasets.Dataset]]
-    read: Callable[[DataSettings], Mapping[str, Rows]] = read_splits
+    read: Callable[[DataSettings], Mapping[str, Rows]]
+    digest: Callable[[Any, int], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnKind:
+    """A kind of columns.
+
+    Attributes:
+        key: Setting that names the column.
+        what: Content of the column, for messages.
+        is_one: Test of a type by which a column is known.
+        can_be_one: Test of a type that a named column may have.
+        usual_names: Names by which columns of such a type are chosen without being named.
+    """
+
+    key: str
+    what: str
+    is_one: Callable[[Any], bool]
+    can_be_one: Callable[[Any], bool]
+    usual_names: tuple[str, ...] = ()
 
 
 def load_splits(settings: DataSettings, kind: DataKind) -> Mapping[str, Rows]:
-    """The splits of a data set, by name.
+    """Load the splits of a data set, by name.
 
     Raises:
-        DataError: For a data set that cannot be loaded, with the setting to look at.
+        DataError: Data set that cannot be loaded, with the setting to look at.
     """
     name = cast(str, settings.dataset_name)
     if name in kind.embedded:
@@ -90,7 +113,7 @@ def load_splits(settings: DataSettings, kind: DataKind) -> Mapping[str, Rows]:
         if name in kind.formats:
             where, fix = "data_dir", f"Give a folder with {kind.folder}"
             if settings.data_files is not None:
-                where, fix = "data_files", f"Give files that {kind.files}, relative to where you are"
+                where, fix = "data_files", f"Give files that exist and hold {kind.contents}, relative to where you are"
             what, given = getattr(settings, where), f" as {name!r}"
         found = f"{what!r} cannot be loaded{given}: {one_line(error.__cause__ or error)}"
         raise DataError(Problem(where, found, fix)) from error
@@ -100,10 +123,10 @@ def load_splits(settings: DataSettings, kind: DataKind) -> Mapping[str, Rows]:
 
 
 def choose_split(splits: Mapping[str, Rows], split: str, key: str, name: str) -> Rows:
-    """The samples of a split that the setting `key` names, of the data set `name`.
+    """Return the samples of a split that the setting `key` names, of the data set `name`.
 
     Raises:
-        DataError: For a split that does not exist, cannot be read, or has no samples.
+        DataError: Split that does not exist, cannot be read, or has no samples.
     """
     if split not in splits:
         raise DataError(Problem(key, f"{split!r} is no split of {name}", f"Choose one of {', '.join(splits)}"))
@@ -122,31 +145,31 @@ def divide(
     splits: Mapping[str, Rows],
     train: Rows,
     settings: DataSettings,
+    kind: DataKind,
+    column: str,
     *,
     prepare: Callable[[Rows, str], Rows],
-    digest: Digest,
-    need: str,
     seed: int,
     stratify_by: str | None = None,
 ) -> tuple[Rows, Rows, bool]:
-    """(training part, evaluation part, whether the evaluation part is a split of its own).
+    """Return (training part, evaluation part, whether the evaluation part is a split of its own).
 
     The evaluation part is `eval_split`, else the validation split. Without one, and with `eval_from_train`, it is a
-    part of the training split: a random choice, or of a stream the samples of a digest below eval_fraction * 2^32, so
-    that copies of a sample stay together and no order or worker changes the choice.
+    part of the training split: a random choice, or of a stream the samples whose digest is below eval_fraction * 2^32.
+    Copies of a sample in a stream stay together, and no order or worker changes the choice.
 
     Args:
         splits: All splits by name.
         train: Samples of the training split.
         settings: Settings of the data set.
-        prepare: (samples, name of the split) -> samples; it checks a split of its own.
-        digest: Digest of a sample of a stream.
-        need: Property that the evaluation part needs beside its size, for messages.
-        seed: Seed of the random choice.
+        kind: Kind of the data.
+        column: Column that the digest is taken of.
+        prepare: Function from (samples of another split, its name) to these samples, checked.
+        seed: Seed of the choice.
         stratify_by: Column of classes, of each of which the same share is set aside.
 
     Raises:
-        DataError: For a part that is empty or is everything.
+        DataError: Part that is empty or is everything.
     """
     name, fraction = cast(str, settings.dataset_name), settings.eval_fraction
     own = (split for split in _VALIDATION_SPLITS if split in splits and split != settings.train_split)
@@ -157,25 +180,86 @@ def divide(
         raise DataError(Problem("eval_fraction", f"{fraction}", "Give a part in (0, 1), or an eval_split"))
     logger.info("%s: %g of the training split is set aside to evaluate on.", name, fraction)
     if isinstance(train, datasets.IterableDataset):
-        kept, chosen = (functools.partial(_is_in_part, digest, fraction * _DIGESTS, side) for side in (False, True))
+        limit = fraction * _DIGESTS
+        kept, chosen = (
+            functools.partial(_is_in_part, kind.digest, column, seed, limit, side) for side in (False, True)
+        )
         return train.filter(kept), train.filter(chosen), False
     try:
         parts = train.train_test_split(fraction, seed=seed, stratify_by_column=stratify_by)
     except ValueError as error:
         found = f"{fraction} of {len(train)} samples of {name} cannot be set aside ({one_line(error)})"
-        fix = f"Give a part in (0, 1) that {need}, or an eval_split"
+        fix = f"Give a part in (0, 1) that {kind.part}, or an eval_split"
         raise DataError(Problem("eval_fraction", found, fix)) from error
     return parts["train"], parts["test"], False
 
 
-def _is_in_part(digest: Digest, limit: float, is_chosen: bool, row: dict[str, Any]) -> bool:
-    return (digest(row) < limit) is is_chosen
+def _is_in_part(
+    digest: Callable[[Any, int], int], column: str, seed: int, limit: float, is_chosen: bool, row: dict[str, Any]
+) -> bool:
+    return (digest(row[column], seed) < limit) is is_chosen
 
 
 def limit_rows(rows: Rows, count: int | None, seed: int) -> Rows:
-    """At most so many samples: a random choice, or the first ones of a stream; None for all."""
+    """Return at most `count` samples: a random choice, or the first ones of a stream; None for all."""
     if count is None:
         return rows
     if isinstance(rows, datasets.IterableDataset):
         return rows.take(count)
     return rows.shuffle(seed=seed).select(range(min(count, len(rows))))
+
+
+def find_features(rows: Rows, kind: DataKind, name: str) -> datasets.Features:
+    """Return the columns with their types, of a stream if need be from its first samples.
+
+    Raises:
+        DataError: Data set without columns.
+    """
+    features = rows.features
+    if features is None and isinstance(rows, datasets.IterableDataset):
+        features = rows._resolve_features().features
+    if not features:
+        raise DataError(Problem("dataset_name", f"{name} has no columns", f"Give a data set of {kind.contents}"))
+    return features
+
+
+def find_column(
+    features: datasets.Features, column: str | None, name: str, kind: ColumnKind, fix: str | None = None
+) -> str:
+    """Return the column of a kind: the named one, or the only one that can be meant.
+
+    Args:
+        features: Columns of the data set.
+        column: Name of the column; None for the only one.
+        name: Name of the data set, for messages.
+        kind: Kind of the column.
+        fix: Advice where there is no column; None for the names to choose from.
+
+    Raises:
+        DataError: No column, or more than one to choose from.
+    """
+    columns = describe_columns(features)
+    if column is not None:
+        if column not in features:
+            raise DataError(Problem(kind.key, f"{column!r} is no column of {name}", f"Name one of {columns}"))
+        if not kind.is_one(features[column]) and not kind.can_be_one(features[column]):
+            found = f"{column!r} of {name} holds {describe_feature(features[column])}"
+            raise DataError(Problem(kind.key, found, f"Name a column of {kind.what}: {columns}"))
+        return column
+    of_type: list[str] = [key for key, feature in features.items() if kind.is_one(feature)]
+    candidates = of_type or [k for k in kind.usual_names if k in features and kind.can_be_one(features[k])]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates or fix is None:
+        fix = f"Name one of its columns: {columns}"
+    raise DataError(Problem(kind.key, f"{len(candidates) or 'no'} columns of {kind.what} in {name}", fix))
+
+
+def describe_columns(features: datasets.Features) -> str:
+    """Columns with their types, for messages."""
+    return ", ".join(f"{column} ({describe_feature(feature)})" for column, feature in features.items())
+
+
+def describe_feature(feature: Any) -> str:
+    """Type of a column, for messages."""
+    return f"{feature.dtype}" if isinstance(feature, datasets.Value) else type(feature).__name__

@@ -1,4 +1,4 @@
-"""Text data: documents, their tokens, and the blocks that a language model is trained on. It knows nothing of NIO."""
+"""Text data: documents, tokens, and the blocks that train a language model. The room knows nothing of NIO."""
 
 from nio_hf.extras import require
 

@@ -9,18 +9,21 @@ import logging
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import datasets
 from datasets.utils.extract import Extractor
 from transformers import PreTrainedTokenizerBase
 
-from nio_hf.data.columns import TEXT_TYPES, ColumnKind, find_column, find_features
 from nio_hf.data.loading import (
+    TEXT_TYPES,
+    ColumnKind,
     DataKind,
     Rows,
     choose_split,
     divide,
+    find_column,
+    find_features,
     limit_rows,
     load_arguments,
     load_splits,
@@ -28,24 +31,24 @@ from nio_hf.data.loading import (
 )
 from nio_hf.errors import DataError, Problem
 from nio_hf.recipe.settings import DataSettings
-from nio_hf.text.packing import TOKENS, PackedBlocks, PackedStream, check_block_size
+from nio_hf.text.packing import LEAST, TOKENS, PackedBlocks, PackedStream
 from nio_hf.text.stdlib import NAME, stdlib
 from nio_hf.text.tokenizers import encode_texts, separator_of
 
 logger = logging.getLogger(__name__)
 
 Blocks = PackedBlocks | PackedStream
-"""Blocks of tokens: all of them at hand, or a stream."""
+"""Blocks of tokens, all at hand or as a stream."""
 
 _TEXT = "text"
-"""The format of plain text in `datasets`, and the usual name of a column of texts."""
+"""Name of the format of plain text in `datasets`, and usual name of a column of texts."""
 _FORMATS = (_TEXT, "json", "csv", "parquet")
 _STREAM_BATCH = 100
-"""Documents of a stream that are tokenised at once."""
+"""Number of documents of a stream that are tokenised at once."""
 
 
 def _read_texts(settings: DataSettings) -> Mapping[str, Rows]:
-    """The splits of a data set. A file of plain text is one document."""
+    """Read the splits of a data set. A file of plain text is one document."""
     name = settings.dataset_name
     is_plain = name == _TEXT or (
         name not in _FORMATS and datasets.load_dataset_builder(**load_arguments(settings)).name == _TEXT
@@ -57,14 +60,18 @@ def _holds_texts(feature: object) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in TEXT_TYPES
 
 
+def _digest_text(text: str | None, seed: int) -> int:
+    return zlib.crc32((text or "").encode(errors="surrogatepass"), seed)
+
+
 TEXTS = DataKind(
     contents="texts",
-    columns="texts",
-    files="exist and hold texts",
     folder="text files",
+    part="leaves a document on either side: a file of plain text is one",
     formats=_FORMATS,
     embedded={NAME: stdlib},
     read=_read_texts,
+    digest=_digest_text,
 )
 """Documents of text."""
 _COLUMN = ColumnKind("text_column", "texts", _holds_texts, _holds_texts)
@@ -76,8 +83,7 @@ class TextData:
 
     Attributes:
         train: Blocks to train on.
-        evaluation: Blocks to evaluate on; none of their documents is in `train`, unless both splits are the same by
-            request.
+        evaluation: Blocks of other documents to evaluate on, unless the settings name one split for both.
         tokenizer: Tokeniser of the texts.
         is_split: Whether the documents to evaluate on are a split of their own, and no part of the training split.
     """
@@ -102,19 +108,21 @@ def load_text_data(
     A limit of samples takes a random choice of the documents, or the first ones of a stream.
 
     Args:
-        settings: Settings of the data set; its name is "stdlib", or what [`datasets.load_dataset`] takes.
+        settings: Settings of the data set; its name is "stdlib", or a name that [`datasets.load_dataset`] takes.
         tokenizer: Tokeniser of the texts.
-        block_size: Tokens of a block.
-        text_column: None for the column called "text", or the only column of texts.
-        num_proc: Processes that tokenise; None for this one. Streams are tokenised where they are read.
+        block_size: Number of tokens of a block.
+        text_column: Column of texts; None for the column called "text", or the only column of texts.
+        num_proc: Number of processes that tokenise; None for this process. Streams are tokenised where they are read.
         seed: Seed of all random choices.
 
     Raises:
-        DataError: For a data set that cannot be loaded or is not UTF-8, a split or column that it does not have, one
-            without texts, fewer than two tokens, or a block size below 2.
-        ModelError: For a tokeniser without a token that can stand behind a document.
+        DataError: Data set that cannot be loaded, is not UTF-8, or has no such split or column; part without texts or
+            with fewer than two tokens; block size below 2.
+        ModelError: Tokeniser without a token that can stand behind a document.
     """
-    check_block_size(block_size)
+    if block_size < LEAST:
+        fix = f"Give {LEAST} or more: a token is predicted from those before it"
+        raise DataError(Problem("block_size", f"{block_size}", fix))
     name = cast(str, settings.dataset_name)
     with name_undecodable_file(settings):
         splits = load_splits(settings, TEXTS)
@@ -125,22 +133,14 @@ def load_text_data(
             find_text_column(rows, column, name)
             return rows
 
-        train, evaluation, is_split = divide(
-            splits,
-            train,
-            settings,
-            prepare=prepare,
-            digest=functools.partial(_digest, column, seed),
-            need="leaves a document on either side: a file of plain text is one",
-            seed=seed,
-        )
+        train, evaluation, is_split = divide(splits, train, settings, TEXTS, column, prepare=prepare, seed=seed)
         train = limit_rows(train, settings.max_train_samples, seed)
         evaluation = limit_rows(evaluation, settings.max_eval_samples, seed)
         for rows, part in ((train, "training"), (evaluation, "evaluation")):
             _check_texts(rows, column, f"the {part} part of {name}")
     if isinstance(train, datasets.IterableDataset):
         train = train.shuffle(seed=seed, buffer_size=settings.shuffle_buffer_size)
-    tokenise = _Tokenise(tokenizer, separator_of(tokenizer), column)
+    tokenise = functools.partial(_tokenise, tokenizer, separator_of(tokenizer), column)
 
     def pack(rows: Rows, part: str) -> Blocks:
         rows, options = rows.select_columns(column), {"batched": True, "remove_columns": [column]}
@@ -161,15 +161,11 @@ def load_text_data(
     return TextData(pack(train, "train"), pack(evaluation, "evaluation"), tokenizer, is_split)
 
 
-def _digest(column: str, seed: int, row: dict[str, Any]) -> int:
-    return zlib.crc32((row[column] or "").encode(errors="surrogatepass"), seed)
-
-
 def find_text_column(rows: Rows, column: str | None, name: str) -> str:
-    """The column of texts: the one that is named, the one called "text", or the only one of that type.
+    """Return the column of texts: the named one, the one called "text", or the only one of that type.
 
     Raises:
-        DataError: Where there is none, or more than one to choose from.
+        DataError: No column of texts, or more than one to choose from.
     """
     features = find_features(rows, TEXTS, name)
     if column is None and _holds_texts(features.get(_TEXT)):
@@ -178,7 +174,7 @@ def find_text_column(rows: Rows, column: str | None, name: str) -> str:
 
 
 def _check_texts(rows: Rows, column: str, part: str) -> None:
-    """Refuse documents that are all empty. Of others no more are read than it takes to find a text."""
+    """Refuse documents that are all empty. Documents are read up to the first with a text."""
     count = 0
     for row in rows.select_columns(column):
         if row[column]:
@@ -191,26 +187,21 @@ def _check_texts(rows: Rows, column: str, part: str) -> None:
     raise DataError(Problem("text_column", found, "Name a column with texts, or give documents that have some"))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tokenise:
-    """The tokens of documents, each with the separator behind it. Documents without a token are passed over."""
-
-    tokenizer: PreTrainedTokenizerBase
-    separator: int
-    column: str
-
-    def __call__(self, batch: dict[str, list[str | None]]) -> dict[str, list[list[int]]]:
-        texts = [text for text in batch[self.column] if text]
-        encoded = encode_texts(self.tokenizer, texts) if texts else []
-        return {TOKENS: [[*tokens, self.separator] for tokens in encoded if tokens]}
+def _tokenise(
+    tokenizer: PreTrainedTokenizerBase, separator: int, column: str, batch: dict[str, list[str | None]]
+) -> dict[str, list[list[int]]]:
+    """Tokens of documents, each with the separator behind it. Documents without a token are passed over."""
+    texts = [text for text in batch[column] if text]
+    encoded = encode_texts(tokenizer, texts) if texts else []
+    return {TOKENS: [[*tokens, separator] for tokens in encoded if tokens]}
 
 
 @contextlib.contextmanager
 def name_undecodable_file(settings: DataSettings) -> Iterator[None]:
-    """Let errors that bytes outside of UTF-8 cause name the local file and the place.
+    """Let errors of decoding UTF-8 name the local file and the byte.
 
     Raises:
-        DataError: In the place of such an error. Other errors pass.
+        DataError: Local file that is not UTF-8. Other errors pass.
     """
     try:
         yield
@@ -225,7 +216,7 @@ def name_undecodable_file(settings: DataSettings) -> Iterator[None]:
 
 
 def _undecodable_problem(settings: DataSettings) -> Problem | None:
-    """The first local file that is not UTF-8; None where all of them are, or none of them is local."""
+    """Problem of the first local file that is not UTF-8; None without such a file."""
     files = datasets.load_dataset_builder(**load_arguments(settings)).config.data_files or {}
     where = next(key for key in ("data_files", "data_dir", "dataset_name") if getattr(settings, key) is not None)
     for file in (Path(name) for names in files.values() for name in names):

@@ -1,7 +1,7 @@
 """Blocks of tokens: documents stand one behind the other and are cut across their ends.
 
-Block i holds the tokens b * i ... b * i + b - 1 of all tokens, b = `block_size`. The last block holds what is left. A
-rest of a single token is left out, as it has no token to predict. No other token is lost, and none is repeated.
+Block i holds the tokens b * i ... b * i + b - 1 of all tokens, b = `block_size`. The last block holds the rest. A rest
+of a single token is left out, as it has no token to predict. No other token is lost, and none is repeated.
 """
 
 from __future__ import annotations
@@ -17,33 +17,22 @@ from torch.utils.data import Dataset, IterableDataset
 from nio_hf.errors import DataError, Problem, one_line
 
 TOKENS = "input_ids"
-"""Column of the tokens of a document, and key of those of a block."""
-_LEAST = 2
-"""Tokens of the shortest block: one to read, one to predict."""
+"""Column of the tokens of a document, and key of the tokens of a block."""
+LEAST = 2
+"""Number of tokens of the shortest block: one to read, one to predict."""
 Block = dict[str, list[int]]
-
-
-def check_block_size(block_size: int) -> None:
-    """Refuse blocks in which there is nothing to predict.
-
-    Raises:
-        DataError: For a size below 2.
-    """
-    if block_size < _LEAST:
-        fix = "Give 2 or more: a token is predicted from those before it"
-        raise DataError(Problem("block_size", f"{block_size}", fix))
 
 
 class PackedBlocks(Dataset[Block]):
     """Blocks `{"input_ids": list of int}` of documents that are at hand.
 
-    Tokens stay where `datasets` has them, on the disk for what it has cached. A block is read when it is asked for. A
-    copy for a worker holds the names of the files only.
+    Tokens stay where `datasets` has them: on the disk, for cached ones. A block is read when it is asked for. The copy
+    of a worker holds the names of the files only.
 
     Args:
-        rows: Rows with a column `input_ids`, the tokens of each document with the separator. Where rows were selected
-            or shuffled, `datasets` writes them anew in their order.
-        block_size: Tokens of a block, all but the last, at least 2.
+        rows: Rows with a column `input_ids`, the tokens of each document with the separator. Selected or shuffled rows
+            are written anew in their order.
+        block_size: Number of tokens of all blocks but the last, at least 2.
 
     Attributes:
         tokens: Number of tokens in all blocks.
@@ -57,7 +46,7 @@ class PackedBlocks(Dataset[Block]):
         parts = [part.flatten() for part in documents.chunks]
         self._all_tokens = pa.chunked_array(parts, type=documents.type.value_type)
         rest = len(self._all_tokens) % block_size
-        self.tokens: int = len(self._all_tokens) - (rest if rest < _LEAST else 0)
+        self.tokens: int = len(self._all_tokens) - (rest if rest < LEAST else 0)
 
     def __len__(self) -> int:
         return -(-self.tokens // self._block_size)
@@ -72,11 +61,11 @@ class PackedBlocks(Dataset[Block]):
 
 
 class PackedStream(IterableDataset[Block]):
-    """Blocks as those of [`PackedBlocks`] from a stream. Each worker packs the documents of its own shards.
+    """Blocks as in [`PackedBlocks`] from a stream. Each worker packs the documents of its own shards.
 
     Args:
         rows: Stream with a column `input_ids`.
-        block_size: Tokens of a block, all but the last of a worker, at least 2.
+        block_size: Number of tokens of all blocks but the last of a worker, at least 2.
         part: Name of the part in messages, "train" or "evaluation".
         guard: Function that makes a context around the reading, which may raise a better DataError for an error.
     """
@@ -106,7 +95,7 @@ class PackedStream(IterableDataset[Block]):
             for start in range(0, whole, self._block_size):
                 yield {TOKENS: waiting[start : start + self._block_size]}
             del waiting[:whole]
-        if len(waiting) >= _LEAST:
+        if len(waiting) >= LEAST:
             yield {TOKENS: waiting}
 
     def _documents(self) -> Iterator[list[int]]:
@@ -117,9 +106,5 @@ class PackedStream(IterableDataset[Block]):
         except DataError:
             raise
         except Exception as error:  # whatever readers of files and networks raise
-            problem = Problem(
-                f"the {self._part} stream",
-                f"cannot be read on: {one_line(error)}",
-                "Check the files that it is read from",
-            )
-            raise DataError(problem) from error
+            found, fix = f"cannot be read on: {one_line(error)}", "Check the files that it is read from"
+            raise DataError(Problem(f"the {self._part} stream", found, fix)) from error

@@ -1,4 +1,4 @@
-"""The source of Python's standard library: a data set of texts that every installation has."""
+"""Source of Python's standard library: a data set of texts that every installation has."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import datasets
 NAME, LICENCE = "stdlib", "PSF-2.0"
 _VERSION = ".".join(map(str, sys.version_info[:3]))
 ABOUT = f"Python {_VERSION}, licence {LICENCE}"
-"""What is said of the data set beside its name."""
+"""Description of the data set beside its name."""
 _LEFT_OUT = frozenset({"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"})
 """Folders of other packages, and of tests."""
 _FEATURES = {"text": datasets.Value("string"), "path": datasets.Value("string")}
 
 
 def stdlib() -> datasets.Dataset:
-    """The files of Python's standard library, about 12 MB, in the order of their paths.
+    """Source files of Python's standard library, about 12 MB, in the order of their paths.
 
-    Tests are left out, and files that are not UTF-8. Another Python version has other files.
+    Tests and files that are not UTF-8 are left out. Another Python version has other files.
 
     Returns:
-        A data set of the columns `text` and `path`, the latter relative to the library, with "/" between its parts.
-        Its `info` has the licence and the version of Python. `datasets` caches it.
+        Data set of the columns `text` and `path`, relative to the library with "/" between its parts. Its `info` has
+        the licence and the version of Python. `datasets` caches it.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []

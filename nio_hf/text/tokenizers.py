@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, which need no download, or what a model was published with."""
+"""Tokenisers: bytes, which need no download, or the tokeniser of a published model."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from nio_hf.errors import ModelError, Problem, one_line
 
 BYTES = "bytes"
-"""Name of the tokenizer whose tokens are bytes."""
+"""Name of the tokeniser whose tokens are bytes."""
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a name.
+    """Load a tokeniser.
 
     Args:
-        name: "bytes", a name on the Hub, or a folder with a tokenizer. The tokenizer of bytes has a vocabulary of 260:
-            the 256 bytes, `<pad>`, `</s>`, `<unk>` and `<mask>`. `len(tokenizer)` counts all of them, its `vocab_size`
-            the bytes alone.
+        name: "bytes", a name on the Hub, or a folder with a tokeniser. The tokeniser of bytes has a vocabulary of 260:
+            the 256 bytes, `<pad>`, `</s>`, `<unk>` and `<mask>`. `len(tokenizer)` counts all of them, `vocab_size` the
+            bytes alone.
         revision: Branch, tag or commit on the Hub.
-        trust_remote_code: Run Python code that the tokenizer brings with it; only where you trust its author.
+        trust_remote_code: Whether Python code of the tokeniser may run: only where you trust its author.
 
     Raises:
-        ModelError: For a tokenizer that cannot be loaded.
+        ModelError: Tokeniser that cannot be loaded.
     """
     if name == BYTES:
         return ByT5Tokenizer(extra_ids=0, mask_token="<mask>")
@@ -38,15 +38,15 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
 
 def is_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokens of a text are the bytes of its UTF-8."""
+    """Whether the tokens of a text are its bytes in UTF-8."""
     return isinstance(tokenizer, ByT5Tokenizer)
 
 
 def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that stands behind each document: the end of a sequence, else the separator of two.
+    """Id of the token that stands behind each document: the end of a sequence, else the separator of two.
 
     Raises:
-        ModelError: For a tokenizer that has neither.
+        ModelError: Tokeniser that has neither.
     """
     for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         if token is not None:
@@ -57,10 +57,10 @@ def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The tokens of texts, without special tokens around them.
+    """Tokens of texts, without special tokens around them.
 
-    A byte stays itself, also in a text that spells a special token. Other tokenizers read special tokens in a text as
-    they are set to.
+    A byte stays itself, also in a text that spells a special token. Other tokenisers treat special tokens in a text as
+    they are configured.
     """
     options: dict[str, Any] = {"split_special_tokens": True} if is_bytes(tokenizer) else {}
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)

@@ -1,4 +1,4 @@
-"""Image data: data sets, transforms and metrics. It knows nothing of NIO."""
+"""Image data: data sets, transforms and metrics. The room knows nothing of NIO."""
 
 from nio_hf.extras import require
 

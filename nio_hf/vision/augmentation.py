@@ -1,10 +1,9 @@
-"""What training does to a batch of images on its device: from bytes to normalised, augmented pixel values."""
+"""Augmentation of a batch of images on its device: from bytes to normalised pixel values."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +23,16 @@ _ERASED_ASPECT = (0.3, 1 / 0.3)
 class BatchAugmentation:
     """Scale, RandAugment, colour jitter, normalise, erase and mix, in the order of the published trainings.
 
-    The draws of a sample depend on its seed alone, whatever batch and process it is in. The draws of mixing for a batch
-    depend on the seed of its first sample.
+    The draws of a sample depend on its seed alone, whatever batch and process it is in. The draws of mixing depend on
+    the seed of the first sample of the batch.
 
     Args:
-        pixels: Mean and standard deviation of the result.
+        pixels: Pixel format, with the mean and standard deviation of the result.
         settings: Augmentation of a recipe.
-        classes: Number of classes, of the probabilities that mixing makes.
+        classes: Number of classes.
+
+    Attributes:
+        fill: Colour in [0, 1] of places that come in from outside of an image.
     """
 
     def __init__(self, pixels: PixelFormat, settings: AugmentationSettings, classes: int) -> None:
@@ -46,18 +48,18 @@ class BatchAugmentation:
 
     @property
     def is_random(self) -> bool:
-        """Whether anything is drawn."""
+        """Whether anything is drawn at random."""
         settings = self._settings
         has_operations = settings.randaugment_magnitude is not None
         return has_operations or settings.color_jitter > 0 or settings.random_erasing > 0 or self._mixes
 
     def __call__(self, batch: Mapping[str, Any], *, mix: bool = True) -> dict[str, Any]:
-        """The batch with its images augmented, and with `mix` its labels mixed.
+        """Return the batch with augmented images, and with mixed images and labels where the settings mix.
 
         Args:
-            batch: `pixel_values`, bytes (B, 3, H, W), `labels` (B,), and `seeds` (B,), which the result has no more;
-                without them torch's CPU generator draws some.
-            mix: Whether to mix, where that is set up.
+            batch: Batch of `pixel_values`, bytes (B, 3, H, W), `labels` (B,), and `seeds` (B,), which the result lacks;
+                without seeds torch's CPU generator draws some.
+            mix: Whether mixing is allowed.
         """
         settings = self._settings
         images: Tensor = batch["pixel_values"].contiguous().to(torch.float32, copy=True).div_(_BYTE)
@@ -78,42 +80,36 @@ class BatchAugmentation:
             if settings.random_erasing > 0:
                 _erase(images, settings.random_erasing, draws)
             if mix and self._mixes:
-                with draws.of_batch():
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(draws.seed(0))
                     images, labels = mix_batch(images, labels, settings, self._classes)
         return {**others, "pixel_values": images, "labels": labels}
 
 
 class _SampleRandom:
-    """A random generator on the CPU for each of B samples."""
+    """Random generators on the CPU, one for each of B samples."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def uniform(self, count: int) -> Tensor:
-        """Uniform numbers in [0, 1), (B, count)."""
+        """Uniform numbers (B, count) in [0, 1)."""
         return torch.stack([torch.rand(count, generator=one, dtype=torch.float32) for one in self._generators])
 
     def normal(self, count: int) -> Tensor:
-        """Standard normal numbers, (B, count)."""
+        """Standard normal numbers (B, count)."""
         return torch.stack([torch.randn(count, generator=one, dtype=torch.float32) for one in self._generators])
 
     def seed(self, sample: int) -> int:
-        """A seed for another generator, from the numbers of a sample."""
+        """Seed for another generator, drawn for a sample."""
         return int(torch.randint(MAX_SEED, (), generator=self._generators[sample]))
-
-    @contextlib.contextmanager
-    def of_batch(self) -> Iterator[None]:
-        """Let torch's CPU generator draw, for the whole batch, what its first sample decides; it is restored."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed(0))
-            yield
 
 
 def _byte_near(mean: float) -> int:
-    """The byte nearest to the mean of a channel, as published, but not the mean itself.
+    """Byte nearest to the mean of a channel, as published, but not the mean itself.
 
-    The mean would be 0 once normalised, and so would be what a Swin makes of such patches in every layer: each of its
-    normalisations would then multiply their gradient by 1 / sqrt(eps), about 300.
+    The mean is 0 once normalised, and stays 0 in every layer of a Swin: each of its normalisations would multiply the
+    gradient of such patches by 1 / sqrt(eps), about 300.
     """
     nearest = round(_BYTE * mean)
     return nearest + 1 if math.isclose(nearest, _BYTE * mean, abs_tol=1e-3) else nearest
@@ -136,16 +132,16 @@ def _erase(images: Tensor, probability: float, draws: _SampleRandom) -> None:
 
 
 def mix_batch(images: Tensor, labels: Tensor, settings: AugmentationSettings, classes: int) -> tuple[Tensor, Tensor]:
-    """MixUp (arXiv 1710.09412) or CutMix (arXiv 1905.04899), one draw a batch as in the DeiT and Swin trainings.
+    """Mix by MixUp (arXiv 1710.09412) or CutMix (arXiv 1905.04899), one draw a batch as in the DeiT and Swin trainings.
 
     Sample i is mixed with sample B - 1 - i; its target is lambda e_i + (1 - lambda) e_(B-1-i), where e is one-hot and
-    lambda ~ Beta(alpha, alpha), for CutMix corrected to the area that was kept. kornia draws the lambda of MixUp
-    uniformly, hence this one.
+    lambda ~ Beta(alpha, alpha), for CutMix corrected to the area that was kept. kornia, in contrast, draws the lambda
+    of MixUp uniformly.
 
     Args:
-        images: (B, C, H, W).
-        labels: (B,) integers.
-        settings: Alphas, the probability of mixing, and that of CutMix where both are on.
+        images: Images (B, C, H, W).
+        labels: Integers (B,).
+        settings: Alphas, probability of mixing, and probability of CutMix where both are on.
         classes: Number of classes K.
 
     Returns:
@@ -172,6 +168,6 @@ def mix_batch(images: Tensor, labels: Tensor, settings: AugmentationSettings, cl
 
 
 def _random_span(limit: int, share: float) -> tuple[int, int]:
-    """Ends of a share of [0, limit) around a uniform middle, cut at the edges."""
+    """Ends of a span of a share of [0, limit), around a uniform middle and cut at the edges."""
     middle, half = int(torch.randint(limit, ())), int(limit * share) // 2
     return max(0, middle - half), min(limit, middle + half)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Mapping
 from typing import Any, cast
@@ -12,8 +11,21 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from nio_hf.data.columns import TEXT_TYPES, ColumnKind, describe_columns, describe_feature, find_column, find_features
-from nio_hf.data.loading import DataKind, Rows, choose_split, divide, limit_rows, load_splits, read_splits
+from nio_hf.data.loading import (
+    TEXT_TYPES,
+    ColumnKind,
+    DataKind,
+    Rows,
+    choose_split,
+    describe_columns,
+    describe_feature,
+    divide,
+    find_column,
+    find_features,
+    limit_rows,
+    load_splits,
+    read_splits,
+)
 from nio_hf.errors import DataError, Problem, listed, one_line
 from nio_hf.recipe.settings import DataSettings
 from nio_hf.vision.folders import find_image_files
@@ -25,7 +37,7 @@ _MAX_NAMED = 5
 
 
 def digits() -> datasets.Dataset:
-    """The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn, as greyscale images."""
+    """Data set of the 1,797 handwritten digits of scikit-learn, as greyscale images of 8 x 8 pixels."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -36,7 +48,7 @@ def digits() -> datasets.Dataset:
 
 
 def _read_images(settings: DataSettings) -> Mapping[str, Rows]:
-    """The splits of a data set; the layout of a local folder tells its splits."""
+    """Read the splits of a data set; the layout of a local folder tells its splits."""
     files = None if settings.data_files is not None else find_image_files(str(settings.dataset_name), settings.data_dir)
     if files is not None:
         settings = dataclasses.replace(settings, dataset_name="imagefolder", data_dir=None, data_files=files)
@@ -56,13 +68,13 @@ def _holds_labels(feature: Any) -> bool:
 
 
 IMAGES = DataKind(
-    contents="images",
-    columns="images and labels",
-    files="exist",
+    contents="images and labels",
     folder="images in one folder per class",
+    part="holds a sample of every class",
     formats=("imagefolder", "parquet", "webdataset"),
     embedded={"digits": digits},
     read=_read_images,
+    digest=image_digest,
 )
 """Images with their classes."""
 _IMAGE = ColumnKind("image_column", "images", lambda feature: isinstance(feature, datasets.Image), _holds_files)
@@ -82,7 +94,7 @@ class ImageData:
 
     Attributes:
         train: Samples to train on.
-        evaluation: Samples to evaluate on; none of them is in `train`, unless both splits are the same by request.
+        evaluation: Other samples to evaluate on, unless the settings name one split for both.
         columns: Columns of the images, which are not decoded, and of the labels, integers from 0.
         class_names: Names of the classes, in the order of their labels.
         is_split: Whether the samples to evaluate on are a split of their own, and no part of the training split.
@@ -99,15 +111,15 @@ def load_image_data(settings: DataSettings, seed: int = 0) -> ImageData:
     """Load a data set of images and class labels.
 
     A limit of samples takes a random choice, or the first ones of a stream. Workers take equal shares of a limited
-    stream, so they find fewer where they do not share its files evenly.
+    stream, so they find fewer samples where its files are of unequal length.
 
     Args:
-        settings: Settings of the data set; its name is "digits", or what [`datasets.load_dataset`] takes.
+        settings: Settings of the data set; its name is "digits", or a name that [`datasets.load_dataset`] takes.
         seed: Seed of all random choices.
 
     Raises:
-        DataError: For a data set that cannot be loaded, a split or column that it does not have, one without samples,
-            classes that are to be evaluated but not trained on, or samples without a label.
+        DataError: Data set that cannot be loaded or has no such split or column; split without samples; classes that
+            are evaluated but not trained on; samples without a label.
     """
     name = cast(str, settings.dataset_name)
     splits = load_splits(settings, IMAGES)
@@ -124,14 +136,7 @@ def load_image_data(settings: DataSettings, seed: int = 0) -> ImageData:
         return _with_classes(rows, image, label, class_names, f"{split!r} of {name}")
 
     train, evaluation, is_split = divide(
-        splits,
-        train,
-        settings,
-        prepare=prepare,
-        digest=functools.partial(_digest, image, seed),
-        need="holds a sample of every class",
-        seed=seed,
-        stratify_by=label,
+        splits, train, settings, IMAGES, image, prepare=prepare, seed=seed, stratify_by=label
     )
     if isinstance(train, datasets.Dataset) and isinstance(evaluation, datasets.Dataset):
         _check_classes(train, evaluation, label, class_names, name)
@@ -142,15 +147,11 @@ def load_image_data(settings: DataSettings, seed: int = 0) -> ImageData:
     return ImageData(train, evaluation, (image, label), class_names, is_split)
 
 
-def _digest(image: str, seed: int, row: dict[str, Any]) -> int:
-    return image_digest(row[image], seed)
-
-
 def find_image_columns(rows: Rows, image: str | None, label: str | None, name: str) -> tuple[str, str]:
-    """The columns of images and of labels: those that are named, the only ones of their types, or that are called so.
+    """Return the columns of images and of labels: the named ones, the only ones of their types, or those called so.
 
     Raises:
-        DataError: Where there is none, or more than one to choose from.
+        DataError: No column, or more than one to choose from.
     """
     features = find_features(rows, IMAGES, name)
     fix = None
@@ -166,7 +167,7 @@ def find_image_columns(rows: Rows, image: str | None, label: str | None, name: s
 
 
 def _find_classes(rows: Rows, label: str, num_classes: int | None, name: str) -> tuple[str, ...]:
-    """Names of the classes, in the order of their labels: as the data set has them, or as its labels are."""
+    """Return the names of the classes, in the order of their labels; the labels where classes have no names."""
     feature = find_features(rows, IMAGES, name)[label]
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names)
@@ -182,11 +183,7 @@ def _find_classes(rows: Rows, label: str, num_classes: int | None, name: str) ->
 
 
 def _with_classes(rows: Rows, image: str, label: str, class_names: tuple[str, ...], name: str) -> Rows:
-    """The columns of images, not decoded, and of labels of a split, with labels of these classes.
-
-    Raises:
-        DataError: For a label that is none of them.
-    """
+    """Keep the columns of images, not decoded, and of labels, which have to be of these classes."""
     feature = find_features(rows, IMAGES, name)[label]
     if rows.features is None and isinstance(rows, datasets.IterableDataset):
         rows = rows._resolve_features()
@@ -208,16 +205,12 @@ def _with_classes(rows: Rows, image: str, label: str, class_names: tuple[str, ..
             rows = rows.cast_column(label, datasets.ClassLabel(names=list(class_names)))
         except (ValueError, KeyError) as error:
             raise DataError(Problem(where, f"{found} ({one_line(error)})", fix)) from error
-    # Images stay as they are stored, so that a broken one can be told and passed over.
+    # Images stay as they are stored, so that a broken one can be named and skipped.
     return rows.cast_column(image, datasets.Image(decode=False)).select_columns([image, label])
 
 
 def _check_labels(rows: Rows, label: str, name: str) -> None:
-    """Refuse samples without a label: none at all, or -1 as test splits often have. A stream shows them as it is read.
-
-    Raises:
-        DataError: With their number.
-    """
+    """Refuse samples without a label, or with -1 as test splits often have. A stream shows them as it is read."""
     if isinstance(rows, datasets.IterableDataset):
         return
     labels = rows.with_format("arrow")[label][:]
@@ -231,18 +224,17 @@ def _check_labels(rows: Rows, label: str, name: str) -> None:
 def _check_classes(
     train: datasets.Dataset, evaluation: datasets.Dataset, label: str, class_names: tuple[str, ...], name: str
 ) -> None:
-    """Report classes without an image, and refuse those that are only evaluated."""
-    labels = [np.asarray(rows.with_format("numpy")[label][:]) for rows in (train, evaluation)]
-    trained, evaluated = (np.bincount(values, minlength=len(class_names)) > 0 for values in labels)
+    """Report classes without an image, and refuse classes that are only evaluated."""
+    trained, evaluated = ({*rows.with_format("numpy")[label][:].tolist()} for rows in (train, evaluation))
 
-    def named(which: Any) -> str:
-        names = [repr(name) for name, is_meant in zip(class_names, which, strict=True) if is_meant]
+    def named(labels: set[int]) -> str:
+        names = [repr(class_names[label]) for label in sorted(labels)]
         return f"class{'es' * (len(names) > 1)} {listed(names, _MAX_NAMED)}"
 
-    if (evaluated & ~trained).any():
-        found = f"images to evaluate on but none to train on of {named(evaluated & ~trained)}"
+    if evaluated - trained:
+        found = f"images to evaluate on but none to train on of {named(evaluated - trained)}"
         raise DataError(Problem(f"classes of {name}", found, "Give two splits of the same classes"))
-    if not trained.all():
-        logger.warning("%s has no image of %s: the model cannot learn it.", name, named(~trained))
-    if (trained & ~evaluated).any():
-        logger.warning("No image to evaluate on of %s.", named(trained & ~evaluated))
+    if missing := {*range(len(class_names))} - trained:
+        logger.warning("%s has no image of %s: the model cannot learn it.", name, named(missing))
+    if trained - evaluated:
+        logger.warning("No image to evaluate on of %s.", named(trained - evaluated))

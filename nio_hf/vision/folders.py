@@ -1,4 +1,4 @@
-"""Folders of images as people have them: which of them are read as which split, and what hides their classes."""
+"""Local folders of images: their splits, and layouts that hide their classes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WORDS = {
     "validation": "validation|valid|dev|val",
     "test": "test|testing|eval|evaluation",
 }
-"""Words by which `datasets` knows the folders of a split."""
+"""{split: words by which `datasets` knows its folders}."""
 _MANY = 100_000
 _MAX_NAMED = 5
 
@@ -31,13 +31,13 @@ class _Folder:
     """A folder, symbolic links followed.
 
     Attributes:
-        parts: Parts of its path below the root.
-        base: Parts of the path of the split that it belongs to; None where no part of its path names one.
-        is_link: Whether it is a symbolic link.
-        images: Names of the images in it.
+        parts: Parts of the path below the root.
+        base: Parts of the path of its split; None without a part that names a split.
+        is_link: Whether the folder is a symbolic link.
+        images: Names of the images in the folder.
         others: Names of the other files, metadata left out.
         has_metadata: Whether metadata describe the images.
-        is_empty: Whether nothing is in it.
+        is_empty: Whether the folder is empty.
     """
 
     parts: tuple[str, ...]
@@ -50,29 +50,29 @@ class _Folder:
 
     @property
     def inner(self) -> tuple[str, ...]:
-        """Parts of its path below the folder of its split."""
+        """Parts of the path below the folder of the split."""
         return self.parts[len(self.base or ()) :]
 
     def path_of(self, name: str = "") -> str:
-        """The path of the folder, or of a file in it, below the root."""
+        """Path of the folder, or of a file in it, below the root."""
         return "/".join((*self.parts, *([name] if name else [])))
 
 
 def find_image_files(name: str, data_dir: str | None) -> dict[str, list[str]] | None:
-    """The files of a local folder of images as [`datasets.load_dataset`] takes them; None for any other data set.
+    """Find the files of a local folder of images as [`datasets.load_dataset`] takes them; None for other data sets.
 
-    A split is a folder that is called so, wherever it lies: train, validation, test and the like. What lies inside
-    belongs to it whatever it is called, and names of files mean nothing. Without such a folder everything is "train".
+    A folder called train, validation, test or the like is a split, wherever it lies. Everything inside belongs to that
+    split, and names of files mean nothing. Without such a folder everything is "train".
 
     Args:
-        name: "imagefolder", or a folder.
-        data_dir: The folder, or one in the folder that is named.
+        name: Word "imagefolder", or a folder.
+        data_dir: Folder for "imagefolder", else a folder in `name`.
 
     Returns:
         {split: patterns of its files}; links, which `datasets` does not follow, have patterns of their own.
 
     Raises:
-        DataError: For a folder that cannot be read, and for all that hides the classes.
+        DataError: Folder that cannot be read, and every cause that hides the classes.
     """
     is_asked = name == "imagefolder"
     root = Path(data_dir or "") if is_asked else Path(name, data_dir or "")
@@ -85,7 +85,7 @@ def find_image_files(name: str, data_dir: str | None) -> dict[str, list[str]] | 
     held = [folder for folder in folders if folder.images]
     outside = {folder.parts[:-1] for folder in held if folder.base is None}
     bases = {folder.base for folder in held if folder.base is not None}
-    # A class may be called "train", too: its images lie beside those of other classes.
+    # A class may be called "train", too: its images lie beside the images of other classes.
     if bases <= {folder.parts for folder in held} and all(base[:-1] in outside for base in bases):
         folders = [dataclasses.replace(folder, base=None) for folder in folders]
         held, bases = [folder for folder in folders if folder.images], set()
@@ -106,7 +106,7 @@ def find_image_files(name: str, data_dir: str | None) -> dict[str, list[str]] | 
 
 
 def _report(root: Path, folders: list[_Folder], outside: list[_Folder], images: int) -> None:
-    """Say what is left out."""
+    """Report folders and files that are not read."""
     empty = [str(root.joinpath(*folder.parts)) for folder in folders if folder.is_empty]
     if empty:
         logger.warning("No class is made of empty folders: %s.", listed(empty, _MAX_NAMED))
@@ -118,12 +118,12 @@ def _report(root: Path, folders: list[_Folder], outside: list[_Folder], images: 
     if lists:
         logger.warning("%s are not read: splits are folders, or given by data_files.", listed(lists, _MAX_NAMED))
     if images >= _MANY:
-        told = "%s: %s files are listed at every start. A Parquet file of their paths avoids that, see the README."
+        told = "%s: %s files are listed at every start. A Parquet file of their paths avoids that, see docs/images.md."
         logger.info(told, root, f"{images:,}")
 
 
 def _hidden_classes(root: str, read: list[_Folder]) -> Iterator[tuple[str, str]]:
-    """(what hides the classes, what to do about it) of the folders that are read."""
+    """Yield (cause that hides the classes, advice) for the folders that are read."""
     levels: Counter[int] = Counter()
     for folder in read:
         levels[len(folder.inner)] += len(folder.images)
@@ -153,7 +153,7 @@ def _hidden_classes(root: str, read: list[_Folder]) -> Iterator[tuple[str, str]]
 def _walk(
     path: Path, parts: tuple[str, ...], base: tuple[str, ...] | None, is_link: bool, above: frozenset[Path]
 ) -> Iterator[_Folder]:
-    """A folder and those below, names in order, but for hidden ones and links that lead back."""
+    """Yield a folder and the folders below, sorted by name, without hidden ones and links that lead back."""
     real = path.resolve()
     if real in above:
         return
@@ -174,7 +174,7 @@ def _walk(
 
 
 def _split_named(parts: tuple[str, ...] | None) -> str | None:
-    """The split that the last part of a path names."""
+    """Split that the last part of a path names."""
     for split, words in _WORDS.items():
         if parts and re.search(rf"(?i)(?:^|[-._ 0-9])(?:{words})(?:$|[-._ 0-9])", parts[-1]):
             return split

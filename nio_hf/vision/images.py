@@ -1,4 +1,4 @@
-"""Image files of any kind as RGB images."""
+"""Stored images of any kind as RGB images, and their digests."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from nio_hf.errors import BrokenImageError, Problem, one_line
 
 _SIXTEEN_BITS = 257
-"""65535 / 255: greyscale of 16 bits is reduced by it, where Pillow would clip."""
+"""Divisor 65535 / 255 of greyscale of 16 bits, which Pillow would clip."""
 _FIX = "Replace or remove it, or set skip_broken_images: true"
 _FEATURE = datasets.Image()
 
 
 def read_image(stored: Any, name: str) -> Image.Image:
-    """An image in RGB, upright.
+    """Read an image in RGB, upright.
 
-    Greyscale, palette and CMYK are converted, transparency is dropped as inference in transformers does, an EXIF
+    Greyscale, palette and CMYK are converted, transparency is dropped as in the inference of transformers, and an EXIF
     orientation is applied.
 
     Args:
-        stored: `{"bytes": ..., "path": ...}` as [`datasets.Image`] stores it, the path local, in an archive or remote;
-            or an image.
-        name: Name of the image in messages, where it has no path.
+        stored: Image, or `{"bytes": ..., "path": ...}` as [`datasets.Image`] stores it, with a path that is local, in
+            an archive or remote.
+        name: Name of the image in messages.
 
     Raises:
-        BrokenImageError: For a file that is missing, truncated, no image, or larger than Pillow allows.
+        BrokenImageError: File that is missing, truncated, no image, or larger than Pillow allows.
     """
     where = name
     try:
@@ -46,15 +46,15 @@ def read_image(stored: Any, name: str) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise BrokenImageError(Problem(where, f"too large: {one_line(error)}", _FIX)) from error
-    except Exception as error:  # Pillow's decoders raise nearly every kind for a damaged file
+    except Exception as error:  # whatever Pillow's decoders raise for a damaged file
         reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise BrokenImageError(Problem(where, f"cannot be read as an image: {reason}", _FIX)) from error
 
 
 def image_digest(stored: Any, seed: int = 0) -> int:
-    """A digest in [0, 2^32) of an image as it is stored: the same in whatever order and folder the images come.
+    """Digest in [0, 2^32) of a stored image: the same in whatever order and folder the images come.
 
-    Of a file without bytes the last two parts of its path, in its archive if need be, stand for it. Another seed gives
+    The last two parts of its path stand for a file without bytes, in its archive if need be. Another seed gives
     another digest.
     """
     stored = stored or {"bytes": None, "path": None}

@@ -1,4 +1,4 @@
-"""Loss and metrics of image classification; they need no network."""
+"""Loss and metrics of image classification."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ def classification_loss(
     """Mean over the samples of -sum_k p_k log softmax(logits)_k, with p = (1 - s) targets + s / K.
 
     Args:
-        logits: (B, K).
+        logits: Logits (B, K).
         targets: Classes (B,), where [`IGNORED_LABEL`] does not count, or probabilities (B, K).
-        label_smoothing: s (arXiv 1512.00567).
-        samples: Divisor of the sum, where it is not the samples of this batch but those of all batches that are
-            accumulated to one gradient.
+        label_smoothing: Smoothing s (arXiv 1512.00567).
+        samples: Number of samples of all batches that are accumulated to one gradient; None for this batch alone.
     """
     total: Tensor = functional.cross_entropy(
         logits.float(), targets, ignore_index=IGNORED_LABEL, label_smoothing=label_smoothing, reduction="sum"
     )
     if samples is None:
         samples = len(targets) if targets.is_floating_point() else (targets != IGNORED_LABEL).sum()
-    # A batch of which no sample counts has the loss 0.
+    # The loss of a batch without a sample that counts is 0.
     mean: Tensor = total / torch.as_tensor(samples, device=total.device).clamp(min=1)
     return mean
 
@@ -42,7 +41,7 @@ def classification_loss(
 class TopKAccuracy(evaluate.Metric):  # type: ignore[misc]
     """Share of the samples whose label is among the k predicted classes, in [0, 1].
 
-    Its name is "accuracy" for k = 1, as `evaluate.load("accuracy")` has it, else "top{k}_accuracy".
+    The name is "accuracy" for k = 1, as in `evaluate.load("accuracy")`, else "top{k}_accuracy".
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -61,11 +60,11 @@ class TopKAccuracy(evaluate.Metric):  # type: ignore[misc]
 
 
 def predictions_and_losses(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What the metrics need of each sample, for `Trainer(preprocess_logits_for_metrics=...)`.
+    """Predicted classes and loss of each sample, for `Trainer(preprocess_logits_for_metrics=...)`.
 
     Returns:
-        The classes (B, k) of the k largest logits, largest first, where k is 5, or 1 where there are no more than 5
-        classes; and the cross-entropy (B,), 0 for samples with [`IGNORED_LABEL`].
+        Classes (B, k) of the k largest logits, largest first, with k = 5, or k = 1 for 5 classes or fewer; and
+        cross-entropies (B,), 0 for samples with [`IGNORED_LABEL`].
     """
     scores: Tensor = logits[0] if isinstance(logits, tuple) else logits
     classes = scores.topk(TOP_K if scores.shape[-1] > TOP_K else 1, dim=-1).indices
@@ -73,13 +72,13 @@ def predictions_and_losses(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor]
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Loss, accuracy, and top-5 accuracy where there are more than 5 classes, for `Trainer(compute_metrics=...)`.
+    """Loss, accuracy, and for more than 5 classes top-5 accuracy, for `Trainer(compute_metrics=...)`.
 
-    The loss is the mean over the samples. Trainer's own loss is a mean over batches, in which samples count twice that
-    fill the last batch of several processes, and samples that do not count have a share.
+    The loss is the mean over the samples that count. Trainer's own loss is a mean over batches, which counts ignored
+    samples, and counts samples twice that fill the last batch of several processes.
 
     Args:
-        prediction: Prediction of [`predictions_and_losses`]; samples with [`IGNORED_LABEL`] do not count.
+        prediction: Results of [`predictions_and_losses`]; samples with [`IGNORED_LABEL`] do not count.
     """
     counted = np.asarray(prediction.label_ids) != IGNORED_LABEL
     labels = np.asarray(prediction.label_ids)[counted]

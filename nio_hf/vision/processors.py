@@ -1,4 +1,4 @@
-"""The image processor: what a model reads, in training and ever after."""
+"""Image processors: from images to the pixel values that a model reads in training and inference."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _TOLERANCE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class PixelFormat:
-    """What an image processor makes of images, for those who augment them.
+    """Format of the images that an image processor makes.
 
     Attributes:
-        height: Height of the result in pixels.
-        width: Width likewise.
+        height: Height in pixels.
+        width: Width in pixels.
         mean: Mean of each channel, over pixels in [0, 1].
-        std: Standard deviation likewise.
+        std: Standard deviation of each channel, likewise.
         resample: Pillow's filter of resizing.
-        keeps: Whether images of that height and width are left as they are.
+        keeps: Whether images of that height and width stay as they are.
     """
 
     height: int
@@ -50,19 +50,19 @@ def make_image_processor(
     interpolation: str | None = None,
     crop_ratio: float | None = None,
 ) -> BaseImageProcessor:
-    """The image processor of an architecture, on Pillow, as published but for what is given.
+    """Make the image processor of an architecture, on Pillow. None stands for the published value.
 
     Args:
-        config: Configuration of the model; its image size is used where it has one.
+        config: Configuration of the model, whose image size is used where it has one.
         image_size: Image size for a configuration without one.
         image_mean: Mean of each channel over pixels in [0, 1].
-        image_std: Standard deviation likewise.
-        interpolation: "bilinear" or "bicubic".
-        crop_ratio: Part of the shorter side that is kept: it is resized to image_size / crop_ratio, and the centre is
-            cropped. None for the way of the published one, with the ratio of its resize to its crop.
+        image_std: Standard deviation of each channel, likewise.
+        interpolation: Filter of resizing, "bilinear" or "bicubic".
+        crop_ratio: Part of the shorter side that is kept: the side is resized to image_size / crop_ratio, and the
+            centre is cropped. None for the published way, with its ratio of resize to crop.
 
     Raises:
-        ModelError: For an architecture without an image processor.
+        ModelError: Architecture without an image processor.
     """
     names = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type, {})
     make: Any = getattr(transformers, names["pil"]) if "pil" in names else None
@@ -101,23 +101,23 @@ def _sides(size: Any) -> dict[str, int]:
 
 
 def image_bytes(image: Image.Image) -> torch.Tensor:
-    """An image as it is: bytes (channels, height, width)."""
+    """Bytes (channels, height, width) of an image."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def resized_bytes(processor: BaseImageProcessor, images: list[Image.Image]) -> torch.Tensor:
-    """Images as a processor resizes and crops them, before it scales them: bytes (n, channels, height, width)."""
+    """Bytes (n, channels, height, width) of images as a processor resizes and crops them, before it scales them."""
     described: Any = processor
     made: torch.Tensor = described(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
     return made.round().clamp(0, _BYTE).to(torch.uint8)
 
 
 def pixel_format(processor: BaseImageProcessor) -> PixelFormat:
-    """What an image processor makes of images, tried on images of several shapes.
+    """Find the format of the images that an image processor makes, by trying images of several shapes.
 
     Raises:
-        ModelError: For one that does not make (resized bytes / 255 - mean) / std of images, all of one size: its images
-            cannot be augmented.
+        ModelError: Processor that does not make (resized bytes / 255 - mean) / std of one size of all images, so that
+            they cannot be augmented.
     """
     described: Any = processor
     found = f"{type(processor).__name__} with size {_sides(getattr(described, 'size', None))} does not make normalised "
@@ -140,6 +140,6 @@ def pixel_format(processor: BaseImageProcessor) -> PixelFormat:
 
 
 def _probe(width: int, height: int) -> Image.Image:
-    """An image of many colours, white and black among them."""
+    """Image of many colours, white and black among them."""
     pixels = np.linspace(0, _BYTE, 3 * width * height).astype(np.uint8)
     return Image.fromarray(pixels.reshape(height, width, 3))

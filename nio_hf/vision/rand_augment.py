@@ -1,8 +1,8 @@
 """RandAugment and colour jitter, with operations and strengths drawn for each sample, on the device of the images.
 
-Source: Cubuk et al. 2020, arXiv 1909.13719. The set of operations and their ranges are those of the DeiT and Swin
-trainings ("rand-m9-mstd0.5-inc1"): each grows more severe with the magnitude, drawn with replacement. kornia's own
-RandAugment draws one operation for a whole batch, hence this one of its operations.
+Source: Cubuk et al. 2020, arXiv 1909.13719, with the operations and ranges of the DeiT and Swin trainings
+("rand-m9-mstd0.5-inc1"). Each operation grows more severe with the magnitude and is drawn with replacement. kornia's
+RandAugment draws one operation for a whole batch; this one draws kornia's operations for each sample.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from nio_hf.recipe.settings import AugmentationSettings
 
 Draws = tuple[Tensor, Tensor]
-"""(N, B) indices into `OPERATIONS`, or -1 for nothing, and (N, B) strengths: magnitude / 10 with a random sign."""
+"""Indices (N, B) into `OPERATIONS`, or -1 for none, and strengths (N, B): magnitude / 10 with a random sign."""
 _Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(images (n, 3, H, W) in [0, 1], signed strength (n,) in [-1, 1], fill (3,)) to images of the same shape."""
+"""Function from images (n, 3, H, W) in [0, 1], signed strengths (n,) in [-1, 1] and fill (3,) to images."""
 
 _BYTE = 255.0
 _MAX_RADIANS = math.radians(30)
@@ -33,12 +33,12 @@ _COLORS = ("brightness", "contrast", "color")
 
 
 def draw_operations(settings: AugmentationSettings, uniform: Tensor, normal: Tensor) -> Draws:
-    """The operations of RandAugment on B images.
+    """Draw the operations of RandAugment on B images.
 
     Args:
         settings: Magnitude and its deviation, layers N and probability.
-        uniform: (B, 3 N) random numbers in [0, 1).
-        normal: (B, N) random numbers.
+        uniform: Uniform numbers (B, 3 N) in [0, 1).
+        normal: Standard normal numbers (B, N).
     """
     chosen, applied, sign = uniform.T.chunk(3)
     operations = torch.where(applied < settings.randaugment_prob, (chosen * len(OPERATIONS)).long(), -1)
@@ -47,16 +47,16 @@ def draw_operations(settings: AugmentationSettings, uniform: Tensor, normal: Ten
 
 
 def draw_colors(strength: float, uniform: Tensor) -> Draws:
-    """Brightness, contrast and saturation in a random order, times factors in 1 +- `strength`; `uniform` is (B, 6)."""
+    """Draw brightness, contrast and saturation in random order, factors in 1 +- `strength`, from `uniform` (B, 6)."""
     order, factors = uniform.chunk(2, dim=1)
     operations = torch.tensor([list(OPERATIONS).index(name) for name in _COLORS])[order.argsort(dim=1)]
     return operations.T, (strength * (2 * factors - 1) / _MAX_ENHANCEMENT).T
 
 
 def apply_operations(images: Tensor, draws: Draws, fill: tuple[float, ...] = (0.0, 0.0, 0.0)) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] after what was drawn: per layer, each operation at once to all that drew it.
+    """Apply draws to images (B, 3, H, W) in [0, 1]: in each layer, each operation to all images that drew it at once.
 
-    `fill` is the colour of what comes in from outside the image.
+    `fill` is the colour of places that come in from outside of an image.
     """
     colour = torch.tensor(fill, device=images.device, dtype=images.dtype)
     for operations, strengths in zip(*draws, strict=True):
@@ -75,7 +75,7 @@ def _in_bytes(images: Tensor) -> Tensor:
 
 
 def _steps(strength: Tensor, count: float) -> Tensor:
-    """A whole number of steps up to `count`, for each image."""
+    """Whole number of steps up to `count`, for each image."""
     return (strength.abs() * count).floor()[:, None, None, None]
 
 
@@ -85,7 +85,7 @@ def _auto_contrast(images: Tensor, strength: Tensor, fill: Tensor) -> Tensor:
 
 
 def _equalize(images: Tensor, strength: Tensor, fill: Tensor) -> Tensor:
-    # kornia truncates x * 255, which falls below the byte that x was made of.
+    # kornia truncates x * 255, which may fall below the byte of x.
     return enhance.equalize((_in_bytes(images) / _BYTE + 0.1 / _BYTE).clamp(max=1.0))
 
 
@@ -114,7 +114,7 @@ def _rotate(images: Tensor, strength: Tensor, fill: Tensor) -> Tensor:
 
 
 def _warp(images: Tensor, fill: Tensor, **source: Tensor) -> Tensor:
-    """Images whose pixel (x, y) comes from (a x + b y + c, d x + e y + f), as far as these (n,) differ from (x, y)."""
+    """Images whose pixel (x, y) comes from (a x + b y + c, d x + e y + f); a = e = 1 and others 0, where not given."""
     to_source = torch.eye(3, dtype=images.dtype, device=images.device).repeat(len(images), 1, 1)
     for name, values in source.items():
         to_source.view(-1, 9)[:, "abcdef".index(name)] = values
@@ -139,4 +139,4 @@ OPERATIONS: dict[str, _Operation] = {
     "translate_x": lambda images, s, fill: _warp(images, fill, c=_MAX_TRANSLATION * images.shape[-1] * s),
     "translate_y": lambda images, s, fill: _warp(images, fill, f=_MAX_TRANSLATION * images.shape[-2] * s),
 }
-"""The operations of the published trainings, by name."""
+"""Operations of the published trainings, by name."""

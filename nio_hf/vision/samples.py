@@ -1,4 +1,4 @@
-"""Samples for a data loader: stored images, read and transformed one by one or as a stream."""
+"""Samples for a data loader: stored images, read and transformed, from rows or a stream."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from nio_hf.vision.images import image_digest, read_image
 logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
-"""Label of a sample that counts neither in the loss nor in the metrics."""
+"""Label of samples that count neither in the loss nor in the metrics."""
 SEEDS = "seeds"
 """Key of the seeds of samples, by which they are augmented on the device."""
 MAX_SEED = 2**62
 Transform = Callable[[list[Image.Image]], list[torch.Tensor]]
-"""n RGB images to pixel values (channels, height, width) of each."""
+"""Function from RGB images to the pixel values (channels, height, width) of each."""
 Sample = dict[str, Any]
 COLUMNS = ("image", "label")
 """Usual columns of images and labels."""
@@ -32,14 +32,14 @@ _STREAM_SLOTS = 2**16
 
 
 def draw_seed() -> int:
-    """The seed of a sample, from torch's CPU generator."""
+    """Draw the seed of a sample from torch's CPU generator."""
     return int(torch.randint(MAX_SEED, ()))
 
 
 def collate_images(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """A batch of samples: `pixel_values` (B, channels, height, width), `labels` (B,), and `seeds` (B,) where given.
+    """Make a batch: `pixel_values` (B, channels, height, width), `labels` (B,), and `seeds` (B,) of seeded samples.
 
-    Pixels of Pillow have their channels last in memory, and are copied faster as they lie.
+    Pixels of Pillow have their channels last in memory, and are copied faster in that order.
     """
     channels_last = samples[0]["pixel_values"].stride(0) == 1
     order, back = ((1, 2, 0), (0, 3, 1, 2)) if channels_last else ((0, 1, 2), (0, 1, 2, 3))
@@ -49,16 +49,16 @@ def collate_images(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
 
 
 class _Images:
-    """Reads and transforms images, and counts the broken ones in all processes that load for this one.
+    """Reader of images, which counts the broken ones over all workers.
 
     Args:
         rows: Rows with images that are not decoded.
         transform: Function from RGB images to pixel values.
         columns: Columns of images and labels.
         part: Name of the part in messages, "train" or "evaluation".
-        skip_broken: Whether to pass over images that cannot be read.
+        skip_broken: Whether to skip images that cannot be read.
         seeded: Whether samples have a seed, `{..., "seeds": int}`, by which they are augmented later. torch's CPU
-            generator draws it behind the transform.
+            generator draws it after the transform.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class _Images:
 
     @property
     def skipped(self) -> int:
-        """Number of images that were passed over, each counted once."""
+        """Number of skipped images, each counted once."""
         return int(self._broken.sum())
 
     def _try_to_read(self, stored: Any, name: str, slot: int) -> Image.Image | None:
-        """An image; None for a broken one that is passed over, which the first time is said."""
+        """Read an image; None for a broken one that is skipped, which is reported the first time."""
         try:
             return read_image(stored, name)
         except BrokenImageError as error:
@@ -112,8 +112,8 @@ class _Images:
 class ImageSamples(_Images, Dataset[Sample]):
     """Samples `{"pixel_values": (channels, height, width), "labels": int}` of a map-style data set.
 
-    In the place of a broken image, training has the next one that can be read, and evaluation a black one that does not
-    count. The arguments are those of [`_Images`].
+    A broken image is replaced by the next readable one in training, and by a black one that does not count in
+    evaluation. Arguments are as in [`_Images`].
     """
 
     def __len__(self) -> int:
@@ -123,7 +123,7 @@ class ImageSamples(_Images, Dataset[Sample]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """The samples at some positions; all are transformed together."""
+        """Samples at some positions, transformed together."""
         rows = self._rows[list(indices)]
         stored = zip(indices, *(rows[column] for column in self._columns), strict=True)
         images, labels = zip(*(self._read(index, image, label) for index, image, label in stored), strict=True)
@@ -143,12 +143,12 @@ class ImageSamples(_Images, Dataset[Sample]):
 
 
 class ImageStream(_Images, IterableDataset[Sample]):
-    """Samples as those of [`ImageSamples`] from a stream; images that are skipped are left out.
+    """Samples as in [`ImageSamples`] from a stream. Skipped images are left out.
 
     Args:
-        *arguments: As of [`_Images`].
-        classes: Number of classes; a label of another one is an error.
-        **options: As of [`_Images`].
+        *arguments: Arguments of [`_Images`].
+        classes: Number of classes; a label of another class is an error.
+        **options: Options of [`_Images`].
     """
 
     def __init__(self, *arguments: Any, classes: int, **options: Any) -> None:
@@ -164,7 +164,7 @@ class ImageStream(_Images, IterableDataset[Sample]):
         for position, row in enumerate(self._readable_rows()):
             name = f"image {position} of the {self._part} stream"
             stored, label = map(row.get, self._columns)
-            # The same in every pass over the stream.
+            # The slot of an image is the same in every pass over the stream.
             path = (stored or {}).get("path") or ""
             image = self._try_to_read(stored, name, zlib.crc32(path.encode(), image_digest(stored)) % _STREAM_SLOTS)
             broken_in_a_row = broken_in_a_row + 1 if image is None else 0

@@ -1,4 +1,4 @@
-"""From RGB images to pixel values, with Pillow: what a worker of a data loader does."""
+"""From RGB images to pixel values, with Pillow, in the workers of a data loader."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _ATTEMPTS = 10
 
 
 class EvaluationTransform:
-    """What the image processor makes of images: n times float pixel values (channels, height, width)."""
+    """Transform of evaluation: the image processor makes float pixel values (channels, height, width) of each image."""
 
     def __init__(self, processor: BaseImageProcessor) -> None:
         self._processor = processor
 
     def __call__(self, images: list[Image.Image]) -> list[torch.Tensor]:
-        """Pixel values of n images."""
+        """Pixel values of the images."""
         return list(self._processor(images, return_tensors="pt")["pixel_values"])
 
 
 class TrainingTransform:
-    """A random crop and flip, drawn from Python's `random`: n times bytes (channels, height, width).
+    """Transform of training: a random crop and flip, drawn from Python's `random`, as bytes (channels, height, width).
 
-    Bytes are a quarter of the data from worker to device, where [`BatchAugmentation`] scales and normalises them.
+    Bytes are a quarter of the data on the way to the device, where [`BatchAugmentation`] scales and normalises them.
 
     Args:
-        processor: Image processor; it resizes images that are not cropped, and gives size and filter.
-        settings: `random_crop` is "resized" for a random part of the image, resized; "padded" for zeros around the
-            image as the processor resizes it, and a random window of that; "none" for the image as the processor
-            resizes it.
+        processor: Image processor, which gives size and filter, and resizes images that are not cropped.
+        settings: Settings of crops and flips. `random_crop` is "resized" for a random part of the image, resized;
+            "padded" for a random window of the image as the processor resizes it, with zeros around it; "none" for
+            the image as the processor resizes it.
     """
 
     def __init__(self, processor: BaseImageProcessor, settings: AugmentationSettings) -> None:
@@ -46,10 +46,10 @@ class TrainingTransform:
         self._settings = settings
 
     def __call__(self, images: list[Image.Image]) -> list[torch.Tensor]:
-        """Pixel values of n images."""
+        """Pixel values of the images."""
         if self._settings.random_crop == "resized":
             return [self._resized_part(image) for image in images]
-        # A processor that would keep the images is not asked: that takes longer than decoding.
+        # A processor that keeps the images would take longer than their decoding.
         size = (self._pixels.width, self._pixels.height)
         if self._pixels.keeps and all(image.size == size and image.mode == "RGB" for image in images):
             pixel_values = [image_bytes(image) for image in images]
@@ -75,15 +75,15 @@ class TrainingTransform:
 
 
 def random_part(width: int, height: int, scale: Sequence[float], aspect: Sequence[float]) -> tuple[int, int, int, int]:
-    """A random part (left, top, right, bottom) of an image, as Inception training draws it (arXiv 1409.4842).
+    """Draw a random part (left, top, right, bottom) of an image, as in Inception training (arXiv 1409.4842).
 
-    Where ten draws do not fit into the image, it is the largest centred part of an allowed aspect.
+    After ten draws that do not fit into the image, the part is the largest centred one of an allowed aspect.
 
     Args:
         width: Width of the image.
         height: Height of the image.
-        scale: Range of the part's area, as a share of the image; uniform.
-        aspect: Range of its width / height; log-uniform.
+        scale: Range of the area of the part, as a share of the image; uniform.
+        aspect: Range of the width / height of the part; log-uniform.
     """
     log_aspect = [math.log(bound) for bound in aspect]
     for _ in range(_ATTEMPTS):

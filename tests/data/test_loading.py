@@ -9,8 +9,19 @@ from typing import Any
 import datasets
 import pytest
 
-from nio_hf.data.columns import ColumnKind, describe_columns, find_column, find_features
-from nio_hf.data.loading import DataKind, Rows, choose_split, divide, limit_rows, load_splits, read_splits
+from nio_hf.data.loading import (
+    ColumnKind,
+    DataKind,
+    Rows,
+    choose_split,
+    describe_columns,
+    divide,
+    find_column,
+    find_features,
+    limit_rows,
+    load_splits,
+    read_splits,
+)
 from nio_hf.errors import DataError, Problem
 from nio_hf.recipe.settings import DataSettings
 
@@ -20,7 +31,7 @@ STREAMED = pytest.mark.parametrize("streaming", [False, True])
 
 
 def kind_of(read: Any = read_splits) -> DataKind:
-    return DataKind("sounds", "sounds and notes", "play", "sounds", ("wave", "tape"), {"song": lambda: ROWS}, read)
+    return DataKind("sounds and notes", "sounds", "shines", ("wave", "tape"), {"song": lambda: ROWS}, read, digest)
 
 
 def settings_of(name: str = "numbers", **changes: Any) -> DataSettings:
@@ -37,9 +48,10 @@ def numbers(rows: Rows) -> list[int]:
     return [row["number"] for row in rows]
 
 
-def digest(row: dict[str, Any]) -> int:
+def digest(number: int, seed: int) -> int:
     """Spread over [0, 2^32) evenly, the largest numbers lowest."""
-    return (COUNT - 1 - row["number"]) * 2**32 // COUNT
+    assert seed == 1
+    return (COUNT - 1 - number) * 2**32 // COUNT
 
 
 # Sources
@@ -76,7 +88,7 @@ def test_all_that_is_said_of_a_source_reaches_datasets(monkeypatch: pytest.Monke
         (
             settings_of("tape", data_dir="here", data_files=["a"]),
             "data_files: ['a'] cannot be loaded as 'tape': no such thing. "
-            "Give files that play, relative to where you are.",
+            "Give files that exist and hold sounds and notes, relative to where you are.",
         ),
         (
             settings_of("user/songs", data_files=["a"]),
@@ -98,7 +110,7 @@ def test_a_kind_reads_its_data_itself_and_its_errors_pass() -> None:
     assert load_splits(settings_of("x"), kind_of(lambda settings: {"test": ROWS})) == {"test": ROWS}
     with pytest.raises(DataError, match=r"^a: b\. C\.$"):
         load_splits(settings_of("x"), kind_of(refuse))
-    with pytest.raises(DataError, match=r"^dataset_name: 'x' has no split\. Give a data set with sounds\.$"):
+    with pytest.raises(DataError, match=r"^dataset_name: 'x' has no split\. Give a data set with sounds and notes\.$"):
         load_splits(settings_of("x"), kind_of(lambda settings: {}))
 
 
@@ -134,9 +146,9 @@ def divided(
         splits,
         splits["train"],
         settings_of(**changes),
+        kind_of(),
+        "number",
         prepare=lambda rows, split: rows.filter(lambda row: row["number"] > 0),
-        digest=digest,
-        need="shines",
         seed=seed,
         stratify_by=stratify_by,
     )

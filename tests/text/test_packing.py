@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nio_hf.errors import DataError
-from nio_hf.text.packing import PackedBlocks, PackedStream, check_block_size
+from nio_hf.text.packing import PackedBlocks, PackedStream
 from tests.core.examples import examples
 from tests.text.documents import Documents, blocks_of, joined, rows_of, stream_of
 
@@ -100,13 +100,6 @@ def test_a_rest_of_one_token_is_left_out_and_one_of_two_is_a_block(tokens: int, 
     assert [len(block) for block in blocks_of(packed)] == lengths
     assert packed.tokens == sum(lengths)
     assert [len(block) for block in blocks_of(packed_stream(stream_of(documents), 4))] == lengths
-
-
-@pytest.mark.parametrize("size", [1, 0, -3])
-def test_a_block_without_a_token_to_predict_is_refused(size: int) -> None:
-    wanted = rf"^block_size: {size}\. Give 2 or more: a token is predicted from those before it\.$"
-    with pytest.raises(DataError, match=wanted):
-        check_block_size(size)
 
 
 def saved(documents: Documents, root: Path) -> datasets.Dataset:

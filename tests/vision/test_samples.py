@@ -155,29 +155,18 @@ def test_a_hundred_broken_images_in_a_row_are_too_many(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["as Pillow has it", "as torch has it", "both"])
 @pytest.mark.parametrize("size", [(6, 5), (1, 1), (1, 9), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_a_batch_holds_the_samples_in_their_order_whatever_lies_where_in_memory(
-    layout: str, size: tuple[int, int]
+    layout: str, size: tuple[int, int], dtype: torch.dtype
 ) -> None:
     data = []
     for index in range(4):
-        pixels = as_bytes(photo(index, *size))
+        pixels = as_bytes(photo(index, *size)).to(dtype)
         keeps = layout == "as Pillow has it" or (layout == "both" and index % 2)
         data.append({"pixel_values": pixels if keeps else pixels.contiguous(), "labels": index, "seeds": 2**61 + index})
     for given in (data, data[:1]):
         batch = collate_images(given)
         assert torch.equal(batch["pixel_values"], torch.stack([sample["pixel_values"] for sample in given]))
-        assert batch["pixel_values"].dtype == torch.uint8
+        assert batch["pixel_values"].dtype == dtype
         assert torch.equal(batch["labels"], torch.arange(len(given)))
         assert torch.equal(batch["seeds"], 2**61 + torch.arange(len(given)))
-
-
-@WORKERS
-def test_a_data_loader_collates_bytes_and_floats(workers: int) -> None:
-    processor = make_image_processor(AutoConfig.for_model("vit", image_size=8))
-    for transform, dtype in ((EvaluationTransform(processor), torch.float32), (as_they_are, torch.uint8)):
-        data = ImageSamples(rows(7, set()), transform, part="train")
-        batches = list(DataLoader(data, batch_size=4, num_workers=workers, collate_fn=collate_images))
-        assert [len(batch["labels"]) for batch in batches] == [4, 3]
-        together = torch.cat([batch["pixel_values"] for batch in batches])
-        assert together.dtype == dtype
-        assert torch.equal(together, torch.stack([data[index]["pixel_values"] for index in range(7)]))

@@ -26,6 +26,9 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "vit": {"model_type": "vit"},
     "deit": {"model_type": "deit"},
     "convnext": {"model_type": "convnext"},
+    "beit": {"model_type": "beit"},
+    "resnet": {"model_type": "resnet"},
+    "pvt": {"model_type": "pvt"},
     "resize and crop": {"model_type": "swin", "crop_ratio": 0.875, "interpolation": "bicubic"},
     "not square": {"model_type": "vit", "image_size": [12, 20]},
 }
