@@ -41,13 +41,6 @@ def test_a_recipe_writes_to_a_folder_of_its_name_where_it_names_none(tmp_path: P
     assert load_recipe(path, ["--output_dir", "here"]).training.output_dir == "here"
 
 
-def test_a_loaded_model_replaces_that_of_the_recipe(tmp_path: Path) -> None:
-    recipe = load_recipe(_write(tmp_path, MINIMAL), ["--model_name_or_path", "somewhere"])
-    assert recipe.model.model_name_or_path == "somewhere"
-    assert recipe.model.model_type is None
-    assert recipe.model.model_config == {}
-
-
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     text = "model_type: vti\nlearning_rate: '1e-3'\nnio_gama: 3\nbf16: maybe\n"
     with pytest.raises(RecipeError) as raised:
@@ -80,15 +73,6 @@ def test_groups_are_a_word_or_a_mapping_in_a_file_and_on_the_command_line(value:
     wanted = "model" if value == "model" else {"positions": "position_embeddings", "rest": "encoder\\."}
     for recipe in (load_recipe(path), load_recipe(_write(tmp_path, MINIMAL), ["--nio_groups", value])):
         assert recipe.training.to_nio_config().groups == wanted
-
-
-def test_no_bound_is_null_or_none(tmp_path: Path) -> None:
-    path = _write(tmp_path, MINIMAL + "nio_least_norm: 0.5\nnio_loss_bound: 0.2\n")
-    config = load_recipe(path).training.to_nio_config()
-    assert (config.least_norm, config.loss_bound) == (0.5, 0.2)
-    for word in ("null", "none"):
-        config = load_recipe(path, ["--nio_least_norm", word, "--nio_loss_bound", word]).training.to_nio_config()
-        assert (config.least_norm, config.loss_bound) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -142,17 +126,16 @@ def test_bf16_without_a_gpu_says_what_to_give_and_names_no_file_of_a_base(option
 
 
 @pytest.mark.parametrize(
-    "key", ["nio_seed_optimizer", "optimizer", "eval_split", "resume_from_checkpoint", "nio_gamma"]
+    "key",
+    [
+        *("nio_seed_optimizer", "optimizer", "eval_split", "resume_from_checkpoint"),
+        *("nio_gamma", "nio_least_norm", "nio_loss_bound"),
+    ],
 )
 def test_none_is_null_wherever_null_is_allowed(key: str) -> None:
     recipe = load_recipe("vit-tiny/digits/nio", [f"--{key}", "none", "--report_to", "none"])
     holders = (recipe.training, recipe.data, recipe.optimization)
     assert next(getattr(holder, key) for holder in holders if hasattr(holder, key)) is None
-
-
-def test_a_recipe_that_does_not_exist_is_shown_a_near_one() -> None:
-    with pytest.raises(RecipeError, match="vit-tiny/digits/nio"):
-        find_recipe("vit-tny/digits/nio")
 
 
 def test_recipes_are_found_by_name_and_by_path(tmp_path: Path) -> None:
