@@ -63,7 +63,7 @@ def setting_problems(task: str, settings: Settings) -> Iterator[Problem]:
     for key in sorted({"label_names", "batch_eval_metrics"} & settings.keys()):
         yield Problem(settings.place(key), "is decided by the task", "Leave it out")
     if settings.value("remove_unused_columns") is True:
-        fix = "Leave it out: it would remove what samples are made of before they are read"
+        fix = "Leave it out: it would remove columns before samples are made of them"
         yield Problem(settings.place("remove_unused_columns"), "true", fix)
     if settings.value("global_batch_size") is not None:
         if settings.value("auto_find_batch_size") is True:

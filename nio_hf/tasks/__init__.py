@@ -1,4 +1,4 @@
-"""What a recipe needs to become a training: one module for each task, loaded when it is needed."""
+"""From recipes to trainings: one module for each task, loaded when it is needed."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ _MODULES = {
     CAUSAL_LM: "nio_hf.tasks.language",
     MASKED_LM: "nio_hf.tasks.language",
 }
-"""{task: module whose TASK it is}."""
+"""{task: module that defines its TASK}."""
 
 
 def task_of(recipe: Recipe) -> Task:
-    """The task of a recipe.
+    """Load the task of a recipe.
 
     Raises:
-        MissingExtraError: where what it needs is not installed.
+        MissingExtraError: Package that the task needs and that is not installed.
     """
     task: Task = importlib.import_module(_MODULES[recipe.task]).TASK
     return task
 
 
 def build_trainer(recipe: Recipe) -> RecipeTrainer:
-    """Data, model and Trainer of a recipe.
+    """Load the data, build the model, and make the Trainer of a recipe.
 
     Raises:
-        NIOError: for data or a model that cannot be loaded or do not go together, or an output directory that cannot
-            be written.
+        NIOError: Data or model that cannot be loaded or do not fit each other, or output directory that cannot be
+            written.
     """
     return task_of(recipe).build_trainer(recipe)
 
 
 def describe_data(recipe: Recipe) -> DataFacts:
-    """Facts about the data of a recipe, which are loaded for it."""
+    """Load the data of a recipe and return facts about them."""
     return task_of(recipe).describe_data(recipe)

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights."""
+"""Exponential moving average of the weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _Tensors = dict[str, torch.Tensor]
 
 
 class EMACallback(TrainerCallback):
-    """Averages the parameters after each optimiser step: a <- decay a + (1 - decay) theta; buffers are the model's.
+    """Average of the parameters, updated after each optimiser step: a <- decay a + (1 - decay) theta.
 
-    The average starts at the weights of the first step, is saved with each checkpoint and restored on resume. Tensors
-    may be tied in any way: one Parameter in several modules, or memory that parameters and buffers share.
+    It starts at the initial weights, is saved with each checkpoint and restored on resume. Buffers are not averaged.
+    Tensors may be tied in any way: one Parameter in several modules, or memory that parameters and buffers share.
 
     Args:
         trainer: Trainer whose model is averaged.
@@ -38,17 +38,17 @@ class EMACallback(TrainerCallback):
         self._average: _Tensors | None = None
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start from the model's weights, or from the average of the checkpoint that training resumes from.
+        """Start from the weights of the model, or from the average of the checkpoint that training resumes from.
 
         Raises:
-            CheckpointError: For a checkpoint without an average of each parameter.
+            CheckpointError: Checkpoint without an average of each parameter.
         """
         self._average = _copy(self._parameters())
         if self._trainer.resumed_from is None:
             return
         file, fix = self._trainer.resumed_from / EMA_NAME, "Resume without ema_decay, or start anew"
         if not file.is_file():
-            found = "no average of the weights: it was saved by a training without ema_decay"
+            found = "no average of the weights: the training that saved it had no ema_decay"
             raise CheckpointError(Problem(str(file), found, fix))
         saved = safetensors.torch.load_file(file)
         missing = [name for name, mean in self._average.items() if name not in saved or saved[name].shape != mean.shape]
@@ -70,12 +70,12 @@ class EMACallback(TrainerCallback):
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The model with its averaged weights, as long as the context lasts."""
+        """Give the model its averaged weights, as long as the context lasts."""
         if self._average is None:
             yield
             return
         parameters = self._parameters()
-        # All are copied before one is written: a parameter may lie in the memory of another.
+        # All are copied before one is written, as parameters may share memory.
         trained = _copy(parameters)
         _write(self._average, parameters)
         try:
@@ -84,7 +84,7 @@ class EMACallback(TrainerCallback):
             _write(trained, parameters)
 
     def _parameters(self) -> _Tensors:
-        """The parameters that training can change, each Parameter once. Integers have no gradient."""
+        """Parameters that training can change, each once. Integers have no gradient."""
         parameters = self._trainer.unwrapped_model.named_parameters()
         return {name: p.detach() for name, p in parameters if p.is_floating_point() or p.is_complex()}
 

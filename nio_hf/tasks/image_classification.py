@@ -1,4 +1,4 @@
-"""From a recipe of images to its trainer: data, image processor, model, augmentation."""
+"""From a recipe of images to its Trainer: data, image processor, model, augmentation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-# Not from the top, where some releases want torchvision for it.
+# Some releases want torchvision for the name at the top.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.deit.modeling_deit import DeiTLayer
 from transformers.models.swin.modeling_swin import SwinDropPath
@@ -40,16 +40,11 @@ _DEPTH = "drop_path_rate"
 
 
 def build_trainer(recipe: Recipe) -> ImageTrainer:
-    """Data, image processor, model and Trainer of a recipe.
-
-    Raises:
-        NIOError: For data or a model that cannot be loaded or do not go together, or an output directory that cannot
-            be written.
-    """
+    """Build the Trainer of a recipe with data, processor and model. Errors are as in [`nio_hf.tasks.build_trainer`]."""
     with prepare_building(recipe):
-        # One process at a time prepares the data, the others find them prepared.
+        # One process prepares the data, and the others find them in the cache.
         with recipe.training.main_process_first(desc="preparing the data"):
-            data = load_data(recipe)
+            data = load_image_data(recipe.data, order_seed(recipe.training))
         model, processor = load_model(recipe.model, data.class_names)
         augmentation = BatchAugmentation(pixel_format(processor), recipe.augmentation, len(data.class_names))
         return ImageTrainer(
@@ -61,17 +56,8 @@ def build_trainer(recipe: Recipe) -> ImageTrainer:
         )
 
 
-def load_data(recipe: Recipe) -> ImageData:
-    """The images of a recipe.
-
-    Raises:
-        DataError: See [`load_image_data`].
-    """
-    return load_image_data(recipe.data, order_seed(recipe.training))
-
-
 def _make_samples(recipe: Recipe, data: ImageData, processor: BaseImageProcessor, *, seeded: bool) -> ImageTrainingData:
-    """The samples that the trainer reads: cropped and flipped for training, as inference sees them for evaluation."""
+    """Samples: cropped and flipped for training, as inference sees them for evaluation, by `nio_augment` for NIO."""
     training, evaluation = TrainingTransform(processor, recipe.augmentation), EvaluationTransform(processor)
 
     def samples(rows: Any, transform: Transform, part: str) -> Samples:
@@ -87,10 +73,10 @@ def _make_samples(recipe: Recipe, data: ImageData, processor: BaseImageProcessor
 
 
 def load_model(settings: ModelSettings, class_names: tuple[str, ...]) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """The model of a recipe in fp32, built anew or loaded, and its image processor.
+    """Build or load the model of a recipe in fp32, with its image processor.
 
     Raises:
-        ModelError: For one that cannot be loaded, or has another number of classes.
+        ModelError: Model that cannot be built or loaded, or has another number of classes.
     """
     source = settings.model_name_or_path
     if source is None:
@@ -107,9 +93,9 @@ def load_model(settings: ModelSettings, class_names: tuple[str, ...]) -> tuple[P
         raise ModelError(Problem("model_name_or_path", found, fix))
     names = dict(enumerate(class_names))
     former = {int(label): name for label, name in (model.config.id2label or {}).items()}
-    if former != names and not all(name == f"LABEL_{label}" for label, name in former.items()):
-        logger.warning("The classes of %s have other names than those of the data set, which replace them.", source)
     if former != names:
+        if any(name != f"LABEL_{label}" for label, name in former.items()):
+            logger.warning("The classes of %s have other names than the data set, whose names replace them.", source)
         model.config.id2label, model.config.label2id = names, {name: label for label, name in names.items()}
     add_stochastic_depth(model, settings.drop_path_rate)
     return model, processor
@@ -120,16 +106,16 @@ def _make_processor(settings: ModelSettings, config: PreTrainedConfig) -> BaseIm
 
 
 def build_model(settings: ModelSettings, class_names: tuple[str, ...]) -> PreTrainedModel:
-    """The model of a recipe, built anew in fp32.
+    """Build the model of a recipe in fp32.
 
     Raises:
-        ModelError: For a configuration that no model can be built from.
+        ModelError: Configuration that no model can be built from.
     """
     names = dict(enumerate(class_names))
     labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
     with name_broken_config(settings):
         config = AutoConfig.for_model(cast(str, settings.model_type), **settings.model_config, **labels)
-        # The auto classes iterate it to choose among the heads of an architecture with several, as DeiT has.
+        # The auto classes iterate it to choose among several heads of an architecture, as of DeiT.
         config.architectures = config.architectures or []
         _set_depth(config, settings.drop_path_rate)
         model: PreTrainedModel = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
@@ -146,33 +132,29 @@ def add_stochastic_depth(model: PreTrainedModel, rate: float | None) -> None:
     """Put stochastic depth (arXiv 1603.09382) behind both residual branches of each layer of a ViT or DeiT.
 
     The probability rises linearly with depth from 0 at the first layer to `rate` at the last, as published. A model
-    whose configuration has a `drop_path_rate` does it itself and is left alone, and so is any for a rate of None.
+    whose configuration has a `drop_path_rate` is left alone, and so is every model for a rate of None.
 
     Raises:
-        ModelError: For another model.
+        ModelError: Model of another architecture.
     """
     if rate is None or hasattr(model.config, _DEPTH):
         return
     layers = [module for module in model.modules() if isinstance(module, ViTLayer | DeiTLayer)]
     if not layers:
-        found = f"{type(model).__name__} has no layers of a ViT or DeiT to put it behind"
+        found = f"{type(model).__name__} has no layers of a ViT or DeiT for stochastic depth"
         raise ModelError(Problem(_DEPTH, found, "Leave it out, or choose an architecture that has it"))
     for depth, layer in enumerate(layers):
         branch_end = nn.Sequential(layer.dropout, SwinDropPath(rate * depth / max(len(layers) - 1, 1)))
         layer.add_module("dropout", branch_end.train(layer.training))
 
 
-def _build_model(recipe: Recipe) -> PreTrainedModel:
-    return build_model(recipe.model, ("a", "b"))
-
-
 def _check_model(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Refuse a model without an image processor that can be augmented for."""
+    """Refuse a model whose image processor leaves no place for augmentation."""
     pixel_format(_make_processor(recipe.model, model.config))
 
 
 def _describe_data(recipe: Recipe) -> DataFacts:
-    data = load_data(recipe)
+    data = load_image_data(recipe.data, order_seed(recipe.training))
     counted = data.is_split and hasattr(data.evaluation, "__len__")
     return DataFacts(len(data.class_names), len(data.evaluation) if counted else None)
 
@@ -189,5 +171,7 @@ def _describe_batch(trainer: ImageTrainer) -> str:
     return f"{cast(Any, trainer.model).config.num_labels} classes, {described}"
 
 
-TASK = Task(build_trainer, _build_model, _check_model, _describe_data, _describe_batch)
+TASK = Task(
+    build_trainer, lambda recipe: build_model(recipe.model, ("a", "b")), _check_model, _describe_data, _describe_batch
+)
 """Image classification."""

@@ -1,4 +1,4 @@
-"""`ImageTrainer`: the Trainer of image classifiers, with augmentation on the device and soft labels."""
+"""Trainer of image classifiers, with augmentation on the device and soft labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ Samples = ImageSamples | ImageStream
 
 
 class ImageTrainingData(NamedTuple):
-    """Samples to train on, as cropped and flipped bytes; to evaluate on, as normalised pixel values; and for NIO."""
+    """Samples of an image classifier.
+
+    Attributes:
+        train: Samples to train on, as cropped and flipped bytes.
+        evaluation: Samples to evaluate on, as normalised pixel values.
+        nio: Samples of NIO, as one or the other.
+    """
 
     train: Samples
     evaluation: Samples
@@ -29,19 +35,19 @@ class ImageTrainer(RecipeTrainer):
     """A [`RecipeTrainer`] of image classifiers.
 
     Crops, flips and the augmentation on the device have a seed for each sample, which depends on the epoch and the
-    sample alone. The loss is the cross-entropy against classes or probabilities, the sum over all accumulated samples
-    of all processes divided by their number; label smoothing counts in training only. Batches of NIO are "clean",
-    "augmented" without mixing, or "mixed" with mixing and label smoothing, as `nio_augment` says.
+    sample alone. The loss is the cross-entropy against classes or probabilities, summed over all accumulated samples of
+    all processes and divided by their number; labels are smoothed in training only. Batches of NIO are "clean",
+    "augmented" without mixing, or "mixed" with mixing and label smoothing, by the setting `nio_augment`.
 
     Args:
-        recipe: Recipe.
-        model: Model with images as `pixel_values` and `logits` as a result.
-        data: Samples.
+        recipe: Recipe of the training.
+        model: Model from `pixel_values` to `logits`.
+        data: Samples of training, evaluation and NIO.
         augmentation: Augmentation of the batches of training.
         processing_class: Image processor that is saved with the model.
 
     Raises:
-        ConfigError, ModelError: As in [`RecipeTrainer`].
+        ConfigError, ModelError: Settings as in [`RecipeTrainer`].
     """
 
     def __init__(
@@ -71,12 +77,12 @@ class ImageTrainer(RecipeTrainer):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Names of the metrics that an evaluation has beside the loss, see [`classification_metrics`]."""
+        """Names of the metrics beside the loss, as in [`classification_metrics`]."""
         classes: int = self.unwrapped_model.config.num_labels  # type: ignore[union-attr,assignment]
         return ("accuracy", f"top{TOP_K}_accuracy") if classes > TOP_K else ("accuracy",)
 
     def summary_rows(self) -> list[tuple[str, str, str]]:
-        """Number of images that were passed over, counted once for each use of the data."""
+        """Row with the number of skipped images, counted once for each use of the data."""
         parts = {id(part): part for part in (self.data.train, self.data.evaluation, self.data.nio)}
         skipped = sum(part.skipped for part in parts.values())
         return [("Images skipped, broken", "", str(skipped))] if skipped else []
@@ -84,32 +90,32 @@ class ImageTrainer(RecipeTrainer):
     # NIO
 
     def get_nio_dataset(self) -> Samples:
-        """The samples of NIO."""
+        """Samples of NIO."""
         return self.data.nio
 
     def nio_identity(self) -> dict[str, Any]:
-        """How the batches are augmented."""
+        """Setting by which batches of NIO are augmented."""
         return {"augment": self._nio_augment}
 
     def prepare_nio_batch(self, batch: Any, number: int) -> Any:
-        """The batch, augmented on the device unless it is to be clean."""
+        """Augment a batch on the device, unless batches of NIO are "clean"."""
         if self._nio_augment == "clean":
             return batch
         return self._augmentation(self._prepare_inputs(batch), mix=self._nio_augment == "mixed")
 
     def compute_nio_loss(self, model: nn.Module, inputs: Any) -> torch.Tensor:
-        """The mean cross-entropy; smoothed where batches are "mixed"."""
+        """Mean cross-entropy, with label smoothing where batches are "mixed"."""
         batch = self._prepare_inputs(inputs)
         smoothing = self.args.label_smoothing_factor if self._nio_augment == "mixed" else 0.0
         logits = model(pixel_values=batch["pixel_values"].float()).logits
         return classification_loss(logits, batch["labels"], label_smoothing=smoothing)
 
-    # What follows overrides Trainer.
+    # Overrides of Trainer
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """As in Trainer, on augmented images."""
+        """Take a step as in Trainer, on augmented images."""
         return super().training_step(model, self._augmentation(self._prepare_inputs(inputs)), num_items_in_batch)
 
     def _training_loss(

@@ -1,4 +1,4 @@
-"""From a recipe of text to its trainer: tokeniser, model, blocks of tokens."""
+"""From a recipe of text to its Trainer: tokeniser, model, blocks of tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,14 +18,14 @@ from nio_hf.metrics import MASKED_LM
 from nio_hf.recipe.loading import Recipe
 from nio_hf.tasks.task import DataFacts, Task, name_broken_checkpoint, name_broken_config, prepare_building
 from nio_hf.tasks.text_trainer import TextTrainer
-from nio_hf.text.datasets import Blocks, load_text_data
+from nio_hf.text.datasets import load_text_data
 from nio_hf.text.packing import TOKENS, PackedStream
 from nio_hf.text.stdlib import ABOUT, NAME
 from nio_hf.text.tokenizers import BYTES, load_tokenizer
 from nio_hf.trainer.arguments import order_seed
 
-LONGEST_BLOCK = 1024
-"""Tokens of a block where neither the recipe nor the model asks for fewer."""
+_LONGEST_BLOCK = 1024
+"""Number of tokens of a block, unless the recipe gives one or the model has fewer positions."""
 
 
 def _auto_class(recipe: Recipe) -> Any:
@@ -34,17 +33,12 @@ def _auto_class(recipe: Recipe) -> Any:
 
 
 def build_trainer(recipe: Recipe) -> TextTrainer:
-    """Tokeniser, model, data and Trainer of a recipe.
-
-    Raises:
-        NIOError: For data or a model that cannot be loaded or do not go together, or an output directory that cannot
-            be written.
-    """
+    """Build the Trainer of a recipe with tokeniser, model and data. Errors are as in [`nio_hf.tasks.build_trainer`]."""
     with prepare_building(recipe):
         tokenizer = load_recipe_tokenizer(recipe)
         model = _load_model(recipe, tokenizer)
-        block_size = find_block_size(recipe, model.config)
-        # One process at a time prepares the data, the others find them prepared.
+        block_size = find_block_size(recipe, model)
+        # One process prepares the data, and the others find them in the cache.
         with recipe.training.main_process_first(desc="preparing the data"):
             data = load_text_data(
                 recipe.data,
@@ -59,10 +53,10 @@ def build_trainer(recipe: Recipe) -> TextTrainer:
 
 
 def load_recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokeniser that a recipe names, that of a model that is loaded, or bytes.
+    """Load the tokeniser of a recipe: the named one, the tokeniser of a loaded model, or bytes.
 
     Raises:
-        ModelError: For one that cannot be loaded, and one without a token that the task needs.
+        ModelError: Tokeniser that cannot be loaded, or lacks a token that the task needs.
     """
     model = recipe.model
     tokenizer = load_tokenizer(
@@ -73,16 +67,16 @@ def load_recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     if recipe.task == MASKED_LM:
         missing = [name for name in ("mask_token", "pad_token") if getattr(tokenizer, name) is None]
         if missing:
-            fix = "Choose the tokeniser of a masked model, e.g. that of BERT, or bytes"
+            fix = "Choose the tokeniser of a masked model, e.g. of BERT, or bytes"
             raise ModelError(Problem("tokenizer", f"no {' and no '.join(missing)}", fix))
     elif tokenizer.pad_token is None:
-        # Nothing is predicted where a block is padded.
+        # Any token will do: nothing is predicted where a block is padded.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def _load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model of a recipe in fp32, built anew or loaded."""
+    """Build or load the model of a recipe in fp32."""
     source = recipe.model.model_name_or_path
     if source is None:
         return build_model(recipe, tokenizer)
@@ -93,15 +87,15 @@ def _load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
-    """The model of a recipe, built anew in fp32, with the vocabulary and special tokens of a tokeniser.
+    """Build the model of a recipe in fp32, with the vocabulary and special tokens of a tokeniser.
 
     Args:
         recipe: Recipe with a `model_type`.
-        tokenizer: Tokeniser; None for that of the recipe, which is loaded only where the recipe leaves the size of the
-            vocabulary open.
+        tokenizer: Tokeniser; None for the one of the recipe, which is loaded only where the recipe leaves the size of
+            the vocabulary open.
 
     Raises:
-        ModelError: For a configuration that no model can be built from, or with fewer tokens than the tokeniser.
+        ModelError: Configuration that no model can be built from, or with fewer tokens than the tokeniser.
     """
     settings = recipe.model
     if tokenizer is None and "vocab_size" not in settings.model_config:
@@ -117,16 +111,16 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None
     return model
 
 
-def find_block_size(recipe: Recipe, config: PreTrainedConfig) -> int:
-    """Tokens of a block: what the recipe says, or the positions of the model, 1024 at most.
+def find_block_size(recipe: Recipe, model: PreTrainedModel) -> int:
+    """Number of tokens of a block: the setting of the recipe, or the positions of the model, 1024 at most.
 
     Raises:
-        ModelError: For a block that is longer than the positions of the model.
+        ModelError: Block that is longer than the positions of the model.
     """
-    positions: int | None = getattr(config, "max_position_embeddings", None)
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
     asked = recipe.text.block_size
     if asked is None:
-        return min(positions or LONGEST_BLOCK, LONGEST_BLOCK)
+        return min(positions or _LONGEST_BLOCK, _LONGEST_BLOCK)
     if positions is not None and asked > positions:
         found = f"{asked} tokens, and the model has {positions} positions"
         raise ModelError(Problem("block_size", found, "Lower it, or give the model_config more positions"))
@@ -140,11 +134,6 @@ def _check_vocabulary(where: str, size: int, tokenizer: PreTrainedTokenizerBase)
         raise ModelError(Problem(where, found, fix))
 
 
-def _check_model(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Refuse blocks that are too long for a model."""
-    find_block_size(recipe, model.config)
-
-
 def _describe_data(recipe: Recipe) -> DataFacts:
     return DataFacts(len(load_recipe_tokenizer(recipe)), None)
 
@@ -152,14 +141,13 @@ def _describe_data(recipe: Recipe) -> DataFacts:
 def _describe_batch(trainer: TextTrainer) -> str:
     batch = next(iter(trainer.get_train_dataloader()))
     next(iter(trainer.get_eval_dataloader()))
-    train, evaluation = map(_count_tokens, (trainer.data.train, trainer.data.evaluation))
+    train, evaluation = (
+        "a stream of tokens" if isinstance(blocks, PackedStream) else f"{blocks.tokens:,} tokens"
+        for blocks in (trainer.data.train, trainer.data.evaluation)
+    )
     blocks, length = batch[TOKENS].shape
     return f"{train} to train on, {evaluation} to evaluate on; {blocks} blocks of {length} tokens read"
 
 
-def _count_tokens(blocks: Blocks) -> str:
-    return "a stream of tokens" if isinstance(blocks, PackedStream) else f"{blocks.tokens:,} tokens"
-
-
-TASK = Task(build_trainer, build_model, _check_model, _describe_data, _describe_batch)
+TASK = Task(build_trainer, build_model, find_block_size, _describe_data, _describe_batch)
 """Language modelling, causal or masked as the recipe says."""

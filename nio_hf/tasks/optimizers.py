@@ -1,4 +1,4 @@
-"""Optimizers that `TrainingArguments.optim` has no word for, and the parameters with weight decay."""
+"""Optimisers that `TrainingArguments.optim` lacks, and the parameters with weight decay."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Groups = list[dict[str, Any]]
 def optimizer_options(
     name: OptimizerName | None, args: NIOTrainingArguments, model: nn.Module
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-    """The class of an optimizer and its arguments, as Trainer takes them; None for what `optim` says.
+    """Return the class of an optimiser and its arguments, as Trainer takes them; None for the optimiser of `optim`.
 
     Args:
-        name: "radam" for RAdam with decoupled weight decay (Liu et al., ICLR 2020), whose first steps are smaller by a
-            factor that depends on beta2 alone: an implicit warmup of the order of 2 / (1 - beta2) steps (Ma and
-            Yarats, AAAI 2021). "muon" for [`MuonAndAdamW`].
-        args: Learning rate, betas and epsilon.
-        model: Model whose matrices Muon is for.
+        name: Name "radam" for RAdam with decoupled weight decay (Liu et al., ICLR 2020), whose first steps are smaller
+            by a factor that depends on beta2 alone: an implicit warmup of the order of 2 / (1 - beta2) steps (Ma and
+            Yarats, AAAI 2021); or "muon" for [`MuonAndAdamW`].
+        args: Training arguments, with learning rate, betas and epsilon.
+        model: Model whose matrices Muon updates.
 
     Raises:
-        ModelError: For Muon and a model without matrices between its first and its last layers.
+        ModelError: Model without matrices between its first and its last layers, for Muon.
     """
     if name is None:
         return None
@@ -54,9 +54,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     Args:
         params: Groups of parameters with their weight decay, as Trainer makes them.
-        matrices: Parameters of two dimensions that Muon is for.
+        matrices: Parameters of two dimensions that Muon updates.
         lr: Learning rate.
-        **options: `betas` and `eps` of AdamW.
+        **options: Options `betas` and `eps` of AdamW.
     """
 
     def __init__(
@@ -77,22 +77,22 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self.param_groups = self._all_groups()
 
     def _all_groups(self) -> Groups:
-        """The groups of both: schedules write the learning rate into them."""
+        """Groups of both optimisers, into which schedules write the learning rate."""
         return [group for part in self._parts for group in part.param_groups]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step with both."""
+        """Take a step with both optimisers."""
         loss = None if closure is None else closure()
         for part in self._parts:
             part.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both."""
+        """States of both optimisers."""
         return {"parts": [part.state_dict() for part in self._parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the states of both."""
+        """Load the states of both optimisers."""
         for part, state in zip(self._parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = self._all_groups()
@@ -103,11 +103,11 @@ def decayed_parameters(model: nn.Module, without: Sequence[str]) -> list[str]:
 
     Args:
         model: Model of the parameters.
-        without: Parameters that are left out: "vectors" for all of fewer than two dimensions (biases, normalisation,
-            layer scale), any other by the last part of its name, e.g. "cls_token" or "relative_position_bias_table".
+        without: Parameters without weight decay: "vectors" for all of fewer than two dimensions (biases, normalisation,
+            layer scale), others by the last part of their name, e.g. "cls_token" or "relative_position_bias_table".
 
     Raises:
-        ModelError: For a name that no parameter has.
+        ModelError: Name that no parameter has.
     """
     last_parts = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
     problems = []

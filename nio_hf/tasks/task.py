@@ -1,4 +1,4 @@
-"""What a task is, and what the building of all trainings has in common."""
+"""Interface of a task, and the parts that all tasks build trainings with."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from nio_hf.tasks.trainer import RecipeTrainer
 
 @dataclasses.dataclass(frozen=True)
 class DataFacts:
-    """What a comparison needs to know of the data of a recipe.
+    """Facts about the data of a recipe, for comparisons.
 
     Attributes:
-        choices: Number of equal choices of a model that knows nothing: classes, or tokens of the vocabulary.
-        evaluated: Number of evaluation samples, where all seeds share them; None where each seed has others.
+        choices: Number of classes, or of tokens of the vocabulary: the equal choices of a model that knows nothing.
+        evaluated: Number of evaluation samples that all seeds share; None where each seed has others.
     """
 
     choices: int
@@ -33,30 +33,30 @@ class DataFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """How recipes of a task become trainings.
+    """Functions that make trainings of the recipes of a task.
 
     Attributes:
-        build_trainer: (recipe) -> its Trainer, with data and model.
-        build_model: (recipe) -> its model, built anew; without memory for weights on the meta device.
-        check_model: (recipe, model) -> nothing; an error of ours where they do not go together.
-        describe_data: (recipe) -> facts about its data, which are loaded for it.
-        describe_batch: (trainer) -> what its first batches hold, in words; both are read for it.
+        build_trainer: Function from a recipe to its Trainer, with data and model.
+        build_model: Function from a recipe to its model, built anew; on the meta device it takes no memory.
+        check_model: Function of (recipe, model) that raises a NIOError where they do not fit each other.
+        describe_data: Function from a recipe to facts about its data, which it loads.
+        describe_batch: Function from a Trainer to a description of its first batches, which it reads.
     """
 
     build_trainer: Callable[[Recipe], RecipeTrainer]
     build_model: Callable[[Recipe], PreTrainedModel]
-    check_model: Callable[[Recipe, PreTrainedModel], None]
+    check_model: Callable[[Recipe, PreTrainedModel], object]
     describe_data: Callable[[Recipe], DataFacts]
     describe_batch: Callable[[Any], str]
 
 
 @contextlib.contextmanager
 def prepare_building(recipe: Recipe) -> Iterator[None]:
-    """The building of a Trainer: the output is checked and random numbers are seeded before it.
+    """Check the output directory and seed random numbers, before a Trainer is built in the context.
 
     Raises:
-        ConfigError: For what Trainer refuses, with the recipe.
-        OutputError: Where the output directory cannot be written.
+        ConfigError: Argument that Trainer refuses, with the recipe.
+        OutputError: Output directory that cannot be written.
     """
     ensure_writable(Path(cast(str, recipe.training.output_dir)))
     set_seed(recipe.training.seed)
@@ -65,16 +65,16 @@ def prepare_building(recipe: Recipe) -> Iterator[None]:
     except NIOError:
         raise
     except (ValueError, KeyError, ImportError, RuntimeError) as error:
-        fix = "Correct the training argument that it is about"
+        fix = "Correct the training argument behind it"
         raise ConfigError(Problem(str(recipe.path), one_line(error), fix)) from error
 
 
 @contextlib.contextmanager
 def name_broken_config(settings: ModelSettings) -> Iterator[None]:
-    """Let errors of a configuration that no model can be built from name the setting.
+    """Let errors while a model is built name the setting of its configuration.
 
     Raises:
-        ModelError: In the place of such an error.
+        ModelError: Configuration that no model can be built from.
     """
     try:
         yield
@@ -87,14 +87,14 @@ def name_broken_config(settings: ModelSettings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def name_broken_checkpoint(settings: ModelSettings, what: str) -> Iterator[dict[str, Any]]:
-    """Options of `from_pretrained`; errors of a checkpoint that cannot be loaded name it.
+    """Give options of `from_pretrained`, and let errors of loading name the checkpoint.
 
     Args:
         settings: Settings of the model.
         what: Kind of the checkpoint, e.g. "an image classification checkpoint".
 
     Raises:
-        ModelError: In the place of such an error.
+        ModelError: Checkpoint that cannot be loaded.
     """
     try:
         yield {"trust_remote_code": settings.trust_remote_code, "revision": settings.model_revision}

@@ -1,4 +1,4 @@
-"""`TextTrainer`: the Trainer of causal and masked language models on blocks of tokens, with its batches and losses."""
+"""Trainer of causal and masked language models on blocks of tokens, with its batches and losses."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from nio_hf.text.datasets import TextData
 from nio_hf.text.packing import TOKENS
 from nio_hf.text.tokenizers import is_bytes
 
-SAMPLE_TOKENS = 400
 IGNORED = -100
 """Label of a token that is not predicted."""
-_TOP_K = 50
+_SAMPLE_TOKENS, _TOP_K = 400, 50
+"""Largest number of tokens of a sample, and number of candidates for each of them."""
 _SEED = "mask_seed"
 _MAX_SEED = 2**62
 Block = dict[str, Any]
 
 
 class CausalCollator(DataCollatorForTokenClassification):
-    """Batches of blocks whose labels are their tokens; a shorter block is padded, and what pads it is no label.
+    """Collator of blocks whose labels are their tokens. Shorter blocks are padded, and padding is no label.
 
-    transformers' collator for language modelling takes every token that is equal to the padding for padding, the ends
-    of documents included where a tokeniser has one token for both.
+    The collator of transformers for language modelling takes every token that is equal to the padding for padding, even
+    the ends of documents where a tokeniser has one token for both.
     """
 
     def __call__(self, blocks: Sequence[Block], return_tensors: str | None = None) -> dict[str, Tensor]:
@@ -51,14 +51,14 @@ class CausalCollator(DataCollatorForTokenClassification):
 
 
 class MaskedCollator:
-    """Batches of blocks in which some tokens are masked (arXiv 1810.04805, section 3.1), which are the labels.
+    """Collator of blocks that masks some tokens (arXiv 1810.04805, section 3.1), which are the labels.
 
-    Masks depend on the seed of the first block, in whatever process; of blocks without one, as in evaluation, on its
-    tokens, so that every evaluation has the same masks.
+    Masks depend on the seed of the first block, in whatever process. For blocks without a seed, as in evaluation, they
+    depend on the tokens of the first block, so that every evaluation has the same masks.
 
     Args:
         tokenizer: Tokeniser with a padding and a mask token.
-        probability: Share of the tokens that is masked.
+        probability: Share of the tokens that are masked.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float) -> None:
@@ -74,10 +74,10 @@ class MaskedCollator:
 
 
 class BlocksWithSeeds(Dataset[Block]):
-    """Blocks with a seed for their masks, drawn from torch's generator: another one each time that a block is read.
+    """Blocks with a seed for their masks, which torch's generator draws anew whenever a block is read.
 
     Args:
-        blocks: A map-style data set.
+        blocks: Map-style data set of blocks.
     """
 
     def __init__(self, blocks: Any) -> None:
@@ -91,17 +91,17 @@ class BlocksWithSeeds(Dataset[Block]):
 
 
 def counted_tokens(labels: Tensor, *, shifted: bool) -> Tensor:
-    """Number of the tokens of labels (B, T) that are predicted, where `IGNORED` does not count.
+    """Number of predicted tokens of labels (B, T), where `IGNORED` does not count.
 
-    With `shifted` each token is predicted from those before it, so that the first one of a block is not.
+    With `shifted` each token is predicted from the tokens before it, and the first token of a block is not predicted.
     """
     return ((labels[:, 1:] if shifted else labels) != IGNORED).sum()
 
 
 def losses_of_blocks(logits: Any, labels: Tensor, *, shifted: bool) -> Tensor:
-    """The summed cross-entropy of each block, and its predicted tokens: (B, 2).
+    """Summed cross-entropy and number of predicted tokens (B, 2) of each block.
 
-    It is for `Trainer(preprocess_logits_for_metrics=...)`, which would otherwise keep the logits of all tokens.
+    Given as `Trainer(preprocess_logits_for_metrics=...)`, they replace the logits of all tokens.
     """
     scores: Tensor = logits[0] if isinstance(logits, tuple) else logits
     if shifted:
@@ -115,7 +115,7 @@ def text_metrics(prediction: EvalPrediction, *, has_bits: bool) -> dict[str, flo
 
         loss = sum over tokens of -log p / number of tokens    perplexity = exp(loss)    bits per byte = loss / log 2
 
-    The loss of Trainer is a mean over batches, in which the tokens of a short block weigh more.
+    Trainer's own loss is a mean over batches, in which the tokens of a short block weigh more.
     """
     sums = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
     loss = float(sums[0] / sums[1]) if sums[1] else math.nan
@@ -127,16 +127,16 @@ class TextTrainer(RecipeTrainer):
     """A [`RecipeTrainer`] of language models.
 
     Losses are means over predicted tokens, also where batches are accumulated, shared by processes, or computed in
-    parts by NIO. Masks are drawn when a batch is made: all candidates of NIO are measured on the same ones.
+    parts by NIO. Masks are drawn when a batch is made, so that all candidates of NIO are measured with the same masks.
 
     Args:
-        recipe: Recipe.
-        model: A causal or masked language model.
+        recipe: Recipe of the training.
+        model: Causal or masked language model.
         data: Blocks of tokens, with the tokeniser that is saved with the model.
-        about_data: As in [`RecipeTrainer`].
+        about_data: Description of the data set, as in [`RecipeTrainer`].
 
     Raises:
-        ConfigError, ModelError: As in [`RecipeTrainer`].
+        ConfigError, ModelError: Settings as in [`RecipeTrainer`].
     """
 
     def __init__(
@@ -164,48 +164,44 @@ class TextTrainer(RecipeTrainer):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Names of the metrics that an evaluation has beside the loss."""
+        """Names of the metrics beside the loss."""
         return ("perplexity", "bits_per_byte") if self._has_bits else ("perplexity",)
 
     def get_nio_dataset(self) -> Any:
-        """The blocks of the training."""
+        """Blocks of the training."""
         return self._samples_of_training
 
     def compute_nio_loss(self, model: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
-        """(summed cross-entropy, predicted tokens) of a batch."""
+        """Return (summed cross-entropy, number of predicted tokens) of a batch."""
         batch: Any = self._prepare_inputs(inputs)
         tokens = counted_tokens(batch["labels"], shifted=self._shifted)
         if not tokens:
-            # A mean over no token is no number.
+            # The loss of the model is a mean, which is no number over no token.
             return model(**{key: value for key, value in batch.items() if key != "labels"}).logits.sum() * 0, tokens
         return model(**batch).loss * tokens, tokens
 
     @torch.no_grad()
-    def sample(self, tokens: int = SAMPLE_TOKENS) -> str | None:
-        """Text that a causal model writes behind the prompt of the recipe; None without one, and for sharded weights.
-
-        Args:
-            tokens: Largest number of tokens to write.
-        """
+    def sample(self) -> str | None:
+        """Text of a causal model behind the prompt of the recipe; None without a prompt, and for sharded weights."""
         prompt = self.recipe.text.sample_prompt if self._shifted else None
         if prompt is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return None
         model: Any = self.unwrapped_model
         tokenizer: Any = self.processing_class
         start = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(self.args.device)
-        room = getattr(model.config, "max_position_embeddings", tokens) - start.shape[1]
+        room = getattr(model.config, "max_position_embeddings", _SAMPLE_TOKENS) - start.shape[1]
         was_training = model.training
         model.eval()
         with isolated_random_state(self.args.device):
             torch.manual_seed(self.args.seed)
-            written = model.generate(
+            output = model.generate(
                 start,
                 attention_mask=torch.ones_like(start),
-                max_new_tokens=max(1, min(tokens, room)),
+                max_new_tokens=max(1, min(_SAMPLE_TOKENS, room)),
                 do_sample=True,
                 top_k=_TOP_K,
                 pad_token_id=tokenizer.pad_token_id,
             )
         model.train(was_training)
-        text: str = tokenizer.decode(written[0], skip_special_tokens=True)
+        text: str = tokenizer.decode(output[0], skip_special_tokens=True)
         return text

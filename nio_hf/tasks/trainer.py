@@ -1,4 +1,4 @@
-"""`RecipeTrainer`: what recipes ask of a Trainer beside its arguments, whatever the task."""
+"""Trainer of a recipe, whatever its task."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ logger = logging.getLogger(__name__)
 
 
 class RecipeTrainer(NIOTrainer):
-    """A [`NIOTrainer`] with an order of the samples that depends on seed and epoch alone, and what a recipe asks for.
+    """A [`NIOTrainer`] with the optimisation of a recipe, and an order of the samples by seed and epoch alone.
 
     Args:
-        recipe: The recipe; its training arguments are the arguments of Trainer.
-        model: As in Trainer.
+        recipe: Recipe, whose training arguments are the arguments of Trainer.
+        model: Model to train.
         samples: Word for samples in messages, e.g. "images".
-        train_dataset: Samples to train on. What they draw at random depends on seed, epoch and sample alone.
-        about_data: Description of the data set beside its name; None for its configuration.
-        **given: Other arguments of Trainer.
+        train_dataset: Samples to train on. Their random draws depend on seed, epoch and sample alone.
+        about_data: Description of the data set beside its name; None for the name of its configuration.
+        **arguments: Other arguments of Trainer.
 
     Raises:
-        ConfigError: For an average, or Muon, of weights that are sharded over devices.
-        ModelError: For a name in `no_weight_decay` that no parameter has.
+        ConfigError: Average of the weights, or Muon, with weights that are sharded over devices.
+        ModelError: Name in `no_weight_decay` that no parameter has.
     """
 
     args: NIOTrainingArguments
@@ -51,7 +51,7 @@ class RecipeTrainer(NIOTrainer):
         samples: str,
         train_dataset: Any,
         about_data: str | None = None,
-        **given: Any,
+        **arguments: Any,
     ) -> None:
         self.recipe = recipe
         self._samples = samples
@@ -66,13 +66,13 @@ class RecipeTrainer(NIOTrainer):
             args=args,
             train_dataset=train_dataset,
             optimizer_cls_and_kwargs=optimizer_options(asked.optimizer, args, model),
-            **given,
+            **arguments,
         )
         self._warn_of_short_epochs()
         self.get_decay_parameter_names(model)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            refused = (("ema_decay", asked.ema_decay), ("optimizer", {"muon": "muon"}.get(asked.optimizer or "")))
-            for name, value in refused:
+            refused = {"ema_decay": asked.ema_decay, "optimizer": "muon" if asked.optimizer == "muon" else None}
+            for name, value in refused.items():
                 if value is not None:
                     found = f"{value} with weights that are sharded over devices"
                     raise ConfigError(Problem(name, found, "Leave it out, or train with plain data parallelism"))
@@ -81,23 +81,21 @@ class RecipeTrainer(NIOTrainer):
             self.add_callback(self._ema)
 
     def _warn_of_short_epochs(self) -> None:
-        """Say that an epoch is one step, as recipes for larger data sets make it."""
+        """Warn where an epoch is one step, as with the recipe of a larger data set."""
         size = self.get_total_train_batch_size(self.args)
         data: Any = self.train_dataset
         if self.args.max_steps > 0 or not hasattr(data, "__len__") or len(data) > size:
             return
-        told = (
-            f"An epoch is one step: %d {self._samples} for batches of %d. Lower the batch size (global_batch_size), or "
-        )
-        self._tell(logger, f"{told}train for more epochs.", len(data), size, level=logging.WARNING)
+        told = "An epoch is one step: %d %s for batches of %d. Lower the batch size (global_batch_size), or train for "
+        self._tell(logger, f"{told}more epochs.", len(data), self._samples, size, level=logging.WARNING)
 
     @property
     def recipe_text(self) -> str:
-        """The recipe as YAML, with the overrides of the run."""
+        """Recipe as YAML, with the overrides of the run."""
         return recipe_yaml(self.recipe)
 
     def run_facts(self) -> Facts:
-        """As in [`NIOTrainer`], with recipe and data set."""
+        """Facts as in [`NIOTrainer`], with recipe and data set."""
         data = self.recipe.data
         return dataclasses.replace(
             super().run_facts(),
@@ -112,11 +110,11 @@ class RecipeTrainer(NIOTrainer):
         return []
 
     def sample(self) -> str | None:
-        """Text that the trained model writes; None for a model that writes none."""
+        """Text that the trained model writes; None for other models."""
         return None
 
     def evaluate_average(self, directory: Path) -> dict[str, float]:
-        """Evaluate the average of the weights, as `eval_ema_*`, and save it in a directory, where there is one."""
+        """Evaluate the average of the weights, if there is one, as `eval_ema_*`, and save it in a directory."""
         if self._ema is None:
             return {}
         with self._ema.swapped_in():
@@ -129,13 +127,13 @@ class RecipeTrainer(NIOTrainer):
                         self.processing_class.save_pretrained(directory)
         return metrics
 
-    # What follows overrides Trainer.
+    # Overrides of Trainer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As in Trainer.
+        """Make the loader as in Trainer.
 
         Raises:
-            DataError: For a data set without samples, and one whose samples fill no batch.
+            DataError: Data set without samples, or whose samples fill no batch.
         """
         loader: DataLoader[Any] = super().get_train_dataloader()
         data: Any = self.train_dataset

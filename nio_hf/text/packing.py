@@ -106,5 +106,5 @@ class PackedStream(IterableDataset[Block]):
         except DataError:
             raise
         except Exception as error:  # whatever readers of files and networks raise
-            found, fix = f"cannot be read on: {one_line(error)}", "Check the files that it is read from"
+            found, fix = f"cannot be read further: {one_line(error)}", "Check the files that it is read from"
             raise DataError(Problem(f"the {self._part} stream", found, fix)) from error

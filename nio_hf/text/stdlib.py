@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import sysconfig
@@ -34,17 +33,11 @@ def stdlib() -> datasets.Dataset:
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name not in _LEFT_OUT]
         files += [Path(folder, name) for name in names if name.endswith(".py")]
-    paths = sorted(file.relative_to(root).as_posix() for file in files)
-    # The name of the cache changes with an update of Python.
-    digest = hashlib.sha256(sys.version.encode())
-    for path in paths:
-        status = (root / path).stat()
-        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    stamps = sorted((file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     rows = datasets.Dataset.from_generator(
         _documents,
         features=datasets.Features(_FEATURES),
-        gen_kwargs={"root": root, "paths": tuple(paths)},
-        fingerprint=digest.hexdigest()[:16],
+        gen_kwargs={"root": root, "stamps": tuple(stamps), "version": sys.version},
     )
     rows.info.description = f"Source of the standard library of Python {sys.version.split()[0]}"
     rows.info.license = LICENCE
@@ -52,8 +45,9 @@ def stdlib() -> datasets.Dataset:
     return rows
 
 
-def _documents(root: Path, paths: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    for path in paths:
+def _documents(root: Path, stamps: tuple[tuple[str, int, int], ...], version: str) -> Iterator[dict[str, str]]:
+    """Yield the files of stamps (path, size, time). `datasets` names its cache by the arguments."""
+    for path, _, _ in stamps:
         try:
             yield {"text": (root / path).read_text(encoding="utf-8"), "path": path}
         except UnicodeDecodeError:

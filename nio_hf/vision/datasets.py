@@ -227,14 +227,14 @@ def _check_classes(
     """Report classes without an image, and refuse classes that are only evaluated."""
     trained, evaluated = ({*rows.with_format("numpy")[label][:].tolist()} for rows in (train, evaluation))
 
-    def named(labels: set[int]) -> str:
+    def names_of(labels: set[int]) -> str:
         names = [repr(class_names[label]) for label in sorted(labels)]
         return f"class{'es' * (len(names) > 1)} {listed(names, _MAX_NAMED)}"
 
     if evaluated - trained:
-        found = f"images to evaluate on but none to train on of {named(evaluated - trained)}"
+        found = f"images to evaluate on but none to train on of {names_of(evaluated - trained)}"
         raise DataError(Problem(f"classes of {name}", found, "Give two splits of the same classes"))
     if missing := {*range(len(class_names))} - trained:
-        logger.warning("%s has no image of %s: the model cannot learn it.", name, named(missing))
+        logger.warning("%s has no image of %s: the model cannot learn it.", name, names_of(missing))
     if trained - evaluated:
-        logger.warning("No image to evaluate on of %s.", named(trained - evaluated))
+        logger.warning("No image to evaluate on of %s.", names_of(trained - evaluated))

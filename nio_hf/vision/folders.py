@@ -109,7 +109,7 @@ def _report(root: Path, folders: list[_Folder], outside: list[_Folder], images: 
     """Report folders and files that are not read."""
     empty = [str(root.joinpath(*folder.parts)) for folder in folders if folder.is_empty]
     if empty:
-        logger.warning("No class is made of empty folders: %s.", listed(empty, _MAX_NAMED))
+        logger.warning("Empty folders make no class: %s.", listed(empty, _MAX_NAMED))
     if outside:
         count = sum(len(folder.images) for folder in outside)
         names = listed([folder.path_of() or str(root) for folder in outside], _MAX_NAMED)

@@ -103,8 +103,8 @@ def _solarize_add(images: Tensor, strength: Tensor, fill: Tensor) -> Tensor:
     return torch.where(_in_bytes(images) < 128, (images + added).clamp(max=1.0), images)
 
 
-def _enhanced(enhance_by: Callable[[Tensor, Tensor], Tensor]) -> _Operation:
-    return lambda images, strength, fill: enhance_by(images, 1 + _MAX_ENHANCEMENT * strength)
+def _enhance_by(function: Callable[[Tensor, Tensor], Tensor]) -> _Operation:
+    return lambda images, strength, fill: function(images, 1 + _MAX_ENHANCEMENT * strength)
 
 
 def _rotate(images: Tensor, strength: Tensor, fill: Tensor) -> Tensor:
@@ -130,10 +130,10 @@ OPERATIONS: dict[str, _Operation] = {
     "posterize": _posterize,
     "solarize": _solarize,
     "solarize_add": _solarize_add,
-    "color": _enhanced(enhance.adjust_saturation_with_gray_subtraction),
-    "contrast": _enhanced(enhance.adjust_contrast_with_mean_subtraction),
-    "brightness": _enhanced(enhance.adjust_brightness_accumulative),
-    "sharpness": _enhanced(enhance.sharpness),
+    "color": _enhance_by(enhance.adjust_saturation_with_gray_subtraction),
+    "contrast": _enhance_by(enhance.adjust_contrast_with_mean_subtraction),
+    "brightness": _enhance_by(enhance.adjust_brightness_accumulative),
+    "sharpness": _enhance_by(enhance.sharpness),
     "shear_x": lambda images, strength, fill: _warp(images, fill, b=_MAX_SHEAR * strength),
     "shear_y": lambda images, strength, fill: _warp(images, fill, d=_MAX_SHEAR * strength),
     "translate_x": lambda images, s, fill: _warp(images, fill, c=_MAX_TRANSLATION * images.shape[-1] * s),

@@ -181,6 +181,6 @@ class ImageStream(_Images, IterableDataset[Sample]):
         try:
             yield from self._rows
         except Exception as error:  # whatever readers of files and networks raise
-            found = f"cannot be read on: {one_line(error)}"
+            found = f"cannot be read further: {one_line(error)}"
             fix = "Check the files that it is read from, and the labels in them"
             raise DataError(Problem(f"the {self._part} stream", found, fix)) from error

@@ -50,11 +50,10 @@ class SoftLabels:
         }
 
 
-@pytest.mark.parametrize("samples", [8])
-def test_a_step_is_the_same_however_its_samples_are_accumulated(samples: int, images: Path, tmp_path: Path) -> None:
+def test_a_step_is_the_same_however_its_samples_are_accumulated(images: Path, tmp_path: Path) -> None:
     found = []
-    for size in (samples, samples // 2, samples // 4):
-        options = [*PLAIN, "--max_steps", "1", "--global_batch_size", str(samples)]
+    for size in (8, 4, 2):
+        options = [*PLAIN, "--max_steps", "1", "--global_batch_size", "8"]
         trainer = trainer_of(tmp_path / str(size), images, *options, "--per_device_train_batch_size", str(size))
         trainer._augmentation = SoftLabels()
         before = weights(trainer)
@@ -115,8 +114,6 @@ def test_batches_of_nio_are_the_same_in_every_run_and_soft_only_where_asked(
     nio_augment: str, streaming: str, images: Path, tmp_path: Path
 ) -> None:
     options = ["--nio_augment", nio_augment, "--streaming", streaming, "--nio_report_batches", "3"]
-    if nio_augment == "mixed":
-        options += ["--mix_prob", "1.0"]
 
     def batches(workers: int, seed: int) -> list[Any]:
         trainer = trainer_of(tmp_path / f"{workers}-{seed}", images, *options, "--dataloader_num_workers", str(workers))
@@ -139,9 +136,9 @@ def test_batches_of_nio_are_the_same_in_every_run_and_soft_only_where_asked(
 
 def test_the_order_and_the_draws_of_training_do_not_depend_on_nio(images: Path, tmp_path: Path) -> None:
     losses = []
-    for nio, learning_rate in (("true", "0"), ("false", "0")):
+    for nio in ("true", "false"):
         # With scales that stay 1 the only difference is that NIO ran.
-        options = ["--nio", nio, "--nio_scale_range", "[1, 1]", "--learning_rate", learning_rate]
+        options = ["--nio", nio, "--nio_scale_range", "[1, 1]", "--learning_rate", "0"]
         trainer = trainer_of(tmp_path / nio, images, *options)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])

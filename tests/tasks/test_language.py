@@ -25,19 +25,19 @@ from tests.trainer.toys import load_state
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "message"),
+    ("setting", "value", "message"),
     [
-        ("gpt2", ["--model_config.vocab_size", "200"], "vocab_size: a vocabulary of 200, and the tokeniser has 260"),
-        ("gpt2", ["--block_size", "33"], "block_size: 33 tokens, and the model has 32 positions"),
-        ("gpt2", ["--tokenizer", "/nowhere"], "tokenizer: '/nowhere' cannot be loaded"),
-        ("gpt2", ["--text_column", "texts"], "text_column: 'texts' is no column"),
+        ("model_config.vocab_size", "200", "vocab_size: a vocabulary of 200, and the tokeniser has 260"),
+        ("block_size", "33", "block_size: 33 tokens, and the model has 32 positions"),
+        ("tokenizer", "/nowhere", "tokenizer: '/nowhere' cannot be loaded"),
+        ("text_column", "texts", "text_column: 'texts' is no column"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_nio(
-    name: str, overrides: list[str], message: str, tmp_path: Path
+    setting: str, value: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(NIOError) as raised:
-        build_trainer(text_recipe(tmp_path, name, *overrides))
+        build_trainer(text_recipe(tmp_path, "gpt2", f"--{setting}", value))
     assert message in str(raised.value)
 
 
@@ -119,7 +119,7 @@ def _from_checkpoint(folder: Path) -> str:
 
 def test_page_and_card_show_a_sample_and_say_what_the_data_are(tmp_path: Path) -> None:
     options = ["--dataset_name", "stdlib", "--max_train_samples", "20", "--max_eval_samples", "2", "--block_size", "32"]
-    recipe = text_recipe(tmp_path, "gpt2", *options, more="").path
+    recipe = text_recipe(tmp_path, "gpt2", *options).path
     text = "\n".join(line for line in recipe.read_text().splitlines() if not line.startswith("data"))
     recipe.write_text(text + "\n")
     train(load_recipe(str(recipe), options))

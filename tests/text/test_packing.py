@@ -132,5 +132,5 @@ def test_a_stream_that_cannot_be_read_on_is_an_error_of_ours(workers: int) -> No
     with pytest.raises(DataError) as raised:
         blocks_of(packed, workers)
     assert str(raised.value) == (
-        "the train stream: cannot be read on: the network is gone. Check the files that it is read from."
+        "the train stream: cannot be read further: the network is gone. Check the files that it is read from."
     )

@@ -257,6 +257,7 @@ def test_two_columns_of_images_are_refused_with_all_columns() -> None:
     )
 
 
+@pytest.mark.usefixtures("given_up_files")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @STREAMED
 def test_a_column_of_paths_is_read_from_the_files(streaming: bool, tmp_path: Path) -> None:

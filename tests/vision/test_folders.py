@@ -114,7 +114,7 @@ def test_empty_class_folders_are_reported(tmp_path: Path, caplog: pytest.LogCapt
     root = write_folder(tmp_path / "photos")
     (root / "bird").mkdir()
     assert loaded(root).class_names == ("cat", "dog")
-    assert f"No class is made of empty folders: {root / 'bird'}." in caplog.text
+    assert f"Empty folders make no class: {root / 'bird'}." in caplog.text
 
 
 # What is refused

@@ -114,7 +114,7 @@ def test_an_architecture_without_an_image_processor_or_images_of_one_size_is_ref
         make_image_processor(AutoConfig.for_model("bert"))
     message = "model_type: 'bert' has no image processor on Pillow. Choose another architecture."
     assert str(raised.value) == message
-    for model_type in ("siglip2", "imagegpt", "textnet", "efficientnet", "perceiver"):
+    for model_type in ("siglip2", "imagegpt", "textnet", "efficientnet"):
         with pytest.raises(ModelError):
             pixel_format(make(model_type))
 
