@@ -30,9 +30,8 @@ from nio_hf.hub.run_folder import versions
 from nio_hf.recipe.settings import AugmentationSettings
 from nio_hf.trainer.sampling import EpochSampler, SeededDataset
 from nio_hf.vision.augmentation import BatchAugmentation
-from nio_hf.vision.processors import make_image_processor, pixel_format
+from nio_hf.vision.processors import TrainingTransform, make_image_processor, pixel_format, random_part
 from nio_hf.vision.samples import ImageSamples, collate_images
-from nio_hf.vision.transforms import TrainingTransform, random_part
 
 RESULT = Path(__file__).parent / "results" / "image-pipeline.json"
 SIDE = 224

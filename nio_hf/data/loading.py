@@ -35,12 +35,7 @@ def load_arguments(settings: DataSettings) -> dict[str, Any]:
 
 
 def read_splits(settings: DataSettings, **options: Any) -> Mapping[str, Rows]:
-    """Return the splits that [`datasets.load_dataset`] finds, by name. Its errors pass.
-
-    Args:
-        settings: Settings of the data set.
-        **options: Options of the format.
-    """
+    """Return the splits that [`datasets.load_dataset`] finds, by name, with options of the format. Its errors pass."""
     splits: Mapping[str, Rows] = datasets.load_dataset(
         **load_arguments(settings), streaming=settings.streaming, **options
     )
@@ -228,12 +223,7 @@ def find_column(
 ) -> str:
     """Return the column of a kind: the named one, or the only one that can be meant.
 
-    Args:
-        features: Columns of the data set.
-        column: Name of the column; None for the only one.
-        name: Name of the data set, for messages.
-        kind: Kind of the column.
-        fix: Advice where there is no column; None for the names to choose from.
+    `name` is the data set in messages, `fix` the advice where there is no column; None lists the columns.
 
     Raises:
         DataError: No column, or more than one to choose from.

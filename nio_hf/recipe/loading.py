@@ -155,12 +155,7 @@ def recipe_yaml(recipe: Recipe) -> str:
 
 
 def accumulation_steps(global_batch_size: Setting, process_batch_size: int, world_size: int) -> int:
-    """Number of batches that each process accumulates for one optimiser step.
-
-    Args:
-        global_batch_size: Number of samples of an optimiser step over all processes.
-        process_batch_size: Number of samples of a batch of one process.
-        world_size: Number of processes.
+    """Number of batches of `process_batch_size` samples that each process accumulates for one optimiser step.
 
     Raises:
         RecipeError: Global batch size that is no multiple of the product of the other two.

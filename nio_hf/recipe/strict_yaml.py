@@ -38,12 +38,7 @@ class Setting:
 
 
 class Settings(dict[str, Setting]):
-    """Settings by key.
-
-    Args:
-        path: File of the recipe.
-        settings: {key: setting}.
-    """
+    """Settings {key: setting} of a recipe, with the path of its file."""
 
     def __init__(self, path: Path, settings: Mapping[str, Setting]) -> None:
         super().__init__(settings)
@@ -111,11 +106,8 @@ def read_settings(path: Path) -> dict[str, Setting]:
 def read_overrides(options: Sequence[str], decided: Mapping[str, Any] | None = None) -> dict[str, Setting]:
     """Read settings from command line options: `--key value`, `--key=value`, or `--key` alone for true.
 
-    Dashes in a key count as underscores. `--key.part value` sets one entry of a mapping.
-
-    Args:
-        options: Parts of the command line.
-        decided: {key: value} of settings that override the options.
+    Dashes in a key count as underscores. `--key.part value` sets one entry of a mapping. Settings {key: value} that are
+    decided override the options.
 
     Raises:
         RecipeError: Option that is not of this form, or is given twice.

@@ -30,9 +30,8 @@ from nio_hf.tasks.task import DataFacts, Task, name_broken_checkpoint, name_brok
 from nio_hf.trainer.arguments import order_seed
 from nio_hf.vision.augmentation import BatchAugmentation
 from nio_hf.vision.datasets import ImageData, load_image_data
-from nio_hf.vision.processors import make_image_processor, pixel_format
+from nio_hf.vision.processors import EvaluationTransform, TrainingTransform, make_image_processor, pixel_format
 from nio_hf.vision.samples import ImageSamples, ImageStream, Transform
-from nio_hf.vision.transforms import EvaluationTransform, TrainingTransform
 
 logger = logging.getLogger(__name__)
 

@@ -71,11 +71,7 @@ def prepare_building(recipe: Recipe) -> Iterator[None]:
 
 @contextlib.contextmanager
 def name_broken_config(settings: ModelSettings) -> Iterator[None]:
-    """Let errors while a model is built name the setting of its configuration.
-
-    Raises:
-        ModelError: Configuration that no model can be built from.
-    """
+    """Turn errors while a model is built into a ModelError that names the setting of its configuration."""
     try:
         yield
     except NIOError:
@@ -87,14 +83,9 @@ def name_broken_config(settings: ModelSettings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def name_broken_checkpoint(settings: ModelSettings, what: str) -> Iterator[dict[str, Any]]:
-    """Give options of `from_pretrained`, and let errors of loading name the checkpoint.
+    """Give options of `from_pretrained`, and turn errors of loading into a ModelError that names the checkpoint.
 
-    Args:
-        settings: Settings of the model.
-        what: Kind of the checkpoint, e.g. "an image classification checkpoint".
-
-    Raises:
-        ModelError: Checkpoint that cannot be loaded.
+    `what` is its kind, e.g. "an image classification checkpoint".
     """
     try:
         yield {"trust_remote_code": settings.trust_remote_code, "revision": settings.model_revision}

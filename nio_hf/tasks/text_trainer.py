@@ -74,11 +74,7 @@ class MaskedCollator:
 
 
 class BlocksWithSeeds(Dataset[Block]):
-    """Blocks with a seed for their masks, which torch's generator draws anew whenever a block is read.
-
-    Args:
-        blocks: Map-style data set of blocks.
-    """
+    """Map-style blocks with a seed for their masks, which torch's generator draws whenever a block is read."""
 
     def __init__(self, blocks: Any) -> None:
         self._blocks = blocks

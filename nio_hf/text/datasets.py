@@ -198,11 +198,7 @@ def _tokenise(
 
 @contextlib.contextmanager
 def name_undecodable_file(settings: DataSettings) -> Iterator[None]:
-    """Let errors of decoding UTF-8 name the local file and the byte.
-
-    Raises:
-        DataError: Local file that is not UTF-8. Other errors pass.
-    """
+    """Turn errors of decoding UTF-8 into a DataError that names the local file and the byte. Other errors pass."""
     try:
         yield
     except Exception as error:

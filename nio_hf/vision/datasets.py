@@ -29,7 +29,7 @@ from nio_hf.data.loading import (
 from nio_hf.errors import DataError, Problem, listed, one_line
 from nio_hf.recipe.settings import DataSettings
 from nio_hf.vision.folders import find_image_files
-from nio_hf.vision.images import image_digest
+from nio_hf.vision.samples import image_digest
 
 logger = logging.getLogger(__name__)
 
@@ -111,11 +111,7 @@ def load_image_data(settings: DataSettings, seed: int = 0) -> ImageData:
     """Load a data set of images and class labels.
 
     A limit of samples takes a random choice, or the first ones of a stream. Workers take equal shares of a limited
-    stream, so they find fewer samples where its files are of unequal length.
-
-    Args:
-        settings: Settings of the data set; its name is "digits", or a name that [`datasets.load_dataset`] takes.
-        seed: Seed of all random choices.
+    stream, so they find fewer samples where its files are of unequal length. `seed` decides all random choices.
 
     Raises:
         DataError: Data set that cannot be loaded or has no such split or column; split without samples; classes that

@@ -10,17 +10,14 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from datasets.data_files import SPLIT_KEYWORDS
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder as _Format
 
 from nio_hf.errors import DataError, Problem, listed, one_line
 
 logger = logging.getLogger(__name__)
 
-_WORDS = {
-    "train": "train|training",
-    "validation": "validation|valid|dev|val",
-    "test": "test|testing|eval|evaluation",
-}
+_WORDS = {str(split): "|".join(words) for split, words in SPLIT_KEYWORDS.items()}
 """{split: words by which `datasets` knows its folders}."""
 _MANY = 100_000
 _MAX_NAMED = 5
@@ -62,11 +59,8 @@ def find_image_files(name: str, data_dir: str | None) -> dict[str, list[str]] | 
     """Find the files of a local folder of images as [`datasets.load_dataset`] takes them; None for other data sets.
 
     A folder called train, validation, test or the like is a split, wherever it lies. Everything inside belongs to that
-    split, and names of files mean nothing. Without such a folder everything is "train".
-
-    Args:
-        name: Word "imagefolder", or a folder.
-        data_dir: Folder for "imagefolder", else a folder in `name`.
+    split, and names of files mean nothing. Without such a folder everything is "train". `name` is a folder with
+    `data_dir` in it, or "imagefolder" with `data_dir` as the folder.
 
     Returns:
         {split: patterns of its files}; links, which `datasets` does not follow, have patterns of their own.

@@ -17,7 +17,7 @@ from nio_hf.tasks.image_classification import build_trainer
 from nio_hf.tasks.image_trainer import ImageTrainer
 from nio_hf.train import train
 from nio_hf.trainer import race
-from nio_hf.vision.images import read_image
+from nio_hf.vision.samples import read_image
 from tests.tasks.recipes import CLASSES, make_folder, write_recipe
 
 PLAIN = ["--randaugment_magnitude", "null", "--color_jitter", "0", "--random_erasing", "0", "--mixup_alpha", "0"]

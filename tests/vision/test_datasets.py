@@ -18,7 +18,7 @@ from PIL import Image
 from nio_hf.errors import DataError
 from nio_hf.recipe.settings import DataSettings
 from nio_hf.vision.datasets import ImageData, digits, find_image_columns, load_image_data
-from nio_hf.vision.images import read_image
+from nio_hf.vision.samples import read_image
 from tests.vision.pictures import (
     encoded,
     photo,

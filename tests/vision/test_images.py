@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
 from nio_hf.errors import BrokenImageError
-from nio_hf.vision.images import read_image
+from nio_hf.vision.samples import read_image
 from tests.vision.pictures import BROKEN, encoded, photo, stored
 
 FIX = "Replace or remove it, or set skip_broken_images: true."

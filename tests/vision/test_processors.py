@@ -15,8 +15,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from nio_hf.errors import ModelError
-from nio_hf.vision.processors import PixelFormat, make_image_processor, pixel_format
-from nio_hf.vision.transforms import EvaluationTransform
+from nio_hf.vision.processors import EvaluationTransform, PixelFormat, make_image_processor, pixel_format
 from tests.vision.pictures import photo
 
 HALF = (0.5, 0.5, 0.5)

@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig
 
 from nio_hf.errors import BrokenImageError, DataError
-from nio_hf.vision.processors import make_image_processor
+from nio_hf.vision.processors import EvaluationTransform, make_image_processor
 from nio_hf.vision.samples import IGNORED_LABEL, ImageSamples, ImageStream, collate_images
-from nio_hf.vision.transforms import EvaluationTransform
 from tests.vision.pictures import BROKEN, as_bytes, as_they_are, encoded, photo, stored, write_parquet
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

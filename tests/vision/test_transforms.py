@@ -16,8 +16,14 @@ from transformers import AutoConfig, BaseImageProcessor
 
 from nio_hf.recipe.settings import AugmentationSettings
 from nio_hf.vision.augmentation import BatchAugmentation
-from nio_hf.vision.processors import make_image_processor, pixel_format, resized_bytes
-from nio_hf.vision.transforms import EvaluationTransform, TrainingTransform, random_part
+from nio_hf.vision.processors import (
+    EvaluationTransform,
+    TrainingTransform,
+    make_image_processor,
+    pixel_format,
+    random_part,
+    resized_bytes,
+)
 from tests.vision.pictures import as_bytes, photo
 
 SIDE = 16
