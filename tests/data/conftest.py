@@ -1,4 +1,4 @@
-"""What every test of data starts from."""
+"""Fixtures of all tests of data sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def prompt_ends() -> Iterator[None]:
-    """No waiting of five seconds, as `datasets` does behind a parquet file and torch for workers that are given up."""
+    """Spare the five seconds that `datasets` waits behind a parquet file, and torch for workers that are given up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
         patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
@@ -22,7 +22,7 @@ def prompt_ends() -> Iterator[None]:
 
 @pytest.fixture
 def given_up_files() -> Iterator[None]:
-    """Files that `datasets` leaves open where reading ends with an error are closed in silence."""
+    """Close in silence the files that `datasets` leaves open where reading ends with an error."""
     yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)

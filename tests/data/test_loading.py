@@ -1,4 +1,4 @@
-"""Splits, parts and columns of data sets: which are chosen, and what is said where none can be."""
+"""Splits, parts and columns of data sets: the choice among them, and messages where none can be chosen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small recipes of images and text, and the data that they train on, made by the test."""
+"""Small recipes of images and text, with data made by the tests."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def make_folder(root: Path, images: int = 12, splits: tuple[str, ...] = ("train"
 
 
 def write_recipe(folder: Path, data_dir: Path, more: str = "") -> str:
-    """A recipe for the images of a folder, with everything that augments them, and its path."""
+    """Write a recipe for the images of a folder, with every augmentation, and return its path."""
     file = folder / "recipe.yaml"
     file.write_text(f"{IMAGES}\ndata_dir: {data_dir}\noutput_dir: {folder / 'output'}\n{more}")
     return str(file)

@@ -1,4 +1,4 @@
-"""The average of the weights, of models whose tensors share memory."""
+"""Average of the weights of models whose tensors share memory."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run_of(callback: EMACallback, model: nn.Sequential, folder: Path, step: int 
 
 
 def trainer_of(model: nn.Sequential, resumed_from: Path | None = None) -> Any:
-    """What the callback asks of a Trainer."""
+    """Attributes of a Trainer that the callback reads."""
     return types.SimpleNamespace(unwrapped_model=model, resumed_from=resumed_from)
 
 

@@ -1,4 +1,4 @@
-"""The trainer of image classifiers: its batches, its loss, its average, and a run that goes on where it was."""
+"""Trainer of image classifiers: batches, loss, average of the weights, and resumed runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a recipe of text to its trainer, and what is refused on the way."""
+"""From a recipe of text to its Trainer, with refusals on the way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Muon and AdamW as one optimizer, and weight decay against the published lists, family by family."""
+"""Muon and AdamW as one optimiser, and weight decay against the published lists, family by family."""
 
 from __future__ import annotations
 

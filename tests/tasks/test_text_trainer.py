@@ -1,4 +1,4 @@
-"""The trainer of language models: its losses, its metrics, NIO by token, and a run that goes on where it was."""
+"""Trainer of language models: losses, metrics, NIO by token, and resumed runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def weights(trainer: TextTrainer) -> torch.Tensor:
 
 
 def _loss_by_token(trainer: TextTrainer, batch: dict[str, Any]) -> float:
-    """A slow mean over the predicted tokens."""
+    """Mean over the predicted tokens, one by one."""
     with torch.no_grad():
         logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     labels, shifted = batch["labels"], "bert" not in type(trainer.model).__name__.lower()

@@ -1,4 +1,4 @@
-"""Documents, and tokenizers of them, made by the test."""
+"""Documents and tokenisers, made by the tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rows_of(documents: Documents) -> datasets.Dataset:
 
 
 def stream_of(documents: Documents, shards: int = 1) -> datasets.IterableDataset:
-    """A stream of token lists, whose length nobody knows."""
+    """A stream of token lists, of unknown length."""
     parts = [[list(document) for document in documents[shard::shards]] for shard in range(shards)]
     return datasets.IterableDataset.from_generator(_rows, gen_kwargs={"parts": parts})
 

@@ -1,4 +1,4 @@
-"""Text data sets of every kind: their documents, parts and blocks, and what is wrong with others."""
+"""Text data sets of every kind: documents, parts and blocks, and the refusal of broken ones."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_texts_without_a_token_are_refused(tmp_path: Path) -> None:
     )
 
 
-# What is wrong with others
+# Data sets that are refused
 
 
 @pytest.mark.parametrize("size", [1, 0, -1])

@@ -1,4 +1,4 @@
-"""The data set of Python's standard library: what is in it, in which order, and what it says about itself."""
+"""Data set of Python's standard library: its files, their order, and its description."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every test of this folder starts from."""
+"""Fixtures of all tests of this folder."""
 
 from tests.data.conftest import given_up_files, prompt_ends
 

@@ -1,4 +1,4 @@
-"""Images, and the files that data sets of them are made of, made by the test."""
+"""Images, and the files of data sets, made by the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training does to a batch on its device: scaled, augmented, normalised, erased and mixed, sample by sample."""
+"""Augmentation of a batch on its device: scaling, operations, normalisation, erasing and mixing, sample by sample."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_grey_image_is_only_made_lighter_or_darker_within_the_strength(strengt
 
 
 def erased_of(probability: float, size: int, side: int) -> tuple[Tensor, Tensor]:
-    """(images with random erasing, which of their pixels (size, side, side) changed)."""
+    """Return (images with random erasing, mask (size, side, side) of the changed pixels)."""
     torch.manual_seed(0)
     found = augmentation(random_erasing=probability)(batch(size, side))["pixel_values"]
     return found, (found != augmentation()(batch(size, side))["pixel_values"]).any(1)
@@ -188,7 +188,7 @@ MIXUP, CUTMIX = {"cutmix_alpha": 0.0}, {"mixup_alpha": 0.0}
 
 
 def constant(size: int, side: int = 16, width: int | None = None) -> Tensor:
-    """Image i is i everywhere, so that pixels show what they were mixed of."""
+    """Images of one value each: image i is i everywhere, so that pixels show their sources."""
     return torch.arange(size, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, side, width or side).clone()
 
 
@@ -267,7 +267,7 @@ FILL_BYTES = tuple(round(255 * value) for value in FILL)
 
 
 def smooth(seed: int) -> Image.Image:
-    """A smooth image with some noise, so that interpolation matters little and every operation something."""
+    """Smooth image with some noise, on which interpolation matters little and every operation changes something."""
     generator = np.random.default_rng(seed)
     coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC)).astype(int)

@@ -1,4 +1,4 @@
-"""Image data sets of every kind: their columns and classes, their parts, and what is wrong with others."""
+"""Image data sets of every kind: columns, classes and parts, and the refusal of broken ones."""
 
 from __future__ import annotations
 

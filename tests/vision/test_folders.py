@@ -1,4 +1,4 @@
-"""Folders of images as people have them: what is read as which split, and what hides the classes."""
+"""Local folders of images: their splits, and layouts that hide the classes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def total(data: ImageData) -> int:
     return sum(len(list(part)) for part in (data.train, data.evaluation))
 
 
-# What is read
+# Folders that are read
 
 
 @STREAMED
@@ -117,7 +117,7 @@ def test_empty_class_folders_are_reported(tmp_path: Path, caplog: pytest.LogCapt
     assert f"Empty folders make no class: {root / 'bird'}." in caplog.text
 
 
-# What is refused
+# Folders that are refused
 
 
 def test_a_level_too_many_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Image processors: what a recipe asks for, saved and found again, and what they say about themselves."""
+"""Image processors: settings of a recipe, saving and loading, and pixel formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples for a data loader: what becomes of images that cannot be read, in this process and in workers."""
+"""Samples for a data loader: images that can and cannot be read, in this process and in workers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BOTH = pytest.mark.parametrize("streaming", [False, True])
 
 
 def rows(images: int, broken: set[int]) -> datasets.Dataset:
-    """Images that are not decoded; that of index i is `photo(i)` of class i mod 10, or broken."""
+    """Images that are not decoded; image i is `photo(i)` of class i mod 10, or broken."""
     stored_images = [
         stored(BROKEN if index in broken else encoded(photo(index)), f"photos/{index}.png") for index in range(images)
     ]
@@ -60,7 +60,7 @@ def loaded(data: ImageSamples | ImageStream, workers: int) -> list[dict[str, Any
 
 
 def seed_of(sample: dict[str, Any]) -> int:
-    """Which photo a sample is."""
+    """Seed of the photo of a sample."""
     return next(seed for seed in range(1000) if torch.equal(as_bytes(photo(seed)), sample["pixel_values"]))
 
 

@@ -1,4 +1,4 @@
-"""Streams: parts that share no sample whatever reads them, and errors that come where the data is read."""
+"""Streams: parts that share no sample whatever reads them, and errors while data are read."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_images_that_are_not_on_this_machine_are_read_from_their_address(server:
     assert set(read(data, "train") + read(data, "evaluation")) == {pixels_of(photo(seed)) for seed in range(12)}
 
 
-# What is wrong with a stream shows while it is read.
+# Errors while a stream is read
 
 
 @pytest.mark.parametrize("dtype", ["int64", "string"])

@@ -1,4 +1,4 @@
-"""From RGB images to pixel values: what inference sees, and the random crops and flips of training."""
+"""From RGB images to pixel values: the transform of evaluation, and the random crops and flips of training."""
 
 from __future__ import annotations
 
