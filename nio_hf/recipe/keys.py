@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import enum
@@ -135,8 +136,10 @@ def _problem(setting: Setting, errors: Sequence[Mapping[str, Any]], annotation: 
     wanted = [_NAMES.get(error["type"].removesuffix("_type"), "") for error in inner[:1] or errors]
     wanted = [*choices, *filter(None, wanted), *["null"] * (NoneType in parts and not inner)]
     fix = f"Give {' or '.join(dict.fromkeys(wanted))}"
-    if isinstance(value, str) and {"a number", "a whole number"} & set(wanted) and _is_number(value):
-        fix += ", without quotes"
+    if isinstance(value, str) and {"a number", "a whole number"} & set(wanted):
+        with contextlib.suppress(ValueError):
+            float(value)
+            fix += ", without quotes"
     found = "nothing" if value is None else f"{value!r}, {_NAMES.get(type(value).__name__, type(value).__name__)}"
     return Problem(where, found, fix)
 
@@ -149,11 +152,3 @@ def _range(parts: Sequence[Any]) -> str:
         return f"{number} above {limits.gt}" if limits.ge is None else f"{number} of at least {limits.ge}"
     least = f"({limits.gt}" if limits.ge is None else f"[{limits.ge}"
     return f"{number} in {least}, {limits.lt})" if limits.le is None else f"{number} in {least}, {limits.le}]"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
