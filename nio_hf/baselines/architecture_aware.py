@@ -33,7 +33,7 @@ def scale_by_in_degree(problem: ScalingProblem, options: Options, watch: Watch) 
         gain: 2 for ReLU, the paper's.
 
     Raises:
-        ModelError: For a model without linear or convolution layers.
+        ModelError: A model without linear or convolution layers.
 
     Source: Chen, Wu, Wang, Hanin, "Principled Architecture-aware Scaling of Hyperparameters", ICLR 2024,
     arXiv 2402.17440.

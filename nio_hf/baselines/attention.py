@@ -49,7 +49,7 @@ def attention_layers(model: nn.Module, tensors: ModelTensors) -> list[Attention]
     Known are layers with a linear layer for each projection, or one for queries, keys and values (timm, GPT-2).
 
     Raises:
-        ModelError: For a model without one.
+        ModelError: A model without one.
     """
     scaled = {id(parameter) for parameter in tensors.scaled_parameters}
     modules = dict(model.named_modules())

@@ -31,7 +31,7 @@ def scale_by_depth(problem: ScalingProblem, options: Options, watch: Watch) -> L
         alpha: Above 1 to promote emergence; 1 leaves the model as it is. The default is our choice.
 
     Raises:
-        ModelError: For a model without linear or convolution layers.
+        ModelError: A model without linear or convolution layers.
 
     Source: Li, George, Silva, "Advancing Neural Network Performance through Emergence-Promoting Initialization Scheme",
     arXiv 2407.19044.

@@ -62,7 +62,7 @@ def learn_scales(problem: ScalingProblem, options: Options, watch: Watch) -> Lea
         scale_range: (least, largest) omega.
 
     Raises:
-        NumericsError: For a loss or gradient that is not finite, before or after the step.
+        NumericsError: A loss or gradient that is not finite, before or after the step.
 
     Source: Zhu, Ni, Xu, Kong, Huang, Goldstein, "GradInit: Learning to Initialize Neural Networks for Stable and
     Efficient Training", NeurIPS 2021, arXiv 2102.08098, algorithm 1. The defaults are our choice.
@@ -204,7 +204,7 @@ def _after_step(
     """(m,) <W_l, r_l>, the slope of L(S~; theta') by g where the direction follows it, and that loss.
 
     Raises:
-        NumericsError: For a loss that is not finite.
+        NumericsError: A loss that is not finite.
     """
     adam = options["optimizer"] == "adam"
     eta = options["step_size"] or STEP_SIZES[options["optimizer"]]

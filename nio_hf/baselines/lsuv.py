@@ -51,8 +51,8 @@ def scale_outputs(problem: ScalingProblem, options: Options, watch: Watch) -> Le
         max_trials: At least 1.
 
     Raises:
-        ModelError: For a model without linear or convolution layers.
-        NumericsError: For an output variance that is not finite.
+        ModelError: A model without linear or convolution layers.
+        NumericsError: An output variance that is not finite.
 
     Source: Mishkin and Matas, "All you need is a good init", ICLR 2016, arXiv 1511.06422, algorithm 1.
     """
@@ -133,7 +133,7 @@ class _Outputs:
         """Output variance of those layers that are called, in the order of their first calls.
 
         Raises:
-            NumericsError: For one that is not finite.
+            NumericsError: One that is not finite.
         """
         loss, seed = self.problem.loss, seed_of(self.problem.config.seed, 1)
 

@@ -38,7 +38,7 @@ def draw_mimetic(problem: ScalingProblem, options: Options, watch: Watch) -> Lea
         control: Whether matrices of normal entries with the same norms are drawn instead, to tell structure from size.
 
     Raises:
-        ModelError: For a model without attention layers, or with others than ones of d to d.
+        ModelError: A model without attention layers, or with others than ones of d to d.
 
     Source: Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", ICML 2023, arXiv 2305.09828.
     """

@@ -40,7 +40,7 @@ def draw_structured(problem: ScalingProblem, options: Options, watch: Watch) -> 
         value_output: 0.4.
 
     Raises:
-        ModelError: For a model without attention layers, or without one table of absolute positions of a square grid.
+        ModelError: A model without attention layers, or without one table of absolute positions of a square grid.
 
     Source: "Structured Initialization for Vision Transformers", NeurIPS 2025, arXiv 2505.19985.
     """

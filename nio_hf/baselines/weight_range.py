@@ -25,7 +25,7 @@ def scale_range(problem: ScalingProblem, options: Options, watch: Watch) -> Lear
         additive: Further factor of positions, tokens and other tensors of the kind "additive".
 
     Raises:
-        ModelError: For a model whose config has no width or no range, where no factor is given.
+        ModelError: A model whose config has no width or no range, where no factor is given.
     """
     factor = options["factor"] or _by_width(problem.loss.model)
     for place in problem.tensors.scaled:

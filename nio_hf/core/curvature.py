@@ -124,7 +124,7 @@ def second_pass(
         (m,) dJ/domega_l = sum_d <W_l, (H_d v_d)_l>, and the micro-batch size that it took.
 
     Raises:
-        NumericsError: For a gradient that is not finite, with the tensor and, of several, the rank that computed it.
+        NumericsError: A gradient that is not finite, with the tensor and, of several, the rank that computed it.
     """
     micro_batch_size = first.micro_batch_size
     product = exact_product if path.product == "exact" else finite_difference_product

@@ -33,7 +33,7 @@ def sub_batch_windows(batch_size: int, sub_batches: int) -> list[list[int]]:
         D lists of positions.
 
     Raises:
-        ConfigError: For D outside [2, B].
+        ConfigError: D outside [2, B].
     """
     if not 2 <= sub_batches <= batch_size:
         raise ConfigError(too_many_sub_batches(sub_batches, batch_size))
@@ -56,7 +56,7 @@ def published_windows(batch_size: int, sub_batches: int, overlap: float) -> list
         D lists of positions.
 
     Raises:
-        ConfigError: For D outside [2, B].
+        ConfigError: D outside [2, B].
 
     Source: Yang et al., NeurIPS 2022, as the specification states it.
     """

@@ -28,7 +28,7 @@ def layer_weights(model: nn.Module, tensors: ModelTensors) -> dict[TensorPlace, 
     A weight that is tied to an embedding is none of them: changing it would change the inputs as well.
 
     Raises:
-        ModelError: For a model without such a weight.
+        ModelError: A model without such a weight.
     """
     found = _layers(model, tensors)
     if not found:

@@ -50,7 +50,7 @@ class Loss:
         The random numbers that the loss draws depend on `seed` and `part` alone.
 
         Raises:
-            ModelError: For a loss that is not a scalar.
+            ModelError: A loss that is not a scalar.
         """
         _seed_device(self.device, seed, part)
         # A loss may take keys out of a batch that is computed again.
@@ -158,7 +158,7 @@ def check_micro_batches(loss: Loss, batch: Any, size: int, *, seed: int) -> None
     """Check on two micro-batches of `size` samples that their losses add up.
 
     Raises:
-        ConfigError: For a loss of the batch that is no mean over its parts, with the reason where it is known.
+        ConfigError: A loss of the batch that is no mean over its parts, with the reason where it is known.
     """
     part = take(batch, range(min(2 * size, batch_size(batch))))
     losses, weights = zip(*(loss(micro, seed, index) for index, micro in enumerate(chunks(part, size))), strict=True)

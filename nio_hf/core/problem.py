@@ -105,7 +105,7 @@ def measure_reports(
     Each batch costs one training step of arithmetic.
 
     Raises:
-        NumericsError: For a loss or gradient that is not finite, or zero.
+        NumericsError: A loss or gradient that is not finite, or zero.
     """
     measured: list[GradCosine] = []
     for number, batch in enumerate(batches):

@@ -59,7 +59,7 @@ def squared_gradients(
 
     Raises:
         DataError: Without a batch.
-        NumericsError: For a gradient that is not finite, and for a head that is zero, behind which all others are.
+        NumericsError: A gradient that is not finite, and for a head that is zero, behind which all others are.
         ConfigError, ModelError: As in [`initialize`].
     """
     config = NIOConfig() if config is None else config

@@ -115,7 +115,7 @@ def split(
         micro_batch_size: Samples to compute at once, as asked for.
 
     Raises:
-        ConfigError: For sub-batches that are too small for batch normalisation, or computed in parts under it.
+        ConfigError: Sub-batches that are too small for batch normalisation, or computed in parts under it.
     """
     check_batch_norm(loss.model, min(map(len, windows)), micro_batch_size)
     owned = {}
@@ -282,7 +282,7 @@ def check_finite(values: Tensor, places: Sequence[TensorPlace], what: str, where
     """Refuse values, one for each tensor, that are not finite; without data there is nothing to refuse.
 
     Raises:
-        NumericsError: For a value that is not finite, with the tensor.
+        NumericsError: A value that is not finite, with the tensor.
     """
     if values.is_meta:
         return
@@ -308,7 +308,7 @@ def check_batch_norm(model: nn.Module, smallest: int, micro_batch_size: int | No
     """Refuse sub-batches that batch normalisation cannot take its own statistics from.
 
     Raises:
-        ConfigError: For sub-batches of one sample, or computed in parts.
+        ConfigError: Sub-batches of one sample, or computed in parts.
     """
     if not mode.batch_norms(model):
         return
@@ -325,8 +325,8 @@ def located(where: str) -> Iterator[None]:
     """Say where an error of loss_fn came from; what the data or the model cause becomes an error of ours.
 
     Raises:
-        DataError: For labels or tokens out of range.
-        ModelError: For an operation without a second derivative, or checkpointing that does not give one.
+        DataError: Labels or tokens out of range.
+        ModelError: An operation without a second derivative, or checkpointing that does not give one.
     """
     try:
         yield

@@ -124,9 +124,9 @@ def find_tensors(
         unused: Names of tensors that no gradient reaches.
 
     Raises:
-        ModelError: For parameters on the meta device, sharded or in half precision, and a model without trainable or
+        ModelError: Parameters on the meta device, sharded or in half precision, and a model without trainable or
             without scalable tensors.
-        ConfigError: For groups that do not fit the model, see [`group_tensors`].
+        ConfigError: Groups that do not fit the model, see [`group_tensors`].
     """
     check_storage(model)
     places = _locate_tensors(model)
@@ -207,7 +207,7 @@ def check_storage(model: nn.Module) -> None:
     """Refuse parameters that NIO cannot compute with.
 
     Raises:
-        ModelError: For parameters on the meta device, sharded over processes, or trainable in half precision, of
+        ModelError: Parameters on the meta device, sharded over processes, or trainable in half precision, of
             different precision, or distinct in the same memory; and for what is no module.
     """
     if not isinstance(model, nn.Module):

@@ -52,7 +52,7 @@ def computing_apart(trainer: NIOTrainerMixin) -> Iterator[None]:
 
     Raises:
         NIOError: In the words of the arguments.
-        NIOMemoryError: For an out-of-memory of NIO, which must not shrink the training batch
+        NIOMemoryError: An out-of-memory of NIO, which must not shrink the training batch
             (`auto_find_batch_size`).
     """
     with isolated_random_state(trainer.args.device, trainer.train_dataset), named_as_arguments():

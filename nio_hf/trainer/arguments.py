@@ -200,7 +200,7 @@ def check_arguments(model: Any, args: Any) -> None:
 
     Raises:
         ConfigError: Where `args` are no TrainingArguments.
-        ModelError: For a model without data, on the meta device.
+        ModelError: A model without data, on the meta device.
     """
     if isinstance(model, nn.Module) and any(parameter.is_meta for parameter in model.parameters()):
         check_storage(model)

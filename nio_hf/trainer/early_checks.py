@@ -62,7 +62,7 @@ def check_before_nio(trainer: NIOTrainerMixin, model: nn.Module) -> None:
     """Refuse a run of NIO that cannot reach the model, or whose checkpoints have no room.
 
     Raises:
-        ModelError: For a model that DeepSpeed has taken.
+        ModelError: A model that DeepSpeed has taken.
         OutputError: Where there is too little room.
     """
     args = trainer.args

@@ -31,7 +31,7 @@ def make_replica(model: nn.Module, device: torch.device, collective: Collective)
         collective: Processes; rank 0 gives the weights.
 
     Raises:
-        ModelError: For parameters without data, sharded at load or in half precision, and for adapters.
+        ModelError: Parameters without data, sharded at load or in half precision, and for adapters.
         NIOMemoryError: Where NIO cannot fit into the memory of the device.
     """
     with collective.together():

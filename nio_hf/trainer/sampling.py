@@ -35,7 +35,7 @@ class NIOBatchSampler(Sampler[list[_Draw]]):
         seed: Seed of the permutations.
 
     Raises:
-        DataError: For a data set too small for the report batches and, where there are further ones, one of these.
+        DataError: A data set too small for the report batches and, where there are further ones, one of these.
     """
 
     def __init__(self, samples: int, batch_size: int, report_batches: int, further_batches: int, seed: int) -> None:
@@ -254,7 +254,7 @@ def nio_dataloader(
     (see [`own_generators`]). Generators of a stream, a closure or the owner of a bound method are not seeded.
 
     Raises:
-        DataError: For an empty data set or one too small.
+        DataError: An empty data set or one too small.
     """
     collator = _SeededCollator(collate, seed)
     common: dict[str, Any] = {

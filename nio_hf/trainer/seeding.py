@@ -40,7 +40,7 @@ def check_seedable(trainer: Any) -> None:
     """Refuse to seed an optimizer that has no second moment of this kind, before anything is computed.
 
     Raises:
-        ConfigError: For another optimizer than torch's Adam and AdamW, and where its state is in parts that cannot be
+        ConfigError: Another optimizer than torch's Adam and AdamW, and where its state is in parts that cannot be
             seeded: DeepSpeed's, and that of FSDP version 1.
     """
     where = "nio_seed_optimizer"
@@ -70,7 +70,7 @@ def seed_second_moment(
         mode: Whether the bias correction applies.
 
     Raises:
-        ConfigError: For an optimizer that has taken steps, one without a parameter of the model, and squares that lack
+        ConfigError: An optimizer that has taken steps, one without a parameter of the model, and squares that lack
             one that it trains.
     """
     inner = _unwrapped(optimizer)

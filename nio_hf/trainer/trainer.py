@@ -287,7 +287,7 @@ class NIOTrainerMixin(TrainerMixin):
 
         Raises:
             DataError: Without training data, or with too little.
-            ConfigError: For options of a method that are out of range.
+            ConfigError: Options of a method that are out of range.
         """
         dataset = self.get_nio_dataset()
         if dataset is None:
