@@ -96,6 +96,7 @@ def test_init_pushes_all_that_belongs_to_an_initialised_checkpoint(shared: Desk)
         assert name in files
 
 
+@pytest.mark.slow
 def test_it_is_loaded_back_bit_for_bit_by_who_may_see_it(shared: Desk) -> None:
     loaded = shared.run(sys.executable, "-c", LOAD, "user/init", "main")
     state = json.loads(shared.files("user/init")["nio_state.json"])
@@ -123,6 +124,7 @@ def test_a_training_starts_from_it_and_is_pushed_with_its_evaluation(shared: Des
     assert "nio" not in json.loads(shared.files("user/trained")["config.json"]), "trained weights are not marked"
 
 
+@pytest.mark.slow
 def test_it_is_inspected_by_its_name_and_one_that_is_not_there_is_named(shared: Desk) -> None:
     shown = shared.run(*NIO, "inspect", "user/init", "--use_cpu", "true")
     written = json.loads((shared.folder / "outputs/inspect/init/inspect/inspection.json").read_text())
@@ -134,6 +136,7 @@ def test_it_is_inspected_by_its_name_and_one_that_is_not_there_is_named(shared: 
     )
 
 
+@pytest.mark.slow
 def test_another_number_of_classes_is_refused(shared: Desk) -> None:
     data = ["--dataset_name", "parquet", "--data_files", "images.parquet", "--label_column", "label"]
     shared.run(sys.executable, "-c", IMAGES)
@@ -178,6 +181,7 @@ def test_the_end_of_a_script_waits_for_its_push(desk: Desk) -> None:
     assert {"a.safetensors", "b.safetensors", "model.safetensors"} <= desk.files("user/model").keys()
 
 
+@pytest.mark.slow
 def test_a_training_whose_push_fails_is_saved_and_its_command_pushes_it(desk: Desk) -> None:
     desk.hub.fail("POST /api/models/*/commit/*", status=403, times=None)
     shown = desk.run(*NIO, "train", RECIPE, *SMALL, "--push_to_hub", "user/model", status=1)
@@ -190,6 +194,7 @@ def test_a_training_whose_push_fails_is_saved_and_its_command_pushes_it(desk: De
     assert "trained for 3 steps" in desk.files("user/model")[CARD_NAME].decode()
 
 
+@pytest.mark.slow
 def test_an_interrupted_upload_leaves_all_here(desk: Desk) -> None:
     desk.run(*NIO, "init", RECIPE, *SMALL)
     desk.hub.delay("PUT /_lfs/*", seconds=30, times=1)
