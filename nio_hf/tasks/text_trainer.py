@@ -30,8 +30,8 @@ from nio_hf.text.tokenizers import is_bytes
 
 IGNORED = -100
 """Label of a token that is not predicted."""
-_SAMPLE_TOKENS, _TOP_K = 400, 50
-"""Largest number of tokens of a sample, and number of candidates for each of them."""
+_SAMPLES, _SAMPLE_TOKENS, _TEMPERATURE = 3, 400, 0.7
+"""Number of texts that are drawn after a training, largest number of tokens of each, and their temperature."""
 _SEED = "mask_seed"
 _MAX_SEED = 2**62
 Block = dict[str, Any]
@@ -178,7 +178,7 @@ class TextTrainer(RecipeTrainer):
 
     @torch.no_grad()
     def sample(self) -> str | None:
-        """Text of a causal model behind the prompt of the recipe; None without a prompt, and for sharded weights."""
+        """Texts of a causal model behind the prompt of the recipe; None without a prompt, and for sharded weights."""
         prompt = self.recipe.text.sample_prompt if self._shifted else None
         if prompt is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return None
@@ -195,9 +195,10 @@ class TextTrainer(RecipeTrainer):
                 attention_mask=torch.ones_like(start),
                 max_new_tokens=max(1, min(_SAMPLE_TOKENS, room)),
                 do_sample=True,
-                top_k=_TOP_K,
+                temperature=_TEMPERATURE,
+                num_return_sequences=_SAMPLES,
                 pad_token_id=tokenizer.pad_token_id,
             )
         model.train(was_training)
-        text: str = tokenizer.decode(output[0], skip_special_tokens=True)
-        return text
+        texts: list[str] = tokenizer.batch_decode(output, skip_special_tokens=True)
+        return "\n\n".join(text.rstrip() for text in texts)
