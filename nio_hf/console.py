@@ -95,7 +95,7 @@ def print_results(
         table = Table(title=name or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.show_header = any(columns)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left", no_wrap=not index)
+            table.add_column(column, justify="right" if index and column else "left", no_wrap=not index)
         for row in rows:
             table.add_row(*row)
         console.print(table)

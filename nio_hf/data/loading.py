@@ -124,7 +124,10 @@ def choose_split(splits: Mapping[str, Rows], split: str, key: str, name: str) ->
         DataError: Split that does not exist, cannot be read, or has no samples.
     """
     if split not in splits:
-        raise DataError(Problem(key, f"{split!r} is no split of {name}", f"Choose one of {', '.join(splits)}"))
+        fix = f"Choose one of {', '.join(splits)}"
+        if key == "eval_split":
+            fix += ", or null, which sets a part of the training split aside"
+        raise DataError(Problem(key, f"{split!r} is no split of {name}", fix))
     rows = splits[split]
     try:
         is_empty = len(rows) == 0 if isinstance(rows, datasets.Dataset) else not list(rows.take(1))

@@ -191,7 +191,7 @@ def test_a_file_that_is_not_what_it_should_be_is_refused(
     ("settings", "message"),
     [
         ({"train_split": "training"}, "train_split: 'training' is no split of digits. Choose one of train."),
-        ({"eval_split": "test"}, "eval_split: 'test' is no split of digits. Choose one of train."),
+        ({"eval_split": "test"}, "eval_split: 'test' is no split of digits. Choose one of train, or null,"),
         ({"label_column": "image"}, "label_column: 'image' of digits holds Image. Name a column of class labels: "),
         ({"image_column": "label"}, "image_column: 'label' of digits holds ClassLabel. Name a column of images: "),
         ({"eval_fraction": 0.0}, "eval_fraction: 0.0. Give a part in (0, 1), or an eval_split."),
