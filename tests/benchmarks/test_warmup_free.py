@@ -126,7 +126,18 @@ def test_seeds_that_judge_have_chosen_nothing() -> None:
         assert part.rates_of in (None, *study.HELD)
 
 
-@pytest.mark.parametrize("arm", [name for name in ARMS if name not in ("searched", "structured", "published")])
+DISTINCT_ARMS = ("x4", "positions8", "mimetic", "lsuv", "gi_adam", "muon", "schedule_free", "nio", "nio_warmup10")
+"""Arms of which each has a part that no other has; the rest combines them."""
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        pytest.param(name, marks=() if name in DISTINCT_ARMS else pytest.mark.slow)
+        for name in ARMS
+        if name not in ("searched", "structured", "published")
+    ],
+)
 def test_every_arm_trains_and_pays_its_initialisation(arm: str, tiny: Path) -> None:
     task = ImageTask("digits", "digits", steps=40, pixels=8)
     row = lab.carry_out(Run("vit", arm, 1e-3, 3, choosing=False), task, Path())
@@ -138,8 +149,9 @@ def test_every_arm_trains_and_pays_its_initialisation(arm: str, tiny: Path) -> N
     assert row["losses"][-1] < row["losses"][0]
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("arm", ["class", "residual", "nio_seeded"])
+@pytest.mark.parametrize(
+    ("model", "arm"), [("gpt2", "class"), ("llama", "residual"), ("bert", "residual"), ("bert", "nio_seeded")]
+)
 def test_text_trains_too(model: str, arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "load_blocks", lambda: tuple(BLOCKS.split([448, 64])))
     monkeypatch.setattr(texts, "CHOOSING_BLOCKS", 64)

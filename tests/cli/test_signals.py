@@ -78,7 +78,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(how: str, tmp_path: Path) ->
     assert all(bool((one[name] == two[name]).all()) for name in one)
 
 
-@pytest.mark.parametrize("how", [pytest.param("alone", marks=pytest.mark.slow), "launched"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["alone", "launched"])
 def test_an_interrupt_ends_all_processes_and_says_how_to_go_on(how: str, tmp_path: Path) -> None:
     status, output = _stopped_after_a_step(_command(tmp_path, how), signal.SIGINT)
     assert status == 130, output

@@ -90,6 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return outputs
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_weights_that_one_process_trains(runs: dict[int, Path]) -> None:
     states = {processes: json.loads((path / "trainer_state.json").read_text()) for processes, path in runs.items()}
     losses = {n: [entry["loss"] for entry in state["log_history"] if "loss" in entry] for n, state in states.items()}
@@ -104,12 +105,14 @@ def test_two_processes_train_the_weights_that_one_process_trains(runs: dict[int,
     assert scales[1] == pytest.approx(scales[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_really_ran_and_reported_once(runs: dict[int, Path]) -> None:
     accumulated = {n: torch.load(path / "training_args.bin", weights_only=False) for n, path in runs.items()}
     assert {n: arguments.gradient_accumulation_steps for n, arguments in accumulated.items()} == {1: 4, 2: 2}
     assert (runs[2] / "shown.txt").read_text().count("Trained model: ") == 1
 
 
+@pytest.mark.slow
 def test_evaluation_counts_every_image_once(runs: dict[int, Path]) -> None:
     results = [json.loads((path / "all_results.json").read_text()) for path in runs.values()]
     assert results[1]["eval_accuracy"] == pytest.approx(results[0]["eval_accuracy"], abs=0.03)

@@ -141,6 +141,7 @@ def test_killed_in_the_save_of_the_initialised_checkpoint(tmp_path: Path, uninte
     assert [path.name for path in initialised.parent.glob(f"{INIT_DIR_NAME}*")] == [INIT_DIR_NAME]
 
 
+@pytest.mark.slow
 @resumes_in_several_processes
 def test_killed_in_the_save_of_a_checkpoint(tmp_path: Path, uninterrupted: Any) -> None:
     faults = {"checkpoint": {"number": 4, "signal": "SIGKILL"}}
@@ -172,6 +173,7 @@ def test_sigterm_to_one_process_saves_and_stops_all(rank: int, tmp_path: Path, u
     assert [report["trained"] for report in second.reports] == [uninterrupted("ddp", 2)] * 2
 
 
+@pytest.mark.slow
 def test_sigterm_in_nio_saves_and_exits_with_its_status(tmp_path: Path, uninterrupted: Any) -> None:
     faults = {"nio": {"number": REPORTED + 2, "signal": "SIGTERM"}}
     first, second = _started_again(tmp_path, "single", 1, faults)

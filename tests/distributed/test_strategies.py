@@ -61,7 +61,7 @@ def _check(folder: Path, strategy: str, search: str, processes: int, alone: Any)
     [
         pytest.param("ddp", "published", marks=pytest.mark.slow),
         ("ddp", "computed"),
-        ("fsdp2", "computed"),
+        pytest.param("fsdp2", "computed", marks=pytest.mark.slow),
         pytest.param("zero2", "published", marks=pytest.mark.slow),
         pytest.param("zero3", "computed", marks=pytest.mark.slow),
     ],
@@ -114,7 +114,8 @@ def test_two_processes_agree_on_the_winner_of_a_race_and_hold_the_one_of_one_pro
         assert lane["losses"] == pytest.approx(other["losses"], rel=0.1)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
 def test_a_race_of_a_model_in_shards_is_refused(strategy: str, tmp_path: Path) -> None:
     outcome = launch(tmp_path, strategy, 2, arguments={**COMPUTED, "nio_race_steps": 3})
     assert outcome.status != 0

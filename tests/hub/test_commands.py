@@ -145,6 +145,7 @@ def test_another_number_of_classes_is_refused(shared: Desk) -> None:
     assert "'user/init' has 10 classes, the data set 2. Give a data set of as many classes, or initialise" in shown
 
 
+@pytest.mark.slow
 def test_push_by_hand_again_and_to_a_branch(shared: Desk) -> None:
     push = [*NIO, "push", "outputs/vit-tiny-digits-nio", "user/by-hand"]
     shown = shared.run(*push, "--license", "apache-2.0", "--tag", "mine")
