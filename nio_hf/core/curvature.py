@@ -228,9 +228,9 @@ def finite_difference_product(
         step: Factor of e, which is `FINITE_DIFFERENCE_STEP` ||theta|| / ||v||.
     """
     wrt, scaled = tensors.gradient_parameters, tensors.scaled_parameters
-    settings = {"seed": seed, "micro_batch_size": micro_batch_size}
+    gradient_by = functools.partial(dense_gradient, loss, batch, seed=seed, micro_batch_size=micro_batch_size)
     if kept is None:
-        kept, _ = dense_gradient(loss, batch, wrt, **settings)  # type: ignore[arg-type]
+        kept, _ = gradient_by(wrt)
     vector = cotangent(kept)
     del kept
     theta = [parameter.data for parameter in wrt]
@@ -240,9 +240,9 @@ def finite_difference_product(
     saved = [tensor.clone() for tensor in theta]
     try:
         _displace(theta, saved, vector, size)
-        forward, _ = dense_gradient(loss, batch, scaled, **settings)  # type: ignore[arg-type]
+        forward, _ = gradient_by(scaled)
         _displace(theta, saved, vector, -size)
-        backward, _ = dense_gradient(loss, batch, scaled, **settings)  # type: ignore[arg-type]
+        backward, _ = gradient_by(scaled)
     finally:
         torch._foreach_copy_(theta, saved)
     scale = torch.where(size > 0, 0.5 / size, torch.zeros_like(size))
