@@ -46,11 +46,11 @@ class NIOConfig:
             algorithm of the paper: Adam on omega, a new batch for every step (see [`NIOConfig.published`]).
         strength: Exponent t of "balance": omega_k = c_k^t for the computed scales c_k. 1 applies them whole.
         groups: Which tensors share a scale. "additive" sets apart what is added to activations, such as positions and
-            tokens; "model" has one scale for all; "tensor" one for each, which only "published" makes use of. A mapping
+            tokens; "model" has one scale for all; "tensor" has one for each, for "published" only. A mapping
             {name of a group: regular expression} groups tensors by name, and scales no others.
         scaled_tensors: Tensors that are scaled. "weights" are matrices, tables and tokens. "all" are these and what has
             one number a channel or head, such as biases and the weights of normalisation (see [`kinds_of`]). A mapping
-            in `groups` goes before it.
+            in `groups` takes precedence.
         sub_batches: Number D of the sub-batches that a batch is split into, from 2 to B.
         report_batches: Number of batches on which GC, GN and loss are measured before and after. Bounds are judged on
             the same ones.

@@ -55,31 +55,31 @@ class NIOSettings:
     nio: bool = _option(True, "Run NIO before training. It is skipped on resume and for an initialised model.")
     nio_method: str = _option(
         "nio",
-        "Method of initialisation: nio, or to compare it with: none, range, xavier, mimetic, structured, lsuv, "
+        "Method of initialisation: nio, or one to compare it with: none, range, xavier, mimetic, structured, lsuv, "
         "gradinit, emergence or architecture_aware.",
     )
     nio_method_kwargs: dict[str, Any] | str | None = _option(
-        None, 'Settings that such a method has of its own, e.g. {"optimizer": "sgd"}.'
+        None, 'Options of the method, e.g. {"optimizer": "sgd"} of gradinit.'
     )
     nio_save_init: bool = _option(True, "Save the initialised checkpoint in OUTPUT_DIR/_nio_init.")
     nio_save_steps: int = _option(
-        10, "Steps of published from one saved state to the next, from which an interrupted run goes on; 0 for none."
+        10, "Iterations of the published search between two saved states, from which a stopped run goes on; 0: none."
     )
     nio_race_steps: int | None = _option(
         None,
-        "Steps for which the weights that NIO found, those of half its strength and the start are trained before the "
-        "training, which begins from the best of them; 0 for no race; default: 120 where that is at most 2% of the "
+        "Training steps of a race: the weights that NIO found, those of half its strength and the start train so long, "
+        "and the training begins from the best of them. 0: no race. Default: 120 where the race is at most 2% of the "
         "training, else 0.",
     )
     nio_seed_optimizer: str | None = _option(
         None,
         "Start Adam's second moment from the squared gradient at the initialisation: gi_adam (with bias correction, an "
-        "implicit warmup) or uncorrected; default: Adam as it is.",
+        "implicit warmup) or uncorrected. Default: Adam as it is.",
     )
 
     # Data
-    nio_batch_size: int = _option(64, "B, samples of a NIO batch over all devices.")
-    nio_seed: int | None = _option(None, "Seed of the NIO data order; default: data_seed, else seed.")
+    nio_batch_size: int = _option(64, "Number B of samples in a batch of NIO, over all devices.")
+    nio_seed: int | None = _option(None, "Seed of the order of NIO's data. Default: data_seed, else seed.")
 
     # Settings of NIOConfig; HfArgumentParser takes the second of three types
     nio_search: str = _of_core("search")
