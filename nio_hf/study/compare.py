@@ -107,10 +107,10 @@ def sentences(findings: Findings) -> list[str]:
         return [*said, "The verdict is still to come."]
     measured = f"{gain_text(metric, tested.gain)} (90% interval over {len(tested.gain.values)} fresh paired seeds)"
     if findings.no_warmup_loses:
-        said.append(f"No warmup loses: there warmup gains {measured}.")
+        said.append(f"Judged anew there, it gains {measured}, so there is something to replace.")
         said += [_sentence(one, findings) for one in findings.verdicts if one.arm not in (WARMUP, NO_WARMUP)]
     else:
-        said.append(f"There warmup gains {measured}: these seeds do not tell whether it gains at all.")
+        said.append(f"Judged anew there, it gains {measured}: these seeds do not tell whether it gains at all.")
     said += [
         f"The initialisation of {share.arm} gains {gain_text(metric, share.difference)} over {share.without}, "
         f"the same training without it{_correction(len(findings.shares))}."

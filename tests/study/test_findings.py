@@ -148,7 +148,7 @@ def test_where_warmup_gains_nothing_there_is_no_verdict() -> None:
     found = _by_hand(gain=3.0, tested=-0.5)
     text = " ".join(sentences(found))
     assert "warmup (10%) gains most over no warmup on the seeds of the selection: +3" in text
-    assert "There warmup gains -0.50 ± 0.00 points of accuracy" in text
+    assert "Judged anew there, it gains -0.50 ± 0.00 points of accuracy" in text
     assert "these seeds do not tell whether it gains at all" in text
     assert "does not tell what replaces warmup" in text
     assert all(row[-1] == "-" for row in verdict_table(found)[1])
@@ -158,7 +158,7 @@ def test_the_verdict_says_the_difference_with_its_uncertainty() -> None:
     """Differences 0.2, 0.3, 0.1: mean 0.2, standard deviation 0.1, half width 2.919986 * 0.1 / sqrt(3) = 0.17."""
     found = _by_hand(gain=3.0, tested=2.0)
     text = " ".join(sentences(found))
-    assert "No warmup loses: there warmup gains +2.00" in text
+    assert "Judged anew there, it gains +2.00" in text
     assert "stable up to learning rate 0.002 at least, while no warmup does not fail up to 0.002" in text
     assert "nio without warmup beats warmup: a gain of +0.20 ± 0.17 points of accuracy" in text
     assert "3 fresh paired seeds, Holm-corrected for 2 comparisons" in text
