@@ -146,7 +146,8 @@ class ExcludedTensor:
         name: Parameter name, as in [`TensorScale`].
         kind: Kind of the tensor, see [`kinds_of`].
         shape: Shape of the tensor.
-        reason: Why it is not scaled: "zero", "frozen", "unused", "vector" where only weights are scaled, or "no group".
+        reason: Why it is not scaled: "zero", "frozen", "unused", "vector" where only weights are scaled, "larger"
+            (drawn larger on purpose, see `drawn_larger` in `nio_hf.core.layers`), or "no group".
     """
 
     name: str

@@ -114,6 +114,7 @@ def find_tensors(
     scaled_tensors: ScaledTensors = "all",
     groups: str | Mapping[str, str] = "tensor",
     unused: Collection[str] = (),
+    larger: Collection[str] = (),
 ) -> ModelTensors:
     """Find the tensors of a model that are scaled, their groups, and those that the gradient is taken over.
 
@@ -122,6 +123,7 @@ def find_tensors(
         scaled_tensors: Setting of [`NIOConfig`] that says which tensors are scaled.
         groups: Setting of [`NIOConfig`] that says which tensors share a scale.
         unused: Names of tensors that no gradient reaches.
+        larger: Names of tensors that were drawn larger on purpose, and are not scaled.
 
     Raises:
         ModelError: Parameters on the meta device, sharded or in half precision, and a model without trainable or
@@ -140,6 +142,7 @@ def find_tensors(
     reasons |= {place.name: "zero" for place, nonzero in zip(trainable, has_values, strict=True) if not nonzero}
     reasons |= dict.fromkeys(unused, "unused")
     used = [place for place in trainable if place.name not in unused]
+    reasons |= dict.fromkeys(larger, "larger")
     candidates = [place for place in used if place.name not in reasons]
     if scaled_tensors == "weights" and not isinstance(groups, Mapping):
         reasons |= {place.name: "vector" for place in candidates if place.kind in _VECTORS}

@@ -127,6 +127,7 @@ def excluded_text(result: InitResult) -> str:
         "zero": "all zero",
         "unused": "without a gradient",
         "vector": "that are vectors",
+        "larger": "drawn larger on purpose",
         "no group": "in no group",
     }
     parts = [f"{reasons.count(reason)} {meanings.get(reason, reason)}" for reason in dict.fromkeys(reasons)]

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from nio_hf.core import find_tensors
-from nio_hf.core.layers import fan_in, layer_weights, preserving_factor
+from nio_hf import initialize
+from nio_hf.core import NIOConfig, find_tensors
+from nio_hf.core.layers import drawn_larger, fan_in, layer_weights, preserving_factor
 from nio_hf.errors import ModelError
 from tests.core.cases import case
 
@@ -126,3 +127,42 @@ def test_layers_that_a_class_draws_smaller_on_purpose_count_as_if_they_were_not(
             weight.mul_(3.0)
     # Where the class's range is gone, each layer counts as it is.
     assert factor_of(scaled) == pytest.approx(expected / 3 * 4 ** (5 / 12), rel=0.02)
+
+
+def small_vit() -> ViTForImageClassification:
+    set_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 192, "num_attention_heads": 2, "num_hidden_layers": 2}
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes))
+
+
+def test_what_another_initialisation_has_made_larger_is_left_alone() -> None:
+    """Queries and keys that are multiplied further would let a token attend to itself alone."""
+    model = small_vit()
+    attention = [name for name, _ in model.named_parameters() if name.endswith(("q_proj.weight", "k_proj.weight"))]
+    with torch.no_grad():
+        for name in attention:
+            model.get_parameter(name).mul_(6.0)
+    before = {name: model.get_parameter(name).clone() for name in attention}
+    batch = {"pixel_values": torch.randn(16, 3, 8, 8), "labels": torch.arange(16) % 3}
+    result = initialize(model, [batch] * 4, lambda model, batch: model(**batch).loss)
+    assert {tensor.name for tensor in result.excluded if tensor.reason == "larger"} == set(attention)
+    assert all(torch.equal(model.get_parameter(name), values) for name, values in before.items())
+    assert result.scales["classifier.weight"] > 2
+    named = NIOConfig(groups={"all": "weight"})
+    asked = initialize(model, [batch] * 4, lambda model, batch: model(**batch).loss, named)
+    assert set(attention) <= asked.scales.keys(), "a group that the user names is scaled"
+
+
+def test_additive_tensors_are_left_alone_together() -> None:
+    model = small_vit()
+    tensors = find_tensors(model, "weights", "additive")
+    assert drawn_larger(model, tensors) == []
+    with torch.no_grad():
+        model.vit.embeddings.position_embeddings.mul_(10.0)
+    larger = set(drawn_larger(model, tensors))
+    assert larger == {place.name for place in tensors.scaled if place.kind == "additive"}
+    assert len(larger) > 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    assert drawn_larger(model, tensors) == [], "most layers have not the range of the class"
