@@ -13,7 +13,7 @@ import itertools
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -173,25 +173,18 @@ def best(arms: Mapping[str, Judged], names: Sequence[str]) -> str:
 
 def rivals(parts: Iterable[str]) -> Family:
     """NIO minus each arm without NIO, in some parts, corrected together; of warmup, the length that was chosen."""
-    arms = {part: judged(part) for part in parts}
-    return corrected(
-        {
-            (part, arm): difference(found["nio"], found[arm])
-            for part, found in arms.items()
-            for arm in found.keys() - ({"nio", *WITHOUT, *WARMUPS} - {best(found, WARMUPS)})
-        }
-    )
+    return others(parts, lambda arms: arms.keys() - ({*WITHOUT, *WARMUPS} - {best(arms, WARMUPS)}))
 
 
-def others(parts: Iterable[str], arms: Iterable[str] | None = None) -> Family:
-    """NIO minus each of the other arms, or of some, in parts that have NIO, corrected together."""
-    found = {part: judged(part) for part in parts}
+def others(parts: Iterable[str], of: Callable[[Mapping[str, Judged]], Collection[str]] = lambda arms: arms) -> Family:
+    """NIO minus each of the other arms, or of those that `of` chooses, in parts that have NIO, corrected together."""
+    found = {part: arms for part in parts if "nio" in (arms := judged(part))}
     return corrected(
         {
-            (part, arm): difference(of_part["nio"], of_part[arm])
-            for part, of_part in found.items()
-            for arm in of_part
-            if "nio" in of_part and arm != "nio" and (arms is None or arm in arms)
+            (part, arm): difference(arms["nio"], arms[arm])
+            for part, arms in found.items()
+            for arm in arms
+            if arm != "nio" and arm in of(arms)
         }
     )
 
@@ -200,7 +193,8 @@ def by_length(model: str) -> Family:
     """NIO minus each of the arms of the longer trainings of a model, corrected over the arms of a length."""
     parts = LENGTHS[model]
     arms = {arm for steps, part in parts.items() if steps > min(parts) for arm in HELD[part].arms}
-    return {key: found for part in parts.values() for key, found in others([part], arms).items()}
+    families = [others([part], lambda judged_arms: judged_arms.keys() & arms) for part in parts.values()]
+    return {key: found for family in families for key, found in family.items()}
 
 
 def additions(parts: Iterable[str]) -> Family:

@@ -18,6 +18,11 @@ _OutputDir = Annotated[
 ]
 
 
+def _seeds_of_verdict(verdict: bool, seeds: int, verdict_seeds: int | None) -> int:
+    """Number of fresh seeds that judge; 0 without a verdict."""
+    return 0 if not verdict else seeds if verdict_seeds is None else verdict_seeds
+
+
 def compare(
     arguments: RecipeArguments = None,
     arms: Annotated[
@@ -62,7 +67,7 @@ def compare(
             line.numbers("--learning_rates", rates, "5e-4,1e-3"),
             line.numbers("--warmup_ratios", warmup_ratios, "0.05,0.1"),
             seeds,
-            0 if not verdict else seeds if verdict_seeds is None else verdict_seeds,
+            _seeds_of_verdict(verdict, seeds, verdict_seeds),
             line.steps(steps),
             budget,
         )
@@ -112,7 +117,7 @@ def tune(
             (line.recipe.training.learning_rate,),
             (),
             seeds,
-            0 if not verdict else seeds if verdict_seeds is None else verdict_seeds,
+            _seeds_of_verdict(verdict, seeds, verdict_seeds),
             line.steps(steps),
             budget,
             probe_steps,

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from nio_hf.core import mode
 from nio_hf.core.batches import SAME_BATCHES, batch_size, content_of, take, too_many_sub_batches
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
-from nio_hf.core.layers import drawn_larger
 from nio_hf.core.loss import Loss, LossFn, check_micro_batches, gradient, make_loss
 from nio_hf.core.memory import peak_memory, reset_peak_memory, with_less_memory
 from nio_hf.core.method import Learned, Method, OnIteration, Options, Resumption, Watch
@@ -105,8 +104,7 @@ def initialize(
         loss = make_loss(model, loss_fn, config, tensors.device)
         _check_alike(processes, config, tensors, reported)
         unused = _unused(loss, tensors, config, processes, reported[0])
-        computes = method.own_groups and config.search == "balance" and not isinstance(config.groups, Mapping)
-        larger = drawn_larger(model, tensors) if computes else []
+        larger = method.left_alone(config, model, tensors)
         if unused or larger:
             tensors = find_tensors(model, *grouping, unused, larger)
         state = watch.resumption.state

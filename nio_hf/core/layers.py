@@ -49,18 +49,17 @@ def preserving_factor(model: nn.Module, tensors: ModelTensors) -> float:
     (LeCun, Bottou, Orr, Müller, "Efficient BackProp", 1998); that one factor cannot do so in every layer, and that it
     is their geometric mean over the entries, is our choice.
 
-    Layers that are smaller than the range of the model, see [`usual_range`], were drawn smaller on purpose, as GPT-2
-    draws those that lead into the residual stream. They count as if they had that range, and so stay as much smaller
-    as they are.
+    Where most entries have the `initializer_range` of the model's config, layers with a smaller rms were drawn smaller
+    on purpose, as GPT-2 draws those that lead into the residual stream. They count as if they had that range, and so
+    stay as much smaller as they are.
     """
     layers = _layers(model, tensors)
     if not layers:
         return 1.0
-    sizes = _sizes([place.parameter for place in layers])
-    usual = usual_range(model, tensors)
+    entries, sizes = [place.parameter.numel() for place in layers], _sizes([*layers])
+    usual = _usual_range(model, entries, sizes)
     if usual is not None:
         sizes = [usual if size < (1 - _SAME_RANGE) * usual else size for size in sizes]
-    entries = [place.parameter.numel() for place in layers]
     logs = (
         count / sum(entries) * math.log(size * math.sqrt(fan_in(place.parameter, owners[0])))
         for count, size, (place, owners) in zip(entries, sizes, layers.items(), strict=True)
@@ -68,38 +67,36 @@ def preserving_factor(model: nn.Module, tensors: ModelTensors) -> float:
     return math.exp(-math.fsum(logs))
 
 
-def usual_range(model: nn.Module, tensors: ModelTensors) -> float | None:
-    """The `initializer_range` of the model's config, where most entries of its layers have it; otherwise None."""
-    usual: Any = getattr(getattr(model, "config", None), "initializer_range", None)
-    weights = [place.parameter for place in _layers(model, tensors)]
-    if not is_positive(usual) or not weights:
-        return None
-    entries = [weight.numel() for weight in weights]
-    alike = [math.isclose(size, usual, rel_tol=_SAME_RANGE) for size in _sizes(weights)]
-    return float(usual) if 2 * sum(itertools.compress(entries, alike)) > sum(entries) else None
-
-
 def drawn_larger(model: nn.Module, tensors: ModelTensors) -> list[str]:
     """Names of the scaled tensors that another initialisation has made larger, at least twice as large as the range.
 
     Mimetic initialisation, for example, has queries and keys by which a token attends to itself; made larger still, it
     attends to nothing else. Such tensors are left as they are. Additive tensors are judged together, since they are
-    balanced together. Without a range, see [`usual_range`], there are none.
+    balanced together. There are none where most entries of the layers have not the `initializer_range` of the config.
     """
-    usual = usual_range(model, tensors)
+    sizes, layers = dict(zip(tensors.scaled, _sizes(tensors.scaled), strict=True)), _layers(model, tensors)
+    usual = _usual_range(model, [place.parameter.numel() for place in layers], [sizes[place] for place in layers])
     if usual is None:
         return []
-    sizes = _sizes(tensors.scaled_parameters)
-    larger = [place for place, size in zip(tensors.scaled, sizes, strict=True) if size >= _LARGER * usual]
+    larger = [place for place, size in sizes.items() if size >= _LARGER * usual]
     if any(place.kind == "additive" for place in larger):
         larger += [place for place in tensors.scaled if place.kind == "additive" and place not in larger]
     return [place.name for place in larger]
 
 
-def _sizes(weights: Sequence[nn.Parameter]) -> list[float]:
-    """Root mean square of each weight."""
-    norms = torch.stack(torch._foreach_norm([weight.detach() for weight in weights])).tolist()
-    return [norm / math.sqrt(weight.numel()) for weight, norm in zip(weights, norms, strict=True)]
+def _usual_range(model: nn.Module, entries: Sequence[int], sizes: Sequence[float]) -> float | None:
+    """The `initializer_range` of the model's config, where most entries of its layers have it; otherwise None."""
+    usual: Any = getattr(getattr(model, "config", None), "initializer_range", None)
+    if not is_positive(usual):
+        return None
+    alike = [math.isclose(size, usual, rel_tol=_SAME_RANGE) for size in sizes]
+    return float(usual) if 2 * sum(itertools.compress(entries, alike)) > sum(entries) else None
+
+
+def _sizes(places: Sequence[TensorPlace]) -> list[float]:
+    """Root mean square of each tensor."""
+    norms = torch.stack(torch._foreach_norm([place.parameter.detach() for place in places])).tolist()
+    return [norm / math.sqrt(place.parameter.numel()) for place, norm in zip(places, norms, strict=True)]
 
 
 def fan_in(weight: Tensor, owner: nn.Module) -> float:

@@ -7,10 +7,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torch import nn
+
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.problem import ScalingProblem
 from nio_hf.core.result import GradCosine, GroupScale, IterationRecord
+from nio_hf.core.tensors import ModelTensors
 from nio_hf.errors import ConfigError, Problem, StoppedError
 
 if TYPE_CHECKING:
@@ -136,6 +139,7 @@ class Method:
         options: {name: default} of the method's own options.
         check: (options) -> checks of them.
         own_groups: Whether the settings say which tensors share a scale; otherwise each has its own.
+        left_alone: (config, model, tensors) -> names of tensors that it does not scale, though they could be.
     """
 
     name: str
@@ -147,6 +151,7 @@ class Method:
     options: Options = dataclasses.field(default_factory=dict)
     check: Callable[[Options], Iterable[Check]] = lambda options: ()
     own_groups: bool = False
+    left_alone: Callable[[NIOConfig, nn.Module, ModelTensors], Sequence[str]] = lambda config, model, tensors: ()
 
     @property
     def subject(self) -> str:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import nn
+
 from nio_hf.core import balance, published
 from nio_hf.core.config import NIOConfig
+from nio_hf.core.layers import drawn_larger
 from nio_hf.core.method import Learned, Method, Options, Watch
 from nio_hf.core.problem import ScalingProblem
+from nio_hf.core.tensors import ModelTensors
 
 
 def _learn(problem: ScalingProblem, options: Options, watch: Watch) -> Learned:
@@ -19,6 +25,13 @@ def _most_cost(config: NIOConfig, groups: int, options: Options) -> float:
         return published.most_cost(config)
     # The report after is the measurement of the candidate that is applied.
     return balance.most_cost(config) - config.report_batches
+
+
+def _left_alone(config: NIOConfig, model: nn.Module, tensors: ModelTensors) -> list[str]:
+    """Names of the tensors that computed scales leave alone, unless the user has named the groups."""
+    if config.search != "balance" or isinstance(config.groups, Mapping):
+        return []
+    return drawn_larger(model, tensors)
 
 
 def _describe(config: NIOConfig) -> str:
@@ -49,5 +62,6 @@ NIO = Method(
     batches=lambda config, options: config.batches,
     most_cost=_most_cost,
     own_groups=True,
+    left_alone=_left_alone,
 )
 """The method of this library."""
