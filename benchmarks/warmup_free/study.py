@@ -33,7 +33,8 @@ from benchmarks.warmup_free.texts import TextTask
 LOCKS = Path("outputs") / "warmup-free"
 CHOOSING = (0, 1)
 """Seeds to choose by, and of the direct search."""
-JUDGING = tuple(range(1300, 1308))
+JUDGING = (1300, 1301, 1302, 1303, 1304)
+JUDGING_LONG = (1400, 1401, 1402)
 LEAST_RATE, LARGEST_RATE = 6.25e-5, 3.2e-2
 RETRY_SECONDS = 5.0
 
@@ -42,7 +43,7 @@ _VIT = (
     *("positions8", "positions32", "searched", "gi_adam", "radam", "schedule_free", "muon"),
     *("nio_warmup10", "nio_seeded", "nio_muon", "xavier_nio", "mimetic_nio"),
 )
-_LONG = ("nio", "warmup10", "x4", "xavier", "positions8")
+_LONG = ("nio", "warmup10", "x4")
 _TEXT = (
     "nio",
     "class",
@@ -57,9 +58,11 @@ _TEXT = (
     "nio_half",
     "nio_seeded",
 )
-_LONG_TEXT = ("nio", "class", "warmup10", "x2", "nio_half")
-_WHERE = ("nio", "warmup10", "x4", "positions8")
-_SWIN = ("nio", "class", "warmup10", "warmup30", "x2", "x4", "xavier", "mimetic", "lsuv", "searched")
+_LONG_TEXT = ("nio", "class", "warmup10")
+_SWIN = (
+    *("nio", "class", "warmup10", "warmup30", "x4", "xavier", "mimetic", "searched"),
+    *("gi_adam", "muon", "nio_seeded"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +86,9 @@ class Part:
     extends: bool = True
 
 
-def _where(arms: tuple[str, ...] = _WHERE, **changes: Any) -> Part:
-    return Part(ImageTask("vit", **changes), arms, (1400, 1401, 1402), choosing=(0,), extends=False)
+def _where(rates_of: str | None = None, **changes: Any) -> Part:
+    task = ImageTask("vit", **changes)
+    return Part(task, _LONG, (1400, 1401, 1402, 1403, 1404), choosing=(0,), rates_of=rates_of, extends=False)
 
 
 def _text(model: str, *further: str) -> Part:
@@ -100,10 +104,10 @@ HELD = {
     "text-gpt2": _text("gpt2"),
     "text-llama": _text("llama", "residual"),
     "text-bert": _text("bert", "residual"),
-    "rivals-swin": Part(
-        ImageTask("swin"), (*_SWIN, "gi_adam", "radam", "muon", "nio_seeded"), JUDGING[:5], choosing=(0,)
+    "rivals-swin": Part(ImageTask("swin"), _SWIN, JUDGING, choosing=(0,)),
+    "length-2500": Part(
+        ImageTask("vit", steps=2500), (*_LONG, "positions8"), (1400, 1401, 1402, 1403, 1404), choosing=(0,)
     ),
-    "length-2500": Part(ImageTask("vit", steps=2500), _LONG, (1400, 1401, 1402, 1403, 1404), choosing=(0,)),
     "text-gpt2-5000": _long_text("gpt2"),
     "text-llama-5000": _long_text("llama"),
     "text-bert-5000": _long_text("bert"),
@@ -113,15 +117,15 @@ HELD = {
     "where-imagenette64": _where(data="imagenette224", pixels=64),
     "length-10000": Part(
         ImageTask("vit", steps=10_000, augmented=True),
-        ("nio", "warmup10", "x4", "positions8", "published"),
-        (1400, 1401, 1402),
+        (*_LONG, "published"),
+        JUDGING_LONG,
         rates_of="length-2500",
     ),
-    "where-width384": _where(("nio", "warmup10", "x4"), width=384),
+    "where-width384": _where("where-width192", width=384),
     "length-25000": Part(
         ImageTask("vit", steps=25_000, augmented=True),
-        ("nio", "warmup10", "x4"),
-        (1400, 1401, 1402),
+        ("nio", "warmup10"),
+        JUDGING_LONG,
         rates_of="length-2500",
     ),
 }
