@@ -4,9 +4,8 @@ from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.initializer import expected_cost, grad_cosine, initialize
 from nio_hf.core.layerwise import GradientInspection, LayerGradient, inspect_gradients
-from nio_hf.core.method import Method, Resumption
+from nio_hf.core.method import Method
 from nio_hf.core.nio import NIO
-from nio_hf.core.published import NIOState
 from nio_hf.core.result import GradCosine, GroupScale, InitResult, IterationRecord, NIOResult, TensorScale
 from nio_hf.core.second_moment import squared_gradients
 from nio_hf.core.tensors import find_tensors
@@ -23,8 +22,6 @@ __all__ = [
     "Method",
     "NIOConfig",
     "NIOResult",
-    "NIOState",
-    "Resumption",
     "TensorScale",
     "expected_cost",
     "find_tensors",

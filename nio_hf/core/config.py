@@ -28,6 +28,7 @@ REPLACED = {
     "max_scale": "Set NIOConfig.scale_range",
     "budget": "Leave it out: the scales are computed, not searched for",
     "beta": "Leave it out: it weighed a term of an objective that is no more",
+    "save_steps": "Leave it out: NIO is short, and begins again where it was interrupted",
     "batch_norm": "Leave it out: batch normalisation uses the statistics of each sub-batch",
 }
 """{former setting: what to do instead}."""

@@ -20,7 +20,7 @@ from nio_hf.core.collective import Collective
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.loss import Loss, LossFn, check_micro_batches, gradient, make_loss
 from nio_hf.core.memory import peak_memory, reset_peak_memory, with_less_memory
-from nio_hf.core.method import Learned, Method, OnIteration, Options, Resumption, Watch
+from nio_hf.core.method import Learned, Method, OnIteration, Options, Watch
 from nio_hf.core.nio import NIO
 from nio_hf.core.problem import ScalingProblem, measure_reports, parts_of
 from nio_hf.core.result import GradCosine, GroupScale, InitResult
@@ -28,7 +28,7 @@ from nio_hf.core.stream import BatchStream
 from nio_hf.core.sub_batches import located, split_check, splits
 from nio_hf.core.tensors import ModelTensors, copied_values, find_tensors
 from nio_hf.core.verdict import describe_change, judge
-from nio_hf.errors import CheckpointError, ConfigError, DataError, Problem
+from nio_hf.errors import ConfigError, DataError, Problem
 
 INITIALISED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """The models that this process has initialised."""
@@ -46,7 +46,7 @@ def initialize(
     on_iteration: OnIteration | None = None,
     on_trial: Callable[[str], None] | None = None,
     collective: Collective | None = None,
-    resumption: Resumption | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> InitResult:
     """Find scales omega_k of the groups of a model's weights, and multiply the weights by them.
 
@@ -71,8 +71,7 @@ def initialize(
         collective: Processes that share the work, each of which passes the same batches and the same weights;
             `Collective()` for this process alone. It must be given where torch.distributed is in use. An error of one
             process stops all.
-        resumption: State to go on from, and how to be stopped; the same batches are passed again. None to run from the
-            start to the end. Only the published search of NIO can go on.
+        should_stop: Function that is asked once for each iteration whether the run has to end; None to run to the end.
 
     Returns:
         Scales, measurements and costs. `status` and `message` say what happened.
@@ -85,10 +84,9 @@ def initialize(
             processes that differ in weights or batches.
         NIOMemoryError: Where not even one sample at a time fits into memory.
         RankError: Where another process raised an error that is none of ours.
-        StoppedError: Where `resumption` asked for it.
-        CheckpointError: Where its state belongs to another model or search.
+        StoppedError: Where `should_stop` asked for it on any process.
     """
-    watch = Watch(on_iteration, on_trial, Resumption() if resumption is None else resumption)
+    started, watch = time.perf_counter(), Watch(on_iteration, on_trial, should_stop)
     config = _checked_config(config)
     grouping = (config.scaled_tensors, config.groups) if method.own_groups else ("all", "tensor")
     processes = _processes(collective)
@@ -107,13 +105,7 @@ def initialize(
         larger = method.left_alone(config, model, tensors)
         if unused or larger:
             tensors = find_tensors(model, *grouping, unused, larger)
-        state = watch.resumption.state
-        if state is not None:
-            _check_state(len(state.progress.scales), config, tensors)
-        if state is None:
-            before, size = measure_reports(config, loss, tensors, processes, reported, config.micro_batch_size)
-        else:
-            before, size = state.before, state.progress.micro_batch_size
+        before, size = measure_reports(config, loss, tensors, processes, reported, config.micro_batch_size)
         with copied_values(tensors) as initial:
             problem = ScalingProblem(config, loss, tensors, initial, processes, stream, reported, before, size)
             learned = method.learn(problem, chosen, watch)
@@ -127,7 +119,7 @@ def initialize(
             torch._foreach_copy_([parameter.data for parameter in tensors.scaled_parameters], values)
     if method.own_groups or any(scale != 1 for scale in omega):
         INITIALISED.add(model)
-    return _result(method, config, chosen, tensors, learned, omega, before, after, watch.started)
+    return _result(method, config, chosen, tensors, learned, omega, before, after, started)
 
 
 def grad_cosine(
@@ -214,7 +206,7 @@ def _result(
         before=before,
         after=after,
         cost=learned.cost + len(before.parts) + (len(after.parts) if learned.after is None else 0),
-        seconds=learned.seconds + time.perf_counter() - started,
+        seconds=time.perf_counter() - started,
         peak_memory=peak_memory(tensors.device),
         status=status,
         message=message,
@@ -261,16 +253,6 @@ def _check_alike(processes: Collective, config: NIOConfig, tensors: ModelTensors
     fix = "Build the model from the same seed on all processes, and call initialize before it is wrapped or prepared"
     processes.check_equal("the weights", [float(norm) for norm in norms], fix)
     processes.check_equal("the report batches", [content_of(batch) for batch in reported], SAME_BATCHES)
-
-
-def _check_state(groups: int, config: NIOConfig, tensors: ModelTensors) -> None:
-    fix = "Resume with the model and the settings of that run, or start from the beginning"
-    if config.search != "published":
-        found = f"is of the published search, not {config.search!r}"
-        raise CheckpointError(Problem("resumption.state", found, fix))
-    if groups != len(tensors.groups):
-        found = f"{groups} scales for {len(tensors.groups)} groups of tensors"
-        raise CheckpointError(Problem("resumption.state", found, fix))
 
 
 def _unused(loss: Loss, tensors: ModelTensors, config: NIOConfig, processes: Collective, batch: Any) -> list[str]:

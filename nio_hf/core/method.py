@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -16,9 +15,6 @@ from nio_hf.core.result import GradCosine, GroupScale, IterationRecord
 from nio_hf.core.tensors import ModelTensors
 from nio_hf.errors import ConfigError, Problem, StoppedError
 
-if TYPE_CHECKING:
-    from nio_hf.core.published import NIOState
-
 OnIteration = Callable[[IterationRecord], None]
 Options = Mapping[str, Any]
 Check = tuple[str, Any, bool, str]
@@ -26,38 +22,18 @@ Check = tuple[str, Any, bool, str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Resumption:
-    """How a run goes on where another one stopped, and how it lets itself be stopped.
-
-    Attributes:
-        state: State of the run that stopped, with the same model, batches and settings; None to begin.
-        save: Function that is called with the state every `every` iterations, after the last one, and at a stop.
-        every: Iterations from one call of `save` to the next; None to save only at a stop.
-        should_stop: Asked once for each iteration; where it says yes on any process, the run is saved and ends with
-            [`StoppedError`].
-    """
-
-    state: NIOState | None = None
-    save: Callable[[NIOState], None] = lambda state: None
-    every: int | None = 10
-    should_stop: Callable[[], bool] = lambda: False
-
-
-@dataclasses.dataclass(frozen=True)
 class Watch:
-    """Who follows a run.
+    """Functions that follow a run, and may stop it.
 
     Attributes:
         on_iteration: Function that is called with the record of each iteration.
         on_trial: Function that is called with what the next iteration tries, in words.
-        resumption: State to go on from, and how to be stopped.
-        started: `time.perf_counter()` at the start of the run.
+        should_stop: Function that is asked once for each iteration whether the run has to end.
     """
 
     on_iteration: OnIteration | None = None
     on_trial: Callable[[str], None] | None = None
-    resumption: Resumption = dataclasses.field(default_factory=Resumption)
-    started: float = dataclasses.field(default_factory=time.perf_counter)
+    should_stop: Callable[[], bool] | None = None
 
     def tries(self, words: str) -> None:
         """Say what comes next."""
@@ -70,21 +46,14 @@ class Watch:
             self.on_iteration(record)
 
     def stop_if_asked(self, collective: Collective) -> None:
-        """End a run that has nothing to save.
+        """End a run where any process asks for it.
 
         Raises:
-            StoppedError: Where any process asks for it.
+            StoppedError: Where that is so.
         """
-        (stopped,) = collective.any(self.resumption.should_stop())
+        (stopped,) = collective.any(self.should_stop is not None and self.should_stop())
         if stopped:
-            raise stopped_error(0)
-
-
-def stopped_error(iterations: int) -> StoppedError:
-    """The error of a run that was stopped after some iterations."""
-    found = f"stopped after {iterations} iterations, which are saved" if iterations else "stopped before it was through"
-    again = "Start again to go on from there" if iterations else "Start again"
-    return StoppedError(Problem("NIO", found, again))
+            raise StoppedError(Problem("NIO", "stopped before it was through", "Start again"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +67,6 @@ class Learned:
         cost: Training steps of arithmetic, reports before and after not counted, but for those of `after`.
         after: GradCosine on the report batches at the new weights; None where it has not been measured.
         data_exhausted: Whether the run ended for want of data.
-        seconds: Wall time of earlier sessions.
         micro_batch_size: Samples computed at once in the end.
     """
 
@@ -108,7 +76,6 @@ class Learned:
     cost: float = 0.0
     after: GradCosine | None = None
     data_exhausted: bool = False
-    seconds: float = 0.0
     micro_batch_size: int | None = None
 
 

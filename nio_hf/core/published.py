@@ -20,11 +20,10 @@ from nio_hf.core.adam import AdamState, Branch, adam_step, moved
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.curvature import Path, choose_path, second_pass
 from nio_hf.core.gradcosine import published_windows
-from nio_hf.core.method import Learned, Options, Watch, stopped_error
+from nio_hf.core.method import Learned, Options, Watch
 from nio_hf.core.objectives import NormConstraint, make_objective
 from nio_hf.core.problem import ScalingProblem, shuffled_parts
-from nio_hf.core.records import restored
-from nio_hf.core.result import GradCosine, IterationRecord
+from nio_hf.core.result import IterationRecord
 from nio_hf.core.sub_batches import measure
 
 _LARGE = 1000
@@ -33,7 +32,7 @@ _LARGE = 1000
 
 @dataclasses.dataclass(frozen=True)
 class PublishedState:
-    """The search of the paper after some of its iterations, in numbers that JSON keeps exactly.
+    """The search of the paper after some of its iterations.
 
     Attributes:
         scales: (K,) omega.
@@ -50,77 +49,25 @@ class PublishedState:
     micro_batch_size: int | None
 
 
-@dataclasses.dataclass(frozen=True)
-class NIOState:
-    """A run of the search after some of its iterations, in numbers that JSON keeps exactly.
-
-    Attributes:
-        progress: Its state.
-        before: GradCosine on the report batches at omega = 1.
-        seconds: Wall time so far.
-    """
-
-    progress: PublishedState
-    before: GradCosine
-    seconds: float
-
-    @property
-    def iterations(self) -> int:
-        """The iterations that it has behind it."""
-        return len(self.progress.history)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> NIOState:
-        """Inverse of `to_dict`, after a trip through JSON."""
-        state: NIOState = restored(cls, fields)
-        return state
-
-
 def published_scales(problem: ScalingProblem, options: Options, watch: Watch) -> Learned:
-    """All iterations, from the start or from where another run stopped.
+    """Carry out all iterations.
 
     Raises:
-        StoppedError: Where that was asked for, after the state is saved.
+        StoppedError: Where that was asked for.
     """
-    resumption, groups = watch.resumption, len(problem.tensors.groups)
-    begun = resumption.state
-    earlier = 0.0 if begun is None else begun.seconds
-    zeros = AdamState.zeros(groups)
-    state = (
-        PublishedState((1.0,) * groups, zeros, None, (), problem.micro_batch_size) if begun is None else begun.progress
-    )
-    for _ in state.history:
-        problem.stream.next()
-    saved, exhausted = len(state.history), False
-
-    def save() -> None:
-        seconds = earlier + time.perf_counter() - watch.started
-        resumption.save(NIOState(state, problem.before, seconds))
-
-    while len(state.history) < problem.config.iterations:
+    groups, exhausted = len(problem.tensors.groups), False
+    state = PublishedState((1.0,) * groups, AdamState.zeros(groups), None, (), problem.micro_batch_size)
+    while len(state.history) < problem.config.iterations and not exhausted:
         started = time.perf_counter()
+        watch.stop_if_asked(problem.collective)
         batch = problem.stream.next()
-        exhausted, stopped = problem.collective.any(batch is None, resumption.should_stop())
-        if exhausted:
-            break
-        if stopped:
-            if saved < len(state.history):
-                save()
-            raise stopped_error(len(state.history))
-        watch.tries(_describe(problem.config))
-        state = step(problem, batch, state)
-        timed = dataclasses.replace(state.history[-1], seconds=time.perf_counter() - started)
-        state = dataclasses.replace(state, history=(*state.history[:-1], timed))
-        watch.sees(timed)
-        if resumption.every is not None and len(state.history) % resumption.every == 0:
-            save()
-            saved = len(state.history)
-    if resumption.every is not None and saved < len(state.history):
-        save()
+        (exhausted,) = problem.collective.any(batch is None)
+        if not exhausted:
+            watch.tries(_describe(problem.config))
+            state = step(problem, batch, state)
+            timed = dataclasses.replace(state.history[-1], seconds=time.perf_counter() - started)
+            state = dataclasses.replace(state, history=(*state.history[:-1], timed))
+            watch.sees(timed)
     problem.place(state.scales)
     return Learned(
         omega=problem.tensors.by_tensor(state.scales),
@@ -128,7 +75,6 @@ def published_scales(problem: ScalingProblem, options: Options, watch: Watch) ->
         history=state.history,
         cost=math.fsum(record.cost for record in state.history),
         data_exhausted=exhausted,
-        seconds=earlier,
         micro_batch_size=state.micro_batch_size,
     )
 

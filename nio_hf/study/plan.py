@@ -21,7 +21,6 @@ QUIET = {
     "disable_tqdm": True,
     "logging_strategy": "steps",
     "logging_steps": 1,
-    "nio_save_steps": 0,
     **dict.fromkeys(("save_strategy", "eval_strategy"), "no"),
     **dict.fromkeys(("push_to_hub", "load_best_model_at_end", "enable_jit_checkpoint"), False),
     **dict.fromkeys(("nio_save_init", "logging_nan_inf_filter"), False),

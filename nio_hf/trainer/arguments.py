@@ -62,9 +62,6 @@ class NIOSettings:
         None, 'Options of the method, e.g. {"optimizer": "sgd"} of gradinit.'
     )
     nio_save_init: bool = _option(True, "Save the initialised checkpoint in OUTPUT_DIR/_nio_init.")
-    nio_save_steps: int = _option(
-        10, "Iterations of the published search between two saved states, from which a stopped run goes on; 0: none."
-    )
     nio_race_steps: int | None = _option(
         None,
         "Training steps of a race: the weights that NIO found, those of half its strength and the start train so long, "
@@ -154,9 +151,9 @@ class NIOSettings:
             yield Problem("nio_batch_size", f"{size!r}", "Give a whole number of at least 2")
         elif is_whole(self.nio_sub_batches) and self.nio_sub_batches > size:
             yield in_arguments(too_many_sub_batches(self.nio_sub_batches, size))
-        for name, steps in (("nio_save_steps", self.nio_save_steps), ("nio_race_steps", self.nio_race_steps or 0)):
-            if not is_whole(steps) or steps < 0:
-                yield Problem(name, f"{steps!r}", "Give a whole number, 0 for none")
+        steps = self.nio_race_steps
+        if steps is not None and not (is_whole(steps) and steps >= 0):
+            yield Problem("nio_race_steps", f"{steps!r}", "Give a whole number, 0 for none")
         if self.nio_seed_optimizer not in (None, *SEED_MODES):
             fix = f"Choose one of {', '.join(SEED_MODES)}, or leave it out"
             yield Problem("nio_seed_optimizer", f"{self.nio_seed_optimizer!r}", fix)

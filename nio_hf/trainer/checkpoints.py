@@ -1,4 +1,4 @@
-"""The initialised checkpoint with its mark, and what NIO has learned on the way to it."""
+"""The initialised checkpoint with its mark."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors.torch
 from torch import nn
@@ -16,19 +16,17 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 import nio_hf
-from nio_hf.core import NIOResult, NIOState
+from nio_hf.core import NIOResult
 from nio_hf.durable.manifest import fault_of, write_manifest
 from nio_hf.durable.restoring import restore_all
-from nio_hf.errors import CheckpointError, Problem, one_line
-from nio_hf.files import ensure_writable, output_errors, sync_directory, write_atomically
+from nio_hf.errors import CheckpointError, Problem
+from nio_hf.files import ensure_writable, output_errors, sync_directory
 from nio_hf.hub.run_folder import STATE_FORMAT, STATE_NAME, State, find_state, read_state, versions
 from nio_hf.trainer.digests import fingerprint
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_NAME = "_nio_progress.json"
 MARK_KEY = "nio"
-T = TypeVar("T")
 Task = dict[str, Any]
 """Everything that the scales of a run depend on, in plain values."""
 
@@ -160,56 +158,6 @@ def load_initialised(directory: Path, model: nn.Module, task: Task) -> NIOResult
     except CheckpointError as error:
         logger.warning("%s is passed over: %s", directory, error)
         return None
-
-
-def save_progress(state: NIOState, directory: Path, task: Task) -> None:
-    """Write what a NIO run has learned so far into a directory, in place of what is there.
-
-    Args:
-        state: State of the run.
-        directory: Directory of the training.
-        task: Task of the run, by which `load_progress` knows it again.
-
-    Raises:
-        OutputError: Where it cannot be written.
-    """
-    save_of_task(directory / PROGRESS_NAME, task, state.to_dict())
-
-
-def load_progress(directory: Path, task: Task) -> NIOState | None:
-    """The state that `save_progress` wrote, where it is of the same task; else None."""
-    return load_of_task(directory / PROGRESS_NAME, task, NIOState.from_dict)
-
-
-def save_of_task(path: Path, task: Task, state: Any) -> None:
-    """Write what JSON can hold of something that may be interrupted, with its task, in place of what is there.
-
-    Raises:
-        OutputError: Where it cannot be written.
-    """
-    content = {"format": STATE_FORMAT, "task": task, "state": state}
-    with output_errors(path, trained=False):
-        write_atomically(path, json.dumps(content) + "\n")
-
-
-def load_of_task(path: Path, task: Task | None, made: Callable[[Any], T]) -> T | None:
-    """The object that `save_of_task` wrote, where it is of the same task and can be made again; else None.
-
-    Args:
-        path: File to read.
-        task: Task by which the state is known again.
-        made: Function that makes the saved object from its state.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] == STATE_FORMAT and content["task"] == task:
-            return made(content["state"])
-        logger.warning("%s is passed over: it is of other weights, data or settings.", path)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is passed over: %s.", path, one_line(error))
-    return None
 
 
 def _positions(model: nn.Module, result: NIOResult) -> dict[str, list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -16,18 +15,15 @@ class NIOProgress:
     Args:
         title: Title of the method.
         cost: Training steps that the run may cost; None where that is not known.
-        behind: Iterations of an earlier run, which this one goes on from.
         hidden: Whether nothing is shown.
     """
 
-    def __init__(self, title: str, cost: float | None, behind: Iterable[IterationRecord], hidden: bool) -> None:
+    def __init__(self, title: str, cost: float | None, hidden: bool) -> None:
         look = "{desc}: {n:.0f} steps [{elapsed}{postfix}]"
         if cost:
             look = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} steps [{elapsed}{postfix}]"
         self._title = title
         self._bar: Any = tqdm(total=cost, desc=title, unit="step", disable=hidden, bar_format=look)
-        for record in behind:
-            self.advance(record)
 
     def tell_trial(self, trial: str) -> None:
         """Say what is tried next."""

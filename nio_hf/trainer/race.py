@@ -18,7 +18,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +35,7 @@ from nio_hf.core.verdict import judge
 from nio_hf.durable.isolation import isolated_random_state
 from nio_hf.errors import ConfigError, DataError, NIOMemoryError, Problem, StoppedError, one_line
 from nio_hf.trainer.apart import computing_apart, copy_apart
-from nio_hf.trainer.checkpoints import Task, describe_state, load_of_task, save_initialised, save_of_task
+from nio_hf.trainer.checkpoints import describe_state, save_initialised
 from nio_hf.trainer.digests import batch_digest
 from nio_hf.trainer.methods import METHODS, run_baseline
 from nio_hf.trainer.replica import make_replica, unpatch_forward
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RACE_NAME = "_nio_race.json"
 START, HALF = "start", "half of it"
 RACE_STEPS = 120
 """Steps of a lane where the settings leave them open: from there on losses rank configurations of the small ViT and
@@ -152,10 +151,8 @@ def hold_race(trainer: NIOTrainerMixin, candidates: Candidates, steps: int) -> I
         StoppedError, DataError: As in [`Lanes.run`].
     """
     started = time.perf_counter()
-    task = None if trainer.nio_state is None else trainer.nio_state["task"]
-    lanes = Lanes(trainer, candidates, steps, task)
     try:
-        race = lanes.run()
+        race = Lanes(trainer, candidates, steps).run()
     except (RuntimeError, DataError) as error:
         if isinstance(error, StoppedError) or not (isinstance(error, DataError) or is_out_of_memory(error)):
             raise
@@ -178,7 +175,6 @@ def hold_race(trainer: NIOTrainerMixin, candidates: Candidates, steps: int) -> I
             if trainer.nio_args.nio_save_init:
                 describe = trainer.describe
                 save_initialised(model, trainer.nio_state, trainer.nio_init_dir, trainer.processing_class, describe)
-    lanes.forget()
     return result
 
 
@@ -218,43 +214,29 @@ class Lanes:
         trainer: Trainer of the training that the lanes begin.
         candidates: Candidates of the race.
         steps: N, of each lane.
-        task: Task by which an interrupted race is known again.
     """
 
-    def __init__(self, trainer: NIOTrainerMixin, candidates: Candidates, steps: int, task: Task | None) -> None:
+    def __init__(self, trainer: NIOTrainerMixin, candidates: Candidates, steps: int) -> None:
         self._trainer = trainer
         self._candidates = candidates
         self._steps = steps
-        self._task = task
-        self._file = trainer.nio_init_dir.parent / RACE_NAME
-        self._collective = Collective.current()
         self._first_batch: str | None = None
 
     def run(self) -> Race:
-        """Run the lanes that are missing, and choose.
+        """Run the lanes, and choose.
 
         Raises:
-            StoppedError: Where SIGTERM asked for it; lanes that are finished are saved.
+            StoppedError: Where SIGTERM asked for it.
             DataError: Where a lane is given other batches than the one before.
         """
-        names, lanes = self._candidates.names, self._saved()
+        names, lanes = self._candidates.names, list[Lane]()
         total = len(names) * self._steps
         with tqdm(total=total, desc="Race", unit="step", disable=self._trainer._hides_progress) as bar:
             for name in names:
-                if name not in lanes:
-                    bar.set_description_str(f"Race: {name}")
-                    lanes[name] = self._lane(name, leader(lanes.values(), self._steps), bar)
-                    self._save(lanes)
-                bar.n = sum(len(lane.losses) for lane in lanes.values())
-                bar.refresh()
-        ordered = [lanes[name] for name in names]
-        best = leader(ordered, self._steps)
-        return Race(self._steps, tuple(ordered), names[0] if best is None else best.name)
-
-    def forget(self) -> None:
-        """Remove what was saved."""
-        if self._trainer.args.should_save:
-            self._file.unlink(missing_ok=True)
+                bar.set_description_str(f"Race: {name}")
+                lanes.append(self._lane(name, leader(lanes, self._steps), bar))
+        best = leader(lanes, self._steps)
+        return Race(self._steps, tuple(lanes), names[0] if best is None else best.name)
 
     def _lane(self, name: str, best: Lane | None, bar: Any) -> Lane:
         trainer = self._trainer
@@ -265,8 +247,7 @@ class Lanes:
             lane = _lane_trainer(trainer, model, chosen, watch)
             Trainer.train(lane)
         if watch.stopped:
-            found = f"stopped after {len(watch.losses)} steps"
-            raise StoppedError(Problem("the race", found, "Start again to go on from there"))
+            raise StoppedError(Problem("the race", f"stopped after {len(watch.losses)} steps", "Start again"))
         self._check_batches(name, watch)
         return Lane(name, tuple(watch.losses))
 
@@ -276,19 +257,6 @@ class Lanes:
             found = f"the lane of {name} was given other batches than the one before it"
             raise DataError(Problem("train_dataset", found, f"Give data that can be read twice, or {_SETTING}=0"))
         self._first_batch = first
-
-    def _saved(self) -> dict[str, Lane]:
-        """The lanes of an interrupted race of the same task."""
-        found: dict[str, Lane] = {}
-        with self._collective.together():
-            if self._collective.rank == 0 and self._trainer._resumes_nio:
-                found = load_of_task(self._file, self._task, _lanes_of) or {}
-        return dict(self._collective.broadcast_object(found) or {})
-
-    def _save(self, lanes: Mapping[str, Lane]) -> None:
-        with self._collective.together():
-            if self._trainer.args.should_save and self._task is not None:
-                save_of_task(self._file, self._task, {name: lane.losses for name, lane in lanes.items()})
 
 
 def leader(lanes: Iterable[Lane], steps: int) -> Lane | None:
@@ -381,7 +349,3 @@ def _quiet(args: TrainingArguments) -> TrainingArguments:
     own.eval_on_start = own.load_best_model_at_end = own.push_to_hub = own.auto_find_batch_size = False
     own.disable_tqdm = own.skip_memory_metrics = True
     return own
-
-
-def _lanes_of(losses: Mapping[str, Sequence[float]]) -> dict[str, Lane]:
-    return {name: Lane(name, tuple(of_lane)) for name, of_lane in losses.items()}

@@ -1,4 +1,4 @@
-"""One run of NIO, or of another method, in a Trainer: taken over, gone on with or made anew, told of and saved."""
+"""One run of NIO, or of another method, in a Trainer: made, or taken over from an earlier training, and saved."""
 
 from __future__ import annotations
 
@@ -9,17 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from nio_hf.core import NIO, Collective, NIOResult, NIOState, Resumption, expected_cost, find_tensors, initialize
+from nio_hf.core import NIO, Collective, NIOResult, expected_cost, find_tensors, initialize
 from nio_hf.hub.run_folder import changed_arguments, read_state
-from nio_hf.trainer.checkpoints import (
-    PROGRESS_NAME,
-    Task,
-    describe_state,
-    load_initialised,
-    load_progress,
-    save_initialised,
-    save_progress,
-)
+from nio_hf.trainer.checkpoints import Task, describe_state, load_initialised, save_initialised
 from nio_hf.trainer.digests import batch_digest, fingerprint
 from nio_hf.trainer.methods import METHODS, run_baseline
 from nio_hf.trainer.naming import in_arguments
@@ -43,7 +35,7 @@ class NIORun:
         trainer: Trainer with data, loss and settings.
         replica: Copy, whose weights are scaled.
         collective: Processes of the training.
-        resume: Whether to take over or go on with what an earlier run in the same `output_dir` has saved.
+        resume: Whether to take over what an earlier run in the same `output_dir` has finished.
     """
 
     def __init__(self, trainer: NIOTrainerMixin, replica: nn.Module, collective: Collective, *, resume: bool) -> None:
@@ -54,7 +46,6 @@ class NIORun:
         self._config = trainer.nio_config
         self._method = METHODS[trainer.nio_args.nio_method]
         self._options = trainer.nio_args.nio_method_options
-        self._directory = trainer.nio_init_dir.parent
         self._task = self._find_task()
 
     def carry_out(self) -> NIOResult:
@@ -77,7 +68,7 @@ class NIORun:
         return result
 
     def _find_task(self) -> Task:
-        """The task of the run: weights, settings and, where it may be resumed, the first batch."""
+        """The task of the run: weights, settings and, where an earlier one may be taken over, the first batch."""
         trainer, first = self._trainer, None
         if self._resume and trainer.is_world_process_zero():
             seed_everything(self._config.seed)
@@ -111,33 +102,18 @@ class NIORun:
         return result
 
     def _search(self, batches: CheckedBatches) -> NIOResult:
-        trainer, args, former = self._trainer, self._trainer.args, None
-        with self._collective.together():
-            if self._resume and self._collective.rank == 0:
-                former = load_progress(self._directory, self._task)
-        former = self._collective.broadcast_object(former)
-        if former is not None:
-            trainer._tell(logger, "NIO goes on after %d iterations.", former.iterations)
-
-        def save(state: NIOState) -> None:
-            if args.should_save:
-                save_progress(state, self._directory, {**self._task, "data": batches.digest})
-
-        preemption = trainer.preemption
-        resumption = Resumption(
-            state=former,
-            save=save,
-            every=trainer.nio_args.nio_save_steps or None,
-            should_stop=lambda: preemption is not None and preemption.requested,
-        )
+        trainer, preemption = self._trainer, self._trainer.preemption
         seed_everything(self._config.seed)
-        behind = () if former is None else former.progress.history
-        hidden = trainer._hides_progress
-        with NIOProgress(self._method.title, self._tell_cost(), behind, hidden) as progress:
+        with NIOProgress(self._method.title, self._tell_cost(), trainer._hides_progress) as progress:
             given = (self._replica, batches, trainer.compute_nio_loss, self._config)
             watched: dict[str, Any] = {"on_iteration": progress.advance, "on_trial": progress.tell_trial}
             if self._method is NIO:
-                result = initialize(*given, **watched, collective=self._collective, resumption=resumption)
+                result = initialize(
+                    *given,
+                    **watched,
+                    collective=self._collective,
+                    should_stop=lambda: preemption is not None and preemption.requested,
+                )
             else:
                 result = run_baseline(self._method, self._options, *given, self._collective, **watched)
             progress.finish(result)
@@ -152,7 +128,6 @@ class NIORun:
             if trainer.nio_args.nio_save_init:
                 processor, describe = trainer.processing_class, trainer.describe
                 save_initialised(self._replica, trainer.nio_state, trainer.nio_init_dir, processor, describe)
-                (self._directory / PROGRESS_NAME).unlink(missing_ok=True)
 
     def _tell_cost(self) -> float | None:
         """Say what the run may cost at most; returns that in training steps, None where it is not known."""

@@ -92,8 +92,8 @@ class NIOTrainerMixin(TrainerMixin):
         """Initialise the model now, and save the initialised checkpoint where `nio_save_init` is set.
 
         Args:
-            resume: Go on where an earlier run in the same `output_dir` stopped, with the same model and settings; or
-                take over what it has finished.
+            resume: Take over what an earlier run in the same `output_dir` has finished, with the same model, data and
+                settings.
 
         Returns:
             What was learned, also kept as `nio_result`.
@@ -120,7 +120,7 @@ class NIOTrainerMixin(TrainerMixin):
         except StoppedError as error:
             self._stop(error)
         INITIALISED.add(model)
-        # The weights that are taken over from an earlier run have won its race already.
+        # The weights that are taken over from an earlier run may have won its race already.
         self._candidates = Candidates(start, result) if start and result.race is None else None
         self._keep(result)
         return result
@@ -319,7 +319,7 @@ class NIOTrainerMixin(TrainerMixin):
     # What follows overrides Trainer; _prepare_for_training is private, see tests/test_private.py
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer, after NIO; with "auto", which [`DurableTrainerMixin`] knows, NIO goes on as well."""
+        """As in Trainer, after NIO; with "auto", which [`DurableTrainerMixin`] knows, a finished NIO is taken over."""
         check_best_metric(self)
         self._resumes_nio = resume_from_checkpoint == AUTO
         self._nio_trial = args[0] if args else kwargs.get("trial")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nio_hf import GradCosine, NIOConfig, initialize
-from nio_hf.core import Resumption, balance, expected_cost, mode
+from nio_hf.core import balance, expected_cost, mode
 from nio_hf.core.balance import balancing_factor
 from nio_hf.core.collective import Collective
 from nio_hf.core.groups import blocks_of, kinds_of
@@ -354,13 +354,13 @@ def growing(model: nn.Module, batch: Any) -> Tensor:
 
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_run_that_is_stopped_leaves_the_model_as_it_was(after: int) -> None:
-    model, config, seen, saved = Adding(0.25), NIOConfig(**REFUSED), [], []
+    model, config, seen = Adding(0.25), NIOConfig(**REFUSED), []
     before = state(model)
-    resumption = Resumption(save=saved.append, every=1, should_stop=lambda: len(seen) == after)
     with pytest.raises(StoppedError, match=r"NIO: stopped before it was through\. Start again"):
-        initialize(model, [inputs()] * 2, growing, config, on_iteration=seen.append, resumption=resumption)
+        initialize(
+            model, [inputs()] * 2, growing, config, on_iteration=seen.append, should_stop=lambda: len(seen) == after
+        )
     assert len(seen) == after
-    assert not saved
     assert differences(before, state(model)) == []
 
 

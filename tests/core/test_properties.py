@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import json
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nio_hf import NIOConfig, NIOResult, initialize
-from nio_hf.core import NIOState, Resumption, expected_cost
-from nio_hf.errors import NIOError, StoppedError
+from nio_hf.core import expected_cost
+from nio_hf.errors import NIOError
 from tests.core.cases import differences, state
 from tests.core.examples import examples
 
@@ -61,8 +60,8 @@ class Trial:
         noise = torch.randn(count, self.samples, self.widths[-1], generator=generator, dtype=torch.float64)
         return list(zip(inputs, (inputs @ task + noise).argmax(-1), strict=True))
 
-    def run(self, model: nn.Module, resumption: Resumption | None = None, loss_fn: Any = None) -> NIOResult:
-        return initialize(model, self.batches(), loss_fn or cross_entropy, self.config, resumption=resumption)
+    def run(self, model: nn.Module, loss_fn: Any = None) -> NIOResult:
+        return initialize(model, self.batches(), loss_fn or cross_entropy, self.config)
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -194,35 +193,6 @@ def test_the_same_call_gives_the_same_scales(trial: Trial) -> None:
     assert first_records == second_records
     for left, right in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(left, right)
-
-
-@examples(12)
-@given(trial=trials(["published"]))
-def test_a_run_that_is_interrupted_and_resumed_gives_the_same_scales(trial: Trial) -> None:
-    whole = trial.run(trial.model())
-    saved: list[NIOState] = []
-    asked = itertools.count()
-    while True:
-        model = trial.model()
-        before = state(model)
-        given_state = NIOState.from_dict(json.loads(json.dumps(saved[-1].to_dict()))) if saved else None
-        begun = next(asked)
-        calls = itertools.count()
-
-        def stop_after_one(calls: Any = calls) -> bool:
-            return next(calls) == 1
-
-        resumption = Resumption(given_state, saved.append, every=None, should_stop=stop_after_one)
-        try:
-            last = trial.run(model, resumption)
-        except StoppedError:
-            assert not differences(before, state(model))
-            assert saved[-1].iterations == begun + 1
-            continue
-        break
-    assert last.scales == whole.scales
-    assert last.message == whole.message
-    assert [record.tried for record in last.history] == [record.tried for record in whole.history]
 
 
 @examples(25)

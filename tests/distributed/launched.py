@@ -39,7 +39,6 @@ COMMON: dict[str, Any] = {
     "nio_batch_size": 12,
     "nio_sub_batches": 3,
     "nio_report_batches": 2,
-    "nio_save_steps": 1,
 }
 PUBLISHED: dict[str, Any] = {
     "nio_search": "published",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from typing import Any
 
@@ -12,10 +11,9 @@ import torch
 import torch.distributed as dist
 
 from nio_hf import NIOConfig, initialize
-from nio_hf.core import Collective, InitResult, IterationRecord, NIOState, Resumption, curvature
+from nio_hf.core import Collective, InitResult, IterationRecord, curvature
 from nio_hf.core.collective import SIGNALS
 from nio_hf.errors import (
-    CheckpointError,
     ConfigError,
     DataError,
     NIOError,
@@ -54,12 +52,12 @@ def _computed(sub_batches: int = 4, **settings: Any) -> NIOConfig:
     return NIOConfig(**{"sub_batches": sub_batches, "report_batches": REPORT_BATCHES, **settings})
 
 
-def _initialise(name: str, config: NIOConfig, loss_fn: Any = None, resumption: Resumption | None = None) -> InitResult:
+def _initialise(name: str, config: NIOConfig, loss_fn: Any = None) -> InitResult:
     made = case(name, SAMPLES)
     collective = Collective.current()
     batches = batches_of(name, 6, SAMPLES)
     loss_fn = loss_fn or made.loss_fn
-    return initialize(made.model, batches, loss_fn, config, collective=collective, resumption=resumption)
+    return initialize(made.model, batches, loss_fn, config, collective=collective)
 
 
 def _scales(name: str, config: NIOConfig) -> dict[str, float]:
@@ -233,7 +231,7 @@ def test_a_published_iteration_sums_the_gradients_once_and_the_scales_once(sub_b
     for sent, records, scaled in run_ranks(2, _bytes_summed, "mlp", config):
         assert len(sent) == len(records) == ITERATIONS - 1
         for iteration in sent:
-            assert sum(iteration) == 4 * (vectors + 2 * sub_batches + scaled + 3 * EXCHANGE)
+            assert sum(iteration) == 4 * (vectors + 2 * sub_batches + scaled + 4 * EXCHANGE)
             assert [size for size in iteration if size >= 4 * vectors] == [4 * vectors]
 
 
@@ -471,70 +469,28 @@ def test_where_the_data_of_one_process_end_all_end() -> None:
     assert run_ranks(2, _data_that_end, 1, seconds=20) == [("data_exhausted", 2)] * 2
 
 
-def _scales_and_history(config: NIOConfig) -> tuple[dict[str, float], list[tuple[Any, ...]]]:
-    result = _initialise("vit", config)
-    return result.scales, [(record.tried, record.outcome, record.loss) for record in result.history]
-
-
-def _state_after(count: int, config: NIOConfig) -> dict[str, Any]:
-    """The state at a stop that only the last rank was asked for; empty where nothing was saved."""
-    states: list[NIOState] = []
+def _stopped_after(count: int, config: NIOConfig) -> int:
+    """The iterations of a run that only the last rank asks to stop."""
+    seen: list[IterationRecord] = []
     collective = Collective.current()
-    asked = 0
-
-    def should_stop() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked > count and collective.rank == collective.size - 1
-
-    saves = config.search == "published" and count > 0
-    stopped = f"stopped after {count} iterations, which are saved" if saves else "stopped before it was through"
-    with pytest.raises(StoppedError, match=stopped):
-        _initialise("vit", config, resumption=Resumption(None, states.append, 100, should_stop))
-    assert len(states) == saves
-    return states[0].to_dict() if states else {}
-
-
-def _found_from(written: dict[str, Any], config: NIOConfig) -> tuple[dict[str, float], list[tuple[Any, ...]]]:
-    result = _initialise("vit", config, resumption=Resumption(NIOState.from_dict(written)))
-    return result.scales, [(record.tried, record.outcome, record.loss) for record in result.history]
-
-
-def _without_times(written: dict[str, Any]) -> dict[str, Any]:
-    progress = written["progress"]
-    history = [{**record, "seconds": 0.0} for record in progress["history"]]
-    return {**written, "seconds": 0.0, "progress": {**progress, "history": history}}
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_run_that_was_stopped_goes_on_to_the_same_scales(count: int) -> None:
-    config = _config()
-    uninterrupted = run_ranks(2, _scales_and_history, config)
-    states = run_ranks(2, _state_after, count, config)
-    assert _without_times(states[0]) == _without_times(states[1])
-    assert len(states[0]["progress"]["history"]) == count < len(uninterrupted[0][1])
-    written = json.loads(json.dumps(states[0]))
-    assert run_ranks(2, _found_from, written, config) == uninterrupted
+    made = case("vit", SAMPLES)
+    with pytest.raises(StoppedError, match="stopped before it was through"):
+        initialize(
+            made.model,
+            batches_of("vit", 6, SAMPLES),
+            made.loss_fn,
+            config,
+            collective=collective,
+            on_iteration=seen.append,
+            should_stop=lambda: len(seen) == count and collective.rank == collective.size - 1,
+        )
+    return len(seen)
 
 
 @pytest.mark.parametrize(
     ("count", "config"),
-    [(0, _config()), (0, _computed()), (2, _computed(**REFUSED))],
-    ids=["published", "first", "third"],
+    [(0, _config()), (3, _config()), (0, _computed()), (2, _computed(**REFUSED))],
+    ids=["published", "published, fourth", "computed", "computed, third"],
 )
-def test_a_stop_before_the_first_iteration_or_candidate_saves_nothing(count: int, config: NIOConfig) -> None:
-    assert run_ranks(2, _state_after, count, config) == [{}, {}]
-
-
-def test_a_state_of_another_model_is_refused() -> None:
-    of_another = NIOState.from_dict(_state_after_alone())
-    with pytest.raises(CheckpointError, match=r"\d+ scales for 7 groups of tensors"):
-        _initialise("mlp", _config(), resumption=Resumption(of_another))
-    with pytest.raises(CheckpointError, match="is of the published search, not 'balance'"):
-        _initialise("vit", _computed(), resumption=Resumption(of_another))
-
-
-def _state_after_alone() -> dict[str, Any]:
-    states: list[NIOState] = []
-    _initialise("vit", _config(), resumption=Resumption(None, states.append))
-    return states[-1].to_dict()
+def test_where_one_process_is_asked_to_stop_all_stop(count: int, config: NIOConfig) -> None:
+    assert run_ranks(2, _stopped_after, count, config) == [count, count]

@@ -18,7 +18,6 @@ from nio_hf.durable.manifest import candidates, fault_of, newest_usable
 from nio_hf.durable.preemption import SpareWorkers, preempted_at_once
 from nio_hf.errors import Preempted
 from nio_hf.hub.run_folder import INIT_DIR_NAME
-from nio_hf.trainer.checkpoints import PROGRESS_NAME
 from tests.durable import trainings
 from tests.durable.trainings import PUBLISHED, At, Counting, Notes, steps_saved, terminate
 from tests.trainer.toys import snapshot, unchanged
@@ -177,31 +176,20 @@ class NIOThatIsStopped(Counting):
         return super().compute_nio_loss(*args, **kwargs)
 
 
-@pytest.mark.parametrize(
-    ("search", "said"),
-    [
-        ({}, r"stopped before it was through\. Start again"),
-        (PUBLISHED, r"stopped after [2-4] iterations, which are saved"),
-    ],
-    ids=["computed", "published"],
-)
-def test_a_signal_during_nio_leaves_the_model_and_saves_the_iterations(
-    search: dict[str, Any], said: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("search", [{}, PUBLISHED], ids=["computed", "published"])
+def test_a_signal_during_nio_leaves_the_model(search: dict[str, Any], tmp_path: Path) -> None:
     settings = {"nio": True, **search}
     whole = make(tmp_path / "whole", **settings)
     expected = whole.run_nio()
     stopping = make(tmp_path / "run", NIOThatIsStopped, **settings)
     before = snapshot(stopping.model)
-    with pytest.raises(Preempted, match=f"during NIO, {said}") as raised:
+    with pytest.raises(Preempted, match=r"during NIO, stopped before it was through\. Start again") as raised:
         stopping.run_nio()
     assert raised.value.code == 75
     assert unchanged(before, snapshot(stopping.model))
-    assert (tmp_path / "run" / PROGRESS_NAME).exists() == bool(search)
     assert not (tmp_path / "run" / INIT_DIR_NAME).exists()
     resumed = make(tmp_path / "run", **settings)
     assert resumed.run_nio(resume=True).scales == expected.scales
-    assert (0 < resumed.losses < whole.losses) == bool(search)
     assert unchanged(snapshot(whole.model), snapshot(resumed.model))
 
 

@@ -20,35 +20,31 @@ from nio_hf import NIOResult, NIOTrainer, core
 from nio_hf.durable.manifest import fault_of, write_manifest
 from nio_hf.errors import OutputError
 from nio_hf.hub.run_folder import INIT_DIR_NAME, STATE_NAME
-from nio_hf.trainer.checkpoints import PROGRESS_NAME
 from nio_hf.trainer.digests import fingerprint
 from tests.durable.trainings import PUBLISHED, Weights, make
 from tests.trainer.toys import InterruptedAfter, Interruption, snapshot, unchanged
 
-SETTINGS = {**PUBLISHED, "nio_save_steps": 2}
-
 
 class NIORun(NamedTuple):
-    """A run of NIO, its model after it and how many losses it took."""
+    """A run of NIO and its model after it."""
 
     result: NIOResult
     weights: Weights
-    losses: int
     output_dir: Path
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> NIORun:
     """A run of NIO that nothing happened to."""
-    trainer = make(tmp_path_factory.mktemp("nio"), **SETTINGS)
+    trainer = make(tmp_path_factory.mktemp("nio"), **PUBLISHED)
     result = trainer.run_nio()
     assert max(abs(omega - 1) for omega in result.scales.values()) > 0.01
-    return NIORun(result, snapshot(trainer.model), trainer.losses, trainer.nio_init_dir.parent)
+    return NIORun(result, snapshot(trainer.model), trainer.nio_init_dir.parent)
 
 
 @contextlib.contextmanager
 def interruption_in(iteration: int) -> Iterator[None]:
-    """Let NIO be interrupted in an iteration, before the state is saved that is due at its end."""
+    """Let NIO be interrupted in an iteration."""
 
     def initialize(*args: Any, on_iteration: Callable[[Any], None], **kwargs: Any) -> NIOResult:
         def watched(record: Any) -> None:
@@ -64,12 +60,6 @@ def interruption_in(iteration: int) -> Iterator[None]:
             yield
 
 
-def interrupt(output_dir: Path, **settings: Any) -> None:
-    """Leave what NIO has learned when it is interrupted in its fifth iteration."""
-    with interruption_in(5):
-        make(output_dir, **settings).run_nio()
-
-
 def same(left: NIOResult, right: NIOResult) -> bool:
     """Whether two runs measured and learned the same, but for the time that they took."""
     histories = [[dataclasses.replace(record, seconds=0.0) for record in result.history] for result in (left, right)]
@@ -77,50 +67,24 @@ def same(left: NIOResult, right: NIOResult) -> bool:
     return known[0] == known[1] and histories[0] == histories[1]
 
 
-@pytest.mark.parametrize("iteration", [2, 5])
-def test_an_interrupted_nio_goes_on_to_the_same_scales(iteration: int, whole: NIORun, tmp_path: Path) -> None:
-    interrupted = make(tmp_path, **SETTINGS)
+@pytest.mark.parametrize(("search", "iteration"), [(PUBLISHED, 3), ({}, 1)], ids=["published", "computed"])
+def test_an_interrupted_nio_leaves_the_model_and_begins_again(
+    search: dict[str, Any], iteration: int, tmp_path: Path
+) -> None:
+    whole, interrupted, again = (make(tmp_path / name, **search) for name in ("whole", "run", "run"))
     before = snapshot(interrupted.model)
     with interruption_in(iteration):
         interrupted.run_nio()
     assert unchanged(before, snapshot(interrupted.model))
-    assert (tmp_path / PROGRESS_NAME).exists() == (iteration > 2)
-    resumed = make(tmp_path, **SETTINGS)
-    assert same(resumed.run_nio(resume=True), whole.result)
-    assert unchanged(whole.weights, snapshot(resumed.model))
-    assert (resumed.losses < whole.losses) == (iteration > 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [INIT_DIR_NAME]
-
-
-def test_an_interrupted_computation_of_scales_begins_again(tmp_path: Path) -> None:
-    expected = make(tmp_path / "whole", nio_save_steps=1)
-    with interruption_in(1):
-        make(tmp_path / "run", nio_save_steps=1).run_nio()
-    assert not (tmp_path / "run" / PROGRESS_NAME).exists()
-    resumed = make(tmp_path / "run", nio_save_steps=1)
-    assert same(resumed.run_nio(resume=True), expected.run_nio())
-    assert resumed.losses == expected.losses
-
-
-@pytest.mark.parametrize(("asked", "save_steps", "goes_on"), [(None, 2, False), ("auto", 2, True), ("auto", 0, False)])
-def test_nio_goes_on_where_the_training_may_begin_and_progress_is_saved(
-    asked: str | None, save_steps: int, goes_on: bool, tmp_path: Path, whole: NIORun
-) -> None:
-    settings = {**SETTINGS, "nio_save_steps": save_steps}
-    interrupt(tmp_path, **settings)
-    assert (tmp_path / PROGRESS_NAME).exists() == (save_steps > 0)
-    trainer = make(tmp_path, **settings)
-    trainer.train(resume_from_checkpoint=asked)
-    assert (trainer.losses < whole.losses) == goes_on
+    assert not list((tmp_path / "run").iterdir())
+    assert same(again.run_nio(resume=True), whole.run_nio())
+    assert unchanged(snapshot(whole.model), snapshot(again.model))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [INIT_DIR_NAME]
 
 
 def _other_weights(trainer: Any, directory: Path) -> None:
     with torch.no_grad():
         trainer.model.classifier.bias[0] += 1
-
-
-def _other_batches(trainer: Any, directory: Path) -> None:
-    trainer.args.nio_batch_size = 4
 
 
 def _other_settings(trainer: Any, directory: Path) -> None:
@@ -131,34 +95,9 @@ def _other_data(trainer: Any, directory: Path) -> None:
     trainer.train_dataset.images += 1
 
 
-def _cut(trainer: Any, directory: Path) -> None:
-    file = directory / PROGRESS_NAME
-    file.write_text(file.read_text()[:-30])
-
-
-def _without_state(trainer: Any, directory: Path) -> None:
-    file = directory / PROGRESS_NAME
-    file.write_text(json.dumps({**json.loads(file.read_text()), "state": {}}))
-
-
-@pytest.mark.parametrize("change", [_other_weights, _other_batches, _cut, _without_state])
-def test_progress_that_does_not_fit_is_passed_over(
-    change: Callable[[Any, Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    interrupt(tmp_path / "run", **SETTINGS)
-    trainers = [make(tmp_path / name, **SETTINGS) for name in ("run", "fresh")]
-    for trainer in trainers:
-        change(trainer, tmp_path / "run")
-    with caplog.at_level(logging.WARNING, "nio_hf.trainer"):
-        results = [trainer.run_nio(resume=True) for trainer in trainers]
-    assert f"{PROGRESS_NAME} is passed over: " in caplog.text
-    assert same(*results)
-    assert trainers[0].losses == trainers[1].losses
-
-
 def test_a_finished_nio_is_taken_over_without_computing_and_reported_once(whole: NIORun, tmp_path: Path) -> None:
     output_dir = shutil.copytree(whole.output_dir, tmp_path / "run")
-    trainer = make(output_dir, **SETTINGS, max_steps=4, save_strategy="steps", save_steps=2)
+    trainer = make(output_dir, **PUBLISHED, max_steps=4, save_strategy="steps", save_steps=2)
     result = trainer.run_nio(resume=True)
     assert trainer.losses == 0
     assert unchanged(whole.weights, snapshot(trainer.model))
@@ -196,7 +135,7 @@ def _of_another_version(trainer: Any, directory: Path) -> None:
 def test_a_finished_nio_that_does_not_fit_is_passed_over(
     change: Callable[[Any, Path], None], whole: NIORun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = make(shutil.copytree(whole.output_dir, tmp_path / "run"), **SETTINGS)
+    trainer = make(shutil.copytree(whole.output_dir, tmp_path / "run"), **PUBLISHED)
     change(trainer, trainer.nio_init_dir)
     with caplog.at_level(logging.WARNING, "nio_hf.trainer"):
         trainer.run_nio(resume=True)
@@ -207,19 +146,18 @@ def test_a_finished_nio_that_does_not_fit_is_passed_over(
     assert mark["fingerprint"] == fingerprint(trainer.model)
 
 
-@pytest.mark.parametrize("save_steps", [1, 0])
 def test_a_full_disk_leaves_the_model_and_the_former_initialised_checkpoint(
-    save_steps: int, whole: NIORun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: NIORun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output_dir = Path(shutil.copytree(whole.output_dir, tmp_path / "run"))
-    trainer = make(output_dir, **{**SETTINGS, "nio_save_steps": save_steps})
+    trainer = make(output_dir, **PUBLISHED)
     before = snapshot(trainer.model)
 
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match=rf"{PROGRESS_NAME if save_steps else INIT_DIR_NAME}: .*No space left"):
+    with pytest.raises(OutputError, match=rf"{INIT_DIR_NAME}: .*No space left"):
         trainer.run_nio()
     monkeypatch.undo()
     assert unchanged(before, snapshot(trainer.model))
