@@ -7,7 +7,6 @@ the numbers.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,41 +36,21 @@ ON_PURPOSE = {
     "tags_of_an_older_card": "a card that somebody has written is left as it is",
 }
 """{behaviour that differs: why}; the README names the others, which no script sees."""
-WITH_NIO = [
-    behaviour for behaviour in BEHAVIOURS if behaviour.nio is not Nio.NOT_RUN and behaviour.name not in ON_PURPOSE
-]
-Expected = Callable[[Behaviour], Any]
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
-    """What Trainer shows for a behaviour; shown once."""
-    shown: dict[str, Any] = {}
-
-    def show(behaviour: Behaviour) -> Any:
-        if behaviour.name not in shown:
-            shown[behaviour.name] = _show(behaviour, plain(), tmp_path_factory.mktemp("plain"))
-        return shown[behaviour.name]
-
-    return show
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
-def test_without_nio_it_does_what_trainer_does(behaviour: Behaviour, expected: Expected, tmp_path: Path) -> None:
-    trainers = expected(behaviour)
+def test_it_does_what_trainer_does(behaviour: Behaviour, tmp_path: Path) -> None:
+    trainers = _show(behaviour, plain(), tmp_path / "plain")
     if behaviour.name in ON_PURPOSE:
-        assert _differs(trainers, behaviour, tmp_path), "it agrees, and can leave the list"
-    else:
-        _agree(trainers, _show(behaviour, without_nio(), tmp_path))
-
-
-@pytest.mark.parametrize("behaviour", WITH_NIO, ids=lambda behaviour: behaviour.name)
-def test_with_nio_it_works(behaviour: Behaviour, expected: Expected, tmp_path: Path) -> None:
-    trainers, side = expected(behaviour), with_nio()
-    ours = _show(behaviour, side, tmp_path)
-    _agree(trainers, ours, alike=behaviour.nio is Nio.ALIKE)
-    trained = [trainer for trainer in side.trainers if trainer.state.global_step]
-    assert not trained or any(trainer.nio_result is not None for trainer in trained), "NIO did not run"
+        assert _differs(trainers, behaviour, tmp_path / "without"), "it agrees, and can leave the list"
+        return
+    _agree("without NIO", trainers, _show(behaviour, without_nio(), tmp_path / "without"))
+    if behaviour.nio is not Nio.NOT_RUN:
+        side = with_nio()
+        ours = _show(behaviour, side, tmp_path / "with")
+        _agree("with NIO", trainers, ours, alike=behaviour.nio is Nio.ALIKE)
+        trained = [trainer for trainer in side.trainers if trainer.state.global_step]
+        assert not trained or any(trainer.nio_result is not None for trainer in trained), "NIO did not run"
 
 
 def _differs(trainers: Any, behaviour: Behaviour, folder: Path) -> bool:
@@ -83,12 +62,13 @@ def _differs(trainers: Any, behaviour: Behaviour, folder: Path) -> bool:
 
 def _show(behaviour: Behaviour, side: Side, folder: Path) -> Any:
     set_seed(0)
+    folder.mkdir()
     value = behaviour.show(side, folder)
     assert value not in (None, [], {}, ""), "a behaviour shows something"
     return value
 
 
-def _agree(trainers: Any, ours: Any, alike: bool = False) -> None:
+def _agree(where: str, trainers: Any, ours: Any, alike: bool = False) -> None:
     found = list(differences(trainers, ours, alike))
     if found:
-        pytest.fail("\n".join(found[:10]), pytrace=False)
+        pytest.fail("\n".join([where, *found[:10]]), pytrace=False)
