@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import functools
 import io
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -104,12 +103,10 @@ class ImageTask:
         loss: Tensor = nn.functional.cross_entropy(logits, labels, label_smoothing=own_smoothing)
         return loss
 
-    @torch.no_grad()
-    def scale(self, model: nn.Module, scales: Mapping[str, float]) -> None:
-        """Multiply groups of weights, in place."""
-        for group, tensors in grouped_tensors(model, GROUPS[self.model]).items():
-            for tensor in tensors:
-                tensor.mul_(scales[group])
+    @property
+    def groups(self) -> Mapping[str, str]:
+        """The groups that a direct search scales."""
+        return GROUPS[self.model]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,26 +214,6 @@ def build_model(name: str, seed: int, *, width: int = WIDTH, depth: int = LAYERS
 def _vit_sizes(width: int, pixels: int) -> dict[str, int]:
     heads = {"num_attention_heads": width // _HEAD_SIZE, "intermediate_size": 4 * width}
     return {"image_size": pixels, "patch_size": 8, "hidden_size": width, **heads}
-
-
-def grouped_tensors(model: nn.Module, groups: Mapping[str, str]) -> dict[str, list[nn.Parameter]]:
-    """The weight matrices of each group; zero tables are in none.
-
-    Raises:
-        ValueError: Where the groups are no partition of them.
-    """
-    found: dict[str, list[nn.Parameter]] = {group: [] for group in groups}
-    for name, parameter in model.named_parameters():
-        owners = [group for group, pattern in groups.items() if re.search(pattern, name)]
-        if parameter.ndim < 2 or not bool(parameter.detach().any()):
-            # A token of zeros stays as it is.
-            continue
-        if len(owners) != 1:
-            raise ValueError(f"{name} is in the groups {owners}")
-        found[owners[0]].append(parameter)
-    if not all(found.values()):
-        raise ValueError(f"a group is empty: {found.keys()}")
-    return found
 
 
 @functools.cache

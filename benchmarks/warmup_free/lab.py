@@ -67,6 +67,10 @@ class Task(Protocol):
     most_norm: float | None
     failure: Row
 
+    @property
+    def groups(self) -> Mapping[str, str]:
+        """{group of weight matrices that a direct search scales: regular expression that their names contain}."""
+
     def build(self, seed: int) -> nn.Module:
         """The model as its class draws it."""
 
@@ -75,9 +79,6 @@ class Task(Protocol):
 
     def loss(self, model: nn.Module, batch: Any) -> Any:
         """Mean loss of a batch, or (sum, weight), as [`initialize`] takes it."""
-
-    def scale(self, model: nn.Module, scales: Mapping[str, float]) -> None:
-        """Multiply groups of weights, in place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +175,7 @@ def carry_out(run: Run, task: Task, data: Path) -> Row:
     found: Row = {}
     cost = 0.0
     if arm.searched:
-        task.scale(model, json.loads(SEARCHED.read_text(encoding="utf-8"))[task.model])
+        scale_groups(model, task.groups, json.loads(SEARCHED.read_text(encoding="utf-8"))[task.model])
     if arm.residual:
         scale_residual_projections(model)
     for method, options in draws:
@@ -205,7 +206,7 @@ def carry_out_scaled(task: Task, exponents: Mapping[str, float], learning_rate: 
     run = Run("", "class", learning_rate, seed, choosing=True)
     samples = task.samples(data, choosing=True)
     model = task.build(seed)
-    task.scale(model, {group: 2.0**exponent for group, exponent in exponents.items()})
+    scale_groups(model, task.groups, {group: 2.0**exponent for group, exponent in exponents.items()})
     optimizer = _optimizer(ARMS["class"], task, model, learning_rate, None)
     losses = _descend(model, task, samples, run, task.steps, optimizer, cosine)
     ended = _ending(task, samples, model, losses, task.steps)
@@ -216,6 +217,34 @@ def carry_out_scaled(task: Task, exponents: Mapping[str, float], learning_rate: 
 def score(row: Row) -> float:
     """What a training is chosen and judged by, the higher, the better: accuracy in %, else minus the loss."""
     return row["accuracy"] if "accuracy" in row else -row["loss"]
+
+
+@torch.no_grad()
+def scale_groups(model: nn.Module, groups: Mapping[str, str], scales: Mapping[str, float]) -> None:
+    """Multiply groups of weight matrices, in place."""
+    for group, tensors in grouped_tensors(model, groups).items():
+        for tensor in tensors:
+            tensor.mul_(scales[group])
+
+
+def grouped_tensors(model: nn.Module, groups: Mapping[str, str]) -> dict[str, list[nn.Parameter]]:
+    """The weight matrices of each group; zero tables are in none.
+
+    Raises:
+        ValueError: Where the groups are no partition of them.
+    """
+    found: dict[str, list[nn.Parameter]] = {group: [] for group in groups}
+    for name, parameter in model.named_parameters():
+        owners = [group for group, pattern in groups.items() if re.search(pattern, name)]
+        if parameter.ndim < 2 or not bool(parameter.detach().any()):
+            # A token of zeros stays as it is.
+            continue
+        if len(owners) != 1:
+            raise ValueError(f"{name} is in the groups {owners}")
+        found[owners[0]].append(parameter)
+    if not all(found.values()):
+        raise ValueError(f"a group is empty: {found.keys()}")
+    return found
 
 
 @torch.no_grad()

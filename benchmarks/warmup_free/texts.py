@@ -85,6 +85,7 @@ class TextTask:
     betas: ClassVar[tuple[float, float]] = (0.9, 0.95)
     most_norm: ClassVar[float | None] = 1.0
     failure: ClassVar[dict[str, Any]] = {"loss": round(math.log(TOKENS), 4)}
+    groups: ClassVar[Mapping[str, str]] = {}
 
     def build(self, seed: int) -> nn.Module:
         """The model as its class draws it."""
@@ -102,10 +103,6 @@ class TextTask:
         """(summed cross-entropy, predicted tokens)."""
         tokens = counted_tokens(batch["labels"], shifted=not self.is_masked)
         return model(**batch).loss * tokens, tokens
-
-    def scale(self, model: nn.Module, scales: Mapping[str, float]) -> None:
-        """No direct search is made for text."""
-        raise NotImplementedError
 
     @property
     def is_masked(self) -> bool:
