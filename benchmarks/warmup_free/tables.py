@@ -369,36 +369,48 @@ def draw_lengths(models: Sequence[str], target: Path) -> None:
 
 def page(parts: Mapping[str, str], searches: Sequence[str]) -> str:
     """All tables of some parts, and what direct searches say."""
-    family = rivals(parts)
     return "\n\n".join(
         [
-            "\n".join(f"- {head_room(search_part)}" for search_part in searches),
-            family_table(family, "NIO minus", {}, parts),
+            *(f"- {head_room(search_part)}" for search_part in searches),
+            family_table(rivals(parts), "NIO minus", {}, parts),
             family_table(additions(parts), "with NIO", WITHOUT, parts),
             *(arms_table(part, title) for part, title in parts.items()),
         ]
     )
 
 
+def complete(parts: Mapping[str, str]) -> dict[str, str]:
+    """The parts whose trainings are all made."""
+    return {part: title for part, title in parts.items() if judged(part).keys() == set(HELD[part].arms)}
+
+
+def blocks() -> list[str]:
+    """The tables and sentences of all parts that are complete."""
+    found = []
+    for parts in (MODELS, TEXTS):
+        if done := complete(parts):
+            searches = [name for name, part in SEARCHED_BY.items() if part in done]
+            found += page(done, searches).split("\n\n")
+    for model, lengths in LENGTHS.items():
+        done = complete({part: f"{steps:,}" for steps, part in lengths.items()})
+        if len(done) > 1:
+            found.append(rows_table(by_length(model), f"{model}, steps", done))
+    if done := complete(PLACES):
+        found.append(rows_table(others(done), "where", done))
+    return [*found, *(race_table(part, title) for part, title in complete(MODELS).items())]
+
+
 def main() -> int:
     """Print the tables and draw; returns the exit status."""
-    searched = [name for name, part in SEARCHED_BY.items() if part in MODELS]
-    for parts, searches, unit, target in (
-        (MODELS, searched, "points of accuracy, NIO minus the rival", "rivals.png"),
-        (TEXTS, [], "loss, the rival minus NIO", "texts.png"),
+    sys.stdout.write("\n\n".join(blocks()) + "\n")
+    for parts, unit, target in (
+        (MODELS, "points of accuracy, NIO minus the rival", "rivals.png"),
+        (TEXTS, "loss, the rival minus NIO", "texts.png"),
     ):
-        done = {part: title for part, title in parts.items() if "nio" in judged(part)}
-        if done:
-            sys.stdout.write(page(done, [name for name in searches if SEARCHED_BY[name] in done]) + "\n\n")
+        if done := complete(parts):
             draw(rivals(done), done, unit, RESULTS / target)
-    for model, parts in LENGTHS.items():
-        titles = {part: f"{steps:,}" for steps, part in parts.items()}
-        sys.stdout.write(rows_table(by_length(model), f"{model}, steps", titles) + "\n\n")
-    sys.stdout.write(rows_table(others(PLACES), "where", PLACES) + "\n\n")
-    for part, title in MODELS.items():
-        sys.stdout.write(race_table(part, title) + "\n\n")
     for models, target in ((["ViT"], "lengths.png"), (list(TEXTS.values()), "text-lengths.png")):
-        shown = [model for model in models if len({part for part, _ in by_length(model)}) > 1]
+        shown = [model for model in models if len(complete({part: "" for part in LENGTHS[model].values()})) > 1]
         if shown:
             draw_lengths(shown, RESULTS / target)
     return 0

@@ -32,6 +32,11 @@ def test_the_page_says_what_the_first_results_say() -> None:
     assert [table for table in tables if table.strip() not in page] == []
 
 
+def test_the_page_says_what_the_runs_say() -> None:
+    page = (FOLDER / "README.md").read_text()
+    assert [block for block in tables.blocks() if block not in page] == []
+
+
 def test_the_readme_says_what_the_verdicts_say() -> None:
     readme = (FOLDER.parents[1] / "README.md").read_text()
     verdicts = [
