@@ -91,8 +91,6 @@ def consistency_problems(recipe: Recipe) -> Iterator[Problem]:
 def consistency_notes(recipe: Recipe, world_size: int) -> Iterator[str]:
     """Yield the settings that work but may be a mistake, in words."""
     training = recipe.training
-    if training.nio and training.warmup_steps > 0:
-        yield "NIO and warmup are both on: their effects cannot be told apart"
     if training.nio and training.nio_sub_batches % world_size:
         idle = world_size - training.nio_sub_batches
         consequence = f"{idle} of them are idle" if idle > 0 else "some of them wait while others compute"

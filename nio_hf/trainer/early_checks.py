@@ -1,8 +1,7 @@
-"""Checks before NIO is paid for: settings that would fail later, or that are probably meant otherwise."""
+"""Checks before NIO is paid for: settings that would fail later."""
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,8 +14,6 @@ from nio_hf.trainer.replica import replica_bytes
 
 if TYPE_CHECKING:
     from nio_hf.trainer.trainer import NIOTrainerMixin
-
-logger = logging.getLogger(__name__)
 
 _ALWAYS = ("loss", "runtime", "samples_per_second", "steps_per_second")
 
@@ -44,18 +41,6 @@ def check_best_metric(trainer: Trainer) -> None:
         found = f"{metric!r}, and evaluations have {', '.join((*names, *_ALWAYS))}"
         fix = "Choose one of these" if names else "Choose one of these, or give compute_metrics"
         raise MetricError(Problem(where, found, fix))
-
-
-def warn_of_warmup(trainer: NIOTrainerMixin) -> None:
-    """Say that the effects of NIO and of warmup cannot be told apart."""
-    if trainer.args.warmup_steps > 0:
-        trainer._tell(
-            logger,
-            "NIO and warmup_steps=%s are both on: their effects cannot be told apart. Set warmup_steps=0 to train "
-            "without warmup, or nio=False.",
-            trainer.args.warmup_steps,
-            level=logging.WARNING,
-        )
 
 
 def check_before_nio(trainer: NIOTrainerMixin, model: nn.Module) -> None:

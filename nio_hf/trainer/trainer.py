@@ -39,7 +39,7 @@ from nio_hf.trainer.checkpoints import (
     origin_of,
     remove_mark,
 )
-from nio_hf.trainer.early_checks import check_before_nio, check_best_metric, warn_of_warmup
+from nio_hf.trainer.early_checks import check_before_nio, check_best_metric
 from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.race import Candidates, hold_race, planned_steps, steps_of_training
 from nio_hf.trainer.replica import copied_to_cpu, gathered, make_replica, take_over
@@ -105,7 +105,6 @@ class NIOTrainerMixin(TrainerMixin):
             Preempted: Where SIGTERM ended it, with `enable_jit_checkpoint`.
         """
         collective, model, preemption = Collective.current(), self.unwrapped_model, self.preemption
-        warn_of_warmup(self)
         try:
             with (
                 contextlib.nullcontext() if preemption is None else preemption.listening(),
