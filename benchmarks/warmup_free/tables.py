@@ -410,7 +410,7 @@ def main() -> int:
         if done := complete(parts):
             draw(rivals(done), done, unit, RESULTS / target)
     for models, target in ((["ViT"], "lengths.png"), (list(TEXTS.values()), "text-lengths.png")):
-        shown = [model for model in models if len(complete({part: "" for part in LENGTHS[model].values()})) > 1]
+        shown = [model for model in models if len(complete(dict.fromkeys(LENGTHS[model].values(), ""))) > 1]
         if shown:
             draw_lengths(shown, RESULTS / target)
     return 0
