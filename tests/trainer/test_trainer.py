@@ -285,14 +285,6 @@ def test_history_reaches_the_log(changes: dict[str, Any], tmp_path: Path) -> Non
     assert summary["nio_grad_norm_before"] == trainer.nio_result.before.grad_norm
 
 
-def test_warmup_beside_nio_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for nio in (False, True):
-        args = arguments(tmp_path / str(nio), nio=nio, warmup_steps=2)
-        with caplog.at_level(logging.WARNING):
-            NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages()).train()
-        assert ("warmup_steps=2" in caplog.text) is nio
-
-
 @pytest.mark.parametrize(
     ("changes", "title", "tried"),
     [
