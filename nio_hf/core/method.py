@@ -45,15 +45,16 @@ class Watch:
         if self.on_iteration is not None:
             self.on_iteration(record)
 
-    def stop_if_asked(self, collective: Collective) -> None:
-        """End a run where any process asks for it.
+    def stop_if_asked(self, collective: Collective, *flags: bool) -> list[bool]:
+        """End a run where any process asks for it; otherwise tell of at most one flag whether any process has set it.
 
         Raises:
-            StoppedError: Where that is so.
+            StoppedError: Where a process asks for it.
         """
-        (stopped,) = collective.any(self.should_stop is not None and self.should_stop())
+        stopped, *others = collective.any(self.should_stop is not None and self.should_stop(), *flags)
         if stopped:
             raise StoppedError(Problem("NIO", "stopped before it was through", "Start again"))
+        return others
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,17 +57,17 @@ def published_scales(problem: ScalingProblem, options: Options, watch: Watch) ->
     """
     groups, exhausted = len(problem.tensors.groups), False
     state = PublishedState((1.0,) * groups, AdamState.zeros(groups), None, (), problem.micro_batch_size)
-    while len(state.history) < problem.config.iterations and not exhausted:
+    while len(state.history) < problem.config.iterations:
         started = time.perf_counter()
-        watch.stop_if_asked(problem.collective)
         batch = problem.stream.next()
-        (exhausted,) = problem.collective.any(batch is None)
-        if not exhausted:
-            watch.tries(_describe(problem.config))
-            state = step(problem, batch, state)
-            timed = dataclasses.replace(state.history[-1], seconds=time.perf_counter() - started)
-            state = dataclasses.replace(state, history=(*state.history[:-1], timed))
-            watch.sees(timed)
+        (exhausted,) = watch.stop_if_asked(problem.collective, batch is None)
+        if exhausted:
+            break
+        watch.tries(_describe(problem.config))
+        state = step(problem, batch, state)
+        timed = dataclasses.replace(state.history[-1], seconds=time.perf_counter() - started)
+        state = dataclasses.replace(state, history=(*state.history[:-1], timed))
+        watch.sees(timed)
     problem.place(state.scales)
     return Learned(
         omega=problem.tensors.by_tensor(state.scales),

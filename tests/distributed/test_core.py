@@ -231,7 +231,7 @@ def test_a_published_iteration_sums_the_gradients_once_and_the_scales_once(sub_b
     for sent, records, scaled in run_ranks(2, _bytes_summed, "mlp", config):
         assert len(sent) == len(records) == ITERATIONS - 1
         for iteration in sent:
-            assert sum(iteration) == 4 * (vectors + 2 * sub_batches + scaled + 4 * EXCHANGE)
+            assert sum(iteration) == 4 * (vectors + 2 * sub_batches + scaled + 3 * EXCHANGE)
             assert [size for size in iteration if size >= 4 * vectors] == [4 * vectors]
 
 
