@@ -34,7 +34,7 @@ LOCKS = Path("outputs") / "warmup-free"
 CHOOSING = (0, 1)
 """Seeds to choose by, and of the direct search."""
 JUDGING = (1300, 1301, 1302, 1303, 1304)
-JUDGING_LONG = (1400, 1401, 1402)
+JUDGING_ELSEWHERE = (1400, 1401, 1402, 1403, 1404)
 LEAST_RATE, LARGEST_RATE = 6.25e-5, 3.2e-2
 RETRY_SECONDS = 5.0
 
@@ -88,7 +88,7 @@ class Part:
 
 def _where(rates_of: str | None = None, **changes: Any) -> Part:
     task = ImageTask("vit", **changes)
-    return Part(task, _LONG, (1400, 1401, 1402, 1403, 1404), choosing=(0,), rates_of=rates_of, extends=False)
+    return Part(task, _LONG, JUDGING_ELSEWHERE, choosing=(0,), rates_of=rates_of, extends=False)
 
 
 def _text(model: str, *further: str) -> Part:
@@ -105,9 +105,7 @@ HELD = {
     "text-llama": _text("llama", "residual"),
     "text-bert": _text("bert", "residual"),
     "rivals-swin": Part(ImageTask("swin"), _SWIN, JUDGING, choosing=(0,)),
-    "length-2500": Part(
-        ImageTask("vit", steps=2500), (*_LONG, "positions8"), (1400, 1401, 1402, 1403, 1404), choosing=(0,)
-    ),
+    "length-2500": Part(ImageTask("vit", steps=2500), (*_LONG, "positions8"), JUDGING_ELSEWHERE, choosing=(0,)),
     "text-gpt2-5000": _long_text("gpt2"),
     "text-llama-5000": _long_text("llama"),
     "text-bert-5000": _long_text("bert"),
@@ -118,14 +116,14 @@ HELD = {
     "length-10000": Part(
         ImageTask("vit", steps=10_000, augmented=True),
         (*_LONG, "published"),
-        JUDGING_LONG,
+        JUDGING_ELSEWHERE[:3],
         rates_of="length-2500",
     ),
     "where-width384": _where("where-width192", width=384),
     "length-25000": Part(
         ImageTask("vit", steps=25_000, augmented=True),
         ("nio", "warmup10"),
-        JUDGING_LONG,
+        JUDGING_ELSEWHERE[:3],
         rates_of="length-2500",
     ),
 }

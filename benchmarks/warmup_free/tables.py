@@ -367,16 +367,14 @@ def draw_lengths(models: Sequence[str], target: Path) -> None:
         drawn.axes[0].set_ylabel("points of accuracy, NIO minus the other" if models == ["ViT"] else "NIO's gain")
 
 
-def page(parts: Mapping[str, str], searches: Sequence[str]) -> str:
+def page(parts: Mapping[str, str], searches: Sequence[str]) -> list[str]:
     """All tables of some parts, and what direct searches say."""
-    return "\n\n".join(
-        [
-            *(f"- {head_room(search_part)}" for search_part in searches),
-            family_table(rivals(parts), "NIO minus", {}, parts),
-            family_table(additions(parts), "with NIO", WITHOUT, parts),
-            *(arms_table(part, title) for part, title in parts.items()),
-        ]
-    )
+    return [
+        *(f"- {head_room(search_part)}" for search_part in searches),
+        family_table(rivals(parts), "NIO minus", {}, parts),
+        family_table(additions(parts), "with NIO", WITHOUT, parts),
+        *(arms_table(part, title) for part, title in parts.items()),
+    ]
 
 
 def complete(parts: Mapping[str, str]) -> dict[str, str]:
@@ -390,7 +388,7 @@ def blocks() -> list[str]:
     for parts in (MODELS, TEXTS):
         if done := complete(parts):
             searches = [name for name, part in SEARCHED_BY.items() if part in done]
-            found += page(done, searches).split("\n\n")
+            found += page(done, searches)
     for model, lengths in LENGTHS.items():
         done = complete({part: f"{steps:,}" for steps, part in lengths.items()})
         if len(done) > 1:

@@ -217,7 +217,7 @@ def test_the_whole_study_in_miniature(tiny: Path, monkeypatch: pytest.MonkeyPatc
     shares = own.by_sample - other.by_sample
     assert tables.samples_error(own, other) == pytest.approx(shares.std(ddof=1) / np.sqrt(360))
     assert shares.mean() == pytest.approx(np.mean(expected), abs=0.01)
-    page = tables.page({"rivals-vit": "ViT"}, ["search-vit"])
+    page = "\n\n".join(tables.page({"rivals-vit": "ViT"}, ["search-vit"]))
     assert "the direct search over 3 configurations finds" in page
     assert "| NIO, warmup 10%, minus NIO |" in page
     monkeypatch.setattr(tables, "TEXTS", {})
