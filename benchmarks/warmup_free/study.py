@@ -43,26 +43,12 @@ _VIT = (
     *("positions8", "positions32", "searched", "gi_adam", "radam", "schedule_free", "muon"),
     *("nio_warmup10", "nio_seeded", "nio_muon", "xavier_nio", "mimetic_nio"),
 )
-_LONG = ("nio", "warmup10", "x4")
-_TEXT = (
-    "nio",
-    "class",
-    "warmup2",
-    "warmup5",
-    "warmup10",
-    "warmup30",
-    "x2",
-    "width",
-    "gi_adam",
-    "radam",
-    "nio_half",
-    "nio_seeded",
-)
-_LONG_TEXT = ("nio", "class", "warmup10")
 _SWIN = (
     *("nio", "class", "warmup10", "warmup30", "x4", "xavier", "mimetic", "searched"),
-    *("gi_adam", "muon", "nio_seeded"),
+    *("gi_adam", "nio_seeded"),
 )
+_LONG = ("nio", "warmup10", "x4")
+_TEXT = ("nio", "class", "warmup10", "warmup30", "x2", "width", "gi_adam", "nio_seeded")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +72,8 @@ class Part:
     extends: bool = True
 
 
-def _where(rates_of: str | None = None, **changes: Any) -> Part:
-    task = ImageTask("vit", **changes)
-    return Part(task, _LONG, JUDGING_ELSEWHERE, choosing=(0,), rates_of=rates_of, extends=False)
+def _where(**changes: Any) -> Part:
+    return Part(ImageTask("vit", **changes), _LONG, JUDGING_ELSEWHERE, choosing=(0,), extends=False)
 
 
 def _text(model: str, *further: str) -> Part:
@@ -96,36 +81,28 @@ def _text(model: str, *further: str) -> Part:
 
 
 def _long_text(model: str) -> Part:
-    return Part(TextTask(model, steps=5000), _LONG_TEXT, (1500, 1501, 1502), rates_of=f"text-{model}")
+    return Part(TextTask(model, steps=5000), ("nio", "warmup10"), (1500, 1501, 1502), rates_of=f"text-{model}")
 
 
 HELD = {
     "rivals-vit": Part(ImageTask("vit"), _VIT, JUDGING),
-    "text-gpt2": _text("gpt2"),
-    "text-llama": _text("llama", "residual"),
+    "text-gpt2": _text("gpt2", "warmup2", "warmup5", "nio_half"),
+    "length-2500": Part(ImageTask("vit", steps=2500), _LONG, JUDGING_ELSEWHERE, choosing=(0,)),
     "text-bert": _text("bert", "residual"),
+    "text-llama": _text("llama", "residual"),
     "rivals-swin": Part(ImageTask("swin"), _SWIN, JUDGING, choosing=(0,)),
-    "length-2500": Part(ImageTask("vit", steps=2500), (*_LONG, "positions8"), JUDGING_ELSEWHERE, choosing=(0,)),
-    "text-gpt2-5000": _long_text("gpt2"),
-    "text-llama-5000": _long_text("llama"),
-    "text-bert-5000": _long_text("bert"),
     "where-width192": _where(width=192),
-    "where-batch256": _where(batch_size=256),
     "where-depth12": _where(depth=12),
     "where-imagenette64": _where(data="imagenette224", pixels=64),
     "length-10000": Part(
         ImageTask("vit", steps=10_000, augmented=True),
-        (*_LONG, "published"),
+        ("nio", "warmup10", "published"),
         JUDGING_ELSEWHERE[:3],
         rates_of="length-2500",
     ),
-    "where-width384": _where("where-width192", width=384),
-    "length-25000": Part(
-        ImageTask("vit", steps=25_000, augmented=True),
-        ("nio", "warmup10"),
-        JUDGING_ELSEWHERE[:3],
-        rates_of="length-2500",
-    ),
+    "text-gpt2-5000": _long_text("gpt2"),
+    "text-bert-5000": _long_text("bert"),
+    "text-llama-5000": _long_text("llama"),
 }
 """{name of a part: what is held against each other}, in the order of the work."""
 SEARCHED_BY = {"search-vit": "rivals-vit", "search-swin": "rivals-swin"}

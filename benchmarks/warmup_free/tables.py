@@ -33,14 +33,12 @@ MODELS = {"rivals-vit": "ViT", "rivals-swin": "Swin"}
 TEXTS = {"text-gpt2": "GPT-2", "text-llama": "Llama", "text-bert": "BERT"}
 """The same for text."""
 LENGTHS = {
-    "ViT": {500: "rivals-vit", 2500: "length-2500", 10_000: "length-10000", 25_000: "length-25000"},
+    "ViT": {500: "rivals-vit", 2500: "length-2500", 10_000: "length-10000"},
     **{title: {500: part, 5000: f"{part}-5000"} for part, title in TEXTS.items()},
 }
 """{model: {steps: part that trained so long}}."""
 PLACES = {
     "where-width192": "width 192",
-    "where-width384": "width 384",
-    "where-batch256": "batches of 256",
     "where-depth12": "12 layers",
     "where-imagenette64": "Imagenette, 64 pixels",
 }
