@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import shutil
@@ -17,9 +18,18 @@ _CACHE = tempfile.mkdtemp(prefix="nio-hf-datasets-")
 os.environ["HF_DATASETS_CACHE"] = _CACHE
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
+# The tests import some million objects that stay. Trainer collects garbage at the end of each training, which would
+# look at all of them.
+gc.disable()
+
 # A shell starts what runs in its background with interrupts ignored, which the commands under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

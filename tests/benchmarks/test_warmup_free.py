@@ -47,7 +47,7 @@ def test_the_readme_says_what_the_runs_say() -> None:
 
 
 def _digits(steps: int) -> ImageTask:
-    return ImageTask("digits", "digits", steps=steps, pixels=8)
+    return ImageTask("digits", "digits", steps=steps, depth=2, pixels=8)
 
 
 @pytest.fixture
@@ -139,8 +139,7 @@ DISTINCT_ARMS = ("x4", "positions8", "mimetic", "lsuv", "gi_adam", "muon", "sche
     ],
 )
 def test_every_arm_trains_and_pays_its_initialisation(arm: str, tiny: Path) -> None:
-    task = ImageTask("digits", "digits", steps=40, pixels=8)
-    row = lab.carry_out(Run("vit", arm, 1e-3, 3, choosing=False), task, Path())
+    row = lab.carry_out(Run("vit", arm, 1e-3, 3, choosing=False), _digits(40), Path())
     assert row["steps"] + np.ceil(row["cost"]) == 40
     looks_at_data = ARMS[arm].seeded or any(method in ("nio", "lsuv") for method, _ in ARMS[arm].draws)
     assert (row["cost"] > 0) == looks_at_data
@@ -188,12 +187,12 @@ def test_residual_projections_are_scaled_as_gpt2_scales_them() -> None:
 def test_the_whole_study_in_miniature(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Search, choice and judgement, then tables and picture, on the digits with few steps."""
     arms = ("nio", "warmup10", "x4", "searched", "nio_warmup10")
-    parts = {"rivals-vit": Part(_digits(14), arms, (1300, 1301), choosing=(0,))}
+    parts = {"rivals-vit": Part(_digits(14), arms, (1300, 1301), choosing=(0,), extends=False)}
+    for arm in arms:
+        monkeypatch.setitem(ARMS, arm, dataclasses.replace(ARMS[arm], rates=(1e-3,)))
     for module in (study, tables):
         monkeypatch.setattr(module, "HELD", parts)
         monkeypatch.setattr(module, "SEARCHED_BY", {"search-vit": "rivals-vit"})
-    monkeypatch.setattr(study, "LEAST_RATE", 5e-4)
-    monkeypatch.setattr(study, "LARGEST_RATE", 2e-3)
     monkeypatch.setattr(study, "CHOOSING", (0,))
     monkeypatch.setattr(search, "MOST_CONFIGURATIONS", 3)
     monkeypatch.setattr(search, "RATES", {"digits": 1e-3})
@@ -293,7 +292,7 @@ def test_what_a_search_has_found_is_written_once(tmp_path: Path, monkeypatch: py
 
 
 def test_the_scales_of_the_search_are_those_that_are_trained(tiny: Path) -> None:
-    task, exponents = ImageTask("digits", "digits", steps=4, pixels=8), dict.fromkeys(GROUPS["digits"], 1.0)
+    task, exponents = _digits(4), dict.fromkeys(GROUPS["digits"], 1.0)
     plain = lab.carry_out_scaled(task, dict.fromkeys(exponents, 0.0), 1e-3, 0, Path())
     doubled = lab.carry_out_scaled(task, exponents, 1e-3, 0, Path())
     assert plain["losses"] != doubled["losses"]

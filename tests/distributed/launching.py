@@ -68,18 +68,10 @@ def launch(folder: Path, strategy: str, processes: int, **settings: Any) -> Outc
 
 def start(folder: Path, strategy: str, processes: int, **settings: Any) -> subprocess.Popen[str]:
     """Start `launched.py` in a session of its own."""
-    save_model(folder, settings.get("model", "vit"))
-    output_dir = folder / "output"
-    for report in output_dir.glob("report-*.json"):
+    for report in (folder / "output").glob("report-*.json"):
         report.unlink()
-    everything = {
-        "strategy": strategy,
-        "model_dir": str(folder / "model"),
-        "output_dir": str(output_dir),
-        **settings,
-    }
     file = folder / "settings.json"
-    file.write_text(json.dumps(everything), encoding="utf-8")
+    file.write_text(json.dumps(training_in(folder, strategy, **settings)), encoding="utf-8")
     command = [sys.executable, "-m", "tests.distributed.launched", str(file)]
     if strategy != "single":
         config = folder / "accelerate.yaml"
@@ -91,6 +83,17 @@ def start(folder: Path, strategy: str, processes: int, **settings: Any) -> subpr
     environment["COLUMNS"] = "1000"
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **pipes)
+
+
+def training_in(folder: Path, strategy: str, **settings: Any) -> dict[str, Any]:
+    """The settings of `launched.py` for a training in a folder, with the model that it starts from."""
+    save_model(folder, settings.get("model", "vit"))
+    return {
+        "strategy": strategy,
+        "model_dir": str(folder / "model"),
+        "output_dir": str(folder / "output"),
+        **settings,
+    }
 
 
 def save_model(folder: Path, name: str = "vit") -> None:

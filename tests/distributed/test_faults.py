@@ -17,8 +17,10 @@ import pytest
 from nio_hf.durable.manifest import fault_of, has_manifest
 from nio_hf.errors import Preempted
 from nio_hf.hub.run_folder import INIT_DIR_NAME
+from tests.distributed import launched
 from tests.distributed.launched import COMPUTED, PUBLISHED
-from tests.distributed.launching import Outcome, launch, start
+from tests.distributed.launching import Outcome, launch, start, training_in
+from tests.distributed.ranks import run_ranks
 from tests.versions import resumes_in_several_processes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "kills.json"
@@ -136,10 +138,22 @@ def test_killed_after_nio_it_is_not_run_again(tmp_path: Path, uninterrupted: Any
 
 
 @resumes_in_several_processes
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_sigterm_to_one_process_saves_and_stops_all(rank: int, tmp_path: Path, uninterrupted: Any) -> None:
-    faults = {"step": {"number": 4, "signal": "SIGTERM", "rank": rank}}
-    first, second = _started_again(tmp_path, "ddp", 2, faults)
+def test_sigterm_to_one_process_saves_and_stops_all(tmp_path: Path) -> None:
+    whole = run_ranks(2, launched.run, training_in(tmp_path / "whole", "ddp", **SETTINGS))
+    faults = {"step": {"number": 4, "signal": "SIGTERM", "rank": 1}}
+    settings = training_in(tmp_path / "run", "ddp", **SETTINGS, faults=faults)
+    for ended in run_ranks(2, launched.run, settings):
+        assert "Preempted: SIGTERM: saved and stopped at step 5" in str(ended)
+    assert fault_of(tmp_path / "run" / "output" / "checkpoint-5") is None
+    again = run_ranks(2, launched.run, settings)
+    assert [report["step"] for report in again] == [8, 8]
+    assert [report["trained"] for report in again] == [report["trained"] for report in whole]
+
+
+@pytest.mark.slow
+@resumes_in_several_processes
+def test_sigterm_to_one_process_of_a_launch_saves_and_stops_all(tmp_path: Path, uninterrupted: Any) -> None:
+    first, second = _started_again(tmp_path, "ddp", 2, {"step": {"number": 4, "signal": "SIGTERM"}})
     assert "SIGTERM: saved and stopped at step 5" in first.output
     assert f"exitcode  : {Preempted.STATUS}" in first.output
     assert "checkpoint-5" in second.output

@@ -41,7 +41,8 @@ def test_operations_are_counted_as_torch_counts_them() -> None:
 
 
 def _train(folder: Path, share: float = 1.0, **settings: Any) -> Outcome:
-    recipe = load_recipe("vit-tiny/digits/nio").replace({**QUIET, "output_dir": str(folder), **settings})
+    small = {"model_config.num_hidden_layers": 1, "max_eval_samples": 50}
+    recipe = load_recipe("vit-tiny/digits/nio").replace({**QUIET, **small, "output_dir": str(folder), **settings})
     return train_once(recipe, cost_share=share)
 
 
@@ -80,7 +81,7 @@ def test_the_value_of_a_run_is_that_of_its_metric(tmp_path: Path, monkeypatch: p
     by_metric = {}
     for metric in (ACCURACY, LOSS):
         monkeypatch.setitem(METRICS, IMAGE_CLASSIFICATION, metric)
-        by_metric[metric] = _train(tmp_path, nio=False, max_steps=2, max_eval_samples=50)
+        by_metric[metric] = _train(tmp_path, nio=False, max_steps=2)
     assert by_metric[LOSS].value == by_metric[LOSS].eval_loss == by_metric[ACCURACY].eval_loss
     percent = by_metric[ACCURACY].value
     assert percent is not None
