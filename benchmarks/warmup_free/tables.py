@@ -188,10 +188,11 @@ def others(parts: Iterable[str], of: Callable[[Mapping[str, Judged]], Collection
 
 
 def by_length(model: str) -> Family:
-    """NIO minus each of the arms of the longer trainings of a model, corrected over the arms of a length."""
+    """NIO minus each of the arms of the longer trainings of a model, corrected over the arms of a length, where done."""
     parts = LENGTHS[model]
-    arms = {arm for steps, part in parts.items() if steps > min(parts) for arm in HELD[part].arms}
-    families = [others([part], lambda judged_arms: judged_arms.keys() & arms) for part in parts.values()]
+    done = complete(dict.fromkeys(parts.values(), ""))
+    arms = {arm for steps, part in parts.items() if part in done and steps > min(parts) for arm in HELD[part].arms}
+    families = [others([part], lambda judged_arms: judged_arms.keys() & arms) for part in done]
     return {key: found for family in families for key, found in family.items()}
 
 
