@@ -89,7 +89,7 @@ def copy_recipe(name: str, destination: Path | None, *, replace: bool = False) -
     """
     source, target = find_recipe(name), destination or Path()
     if target.is_dir():
-        target = target / f"{'-'.join(source.with_suffix('').parts[-3:])}.yaml"
+        target = target / f"{recipe_name(source).removesuffix('.yaml').replace('/', '-')}.yaml"
     if target.exists() and not replace:
         raise RecipeError(Problem(str(target), "exists already", "Give another file, or --force to replace it"))
     try:

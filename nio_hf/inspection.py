@@ -18,7 +18,7 @@ from nio_hf.hub.run_folder import RECIPE_NAME
 from nio_hf.recipe.loading import Recipe, build_recipe, load_recipe
 from nio_hf.recipe.strict_yaml import read_overrides
 from nio_hf.report import plot_inspection
-from nio_hf.report.tables import LAYER_COLUMNS, layer_rows, shape_of_sub_batches
+from nio_hf.report.tables import LAYER_COLUMNS, cosine_with_error, layer_rows, shape_of_sub_batches
 from nio_hf.tasks import build_trainer
 
 AT_INIT_DIR_NAME = "inspect-init"
@@ -48,7 +48,7 @@ def run_inspection(arguments: Sequence[str]) -> int:
             plot_inspection(inspection, files["Plot by layer"])
         measured = inspection.measured
         rows = [
-            (f"GradCosine ({shape_of_sub_batches(measured)})", f"{measured.value:.4f} ± {measured.standard_error:.4f}"),
+            (f"GradCosine ({shape_of_sub_batches(measured)})", cosine_with_error(measured)),
             ("Gradient norm", f"{measured.grad_norm:.4g}"),
             ("Loss", f"{measured.loss:.4f}"),
         ]

@@ -70,12 +70,14 @@ def train(recipe: Recipe) -> RunReport:
         # A training that was resumed counts the seconds of all its sessions.
         metrics["train_runtime"] = trainer.training_seconds
         metrics |= trainer.evaluate_average(output_dir / "ema")
-        sample = trainer.sample()
+        sample = trainer.sample() if math.isfinite(metrics["eval_loss"]) else None
     with output_errors(output_dir):
         trainer.save_metrics("all", metrics)
         trainer.save_state()
-        if sample is not None and trainer.args.should_save:
-            (output_dir / SAMPLE_NAME).write_text(sample, encoding="utf-8")
+        if trainer.args.should_save:
+            (output_dir / SAMPLE_NAME).unlink(missing_ok=True)
+            if sample is not None:
+                (output_dir / SAMPLE_NAME).write_text(sample, encoding="utf-8")
         run = _report(trainer, recipe, metrics)
     with _stopping_at_once(recipe):
         _push(run, trainer)

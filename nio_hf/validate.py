@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from nio_hf.console import FAILURE, exit_status, print_error
 from nio_hf.durable.manifest import check_checkpoint
@@ -157,13 +158,17 @@ def run_validation(arguments: Sequence[str], *, with_data: bool, num_processes: 
         for name in names:
             found = validate_recipe(name, overrides, with_data=with_data, num_processes=num_processes)
             if found.error is None:
-                console.print(f"[green]ok[/green]  {name}  [dim]{found.summary}[/dim]", highlight=False, soft_wrap=True)
+                console.print(
+                    f"[green]ok[/green]  {escape(name)}  [dim]{escape(found.summary)}[/dim]",
+                    highlight=False,
+                    soft_wrap=True,
+                )
             else:
                 failures += 1
-                console.print(f"[red]no[/red]  {name}", highlight=False, soft_wrap=True)
+                console.print(f"[red]no[/red]  {escape(name)}", highlight=False, soft_wrap=True)
                 print_error(found.error, console)
             for note in found.notes:
-                console.print(f"    Note: {note}.", style="yellow", highlight=False, soft_wrap=True)
+                console.print(f"    Note: {escape(note)}.", style="yellow", highlight=False, soft_wrap=True)
         return FAILURE if failures else 0
 
     return exit_status(command)

@@ -188,7 +188,7 @@ def others(parts: Iterable[str], of: Callable[[Mapping[str, Judged]], Collection
 
 
 def by_length(model: str) -> Family:
-    """NIO minus each of the arms of the longer trainings of a model, corrected over the arms of a length, where done."""
+    """NIO minus each of the arms of the longer trainings of a model, where done; Holm-corrected by length."""
     parts = LENGTHS[model]
     done = complete(dict.fromkeys(parts.values(), ""))
     arms = {arm for steps, part in parts.items() if part in done and steps > min(parts) for arm in HELD[part].arms}

@@ -148,7 +148,7 @@ class TextSamples:
     def _batch(self, blocks: Tensor, seed: int) -> Mapping[str, Tensor]:
         if not self.task.is_masked:
             return {"input_ids": blocks, "labels": blocks}
-        rows = [{"input_ids": row, "mask_seed": seed} for row in blocks.tolist()]
+        rows = [{"input_ids": row, "mask_seed": seed + number} for number, row in enumerate(blocks.tolist())]
         batch = _collator()(rows)
         return {"input_ids": batch["input_ids"], "labels": batch["labels"]}
 

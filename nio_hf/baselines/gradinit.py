@@ -63,6 +63,7 @@ def learn_scales(problem: ScalingProblem, options: Options, watch: Watch) -> Lea
 
     Raises:
         NumericsError: A loss or gradient that is not finite, before or after the step.
+        StoppedError: Where that was asked for.
 
     Source: Zhu, Ni, Xu, Kong, Huang, Goldstein, "GradInit: Learning to Initialize Neural Networks for Stable and
     Efficient Training", NeurIPS 2021, arXiv 2102.08098, algorithm 1. The defaults are our choice.
@@ -77,7 +78,7 @@ def learn_scales(problem: ScalingProblem, options: Options, watch: Watch) -> Lea
     for iteration in range(1, options["iterations"] + 1):
         started = time.perf_counter()
         batch = problem.stream.next()
-        (exhausted,) = problem.collective.any(batch is None)
+        (exhausted,) = watch.stop_if_asked(problem.collective, batch is None)
         if exhausted:
             break
         watch.tries(_describe_step(options))
@@ -152,7 +153,7 @@ def _step(
     size, product_steps = first.micro_batch_size, 2.0 if first.kept else 3.0
     length, slope = _norm(gradient, options["optimizer"])
     measured, grad_norm = read(first.sums, part), float(length)
-    check(measured, first.sums, part, tensors, loss, _ALONE)
+    check(measured, first, part, tensors, loss, _ALONE)
     if gamma is None:
         gamma = options["gamma"] or grad_norm * (options["gamma_relative"] or math.inf)
     constrained, objective = grad_norm > gamma, None

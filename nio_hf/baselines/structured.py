@@ -47,7 +47,7 @@ def draw_structured(problem: ScalingProblem, options: Options, watch: Watch) -> 
     generator = torch.Generator().manual_seed(problem.config.seed)
     table, side = _grid(problem)
     layers = attention_layers(problem.loss.model, problem.tensors)
-    places = functional.layer_norm(table.values.double(), table.values.shape[-1:])
+    places = functional.layer_norm(table.values.cpu().double(), table.values.shape[-1:])
     for layer in layers:
         check_square(layer)
         size = layer.head_size

@@ -36,12 +36,11 @@ def show(
     from nio_hf.console import exit_status
 
     def action() -> int:
-        path = find_recipe(name)
-        text = path.read_text(encoding="utf-8")
-        if resolved:
-            from nio_hf.recipe.layering import read_layers, settings_yaml
+        from nio_hf.recipe.layering import read_layers, settings_yaml
 
-            text = settings_yaml(read_layers(path))
+        path = find_recipe(name)
+        settings = read_layers(path)
+        text = settings_yaml(settings) if resolved else path.read_text(encoding="utf-8")
         typer.echo(text, nl=False)
         return 0
 

@@ -106,11 +106,14 @@ def report(
 ) -> None:
     """Write one page with all tables and plots of a run, which works without a network."""
     from nio_hf.console import exit_status
+    from nio_hf.errors import OutputError, Problem
     from nio_hf.hub.run_folder import read_run
     from nio_hf.report.page import write_page
 
     def action() -> int:
         path = directory / "report.html" if output is None else output
+        if path.is_dir():
+            raise OutputError(Problem("--output", f"{path}, a folder", "Give a file"))
         write_page(read_run(directory), path)
         typer.echo(f"Report: {path}")
         return 0

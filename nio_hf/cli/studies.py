@@ -72,6 +72,7 @@ def compare(
             budget,
         )
         line.add(study.plan_problems(plan))
+        line.add(study.recipe_problems(line.recipe))
         line.check()
         directory = line.directory(output_dir, "compare")
         task = {"steps": plan.steps}

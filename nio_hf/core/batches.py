@@ -76,6 +76,13 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     return _map(replaced, batch)
 
 
+def copied(batch: Mapping[Any, Any]) -> MutableMapping[Any, Any]:
+    """A copy that may be written to, of the same type where that makes copies whose entries are its own."""
+    if isinstance(batch, dict) or (isinstance(batch, MutableMapping) and hasattr(batch, "__copy__")):
+        return copy.copy(batch)
+    return dict(batch)
+
+
 def too_many_sub_batches(sub_batches: int, size: int) -> Problem:
     """The problem of D sub-batches for a batch of B samples."""
     fix = f"Choose 2 to {size} sub-batches, or a larger batch" if size > 2 else "Give batches of at least 2 samples"
@@ -95,14 +102,12 @@ def _leaf_equal(left: Any, right: Any) -> bool:
 
 
 def _map(function: Callable[[Any], Any], batch: Any) -> Any:
-    """The batch with its leaves replaced; mappings and tuples keep their type."""
-    if isinstance(batch, MutableMapping):
-        mapped = copy.copy(batch)
+    """The batch with its leaves replaced; mappings, see [`copied`], and tuples keep their type."""
+    if isinstance(batch, Mapping):
+        mapped = copied(batch)
         for key, value in batch.items():
             mapped[key] = function(value) if isinstance(value, list) else _map(function, value)
         return mapped
-    if isinstance(batch, Mapping):
-        return _map(function, dict(batch))
     if isinstance(batch, tuple | list):
         values = [_map(function, value) for value in batch]
         return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)

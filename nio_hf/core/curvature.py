@@ -60,9 +60,10 @@ class Path:
     product: Literal["exact", "finite_difference"]
     keep: Keep = None
 
-    @property
-    def steps(self) -> float:
-        """Training steps of arithmetic of both passes, micro-batches not counted."""
+    def steps(self, *, in_parts: bool) -> float:
+        """Training steps of arithmetic of both passes; `in_parts` where sub-batches are computed in micro-batches."""
+        if in_parts and self.product == "exact":
+            return 5.0
         return 4.0 if self.keep is None else 3.0
 
 

@@ -80,6 +80,15 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return _blocks(model, _repeated_elements(model), matrices)
 
 
+def entries_of(model: nn.Module) -> dict[str, nn.Module]:
+    """{name: module} of the first block of each list of blocks, in the order of the lists."""
+    names = {module: name for name, module in model.named_modules()}
+    blocks = set(blocks_of(model))
+    lists = (module for module in model.modules() if isinstance(module, _LISTS))
+    firsts = (next((child for child in module if child in blocks), None) for module in lists)
+    return {names[block]: block for block in firsts if block is not None}
+
+
 def group_tensors(
     model: nn.Module, scalable: Mapping[str, Kind], groups: str | Mapping[str, str]
 ) -> dict[str, list[str]]:

@@ -101,11 +101,17 @@ def initialize(
         reported = stream.set_aside(set_aside) if report is None else _as_batches(report)
         loss = make_loss(model, loss_fn, config, tensors.device)
         _check_alike(processes, config, tensors, reported)
-        unused = _unused(loss, tensors, config, processes, reported[0])
+        unreached = _unreached(loss, tensors, config, processes, reported[0])
+        if len(unreached) == len(tensors.trainable):
+            # There is nothing to measure, which is refused here.
+            find_tensors(model, *grouping, unreached)
         larger = method.left_alone(config, model, tensors)
+        moved = _Moved(tensors, processes) if unreached else None
+        before, size = measure_reports(config, loss, tensors, processes, reported, config.micro_batch_size, moved)
+        reached = set() if moved is None else moved.names()
+        unused = [name for name in unreached if name not in reached]
         if unused or larger:
             tensors = find_tensors(model, *grouping, unused, larger)
-        before, size = measure_reports(config, loss, tensors, processes, reported, config.micro_batch_size)
         with copied_values(tensors) as initial:
             problem = ScalingProblem(config, loss, tensors, initial, processes, stream, reported, before, size)
             learned = method.learn(problem, chosen, watch)
@@ -197,6 +203,8 @@ def _result(
         if learned.data_exhausted:
             planned = f" of {options['iterations']}" if "iterations" in options else ""
             message += f" The data ended after {len(learned.history)}{planned} iterations."
+    if learned.members is not None:
+        tensors = dataclasses.replace(tensors, groups=learned.members)
     return InitResult(
         config=config,
         groups=groups,
@@ -255,10 +263,10 @@ def _check_alike(processes: Collective, config: NIOConfig, tensors: ModelTensors
     processes.check_equal("the report batches", [content_of(batch) for batch in reported], SAME_BATCHES)
 
 
-def _unused(loss: Loss, tensors: ModelTensors, config: NIOConfig, processes: Collective, batch: Any) -> list[str]:
-    """Names of the tensors that no gradient of the first sub-batch reaches; micro-batches are checked to add up.
+def _unreached(loss: Loss, tensors: ModelTensors, config: NIOConfig, processes: Collective, batch: Any) -> list[str]:
+    """Names of the tensors that no gradient of two samples reaches; micro-batches are checked to add up.
 
-    Rank 0, whose sub-batch it is, tells the others.
+    Rank 0, whose sub-batch the first one is, tells the others.
     """
     wrt = [place.parameter for place in tensors.trainable]
     flags = torch.zeros(len(wrt), dtype=torch.int32, device=tensors.device)
@@ -266,7 +274,6 @@ def _unused(loss: Loss, tensors: ModelTensors, config: NIOConfig, processes: Col
         parts = parts_of(config, loss, Collective(), batch, "the first sub-batch", 0)
         if processes.rank == 0:
             part, size = parts.owned[0], config.micro_batch_size
-            # A few samples reach what all reach, at little memory.
             check_split = split_check(loss, part, 0)
             small = part if check_split is None else take(part, range(min(2, batch_size(part))))
 
@@ -285,7 +292,27 @@ def _unused(loss: Loss, tensors: ModelTensors, config: NIOConfig, processes: Col
             if size is not None and splits(part, size):
                 check_micro_batches(loss, part, size, seed=0)
     processes.broadcast_(flags)
-    return [place.name for place, unused in zip(tensors.trainable, flags.tolist(), strict=True) if unused]
+    return [place.name for place, unreached in zip(tensors.trainable, flags.tolist(), strict=True) if unreached]
+
+
+class _Moved:
+    """Keeps which tensors had a gradient other than zero in any sub-batch of any process.
+
+    Few samples do not reach all experts of a mixture, so what two samples do not reach may be used all the same.
+    """
+
+    def __init__(self, tensors: ModelTensors, processes: Collective) -> None:
+        self._names = [place.name for place in tensors.gradient]
+        self._processes = processes
+        self._flags = torch.zeros(len(self._names), dtype=torch.int32, device=tensors.device)
+
+    def __call__(self, gradients: Sequence[Tensor]) -> None:
+        self._flags += torch.stack([gradient.any() for gradient in gradients]).to(self._flags)
+
+    def names(self) -> set[str]:
+        """The names of those tensors; all processes call it."""
+        self._processes.sum_(self._flags)
+        return {name for name, flag in zip(self._names, self._flags.tolist(), strict=True) if flag}
 
 
 def _each_tensor(tensors: ModelTensors, omega: Sequence[float]) -> tuple[GroupScale, ...]:

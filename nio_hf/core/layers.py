@@ -63,6 +63,8 @@ def preserving_factor(model: nn.Module, tensors: ModelTensors) -> float:
     logs = (
         count / sum(entries) * math.log(size * math.sqrt(fan_in(place.parameter, owners[0])))
         for count, size, (place, owners) in zip(entries, sizes, layers.items(), strict=True)
+        # The norm of very small entries is 0 in fp32.
+        if size > 0
     )
     return math.exp(-math.fsum(logs))
 
@@ -111,7 +113,7 @@ def fan_in(weight: Tensor, owner: nn.Module) -> float:
     if isinstance(owner, _TRANSPOSED):
         return weight.shape[0] // owner.groups * math.prod(weight.shape[2:])
     bias = getattr(owner, "bias", None)
-    if weight.ndim == 2 and isinstance(bias, nn.Parameter) and bias.shape[0] == weight.shape[1]:
+    if weight.ndim == 2 and isinstance(bias, nn.Parameter) and bias.shape == weight.shape[1:]:
         return weight.shape[0]
     return weight.numel() // weight.shape[0]
 

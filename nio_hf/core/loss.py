@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import math
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nio_hf.core.batches import batch_size, chunks, take
+from nio_hf.core.batches import batch_size, chunks, copied, take
 from nio_hf.core.config import NIOConfig
 from nio_hf.errors import ConfigError, ModelError, Problem
 
@@ -54,7 +53,7 @@ class Loss:
         """
         _seed_device(self.device, seed, part)
         # A loss may take keys out of a batch that is computed again.
-        own_batch = copy.copy(batch) if isinstance(batch, Mapping) else batch
+        own_batch = copied(batch) if isinstance(batch, Mapping) else batch
         # A cache of cast weights would live as long as the autocast of `measuring` around it, and weights change.
         with (
             contextlib.nullcontext()

@@ -64,6 +64,7 @@ class Learned:
     Attributes:
         omega: (m,) scale of each scaled tensor; None for the ratio of its norm to the former one.
         groups: Groups with their scales; empty where each tensor stands for itself.
+        members: {group: positions of its tensors among the scaled ones}, where they are not those of the problem.
         history: One record for each iteration.
         cost: Training steps of arithmetic, reports before and after not counted, but for those of `after`.
         after: GradCosine on the report batches at the new weights; None where it has not been measured.
@@ -73,6 +74,7 @@ class Learned:
 
     omega: Sequence[float] | None = None
     groups: Sequence[GroupScale] = ()
+    members: Mapping[str, tuple[int, ...]] | None = None
     history: Sequence[IterationRecord] = ()
     cost: float = 0.0
     after: GradCosine | None = None

@@ -60,7 +60,11 @@ def _restored(model: nn.Module) -> Iterator[None]:
     """Put the flags and the buffers of all modules back."""
     training = [(module, module.training) for module in model.modules()]
     tracking = [(layer, layer.track_running_stats) for layer in batch_norms(model)]
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     try:
         yield
     finally:
@@ -69,8 +73,10 @@ def _restored(model: nn.Module) -> Iterator[None]:
         for layer, flag in tracking:
             layer.track_running_stats = flag
         with torch.no_grad():
-            for buffer, version, saved in buffers:
-                if buffer._version != version:
+            for module, name, buffer, saved in buffers:
+                # A loss may assign another tensor, or write past the version counter, as through `data`.
+                setattr(module, name, buffer)
+                if not buffer.is_meta and not torch.equal(buffer, saved):
                     buffer.copy_(saved)
 
 

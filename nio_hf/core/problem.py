@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,10 +99,12 @@ def measure_reports(
     collective: Collective,
     batches: Sequence[Any],
     micro_batch_size: int | None,
+    observe: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> tuple[GradCosine, int | None]:
     """GC, GN and loss, means over the report batches, and the micro-batch size that it took.
 
-    Each batch costs one training step of arithmetic.
+    Each batch costs one training step of arithmetic. `observe` is called with each g_d of this process, tensor by
+    tensor.
 
     Raises:
         NumericsError: A loss or gradient that is not finite, or zero.
@@ -110,7 +112,7 @@ def measure_reports(
     measured: list[GradCosine] = []
     for number, batch in enumerate(batches):
         parts = report_parts(config, loss, collective, batch, number)
-        first, one = measure(loss, tensors, parts, collective, micro_batch_size=micro_batch_size)
+        first, one = measure(loss, tensors, parts, collective, micro_batch_size=micro_batch_size, observe=observe)
         micro_batch_size = first.micro_batch_size
         measured.append(one)
     return GradCosine.mean(measured), micro_batch_size

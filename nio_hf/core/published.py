@@ -108,7 +108,7 @@ def step(problem: ScalingProblem, batch: Any, state: PublishedState) -> Publishe
         loss=measured.loss,
         grad_cosine=measured.value,
         grad_norm=measured.grad_norm,
-        cost=path.steps * window_share(parts.batch_size, config),
+        cost=path.steps(in_parts=_is_split(parts.batch_size, config, size)) * window_share(parts.batch_size, config),
         micro_batch_size=size,
     )
     return PublishedState(
@@ -130,8 +130,16 @@ def _by_group(problem: ScalingProblem, by_tensor: Tensor) -> Tensor:
 
 
 def most_cost(config: NIOConfig) -> float:
-    """Training steps that the search takes, where nothing is kept between the passes."""
-    return 4.0 * window_share(_LARGE * config.sub_batches, config) * config.iterations
+    """Training steps that the search takes, where nothing is kept between the passes and memory does not run out."""
+    path = Path("finite_difference" if config.curvature == "finite_difference" else "exact")
+    steps = path.steps(in_parts=config.micro_batch_size is not None)
+    return steps * window_share(_LARGE * config.sub_batches, config) * config.iterations
+
+
+def _is_split(batch_size: int, config: NIOConfig, micro_batch_size: int | None) -> bool:
+    """Whether the windows of a batch are computed in micro-batches."""
+    windows = published_windows(batch_size, config.sub_batches, config.overlap)
+    return micro_batch_size is not None and micro_batch_size < max(map(len, windows))
 
 
 def window_share(batch_size: int, config: NIOConfig) -> float:

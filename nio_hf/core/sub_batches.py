@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nio_hf.core import mode
@@ -238,7 +239,7 @@ def measure(
         observe=observe,
     )
     measured = read(first.sums, parts)
-    check(measured, first.sums, parts, tensors, loss, collective)
+    check(measured, first, parts, tensors, loss, collective)
     return first, measured
 
 
@@ -257,7 +258,7 @@ def read(sums: GradientSums, parts: SubBatches) -> GradCosine:
 
 def check(
     measured: GradCosine,
-    sums: GradientSums,
+    first: FirstPass,
     parts: SubBatches,
     tensors: ModelTensors,
     loss: Loss,
@@ -268,14 +269,14 @@ def check(
     Raises:
         NumericsError: Names the first such sub-batch, the tensor and, of several, the rank that computed it.
     """
-    losses = sums.scalars[1].tolist() if not math.isfinite(measured.loss) else [measured.loss] * parts.count
+    losses = first.sums.scalars[1].tolist() if not math.isfinite(measured.loss) else [measured.loss] * parts.count
     if not any(measured.norms) and math.isfinite(measured.loss):
         _refuse_zero(parts, tensors, collective)
     for index, (grad_norm, value) in enumerate(zip(measured.norms, losses, strict=True)):
         if not math.isfinite(value) or not math.isfinite(grad_norm) or grad_norm == 0:
             with collective.together():
                 if index in parts.owned:
-                    _refuse(grad_norm, value, index, parts, tensors, loss)
+                    _refuse(grad_norm, value, index, parts, tensors, loss, first.micro_batch_size)
 
 
 def check_finite(values: Tensor, places: Sequence[TensorPlace], what: str, where: str, fix: str) -> None:
@@ -309,9 +310,14 @@ def check_batch_norm(model: nn.Module, smallest: int, micro_batch_size: int | No
 
     Raises:
         ConfigError: Sub-batches of one sample, or computed in parts.
+        ModelError: Batch normalisation that is synchronised between processes.
     """
-    if not mode.batch_norms(model):
+    norms = mode.batch_norms(model)
+    if not norms:
         return
+    if dist.is_available() and dist.is_initialized() and any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
+        fix = "Convert the layers to SyncBatchNorm after the initialisation"
+        raise ModelError(Problem(type(model).__name__, "SyncBatchNorm, in which processes wait for each other", fix))
     if micro_batch_size is not None:
         fix = "Leave it out: the statistics are those of a whole sub-batch. Larger NIOConfig.sub_batches save memory"
         raise ConfigError(Problem("NIOConfig.micro_batch_size", "given for a model with batch normalisation", fix))
@@ -368,7 +374,13 @@ def _refuse_ignored(place: str) -> NoReturn:
 
 
 def _refuse(
-    grad_norm: float, value: float, index: int, parts: SubBatches, tensors: ModelTensors, loss: Loss
+    grad_norm: float,
+    value: float,
+    index: int,
+    parts: SubBatches,
+    tensors: ModelTensors,
+    loss: Loss,
+    micro_batch_size: int | None,
 ) -> NoReturn:
     """Say what is wrong with a sub-batch of this process."""
     part, place = parts.owned[index], f"{parts.where}, sub-batch {index}"
@@ -378,14 +390,16 @@ def _refuse(
         raise NumericsError(Problem(place, f"the loss is {value}", "Check inputs, labels and the initial weights"))
     if not math.isfinite(grad_norm):
         fix = "Check inputs, labels and the initial weights, or narrow NIOConfig.scale_range"
-        found = f"the gradient of {_first_non_finite(part, parts.seed_of(index), tensors, loss)} is not finite"
+        name = _first_non_finite(part, parts.seed_of(index), tensors, loss, micro_batch_size)
+        found = f"the gradient of {name} is not finite"
         raise NumericsError(Problem(place, found, fix))
     fix = "Use fewer sub-batches, or check the samples of the batch"
     raise NumericsError(Problem(place, "the gradient is zero, so it has no direction", fix))
 
 
-def _first_non_finite(part: Any, seed: int, tensors: ModelTensors, loss: Loss) -> str:
-    grads, _ = dense_gradient(loss, part, tensors.gradient_parameters, seed=seed)
+def _first_non_finite(part: Any, seed: int, tensors: ModelTensors, loss: Loss, micro_batch_size: int | None) -> str:
+    wrt = tensors.gradient_parameters
+    grads, _ = dense_gradient(loss, part, wrt, seed=seed, micro_batch_size=micro_batch_size)
     for place, grad in zip(tensors.gradient, grads, strict=True):
         if not grad.isfinite().all():
             return place.name

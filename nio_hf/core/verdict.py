@@ -49,7 +49,7 @@ def describe_scales(groups: Sequence[GroupScale]) -> str:
     """The change of the weights in words."""
     scales = [group.omega for group in groups]
     if all(scale == 1 for scale in scales):
-        return "No scale was changed: none is needed, or none keeps the bounds"
+        return "No scale was changed: no larger weights are needed, or none keep the bounds"
     if len(groups) == 1:
         return f"All scaled weights were multiplied by {scales[0]:.3g}"
     if len(groups) <= _FEW:

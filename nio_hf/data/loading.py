@@ -84,6 +84,10 @@ class ColumnKind:
     usual_names: tuple[str, ...] = ()
 
 
+_OF_OTHER_DATA = ("data_dir", "data_files", "dataset_config_name", "dataset_revision")
+"""Settings that no embedded data set has."""
+
+
 def load_splits(settings: DataSettings, kind: DataKind) -> Mapping[str, Rows]:
     """Load the splits of a data set, by name.
 
@@ -92,6 +96,11 @@ def load_splits(settings: DataSettings, kind: DataKind) -> Mapping[str, Rows]:
     """
     name = cast(str, settings.dataset_name)
     if name in kind.embedded:
+        others = [key for key in _OF_OTHER_DATA if getattr(settings, key) is not None]
+        if others:
+            found = f"given with the data set {name!r}, which has no files"
+            fix = f"Leave it out, or give a dataset_name that it belongs to, e.g. {kind.formats[0]}"
+            raise DataError(Problem(others[0], found, fix))
         rows = kind.embedded[name]()
         return {"train": rows.to_iterable_dataset() if settings.streaming else rows}
     if name in kind.formats and settings.data_dir is None and settings.data_files is None:

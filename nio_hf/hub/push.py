@@ -41,8 +41,16 @@ machine and its folders, such as the logs of trackers and the report."""
 _ONLY_TO_RESUME = ("*.bin", "*.pt", "*.pth", "global_step*", "latest", "zero_to_fp32.py")
 """Files of a checkpoint that are not part of the model."""
 _OF_A_RUN = (
-    *("model*.safetensors", "model.safetensors.index.json", "trainer_state.json", "all_results.json", "nio_*.json"),
-    *("nio_*.yaml", "plots/nio_*.png", "plots/training.png", "plots/inspection.png", "inspect/*"),
+    *(
+        "model.safetensors",
+        "model-*-of-*.safetensors",
+        "model.safetensors.index.json",
+        "trainer_state.json",
+        "all_results.json",
+        "nio_*.json",
+    ),
+    *("nio_*.yaml", "plots/nio_*.png", "plots/training.png", "plots/inspection.png", "inspect/*", "ema/*"),
+    "nio_sample.txt",
 )
 """Files in a repository that belong to a run: a push deletes those of an earlier run."""
 
@@ -205,7 +213,12 @@ def push_folder(
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether a path fits one of some patterns, part by part."""
+    parts = name.split("/")
+    return any(
+        len(parts) == len(own) and all(map(fnmatch.fnmatchcase, parts, own))
+        for own in (pattern.split("/") for pattern in patterns)
+    )
 
 
 def push_command(directory: Path, destination: Destination, **options: str | Sequence[str] | None) -> str:

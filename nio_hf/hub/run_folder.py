@@ -209,7 +209,7 @@ def read_run(directory: Path, name: str | None = None, progress: TrainerState | 
     state = read_state(folder) if (folder / STATE_NAME).is_file() else None
     about = _read_json(folder / RUN_NAME) or {}
     saved = _read_json(folder / TRAINER_STATE_NAME) if progress is None else None
-    inspection = _read_json(directory / INSPECTION_DIR_NAME / INSPECTION_NAME)
+    inspection = _read_json(folder / INSPECTION_DIR_NAME / INSPECTION_NAME)
     try:
         progress = progress or TrainerState(**(saved or {}))
         facts = Facts(**about["facts"]) if about else _facts_of(_read_json(folder / CONFIG_NAME) or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 from nio_hf.catalog import find_recipe
 from nio_hf.errors import Problem, RecipeError
 from nio_hf.recipe.settings import PROCESSOR_KEYS
-from nio_hf.recipe.strict_yaml import Setting, read_settings
+from nio_hf.recipe.strict_yaml import Setting, plain_value, read_settings
 
 BASE_KEY = "base"
 _OWNED = {"model_type": "model_config", "optim": "optim_args", "lr_scheduler_type": "lr_scheduler_kwargs"}
@@ -41,8 +42,21 @@ def read_layers(path: Path) -> dict[str, Setting]:
 def settings_yaml(settings: Mapping[str, Setting]) -> str:
     """Settings as the text of a recipe; YAML 1.1 and 1.2 read it alike."""
     values = {key: setting.value for key, setting in settings.items()}
-    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.2 would read as something else; YAML 1.1, PyYAML's own, is seen to by PyYAML."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    looks_plain = re.fullmatch(r"[\w.+-]+", text) is not None
+    style = "'" if looks_plain and plain_value(text) != text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def merge(lower: Mapping[str, Setting], upper: Mapping[str, Setting]) -> dict[str, Setting]:

@@ -127,7 +127,7 @@ def build_recipe(path: Path, given: Mapping[str, Setting], world_size: int | Non
     except ConfigError as error:
         places = (dataclasses.replace(problem, where=settings.place(problem.where)) for problem in error.problems)
         raise RecipeError(*places) from error
-    except (ValueError, TypeError, ImportError, KeyError) as error:
+    except (ValueError, TypeError, ImportError, KeyError, OSError) as error:
         raise RecipeError(argument_problem(error, settings)) from error
     problems = list(optimizer_problems(training, settings))
     if problems:

@@ -6,6 +6,7 @@ PyYAML follows YAML 1.1, in which `1e-3` is a string and `no` is false. Both are
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,23 +61,34 @@ class _Constructor(SafeConstructor):
 _Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
 
 
+_UNREADABLE = (YAMLError, ValueError, KeyError)
+"""Errors of the reader; the last two are those of a tag whose text does not fit, as in `!!int abc`."""
+
+
 def _yaml() -> YAML:
     reader = YAML(typ="safe", pure=True)
     reader.Constructor = _Constructor
     return reader
 
 
+def plain_value(text: str) -> Any:
+    """Return the value that a text has in a file."""
+    return _yaml().load(text)
+
+
 def parse_scalar(text: str, where: str) -> Any:
-    """Return the value that a text has in a file.
+    """Return the value of an option. It is read as in a file, but has no comments and no numbers that overflow.
 
     Raises:
         RecipeError: Text that is not YAML.
     """
     try:
-        return _yaml().load(text)
-    except YAMLError as error:
+        value = plain_value(text)
+    except _UNREADABLE as error:
         fix = "Put quotes around it if it is meant as text"
         raise RecipeError(Problem(where, f"not YAML ({one_line(error)})", fix)) from error
+    overflows = isinstance(value, float) and math.isinf(value) and "inf" not in text.lower()
+    return text if overflows or ("#" in text and isinstance(value, str | None) and text[:1] not in "'\"") else value
 
 
 def read_settings(path: Path) -> dict[str, Setting]:
@@ -92,7 +104,7 @@ def read_settings(path: Path) -> dict[str, Setting]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise RecipeError(Problem(str(path), f"cannot be read: {reason}", "Give the path of a YAML file")) from error
-    except YAMLError as error:
+    except _UNREADABLE as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = str(path) if mark is None else f"{path}, line {mark.line + 1}"
         raise RecipeError(Problem(place, f"not YAML: {problem or one_line(error)}", "Correct that line")) from error

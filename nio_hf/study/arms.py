@@ -99,8 +99,11 @@ def _define(definition: str) -> Arm:
     head, *settings = _COMMA.split(definition)
     name, _, base = head.partition("=")
     fix = "Write NAME=ARM,key=value,... e.g. strict=nio,nio_loss_bound=0.05"
-    if not name.isidentifier() or base not in ARMS:
-        raise RecipeError(Problem("--arm", f"{definition!r}", fix))
+    if not name.isidentifier():
+        raise RecipeError(Problem("--arm", f"{definition!r}, whose name is not made of letters, digits and _", fix))
+    if base not in ARMS:
+        fix = f"Name one of {', '.join(ARMS)} behind the first ="
+        raise RecipeError(Problem("--arm", f"{definition!r}, and {base!r} is no arm", fix))
     changes: dict[str, Any] = {}
     for setting in settings:
         key, _, value = setting.partition("=")

@@ -90,6 +90,14 @@ def plan_problems(plan: Plan) -> Iterator[Problem]:
             yield Problem("--arms", f"no {' and no '.join(missing)} to compare the others with", fix)
 
 
+def recipe_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield the problem of an optimizer that the recipe chooses, since each arm has its own."""
+    if recipe.optimization.optimizer is not None:
+        where = recipe.settings["optimizer"].where
+        found = f"{recipe.optimization.optimizer!r}, and each arm of a comparison has an optimizer of its own"
+        yield Problem(where, found, "Leave it out, and name the arm of that optimizer in --arms")
+
+
 def sentences(findings: Findings) -> list[str]:
     """Return the conclusions of a comparison in words."""
     if not findings.chosen:

@@ -135,9 +135,14 @@ class Plan:
     def settings(self, run: Run) -> dict[str, Any]:
         """Return the settings of a run, without those of its arm."""
         steps = self.budget_of(run)
-        own = {"learning_rate": run.learning_rate, "warmup_steps": round(run.warmup_ratio * steps)}
-        part = {} if run.stage == "verdict" else {"eval_from_train": True}
-        return {**part, **own, "max_steps": steps, "seed": run.seed}
+        return {
+            "learning_rate": run.learning_rate,
+            "warmup_steps": round(run.warmup_ratio * steps),
+            "max_steps": steps,
+            "eval_from_train": run.stage != "verdict",
+            # All that is random is drawn anew for each seed.
+            **{"seed": run.seed, "data_seed": None, "nio_seed": None},
+        }
 
 
 def seed_problems(plan: Plan) -> Iterator[Problem]:

@@ -181,7 +181,7 @@ def plan_problems(plan: Plan) -> Iterator[Problem]:
     if not 1 <= plan.probe_steps <= plan.steps:
         found = f"{plan.probe_steps}, of whole trainings of {plan.steps}"
         yield Problem("--probe_steps", found, "Give at least 1, and no more than --steps")
-    if 0 < plan.verdict_seeds < MIN_SEEDS:
+    if plan.verdict_seeds and plan.verdict_seeds < MIN_SEEDS:
         fix = f"Give {MIN_SEEDS} or more to judge by, or --no_verdict"
         yield Problem("--verdict_seeds", f"{plan.verdict_seeds}", fix)
 
@@ -272,7 +272,7 @@ def tuned_settings(arm: Arm) -> dict[str, Any]:
 
 def settings_yaml(search: Search) -> str:
     """Return the chosen settings for a recipe, commented out unless they were judged to be better."""
-    off = "" if search.difference is None or search.word == "beats" else "# "
+    off = "" if search.word == "beats" else "# "
     lines = [f"# {line}" for line in (search.title, *sentences(search))]
     lines += [f"{off}{key}: {json.dumps(value)}" for key, value in tuned_settings(search.chosen).items()]
     return "\n".join(lines) + "\n"

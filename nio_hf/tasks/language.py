@@ -118,6 +118,11 @@ def find_block_size(recipe: Recipe, model: PreTrainedModel) -> int:
         ModelError: Block that is longer than the positions of the model.
     """
     positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = next((getattr(table, "padding_idx", None) for table in tables), None)
+    if positions is not None and padding is not None:
+        # The positions of RoBERTa and its kin begin behind that of the padding.
+        positions -= padding + 1
     asked = recipe.text.block_size
     if asked is None:
         return min(positions or _LONGEST_BLOCK, _LONGEST_BLOCK)

@@ -53,8 +53,8 @@ class CausalCollator(DataCollatorForTokenClassification):
 class MaskedCollator:
     """Collator of blocks that masks some tokens (arXiv 1810.04805, section 3.1), which are the labels.
 
-    Masks depend on the seed of the first block, in whatever process. For blocks without a seed, as in evaluation, they
-    depend on the tokens of the first block, so that every evaluation has the same masks.
+    The mask of a block depends on its seed, in whatever batch and process. That of a block without a seed, as in
+    evaluation, depends on its tokens, so that every evaluation has the same masks.
 
     Args:
         tokenizer: Tokeniser with a padding and a mask token.
@@ -63,14 +63,21 @@ class MaskedCollator:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float) -> None:
         self._mask = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=probability)
+        self._padding = {TOKENS: tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
 
     def __call__(self, blocks: Sequence[Block]) -> dict[str, Tensor]:
         """Tensors (B, T): `input_ids`, `attention_mask` and `labels`, -100 where nothing is masked."""
-        seed = blocks[0].get(_SEED, zlib.crc32(np.asarray(blocks[0][TOKENS], np.int64).tobytes()))
+        masked: list[dict[str, Tensor]] = []
         with isolated_random_state(torch.device("cpu")):
-            torch.manual_seed(seed)
-            batch: dict[str, Tensor] = self._mask([{TOKENS: block[TOKENS]} for block in blocks])
-        return batch
+            for block in blocks:
+                torch.manual_seed(block.get(_SEED, zlib.crc32(np.asarray(block[TOKENS], np.int64).tobytes())))
+                masked.append(self._mask([{TOKENS: block[TOKENS]}]))
+        return {key: _stacked([one[key][0] for one in masked], value) for key, value in self._padding.items()}
+
+
+def _stacked(rows: list[Tensor], padding: int) -> Tensor:
+    """(B, T) rows, filled up to the longest one."""
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
 
 
 class BlocksWithSeeds(Dataset[Block]):
@@ -184,8 +191,10 @@ class TextTrainer(RecipeTrainer):
             return None
         model: Any = self.unwrapped_model
         tokenizer: Any = self.processing_class
-        start = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(self.args.device)
-        room = getattr(model.config, "max_position_embeddings", _SAMPLE_TOKENS) - start.shape[1]
+        # An empty prompt is the start of a document; of a long one the end is kept that leaves room for a token.
+        tokens = tokenizer(prompt, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
+        positions = getattr(model.config, "max_position_embeddings", len(tokens) + _SAMPLE_TOKENS)
+        start = torch.tensor([tokens[1 - positions :]], device=self.args.device)
         was_training = model.training
         model.eval()
         with isolated_random_state(self.args.device):
@@ -193,7 +202,7 @@ class TextTrainer(RecipeTrainer):
             output = model.generate(
                 start,
                 attention_mask=torch.ones_like(start),
-                max_new_tokens=max(1, min(_SAMPLE_TOKENS, room)),
+                max_new_tokens=min(_SAMPLE_TOKENS, positions - start.shape[1]),
                 do_sample=True,
                 temperature=_TEMPERATURE,
                 num_return_sequences=_SAMPLES,

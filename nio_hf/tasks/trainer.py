@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,13 @@ class RecipeTrainer(NIOTrainer):
         return None
 
     def evaluate_average(self, directory: Path) -> dict[str, float]:
-        """Evaluate the average of the weights, if there is one, as `eval_ema_*`, and save it in a directory."""
+        """Evaluate the average of the weights, if there is one, as `eval_ema_*`, and save it in a directory.
+
+        Without one, what an earlier run has saved there is removed.
+        """
         if self._ema is None:
+            if self.args.should_save:
+                shutil.rmtree(directory, ignore_errors=True)
             return {}
         with self._ema.swapped_in():
             metrics: dict[str, float] = self.evaluate(metric_key_prefix="eval_ema")

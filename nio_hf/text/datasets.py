@@ -135,7 +135,8 @@ def load_text_data(
 
         train, evaluation, is_split = divide(splits, train, settings, TEXTS, column, prepare=prepare, seed=seed)
         train = limit_rows(train, settings.max_train_samples, seed)
-        evaluation = limit_rows(evaluation, settings.max_eval_samples, seed)
+        # A split of its own is evaluated on the same documents in every run.
+        evaluation = limit_rows(evaluation, settings.max_eval_samples, 0 if is_split else seed)
         for rows, part in ((train, "training"), (evaluation, "evaluation")):
             _check_texts(rows, column, f"the {part} part of {name}")
     if isinstance(train, datasets.IterableDataset):

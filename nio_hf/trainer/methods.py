@@ -56,6 +56,7 @@ def run_baseline(
     *,
     on_iteration: Callable[[IterationRecord], None] | None = None,
     on_trial: Callable[[str], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> InitResult:
     """Initialise a replica by another method than NIO, on rank 0, whose weights the others are given.
 
@@ -74,6 +75,7 @@ def run_baseline(
                 options=options,
                 on_iteration=on_iteration,
                 on_trial=on_trial,
+                should_stop=should_stop,
                 collective=Collective(),
             )
     broadcast(replica, collective)

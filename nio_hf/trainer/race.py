@@ -74,7 +74,7 @@ class Candidates:
     def names(self) -> tuple[str, ...]:
         """The candidates: the weights that were found, those with the square roots of their scales, and the start."""
         found = self.result
-        if all(tensor.omega == 1 for tensor in found.tensors) and found.method == "nio":
+        if found.method in ("nio", "none") and all(tensor.omega == 1 for tensor in found.tensors):
             return (found.title,)
         is_computed = found.method == "nio" and found.config.search == "balance"
         return (found.title, *((HALF,) if is_computed else ()), START)

@@ -60,6 +60,17 @@ def unpatch_forward(copied: nn.Module) -> None:
         copied.__dict__.pop("forward", None)
 
 
+@contextlib.contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Let a model compute by its own `forward`, without the precision of the training, which accelerate patches in."""
+    patched = model.__dict__.pop("forward", None) if hasattr(model, "_original_forward") else None
+    try:
+        yield
+    finally:
+        if patched is not None:
+            model.__dict__["forward"] = patched
+
+
 def copied_to_cpu(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the parameters of a model, by name."""
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}

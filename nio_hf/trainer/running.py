@@ -106,14 +106,13 @@ class NIORun:
         seed_everything(self._config.seed)
         with NIOProgress(self._method.title, self._tell_cost(), trainer._hides_progress) as progress:
             given = (self._replica, batches, trainer.compute_nio_loss, self._config)
-            watched: dict[str, Any] = {"on_iteration": progress.advance, "on_trial": progress.tell_trial}
+            watched: dict[str, Any] = {
+                "on_iteration": progress.advance,
+                "on_trial": progress.tell_trial,
+                "should_stop": lambda: preemption is not None and preemption.requested,
+            }
             if self._method is NIO:
-                result = initialize(
-                    *given,
-                    **watched,
-                    collective=self._collective,
-                    should_stop=lambda: preemption is not None and preemption.requested,
-                )
+                result = initialize(*given, **watched, collective=self._collective)
             else:
                 result = run_baseline(self._method, self._options, *given, self._collective, **watched)
             progress.finish(result)

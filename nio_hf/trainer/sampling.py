@@ -43,7 +43,9 @@ class NIOBatchSampler(Sampler[list[_Draw]]):
         if samples < batch_size * fewest:
             more = " and one more" if further_batches else ""
             found = f"{samples} samples for {report_batches} report batches{more} of {batch_size}"
-            fix = f"Lower nio_batch_size to {samples // fewest}, or nio_report_batches"
+            most = samples // fewest
+            fix = f"Lower nio_batch_size to {most}, or" if most > 1 else "Give more samples, or lower"
+            fix += " nio_report_batches"
             raise DataError(Problem("train_dataset", found, fix))
         self._batch_size = batch_size
         self._batches = report_batches + further_batches

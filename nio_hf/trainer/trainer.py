@@ -42,7 +42,7 @@ from nio_hf.trainer.checkpoints import (
 from nio_hf.trainer.early_checks import check_before_nio, check_best_metric
 from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.race import Candidates, hold_race, planned_steps, steps_of_training
-from nio_hf.trainer.replica import copied_to_cpu, gathered, make_replica, take_over
+from nio_hf.trainer.replica import copied_to_cpu, gathered, make_replica, own_forward, take_over
 from nio_hf.trainer.reporting import NIOReportCallback
 from nio_hf.trainer.running import NIORun, checked_batches
 from nio_hf.trainer.sampling import nio_dataloader, seed_everything
@@ -182,9 +182,10 @@ class NIOTrainerMixin(TrainerMixin):
         Raises:
             NIOError: As in [`inspect_gradients`].
         """
-        with computing_apart(self):
+        model = self.unwrapped_model
+        with computing_apart(self), own_forward(model):
             reported = self._report_batches("Inspecting")
-            return inspect_gradients(self.unwrapped_model, reported, self.compute_nio_loss, self.nio_config)
+            return inspect_gradients(model, reported, self.compute_nio_loss, self.nio_config)
 
     def squared_gradients(self, batches: int | None = None) -> dict[str, torch.Tensor]:
         """Squared gradient at the weights as they are, which `nio_seed_optimizer` seeds the optimizer with.
@@ -363,6 +364,7 @@ class NIOTrainerMixin(TrainerMixin):
             self._nio_report.forget()
         if resume_from_checkpoint is not None:
             self.nio_state = find_state(Path(resume_from_checkpoint))
+        remove_mark(self.unwrapped_model)
         self.run_race()
         # Trackers that were added later must have opened their run before NIO is reported.
         self.remove_callback(self._nio_report)
@@ -385,7 +387,6 @@ class NIOTrainerMixin(TrainerMixin):
             self._tell(logger, "NIO is skipped: the model was loaded from an initialised checkpoint.")
             if self.is_world_process_zero():
                 self.started_from, self.nio_state = origin_of(model)
-            remove_mark(model)
             INITIALISED.add(model)
             return False
         return True

@@ -139,7 +139,8 @@ def load_image_data(settings: DataSettings, seed: int = 0) -> ImageData:
     train = limit_rows(train, settings.max_train_samples, seed)
     if isinstance(train, datasets.IterableDataset):
         train = train.shuffle(seed=seed, buffer_size=settings.shuffle_buffer_size)
-    evaluation = limit_rows(evaluation, settings.max_eval_samples, seed)
+    # A split of its own is evaluated on the same samples in every run.
+    evaluation = limit_rows(evaluation, settings.max_eval_samples, 0 if is_split else seed)
     return ImageData(train, evaluation, (image, label), class_names, is_split)
 
 

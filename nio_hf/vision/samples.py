@@ -6,7 +6,7 @@ import logging
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -85,13 +85,27 @@ def image_digest(stored: Any, seed: int = 0) -> int:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
+    if image.mode == "F":
+        raise ValueError("pixels that are fractions have no known range")
     if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value * (1 / _SIXTEEN_BITS))
-    if image.mode in ("I", "F"):
-        image = image.convert("L")
+        image = image.convert("I").point(lambda value: value * (1 / _divisor(image))).convert("L")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _divisor(image: Image.Image) -> int:
+    """By what greyscale of 16 or 32 bits is divided to be one of 8 bits.
+
+    Raises:
+        ValueError: Numbers of 32 bits that are no greyscale of 8 or 16 bits.
+    """
+    if image.mode != "I":
+        return _SIXTEEN_BITS
+    least, largest = cast(tuple[float, float], image.getextrema())
+    if least < 0 or largest >= 2**16:
+        raise ValueError(f"pixels from {least:.0f} to {largest:.0f} have no known range")
+    return 1 if largest < 2**8 else _SIXTEEN_BITS
 
 
 def draw_seed() -> int:

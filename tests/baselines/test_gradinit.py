@@ -14,8 +14,8 @@ from nio_hf.baselines.gradinit import shared_halves
 from nio_hf.core import InitResult, NIOConfig, curvature, find_tensors, initialize
 from nio_hf.core.mode import measuring
 from nio_hf.core.problem import seed_of
-from nio_hf.errors import NumericsError
-from tests.core.cases import Case, batches_of, case, double_case
+from nio_hf.errors import NumericsError, StoppedError
+from tests.core.cases import Case, batches_of, case, differences, double_case, state
 
 CONFIG = NIOConfig(sub_batches=2, seed=3)
 BRANCHES: dict[str, dict[str, Any]] = {"objective": {"gamma_relative": None}, "constraint": {"gamma": 1e-9}}
@@ -177,6 +177,17 @@ def test_the_loss_after_a_step_falls(optimizer: Any) -> None:
     assert result.options == {**METHODS["gradinit"].options, **options}
     same = run(case("mlp"), batch, report=batch, **options, step_size={"adam": 0.001, "sgd": 0.1}[optimizer])
     assert same.scales == result.scales
+
+
+def test_it_stops_where_that_is_asked_for() -> None:
+    seen: list[Any] = []
+    made = case("mlp")
+    before = state(made.model)
+    task = (made.model, batches_of("mlp", 12), made.loss_fn, NIOConfig(sub_batches=2, report_batches=1))
+    with pytest.raises(StoppedError):
+        initialize(*task, method=METHODS["gradinit"], on_iteration=seen.append, should_stop=lambda: len(seen) == 2)
+    assert len(seen) == 2
+    assert differences(before, state(made.model)) == []
 
 
 def test_scales_stay_within_their_range() -> None:

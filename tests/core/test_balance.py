@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nio_hf import GradCosine, NIOConfig, initialize
 from nio_hf.core import balance, expected_cost, mode
-from nio_hf.core.balance import balancing_factor
+from nio_hf.core.balance import Balance, balances
 from nio_hf.core.collective import Collective
 from nio_hf.core.groups import blocks_of, kinds_of
 from nio_hf.core.loss import Loss
@@ -82,17 +82,27 @@ def parts_of(loss: Loss, batch: Any, samples: int = 8) -> SubBatches:
     return split(batch, windows, loss, Collective(), where="batch")
 
 
-def factor(model: nn.Module, batch: Any = None, loss_fn: Any = squared, size: int | None = None) -> float:
+def found_balances(
+    model: nn.Module, batch: Any = None, loss_fn: Any = squared, size: int | None = None
+) -> dict[str, tuple[list[str], float]]:
+    """{block: (names of its additive tensors, factor)}."""
     kinds = kinds_of(model)
-    additive = [weight.data for name, weight in model.named_parameters() if kinds[name] == "additive"]
-    loss = Loss(model, loss_fn, CPU)
+    additive = {name: weight for name, weight in model.named_parameters() if kinds[name] == "additive"}
+    loss, names = Loss(model, loss_fn, CPU), list(additive)
     with mode.isolated(model, CPU):
         parts = parts_of(loss, inputs() if batch is None else batch)
-        return balancing_factor(loss, additive, parts, Collective(), size)
+        found = balances(loss, list(additive.values()), parts, Collective(), size)
+    return {each.place: ([names[member] for member in each.members], each.factor) for each in found}
+
+
+def factor(model: nn.Module, batch: Any = None, loss_fn: Any = squared, size: int | None = None) -> float:
+    """The factor of a model with one first block; 1 where nothing is balanced."""
+    found = [own for _, own in found_balances(model, batch, loss_fn, size).values()]
+    return found[0] if found else 1.0
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-@pytest.mark.parametrize("size", [0.02, 0.3, 0.9])
+@pytest.mark.parametrize("size", [1e-5, 0.02, 0.3, 0.9])
 def test_what_is_added_is_to_become_as_large_as_what_it_is_added_to(size: float, normalised: bool) -> None:
     assert factor(Adding(size, normalised=normalised)) == pytest.approx(1 / size, rel=1e-3)
 
@@ -132,10 +142,61 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_tables_inside_blocks_do_not_count() -> None:
-    model = Adding(0.0)
-    assert kinds_of(model)["blocks.0.bias_table"] == "additive"
-    assert factor(model) == 1.0
+def test_what_is_added_elsewhere_does_not_count() -> None:
+    class Probing(Adding):
+        def __init__(self) -> None:
+            super().__init__(0.1)
+            self.probe = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.probe.mean()
+
+    model = Probing()
+    kinds = kinds_of(model)
+    assert kinds["blocks.0.bias_table"] == kinds["blocks.1.bias_table"] == kinds["probe"] == "additive"
+    assert found_balances(model) == {"blocks.0": (["positions"], pytest.approx(10.0, rel=1e-3))}
+    config = NIOConfig(sub_batches=2, report_batches=1, loss_bound=None, least_norm=None)
+    scales = initialize(model, [inputs()], squared, config).scales
+    common = scales["blocks.0.first.weight"]
+    assert scales["positions"] == pytest.approx(10 * common, rel=1e-3)
+    assert scales["probe"] == scales["blocks.1.bias_table"] == common
+    assert factor(Adding(0.0)) == 1.0
+
+
+def test_each_tower_has_a_balance_of_its_own_and_later_stages_have_none() -> None:
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = Adding(0.1), Adding(0.5)
+            self.stage = nn.ModuleList([Block(), Block()])
+            self.added = nn.Parameter(torch.randn(3, 4))
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = (tower.norm(tower.read(x) + tower.positions) for tower in (self.left, self.right))
+            for block in self.left.blocks:
+                left = block(left)
+            for block in self.right.blocks:
+                right = block(right)
+            both = left * right + self.added
+            for block in self.stage:
+                both = block(both)
+            return self.head(both.mean(1))
+
+    model = Towers()
+    assert found_balances(model) == {
+        "left.blocks.0": (["left.positions"], pytest.approx(10.0, rel=1e-3)),
+        "right.blocks.0": (["right.positions"], pytest.approx(2.0, rel=1e-3)),
+    }
+    config = NIOConfig(sub_batches=2, report_batches=1, loss_bound=None, least_norm=None)
+    result = initialize(model, [inputs()], squared, config)
+    groups = {group.name: group.omega for group in result.groups}
+    assert list(groups) == ["additive (left.blocks.0)", "additive (right.blocks.0)", "others"]
+    assert groups["additive (left.blocks.0)"] == pytest.approx(10 * groups["others"], rel=1e-3)
+    assert groups["additive (right.blocks.0)"] == pytest.approx(2 * groups["others"], rel=1e-3)
+    named = {tensor.name: (tensor.group, tensor.omega) for tensor in result.tensors}
+    assert named["left.positions"] == ("additive (left.blocks.0)", groups["additive (left.blocks.0)"])
+    assert named["added"] == ("others", groups["others"])
 
 
 def test_a_model_without_blocks_has_nothing_to_balance() -> None:
@@ -205,7 +266,7 @@ def search(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(balance, "preserving_factor", lambda model, tensors: preserving)
-        patch.setattr(balance, "balancing_factor", lambda *args: balancing)
+        patch.setattr(balance, "balances", lambda *args: [Balance("blocks.0", (0, 1, 2), balancing)])
         patch.setattr(ScalingProblem, "measure", measure)
         patch.setattr(ScalingProblem, "place", lambda problem, scales: placed.append(tuple(scales)))
         with scaling_problem(Adding(0.5), squared, config, [inputs()] * 3) as made:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import pytest
@@ -42,6 +43,31 @@ def test_samples_are_taken_from_every_part_of_a_batch() -> None:
     assert taken["names"] == ["d", "a", "d"]
     assert [part.tolist() for part in taken["pair"]] == [[3, 0, 3], [7, 4, 7]]
     assert (taken["temperature"], taken["task"]) == (torch.tensor(0.5), "digits")
+
+
+def test_a_mapping_that_shares_its_entries_with_its_copies_is_not_written_to() -> None:
+    class Shared(MutableMapping[str, Any]):
+        def __init__(self) -> None:
+            self.entries = {"x": torch.arange(6)}
+
+        def __getitem__(self, key: str) -> Any:
+            return self.entries[key]
+
+        def __setitem__(self, key: str, value: Any) -> None:
+            self.entries[key] = value
+
+        def __delitem__(self, key: str) -> None:
+            del self.entries[key]
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(self.entries)
+
+        def __len__(self) -> int:
+            return len(self.entries)
+
+    batch = Shared()
+    assert take(batch, [1, 2])["x"].tolist() == [1, 2]
+    assert batch_size(batch) == 6
 
 
 @pytest.mark.parametrize(("size", "lengths"), [(None, [4]), (4, [4]), (9, [4]), (3, [3, 1]), (1, [1, 1, 1, 1])])

@@ -185,7 +185,7 @@ def test_losses_computed_for_each_sub_batch(
     assert len(seen) == calls * sub_batches
     assert set(seen) == {micro_batch_size or 4}
     # A double backward costs two backwards, a forward half of one: 4 training steps, 3 with what is kept.
-    assert path.steps == (3 if path.keep else 4)
+    assert path.steps(in_parts=False) == (3 if path.keep else 4)
 
 
 def run_on_pairs(made: Case, sub_batches: int, path: Path) -> None:

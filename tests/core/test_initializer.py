@@ -235,7 +235,7 @@ def test_a_run_that_finds_nothing_changes_nothing_and_says_so() -> None:
     result = initialize(made.model, batches_of("mlp", 5), made.loss_fn, config)
     assert not differences(before, state(made.model))
     assert result.status == "unchanged"
-    assert result.message.startswith("No scale was changed: none is needed, or none keeps the bounds. ")
+    assert result.message.startswith("No scale was changed: no larger weights are needed, or none keep the bounds. ")
     assert result.after == result.before
 
 

@@ -89,6 +89,18 @@ def test_what_is_no_layer_does_not_count(name: str) -> None:
     assert factor_of(model) == pytest.approx(before, rel=1e-6)
 
 
+def test_a_layer_of_one_bias_and_one_that_is_all_but_zero_are_no_obstacles() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    layer.weight.data = 0.25 * torch.eye(4)
+    plain = preserving_factor(layer, find_tensors(layer))
+    layer.bias = nn.Parameter(torch.tensor(1.0))
+    assert preserving_factor(layer, find_tensors(layer)) == plain
+    tiny = nn.Linear(4, 4, bias=False)
+    tiny.weight.data.fill_(1e-24)
+    both = nn.Sequential(tiny, layer)
+    assert 1 < preserving_factor(both, find_tensors(both)) < plain
+
+
 def test_a_model_without_a_layer_has_the_factor_one() -> None:
     class Table(nn.Module):
         def __init__(self) -> None:

@@ -111,6 +111,26 @@ def test_a_layer_that_checkpoints_has_no_dropout_of_its_own() -> None:
     assert (value, norms, loss) == measured(Case(layer.linear, made.batch, made.loss_fn))
 
 
+@pytest.mark.parametrize("way", ["in place", "through data", "assigned"])
+def test_buffers_are_put_back_however_they_are_written(way: str) -> None:
+    made = case("mlp")
+    made.model.register_buffer("seen", torch.zeros(3))
+    buffer = made.model.seen
+
+    def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+        if way == "in place":
+            model.seen.add_(1)
+        elif way == "through data":
+            model.seen.data.add_(1)
+        else:
+            model.seen = model.seen + 1
+        return made.loss_fn(model, batch)
+
+    grad_cosine(made.model, made.batch, loss_fn, sub_batches=2)
+    assert made.model.seen is buffer
+    assert torch.equal(buffer, torch.zeros(3))
+
+
 @pytest.mark.usefixtures("default_precision")
 @pytest.mark.parametrize("error", [None, ValueError("stop"), KeyboardInterrupt()])
 def test_precision_kernels_and_flags_are_set_and_put_back(error: BaseException | None) -> None:

@@ -183,6 +183,17 @@ def test_an_iteration_costs_what_its_windows_hold(overlap: float) -> None:
     assert published.most_cost(config) == pytest.approx(4 * 2 * (1.6 if overlap else 1.0))
 
 
+@pytest.mark.parametrize(("curvature", "steps"), [("exact", 5), ("finite_difference", 4)])
+def test_products_of_micro_batches_are_paid_for(curvature: Any, steps: int) -> None:
+    made, batches = case("mlp", samples=16), batches_of("mlp", 5, 16)
+    settings = {"micro_batch_size": 2, "curvature": curvature, "overlap": 0.0}
+    config = NIOConfig.published(iterations=2, sub_batches=2, report_batches=1, gamma=None, **settings)
+    result = initialize(made.model, batches, made.loss_fn, config)
+    kept = steps - 1 if curvature == "finite_difference" else steps
+    assert [record.cost for record in result.history] == [kept] * 2
+    assert published.most_cost(config) == 2 * steps
+
+
 @pytest.mark.parametrize("stop_after", [0, 3])
 def test_a_run_that_is_stopped_leaves_the_model_as_it_was(stop_after: int) -> None:
     seen: list[IterationRecord] = []

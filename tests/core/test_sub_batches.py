@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -158,6 +159,40 @@ def test_a_gradient_that_is_not_finite_names_its_tensor() -> None:
 
     with pytest.raises(NumericsError, match=r"sub-batch 0: the gradient of 4\.weight is not finite\. Check inputs"):
         grad_cosine(made.model, made.batch, loss_fn, sub_batches=2)
+
+
+class InfiniteGradient(torch.autograd.Function):
+    """Zero, with a gradient that is not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+        ctx.shape = weight.shape
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.full(ctx.shape, math.inf)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_a_tensor_is_named_in_the_memory_that_there_is(micro_batch_size: int | None) -> None:
+    """A candidate whose gradient is not finite breaks the bound, also where only two samples fit into memory."""
+    made = case("mlp")
+    first = made.model[0].weight
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            parameter.mul_(0.2)
+    limit = 3 * float(first.detach().norm())
+
+    def loss_fn(model: Any, batch: Any) -> Any:
+        if len(batch[0]) > 2 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("out of memory")
+        loss = made.loss_fn(model, batch)
+        return loss + InfiniteGradient.apply(first) if float(first.detach().norm()) > limit else loss
+
+    config = NIOConfig(sub_batches=2, report_batches=1, micro_batch_size=micro_batch_size, loss_bound=None)
+    result = initialize(made.model, [made.batch], loss_fn, config)
+    assert [record.outcome for record in result.history] == ["loss_bound", "accepted"]
 
 
 def test_a_norm_that_overflows_is_told_from_a_gradient_that_does() -> None:

@@ -174,6 +174,46 @@ def test_frozen_and_unused_tensors_are_reported_and_left_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, (unused.weight, unused.bias, frozen), strict=True))
 
 
+class Experts(nn.Module):
+    """Experts of which each sample goes to one, as its first entry says."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(number)])
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        places = inputs[:, 0].long()
+        out = inputs.clone()
+        for number, expert in enumerate(self.experts):
+            own = (places == number).nonzero().flatten()
+            if len(own):
+                out = out.index_add(0, own, expert(inputs[own]))
+        return self.head(out)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
+def test_a_tensor_is_used_where_any_sample_reaches_it(micro_batch_size: int | None) -> None:
+    torch.manual_seed(0)
+    model, inputs = Experts(6), torch.randn(16, 4)
+    # The first two samples go to expert 0, one of the second batch to expert 4, and none to expert 5.
+    inputs[:, 0] = torch.tensor([0, 0, 1, 2] + [0] * 4 + [0, 3, 4, 0] + [0] * 4)
+    labels = torch.arange(16) % 3
+
+    def loss_fn(own: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return nn.functional.cross_entropy(own(batch[0]), batch[1])
+
+    batches = [(inputs[part], labels[part]) for part in (slice(0, 8), slice(8, 16))]
+    config = NIOConfig(sub_batches=2, report_batches=2, micro_batch_size=micro_batch_size, loss_bound=None)
+    result = initialize(model, batches, loss_fn, config)
+    assert {tensor.name for tensor in result.excluded if tensor.reason == "unused"} == {
+        "experts.5.weight",
+        "experts.5.bias",
+    }
+    assert result.status == "changed"
+    assert len({result.scales[f"experts.{number}.weight"] for number in range(5)}) == 1
+
+
 def test_parameters_hold_copies_until_the_originals_return() -> None:
     model = case("mlp").model
     tensors = find_tensors(model, "weights")

@@ -55,7 +55,11 @@ def verdict(
         ({"loss": 2.51, "grad_norm": 9.0, "gamma": 5.0}, "collapse_suspected", "gradient norm 3 -> 9"),
         ({"exhausted": True}, "data_exhausted", "The data ended before the 3 iterations were done"),
         ({"exhausted": True, "loss": 9.0}, "data_exhausted", "The data ended"),
-        ({"scales": (1.0,)}, "unchanged", "No scale was changed: none is needed, or none keeps the bounds"),
+        (
+            {"scales": (1.0,)},
+            "unchanged",
+            "No scale was changed: no larger weights are needed, or none keep the bounds",
+        ),
         ({"scales": (1.0, 1.0), "rises": (0.0,) * 4}, "unchanged", "No scale was changed"),
     ],
 )
@@ -99,7 +103,7 @@ def test_agreement_that_rises_above_the_threshold_is_a_collapse() -> None:
         ((3.6996,), "All scaled weights were multiplied by 3.7"),
         ((0.5, 1.0, 4.0), "Weights were multiplied: group 0 by 0.5, group 1 by 1, group 2 by 4"),
         ((1.0, 0.5, 4.0, 1.0, 1.0, 1.0, 1.0), "The weights of 7 groups were multiplied by 0.5 to 4"),
-        ((1.0,) * 7, "No scale was changed: none is needed, or none keeps the bounds"),
+        ((1.0,) * 7, "No scale was changed: no larger weights are needed, or none keep the bounds"),
     ],
 )
 def test_the_message_says_by_how_much_weights_were_multiplied(scales: tuple[float, ...], said: str) -> None:

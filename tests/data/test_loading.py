@@ -80,6 +80,11 @@ def test_all_that_is_said_of_a_source_reaches_datasets(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            settings_of("song", data_dir="here"),
+            "data_dir: given with the data set 'song', which has no files. "
+            "Leave it out, or give a dataset_name that it belongs to, e.g. wave.",
+        ),
         (settings_of("wave"), "dataset_name: 'wave' without data_dir or data_files. Give one of them with it."),
         (
             settings_of("wave", data_dir="here"),

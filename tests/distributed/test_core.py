@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import Collective, InitResult, IterationRecord, curvature
@@ -16,6 +17,7 @@ from nio_hf.core.collective import SIGNALS
 from nio_hf.errors import (
     ConfigError,
     DataError,
+    ModelError,
     NIOError,
     NIOMemoryError,
     NumericsError,
@@ -122,6 +124,18 @@ def test_a_loss_that_rises_bounds_all_processes_at_once(name: str) -> None:
     assert found[0][0] == pytest.approx(scales, rel=1e-5)
     assert found[0][1] == decisions
     assert found[0][3].split(". ")[0] == message.split(". ")[0]
+
+
+def _initialise_synchronised() -> Any:
+    made = case("resnet", SAMPLES)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(made.model)
+    return initialize(model, batches_of("resnet", 4, SAMPLES), made.loss_fn, collective=Collective.current())
+
+
+def test_batch_normalisation_that_waits_for_other_processes_is_refused() -> None:
+    for error in run_ranks(2, _initialise_synchronised):
+        assert isinstance(error, ModelError)
+        assert "SyncBatchNorm" in str(error)
 
 
 class _OverflowingOnOneRank:

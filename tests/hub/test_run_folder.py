@@ -99,6 +99,17 @@ def test_a_training_from_an_initialised_checkpoint_knows_it(folder: Path, tmp_pa
     assert run.facts.started_from is None, "the path of a machine says nothing elsewhere"
 
 
+@pytest.mark.parametrize("way", ["trained", "resumed", "without NIO"])
+def test_trained_weights_are_not_marked_as_initialised(way: str, folder: Path, tmp_path: Path) -> None:
+    model = type(build("vit")).from_pretrained(folder / "_nio_init")
+    args = arguments(tmp_path, nio=way != "without NIO", max_steps=4)
+    trainer = NIOTrainer(model=model, args=args, train_dataset=ToyImages())
+    trainer.train(str(folder / "checkpoint-3") if way == "resumed" else None)
+    trainer.save_model()
+    assert "nio" in json.loads((folder / "_nio_init" / "config.json").read_text())
+    assert "nio" not in json.loads((tmp_path / "config.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("history", "step", "loss"),
     [

@@ -202,15 +202,17 @@ def test_what_an_earlier_run_left_on_the_hub_is_no_part_of_this_one(hub: Loopbac
     trainer.push_to_hub(tags=["mine"])
     others = tmp_path / "others"
     others.mkdir()
-    for name in ("tokenizer.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+    own = {"tokenizer.json", "model_v1/adapter.safetensors", "models/old/weights.safetensors"}
+    for name in (*own, "model-00001-of-00002.safetensors", "model.safetensors.index.json", "ema/model.safetensors"):
+        (others / name).parent.mkdir(parents=True, exist_ok=True)
         (others / name).write_text("{}")
     push_folder(others, Destination("user/model"), "Others")
     publishing.publish(trainer.nio_init_dir, Destination("user/model"))
     found = files(hub)
-    gone = {"trainer_state.json", "plots/training.png", "model.safetensors.index.json"}
+    gone = {"trainer_state.json", "plots/training.png", "model.safetensors.index.json", "ema/model.safetensors"}
     assert not gone & found.keys()
     assert "model-00001-of-00002.safetensors" not in found
-    assert {"tokenizer.json", "model.safetensors", "plots/nio_scales.png"} <= found.keys()
+    assert {*own, "model.safetensors", "plots/nio_scales.png"} <= found.keys()
     card = ModelCard(found[CARD_NAME].decode())
     assert "not a trained model" in card.text
     assert "mine" in card.data.tags

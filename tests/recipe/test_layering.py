@@ -99,6 +99,13 @@ def test_a_resolved_recipe_is_the_same_recipe_in_one_file(tmp_path: Path) -> Non
     assert yaml.safe_load(text)["global_batch_size"] == 1024
 
 
+@pytest.mark.parametrize("text", ["1e3", "12e4567", "0o17", "+.5", "no", "1:30", "null", "~", "a: b", "# x", "x y", ""])
+def test_a_text_is_read_as_it_was_written_by_either_version_of_yaml(text: str, tmp_path: Path) -> None:
+    written = settings_yaml({"data_dir": Setting(text, "here")})
+    assert values(read_layers(write(tmp_path, recipe=written))) == {"data_dir": text}
+    assert yaml.safe_load(written) == {"data_dir": text}
+
+
 def test_a_base_cannot_lead_out_of_the_folder_of_its_recipe(tmp_path: Path) -> None:
     outside = tmp_path / "outside.yaml"
     outside.write_text(BASE)

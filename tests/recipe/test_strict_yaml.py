@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ from nio_hf.recipe.strict_yaml import parse_scalar, read_overrides, read_setting
         ("2026-01-01", "2026-01-01"),
         ("'1e-3'", "1e-3"),
         ("{a: 1}", {"a": 1}),
+        ("photos #2", "photos #2"),
+        ("# x", "# x"),
+        ("'a' # b", "a"),
+        ("12e4567", "12e4567"),
+        (".inf", math.inf),
     ],
 )
 def test_scalars_are_those_of_yaml_1_2_and_dates_stay_text(text: str, value: Any) -> None:

@@ -78,6 +78,16 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, arguments: list[str]
     assert not (directory / RESULTS_NAME).exists()
 
 
+def test_an_optimizer_in_the_file_of_a_recipe_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("base: vit-tiny/digits/nio\noptimizer: muon\n")
+    status, output = _compare(str(recipe), "--steps", "10", "--output_dir", str(tmp_path / "new"))
+    assert status == 2
+    assert "line 2, optimizer: 'muon', and each arm of a comparison has an optimizer of its own" in " ".join(
+        output.split()
+    )
+
+
 @pytest.mark.slow
 def test_a_comparison_from_the_grid_to_the_verdict(tmp_path: Path) -> None:
     arguments = [

@@ -40,7 +40,7 @@ def test_a_defined_arm_is_a_known_one_with_other_settings() -> None:
         ([], [], "--arms: none"),
         (["nio"], ["nio=nio"], "'nio' is taken"),
         (["nio"], ["low"], "--arm: 'low'"),
-        (["nio"], ["low=other"], "--arm: 'low=other'"),
+        (["nio"], ["low=other"], "--arm: 'low=other', and 'other' is no arm. Name one of"),
         (["nio"], ["low=nio,gamma"], "'gamma' in 'low=nio,gamma'"),
         (["nio"], ["low=nio,seed=1"], "--arm low, seed: is decided by this command. Use --seeds"),
         (["x", "y"], ["z"], "3 problems"),

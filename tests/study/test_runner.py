@@ -97,7 +97,8 @@ def test_the_problems_of_all_arms_are_reported_at_once(tmp_path: Path) -> None:
 
 def test_a_process_is_handed_the_whole_recipe(tmp_path: Path) -> None:
     made = plan(steps=200, arms=choose_arms(["warmup"], ["long=gradinit,nio_method_kwargs.iterations=60"]))
-    study = _study(tmp_path, made, jobs=1000)
+    recipe = RECIPE.replace({"data_seed": 7, "nio_seed": 3, "eval_from_train": True})
+    study = Study(recipe, made, tmp_path, (), {}, jobs=1000)
     with study.opened(1):
         order = study.order_for(Run("selection", "long", 5e-4, 0.0, 2))
         judged = study.order_for(Run("verdict", "warmup", 2e-3, 0.1, 1000))
@@ -106,10 +107,8 @@ def test_a_process_is_handed_the_whole_recipe(tmp_path: Path) -> None:
     assert (training.learning_rate, training.seed, training.max_steps) == (5e-4, 2, 200)
     assert (order.threads, order.cost_share) == (1, 1)
     assert order.recipe.data.eval_from_train is True
-    assert (judged.recipe.training.warmup_steps, judged.recipe.data.eval_from_train) == (
-        20,
-        RECIPE.data.eval_from_train,
-    )
+    assert (training.data_seed, training.nio_seed) == (None, None)
+    assert (judged.recipe.training.warmup_steps, judged.recipe.data.eval_from_train) == (20, False)
 
 
 @pytest.mark.parametrize(("steps", "refused"), [(25, True), (26, False)])

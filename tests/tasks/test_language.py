@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
 from nio_hf.errors import ModelError, NIOError, RecipeError
 from nio_hf.hub.card import card_text
@@ -17,6 +17,7 @@ from nio_hf.metrics import CAUSAL_LM, IMAGE_CLASSIFICATION, LOSS, MASKED_LM
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.report.page import render_page
 from nio_hf.tasks import build_trainer, describe_data
+from nio_hf.tasks.language import find_block_size
 from nio_hf.text.tokenizers import load_tokenizer
 from nio_hf.train import train
 from nio_hf.validate import validate_recipe
@@ -39,6 +40,15 @@ def test_what_does_not_go_together_is_refused_before_nio(
     with pytest.raises(NIOError) as raised:
         build_trainer(text_recipe(tmp_path, "gpt2", f"--{setting}", value))
     assert message in str(raised.value)
+
+
+def test_the_positions_of_roberta_begin_behind_that_of_the_padding() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = RobertaForMaskedLM(RobertaConfig(vocab_size=300, max_position_embeddings=34, **sizes))
+    recipe = load_recipe("bert-tiny/stdlib/nio", ["--block_size", "null"])
+    assert find_block_size(recipe, model) == 32
+    with pytest.raises(ModelError, match="33 tokens, and the model has 32 positions"):
+        find_block_size(recipe.replace({"block_size": 33}), model)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +125,16 @@ def _from_checkpoint(folder: Path) -> str:
     lines = [*kept, f"model_name_or_path: {folder / 'output' / '_nio_init'}", f"output_dir: {folder / 'second'}"]
     file.write_text("\n".join(lines) + "\n")
     return str(file)
+
+
+def test_a_text_training_that_diverges_says_so_and_leaves_no_sample_of_an_earlier_one(tmp_path: Path) -> None:
+    short = ("--max_steps", "2", "--nio", "false")
+    assert train(text_recipe(tmp_path, "gpt2", *short)).failure is None
+    (sample,) = tmp_path.rglob("nio_sample.txt")
+    run = train(text_recipe(tmp_path, "gpt2", *short, "--learning_rate", "1e30", "--max_grad_norm", "0"))
+    assert "diverged" in str(run.failure)
+    assert not sample.exists()
+    assert sample.with_name("all_results.json").exists()
 
 
 def test_page_and_card_show_a_sample_and_say_what_the_data_are(tmp_path: Path) -> None:

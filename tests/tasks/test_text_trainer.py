@@ -118,4 +118,9 @@ def test_a_causal_model_writes_behind_its_prompt_the_same_each_time(tmp_path: Pa
     assert text == trainer.sample()
     assert trainer.model.training
     assert trainer_of(tmp_path, "bert").sample() is None
+    assert trainer_of(tmp_path, "gpt2", "--sample_prompt", "''").sample() is not None
+    long = "".join(map(str, range(40)))
+    continued = trainer_of(tmp_path, "gpt2", "--sample_prompt", f"'{long}'").sample()
+    assert continued is not None
+    assert continued.startswith(long[-31:])
     assert trainer_of(tmp_path, "gpt2", "--sample_prompt", "null").sample() is None

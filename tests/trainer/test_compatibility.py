@@ -97,6 +97,9 @@ def test_initialising_again_after_a_training_in_bf16_is_in_fp32(tmp_path: Path) 
     copy = build("vit")
     copy.load_state_dict(trainer.model.state_dict())
     fresh = NIOTrainer(model=copy, args=arguments(tmp_path / "fresh", **SENSITIVE), train_dataset=ToyImages())
+    patched = trainer.model.forward
+    assert trainer.inspect().measured.parts == fresh.inspect().measured.parts
+    assert trainer.model.forward == patched
     assert _difference(trainer.run_nio(), fresh.run_nio()) < 1e-5
 
 

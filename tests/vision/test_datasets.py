@@ -89,6 +89,15 @@ def test_parts_of_digits_are_a_choice_by_seed_of_every_class_alike_and_limits_ta
     assert set(few.train["label"]) == set(range(10))
 
 
+def test_some_samples_of_a_split_are_the_same_for_every_seed(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "train", "abc", images=9).parent
+    write_folder(root / "validation", "abc", images=9)
+    parts = [load("imagefolder", seed, data_dir=str(root), max_eval_samples=8).evaluation for seed in (1, 2)]
+    names = [[row["path"] for row in part["image"]] for part in parts]
+    assert names[0] == names[1]
+    assert len(names[0]) == 8
+
+
 # Formats
 
 

@@ -58,6 +58,14 @@ def test_greyscale_of_sixteen_bits_is_scaled_down_and_not_clipped(dtype: str, fi
     np.testing.assert_array_equal(np.asarray(read_image(decoded, "image 0")), grey(EVERY_BYTE))
 
 
+def test_greyscale_of_numbers_of_32_bits_is_read_where_its_range_is_known() -> None:
+    small = Image.fromarray(EVERY_BYTE.astype(np.int32))
+    np.testing.assert_array_equal(pixels(encoded(small, "TIFF")), grey(EVERY_BYTE))
+    for values in (EVERY_BYTE.astype(np.float32) / 255, EVERY_BYTE.astype(np.int32) * 70_000):
+        with pytest.raises(BrokenImageError, match="have no known range"):
+            pixels(encoded(Image.fromarray(values), "TIFF"))
+
+
 def test_one_bit_and_cmyk_have_the_colours_that_pillow_gives_them() -> None:
     image = Image.fromarray(EVERY_BYTE).convert("1")
     np.testing.assert_array_equal(pixels(encoded(image)), grey(np.asarray(image).astype(np.uint8) * 255))
