@@ -195,13 +195,13 @@ def grid(name: str, arm: str, lines: Sequence[Row]) -> tuple[list[float], float 
     if part.rates_of is not None:
         known = arm if arm in HELD[part.rates_of].arms else "nio"
         return [], grid(part.rates_of, known, rows(part.rates_of))[1]
-    found: dict[float, list[float]] = {}
+    found: dict[float, dict[int, float]] = {}
     for row in lines:
         if row["arm"] == arm and row["choosing"]:
-            found.setdefault(row["learning_rate"], []).append(score(row))
+            found.setdefault(row["learning_rate"], {})[row["seed"]] = score(row)
     rates = sorted(ARMS[arm].rates)
     while all(len(found.get(rate, ())) == len(part.choosing) for rate in rates):
-        best = max(rates, key=lambda rate: statistics.fmean(found[rate]))
+        best = max(rates, key=lambda rate: statistics.fmean(found[rate].values()))
         if part.extends and best == rates[0] and best > LEAST_RATE:
             rates = [best / 2, *rates]
         elif part.extends and best == rates[-1] and best < LARGEST_RATE:
