@@ -39,6 +39,11 @@ def recipe_name(path: Path) -> str:
     return path.resolve().relative_to(root).with_suffix("").as_posix() if inside else path.name
 
 
+def flat_recipe_name(path: Path) -> str:
+    """Return the name of a recipe without its folders, as MODEL-DATASET-VARIANT."""
+    return recipe_name(path).removesuffix(".yaml").replace("/", "-")
+
+
 def find_recipe(name_or_path: str, *, packaged: bool = False) -> Path:
     """Find the file of a recipe or accelerate configuration.
 
@@ -89,7 +94,7 @@ def copy_recipe(name: str, destination: Path | None, *, replace: bool = False) -
     """
     source, target = find_recipe(name), destination or Path()
     if target.is_dir():
-        target = target / f"{recipe_name(source).removesuffix('.yaml').replace('/', '-')}.yaml"
+        target = target / f"{flat_recipe_name(source)}.yaml"
     if target.exists() and not replace:
         raise RecipeError(Problem(str(target), "exists already", "Give another file, or --force to replace it"))
     try:

@@ -222,12 +222,12 @@ def _members(
             # Two samples show what depends on what.
             part = take(parts.owned[0], range(min(2, batch_size(parts.owned[0]))))
             for flag, given in zip(flags, _inputs(loss, blocks, part, parts.seed_of(0), None), strict=True):
-                tensors = [value for value in given if value.requires_grad]
-                if tensors:
-                    total = torch.stack([tensor.sum() for tensor in tensors]).sum()
-                    reached = torch.autograd.grad(total, wrt, allow_unused=True, retain_graph=True)
-                    if all(gradient is None for gradient in reached[len(additive) :]):
-                        flag += torch.tensor([gradient is not None for gradient in reached[: len(additive)]]).to(flag)
+                if not given or not given[0].requires_grad:
+                    continue
+                gradients = torch.autograd.grad(given[0].sum(), wrt, allow_unused=True, retain_graph=True)
+                reached = [gradient is not None for gradient in gradients]
+                if not any(reached[len(additive) :]):
+                    flag += torch.tensor(reached[: len(additive)]).to(flag)
     collective.broadcast_(flags)
     first = flags.cumsum(0).eq(1) & flags.bool()
     return [tuple(row.nonzero().flatten().tolist()) for row in first]

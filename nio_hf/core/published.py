@@ -108,7 +108,7 @@ def step(problem: ScalingProblem, batch: Any, state: PublishedState) -> Publishe
         loss=measured.loss,
         grad_cosine=measured.value,
         grad_norm=measured.grad_norm,
-        cost=path.steps(in_parts=_is_split(parts.batch_size, config, size)) * window_share(parts.batch_size, config),
+        cost=_cost(path, parts.batch_size, config, size),
         micro_batch_size=size,
     )
     return PublishedState(
@@ -132,16 +132,11 @@ def _by_group(problem: ScalingProblem, by_tensor: Tensor) -> Tensor:
 def most_cost(config: NIOConfig) -> float:
     """Training steps that the search takes, where nothing is kept between the passes and memory does not run out."""
     path = Path("finite_difference" if config.curvature == "finite_difference" else "exact")
-    steps = path.steps(in_parts=config.micro_batch_size is not None)
-    return steps * window_share(_LARGE * config.sub_batches, config) * config.iterations
+    return _cost(path, _LARGE * config.sub_batches, config, config.micro_batch_size) * config.iterations
 
 
-def _is_split(batch_size: int, config: NIOConfig, micro_batch_size: int | None) -> bool:
-    """Whether the windows of a batch are computed in micro-batches."""
-    windows = published_windows(batch_size, config.sub_batches, config.overlap)
-    return micro_batch_size is not None and micro_batch_size < max(map(len, windows))
-
-
-def window_share(batch_size: int, config: NIOConfig) -> float:
-    """Number of samples in the windows of a batch over its own: more than 1 where they overlap."""
-    return sum(map(len, published_windows(batch_size, config.sub_batches, config.overlap))) / batch_size
+def _cost(path: Path, batch_size: int, config: NIOConfig, micro_batch_size: int | None) -> float:
+    """Training steps of one iteration, more where the windows of its batch overlap or are split."""
+    windows = [len(window) for window in published_windows(batch_size, config.sub_batches, config.overlap)]
+    in_parts = micro_batch_size is not None and micro_batch_size < max(windows)
+    return path.steps(in_parts=in_parts) * sum(windows) / batch_size

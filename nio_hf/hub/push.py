@@ -41,16 +41,19 @@ machine and its folders, such as the logs of trackers and the report."""
 _ONLY_TO_RESUME = ("*.bin", "*.pt", "*.pth", "global_step*", "latest", "zero_to_fp32.py")
 """Files of a checkpoint that are not part of the model."""
 _OF_A_RUN = (
-    *(
-        "model.safetensors",
-        "model-*-of-*.safetensors",
-        "model.safetensors.index.json",
-        "trainer_state.json",
-        "all_results.json",
-        "nio_*.json",
-    ),
-    *("nio_*.yaml", "plots/nio_*.png", "plots/training.png", "plots/inspection.png", "inspect/*", "ema/*"),
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "trainer_state.json",
+    "all_results.json",
+    "nio_*.json",
+    "nio_*.yaml",
     "nio_sample.txt",
+    "plots/nio_*.png",
+    "plots/training.png",
+    "plots/inspection.png",
+    "inspect/*",
+    "ema/*",
 )
 """Files in a repository that belong to a run: a push deletes those of an earlier run."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nio_hf.catalog import find_recipe, recipe_name
+from nio_hf.catalog import find_recipe, flat_recipe_name
 from nio_hf.core.config import replaced_setting
 from nio_hf.errors import ConfigError, Problem, RecipeError
 from nio_hf.metrics import CAUSAL_LM, IMAGE_CLASSIFICATION, MASKED_LM, METRICS, Metric
@@ -111,8 +111,7 @@ def build_recipe(path: Path, given: Mapping[str, Setting], world_size: int | Non
         RecipeError: Problems as in [`load_recipe`].
     """
     settings = _with_repository(Settings(path, given))
-    output_dir = f"outputs/{recipe_name(path).removesuffix('.yaml').replace('/', '-')}"
-    settings.setdefault("output_dir", Setting(output_dir, settings.place("output_dir")))
+    settings.setdefault("output_dir", Setting(f"outputs/{flat_recipe_name(path)}", settings.place("output_dir")))
     values, problems = _check_types(settings)
     model, data = ModelSettings(**values[ModelSettings]), DataSettings(**values[DataSettings])
     task = find_task(settings)

@@ -72,12 +72,10 @@ class MaskedCollator:
             for block in blocks:
                 torch.manual_seed(block.get(_SEED, zlib.crc32(np.asarray(block[TOKENS], np.int64).tobytes())))
                 masked.append(self._mask([{TOKENS: block[TOKENS]}]))
-        return {key: _stacked([one[key][0] for one in masked], value) for key, value in self._padding.items()}
-
-
-def _stacked(rows: list[Tensor], padding: int) -> Tensor:
-    """(B, T) rows, filled up to the longest one."""
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+        return {
+            key: nn.utils.rnn.pad_sequence([one[key][0] for one in masked], batch_first=True, padding_value=padding)
+            for key, padding in self._padding.items()
+        }
 
 
 class BlocksWithSeeds(Dataset[Block]):

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,16 +55,15 @@ def make_replica(model: nn.Module, device: torch.device, collective: Collective)
     return replica
 
 
-def unpatch_forward(copied: nn.Module) -> None:
-    """Give a copy of a model its own `forward`: accelerate patches it on the instance, bound to the original."""
-    if hasattr(copied, "_original_forward"):
-        copied.__dict__.pop("forward", None)
+def unpatch_forward(model: nn.Module) -> Any:
+    """Take away the `forward` that accelerate patches into the instance, also into a copy, and return it."""
+    return model.__dict__.pop("forward", None) if hasattr(model, "_original_forward") else None
 
 
 @contextlib.contextmanager
 def own_forward(model: nn.Module) -> Iterator[None]:
     """Let a model compute by its own `forward`, without the precision of the training, which accelerate patches in."""
-    patched = model.__dict__.pop("forward", None) if hasattr(model, "_original_forward") else None
+    patched = unpatch_forward(model)
     try:
         yield
     finally:
