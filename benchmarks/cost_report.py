@@ -28,18 +28,9 @@ SECONDS_BOUNDS = {4: 0.60, 8: 0.35}
 """{D: wall time of `TIMED` as a share of the joint graph's}."""
 TIMED = "exact_kept"
 """The path whose wall time is claimed: what the curvature "auto" chooses where the graphs fit."""
-_LABELS = {
-    FIRST_PASS: "first pass alone, a report batch",
-    JOINT: "joint graph, as published",
-}
+_LABELS = {FIRST_PASS: "first pass alone, a report batch", JOINT: "joint graph, as published"}
 _MIB = 2**20
-_COLOURS = dict(
-    zip(
-        WAYS,
-        ["#000000", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#D55E00"],
-        strict=True,
-    )
-)
+_COLOURS = dict(zip(WAYS, ["#000000", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#D55E00"], strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,10 +68,7 @@ def _run() -> dict[str, Any]:
             "NIO, report batches and the rest": nio.seconds - search,
             "training, 100 steps": training,
         },
-        "share of data": {
-            "of NIO": sum(nio_data) / nio.seconds,
-            "of training": sum(train_data) / training,
-        },
+        "share of data": {"of NIO": sum(nio_data) / nio.seconds, "of training": sum(train_data) / training},
         "versions": versions(),
     }
 

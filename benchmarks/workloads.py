@@ -218,11 +218,7 @@ def _fields(name: str) -> dict[str, Any]:
     if name in _MODELS:
         return {**_MODELS[name], "num_labels": _CLASSES}
     recipe = read_settings(FilePath(__file__).parent / "warmup_free" / f"{name}.yaml")
-    return {
-        "model_type": recipe["model_type"].value,
-        **recipe["model_config"].value,
-        "num_labels": _STUDY_CLASSES,
-    }
+    return {"model_type": recipe["model_type"].value, **recipe["model_config"].value, "num_labels": _STUDY_CLASSES}
 
 
 def _losses_of_one_forward(model: nn.Module, batch: dict[str, Tensor], windows: list[list[int]]) -> list[Tensor]:

@@ -45,10 +45,7 @@ TRAINER_OVERRIDES = {
         "hub: it pushes before callbacks have written into the checkpoint, and absolute paths.",
         ["checkpoint_folder"],
     ),
-    "_get_train_sampler": (
-        "training: an order of the data that depends on seed and epoch alone.",
-        ["train_dataset"],
-    ),
+    "_get_train_sampler": ("training: an order of the data that depends on seed and epoch alone.", ["train_dataset"]),
 }
 """{overridden method of Trainer: (owner and reason, first parameters)}."""
 

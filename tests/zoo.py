@@ -9,13 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 DROP_PATH = {"drop_path_rate": 0.4}
-TRANSFORMER = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
+TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 VIT = {**TRANSFORMER, "intermediate_size": 32, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
 SWIN = {
     "image_size": 32,

@@ -43,10 +43,7 @@ _VIT = (
     *("positions8", "positions32", "searched", "gi_adam", "radam", "schedule_free", "muon"),
     *("nio_warmup10", "nio_seeded", "nio_muon", "xavier_nio", "mimetic_nio"),
 )
-_SWIN = (
-    *("nio", "class", "warmup10", "warmup30", "x4", "xavier", "mimetic", "searched"),
-    *("gi_adam", "nio_seeded"),
-)
+_SWIN = (*("nio", "class", "warmup10", "warmup30", "x4", "xavier", "mimetic", "searched"), *("gi_adam", "nio_seeded"))
 _LONG = ("nio", "warmup10", "x4")
 _TEXT = ("nio", "class", "warmup10", "warmup30", "x2", "width", "gi_adam", "nio_seeded")
 

@@ -37,11 +37,7 @@ LENGTHS = {
     **{title: {500: part, 5000: f"{part}-5000"} for part, title in TEXTS.items()},
 }
 """{model: {steps: part that trained so long}}."""
-PLACES = {
-    "where-width192": "width 192",
-    "where-depth12": "12 layers",
-    "where-imagenette64": "Imagenette, 64 pixels",
-}
+PLACES = {"where-width192": "width 192", "where-depth12": "12 layers", "where-imagenette64": "Imagenette, 64 pixels"}
 """{part that trained under other conditions: what is different}."""
 COLORS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY)
 RACED = ("nio", "x4", "class")

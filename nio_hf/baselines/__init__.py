@@ -20,16 +20,6 @@ __all__ = ["METHODS"]
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (
-        NONE,
-        GRADINIT,
-        LSUV,
-        EMERGENCE,
-        ARCHITECTURE_AWARE,
-        RANGE,
-        XAVIER,
-        MIMETIC,
-        STRUCTURED,
-    )
+    for method in (NONE, GRADINIT, LSUV, EMERGENCE, ARCHITECTURE_AWARE, RANGE, XAVIER, MIMETIC, STRUCTURED)
 }
 """{name: method}."""

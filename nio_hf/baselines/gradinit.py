@@ -91,11 +91,7 @@ def learn_scales(problem: ScalingProblem, options: Options, watch: Watch) -> Lea
     set_scales(problem.tensors, problem.initial, state.scales)
     cost = math.fsum(record.cost for record in history)
     return Learned(
-        state.scales,
-        history=history,
-        cost=cost,
-        data_exhausted=exhausted,
-        micro_batch_size=state.micro_batch_size,
+        state.scales, history=history, cost=cost, data_exhausted=exhausted, micro_batch_size=state.micro_batch_size
     )
 
 

@@ -22,14 +22,7 @@ from nio_hf.core.batches import chunks
 from nio_hf.core.collective import Collective
 from nio_hf.core.config import CurvatureName
 from nio_hf.core.gradcosine import dots, norm
-from nio_hf.core.loss import (
-    Loss,
-    dense,
-    dense_gradient,
-    gradient,
-    graph_gradient,
-    operations_without_graph,
-)
+from nio_hf.core.loss import Loss, dense, dense_gradient, gradient, graph_gradient, operations_without_graph
 from nio_hf.core.memory import available_memory, graph_bytes, is_out_of_memory, release_memory
 from nio_hf.core.objectives import Objective
 from nio_hf.core.sub_batches import FirstPass, Keep, SubBatches, check_finite, on_sub_batch, splits

@@ -257,12 +257,7 @@ def read(sums: GradientSums, parts: SubBatches) -> GradCosine:
 
 
 def check(
-    measured: GradCosine,
-    first: FirstPass,
-    parts: SubBatches,
-    tensors: ModelTensors,
-    loss: Loss,
-    collective: Collective,
+    measured: GradCosine, first: FirstPass, parts: SubBatches, tensors: ModelTensors, loss: Loss, collective: Collective
 ) -> None:
     """Refuse losses and gradients that are not finite, and gradients that are zero.
 

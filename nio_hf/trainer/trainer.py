@@ -17,14 +17,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.utils import is_datasets_available
 
-from nio_hf.core import (
-    Collective,
-    GradientInspection,
-    NIOConfig,
-    NIOResult,
-    inspect_gradients,
-    squared_gradients,
-)
+from nio_hf.core import Collective, GradientInspection, NIOConfig, NIOResult, inspect_gradients, squared_gradients
 from nio_hf.core.batches import map_tensors
 from nio_hf.core.initializer import INITIALISED
 from nio_hf.durable import AUTO, GO_ON, DurableTrainerMixin, TrainerMixin
@@ -34,11 +27,7 @@ from nio_hf.hub.run_folder import INIT_DIR_NAME, STATE_NAME, State, find_state, 
 from nio_hf.hub.trainer import HubTrainerMixin
 from nio_hf.trainer.apart import computing_apart
 from nio_hf.trainer.arguments import NIOSettings, check_arguments, order_seed
-from nio_hf.trainer.checkpoints import (
-    is_marked,
-    origin_of,
-    remove_mark,
-)
+from nio_hf.trainer.checkpoints import is_marked, origin_of, remove_mark
 from nio_hf.trainer.early_checks import check_before_nio, check_best_metric
 from nio_hf.trainer.methods import METHODS
 from nio_hf.trainer.race import Candidates, hold_race, planned_steps, steps_of_training

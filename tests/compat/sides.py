@@ -134,9 +134,7 @@ BEHAVIOURS: list[Behaviour] = []
 
 
 def behaviour(
-    nio: Nio = Nio.ALIKE,
-    cases: Iterable[Any] | dict[str, Any] | None = None,
-    nio_cases: Iterable[str] | None = None,
+    nio: Nio = Nio.ALIKE, cases: Iterable[Any] | dict[str, Any] | None = None, nio_cases: Iterable[str] | None = None
 ) -> Callable[[Any], Any]:
     """Put a function of a side and a folder on the list.
 

@@ -22,12 +22,7 @@ from nio_hf.core.stream import BatchStream
 from nio_hf.core.tensors import copied_values, find_tensors
 from tests import zoo
 
-PER_TENSOR: dict[str, Any] = {
-    "search": "published",
-    "groups": "tensor",
-    "scaled_tensors": "all",
-    "objective": "gc",
-}
+PER_TENSOR: dict[str, Any] = {"search": "published", "groups": "tensor", "scaled_tensors": "all", "objective": "gc"}
 """Settings of the published search, with a scale of its own for every tensor, and GradCosine alone."""
 FAMILIES = [*zoo.VISION, *zoo.TEXT, "mlp"]
 

@@ -9,15 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nio_hf.core.batches import (
-    all_ignored_labels,
-    batch_size,
-    chunks,
-    content_of,
-    take,
-    tensors_equal,
-    to_device,
-)
+from nio_hf.core.batches import all_ignored_labels, batch_size, chunks, content_of, take, tensors_equal, to_device
 from nio_hf.errors import DataError
 
 NESTED: dict[str, Any] = {

@@ -57,23 +57,14 @@ def windows_of(samples: int, sub_batches: int, overlap: float | None) -> list[li
 
 
 def two_passes(
-    made: Case,
-    windows: Sequence[Sequence[int]],
-    objective: Objective,
-    path: Path,
-    micro_batch_size: int | None = None,
+    made: Case, windows: Sequence[Sequence[int]], objective: Objective, path: Path, micro_batch_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """GC, GN, norms and mean loss of a batch, and dJ/domega of its scaled tensors."""
     tensors, loss = find_tensors(made.model), Loss(made.model, made.loss_fn, CPU)
     with measuring(made.model):
         parts = split(made.batch, windows, loss, ALONE, where="batch", micro_batch_size=micro_batch_size)
         first = first_pass(
-            loss,
-            tensors.gradient_parameters,
-            parts,
-            ALONE,
-            micro_batch_size=micro_batch_size,
-            keep=path.keep,
+            loss, tensors.gradient_parameters, parts, ALONE, micro_batch_size=micro_batch_size, keep=path.keep
         )
         measured = read(first.sums, parts)
         assert len(first.kept) == (parts.count if path.keep and micro_batch_size is None else len(first.kept))
@@ -115,10 +106,7 @@ def ways_of(name: str, target: tuple[str, str]) -> list[tuple[Path, int | None]]
     return ways if name == "mlp" else [ways[(first + more) % len(ways)] for more in range(3)]
 
 
-@pytest.mark.parametrize(
-    ("name", "samples", "sub_batches", "overlap", "target", "branch"),
-    CROSSED + PAIRED,
-)
+@pytest.mark.parametrize(("name", "samples", "sub_batches", "overlap", "target", "branch"), CROSSED + PAIRED)
 def test_every_path_equals_the_joint_graph(
     name: str, samples: int, sub_batches: int, overlap: float | None, target: str, branch: str
 ) -> None:

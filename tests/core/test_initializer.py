@@ -125,10 +125,7 @@ def test_a_loss_may_take_keys_out_of_its_batch() -> None:
     assert run("vit", Case(made.model, made.batch, popping))[1].scales == run("vit")[1].scales
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{**SHORT, "curvature": "finite_difference"}, {**COMPUTED, "loss_bound": 1e-9}],
-)
+@pytest.mark.parametrize("settings", [{**SHORT, "curvature": "finite_difference"}, {**COMPUTED, "loss_bound": 1e-9}])
 def test_a_random_loss_is_the_same_function_each_time_a_sub_batch_is_computed(settings: dict[str, Any]) -> None:
     made, draws = case("mlp"), {}
 

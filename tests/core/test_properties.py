@@ -196,11 +196,7 @@ def test_the_same_call_gives_the_same_scales(trial: Trial) -> None:
 
 
 @examples(25)
-@given(
-    trial=trials(),
-    calls=st.integers(0, 60),
-    kind=st.sampled_from(["error", "interrupt", "memory", "nan"]),
-)
+@given(trial=trials(), calls=st.integers(0, 60), kind=st.sampled_from(["error", "interrupt", "memory", "nan"]))
 def test_a_run_that_raises_leaves_the_model_as_it_was(trial: Trial, calls: int, kind: str) -> None:
     model = trial.model()
     first = next(model.parameters())

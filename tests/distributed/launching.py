@@ -88,12 +88,7 @@ def start(folder: Path, strategy: str, processes: int, **settings: Any) -> subpr
 def training_in(folder: Path, strategy: str, **settings: Any) -> dict[str, Any]:
     """The settings of `launched.py` for a training in a folder, with the model that it starts from."""
     save_model(folder, settings.get("model", "vit"))
-    return {
-        "strategy": strategy,
-        "model_dir": str(folder / "model"),
-        "output_dir": str(folder / "output"),
-        **settings,
-    }
+    return {"strategy": strategy, "model_dir": str(folder / "model"), "output_dir": str(folder / "output"), **settings}
 
 
 def save_model(folder: Path, name: str = "vit") -> None:

@@ -146,8 +146,7 @@ def test_a_checkpoint_is_pushed_whole_into_its_folder_of_a_private_branch(hub: L
 
 
 @pytest.mark.parametrize(
-    ("request_", "status"),
-    [("POST /api/repos/create", 500), *((COMMIT, status) for status in (503, 429, 409, 412))],
+    ("request_", "status"), [("POST /api/repos/create", 500), *((COMMIT, status) for status in (503, 429, 409, 412))]
 )
 def test_what_passes_is_tried_again(
     hub: LoopbackHub, folder: Path, caplog: pytest.LogCaptureFixture, request_: str, status: int

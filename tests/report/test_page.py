@@ -22,18 +22,7 @@ from nio_hf.report import page
 from nio_hf.report.page import render_page, write_page
 from nio_hf.report.run import Facts, Run
 from nio_hf.report.tables import layer_rows, scale_table, summary_rows
-from tests.report.runs import (
-    BROKEN_LOG,
-    LOG,
-    METRICS,
-    RECIPE,
-    VERSIONS,
-    full_run,
-    inspection,
-    measured,
-    result,
-    run,
-)
+from tests.report.runs import BROKEN_LOG, LOG, METRICS, RECIPE, VERSIONS, full_run, inspection, measured, result, run
 
 PAPER = "https://arxiv.org/abs/2210.05956"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

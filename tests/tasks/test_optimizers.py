@@ -135,12 +135,7 @@ def published_swin(depths: list[int]) -> set[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        *(
-            "vit-tiny/imagenet-1k/nio",
-            "vit-tiny/cifar10/nio",
-            "swin-tiny/imagenet-1k/nio",
-            "swin-base/imagenet-1k/nio",
-        ),
+        *("vit-tiny/imagenet-1k/nio", "vit-tiny/cifar10/nio", "swin-tiny/imagenet-1k/nio", "swin-base/imagenet-1k/nio"),
         *("resnet-50/imagenet-1k/nio", "resnet-18/cifar10/warmup"),
     ],
 )

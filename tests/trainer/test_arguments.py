@@ -64,11 +64,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
             "nio_precision",
             'Set nio_curvature to "exact": bfloat16 rounds away the difference of two gradients',
         ),
-        (
-            {"nio_gamma": 1.0},
-            "nio_gamma",
-            'Leave it out, or set nio_search to "published", which alone reads it',
-        ),
+        ({"nio_gamma": 1.0}, "nio_gamma", 'Leave it out, or set nio_search to "published", which alone reads it'),
         (
             {"nio_overlap": 0.2, "nio_groups": "tensor"},
             "nio_overlap",

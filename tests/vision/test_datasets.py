@@ -19,14 +19,7 @@ from nio_hf.errors import DataError
 from nio_hf.recipe.settings import DataSettings
 from nio_hf.vision.datasets import ImageData, digits, find_image_columns, load_image_data
 from nio_hf.vision.samples import read_image
-from tests.vision.pictures import (
-    encoded,
-    photo,
-    pixels_of,
-    write_folder,
-    write_parquet,
-    write_tar,
-)
+from tests.vision.pictures import encoded, photo, pixels_of, write_folder, write_parquet, write_tar
 
 THREE = datasets.ClassLabel(names=["a", "b", "c"])
 TEXT = datasets.Value("string")
