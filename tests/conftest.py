@@ -1,7 +1,5 @@
 """What every test starts from."""
 
-from __future__ import annotations
-
 import atexit
 import gc
 import logging
@@ -9,7 +7,6 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
 
 import pytest
 
@@ -27,13 +24,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish():
     gc.freeze()
     gc.enable()
 
 
 @pytest.fixture(autouse=True)
-def messages() -> Iterator[None]:
+def messages():
     """A command that ran in this process does not decide where later tests find the messages."""
     logger = logging.getLogger("nio_hf")
     before = (logger.level, logger.propagate, list(logger.handlers))

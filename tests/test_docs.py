@@ -1,12 +1,8 @@
 """The documents are true: commands, paths, settings, tables and examples."""
 
-from __future__ import annotations
-
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -59,12 +55,12 @@ EXAMPLES = {
 """{place: example}; a comment behind an example that is not run says why."""
 
 
-def test_the_readme_is_short() -> None:
+def test_the_readme_is_short():
     assert len(README) < 7000
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_path_exists_and_every_make_target_is_one(document: Path) -> None:
+def test_every_path_exists_and_every_make_target_is_one(document):
     text = document.read_text()
     for path in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", text):
         assert (document.parent / path).exists(), path
@@ -75,7 +71,7 @@ def test_every_path_exists_and_every_make_target_is_one(document: Path) -> None:
     assert set(re.findall(r"\bmake ([a-z][a-z-]+)", text)) <= targets
 
 
-def test_every_recipe_and_setting_of_a_command_exists() -> None:
+def test_every_recipe_and_setting_of_a_command_exists():
     lines = [line for text in (README, *PAGES.values()) for line in text.splitlines()]
     commands = [line for line in lines if "nio-hf " in line or "nio_hf.train " in line]
     assert len(commands) > 20
@@ -87,7 +83,7 @@ def test_every_recipe_and_setting_of_a_command_exists() -> None:
             assert key in known_keys() or key in options, command
 
 
-def test_the_published_settings_are_those_that_the_page_names() -> None:
+def test_the_published_settings_are_those_that_the_page_names():
     sentence = PAGES["settings.md"].split("`NIOConfig.published()` sets ")[1].replace("\n", " ")
     published, default = vars(NIOConfig.published()), vars(NIOConfig())
     for name in (name for name in published if published[name] != default[name]):
@@ -97,14 +93,14 @@ def test_the_published_settings_are_those_that_the_page_names() -> None:
         )
 
 
-def test_public_names_are_those_that_are_exported() -> None:
+def test_public_names_are_those_that_are_exported():
     for names in re.findall(r"from nio_hf import ([\w, ]+)", "\n".join((README, *PAGES.values()))):
         assert set(names.split(", ")) <= set(nio_hf.__all__)
     for name in nio_hf.__all__:
         assert getattr(nio_hf, name).__doc__
 
 
-def test_a_test_stands_behind_each_row_of_what_nio_works_with() -> None:
+def test_a_test_stands_behind_each_row_of_what_nio_works_with():
     table = PAGES["trainer.md"].split("| setting | with NIO |")[1].split("\n\n")[0].splitlines()[2:]
     assert len(table) == len(ROWS)
     for line, (row, place) in zip(table, ROWS.items(), strict=True):
@@ -114,21 +110,19 @@ def test_a_test_stands_behind_each_row_of_what_nio_works_with() -> None:
 
 
 @pytest.fixture
-def forgotten_accelerator() -> Iterator[None]:
+def forgotten_accelerator():
     """The state that an example sets up for the process does not reach other tests."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _limited(**arguments: Any) -> NIOTrainingArguments:
+def _limited(**arguments):
     return NIOTrainingArguments(**{"max_steps": 1, "report_to": "none", **arguments}, use_cpu=True)
 
 
 @pytest.mark.usefixtures("forgotten_accelerator")
 @pytest.mark.parametrize("place", EXAMPLES)
-def test_examples_run_as_they_stand(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_examples_run_as_they_stand(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page, _, number = place.rpartition("-")
     code = EXAMPLES[place].replace("NIOTrainingArguments(", "limited(")
@@ -136,7 +130,7 @@ def test_examples_run_as_they_stand(
         code = f"{EXAMPLES[f'{page}-{int(number) - 1}']}\n{code}"
     code = code.replace("image_size=32,", "image_size=32, num_hidden_layers=1, hidden_size=48, intermediate_size=96,")
     torch.manual_seed(0)
-    names: dict[str, Any] = {"train_dataset": ToyImages(400), "limited": _limited}
+    names = {"train_dataset": ToyImages(400), "limited": _limited}
     exec(code, names)
     assert capsys.readouterr().out.strip()
     if "Accelerator()" in code:
@@ -145,7 +139,7 @@ def test_examples_run_as_they_stand(
         assert len(list(names["loader"])) == len(names["batches"])
 
 
-def test_no_path_of_a_machine_and_no_registry_is_named() -> None:
+def test_no_path_of_a_machine_and_no_registry_is_named():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:
         pytest.skip("not a git checkout")
@@ -154,7 +148,7 @@ def test_no_path_of_a_machine_and_no_registry_is_named() -> None:
         assert not forbidden.search((ROOT / name).read_text(errors="ignore")), name
 
 
-def test_the_versions_are_those_that_are_allowed_and_tested() -> None:
+def test_the_versions_are_those_that_are_allowed_and_tested():
     table = PAGES["quickstart.md"].split("| versions |")[1].split("\n\n")[0].splitlines()
     names, _, oldest, usual, _ = ([cell.strip() for cell in row.strip("|").split("|")] for row in table)
     floors = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))

@@ -1,7 +1,5 @@
 """Errors: every problem is in the message, also in the text that a worker of a data loader passes."""
 
-from __future__ import annotations
-
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
@@ -11,18 +9,18 @@ PROBLEMS = (Problem("a", "found", "Fix it"), Problem("b", "also found", "Is it s
 
 
 class Failing(Dataset[int]):
-    def __init__(self, problems: tuple[Problem, ...]) -> None:
+    def __init__(self, problems):
         self.problems = problems
 
-    def __len__(self) -> int:
+    def __len__(self):
         return 2
 
-    def __getitem__(self, index: int) -> int:
+    def __getitem__(self, index):
         raise DataError(*self.problems)
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_the_message_is_the_same_from_a_worker(count: int) -> None:
+def test_the_message_is_the_same_from_a_worker(count):
     here = DataError(*PROBLEMS[:count])
     with pytest.raises(DataError) as raised:
         list(DataLoader(Failing(PROBLEMS[:count]), num_workers=1))
@@ -31,6 +29,6 @@ def test_the_message_is_the_same_from_a_worker(count: int) -> None:
     assert here.problems == PROBLEMS[:count]
 
 
-def test_an_error_without_a_problem_is_a_mistake() -> None:
+def test_an_error_without_a_problem_is_a_mistake():
     with pytest.raises(TypeError, match="needs at least one Problem"):
         DataError()

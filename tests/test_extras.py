@@ -1,7 +1,5 @@
 """The core installation initialises and trains a user's model; parts that need an extra name it."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tomllib
@@ -43,12 +41,12 @@ print(trainer.nio_result.status)
 """
 
 
-def _run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _run(code, *arguments):
     command = [sys.executable, "-c", CORE_ONLY + code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
-def test_the_core_install_initialises_trains_resumes_and_writes_a_card(tmp_path: Path) -> None:
+def test_the_core_install_initialises_trains_resumes_and_writes_a_card(tmp_path):
     done = _run(TRAIN, str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[-1] in ("applied", "improved", "unchanged", "changed")
@@ -56,7 +54,7 @@ def test_the_core_install_initialises_trains_resumes_and_writes_a_card(tmp_path:
     assert "## What NIO did" in (tmp_path / "README.md").read_text()
 
 
-def test_commands_that_need_recipes_name_the_extra() -> None:
+def test_commands_that_need_recipes_name_the_extra():
     done = _run("""
 from nio_hf.cli.main import main
 for name in ("train", "init", "compare", "tune", "validate", "inspect"):
@@ -73,13 +71,13 @@ for name in ("train", "init", "compare", "tune", "validate", "inspect"):
         assert "sklearn not installed. Install what they need: pip install 'nio-hf[recipes]'." in line
 
 
-def test_the_catalogue_of_recipes_needs_no_extra() -> None:
+def test_the_catalogue_of_recipes_needs_no_extra():
     done = _run("sys.argv = ['nio-hf', 'recipes']\nfrom nio_hf.cli.main import main\nmain()")
     assert done.returncode == 0
     assert "vit-tiny/digits/nio" in done.stdout
 
 
-def test_plots_name_their_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_plots_name_their_extra(monkeypatch, tmp_path):
     from nio_hf.report.style import figure
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -89,7 +87,7 @@ def test_plots_name_their_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert issubclass(errors.MissingExtraError, ImportError)
 
 
-def test_every_module_of_an_extra_is_brought_by_its_packages() -> None:
+def test_every_module_of_an_extra_is_brought_by_its_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     distributions = {"annotated_types": "annotated-types", "PIL": "pillow", "sklearn": "scikit-learn"}
     for name, modules in extras.EXTRAS.items():

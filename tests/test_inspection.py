@@ -1,12 +1,8 @@
 """`nio-hf inspect` and `nio-hf report`: measurements by layer of models and recipes, and pages of runs."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,27 +22,27 @@ RECIPE = "vit-tiny/digits/nio"
 SMALL = ["--use_cpu", "true", "--disable_tqdm", "true", "--max_steps", "4"]
 
 
-def options(output_dir: Path, *more: str) -> list[str]:
+def options(output_dir, *more):
     return [*SMALL, "--model_config.num_hidden_layers", "2", "--output_dir", str(output_dir), *more]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("trained")
     train(load_recipe(RECIPE, options(output_dir)))
     return output_dir
 
 
-def inspected(directory: Path) -> dict[str, Any]:
+def inspected(directory):
     assert (directory / "inspection.png").stat().st_size > 10_000
-    found: dict[str, Any] = json.loads((directory / "inspection.json").read_text())
+    found = json.loads((directory / "inspection.json").read_text())
     assert math.fsum(layer["contribution"] for layer in found["layers"]) == pytest.approx(
         found["measured"]["value"], abs=1e-6
     )
     return found
 
 
-def test_a_recipe_is_measured_as_nio_finds_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_is_measured_as_nio_finds_it(tmp_path, capsys):
     assert run_inspection([RECIPE, *options(tmp_path)]) == 0
     found = inspected(tmp_path / "inspect-init")
     before = initialise(load_recipe(RECIPE, options(tmp_path))).result.before
@@ -59,7 +55,7 @@ def test_a_recipe_is_measured_as_nio_finds_it(tmp_path: Path, capsys: pytest.Cap
     assert str(tmp_path / "inspect-init" / "inspection.json") in shown
 
 
-def test_an_initialised_checkpoint_is_measured_as_nio_left_it(trained: Path) -> None:
+def test_an_initialised_checkpoint_is_measured_as_nio_left_it(trained):
     assert run_inspection([str(trained / "_nio_init"), "--use_cpu", "true"]) == 0
     found = inspected(trained / "_nio_init" / "inspect")
     after = load_state(trained / "_nio_init").after
@@ -67,7 +63,7 @@ def test_an_initialised_checkpoint_is_measured_as_nio_left_it(trained: Path) -> 
     assert read_run(trained / "_nio_init").inspection is not None
 
 
-def test_a_trained_model_is_measured_on_the_data_of_its_recipe(trained: Path) -> None:
+def test_a_trained_model_is_measured_on_the_data_of_its_recipe(trained):
     assert run_inspection([str(trained), "--use_cpu", "true"]) == 0
     found = inspected(trained / "inspect")
     assert found["steps"] == 4
@@ -77,15 +73,13 @@ def test_a_trained_model_is_measured_on_the_data_of_its_recipe(trained: Path) ->
     assert run.inspection.measured.value == found["measured"]["value"]
 
 
-def test_each_sample_can_be_its_own_sub_batch(trained: Path, tmp_path: Path) -> None:
+def test_each_sample_can_be_its_own_sub_batch(trained, tmp_path):
     sizes = ["--nio_batch_size", "16", "--nio_sub_batches", "16", "--nio_report_batches", "1"]
     assert run_inspection([str(trained), "--use_cpu", "true", "--output_dir", str(tmp_path), *sizes]) == 0
     assert len(inspected(tmp_path / "inspect")["measured"]["norms"]) == 16
 
 
-def test_a_model_without_a_recipe_needs_a_data_set(
-    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_without_a_recipe_needs_a_data_set(trained, tmp_path, capfd):
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         shutil.copy(trained / name, tmp_path / name)
     assert run_inspection([str(tmp_path), "--use_cpu", "true"]) == 2
@@ -94,14 +88,14 @@ def test_a_model_without_a_recipe_needs_a_data_set(
     assert inspected(tmp_path / "inspect")["steps"] == 0
 
 
-def test_what_holds_no_model_or_recipe_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_holds_no_model_or_recipe_is_said(tmp_path, capfd):
     assert run_inspection(["vit-tiny/digits/nope"]) == 2
     assert "no such recipe file" in capfd.readouterr().err
     assert run_inspection([str(tmp_path)]) == 1
     assert "no model in it. Give an output_dir" in capfd.readouterr().err
 
 
-def test_two_names_of_a_repository_are_refused(tmp_path: Path) -> None:
+def test_two_names_of_a_repository_are_refused(tmp_path):
     given = ["--push_to_hub", "user/one", "--hub_model_id", "user/two"]
     with pytest.raises(RecipeError, match=r"'user/one' beside hub_model_id 'user/two'\. Name one"):
         load_recipe(RECIPE, options(tmp_path, *given))
@@ -111,7 +105,7 @@ def test_two_names_of_a_repository_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "resnet"])
-def test_the_trainer_inspects_any_model_and_changes_nothing(name: str, tmp_path: Path) -> None:
+def test_the_trainer_inspects_any_model_and_changes_nothing(name, tmp_path):
     args = arguments(tmp_path, nio_sub_batches=4)
     trainer = NIOTrainer(model=build(name), args=args, train_dataset=ToyImages())
     weights, drawn = fingerprint(trainer.model), torch.get_rng_state()
@@ -122,7 +116,7 @@ def test_the_trainer_inspects_any_model_and_changes_nothing(name: str, tmp_path:
     assert trainer.run_nio().before == first.measured
 
 
-def test_the_recipe_that_is_saved_runs_and_keeps_no_secret(tmp_path: Path) -> None:
+def test_the_recipe_that_is_saved_runs_and_keeps_no_secret(tmp_path):
     given = ["--hub_token", "hf_secret", "--push_to_hub", "user/model", "--resume_from_checkpoint", "auto"]
     text = recipe_yaml(load_recipe(RECIPE, options(tmp_path / "run", *given)))
     assert "hf_secret" not in text
@@ -142,12 +136,12 @@ def test_the_recipe_that_is_saved_runs_and_keeps_no_secret(tmp_path: Path) -> No
         (["--push_to_hub", "true", "--hub_model_id", "user/other"], True, "user/other"),
     ],
 )
-def test_push_to_hub_takes_a_name(given: list[str], push: bool, name: str | None, tmp_path: Path) -> None:
+def test_push_to_hub_takes_a_name(given, push, name, tmp_path):
     training = load_recipe(RECIPE, options(tmp_path, *given)).training
     assert (training.push_to_hub, training.hub_model_id) == (push, name)
 
 
-def test_a_report_of_a_folder(trained: Path, tmp_path: Path) -> None:
+def test_a_report_of_a_folder(trained, tmp_path):
     runner = CliRunner()
     shown = runner.invoke(app, ["report", str(trained)])
     assert shown.exit_code == 0

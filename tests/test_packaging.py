@@ -1,7 +1,5 @@
 """The wheel holds what an installation needs, and the version, the packages and the rooms agree."""
 
-from __future__ import annotations
-
 import ast
 import configparser
 import subprocess
@@ -18,7 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     tracked = ["nio_hf", "recipes", "pyproject.toml", "setup.cfg", "README.md"]
@@ -31,7 +29,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_holds_every_module_template_and_recipe(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_template_and_recipe(wheel):
     packed = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nio_hf").rglob("*.py")}
     templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nio_hf" / "templates").iterdir()}
@@ -40,7 +38,7 @@ def test_the_wheel_holds_every_module_template_and_recipe(wheel: Path) -> None:
     assert not [name for name in packed if name.startswith(("tests", "recipes"))]
 
 
-def test_recipes_are_found_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+def test_recipes_are_found_from_the_wheel(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = "import nio_hf.catalog as c; print(c.__file__, *c.recipe_names(), c.recipes_dir())"
     command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {code}"]
@@ -50,7 +48,7 @@ def test_recipes_are_found_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     assert shown[-1] == str(tmp_path / "site" / "nio_hf" / "recipes")
 
 
-def test_every_package_is_listed() -> None:
+def test_every_package_is_listed():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     listed = set(config["options"]["packages"].split())
@@ -58,7 +56,7 @@ def test_every_package_is_listed() -> None:
     assert listed == folders | {"nio_hf.recipes"}
 
 
-def test_every_requirement_is_pinned_at_a_version_that_it_allows() -> None:
+def test_every_requirement_is_pinned_at_a_version_that_it_allows():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line)
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     extras = [text for group in PROJECT["optional-dependencies"].values() for text in group]
@@ -67,7 +65,7 @@ def test_every_requirement_is_pinned_at_a_version_that_it_allows() -> None:
             assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
 
 
-def test_every_imported_package_is_declared() -> None:
+def test_every_imported_package_is_declared():
     imported = set()
     for path in (ROOT / "nio_hf").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -87,7 +85,7 @@ def test_every_imported_package_is_declared() -> None:
     assert {names.get(name, name) for name in foreign} - optional == declared
 
 
-def test_the_version_is_the_same_everywhere() -> None:
+def test_the_version_is_the_same_everywhere():
     import nio_hf
 
     assert f"version: {nio_hf.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -1,7 +1,5 @@
 """Private names of other libraries: their list is complete, and each means what the package assumes."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect
@@ -9,7 +7,6 @@ import os
 import pkgutil
 import threading
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -92,14 +89,14 @@ OWN = {"_accuracy", "_runtime", "_time", "_nio_init", "_nio_lock", "_nio_push", 
 """Texts and names in the package that look like private names."""
 
 
-def test_the_list_of_private_names_is_complete() -> None:
+def test_the_list_of_private_names_is_complete():
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in PACKAGE.rglob("*.py")]
     own = {name for tree in trees for name in _defined(tree)} | OWN
     used = {name for tree in trees for name in _private_names(tree)} - own
     assert used == OTHERS.keys() | TRAINER_CALLS.keys()
 
 
-def test_the_list_of_overridden_methods_is_complete() -> None:
+def test_the_list_of_overridden_methods_is_complete():
     names = [module.name for module in pkgutil.walk_packages([str(PACKAGE)], "nio_hf.")]
     modules = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
     classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
@@ -113,7 +110,7 @@ def test_the_list_of_overridden_methods_is_complete() -> None:
     assert found == TRAINER_OVERRIDES.keys()
 
 
-def test_the_documentation_counts_them() -> None:
+def test_the_documentation_counts_them():
     page = (PACKAGE.parent / "docs" / "trainer.md").read_text(encoding="utf-8")
     for mixin, owner in (("NIOTrainerMixin", "NIO"), ("DurableTrainerMixin", "durable"), ("HubTrainerMixin", "hub")):
         (row,) = [line for line in page.splitlines() if line.startswith("| `nio_hf") and f"{mixin}` |" in line]
@@ -121,13 +118,13 @@ def test_the_documentation_counts_them() -> None:
 
 
 @pytest.mark.parametrize("name", [*TRAINER_OVERRIDES, *TRAINER_CALLS])
-def test_a_method_of_trainer_has_the_parameters_that_are_given(name: str) -> None:
+def test_a_method_of_trainer_has_the_parameters_that_are_given(name):
     _, expected = (TRAINER_OVERRIDES | TRAINER_CALLS)[name]
     assert list(inspect.signature(getattr(Trainer, name)).parameters)[1:][: len(expected)] == expected
 
 
-def test_names_of_other_libraries_tell_what_they_are_taken_for() -> None:
-    model: Any = build("vit")
+def test_names_of_other_libraries_tell_what_they_are_taken_for():
+    model = build("vit")
     assert issubclass(torch.nn.BatchNorm2d, _BatchNorm)
     assert model.config._attn_implementation in ("eager", "sdpa")
     assert '"_commit_hash"' in inspect.getsource(PreTrainedConfig)
@@ -147,9 +144,9 @@ def test_names_of_other_libraries_tell_what_they_are_taken_for() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in OTHERS if name.startswith("_foreach_")])
-def test_lists_of_tensors_are_computed_with_at_once(name: str) -> None:
+def test_lists_of_tensors_are_computed_with_at_once(name):
     ones = [torch.ones(2), torch.full((3,), 2.0)]
-    arguments: dict[str, tuple[Any, ...]] = {"norm": (), "sign": (), "addcmul_": (ones, ones)}
+    arguments = {"norm": (), "sign": (), "addcmul_": (ones, ones)}
     operation = name.removeprefix("_foreach_")
     computed = getattr(torch, name)([tensor.clone() for tensor in ones], *arguments.get(operation, (ones,)))
     single = {
@@ -163,14 +160,14 @@ def test_lists_of_tensors_are_computed_with_at_once(name: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_the_operation_of_a_node_of_a_graph_is_known() -> None:
+def test_the_operation_of_a_node_of_a_graph_is_known():
     class Double(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        def forward(ctx, values):
             return 2 * values
 
         @staticmethod
-        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        def backward(ctx, *gradients):
             return 2 * gradients[0]
 
     doubled = Double.apply(torch.ones(1, requires_grad=True))
@@ -179,11 +176,11 @@ def test_the_operation_of_a_node_of_a_graph_is_known() -> None:
         assert torch.ops.aten.mm.default._overloadpacket is torch.ops.aten.mm
 
 
-def test_accelerate_patches_the_forward_of_the_instance_and_keeps_the_original() -> None:
+def test_accelerate_patches_the_forward_of_the_instance_and_keeps_the_original():
     assert "model._original_forward = model.forward" in inspect.getsource(Accelerator.prepare_model)
 
 
-def _defined(tree: ast.AST) -> set[str]:
+def _defined(tree):
     """Names that the package defines: functions, classes, variables and attributes of `self`."""
     found = set()
     for node in ast.walk(tree):
@@ -198,7 +195,7 @@ def _defined(tree: ast.AST) -> set[str]:
     return found
 
 
-def _private_names(tree: ast.AST) -> set[str]:
+def _private_names(tree):
     """Private names that are looked up, imported, or passed to getattr and the like as a text."""
     found = set()
     for node in ast.walk(tree):

@@ -3,8 +3,6 @@
 The same with some hundred steps is in `benchmarks/recipe_runs.py`, its results are committed.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -36,7 +34,7 @@ SHORTENED = (
 )
 
 
-def options_for(name: str, output_dir: Path) -> list[str]:
+def options_for(name, output_dir):
     files, options = RUNS[name]
     missing = [file for file in files.values() if not (DATA / file).is_file()]
     if missing:
@@ -48,7 +46,7 @@ def options_for(name: str, output_dir: Path) -> list[str]:
 @pytest.mark.parametrize(
     "name", ["vit-tiny/cifar10/nio", pytest.param("swin-tiny/imagenette/nio", marks=pytest.mark.slow)]
 )
-def test_a_recipe_runs_from_real_images_to_a_model_and_goes_on_where_it_was(name: str, tmp_path: Path) -> None:
+def test_a_recipe_runs_from_real_images_to_a_model_and_goes_on_where_it_was(name, tmp_path):
     run = train(load_recipe(name, options_for(name, tmp_path / "whole")))
     assert run.result is not None
     history = run.result.history
@@ -73,7 +71,7 @@ def test_a_recipe_runs_from_real_images_to_a_model_and_goes_on_where_it_was(name
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_validation_with_data_reads_a_batch_and_runs_nio(name: str, tmp_path: Path) -> None:
+def test_validation_with_data_reads_a_batch_and_runs_nio(name, tmp_path):
     options = options_for(name, tmp_path)
     validation = validate_recipe(name, options, with_data=True)
     assert validation.error is None, str(validation.error)

@@ -1,7 +1,5 @@
 """Every recipe that comes with the package."""
 
-from __future__ import annotations
-
 import functools
 import re
 from pathlib import Path
@@ -12,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from nio_hf.catalog import accelerate_config_names, describe, find_accelerate_config, recipe_names, recipes_dir
 from nio_hf.recipe.keys import known_keys
-from nio_hf.recipe.loading import Recipe, load_recipe
+from nio_hf.recipe.loading import load_recipe
 from nio_hf.tasks import task_of
 from nio_hf.tasks.image_classification import build_model
 from nio_hf.validate import validate_recipe
@@ -44,17 +42,17 @@ NUMBER = re.compile(r"\s*[\w]+: *[\[{\d]")
 
 
 @functools.cache
-def load(name: str) -> Recipe:
+def load(name):
     return load_recipe(name, ["--use_cpu", "true"])
 
 
-def header(name: str) -> str:
+def header(name):
     """The first comment of a recipe, with commands that go over several lines in one."""
     text = (recipes_dir() / f"{name}.yaml").read_text().split("\n\n")[0]
     return re.sub(r" \\\n#\s+", " ", text)
 
 
-def test_the_tree_holds_every_model_data_set_and_variant_and_nothing_else() -> None:
+def test_the_tree_holds_every_model_data_set_and_variant_and_nothing_else():
     wanted = {
         f"{model}/{dataset}/{variant}"
         for dataset, models in MODELS.items()
@@ -67,7 +65,7 @@ def test_the_tree_holds_every_model_data_set_and_variant_and_nothing_else() -> N
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_validates_and_builds_its_model_with_the_parameters_of_its_header(name: str) -> None:
+def test_it_validates_and_builds_its_model_with_the_parameters_of_its_header(name):
     validation = validate_recipe(name)
     assert validation.error is None, str(validation.error)
     recipe = load(name)
@@ -86,7 +84,7 @@ def test_it_validates_and_builds_its_model_with_the_parameters_of_its_header(nam
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_header_says_what_it_is_and_how_it_is_run(name: str) -> None:
+def test_its_header_says_what_it_is_and_how_it_is_run(name):
     text = header(name)
     assert 20 < len(describe(name)) <= 100
     assert "# Prerequisites: " in text
@@ -104,7 +102,7 @@ def test_its_header_says_what_it_is_and_how_it_is_run(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("/warmup")])
-def test_every_number_of_a_published_training_has_its_source(name: str) -> None:
+def test_every_number_of_a_published_training_has_its_source(name):
     path = recipes_dir() / f"{name}.yaml"
     section, bare = "", []
     for line in path.read_text().splitlines():
@@ -118,7 +116,7 @@ def test_every_number_of_a_published_training_has_its_source(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("/warmup")])
-def test_variants_differ_from_the_published_training_in_what_they_are_named_after(name: str) -> None:
+def test_variants_differ_from_the_published_training_in_what_they_are_named_after(name):
     root, variant = name.rsplit("/", 1)
     settings = {key: setting.value for key, setting in load(name).settings.items()}
     published = load(f"{root}/warmup").settings
@@ -129,7 +127,7 @@ def test_variants_differ_from_the_published_training_in_what_they_are_named_afte
 
 
 @pytest.mark.parametrize("name", accelerate_config_names())
-def test_configurations_of_accelerate_can_be_read_and_do_not_warm_up(name: str) -> None:
+def test_configurations_of_accelerate_can_be_read_and_do_not_warm_up(name):
     path = find_accelerate_config(name)
     config = load_config_from_file(str(path))
     processes = {"cpu": 1, "one_gpu": 1}

@@ -1,12 +1,9 @@
 """`nio_hf.train`: a recipe from its command line to its files."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +18,12 @@ QUICK = ["--max_steps", "4", "--logging_steps", "2", "--eval_strategy", "no"]
 SMALL = ["--model_config.num_hidden_layers", "1", "--nio_batch_size", "16", "--disable_tqdm", "--use_cpu"]
 
 
-def _options(output_dir: Path) -> list[str]:
+def _options(output_dir):
     return ["--output_dir", str(output_dir), *QUICK, *SMALL]
 
 
 @pytest.fixture(scope="module")
-def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits_run(tmp_path_factory):
     """The output of a shortened run of the default recipe, through its own module."""
     output_dir = tmp_path_factory.mktemp("digits")
     command = [sys.executable, "-m", "nio_hf.train", "vit-tiny/digits/nio", *_options(output_dir)]
@@ -37,7 +34,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output_dir
 
 
-def test_it_ends_with_a_table_and_the_paths_of_what_it_wrote_and_warns_of_nothing(digits_run: Path) -> None:
+def test_it_ends_with_a_table_and_the_paths_of_what_it_wrote_and_warns_of_nothing(digits_run):
     shown = (digits_run / "stdout.txt").read_text()
     quantities = ["GradCosine (D = 4, B/D = 4)", "Gradient norm", "Loss at init", "Evaluation accuracy"]
     for quantity in [*quantities, "Seconds of NIO", "Seconds of training", "Initialisation: "]:
@@ -50,7 +47,7 @@ def test_it_ends_with_a_table_and_the_paths_of_what_it_wrote_and_warns_of_nothin
     assert "Error" not in shown
 
 
-def test_the_initialised_checkpoint_is_whole(digits_run: Path) -> None:
+def test_the_initialised_checkpoint_is_whole(digits_run):
     init = digits_run / "_nio_init"
     model = AutoModelForImageClassification.from_pretrained(init, dtype=torch.float32)
     assert model.config.id2label[3] == "3"
@@ -62,7 +59,7 @@ def test_the_initialised_checkpoint_is_whole(digits_run: Path) -> None:
     assert result.cost == pytest.approx(4 + sum(record.cost for record in result.history)), "the report before"
 
 
-def test_metrics_and_state_are_saved_as_trainer_saves_them(digits_run: Path) -> None:
+def test_metrics_and_state_are_saved_as_trainer_saves_them(digits_run):
     results = json.loads((digits_run / "all_results.json").read_text())
     assert 0 <= results["eval_accuracy"] <= 1
     state = json.loads((digits_run / "trainer_state.json").read_text())
@@ -71,7 +68,7 @@ def test_metrics_and_state_are_saved_as_trainer_saves_them(digits_run: Path) -> 
     assert AutoModelForImageClassification.from_pretrained(digits_run).num_parameters() > 0
 
 
-def test_an_initialised_checkpoint_is_trained_without_nio(digits_run: Path, tmp_path: Path) -> None:
+def test_an_initialised_checkpoint_is_trained_without_nio(digits_run, tmp_path):
     options = [*QUICK, "--nio_batch_size", "16", "--disable_tqdm", "--use_cpu", "--output_dir", str(tmp_path)]
     recipe = load_recipe("vit-tiny/digits/nio", [*options, "--model_name_or_path", str(digits_run / "_nio_init")])
     run = train(recipe)
@@ -81,7 +78,7 @@ def test_an_initialised_checkpoint_is_trained_without_nio(digits_run: Path, tmp_
     assert not (tmp_path / "_nio_init").exists()
 
 
-def test_init_saves_and_does_not_train(tmp_path: Path) -> None:
+def test_init_saves_and_does_not_train(tmp_path):
     run, again = (initialise(load_recipe("vit-tiny/digits/nio", _options(tmp_path))) for _ in range(2))
     assert run.result is not None
     assert run.metrics == {}
@@ -91,9 +88,7 @@ def test_init_saves_and_does_not_train(tmp_path: Path) -> None:
     assert load_state(tmp_path / "_nio_init").after == again.result.after
 
 
-def test_a_training_that_diverges_fails_after_all_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_training_that_diverges_fails_after_all_is_written(tmp_path, capsys):
     options = [*_options(tmp_path), "--nio", "false", "--max_grad_norm", "0", "--learning_rate", "1e38"]
     assert main(["vit-tiny/digits/nio", *options]) == 1
     shown = capsys.readouterr()
@@ -102,8 +97,8 @@ def test_a_training_that_diverges_fails_after_all_is_written(
     assert (tmp_path / "all_results.json").exists()
 
 
-def test_the_same_seed_gives_the_same_model_and_another_another(tmp_path: Path) -> None:
-    def weights(seed: int) -> torch.Tensor:
+def test_the_same_seed_gives_the_same_model_and_another_another(tmp_path):
+    def weights(seed):
         trainer = build_trainer(load_recipe("vit-tiny/digits/nio", [*_options(tmp_path), "--seed", str(seed)]))
         return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
@@ -125,27 +120,21 @@ def test_the_same_seed_gives_the_same_model_and_another_another(tmp_path: Path) 
         (["--report_to", "foo"], 2, "ConfigError"),
     ],
 )
-def test_user_errors_are_messages_with_an_exit_status(
-    arguments: list[str], status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_user_errors_are_messages_with_an_exit_status(arguments, status, message, tmp_path, capsys):
     output = [] if "--output_dir" in arguments else ["--output_dir", str(tmp_path)]
     assert main([*arguments, *output]) == status
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_one_process_of_a_launch_reports_what_is_wrong_with_the_settings(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_process_of_a_launch_reports_what_is_wrong_with_the_settings(monkeypatch, capsys):
     for rank, reports in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         assert main(["--nio_gama", "3"]) == 2
         assert ("Did you mean 'nio_gamma'?" in capsys.readouterr().err) == reports
 
 
-def test_an_interrupt_is_no_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*args: object) -> None:
+def test_an_interrupt_is_no_traceback(tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("nio_hf.train.build_trainer", interrupted)
@@ -153,9 +142,7 @@ def test_an_interrupt_is_no_traceback(
     assert "Interrupted" in capsys.readouterr().err
 
 
-def test_a_checkpoint_with_other_classes_is_refused(
-    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_with_other_classes_is_refused(digits_run, tmp_path, capsys):
     model = AutoModelForImageClassification.from_pretrained(
         digits_run / "_nio_init", num_labels=3, ignore_mismatched_sizes=True
     )

@@ -1,16 +1,12 @@
 """`nio-hf validate`: recipes that pass, recipes that fail, and the checks with data."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import huggingface_hub
 import pytest
 from typer.testing import CliRunner
 
 from nio_hf.cli.main import app
 from nio_hf.errors import MetricError
-from nio_hf.recipe.loading import Recipe, load_recipe
+from nio_hf.recipe.loading import load_recipe
 from nio_hf.validate import consistency_notes, consistency_problems, validate_recipe
 from tests.tasks.recipes import make_folder, write_recipe
 
@@ -18,11 +14,11 @@ RUNNER = CliRunner()
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("images"))
 
 
-def test_recipes_that_pass_and_recipes_that_do_not_are_all_reported(tmp_path: Path) -> None:
+def test_recipes_that_pass_and_recipes_that_do_not_are_all_reported(tmp_path):
     wrong = tmp_path / "no_warmup.yaml"
     wrong.write_text("base: vit-tiny/digits/warmup\nnio: false\nwarmup_steps: 5\n")
     names = ["vit-tiny/digits/nio", str(wrong), "vit-tiny/nowhere/nio", "swin-tiny/imagenet-1k/warmup"]
@@ -57,14 +53,14 @@ def test_recipes_that_pass_and_recipes_that_do_not_are_all_reported(tmp_path: Pa
         ),
     ],
 )
-def test_the_exit_status_says_whether_all_is_well(arguments: list[str], status: int, message: str) -> None:
+def test_the_exit_status_says_whether_all_is_well(arguments, status, message):
     shown = RUNNER.invoke(app, arguments, env={"COLUMNS": "300"})
     assert shown.exit_code == status, shown.output
     assert message in shown.output
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
-def test_with_data_a_batch_is_read_nio_run_and_nothing_kept(streaming: str, images: Path, tmp_path: Path) -> None:
+def test_with_data_a_batch_is_read_nio_run_and_nothing_kept(streaming, images, tmp_path):
     recipe = write_recipe(tmp_path, images)
     found = validate_recipe(recipe, ["--streaming", streaming, "--output_dir", str(tmp_path / "mine")], with_data=True)
     assert found.error is None, str(found.error)
@@ -83,9 +79,7 @@ def test_with_data_a_batch_is_read_nio_run_and_nothing_kept(streaming: str, imag
         (["--nio_search", "published"], "NIO"),
     ],
 )
-def test_with_data_the_method_of_the_recipe_runs(
-    options: list[str], run: str | None, images: Path, tmp_path: Path
-) -> None:
+def test_with_data_the_method_of_the_recipe_runs(options, run, images, tmp_path):
     found = validate_recipe(write_recipe(tmp_path, images), options, with_data=True)
     assert found.error is None, str(found.error)
     assert (f"a short run of {run}: GradCosine" in found.summary) == (run is not None)
@@ -110,14 +104,14 @@ def test_with_data_the_method_of_the_recipe_runs(
     ],
 )
 def test_what_training_refuses_before_it_starts_is_an_error_of_that_recipe(
-    options: list[str], message: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    options, message, images, tmp_path, monkeypatch
+):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     found = validate_recipe(write_recipe(tmp_path, images), options, with_data=True)
     assert message in str(found.error)
 
 
-def test_a_metric_that_no_evaluation_has_is_refused_before_a_training_is_paid(images: Path, tmp_path: Path) -> None:
+def test_a_metric_that_no_evaluation_has_is_refused_before_a_training_is_paid(images, tmp_path):
     options = ["--load_best_model_at_end", "true", "--save_strategy", "epoch", "--eval_strategy", "epoch"]
     recipe = write_recipe(tmp_path, images)
     found = validate_recipe(recipe, [*options, "--metric_for_best_model", "acuracy"], with_data=True)
@@ -126,7 +120,7 @@ def test_a_metric_that_no_evaluation_has_is_refused_before_a_training_is_paid(im
     assert validate_recipe(recipe, [*options, "--metric_for_best_model", "accuracy"], with_data=True).error is None
 
 
-def _load(folder: Path, text: str, name: str) -> Recipe:
+def _load(folder, text, name):
     minimal = "model_type: vit\nmodel_config: {image_size: 8, patch_size: 2}\n"
     (folder / f"{name}.yaml").write_text(minimal + text)
     return load_recipe(str(folder / f"{name}.yaml"))
@@ -147,14 +141,14 @@ def _load(folder: Path, text: str, name: str) -> Recipe:
         ("mine", "warmup_steps: 10\n", []),
     ],
 )
-def test_a_recipe_is_what_its_name_claims(name: str, text: str, messages: list[str], tmp_path: Path) -> None:
+def test_a_recipe_is_what_its_name_claims(name, text, messages, tmp_path):
     found = list(consistency_problems(_load(tmp_path, text, name)))
     assert len(found) == len(messages)
     for problem, message in zip(found, messages, strict=True):
         assert message in str(problem)
 
 
-def test_what_works_but_may_not_be_meant_is_noted(tmp_path: Path) -> None:
+def test_what_works_but_may_not_be_meant_is_noted(tmp_path):
     recipe = _load(tmp_path, "nio_sub_batches: 4\n", "mine")
     assert list(consistency_notes(recipe, 1)) == []
     (note,) = consistency_notes(recipe, 3)

@@ -1,9 +1,5 @@
 """Names that other releases of transformers call differently."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import transformers
 from packaging.version import Version
@@ -23,12 +19,12 @@ resumes_in_several_processes = pytest.mark.skipif(
 )
 
 
-def checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model):
     """Let a model compute activations again instead of keeping them."""
     getattr(model, f"{CHECKPOINTING}_enable")()
 
 
-def checkpoints_activations(model: Any) -> bool:
+def checkpoints_activations(model):
     """Whether a model computes activations again."""
-    found: bool = getattr(model, f"is_{CHECKPOINTING}")
+    found = getattr(model, f"is_{CHECKPOINTING}")
     return found

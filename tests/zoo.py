@@ -1,12 +1,8 @@
 """Tiny models of every family, untrained, with batches and losses that fit them."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 DROP_PATH = {"drop_path_rate": 0.4}
 TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -22,7 +18,7 @@ SWIN = {
 }
 CONVOLUTIONAL = {"hidden_sizes": [8, 16], "depths": [1, 1]}
 
-VISION: dict[str, tuple[str, dict[str, Any]]] = {
+VISION = {
     "vit": ("ViT", VIT),
     "deit": ("DeiT", VIT),
     "beit": ("Beit", {**TRANSFORMER, **DROP_PATH, "intermediate_size": 32, "use_relative_position_bias": True}),
@@ -32,7 +28,7 @@ VISION: dict[str, tuple[str, dict[str, Any]]] = {
     "convnext": ("ConvNext", {**CONVOLUTIONAL, **DROP_PATH, "num_stages": 2}),
     "resnet": ("ResNet", {**CONVOLUTIONAL, "embedding_size": 8, "layer_type": "basic"}),
 }
-TEXT: dict[str, tuple[str, dict[str, Any]]] = {
+TEXT = {
     "gpt2": (
         "GPT2LMHeadModel",
         {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 12, "bos_token_id": 0, "eos_token_id": 0},
@@ -51,23 +47,23 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
 VOCABULARY = 23
 
 
-def vision_model(name: str, num_labels: int = 5, **config: Any) -> nn.Module:
+def vision_model(name, num_labels=5, **config):
     """A classifier of 32 x 32 images; `config` overrides fields of its configuration."""
     family, fields = VISION[name]
     settings = getattr(transformers, f"{family}Config")(**{**fields, "num_labels": num_labels, **config})
-    model: nn.Module = getattr(transformers, f"{family}ForImageClassification")(settings)
+    model = getattr(transformers, f"{family}ForImageClassification")(settings)
     return model
 
 
-def text_model(name: str, **config: Any) -> nn.Module:
+def text_model(name, **config):
     """A language model whose head is tied to its token embeddings."""
     class_name, fields = TEXT[name]
     model_class = getattr(transformers, class_name)
-    model: nn.Module = model_class(model_class.config_class(**{**fields, "vocab_size": VOCABULARY, **config}))
+    model = model_class(model_class.config_class(**{**fields, "vocab_size": VOCABULARY, **config}))
     return model
 
 
-def mlp(inputs: int = 6, num_labels: int = 5) -> nn.Module:
+def mlp(inputs=6, num_labels=5):
     """Three linear layers, a normalisation and dropout, in plain torch."""
     return nn.Sequential(
         nn.Linear(inputs, 8),
@@ -80,7 +76,7 @@ def mlp(inputs: int = 6, num_labels: int = 5) -> nn.Module:
     )
 
 
-def images(samples: int, num_labels: int = 5, seed: int = 0) -> dict[str, Tensor]:
+def images(samples, num_labels=5, seed=0):
     """Noise images with a bright stripe whose place tells the label."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(samples, 3, 32, 32, generator=generator)
@@ -90,7 +86,7 @@ def images(samples: int, num_labels: int = 5, seed: int = 0) -> dict[str, Tensor
     return {"pixel_values": pixels, "labels": labels}
 
 
-def sentences(samples: int, seed: int = 0) -> dict[str, Tensor]:
+def sentences(samples, seed=0):
     """Random tokens; the later samples have more labels, the others are masked by -100."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, VOCABULARY, (samples, 8), generator=generator)
@@ -100,7 +96,7 @@ def sentences(samples: int, seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": labels}
 
 
-def vectors(samples: int, inputs: int = 6, num_labels: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+def vectors(samples, inputs=6, num_labels=5, seed=0):
     """Random vectors and labels."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(samples, inputs, generator=generator), torch.randint(
@@ -108,20 +104,20 @@ def vectors(samples: int, inputs: int = 6, num_labels: int = 5, seed: int = 0) -
     )
 
 
-def image_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def image_loss(model, batch):
     """Mean cross-entropy over the images, in the precision of the model."""
     pixels = batch["pixel_values"].to(next(model.parameters()).dtype)
     return nn.functional.cross_entropy(model(pixel_values=pixels).logits, batch["labels"])
 
 
-def text_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def text_loss(model, batch):
     """(sum of the cross-entropy, number) of the labelled tokens."""
     logits = model(input_ids=batch["input_ids"]).logits
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
     return loss, (batch["labels"] != -100).sum()
 
 
-def vector_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+def vector_loss(model, batch):
     """Mean cross-entropy over the vectors."""
     inputs, labels = batch
     return nn.functional.cross_entropy(model(inputs.to(next(model.parameters()).dtype)), labels)

@@ -1,16 +1,13 @@
 """The variance of the weights."""
 
-from __future__ import annotations
-
 import itertools
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nio_hf.baselines import METHODS
-from nio_hf.core import InitResult, NIOConfig, initialize
+from nio_hf.core import NIOConfig, initialize
 from nio_hf.errors import ModelError
 from tests import zoo
 from tests.core.cases import batches_of, case
@@ -19,12 +16,12 @@ from tests.versions import BRANCH_ENDS
 CONFIG = NIOConfig(sub_batches=2, report_batches=1)
 
 
-def run(model: nn.Module, batches: Any, loss_fn: Any, **options: Any) -> InitResult:
+def run(model, batches, loss_fn, **options):
     return initialize(model, batches, loss_fn, CONFIG, method=METHODS["architecture_aware"], options=options)
 
 
 @pytest.mark.parametrize("name", ["mlp", "vit", "resnet", "gpt2"])
-def test_weights_have_the_variance_of_the_paper(name: str) -> None:
+def test_weights_have_the_variance_of_the_paper(name):
     made, before = case(name), case(name).model
     result = run(made.model, batches_of(name, 2), made.loss_fn)
     ends = (*BRANCH_ENDS, "c_proj.weight", "layer.1.convolution.weight", "shortcut.convolution.weight")
@@ -42,16 +39,16 @@ def test_weights_have_the_variance_of_the_paper(name: str) -> None:
     assert count >= 3
 
 
-def test_a_residual_chain_of_relus_keeps_its_second_moment() -> None:
+def test_a_residual_chain_of_relus_keeps_its_second_moment():
     """What the in-degree is for: without it the second moment would double with every block."""
 
     class Block(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.layer = nn.Linear(256, 256, bias=False)
             self.shortcut = nn.Linear(256, 256, bias=False)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return torch.relu(self.layer(x) + self.shortcut(x))
 
     torch.manual_seed(0)
@@ -62,16 +59,16 @@ def test_a_residual_chain_of_relus_keeps_its_second_moment() -> None:
     assert sizes[-1] == pytest.approx(sizes[1], rel=0.4)
 
 
-def test_the_gain_is_that_of_the_option() -> None:
+def test_the_gain_is_that_of_the_option():
     made = case("mlp")
     run(made.model, batches_of("mlp", 2), made.loss_fn, gain=1.0)
     assert made.model.get_parameter("4.weight").square().mean().item() == pytest.approx(1 / 8)
 
 
-def test_a_model_without_weights_of_layers_is_refused() -> None:
+def test_a_model_without_weights_of_layers_is_refused():
     model = nn.Sequential(nn.LayerNorm(6))
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    def loss_fn(model, batch):
         return (model(batch[0]) - batch[0].roll(1)).square().mean()
 
     with pytest.raises(ModelError, match=r"Sequential: no layer has a weight to initialise"):

@@ -1,13 +1,10 @@
 """Xavier, mimetic and structured initialisation, and the range by width: a number or property of each source."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -22,7 +19,7 @@ from transformers import (
 )
 
 from nio_hf.baselines import METHODS
-from nio_hf.baselines.attention import Attention, attention_layers
+from nio_hf.baselines.attention import attention_layers
 from nio_hf.baselines.positions import position_tables, sine_cosine
 from nio_hf.baselines.structured import shift
 from nio_hf.core import NIOConfig, find_tensors, initialize
@@ -32,22 +29,22 @@ WIDTH, HEADS, SIDE = 96, 3, 4
 RANGE = 0.02
 
 
-def vit(**config: Any) -> ViTForImageClassification:
+def vit(**config):
     torch.manual_seed(0)
     sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": 4 * WIDTH, "num_labels": 5}
     return ViTForImageClassification(ViTConfig(num_hidden_layers=2, image_size=32, patch_size=8, **{**sizes, **config}))
 
 
-def text(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+def text(model):
     tokens = torch.randint(0, 50, (8, 6), generator=torch.Generator().manual_seed(0))
     return model, {"input_ids": tokens, "labels": tokens}
 
 
-def gpt2() -> GPT2LMHeadModel:
+def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=2))
 
 
-def drawn(model: nn.Module, method: str, batch: Any = None, seed: int = 0, **options: Any) -> nn.Module:
+def drawn(model, method, batch=None, seed=0, **options):
     """The model with the weights of a method."""
     if batch is None:
         generator = torch.Generator().manual_seed(0)
@@ -58,14 +55,14 @@ def drawn(model: nn.Module, method: str, batch: Any = None, seed: int = 0, **opt
     return model
 
 
-def layers(model: nn.Module) -> list[Attention]:
+def layers(model):
     return attention_layers(model, find_tensors(model))
 
 
 @pytest.mark.parametrize(
     ("width", "square", "mlp"), [(96, 5.1, 3.2), (192, 3.6, 2.3), (384, 2.6, 1.6), (768, 1.8, 1.1)]
 )
-def test_xavier_has_the_standard_deviations_that_follow_from_the_width(width: int, square: float, mlp: float) -> None:
+def test_xavier_has_the_standard_deviations_that_follow_from_the_width(width, square, mlp):
     sizes = {"num_attention_heads": width // 32, "intermediate_size": 4 * width, "num_hidden_layers": 1}
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(hidden_size=width, image_size=32, patch_size=8, num_labels=5, **sizes))
@@ -81,7 +78,7 @@ def test_xavier_has_the_standard_deviations_that_follow_from_the_width(width: in
     assert patches.abs().max() <= 2 / (0.8796 * math.sqrt(3 * 8 * 8))
 
 
-def test_xavier_treats_a_fused_projection_as_three_matrices() -> None:
+def test_xavier_treats_a_fused_projection_as_three_matrices():
     model, batch = text(gpt2())
     drawn(model, "xavier", batch)
     fused = model.get_parameter("transformer.h.0.attn.c_attn.weight")
@@ -89,7 +86,7 @@ def test_xavier_treats_a_fused_projection_as_three_matrices() -> None:
     assert fused.abs().max().item() == pytest.approx(math.sqrt(6 / 64), rel=0.02)
 
 
-def test_xavier_leaves_tables_tokens_and_norms() -> None:
+def test_xavier_leaves_tables_tokens_and_norms():
     before, after = vit(), drawn(vit(), "xavier")
     for name in ("vit.embeddings.position_embeddings", "vit.embeddings.cls_token", "vit.layernorm.weight"):
         assert torch.equal(before.get_parameter(name), after.get_parameter(name))
@@ -98,7 +95,7 @@ def test_xavier_leaves_tables_tokens_and_norms() -> None:
     assert torch.equal(drawn(model, "xavier", batch).get_parameter("transformer.wte.weight"), tokens)
 
 
-def test_mimetic_values_and_outputs_multiply_to_noise_minus_identity() -> None:
+def test_mimetic_values_and_outputs_multiply_to_noise_minus_identity():
     for layer in layers(drawn(vit(), "mimetic")):
         product = layer.output.double() @ layer.values.double()
         noise = product / 0.4 + torch.eye(WIDTH, dtype=torch.float64)
@@ -109,7 +106,7 @@ def test_mimetic_values_and_outputs_multiply_to_noise_minus_identity() -> None:
         assert layer.output.norm().item() == pytest.approx(layer.values.norm().item(), rel=1e-4)
 
 
-def test_mimetic_queries_and_keys_are_the_best_approximation_of_their_rank() -> None:
+def test_mimetic_queries_and_keys_are_the_best_approximation_of_their_rank():
     size = WIDTH // HEADS
     for layer in layers(drawn(vit(), "mimetic")):
         for queries, keys in zip(layer.queries.double().split(size), layer.keys.double().split(size), strict=True):
@@ -123,7 +120,7 @@ def test_mimetic_queries_and_keys_are_the_best_approximation_of_their_rank() -> 
 
 
 @pytest.mark.parametrize(("width", "query_key", "value_output"), [(96, 6.1, 3.6), (192, 4.3, 2.6)])
-def test_mimetic_has_the_standard_deviations_of_the_table(width: int, query_key: float, value_output: float) -> None:
+def test_mimetic_has_the_standard_deviations_of_the_table(width, query_key, value_output):
     heads = {96: 3, 192: 3}[width]
     model = drawn(vit(hidden_size=width, num_attention_heads=heads, intermediate_size=2 * width), "mimetic")
     layer = layers(model)[0]
@@ -131,7 +128,7 @@ def test_mimetic_has_the_standard_deviations_of_the_table(width: int, query_key:
     assert layer.queries.std().item() / RANGE == pytest.approx(query_key, rel=0.05)
 
 
-def test_the_control_has_the_norms_and_no_structure() -> None:
+def test_the_control_has_the_norms_and_no_structure():
     mimetic, control = layers(drawn(vit(), "mimetic")), layers(drawn(vit(), "mimetic", control=True))
     for own, other in zip(mimetic, control, strict=True):
         for name in ("queries", "keys", "values", "output"):
@@ -139,7 +136,7 @@ def test_the_control_has_the_norms_and_no_structure() -> None:
         assert abs((other.output @ other.values).diagonal().mean().item()) < 0.1
 
 
-def test_mimetic_positions_are_sines_and_cosines_behind_the_token() -> None:
+def test_mimetic_positions_are_sines_and_cosines_behind_the_token():
     before, model = vit(), drawn(vit(), "mimetic")
     table, former = (m.get_parameter("vit.embeddings.position_embeddings")[0] for m in (model, before))
     torch.testing.assert_close(table[1:].double(), sine_cosine(SIDE, WIDTH), rtol=0, atol=1e-6)
@@ -148,7 +145,7 @@ def test_mimetic_positions_are_sines_and_cosines_behind_the_token() -> None:
     assert torch.equal(kept, former)
 
 
-def test_sines_and_cosines_tell_rows_from_columns() -> None:
+def test_sines_and_cosines_tell_rows_from_columns():
     table = sine_cosine(3, 8).reshape(3, 3, 8)
     assert torch.equal(table[0, :, 4:], table[0, :1, 4:].expand(3, -1))
     assert torch.equal(table[:, 0, :4], table[:1, 0, :4].expand(3, -1))
@@ -156,7 +153,7 @@ def test_sines_and_cosines_tell_rows_from_columns() -> None:
     assert table[1, 2, 4].item() == pytest.approx(math.sin(1.0))
 
 
-def test_shifts_lead_to_the_neighbour() -> None:
+def test_shifts_lead_to_the_neighbour():
     for rows in (-1, 0, 1):
         for columns in (-1, 0, 1):
             matrix = shift(SIDE, rows, columns)
@@ -166,7 +163,7 @@ def test_shifts_lead_to_the_neighbour() -> None:
                 assert matrix[p].nonzero().flatten().tolist() == expected
 
 
-def test_structured_heads_look_at_their_neighbour() -> None:
+def test_structured_heads_look_at_their_neighbour():
     # Heads as large as the grid, so that nothing is lost to the rank.
     sizes = {"hidden_size": 144, "num_attention_heads": 9, "intermediate_size": 32}
     model = drawn(vit(**sizes), "structured", positions=1.0)
@@ -183,7 +180,7 @@ def test_structured_heads_look_at_their_neighbour() -> None:
             assert torch.equal(scores.argmax(dim=1)[inside], target.argmax(dim=1)[inside])
 
 
-def test_structured_positions_grow_and_values_are_those_of_mimetic() -> None:
+def test_structured_positions_grow_and_values_are_those_of_mimetic():
     before, model = vit(), drawn(vit(), "structured")
     name = "vit.embeddings.position_embeddings"
     torch.testing.assert_close(model.get_parameter(name), 18 * before.get_parameter(name))
@@ -191,21 +188,21 @@ def test_structured_positions_grow_and_values_are_those_of_mimetic() -> None:
     assert product.diagonal().mean().item() == pytest.approx(-0.4, abs=0.03)
 
 
-def test_the_range_by_width_is_that_of_another_initializer_range() -> None:
+def test_the_range_by_width_is_that_of_another_initializer_range():
     config = {"hidden_dropout_prob": 0.0}
     wide = vit(initializer_range=1 / math.sqrt(WIDTH), **config)
     for name, parameter in drawn(vit(**config), "range").named_parameters():
         torch.testing.assert_close(parameter, wide.get_parameter(name), rtol=1e-4, atol=1e-6)
 
 
-def test_a_range_has_a_factor_of_its_own_for_what_is_added() -> None:
+def test_a_range_has_a_factor_of_its_own_for_what_is_added():
     before, after = vit(), drawn(vit(), "range", factor=4.0, additive=32.0)
     factors = {"classifier.weight": 4, "vit.embeddings.position_embeddings": 128, "vit.embeddings.cls_token": 128}
     for name, factor in {**factors, "vit.layernorm.weight": 1}.items():
         torch.testing.assert_close(after.get_parameter(name), factor * before.get_parameter(name))
 
 
-def test_projections_are_found_in_every_form() -> None:
+def test_projections_are_found_in_every_form():
     swin = SwinForImageClassification(
         SwinConfig(embed_dim=16, depths=[1, 1], num_heads=[2, 4], image_size=32, window_size=4, patch_size=4)
     )
@@ -226,7 +223,7 @@ def test_projections_are_found_in_every_form() -> None:
             assert torch.equal(again.output, 2 * before)
 
 
-def test_another_seed_draws_others() -> None:
+def test_another_seed_draws_others():
     for method in ("xavier", "mimetic", "structured"):
         first, second = (layers(drawn(vit(), method, seed=seed))[0].values for seed in (0, 1))
         assert not torch.equal(first, second)
@@ -240,7 +237,7 @@ def test_another_seed_draws_others() -> None:
         ("range", "a config without initializer_range and hidden_size"),
     ],
 )
-def test_a_model_that_a_method_is_not_defined_for_is_refused(method: str, message: str) -> None:
+def test_a_model_that_a_method_is_not_defined_for_is_refused(method, message):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
     before = model[1].weight.clone()
     batch = (torch.randn(8, 3, 32, 32), torch.randint(0, 5, (8,)))
@@ -255,7 +252,7 @@ def test_a_model_that_a_method_is_not_defined_for_is_refused(method: str, messag
     assert torch.equal(model[1].weight, before)
 
 
-def test_grouped_queries_and_positions_of_no_grid_are_refused() -> None:
+def test_grouped_queries_and_positions_of_no_grid_are_refused():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
     llama, batch = text(LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)))
     with pytest.raises(ModelError, match=r"self_attn: projections of the shapes \(32, 32\), \(16, 32\)"):
@@ -265,7 +262,7 @@ def test_grouped_queries_and_positions_of_no_grid_are_refused() -> None:
         drawn(model, "structured", batch)
 
 
-def test_mimetic_says_which_positions_it_leaves(caplog: pytest.LogCaptureFixture) -> None:
+def test_mimetic_says_which_positions_it_leaves(caplog):
     model, batch = text(gpt2())
     before = model.get_parameter("transformer.wpe.weight").clone()
     drawn(model, "mimetic", batch)

@@ -1,9 +1,6 @@
 """The factors of the layers, and what they leave unchanged."""
 
-from __future__ import annotations
-
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -11,21 +8,21 @@ from torch import nn
 
 from nio_hf.baselines import METHODS
 from nio_hf.baselines.emergence import exponents
-from nio_hf.core import InitResult, NIOConfig, initialize
+from nio_hf.core import NIOConfig, initialize
 from tests import zoo
 from tests.core.cases import batches_of, case
 
 CONFIG = NIOConfig(sub_batches=2, report_batches=1)
 
 
-def run(model: nn.Module, batches: Any, loss_fn: Any, **options: Any) -> InitResult:
+def run(model, batches, loss_fn, **options):
     return initialize(model, batches, loss_fn, CONFIG, method=METHODS["emergence"], options=options)
 
 
-def chain(layers: int, bias: bool = False) -> nn.Sequential:
+def chain(layers, bias=False):
     torch.manual_seed(0)
     widths = [6, *[8] * (layers - 1), 5]
-    modules: list[nn.Module] = []
+    modules = []
     for inputs, outputs in itertools.pairwise(widths):
         modules += [nn.Linear(inputs, outputs, bias=bias), nn.ReLU()]
     return nn.Sequential(*modules[:-1])
@@ -34,7 +31,7 @@ def chain(layers: int, bias: bool = False) -> nn.Sequential:
 @pytest.mark.parametrize(
     ("layers", "expected"), [(1, [0]), (2, [-1, 1]), (3, [-1, 0, 1]), (4, [-2, -1, 1, 2]), (5, [-2, -1, 0, 1, 2])]
 )
-def test_layers_are_numbered_from_the_middle(layers: int, expected: list[int]) -> None:
+def test_layers_are_numbered_from_the_middle(layers, expected):
     assert exponents(layers) == expected
     model = chain(layers)
     result = run(model, batches_of("mlp", 1), zoo.vector_loss, alpha=1.5)
@@ -42,7 +39,7 @@ def test_layers_are_numbered_from_the_middle(layers: int, expected: list[int]) -
 
 
 @pytest.mark.parametrize("layers", [4, 5])
-def test_a_chain_without_biases_computes_the_same(layers: int) -> None:
+def test_a_chain_without_biases_computes_the_same(layers):
     model, inputs = chain(layers), zoo.vectors(8)[0]
     expected = model(inputs)
     run(model, batches_of("mlp", 1), zoo.vector_loss, alpha=2.0)
@@ -50,14 +47,14 @@ def test_a_chain_without_biases_computes_the_same(layers: int) -> None:
     assert model[0].weight.norm() < 0.51 * chain(layers)[0].weight.norm()
 
 
-def test_biases_are_left_alone() -> None:
+def test_biases_are_left_alone():
     result = run(chain(4, bias=True), batches_of("mlp", 1), zoo.vector_loss)
     biases = [omega for name, omega in result.scales.items() if name.endswith("bias")]
     assert biases == [1] * 4
     assert result.scales["0.weight"] == pytest.approx(1.1**-2)
 
 
-def test_the_block_of_a_transformer_is_a_layer() -> None:
+def test_the_block_of_a_transformer_is_a_layer():
     made = case("vit")
     result = run(made.model, batches_of("vit", 1), made.loss_fn, alpha=2.0)
     # Patch embedding, two blocks, classifier.
@@ -71,15 +68,15 @@ def test_the_block_of_a_transformer_is_a_layer() -> None:
 class Flat(nn.Module):
     """Layers that are in no block."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.one, self.two, self.three = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return self.three(torch.tanh(self.two(torch.tanh(self.one(x)))))
 
 
-def test_without_blocks_each_weight_is_a_layer() -> None:
+def test_without_blocks_each_weight_is_a_layer():
     result = run(Flat(), batches_of("mlp", 1), zoo.vector_loss, alpha=2.0)
     weights = [omega for name, omega in result.scales.items() if name.endswith("weight")]
     assert weights == pytest.approx([0.5, 1, 2])

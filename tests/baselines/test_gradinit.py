@@ -1,29 +1,26 @@
 """The gradient of the scales against plain autograd through omega, and the iterations around it."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nio_hf.baselines import METHODS, gradinit
 from nio_hf.baselines.gradinit import shared_halves
-from nio_hf.core import InitResult, NIOConfig, curvature, find_tensors, initialize
+from nio_hf.core import NIOConfig, curvature, find_tensors, initialize
 from nio_hf.core.mode import measuring
 from nio_hf.core.problem import seed_of
 from nio_hf.errors import NumericsError, StoppedError
-from tests.core.cases import Case, batches_of, case, differences, double_case, state
+from tests.core.cases import batches_of, case, differences, double_case, state
 
 CONFIG = NIOConfig(sub_batches=2, seed=3)
-BRANCHES: dict[str, dict[str, Any]] = {"objective": {"gamma_relative": None}, "constraint": {"gamma": 1e-9}}
+BRANCHES = {"objective": {"gamma_relative": None}, "constraint": {"gamma": 1e-9}}
 OUTCOMES = {"objective": "accepted", "constraint": "lower_norm"}
 ETA = 0.05
 
 
-def run(made: Case, batches: Any, config: NIOConfig = CONFIG, *, report: Any = None, **options: Any) -> InitResult:
+def run(made, batches, config=CONFIG, *, report=None, **options):
     options = {"iterations": 2, **options}
     return initialize(
         made.model, batches, made.loss_fn, config, method=METHODS["gradinit"], options=options, report=report
@@ -33,7 +30,7 @@ def run(made: Case, batches: Any, config: NIOConfig = CONFIG, *, report: Any = N
 class Oracle(nn.Module):
     """dJ/domega by one graph over the gradient, the step and the loss after it, written as plainly as possible."""
 
-    def __init__(self, made: Case, omega: Tensor) -> None:
+    def __init__(self, made, omega):
         super().__init__()
         self.model, self._loss_fn = made.model, made.loss_fn
         tensors = find_tensors(made.model)
@@ -46,14 +43,14 @@ class Oracle(nn.Module):
             n for n, weight in weights.items() if any(weight is place.parameter for place in tensors.trainable)
         ]
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch):
         returned = self._loss_fn(self.model, batch)
         return returned[0] / returned[1] if isinstance(returned, tuple) else returned
 
-    def loss(self, theta: dict[str, Tensor], batch: Any) -> Tensor:
+    def loss(self, theta, batch):
         return torch.func.functional_call(self, {f"model.{name}": t for name, t in theta.items()}, (batch,))
 
-    def gradient(self, optimizer: str, branch: str, part: Any, other: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def gradient(self, optimizer, branch, part, other):
         """(gradient of omega, value, ||g||_p)."""
         wrt = [self._theta[name] for name in self._moved]
         g = dict(
@@ -72,9 +69,7 @@ class Oracle(nn.Module):
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("name", ["mlp", "vit", "resnet", "gpt2"])
-def test_the_gradient_of_the_scales_is_that_of_the_oracle(
-    name: str, optimizer: Any, branch: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gradient_of_the_scales_is_that_of_the_oracle(name, optimizer, branch, monkeypatch):
     _compare(name, optimizer, branch, monkeypatch, 1e-10, curvature="exact")
 
 
@@ -89,9 +84,7 @@ def test_the_gradient_of_the_scales_is_that_of_the_oracle(
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_all_paths_give_the_gradient_of_the_oracle(
-    optimizer: Any, branch: str, kept: bool, settings: Any, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_paths_give_the_gradient_of_the_oracle(optimizer, branch, kept, settings, tolerance, monkeypatch):
     monkeypatch.setattr(curvature, "available_memory", lambda device: 2**40 if kept else None)
     result = _compare("vit", optimizer, branch, monkeypatch, tolerance, **settings)
     # The first product keeps nothing: it is where the path is chosen.
@@ -102,19 +95,17 @@ def test_all_paths_give_the_gradient_of_the_oracle(
     assert [record.cost for record in result.history] == [steps * 5 / 8 for steps in passes[branch]]
 
 
-def _compare(
-    name: str, optimizer: Any, branch: str, monkeypatch: pytest.MonkeyPatch, tolerance: float, **settings: Any
-) -> InitResult:
+def _compare(name, optimizer, branch, monkeypatch, tolerance, **settings):
     made, (reported, *batches) = double_case(name), batches_of(name, 3)
-    before: list[tuple[float, ...]] = []
-    found: list[Tensor] = []
+    before = []
+    found = []
 
-    def adam_step(adam: Any, by_scale: Tensor, of: str) -> Any:
+    def adam_step(adam, by_scale, of):
         assert of == branch
         found.append(by_scale.clone())
         return torch.zeros_like(by_scale), adam
 
-    def moved(scales: tuple[float, ...], changes: Any, scale_range: Any) -> tuple[float, ...]:
+    def moved(scales, changes, scale_range):
         before.append(scales)
         return tuple(torch.linspace(0.7, 1.4, len(scales), dtype=torch.float64).tolist())
 
@@ -140,7 +131,7 @@ def _compare(
 
 
 @pytest.mark.parametrize(("samples", "third"), [(2, 1), (3, 1), (8, 3), (9, 3), (64, 21)])
-def test_the_parts_share_half_of_their_samples(samples: int, third: int) -> None:
+def test_the_parts_share_half_of_their_samples(samples, third):
     part, other = shared_halves(torch.arange(samples), seed=5)
     assert len(part) == len(other) == samples - third
     assert len(set(part.tolist()) & set(other.tolist())) == samples - 2 * third
@@ -148,7 +139,7 @@ def test_the_parts_share_half_of_their_samples(samples: int, third: int) -> None
     assert samples < 8 or not torch.equal(part, shared_halves(torch.arange(samples), seed=6)[0])
 
 
-def test_the_bound_is_relative_to_the_first_norm() -> None:
+def test_the_bound_is_relative_to_the_first_norm():
     relative = run(case("mlp"), batches_of("mlp", 6), iterations=40, lr=0.03, gamma_relative=0.9)
     first = relative.history[0].grad_norm
     absolute = run(case("mlp"), batches_of("mlp", 6), iterations=40, lr=0.03, gamma=0.9 * first, gamma_relative=2.0)
@@ -158,7 +149,7 @@ def test_the_bound_is_relative_to_the_first_norm() -> None:
     assert relative.before.grad_norm < first / 2, "p is 1, not 2"
 
 
-def test_the_norm_is_lowered_above_gamma_only() -> None:
+def test_the_norm_is_lowered_above_gamma_only():
     result = run(case("mlp"), batches_of("mlp", 5), iterations=40, lr=0.03, gamma_relative=0.5)
     gamma = 0.5 * result.history[0].grad_norm
     assert {record.outcome for record in result.history} == {"lower_norm", "accepted"}
@@ -169,7 +160,7 @@ def test_the_norm_is_lowered_above_gamma_only() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_the_loss_after_a_step_falls(optimizer: Any) -> None:
+def test_the_loss_after_a_step_falls(optimizer):
     batch = batches_of("mlp", 1, samples=32)
     options = {"iterations": 60, "gamma_relative": None, "lr": 0.05, "optimizer": optimizer}
     result = run(case("mlp"), batch, report=batch, **options)
@@ -179,8 +170,8 @@ def test_the_loss_after_a_step_falls(optimizer: Any) -> None:
     assert same.scales == result.scales
 
 
-def test_it_stops_where_that_is_asked_for() -> None:
-    seen: list[Any] = []
+def test_it_stops_where_that_is_asked_for():
+    seen = []
     made = case("mlp")
     before = state(made.model)
     task = (made.model, batches_of("mlp", 12), made.loss_fn, NIOConfig(sub_batches=2, report_batches=1))
@@ -190,17 +181,17 @@ def test_it_stops_where_that_is_asked_for() -> None:
     assert differences(before, state(made.model)) == []
 
 
-def test_scales_stay_within_their_range() -> None:
+def test_scales_stay_within_their_range():
     options = {"iterations": 30, "lr": 0.5, "scale_range": [0.8, 1.25]}
     result = run(case("mlp"), batches_of("mlp", 5), **options)
     assert result.options["scale_range"] == (0.8, 1.25)
     assert {min(result.scales.values()), max(result.scales.values())} == {0.8, 1.25}
 
 
-def test_a_step_that_is_far_too_long_is_named() -> None:
+def test_a_step_that_is_far_too_long_is_named():
     made = case("mlp")
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    def loss_fn(model, batch):
         return made.loss_fn(model, batch) + model.get_parameter("0.weight").square().sum().pow(9)
 
     steep = dataclasses.replace(made, loss_fn=loss_fn)

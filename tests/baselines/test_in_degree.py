@@ -1,10 +1,8 @@
 """Sums that layers lead to, in hand-made graphs and in the models of transformers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nio_hf.baselines.in_degree import in_degrees
 from nio_hf.core.layers import layer_weights
@@ -24,7 +22,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_layers_at_the_end_of_a_branch_have_two(name: str) -> None:
+def test_layers_at_the_end_of_a_branch_have_two(name):
     made = case(name)
     weights = layer_weights(made.model, find_tensors(made.model))
     with measuring(made.model):
@@ -38,7 +36,7 @@ def test_layers_at_the_end_of_a_branch_have_two(name: str) -> None:
 class Graph(nn.Module):
     """Linear layers a to f of one width."""
 
-    def __init__(self, bias: bool) -> None:
+    def __init__(self, bias):
         super().__init__()
         for name in "abcdef":
             self.add_module(name, nn.Linear(4, 4, bias=bias))
@@ -46,14 +44,14 @@ class Graph(nn.Module):
         self.position = nn.Parameter(torch.ones(4))
         self.norm = nn.LayerNorm(4)
 
-    def degrees(self, value: Tensor) -> str:
+    def degrees(self, value):
         weights = [self.get_parameter(f"{name}.weight") for name in "abcdef"]
         return "".join(map(str, in_degrees(value.sum(), weights)))
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
-def test_hand_made_graphs(shape: tuple[int, ...], bias: bool) -> None:
+def test_hand_made_graphs(shape, bias):
     m, x = Graph(bias), torch.randn(shape)
     a, b, c, d, e = (m.get_submodule(name) for name in "abcde")
     chain = c(torch.relu(b(a(x))))
@@ -70,26 +68,26 @@ def test_hand_made_graphs(shape: tuple[int, ...], bias: bool) -> None:
     assert m.degrees(a(x) @ b(x).transpose(-1, -2)) == "111111", "a product is no sum"
 
 
-def test_a_weight_that_is_used_twice_has_the_larger_one() -> None:
+def test_a_weight_that_is_used_twice_has_the_larger_one():
     m, x = Graph(bias=True), torch.randn(3, 4)
     stem = m.get_submodule("a")(x)
     assert m.degrees(stem + m.get_submodule("a")(stem)) == "211111"
 
 
-def test_the_branch_of_an_embedding_is_a_skip_connection() -> None:
+def test_the_branch_of_an_embedding_is_a_skip_connection():
     embedding, layer = nn.Embedding(9, 4), nn.Linear(4, 4)
     tokens = embedding(torch.arange(3))
     assert in_degrees((tokens + layer(tokens)).sum(), [layer.weight]) == [2]
 
 
-def test_deep_graphs_need_no_recursion() -> None:
+def test_deep_graphs_need_no_recursion():
     layer, x = nn.Linear(4, 4), torch.randn(2, 4)
     for _ in range(3000):
         x = torch.tanh(layer(x))
     assert in_degrees(x.sum(), [layer.weight]) == [1]
 
 
-def test_attention_of_torch() -> None:
+def test_attention_of_torch():
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     stem = nn.Linear(6, 8)
     weights = {n: p for n, p in layer.named_parameters() if p.ndim > 1}

@@ -1,17 +1,14 @@
 """The variance of every layer's output afterwards, and the layers that cannot have it."""
 
-from __future__ import annotations
-
 from collections import defaultdict
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nio_hf.baselines import METHODS
 from nio_hf.baselines.lsuv import Moments
-from nio_hf.core import InitResult, NIOConfig, initialize
+from nio_hf.core import NIOConfig, initialize
 from nio_hf.core.mode import measuring
 from nio_hf.errors import NumericsError
 from tests import zoo
@@ -20,7 +17,7 @@ from tests.core.cases import batches_of, case
 CONFIG = NIOConfig(sub_batches=2)
 
 
-def conv_net() -> nn.Sequential:
+def conv_net():
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
@@ -33,18 +30,18 @@ def conv_net() -> nn.Sequential:
     )
 
 
-def image_batch(samples: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+def image_batch(samples=8, seed=0):
     batch = zoo.images(samples, seed=seed)
     return batch["pixel_values"][:, :, :12, :12], batch["labels"]
 
 
-def run(model: nn.Module, batch: Any, loss_fn: Any = zoo.vector_loss, **options: Any) -> InitResult:
+def run(model, batch, loss_fn=zoo.vector_loss, **options):
     return initialize(model, [batch], loss_fn, CONFIG, method=METHODS["lsuv"], options=options, report=[batch])
 
 
-def output_variances(model: nn.Module, batch: Any, loss_fn: Any = zoo.vector_loss) -> dict[str, float]:
+def output_variances(model, batch, loss_fn=zoo.vector_loss):
     """Variance of all that each linear and convolution module gives in one run of the model."""
-    outputs: dict[str, list[Tensor]] = defaultdict(list)
+    outputs = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             module.register_forward_hook(lambda m, inputs, y, name=name: outputs[name].append(y.detach().flatten()))
@@ -54,7 +51,7 @@ def output_variances(model: nn.Module, batch: Any, loss_fn: Any = zoo.vector_los
 
 
 @pytest.mark.parametrize("orthonormal", [True, False])
-def test_every_layer_of_an_mlp_has_unit_variance(orthonormal: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_layer_of_an_mlp_has_unit_variance(orthonormal, caplog):
     made = case("mlp")
     run(made.model, made.batch, orthonormal=orthonormal)
     variances = output_variances(made.model, made.batch)
@@ -64,7 +61,7 @@ def test_every_layer_of_an_mlp_has_unit_variance(orthonormal: bool, caplog: pyte
 
 
 @pytest.mark.parametrize("orthonormal", [True, False])
-def test_every_layer_of_a_conv_net_has_unit_variance(orthonormal: bool) -> None:
+def test_every_layer_of_a_conv_net_has_unit_variance(orthonormal):
     model, batch = conv_net(), image_batch()
     model(batch[0])
     run(model, batch, orthonormal=orthonormal)
@@ -74,7 +71,7 @@ def test_every_layer_of_a_conv_net_has_unit_variance(orthonormal: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "resnet", "convnext"])
-def test_every_layer_of_a_transformers_model_has_unit_variance(name: str) -> None:
+def test_every_layer_of_a_transformers_model_has_unit_variance(name):
     made = case(name)
     before = output_variances(made.model, made.batch, made.loss_fn)
     run(made.model, made.batch, made.loss_fn)
@@ -85,14 +82,14 @@ def test_every_layer_of_a_transformers_model_has_unit_variance(name: str) -> Non
     assert any(abs(variance - 1) > 0.5 for variance in before.values())
 
 
-def test_the_tolerance_is_that_of_the_option() -> None:
+def test_the_tolerance_is_that_of_the_option():
     made = case("vit")
     run(made.model, made.batch, made.loss_fn, tolerance=1e-4)
     variances = output_variances(made.model, made.batch, made.loss_fn)
     assert all(abs(variance - 1) < 2e-4 for variance in variances.values()), variances
 
 
-def test_weights_are_orthonormal_but_for_their_scale() -> None:
+def test_weights_are_orthonormal_but_for_their_scale():
     made = case("mlp")
     other = case("mlp")
     with torch.no_grad():
@@ -109,7 +106,7 @@ def test_weights_are_orthonormal_but_for_their_scale() -> None:
         torch.testing.assert_close(weight, other.model.get_parameter(name).detach())
 
 
-def test_without_orthonormal_weights_are_only_scaled() -> None:
+def test_without_orthonormal_weights_are_only_scaled():
     made, before = case("vit"), case("vit").model
     result = run(made.model, made.batch, made.loss_fn, orthonormal=False)
     for name, parameter in made.model.named_parameters():
@@ -121,7 +118,7 @@ def test_without_orthonormal_weights_are_only_scaled() -> None:
 class Odd(nn.Module):
     """Layers that are shared, tied, never called, blind, or dominated by their bias."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.never = nn.Linear(6, 6)
@@ -136,7 +133,7 @@ class Odd(nn.Module):
         with torch.no_grad():
             self.biased.bias.copy_(torch.tensor([4.0, -4.0, 4.0, -4.0, 4.0, -4.0]))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = torch.tanh(self.first(x))
         x = torch.tanh(self.twice(torch.tanh(self.twice(x))))
         x = torch.tanh(self.tied(x))
@@ -144,11 +141,11 @@ class Odd(nn.Module):
         return self.last(x)
 
 
-def test_odd_layers_are_scaled_together_or_left_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_odd_layers_are_scaled_together_or_left_with_a_warning(caplog):
     model, batch = Odd(), zoo.vectors(16)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     result = run(model, batch, orthonormal=False)
-    outputs: dict[str, list[Tensor]] = defaultdict(list)
+    outputs = defaultdict(list)
     for name in ("first", "twice", "tied", "last"):
         layer = "first" if name == "tied" else name
         model.get_submodule(name).register_forward_hook(lambda m, i, y, layer=layer: outputs[layer].append(y))
@@ -169,13 +166,13 @@ def test_odd_layers_are_scaled_together_or_left_with_a_warning(caplog: pytest.Lo
     assert "never.weight" in {tensor.name for tensor in result.excluded if tensor.reason == "unused"}
 
 
-def test_an_output_without_variance_is_left(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_output_without_variance_is_left(caplog):
     model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 5, bias=False))
     with torch.no_grad():
         model[0].weight.mul_(0.01)
         model[0].bias.fill_(-10.0)
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    def loss_fn(model, batch):
         # The first layer has a gradient of its own; behind the ReLU there is nothing.
         return zoo.vector_loss(model, batch) + model.get_submodule("0")(batch[0]).square().mean()
 
@@ -185,7 +182,7 @@ def test_an_output_without_variance_is_left(caplog: pytest.LogCaptureFixture) ->
     assert "2.weight has no unit variance: its output has no variance" in caplog.text
 
 
-def test_a_weight_that_is_tied_to_an_embedding_is_left() -> None:
+def test_a_weight_that_is_tied_to_an_embedding_is_left():
     made = case("gpt2")
     embedding = made.model.get_parameter("transformer.wte.weight")
     before = embedding.detach().clone()
@@ -194,11 +191,11 @@ def test_a_weight_that_is_tied_to_an_embedding_is_left() -> None:
     assert result.scales["transformer.h.0.attn.c_attn.weight"] != 1
 
 
-def test_an_infinite_output_is_named() -> None:
+def test_an_infinite_output_is_named():
     made = case("mlp")
-    calls: list[None] = []
+    calls = []
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    def loss_fn(model, batch):
         calls.append(None)
         # After the probe and one report batch of two sub-batches.
         inputs = batch[0] * (torch.inf if len(calls) > 3 else 1)
@@ -208,7 +205,7 @@ def test_an_infinite_output_is_named() -> None:
         run(made.model, made.batch, loss_fn)
 
 
-def test_micro_batches_give_the_same_weights() -> None:
+def test_micro_batches_give_the_same_weights():
     made, split = case("vit"), case("vit")
     batches = batches_of("vit", 2)
     method, report = METHODS["lsuv"], batches[:1]
@@ -219,7 +216,7 @@ def test_micro_batches_give_the_same_weights() -> None:
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
-def test_moments_of_parts_are_those_of_the_whole() -> None:
+def test_moments_of_parts_are_those_of_the_whole():
     values = torch.randn(40, 7) * 3 + 100
     moments = Moments()
     for part in values.split([1, 9, 30]):

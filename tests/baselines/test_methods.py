@@ -1,21 +1,17 @@
 """What all methods have in common: what they change, what they leave alone, what they report."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 from nio_hf.baselines import METHODS
 from nio_hf.core import InitResult, NIOConfig, expected_cost, find_tensors, grad_cosine, initialize
 from nio_hf.errors import ConfigError
 from tests.baselines.homes import OF_TRANSFORMERS, home
-from tests.core.cases import Case, batches_of, case, differences, state
+from tests.core.cases import batches_of, case, differences, state
 from tests.versions import checkpoint_activations
 
 CONFIG = NIOConfig(report_batches=2, sub_batches=2)
@@ -25,15 +21,7 @@ CHANGING = [name for name in METHODS if name != "none"]
 ANYWHERE = [name for name in CHANGING if name not in OF_TRANSFORMERS]
 
 
-def run(
-    method: str,
-    made: Case,
-    name: str | None = None,
-    batches: Any = None,
-    config: NIOConfig = CONFIG,
-    on_iteration: Any = None,
-    **options: Any,
-) -> InitResult:
+def run(method, made, name=None, batches=None, config=CONFIG, on_iteration=None, **options):
     short = {"iterations": 2, "lr": 0.05} if method == LEARNED else {}
     return initialize(
         made.model,
@@ -49,7 +37,7 @@ def run(
 @pytest.mark.parametrize(
     ("method", "name"), [(method, name) for method in METHODS for name in dict.fromkeys((home(method), "vit"))]
 )
-def test_every_method_changes_scaled_tensors_and_nothing_else(method: str, name: str) -> None:
+def test_every_method_changes_scaled_tensors_and_nothing_else(method, name):
     made = case(name)
     next(iter(made.model.children())).eval()
     made.loss_fn(made.model, made.batch)
@@ -74,7 +62,7 @@ def test_every_method_changes_scaled_tensors_and_nothing_else(method: str, name:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_does_the_same_again(method: str) -> None:
+def test_a_method_does_the_same_again(method):
     first, second = case(home(method)), case(home(method))
     run(method, first)
     torch.manual_seed(7)
@@ -86,7 +74,7 @@ def test_a_method_does_the_same_again(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_result_survives_json(method: str) -> None:
+def test_a_result_survives_json(method):
     result = run(method, case(home(method)))
     loaded = InitResult.from_dict(json.loads(json.dumps(result.to_dict())))
     for field in dataclasses.fields(InitResult):
@@ -100,7 +88,7 @@ def test_a_result_survives_json(method: str) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("method", METHODS)
-def test_an_error_in_the_middle_leaves_the_model_as_it_was(method: str, error: type[BaseException]) -> None:
+def test_an_error_in_the_middle_leaves_the_model_as_it_was(method, error):
     calls = _loss_calls(method)
     # The probe, two sub-batches of two report batches, what the method does, and the report batches again.
     for last in {1 + 4 + 1, (calls + 2) // 2, calls - 4, calls}:
@@ -112,15 +100,15 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(method: str, error: t
         assert torch.equal(generator, torch.get_rng_state())
 
 
-def test_iterations_are_reported_as_they_happen() -> None:
-    seen: list[Any] = []
+def test_iterations_are_reported_as_they_happen():
+    seen = []
     result = run(LEARNED, case("mlp"), on_iteration=seen.append)
     assert tuple(seen) == result.history
     assert [record.iteration for record in seen] == [1, 2]
     assert all(record.grad_cosine is None and record.grad_norm > 0 and record.seconds > 0 for record in seen)
 
 
-def test_what_was_learned_before_the_data_ended_is_applied() -> None:
+def test_what_was_learned_before_the_data_ended_is_applied():
     made = case("mlp")
     result = run(LEARNED, made, batches=iter(batches_of("mlp", 3)))
     assert len(result.history) == 1
@@ -128,7 +116,7 @@ def test_what_was_learned_before_the_data_ended_is_applied() -> None:
 
 
 @pytest.mark.parametrize("method", ANYWHERE)
-def test_frozen_tensors_keep_their_values(method: str) -> None:
+def test_frozen_tensors_keep_their_values(method):
     made = case("mlp")
     frozen = made.model.get_parameter("4.weight").requires_grad_(False)
     before = frozen.clone()
@@ -138,7 +126,7 @@ def test_frozen_tensors_keep_their_values(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ANYWHERE)
-def test_batch_normalisation_keeps_its_statistics(method: str) -> None:
+def test_batch_normalisation_keeps_its_statistics(method):
     made = case("resnet")
     before = state(made.model)
     result = run(method, made, "resnet")
@@ -148,7 +136,7 @@ def test_batch_normalisation_keeps_its_statistics(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", CHANGING)
-def test_activation_checkpointing_changes_nothing(method: str) -> None:
+def test_activation_checkpointing_changes_nothing(method):
     plain, checkpointed = case("vit"), case("vit")
     checkpoint_activations(checkpointed.model)
     before = state(checkpointed.model)
@@ -157,7 +145,7 @@ def test_activation_checkpointing_changes_nothing(method: str) -> None:
     assert all(key.endswith("value") for key in differences(before, state(checkpointed.model)))
 
 
-def test_records_are_named_as_they_are_asked_for() -> None:
+def test_records_are_named_as_they_are_asked_for():
     assert {name: method.name for name, method in METHODS.items()} == {name: name for name in METHODS}
     assert [method.title for method in METHODS.values()] == [
         "default initialisation",
@@ -172,7 +160,7 @@ def test_records_are_named_as_they_are_asked_for() -> None:
     ]
 
 
-def test_options_have_defaults() -> None:
+def test_options_have_defaults():
     adam = {"lr": 0.01, "iterations": 100, "scale_range": (0.01, 100.0)}
     bounds = {"gamma": None, "gamma_relative": 2.0}
     assert {name: dict(method.options) for name, method in METHODS.items()} == {
@@ -191,7 +179,7 @@ def test_options_have_defaults() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_cost_is_at_most_what_is_expected(method: str) -> None:
+def test_the_cost_is_at_most_what_is_expected(method):
     own, reports = run(method, case(home(method))).cost, 2 * 2
     options = {"iterations": 2} if method == LEARNED else None
     expected = expected_cost(CONFIG, 1, METHODS[method], options)
@@ -230,7 +218,7 @@ def test_the_cost_is_at_most_what_is_expected(method: str) -> None:
         ("structured", {"logit_norm": "7", "positions": -1.0}, ["structured.logit_norm: '7'", "positions: -1.0"]),
     ],
 )
-def test_all_options_out_of_range_are_named(method: str, options: dict[str, Any], messages: list[str]) -> None:
+def test_all_options_out_of_range_are_named(method, options, messages):
     with pytest.raises(ConfigError) as caught:
         run(method, case("mlp"), **options)
     assert len(caught.value.problems) == len(messages)
@@ -238,7 +226,7 @@ def test_all_options_out_of_range_are_named(method: str, options: dict[str, Any]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_before_is_what_the_model_measures_as_it_comes(method: str) -> None:
+def test_before_is_what_the_model_measures_as_it_comes(method):
     name = home(method)
     made = case(name)
     excluded = find_tensors(made.model).excluded
@@ -249,11 +237,11 @@ def test_before_is_what_the_model_measures_as_it_comes(method: str) -> None:
     )
 
 
-def _stopping(made: Case, last: int, error: type[BaseException]) -> Case:
+def _stopping(made, last, error):
     """The case with a loss that fails at one of its calls."""
-    seen: list[None] = []
+    seen = []
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    def loss_fn(model, batch):
         seen.append(None)
         if len(seen) == last:
             raise error("stop here")
@@ -262,10 +250,10 @@ def _stopping(made: Case, last: int, error: type[BaseException]) -> Case:
     return dataclasses.replace(made, loss_fn=loss_fn)
 
 
-def _loss_calls(method: str) -> int:
+def _loss_calls(method):
     made, seen = case(home(method)), []
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    def loss_fn(model, batch):
         seen.append(None)
         return made.loss_fn(model, batch)
 
@@ -274,7 +262,7 @@ def _loss_calls(method: str) -> int:
 
 
 @pytest.mark.parametrize("method", CHANGING)
-def test_bfloat16_measures_the_new_weights(method: str) -> None:
+def test_bfloat16_measures_the_new_weights(method):
     made, config = case("vit"), NIOConfig(report_batches=2, sub_batches=2, precision="bf16")
     result = run(method, made, "vit", config=config)
     again = run("none", made, "vit", config=config)
@@ -282,16 +270,16 @@ def test_bfloat16_measures_the_new_weights(method: str) -> None:
     assert again.before == result.after
 
 
-def test_data_that_end_before_the_iterations_are_told() -> None:
+def test_data_that_end_before_the_iterations_are_told():
     result = run(LEARNED, case("mlp"), batches=iter(batches_of("mlp", 4)), iterations=9)
     assert result.status == "applied"
     assert result.message.endswith("The data ended after 2 of 9 iterations.")
 
 
-def _with_little_memory(made: Case) -> Case:
+def _with_little_memory(made):
     """The case with a loss that has room for the gradient of four samples."""
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    def loss_fn(model, batch):
         if torch.is_grad_enabled() and len(batch["labels"]) > 4:
             raise torch.OutOfMemoryError("out of memory")
         return made.loss_fn(model, batch)
@@ -299,7 +287,7 @@ def _with_little_memory(made: Case) -> Case:
     return dataclasses.replace(made, loss_fn=loss_fn)
 
 
-def test_gradinit_computes_in_parts_where_memory_runs_out() -> None:
+def test_gradinit_computes_in_parts_where_memory_runs_out():
     expected = run("gradinit", case("vit"), "vit")
     result = run("gradinit", _with_little_memory(case("vit")), "vit")
     assert [record.micro_batch_size for record in result.history] == [3, 3]

@@ -1,7 +1,5 @@
 """Several processes: the same weights on all, and those of one process alone."""
 
-from __future__ import annotations
-
 import pytest
 
 from nio_hf.baselines import METHODS
@@ -11,7 +9,7 @@ from tests.core.cases import batches_of, case
 from tests.distributed.ranks import run_ranks
 
 
-def _weights(name: str) -> list[list[float]]:
+def _weights(name):
     model, method, config = home(name), METHODS[name], NIOConfig(report_batches=2, sub_batches=2)
     made = case(model)
     options = {"iterations": 3, "lr": 0.05} if "iterations" in method.options else {}
@@ -21,7 +19,7 @@ def _weights(name: str) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_find_the_same_weights(method: str) -> None:
+def test_two_processes_find_the_same_weights(method):
     alone = _weights(method)
     first, second = run_ranks(2, _weights, method)
     assert first == second

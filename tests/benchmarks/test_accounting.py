@@ -1,9 +1,5 @@
 """What the benchmark counts, held against what others count, and against numbers worked out by hand."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -16,10 +12,10 @@ from tests.core.cases import case
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "convnext", "gpt2"])
-def test_operations_are_those_of_the_counter_of_torch(name: str) -> None:
+def test_operations_are_those_of_the_counter_of_torch(name):
     made = case(name)
 
-    def work() -> None:
+    def work():
         grad_cosine(made.model, made.batch, made.loss_fn, sub_batches=2)
 
     with FlopCounterMode(display=False) as counter:
@@ -31,10 +27,10 @@ def test_operations_are_those_of_the_counter_of_torch(name: str) -> None:
         assert counted(work).operations == counter.get_total_flops()
 
 
-def test_a_vectorised_convolution_costs_what_the_loop_over_samples_costs() -> None:
+def test_a_vectorised_convolution_costs_what_the_loop_over_samples_costs():
     weight, images = torch.randn(8, 3, 4, 4), torch.randn(5, 1, 3, 16, 16)
 
-    def loss(weight: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    def loss(weight, image):
         return nn.functional.conv2d(image, weight, stride=4).square().sum()
 
     loop = counted(lambda: [grad(loss)(weight, image) for image in images]).operations
@@ -43,10 +39,10 @@ def test_a_vectorised_convolution_costs_what_the_loop_over_samples_costs() -> No
     assert loop == at_once == 2 * 2 * 5 * (8 * 16) * 48
 
 
-def test_the_peak_is_of_what_is_alive_at_once() -> None:
+def test_the_peak_is_of_what_is_alive_at_once():
     block = 4 * 1000
 
-    def work() -> None:
+    def work():
         first = torch.ones(1000)
         second = first.view(10, 100) + 1
         del first
@@ -57,28 +53,28 @@ def test_the_peak_is_of_what_is_alive_at_once() -> None:
     assert counted(work).peak == 2 * block
 
 
-def test_tensors_from_before_and_their_views_do_not_count() -> None:
+def test_tensors_from_before_and_their_views_do_not_count():
     given = torch.ones(1000)
     assert counted(lambda: given.view(10, 100).add_(1)).peak == 0
 
 
-def test_the_peak_is_that_of_the_allocator() -> None:
+def test_the_peak_is_that_of_the_allocator():
     layer, inputs = nn.Linear(64, 64), torch.randn(128, 64)
 
-    def work() -> Any:
+    def work():
         return torch.autograd.grad(layer(inputs).exp().sum(), list(layer.parameters()))
 
     assert counted(work).peak == allocator_bytes(work)
 
 
-def test_counting_goes_on_where_counts_are_read() -> None:
+def test_counting_goes_on_where_counts_are_read():
     with Counts() as counts:
         torch.ones(4, 4) @ torch.ones(4, 4)
         assert counts.operations == 2 * 4**3
 
 
-def test_rounds_are_interleaved() -> None:
-    order: list[str] = []
+def test_rounds_are_interleaved():
+    order = []
     works = {name: lambda name=name: order.append(name) for name in ("a", "b")}
     seconds = median_seconds(works, 2, torch.device("cpu"))
     assert order == ["a", "b"] * 2

@@ -1,7 +1,5 @@
 """The committed numbers of the image pipeline and of the recipe runs, and that both can be made again."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path
@@ -16,7 +14,7 @@ RESULTS = Path(image_pipeline.__file__).parent / "results"
 SAME_WORK = "decode, crop, resize and flip"
 
 
-def test_the_pipeline_keeps_four_fifths_of_plain_pillow() -> None:
+def test_the_pipeline_keeps_four_fifths_of_plain_pillow():
     result = json.loads((RESULTS / "image-pipeline.json").read_text())
     assert set(result["sizes"]) == set(image_pipeline.SIZES)
     for size, numbers in result["sizes"].items():
@@ -27,7 +25,7 @@ def test_the_pipeline_keeps_four_fifths_of_plain_pillow() -> None:
     assert f"keeps {small:.2f} (photos of 224 x 224) and {large:.2f} (500 x 375)" in page
 
 
-def test_both_ways_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_ways_do_the_same_work(monkeypatch):
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((50, 40, 3), np.uint8)).save(buffer, "JPEG")
     monkeypatch.setattr(image_pipeline, "BATCH_SIZE", 2)
@@ -43,7 +41,7 @@ def test_both_ways_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", recipe_runs.RUNS)
-def test_recipes_ran_on_real_images_from_end_to_end(name: str) -> None:
+def test_recipes_ran_on_real_images_from_end_to_end(name):
     result = json.loads((RESULTS / "recipe-runs" / f"{name}.json").read_text())
     run = recipe_runs.RUNS[name]
     assert result["recipe"] == run.recipe

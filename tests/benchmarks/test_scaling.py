@@ -1,7 +1,5 @@
 """The models of what several processes cost hold for what was measured, and the documents show that."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -16,7 +14,7 @@ README = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['processes']}-{row['sub_batches']}-{row['path']}")
-def test_communication_and_arithmetic_are_as_modelled(row: dict[str, int]) -> None:
+def test_communication_and_arithmetic_are_as_modelled(row):
     processes, sub_batches = row["processes"], row["sub_batches"]
     gradient_numbers, scaled_tensors = row["gradient_numbers"], row["scaled_tensors"]
     expected = bytes_summed(str(row["path"]), gradient_numbers, scaled_tensors, sub_batches, processes)
@@ -26,7 +24,7 @@ def test_communication_and_arithmetic_are_as_modelled(row: dict[str, int]) -> No
 
 
 @pytest.mark.parametrize(("fitted", "paths"), [("exact", {"exact", "exact_kept"}), (FIRST_PASS, {FIRST_PASS})])
-def test_memory_grows_with_the_samples_held_at_once_as_the_document_says(fitted: str, paths: set[str]) -> None:
+def test_memory_grows_with_the_samples_held_at_once_as_the_document_says(fitted, paths):
     own = [row for row in ROWS if row["path"] == fitted]
     samples = [samples_at_once(BATCH_SIZE, row["sub_batches"], row["processes"], row["path"]) for row in own]
     slope, fixed = np.polyfit(samples, [row["peak_bytes"] / row["parameter_bytes"] for row in own], 1)
@@ -37,5 +35,5 @@ def test_memory_grows_with_the_samples_held_at_once_as_the_document_says(fitted:
         assert 0.97 < ratio < 1.11
 
 
-def test_the_table_of_the_document_is_what_was_measured() -> None:
+def test_the_table_of_the_document_is_what_was_measured():
     assert table(ROWS) in README

@@ -1,12 +1,9 @@
 """The study of warmup: its parts in miniature, and that the pages say what the results say."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +12,7 @@ import torch
 
 from benchmarks.warmup_free import images, lab, search, study, tables, texts
 from benchmarks.warmup_free.images import GROUPS, ImageTask
-from benchmarks.warmup_free.lab import ARMS, RESULTS, Run, Task
+from benchmarks.warmup_free.lab import ARMS, RESULTS, Run
 from benchmarks.warmup_free.study import Part
 from benchmarks.warmup_free.texts import MODELS, TextTask
 
@@ -24,7 +21,7 @@ BLOCKS = torch.arange(512 * texts.BLOCK).view(512, texts.BLOCK) % 97
 """Text of which each byte follows from the one before."""
 
 
-def test_the_page_says_what_the_first_results_say() -> None:
+def test_the_page_says_what_the_first_results_say():
     page = (FOLDER / "README.md").read_text()
     reports = [file.read_text() for file in RESULTS.glob("*/comparison.md")]
     tables = [block for report in reports for block in report.split("\n\n") if "| verdict |" in block]
@@ -32,12 +29,12 @@ def test_the_page_says_what_the_first_results_say() -> None:
     assert [table for table in tables if table.strip() not in page] == []
 
 
-def test_the_page_says_what_the_runs_say() -> None:
+def test_the_page_says_what_the_runs_say():
     page = (FOLDER / "README.md").read_text()
     assert [block for block in tables.blocks() if block not in page] == []
 
 
-def test_the_readme_says_what_the_runs_say() -> None:
+def test_the_readme_says_what_the_runs_say():
     readme = (FOLDER.parents[1] / "README.md").read_text()
     head = "| NIO minus | points |\n|---|---|\n"
     rows = readme.partition(head)[2].partition("\n\n")[0].splitlines()
@@ -46,12 +43,12 @@ def test_the_readme_says_what_the_runs_say() -> None:
     assert [row for row in rows if f"\n{row.removesuffix('|')}" not in of_study] == []
 
 
-def _digits(steps: int) -> ImageTask:
+def _digits(steps):
     return ImageTask("digits", "digits", steps=steps, depth=2, pixels=8)
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny(tmp_path, monkeypatch):
     """A study of the digits, with results of its own."""
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr(study, "LOCKS", tmp_path / "locks")
@@ -65,7 +62,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _write(folder: Path, part: str, rows: Iterable[tuple[str, float, int, float]]) -> None:
+def _write(folder, part, rows):
     """Lines of (arm, learning rate, seed, accuracy)."""
     with (folder / f"{part}.jsonl").open("a") as file:
         for arm, rate, seed, accuracy in rows:
@@ -76,7 +73,7 @@ def _write(folder: Path, part: str, rows: Iterable[tuple[str, float, int, float]
 FALLING = ((5e-4, 3.0), (1e-3, 2.0), (2e-3, 1.0))
 
 
-def test_the_grid_goes_on_while_the_best_rate_is_at_an_end(tiny: Path) -> None:
+def test_the_grid_goes_on_while_the_best_rate_is_at_an_end(tiny):
     lines = [("x4", rate, seed, accuracy) for seed in (0, 1) for rate, accuracy in FALLING]
     _write(tiny, "rivals-vit", lines[:-1])
     assert study.grid("rivals-vit", "x4", study.rows("rivals-vit")) == ([5e-4, 1e-3, 2e-3], None)
@@ -87,7 +84,7 @@ def test_the_grid_goes_on_while_the_best_rate_is_at_an_end(tiny: Path) -> None:
     assert study.grid("rivals-vit", "nio", study.rows("rivals-vit"))[1] is None
 
 
-def test_a_part_may_keep_its_rates_or_have_those_of_another(tiny: Path) -> None:
+def test_a_part_may_keep_its_rates_or_have_those_of_another(tiny):
     _write(tiny, "fixed", [("x4", rate, 0, accuracy) for rate, accuracy in FALLING])
     assert study.grid("fixed", "x4", study.rows("fixed")) == ([5e-4, 1e-3, 2e-3], 5e-4)
     assert study.grid("long", "x4", study.rows("long")) == ([], None)
@@ -98,10 +95,10 @@ def test_a_part_may_keep_its_rates_or_have_those_of_another(tiny: Path) -> None:
     assert [job.name.count("published") for job in study.held_jobs("long")] == [1]
 
 
-def test_a_part_is_carried_out_once_and_goes_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Run] = []
+def test_a_part_is_carried_out_once_and_goes_on(tiny, monkeypatch):
+    made = []
 
-    def carry_out(run: Run, task: Task, data: Path) -> lab.Row:
+    def carry_out(run, task, data):
         made.append(run)
         if len(made) == 4:
             raise KeyboardInterrupt
@@ -118,7 +115,7 @@ def test_a_part_is_carried_out_once_and_goes_on(tiny: Path, monkeypatch: pytest.
     assert len((tiny / "rivals-vit.jsonl").read_text().splitlines()) == len(made)
 
 
-def test_seeds_that_judge_have_chosen_nothing() -> None:
+def test_seeds_that_judge_have_chosen_nothing():
     for name, part in study.HELD.items():
         chosen = part.choosing if part.rates_of is None else study.HELD[part.rates_of].choosing
         assert not set(part.judging) & {*chosen, *study.CHOOSING}, name
@@ -138,7 +135,7 @@ DISTINCT_ARMS = ("x4", "positions8", "mimetic", "lsuv", "gi_adam", "muon", "sche
         if name not in ("searched", "structured", "published")
     ],
 )
-def test_every_arm_trains_and_pays_its_initialisation(arm: str, tiny: Path) -> None:
+def test_every_arm_trains_and_pays_its_initialisation(arm, tiny):
     row = lab.carry_out(Run("vit", arm, 1e-3, 3, choosing=False), _digits(40), Path())
     assert row["steps"] + np.ceil(row["cost"]) == 40
     looks_at_data = ARMS[arm].seeded or any(method in ("nio", "lsuv") for method, _ in ARMS[arm].draws)
@@ -151,7 +148,7 @@ def test_every_arm_trains_and_pays_its_initialisation(arm: str, tiny: Path) -> N
 @pytest.mark.parametrize(
     ("model", "arm"), [("gpt2", "class"), ("llama", "residual"), ("bert", "residual"), ("bert", "nio_seeded")]
 )
-def test_text_trains_too(model: str, arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_trains_too(model, arm, monkeypatch):
     monkeypatch.setattr(texts, "load_blocks", lambda: tuple(BLOCKS.split([448, 64])))
     monkeypatch.setattr(texts, "CHOOSING_BLOCKS", 64)
     row = lab.carry_out(Run(model, arm, 2e-3, 3, choosing=False), TextTask(model, steps=20), Path())
@@ -164,7 +161,7 @@ def test_text_trains_too(model: str, arm: str, monkeypatch: pytest.MonkeyPatch) 
     assert by_block.astype(float).mean() == pytest.approx(row["loss"], rel=0.05 if model == "bert" else 1e-3)
 
 
-def test_a_text_training_that_fails_counts_as_guessing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_training_that_fails_counts_as_guessing(monkeypatch):
     monkeypatch.setattr(texts, "load_blocks", lambda: tuple(BLOCKS.split([448, 64])))
     task = TextTask("gpt2", steps=4)
     monkeypatch.setattr(TextTask, "loss", lambda self, model, batch: model(**batch).loss * math.nan)
@@ -173,7 +170,7 @@ def test_a_text_training_that_fails_counts_as_guessing(monkeypatch: pytest.Monke
     assert row["loss"] == pytest.approx(math.log(texts.TOKENS), abs=1e-4)
 
 
-def test_residual_projections_are_scaled_as_gpt2_scales_them() -> None:
+def test_residual_projections_are_scaled_as_gpt2_scales_them():
     for name in MODELS:
         model, other = (TextTask(name).build(0) for _ in range(2))
         lab.scale_residual_projections(model)
@@ -184,7 +181,7 @@ def test_residual_projections_are_scaled_as_gpt2_scales_them() -> None:
         assert [found[key] for key in scaled] == pytest.approx([1 / math.sqrt(2 * texts.LAYERS)] * len(scaled))
 
 
-def test_the_whole_study_in_miniature(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_study_in_miniature(tiny, monkeypatch):
     """Search, choice and judgement, then tables and picture, on the digits with few steps."""
     arms = ("nio", "warmup10", "x4", "searched", "nio_warmup10")
     parts = {"rivals-vit": Part(_digits(14), arms, (1300, 1301), choosing=(0,), extends=False)}
@@ -224,7 +221,7 @@ def test_the_whole_study_in_miniature(tiny: Path, monkeypatch: pytest.MonkeyPatc
     assert (tiny / "rivals.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_tables_of_longer_trainings_and_of_races(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_of_longer_trainings_and_of_races(tiny, monkeypatch):
     arms, judging = ("nio", "x4", "class"), (1400, 1401, 1402)
     parts = {
         "rivals-vit": Part(_digits(500), arms, judging, extends=False),
@@ -260,20 +257,20 @@ def test_tables_of_longer_trainings_and_of_races(tiny: Path, monkeypatch: pytest
     assert (tiny / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_seeding_and_warmup_change_the_first_steps_only_where_asked_for() -> None:
+def test_seeding_and_warmup_change_the_first_steps_only_where_asked_for():
     share = lab._schedule(ARMS["warmup10"])
     assert [share(step, 100) for step in (0, 5, 10)] == [0.0, 0.5, 1.0]
     assert lab._schedule(ARMS["class"])(0, 100) == 1.0
     assert lab._schedule(ARMS["schedule_free"])(99, 100) == 1.0
 
 
-def test_a_direct_search_climbs_to_the_top() -> None:
+def test_a_direct_search_climbs_to_the_top():
     best = dict.fromkeys(GROUPS["vit"], 2.0) | {"positions": 7.0, "value": 3.0}
 
-    def accuracy(exponents: search.Exponents) -> float:
+    def accuracy(exponents):
         return 50 - sum(abs(best[group] - exponent) for group, exponent in exponents)
 
-    known: dict[search.Exponents, list[float]] = {}
+    known = {}
     while (found := search.replay("vit", known, 2)).missing is not None:
         known[found.missing] = [accuracy(found.missing)] * 2
     assert dict(found.best) == best
@@ -282,7 +279,7 @@ def test_a_direct_search_climbs_to_the_top() -> None:
     assert search.replay("vit", known, 2).missing == found.best
 
 
-def test_what_a_search_has_found_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_search_has_found_is_written_once(tmp_path, monkeypatch):
     """Workers that find it kept leave it alone: two that write at once would be in each other's way."""
     monkeypatch.setattr(search, "SEARCHED", tmp_path / "searched.json")
     search.save("vit", (("positions", 3.0),))
@@ -291,7 +288,7 @@ def test_what_a_search_has_found_is_written_once(tmp_path: Path, monkeypatch: py
     assert json.loads((tmp_path / "searched.json").read_text()) == {"vit": {"positions": 8.0}}
 
 
-def test_the_scales_of_the_search_are_those_that_are_trained(tiny: Path) -> None:
+def test_the_scales_of_the_search_are_those_that_are_trained(tiny):
     task, exponents = _digits(4), dict.fromkeys(GROUPS["digits"], 1.0)
     plain = lab.carry_out_scaled(task, dict.fromkeys(exponents, 0.0), 1e-3, 0, Path())
     doubled = lab.carry_out_scaled(task, exponents, 1e-3, 0, Path())
@@ -299,7 +296,7 @@ def test_the_scales_of_the_search_are_those_that_are_trained(tiny: Path) -> None
     assert plain == lab.carry_out_scaled(task, dict.fromkeys(exponents, 0.0), 1e-3, 0, Path())
 
 
-def test_an_augmented_batch_is_drawn_from_its_generator_and_looks_like_its_images() -> None:
+def test_an_augmented_batch_is_drawn_from_its_generator_and_looks_like_its_images():
     pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(16) % 10
     augment = images.Augmentation()
@@ -312,6 +309,6 @@ def test_an_augmented_batch_is_drawn_from_its_generator_and_looks_like_its_image
     assert pixels.dtype == torch.uint8
 
 
-def test_which_images_are_right_survives_packing() -> None:
+def test_which_images_are_right_survives_packing():
     right = torch.rand(1003, generator=torch.Generator().manual_seed(0)) < 0.4
     assert (images.unpacked(images.packed(right), 1003) == right.numpy()).all()

@@ -1,7 +1,5 @@
 """The `nio-hf` command: arguments and imports."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
@@ -18,12 +16,10 @@ RUNNER = CliRunner()
 
 
 @pytest.mark.parametrize(("command", "action"), [("train", train_recipe), ("init", initialise)])
-def test_commands_pass_the_recipe_and_its_overrides_on(
-    command: str, action: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_pass_the_recipe_and_its_overrides_on(command, action, monkeypatch):
     calls = []
 
-    def run_recipe(*call: object) -> int:
+    def run_recipe(*call):
         calls.append(call)
         return 3
 
@@ -35,7 +31,7 @@ def test_commands_pass_the_recipe_and_its_overrides_on(
     assert calls == [(action, options), (action, ["--seed", "1"]), (action, [])]
 
 
-def test_init_on_the_cpu_is_an_override_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_on_the_cpu_is_an_override_like_any_other(monkeypatch):
     calls = []
     monkeypatch.setattr("nio_hf.train.run_recipe", lambda *call: calls.append(call) or 0)
     for device in ("cpu", "auto"):
@@ -43,7 +39,7 @@ def test_init_on_the_cpu_is_an_override_like_any_other(monkeypatch: pytest.Monke
     assert [options for _, options in calls] == [["--seed", "1", "--use_cpu", "true"], ["--seed", "1"]]
 
 
-def test_help_and_version() -> None:
+def test_help_and_version():
     text = RUNNER.invoke(app, ["--help"]).output
     commands = ("train", "init", "validate", "inspect", "report", "push", "compare", "tune", "recipes")
     assert all(command in text for command in commands)
@@ -55,14 +51,14 @@ def test_help_and_version() -> None:
     assert "auto" in refused.output
 
 
-def test_the_command_line_loads_no_torch_before_it_is_needed() -> None:
+def test_the_command_line_loads_no_torch_before_it_is_needed():
     code = "import sys, nio_hf.cli.main as m; sys.argv[1:] = ['recipes']; m.app(standalone_mode=False);"
     code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.split()[-2:] == ["False", "False"]
 
 
-def test_the_installed_program_is_this_one() -> None:
+def test_the_installed_program_is_this_one():
     program = sys.executable.replace("python", "nio-hf") if sys.executable.endswith("python") else None
     if program is None:
         pytest.skip("the interpreter is not called python, so its scripts folder is not known")

@@ -1,9 +1,5 @@
 """`nio-hf recipes`: list, show and copy."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -16,7 +12,7 @@ RUNNER = CliRunner()
 NAME = "vit-base/imagenet-1k/nio"
 
 
-def test_every_recipe_is_listed_with_what_it_is() -> None:
+def test_every_recipe_is_listed_with_what_it_is():
     shown = RUNNER.invoke(app, ["recipes"], env={"COLUMNS": "200"}).output
     for name in recipe_names():
         assert any(line.split()[0] == name and describe(name) in line for line in shown.splitlines() if line.strip()), (
@@ -27,15 +23,13 @@ def test_every_recipe_is_listed_with_what_it_is() -> None:
     assert config == find_accelerate_config("multi_gpu").read_text()
 
 
-def test_a_recipe_is_shown_as_it_is_and_with_the_settings_of_its_base() -> None:
+def test_a_recipe_is_shown_as_it_is_and_with_the_settings_of_its_base():
     assert RUNNER.invoke(app, ["recipes", "show", NAME]).output == find_recipe(NAME).read_text()
     resolved = yaml.safe_load(RUNNER.invoke(app, ["recipes", "show", NAME, "--resolved"]).output)
     assert resolved == {key: setting.value for key, setting in read_layers(find_recipe(NAME)).items()}
 
 
-def test_a_copy_goes_where_it_is_told_and_replaces_nothing_unasked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_goes_where_it_is_told_and_replaces_nothing_unasked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = RUNNER.invoke(app, ["recipes", "copy", NAME])
     assert shown.output == "Copied to vit-base-imagenet-1k-nio.yaml\n"
@@ -61,9 +55,7 @@ def test_a_copy_goes_where_it_is_told_and_replaces_nothing_unasked(
         (["copy", NAME, "missing/folder/x.yaml"], 1, "Give a file that you can write"),
     ],
 )
-def test_what_cannot_be_shown_or_copied_is_a_message(
-    arguments: list[str], status: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_shown_or_copied_is_a_message(arguments, status, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = RUNNER.invoke(app, ["recipes", *arguments])
     assert shown.exit_code == status

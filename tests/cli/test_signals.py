@@ -1,13 +1,10 @@
 """SIGTERM and Ctrl-C reach a training through the launcher, and its exit status comes back."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
@@ -30,20 +27,20 @@ SETTINGS = {
 LAUNCHES = {"alone": [], "launched": ["--config_file", "multi_cpu"]}
 
 
-def _command(output_dir: Path, how: str, **changes: str) -> list[str]:
+def _command(output_dir, how, **changes):
     settings = {**SETTINGS, **changes, "output_dir": str(output_dir)}
     return [*COMMAND, *LAUNCHES[how], *(part for key, value in settings.items() for part in (f"--{key}", value))]
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _run(command):
     return subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=240)
 
 
-def _environment() -> dict[str, str]:
+def _environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
 
 
-def _stopped_after_a_step(command: list[str], number: int) -> tuple[int, str]:
+def _stopped_after_a_step(command, number):
     """Send a signal to a command after its first logged step; return its status and its output."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment(), start_new_session=True
@@ -63,7 +60,7 @@ def _stopped_after_a_step(command: list[str], number: int) -> tuple[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["alone", pytest.param("launched", marks=resumes_in_several_processes)])
-def test_sigterm_saves_and_the_same_command_goes_on(how: str, tmp_path: Path) -> None:
+def test_sigterm_saves_and_the_same_command_goes_on(how, tmp_path):
     whole = _run(_command(tmp_path / "whole", how))
     assert whole.returncode == 0, whole.stdout + whole.stderr
     command = _command(tmp_path / "stopped", how)
@@ -80,14 +77,14 @@ def test_sigterm_saves_and_the_same_command_goes_on(how: str, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["alone", "launched"])
-def test_an_interrupt_ends_all_processes_and_says_how_to_go_on(how: str, tmp_path: Path) -> None:
+def test_an_interrupt_ends_all_processes_and_says_how_to_go_on(how, tmp_path):
     status, output = _stopped_after_a_step(_command(tmp_path, how), signal.SIGINT)
     assert status == 130, output
     assert "--resume_from_checkpoint auto goes on" in output
 
 
 @pytest.mark.slow
-def test_a_training_that_is_finished_says_so(tmp_path: Path) -> None:
+def test_a_training_that_is_finished_says_so(tmp_path):
     command = _command(tmp_path, "alone", max_steps="2", save_steps="2")
     assert _run(command).returncode == 0
     before = load_file(tmp_path / "model.safetensors")
@@ -99,7 +96,7 @@ def test_a_training_that_is_finished_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_initialisation_that_was_stopped_goes_on(tmp_path: Path) -> None:
+def test_an_initialisation_that_was_stopped_goes_on(tmp_path):
     command = [part if part != "train" else "init" for part in _command(tmp_path, "alone")]
     finished = _run([*command, "--device", "cpu"])
     assert finished.returncode == 0, finished.stderr

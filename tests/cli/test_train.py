@@ -1,12 +1,9 @@
 """Launch options of `nio-hf train`, and a training in two processes that equals the one in one process."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,10 +20,10 @@ from tests.trainer.toys import load_state
 RUNNER = CliRunner()
 
 
-def test_launch_options_wrap_accelerate_launch_and_all_else_is_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_options_wrap_accelerate_launch_and_all_else_is_the_recipes(monkeypatch):
     calls = []
 
-    def recorded(*call: object) -> int:
+    def recorded(*call):
         calls.append(call)
         return 7
 
@@ -40,7 +37,7 @@ def test_launch_options_wrap_accelerate_launch_and_all_else_is_the_recipes(monke
     assert calls[1] == ({"machine_rank": "1"}, ["vit-tiny/digits/nio"])
 
 
-def test_the_command_line_keeps_the_options_of_both_apart() -> None:
+def test_the_command_line_keeps_the_options_of_both_apart():
     command = launch_command({"config_file": "cpu", "num_machines": "2"}, ["a.yaml", "--num_processes_of_mine", "1"])
     config = str(recipes_dir() / "accelerate_configs" / "cpu.yaml")
     assert command[1:] == [
@@ -51,14 +48,14 @@ def test_the_command_line_keeps_the_options_of_both_apart() -> None:
         launch_command({"config_file": "gpus"}, [])
 
 
-def test_the_exit_status_is_that_of_the_training(tmp_path: Path) -> None:
+def test_the_exit_status_is_that_of_the_training(tmp_path):
     options = ["--train_split", "nothing", "--output_dir", str(tmp_path)]
     assert launch({"config_file": "cpu"}, ["vit-tiny/digits/nio", *options]) == 1
     with pytest.raises(RecipeError, match=r"Did you mean 'seed'\?"):
         launch({"config_file": "cpu"}, ["vit-tiny/digits/nio", "--sede", "1"])
 
 
-def test_several_processes_without_gpus_or_a_configuration_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_without_gpus_or_a_configuration_are_refused(monkeypatch):
     # accelerate would run one process, and say nothing.
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     monkeypatch.setattr("nio_hf.launch.default_config_file", "nowhere.yaml")
@@ -68,7 +65,7 @@ def test_several_processes_without_gpus_or_a_configuration_are_refused(monkeypat
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def runs(tmp_path_factory):
     """The output of the same training in one and in two processes."""
     folder = tmp_path_factory.mktemp("runs")
     # 48 samples: shares of 4 come out even, so that no process is given some of them again.
@@ -91,7 +88,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_weights_that_one_process_trains(runs: dict[int, Path]) -> None:
+def test_two_processes_train_the_weights_that_one_process_trains(runs):
     states = {processes: json.loads((path / "trainer_state.json").read_text()) for processes, path in runs.items()}
     losses = {n: [entry["loss"] for entry in state["log_history"] if "loss" in entry] for n, state in states.items()}
     assert losses[2] == pytest.approx(losses[1], rel=1e-4)
@@ -106,14 +103,14 @@ def test_two_processes_train_the_weights_that_one_process_trains(runs: dict[int,
 
 
 @pytest.mark.slow
-def test_two_processes_really_ran_and_reported_once(runs: dict[int, Path]) -> None:
+def test_two_processes_really_ran_and_reported_once(runs):
     accumulated = {n: torch.load(path / "training_args.bin", weights_only=False) for n, path in runs.items()}
     assert {n: arguments.gradient_accumulation_steps for n, arguments in accumulated.items()} == {1: 4, 2: 2}
     assert (runs[2] / "shown.txt").read_text().count("Trained model: ") == 1
 
 
 @pytest.mark.slow
-def test_evaluation_counts_every_image_once(runs: dict[int, Path]) -> None:
+def test_evaluation_counts_every_image_once(runs):
     results = [json.loads((path / "all_results.json").read_text()) for path in runs.values()]
     assert results[1]["eval_accuracy"] == pytest.approx(results[0]["eval_accuracy"], abs=0.03)
     assert results[1]["eval_loss"] == pytest.approx(results[0]["eval_loss"], rel=1e-4)

@@ -1,16 +1,11 @@
 """Adapters of PEFT. NIO refuses them, so that they are trained without it."""
 
-from __future__ import annotations
-
 import json
 import warnings
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-from tests.compat.sides import Nio, Side, behaviour
+from tests.compat.sides import Nio, behaviour
 from tests.compat.toys import Scores, StopAt, bert, checkpoints, files, outcome, weights
 
 try:
@@ -18,7 +13,7 @@ try:
 except ImportError:
     peft = None
 
-BEST: dict[str, Any] = {
+BEST = {
     "save_strategy": "steps",
     "save_steps": 2,
     "eval_strategy": "steps",
@@ -29,7 +24,7 @@ BEST: dict[str, Any] = {
 }
 
 
-def _adapted(*names: str, **settings: Any) -> Any:
+def _adapted(*names, **settings):
     """A model with an adapter of each name, the first of them active."""
     config = peft.LoraConfig(
         r=2, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False, lora_dropout=0.1, **settings
@@ -43,11 +38,11 @@ def _adapted(*names: str, **settings: Any) -> Any:
     return model
 
 
-def _trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def _trained_weights(model):
     return {name: tensor for name, tensor in weights(model).items() if "lora" in name or "modules_to_save" in name}
 
 
-ADAPTERS: dict[str, tuple[str, ...]] = {
+ADAPTERS = {
     "default": ("default",),
     "another name": ("mine",),
     "several": ("default", "second"),
@@ -57,7 +52,7 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
 if peft is not None:
 
     @behaviour(nio=Nio.NOT_RUN, cases=ADAPTERS)
-    def adapters_are_trained(side: Side, folder: Path, names: tuple[str, ...]) -> Any:
+    def adapters_are_trained(side, folder, names):
         """The weights of a training of adapters, and the files of its checkpoints and its model."""
         model = _adapted(*names)
         trainer = side.trained(folder, model=model, save_strategy="steps", save_steps=3)
@@ -67,7 +62,7 @@ if peft is not None:
     RESUMES = {f"{name}, {by}": (names, by) for name, names in ADAPTERS.items() for by in ("true", "path")}
 
     @behaviour(nio=Nio.NOT_RUN, cases=RESUMES)
-    def adapters_are_resumed(side: Side, folder: Path, case: tuple[tuple[str, ...], str]) -> Any:
+    def adapters_are_resumed(side, folder, case):
         """The resume of a training of adapters, and whether the active one ends as without interruption."""
         names, last = case
         whole = _trained_weights(side.trained(folder / "whole", model=_adapted(*names)).model)
@@ -78,14 +73,14 @@ if peft is not None:
         return [outcome(trainer), {name: torch.equal(whole[name], after[name]) for name in whole}]
 
     @behaviour(nio=Nio.NOT_RUN, cases=ADAPTERS)
-    def best_adapters(side: Side, folder: Path, names: tuple[str, ...]) -> Any:
+    def best_adapters(side, folder, names):
         """The adapters after the best of them should be loaded."""
         scores = Scores(0.9, 0.1, 0.2)
         trainer = side.trained(folder, model=_adapted(*names), compute_metrics=scores, **BEST)
         return [outcome(trainer), trainer.state.best_global_step]
 
     @behaviour(nio=Nio.NOT_RUN)
-    def adapter_beside_a_trained_module(side: Side, folder: Path) -> Any:
+    def adapter_beside_a_trained_module(side, folder):
         """A resume with an adapter and a module that is trained whole."""
         settings = {"modules_to_save": ["classifier"]}
         changes = {"save_strategy": "steps", "save_steps": 4}
@@ -95,7 +90,7 @@ if peft is not None:
         return outcome(trainer)
 
     @behaviour(nio=Nio.NOT_RUN)
-    def card_of_an_adapter(side: Side, folder: Path) -> Any:
+    def card_of_an_adapter(side, folder):
         """An adapter is saved with its configuration and with a card."""
         trainer = side.trained(folder, model=_adapted("default"))
         trainer.save_model()

@@ -1,19 +1,15 @@
 """Arguments of every kind, and what becomes of them."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses
 import json
 import pickle
-from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
-from tests.compat.sides import Nio, Side, behaviour
+from tests.compat.sides import Nio, behaviour
 from tests.compat.toys import Prose, Texts, checkpoints, history, outcome, t5
 
 MANY = 400
@@ -36,28 +32,28 @@ class OwnArguments(TrainingArguments):
 class CheckedArguments(OwnArguments):
     """Arguments that check what they are given."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         super().__post_init__()
         self.doubled = 2 * self.temperature
 
 
-QUIET: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
 
 
-def _plain_arguments(folder: Path, arguments_class: Any = TrainingArguments, **changes: Any) -> Any:
-    settings: dict[str, Any] = {"max_steps": 4, "logging_steps": 1, **QUIET, **changes}
+def _plain_arguments(folder, arguments_class=TrainingArguments, **changes):
+    settings = {"max_steps": 4, "logging_steps": 1, **QUIET, **changes}
     return arguments_class(output_dir=str(folder), **settings)
 
 
 @behaviour()
-def arguments_of_trainer(side: Side, folder: Path) -> Any:
+def arguments_of_trainer(side, folder):
     """TrainingArguments themselves will do."""
     trainer = side.trained(folder, args=_plain_arguments(folder), train_dataset=Texts(MANY))
     return [isinstance(trainer.args, TrainingArguments), trainer.state.global_step, len(history(trainer))]
 
 
 @behaviour()
-def arguments_are_the_script_s_own(side: Side, folder: Path) -> Any:
+def arguments_are_the_script_s_own(side, folder):
     """What a script sets on its own object later is honoured."""
     args = _plain_arguments(folder)
     trainer = side.trainer(folder, args=args, train_dataset=Texts(MANY))
@@ -70,7 +66,7 @@ def arguments_are_the_script_s_own(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def arguments_of_the_trainer_are_those_of_the_script(side: Side, folder: Path) -> Any:
+def arguments_of_the_trainer_are_those_of_the_script(side, folder):
     """What is set on `trainer.args` is seen by the script, and the other way round."""
     args = _plain_arguments(folder)
     trainer = side.trainer(folder, args=args, train_dataset=Texts(MANY))
@@ -80,7 +76,7 @@ def arguments_of_the_trainer_are_those_of_the_script(side: Side, folder: Path) -
 
 
 @behaviour(nio=Nio.SAME)
-def arguments_are_not_changed(side: Side, folder: Path) -> Any:
+def arguments_are_not_changed(side, folder):
     """Two Trainers of one object of arguments begin with the same ones."""
     args = side.arguments(folder, max_steps=2)
     before = args.to_dict()
@@ -92,7 +88,7 @@ def arguments_are_not_changed(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def arguments_are_set_between_trainings(side: Side, folder: Path) -> Any:
+def arguments_are_set_between_trainings(side, folder):
     """What is set between Trainer and training, and between two trainings, is honoured."""
     trainer = side.trainer(folder)
     trainer.args.max_steps = 2
@@ -104,7 +100,7 @@ def arguments_are_set_between_trainings(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def no_arguments(side: Side, folder: Path) -> Any:
+def no_arguments(side, folder):
     """Without arguments the Trainer writes into `tmp_trainer`."""
     with contextlib.chdir(folder):
         trainer = side.Trainer(model=t5(), train_dataset=Prose(4))
@@ -113,7 +109,7 @@ def no_arguments(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME, cases={"own": OwnArguments, "checked": CheckedArguments})
-def own_arguments(side: Side, folder: Path, own: type[Any]) -> Any:
+def own_arguments(side, folder, own):
     """Arguments of the user's, with NIO's beside them, keep their fields and their defaults."""
     settings = {"nio": False} if side.settings else {}
     args = side.with_nio(own)(output_dir=str(folder), words=["three"], **settings)
@@ -122,7 +118,7 @@ def own_arguments(side: Side, folder: Path, own: type[Any]) -> Any:
 
 
 @behaviour(cases={"own": OwnArguments, "checked": CheckedArguments})
-def own_arguments_without_those_of_nio(side: Side, folder: Path, own: type[Any]) -> Any:
+def own_arguments_without_those_of_nio(side, folder, own):
     """Arguments of the user's, as they are, keep their fields and their defaults."""
     args = _plain_arguments(folder, own, logging_steps=2)
     trainer = side.trained(folder, args=args, train_dataset=Texts(MANY))
@@ -131,7 +127,7 @@ def own_arguments_without_those_of_nio(side: Side, folder: Path, own: type[Any])
 
 
 @behaviour(nio=Nio.SAME, cases={"of the side": False, "of the user": True})
-def arguments_are_read_back(side: Side, folder: Path, own: bool) -> Any:
+def arguments_are_read_back(side, folder, own):
     """`training_args.bin` has the arguments of the training."""
     args = _plain_arguments(folder, OwnArguments) if own else side.arguments(folder)
     trainer = side.trainer(folder, args=args, train_dataset=Texts(MANY))
@@ -143,7 +139,7 @@ def arguments_are_read_back(side: Side, folder: Path, own: bool) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def arguments_are_read_back_by_trainer(side: Side, folder: Path) -> Any:
+def arguments_are_read_back_by_trainer(side, folder):
     """Trainer itself trains with the arguments that `training_args.bin` has."""
     side.trained(folder, max_steps=2, save_strategy="steps")
     read = torch.load(folder / "checkpoint-2" / "training_args.bin", weights_only=False)
@@ -153,7 +149,7 @@ def arguments_are_read_back_by_trainer(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def arguments_are_copied(side: Side, folder: Path) -> Any:
+def arguments_are_copied(side, folder):
     """Arguments can be copied, pickled and replaced."""
     args = side.arguments(folder)
     copies = [copy.copy(args), copy.deepcopy(args), pickle.loads(pickle.dumps(args))]
@@ -162,7 +158,7 @@ def arguments_are_copied(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def arguments_are_written_out(side: Side, folder: Path) -> Any:
+def arguments_are_written_out(side, folder):
     """Arguments become a dictionary, JSON and values for trackers."""
     args = side.arguments(folder)
     whole, text, tidy = args.to_dict(), json.loads(args.to_json_string()), args.to_sanitized_dict()
@@ -173,7 +169,7 @@ def arguments_are_written_out(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME, cases=("command line", "dictionary", "json", "yaml"))
-def arguments_are_parsed(side: Side, folder: Path, source: str) -> Any:
+def arguments_are_parsed(side, folder, source):
     """HfArgumentParser makes arguments of each source."""
     given = {"output_dir": "there", "max_steps": 7, "learning_rate": 0.25, "use_cpu": True, "eval_strategy": "no"}
     parser = HfArgumentParser(side.arguments_class)
@@ -189,7 +185,7 @@ def arguments_are_parsed(side: Side, folder: Path, source: str) -> Any:
 
 
 @behaviour()
-def arguments_are_set_by_their_methods(side: Side, folder: Path) -> Any:
+def arguments_are_set_by_their_methods(side, folder):
     """The `set_` methods of arguments lead to the same training."""
     args = side.arguments(folder)
     args.set_training(learning_rate=5e-3, batch_size=8, weight_decay=0.1, num_epochs=1)
@@ -203,7 +199,7 @@ def arguments_are_set_by_their_methods(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def defaults_of_arguments(side: Side, folder: Path) -> Any:
+def defaults_of_arguments(side, folder):
     """The defaults of all arguments of Trainer."""
     args = side.arguments_class(output_dir="there", use_cpu=True)
     names = sorted(field.name for field in dataclasses.fields(TrainingArguments))
@@ -211,7 +207,7 @@ def defaults_of_arguments(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def sequence_arguments_of_trainer(side: Side, folder: Path) -> Any:
+def sequence_arguments_of_trainer(side, folder):
     """Seq2SeqTrainingArguments themselves will do for a Seq2SeqTrainer."""
     settings = {"max_steps": 2, "logging_steps": 1, "predict_with_generate": True, "generation_max_length": 4, **QUIET}
     args = Seq2SeqTrainingArguments(output_dir=str(folder), **settings)

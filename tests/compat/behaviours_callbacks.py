@@ -1,13 +1,8 @@
 """What callbacks are told, and what they decide."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 from transformers import DefaultFlowCallback, PrinterCallback, ProgressCallback, TrainerCallback
 
-from tests.compat.sides import Nio, Side, behaviour, caught
+from tests.compat.sides import Nio, behaviour, caught
 from tests.compat.toys import Texts, checkpoints, history, outcome
 
 EVENTS = (
@@ -27,7 +22,7 @@ EVENTS = (
     "on_log",
     "on_prediction_step",
 )
-EVENTFUL: dict[str, dict[str, Any]] = {
+EVENTFUL = {
     "steps": {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3},
     "epochs": {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch", "save_strategy": "epoch"},
     "accumulation": {"gradient_accumulation_steps": 3, "max_steps": 4},
@@ -39,13 +34,13 @@ EVENTFUL: dict[str, dict[str, Any]] = {
 class Recorder(TrainerCallback):
     """Records each event with its step, but for what NIO logs."""
 
-    def __init__(self) -> None:
-        self.events: list[tuple[str, int]] = []
-        self.given: dict[str, list[str]] = {}
+    def __init__(self):
+        self.events = []
+        self.given = {}
 
 
-def _record(event: str) -> Any:
-    def note(self: Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+def _record(event):
+    def note(self, args, state, control, **kwargs):
         if event == "on_log" and any(name.startswith("nio") for name in kwargs["logs"]):
             return
         self.events.append((event, state.global_step))
@@ -59,7 +54,7 @@ for _event in EVENTS:
 
 
 @behaviour(nio=Nio.SAME, cases=EVENTFUL, nio_cases=("steps", "accumulation"))
-def events(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
+def events(side, folder, changes):
     """All events in their order, and what comes with each of them."""
     recorder = Recorder()
     trainer = side.trained(folder, callbacks=[recorder], **changes)
@@ -69,7 +64,7 @@ def events(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def events_of_a_second_training(side: Side, folder: Path) -> Any:
+def events_of_a_second_training(side, folder):
     """The events of two trainings by one Trainer."""
     recorder = Recorder()
     trainer = side.trained(folder, callbacks=[recorder], max_steps=2)
@@ -78,16 +73,16 @@ def events_of_a_second_training(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def logs_that_callbacks_are_told(side: Side, folder: Path) -> Any:
+def logs_that_callbacks_are_told(side, folder):
     """The names of the values that `on_log` and `on_evaluate` are told."""
-    told: list[list[str]] = []
+    told = []
 
     class Listen(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        def on_log(self, args, state, control, logs=None, **kwargs):
             if not any(name.startswith("nio") for name in logs):
                 told.append(sorted(logs))
 
-        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             told.append(sorted(metrics))
 
     side.trained(folder, callbacks=[Listen()], eval_strategy="steps", eval_steps=3, logging_steps=2)
@@ -102,13 +97,13 @@ class Second(First):
     """A callback of a derived class."""
 
 
-def _own(trainer: Any) -> list[str]:
+def _own(trainer):
     names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
     return [name for name in names if name in ("First", "Second")]
 
 
 @behaviour(nio=Nio.SAME)
-def callbacks_come_and_go(side: Side, folder: Path) -> Any:
+def callbacks_come_and_go(side, folder):
     """Callbacks are added, popped and removed as classes and as objects."""
     kept = First()
     trainer = side.trainer(folder, callbacks=[First, kept, Second()])
@@ -125,14 +120,14 @@ def callbacks_come_and_go(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def callbacks_that_are_not_there(side: Side, folder: Path) -> Any:
+def callbacks_that_are_not_there(side, folder):
     """An object that is not there cannot be removed."""
     trainer = side.trainer(folder)
     return [caught(lambda: trainer.remove_callback(First()), ValueError), trainer.remove_callback(First)]
 
 
 @behaviour(nio=Nio.SAME)
-def default_callbacks(side: Side, folder: Path) -> Any:
+def default_callbacks(side, folder):
     """The callbacks that scripts look for are there, with and without progress bars."""
     found = []
     for disabled in (True, False):
@@ -143,7 +138,7 @@ def default_callbacks(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def callbacks_are_replaced(side: Side, folder: Path) -> Any:
+def callbacks_are_replaced(side, folder):
     """Without the callback that prints, and with another that draws no bar."""
     trainer = side.trainer(folder)
     trainer.remove_callback(PrinterCallback)
@@ -154,14 +149,14 @@ def callbacks_are_replaced(side: Side, folder: Path) -> Any:
 class EveryThird(DefaultFlowCallback):
     """Saves, evaluates and logs at every third step."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+    def on_step_end(self, args, state, control, **kwargs):
         control = super().on_step_end(args, state, control, **kwargs)
         control.should_log = control.should_save = control.should_evaluate = state.global_step % 3 == 0
         return control
 
 
 @behaviour()
-def flow_is_replaced(side: Side, folder: Path) -> Any:
+def flow_is_replaced(side, folder):
     """A flow of the user's takes the place of the default one."""
     trainer = side.trainer(folder)
     trainer.remove_callback(DefaultFlowCallback)
@@ -173,21 +168,21 @@ def flow_is_replaced(side: Side, folder: Path) -> Any:
 class SetFlag(TrainerCallback):
     """Sets a flag of the control at the end of a step, or at an event."""
 
-    def __init__(self, flag: str, step: int, event: str = "on_step_end") -> None:
+    def __init__(self, flag, step, event="on_step_end"):
         self.flag, self.step, self.event = flag, step, event
 
-    def _set(self, event: str, state: Any, control: Any) -> Any:
+    def _set(self, event, state, control):
         if event == self.event and state.global_step == self.step:
             setattr(control, self.flag, True)
         return control
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+    def on_step_end(self, args, state, control, **kwargs):
         return self._set("on_step_end", state, control)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+    def on_evaluate(self, args, state, control, **kwargs):
         return self._set("on_evaluate", state, control)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+    def on_epoch_end(self, args, state, control, **kwargs):
         return self._set("on_epoch_end", state, control)
 
 
@@ -204,7 +199,7 @@ FLAGS = {
 
 
 @behaviour(cases=FLAGS, nio_cases=("stop", "save"))
-def flags(side: Side, folder: Path, case: tuple[Any, ...]) -> Any:
+def flags(side, folder, case):
     """What a flag that a callback sets leads to."""
     changes = {"max_steps": 10, "eval_strategy": "steps", "eval_steps": 4, "logging_steps": 5}
     trainer = side.trained(folder, callbacks=[SetFlag(*case)], **changes)
@@ -212,7 +207,7 @@ def flags(side: Side, folder: Path, case: tuple[Any, ...]) -> Any:
 
 
 @behaviour()
-def callback_resumes_what_it_stopped(side: Side, folder: Path) -> Any:
+def callback_resumes_what_it_stopped(side, folder):
     """A checkpoint that a flag asked for is gone on from."""
     flags = [SetFlag("should_save", 3), SetFlag("should_training_stop", 3)]
     side.trained(folder, callbacks=flags)
@@ -222,26 +217,26 @@ def callback_resumes_what_it_stopped(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def callback_changes_the_training(side: Side, folder: Path) -> Any:
+def callback_changes_the_training(side, folder):
     """A callback halves the learning rate, and changes a gradient before the optimizer sees it."""
 
     class Change(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
             for group in optimizer.param_groups:
                 group["lr"] *= 0.5
 
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             model.classifier.bias.grad.zero_()
 
     return outcome(side.trained(folder, callbacks=[Change()]))
 
 
 @behaviour()
-def callback_changes_arguments(side: Side, folder: Path) -> Any:
+def callback_changes_arguments(side, folder):
     """A callback evaluates more often from a step on, by the state."""
 
     class Change(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 3:
                 state.logging_steps, state.eval_steps, state.max_steps = 2, 1, 5
 
@@ -255,11 +250,11 @@ class StopError(Exception):
 @behaviour(
     cases={"error": StopError, "interrupt": KeyboardInterrupt, "end of iteration": StopIteration}, nio_cases=("error",)
 )
-def callback_raises(side: Side, folder: Path, kind: type[BaseException]) -> Any:
+def callback_raises(side, folder, kind):
     """What a callback raises reaches the script, which can train again."""
 
     class Raise(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 3:
                 raise kind
 
@@ -273,15 +268,15 @@ def callback_raises(side: Side, folder: Path, kind: type[BaseException]) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def callback_sees_the_gradients(side: Side, folder: Path) -> Any:
+def callback_sees_the_gradients(side, folder):
     """There are gradients before the step of the optimizer, and none at the end of it."""
-    seen: list[tuple[bool, bool]] = []
+    seen = []
 
     class Look(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             self.before = all(p.grad is not None for p in model.parameters())
 
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        def on_step_end(self, args, state, control, model=None, **kwargs):
             seen.append((self.before, all(p.grad is None for p in model.parameters())))
 
     side.trained(folder, callbacks=[Look()])

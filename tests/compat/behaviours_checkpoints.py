@@ -1,20 +1,15 @@
 """What a Trainer saves while it trains, and how it goes on from there."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from tests.compat.sides import Nio, Side, behaviour, caught, plain
+from tests.compat.sides import Nio, behaviour, caught, plain
 from tests.compat.toys import (
     Draws,
     Images,
@@ -42,11 +37,11 @@ from tests.compat.toys import (
     widened,
 )
 
-SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
-EVALUATING: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2}
-BEST: dict[str, Any] = SAVING | EVALUATING | {"load_best_model_at_end": True, "metric_for_best_model": "score"}
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
+BEST = SAVING | EVALUATING | {"load_best_model_at_end": True, "metric_for_best_model": "score"}
 BEST["greater_is_better"] = True
-UNLIKELY: dict[str, Callable[[], nn.Module]] = {
+UNLIKELY = {
     "another head": two_layer_head,
     "other embeddings": large_vocabulary,
     "a constructor with two arguments": widened,
@@ -59,7 +54,7 @@ UNLIKELY: dict[str, Callable[[], nn.Module]] = {
 
 # Which checkpoints there are
 
-STRATEGIES: dict[str, dict[str, Any]] = {
+STRATEGIES = {
     "steps": SAVING,
     "a share of the steps": {"save_strategy": "steps", "save_steps": 0.5},
     "epochs": {"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2},
@@ -72,13 +67,13 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 @behaviour(nio=Nio.SAME, cases=STRATEGIES, nio_cases=("steps", "epochs, limit of one", "limit of two"))
-def names_of_checkpoints(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
+def names_of_checkpoints(side, folder, changes):
     """Which checkpoints are there when the training has ended."""
     side.trained(folder, **changes)
     return [checkpoints(folder), files(folder)]
 
 
-LIMITS: dict[str, dict[str, Any]] = {
+LIMITS = {
     "no limit": {},
     "limit of one": {"save_total_limit": 1},
     "limit of two": {"save_total_limit": 2},
@@ -90,7 +85,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 
 
 @behaviour(nio=Nio.SAME, cases=LIMITS, nio_cases=("limit of one", "best only"))
-def best_checkpoint(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
+def best_checkpoint(side, folder, changes):
     """Which checkpoints are there when the best of them is kept, and which is the best."""
     scores = Scores(0.2, 0.9, 0.3, 0.5)
     trainer = side.trained(folder, compute_metrics=scores, max_steps=8, **BEST | changes)
@@ -103,13 +98,13 @@ def best_checkpoint(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
     cases={"bert": bert, **UNLIKELY, "gpt2": gpt2, "resnet": resnet},
     nio_cases=("bert", "another head", "several dtypes", "gpt2"),
 )
-def best_model_is_loaded(side: Side, folder: Path, model: Callable[[], nn.Module]) -> Any:
+def best_model_is_loaded(side, folder, model):
     """The weights at the end are those of the best checkpoint."""
     data = {gpt2: Prose, resnet: Images}.get(model, Texts)
-    best: list[dict[str, torch.Tensor]] = []
+    best = []
 
     class Keep(TrainerCallback):
-        def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        def on_save(self, args, state, control, model=None, **kwargs):
             if state.global_step == 2:
                 best.append(weights(model))
 
@@ -120,7 +115,7 @@ def best_model_is_loaded(side: Side, folder: Path, model: Callable[[], nn.Module
 
 
 @behaviour(nio=Nio.SAME)
-def metric_that_is_missing(side: Side, folder: Path) -> Any:
+def metric_that_is_missing(side, folder):
     """A metric that no evaluation returns is a KeyError."""
     changes = BEST | {"metric_for_best_model": "f1"}
     trainer = side.trainer(folder, compute_metrics=Scores(1, 2, 3, 4), **changes)
@@ -128,7 +123,7 @@ def metric_that_is_missing(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def loss_is_the_default_metric(side: Side, folder: Path) -> Any:
+def loss_is_the_default_metric(side, folder):
     """Without a metric the best model is that of the least loss."""
     trainer = side.trained(folder, **SAVING | EVALUATING, load_best_model_at_end=True, learning_rate=0.0)
     state = trainer.state
@@ -139,14 +134,14 @@ def loss_is_the_default_metric(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME, cases=(True, False))
-def files_of_a_checkpoint(side: Side, folder: Path, only_model: bool) -> Any:
+def files_of_a_checkpoint(side, folder, only_model):
     """The files of a checkpoint, with and without what a resume needs."""
     side.trained(folder, **SAVING, save_only_model=only_model)
     return files(folder / "checkpoint-4")
 
 
 @behaviour(cases={"bert": bert, "vit": vit, "gpt2": gpt2, "perceptron": perceptron}, nio_cases=("vit",))
-def tensors_of_a_checkpoint(side: Side, folder: Path, model: Callable[[], nn.Module]) -> Any:
+def tensors_of_a_checkpoint(side, folder, model):
     """The names and values of the weights in a checkpoint."""
     data = {vit: Images, gpt2: Prose}.get(model, Texts)
     side.trained(folder, model=model(), train_dataset=data(), **SAVING, max_steps=2)
@@ -154,7 +149,7 @@ def tensors_of_a_checkpoint(side: Side, folder: Path, model: Callable[[], nn.Mod
 
 
 @behaviour(nio=Nio.SAME)
-def state_of_a_checkpoint(side: Side, folder: Path) -> Any:
+def state_of_a_checkpoint(side, folder):
     """The fields of `trainer_state.json`, but for the log."""
     side.trained(folder, compute_metrics=Scores(0.5, 0.7, 0.1), **BEST)
     state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
@@ -164,7 +159,7 @@ def state_of_a_checkpoint(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def log_of_a_checkpoint(side: Side, folder: Path) -> Any:
+def log_of_a_checkpoint(side, folder):
     """The log of a checkpoint ends where it was saved."""
     side.trained(folder, **SAVING)
     state = TrainerState.load_from_json(str(folder / "checkpoint-4" / "trainer_state.json"))
@@ -172,7 +167,7 @@ def log_of_a_checkpoint(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def optimizer_of_a_checkpoint(side: Side, folder: Path) -> Any:
+def optimizer_of_a_checkpoint(side, folder):
     """The files of optimizer, schedule and random numbers can be read by hand."""
     side.trained(folder, **SAVING)
     checkpoint = folder / "checkpoint-2"
@@ -185,20 +180,20 @@ def optimizer_of_a_checkpoint(side: Side, folder: Path) -> Any:
 # Resuming
 
 
-def _interrupted(side: Side, folder: Path, step: int = 4, **given: Any) -> None:
+def _interrupted(side, folder, step=4, **given):
     """A training that ended too early, its last checkpoint at a step."""
     side.trained(folder, callbacks=[StopAt(step)], **{"save_steps": step, "save_strategy": "steps", **given})
 
 
 @behaviour(nio=Nio.NOT_RUN, cases=(True, False))
-def resume_without_a_checkpoint(side: Side, folder: Path, as_true: bool) -> Any:
+def resume_without_a_checkpoint(side, folder, as_true):
     """Where there is no checkpoint, a resume is a ValueError."""
-    wanted: Any = True if as_true else str(folder / "checkpoint-9")
+    wanted = True if as_true else str(folder / "checkpoint-9")
     return caught(lambda: side.trainer(folder).train(resume_from_checkpoint=wanted), ValueError)
 
 
 @behaviour()
-def resume_if_possible(side: Side, folder: Path) -> Any:
+def resume_if_possible(side, folder):
     """The idiom that resumes where it can and begins where it cannot."""
     trainer = side.trainer(folder, **SAVING)
     try:
@@ -209,7 +204,7 @@ def resume_if_possible(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.NOT_RUN)
-def resume_from_an_empty_folder(side: Side, folder: Path) -> Any:
+def resume_from_an_empty_folder(side, folder):
     """A folder without weights is a ValueError."""
     empty = folder / "checkpoint-3"
     empty.mkdir()
@@ -217,14 +212,14 @@ def resume_from_an_empty_folder(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.NOT_RUN)
-def resume_without_a_state(side: Side, folder: Path) -> Any:
+def resume_without_a_state(side, folder):
     """A model without the state of a Trainer is a FileNotFoundError."""
     bert().save_pretrained(folder / "model")
     return caught(lambda: side.trainer(folder).train(resume_from_checkpoint=str(folder / "model")), FileNotFoundError)
 
 
 @behaviour()
-def resume_is_false(side: Side, folder: Path) -> Any:
+def resume_is_false(side, folder):
     """False begins anew, whatever checkpoints there are."""
     _interrupted(side, folder, step=2)
     trainer = side.trainer(folder)
@@ -232,7 +227,7 @@ def resume_is_false(side: Side, folder: Path) -> Any:
     return outcome(trainer)
 
 
-ENDS: dict[str, dict[str, Any]] = {
+ENDS = {
     "in the middle of an epoch": {},
     "at the end of an epoch": {"step": 8, "max_steps": 12},
     "with accumulation": {"step": 3, "gradient_accumulation_steps": 2, "max_steps": 7},
@@ -252,7 +247,7 @@ ENDS: dict[str, dict[str, Any]] = {
     cases=ENDS,
     nio_cases=("in the middle of an epoch", "with accumulation", "without skipping what was seen", "with more steps"),
 )
-def resume_by_path(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
+def resume_by_path(side, folder, changes):
     """What a resumed training leaves, and whether it is what an uninterrupted one leaves."""
     given = dict(changes)
     step, resumed, samples = given.pop("step", 4), given.pop("resumed", {}), given.pop("train_dataset", 32)
@@ -267,7 +262,7 @@ def resume_by_path(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
 
 
 @behaviour(cases={"true": True, "path": False}, nio_cases=("true",))
-def resume_of_the_last(side: Side, folder: Path, last: bool) -> Any:
+def resume_of_the_last(side, folder, last):
     """True is the checkpoint of the highest step, a path is any."""
     side.trained(folder, **SAVING)
     trainer = side.trainer(folder, max_steps=9)
@@ -276,7 +271,7 @@ def resume_of_the_last(side: Side, folder: Path, last: bool) -> Any:
 
 
 @behaviour()
-def resume_after_the_end(side: Side, folder: Path) -> Any:
+def resume_after_the_end(side, folder):
     """The resume of a training that had ended with an epoch makes no step."""
     changes = SAVING | {"max_steps": 8}
     side.trained(folder, **changes)
@@ -287,7 +282,7 @@ def resume_after_the_end(side: Side, folder: Path) -> Any:
 
 
 @behaviour(cases={"of unknown length": Stream, "of known length": SizedStream})
-def resume_of_a_stream(side: Side, folder: Path, stream: Any) -> Any:
+def resume_of_a_stream(side, folder, stream):
     """The resume of a training on a stream, in its first pass."""
     _interrupted(side, folder, train_dataset=stream())
     trainer = side.trainer(folder, train_dataset=stream())
@@ -299,7 +294,7 @@ def resume_of_a_stream(side: Side, folder: Path, stream: Any) -> Any:
     cases={"bert": bert, **UNLIKELY, "gpt2": gpt2, "resnet": resnet},
     nio_cases=("bert", "another head", "several dtypes", "resnet"),
 )
-def resume_of_models(side: Side, folder: Path, model: Callable[[], nn.Module]) -> Any:
+def resume_of_models(side, folder, model):
     """The resume of each model, also of those that are not what their configurations say."""
     data = {gpt2: Prose, resnet: Images}.get(model, Texts)
     _interrupted(side, folder, model=model(), train_dataset=data())
@@ -310,7 +305,7 @@ def resume_of_models(side: Side, folder: Path, model: Callable[[], nn.Module]) -
 
 
 @behaviour(nio=Nio.ALIKE)
-def resume_in_the_same_trainer(side: Side, folder: Path) -> Any:
+def resume_in_the_same_trainer(side, folder):
     """The Trainer that was interrupted resumes itself."""
     stop = StopAt(4)
     trainer = side.trainer(folder, callbacks=[stop], **SAVING)
@@ -321,7 +316,7 @@ def resume_in_the_same_trainer(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def resume_with_a_function_for_the_model(side: Side, folder: Path) -> Any:
+def resume_with_a_function_for_the_model(side, folder):
     """The resume of a training whose model a function makes."""
     _interrupted(side, folder, model_init=lambda: bert())
     trainer = side.trainer(folder, model_init=lambda: bert())
@@ -330,10 +325,10 @@ def resume_with_a_function_for_the_model(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def resume_with_frozen_parameters(side: Side, folder: Path) -> Any:
+def resume_with_frozen_parameters(side, folder):
     """The resume of a training in which the body is frozen."""
 
-    def frozen() -> nn.Module:
+    def frozen():
         model = bert()
         model.bert.requires_grad_(False)
         return model
@@ -345,7 +340,7 @@ def resume_with_frozen_parameters(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def resume_with_a_found_batch_size(side: Side, folder: Path) -> Any:
+def resume_with_a_found_batch_size(side, folder):
     """A batch size that was found is kept when the training is resumed."""
     _interrupted(side, folder, per_device_train_batch_size=2)
     trainer = side.trainer(folder, auto_find_batch_size=True, per_device_train_batch_size=4)
@@ -354,7 +349,7 @@ def resume_with_a_found_batch_size(side: Side, folder: Path) -> Any:
 
 
 @behaviour(cases={"true": True, "path": False})
-def resume_of_a_model_alone(side: Side, folder: Path, last: bool) -> Any:
+def resume_of_a_model_alone(side, folder, last):
     """The resume of a checkpoint without optimizer, schedule and random numbers."""
     _interrupted(side, folder, save_only_model=True)
     trainer = side.trainer(folder)
@@ -366,7 +361,7 @@ def resume_of_a_model_alone(side: Side, folder: Path, last: bool) -> Any:
 
 
 @behaviour(nio=Nio.NOT_RUN, cases={"true": True, "path": False})
-def resume_of_what_trainer_saved(side: Side, folder: Path, last: bool) -> Any:
+def resume_of_what_trainer_saved(side, folder, last):
     """A checkpoint of Trainer itself is gone on from."""
     _interrupted(plain(), folder)
     trainer = side.trainer(folder)
@@ -375,7 +370,7 @@ def resume_of_what_trainer_saved(side: Side, folder: Path, last: bool) -> Any:
 
 
 @behaviour(cases={"true": True, "path": False})
-def resume_by_trainer(side: Side, folder: Path, last: bool) -> Any:
+def resume_by_trainer(side, folder, last):
     """Trainer itself goes on from the checkpoint."""
     _interrupted(side, folder)
     trainer = plain().trainer(folder)
@@ -384,7 +379,7 @@ def resume_by_trainer(side: Side, folder: Path, last: bool) -> Any:
 
 
 @behaviour(nio=Nio.NOT_RUN)
-def checkpoints_of_trainer_are_rotated(side: Side, folder: Path) -> Any:
+def checkpoints_of_trainer_are_rotated(side, folder):
     """The limit counts the checkpoints that Trainer itself left, too."""
     _interrupted(plain(), folder, step=3, save_steps=1)
     trainer = side.trainer(folder, save_total_limit=2, save_strategy="steps", save_steps=1)
@@ -393,7 +388,7 @@ def checkpoints_of_trainer_are_rotated(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def one_folder_for_two_trainings(side: Side, folder: Path) -> Any:
+def one_folder_for_two_trainings(side, folder):
     """Two Trainers use one folder, one after the other, and the second writes over the first."""
     first = side.trained(folder, **SAVING, max_steps=4)
     second = side.trained(folder, **SAVING, max_steps=2, learning_rate=1e-3)
@@ -402,7 +397,7 @@ def one_folder_for_two_trainings(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def folders_with_other_names(side: Side, folder: Path) -> Any:
+def folders_with_other_names(side, folder):
     """Folders whose names are not those of checkpoints are left alone."""
     for name in ("checkpoints", "my-checkpoint-1", "notes"):
         (folder / name).mkdir()
@@ -419,22 +414,22 @@ def folders_with_other_names(side: Side, folder: Path) -> Any:
 class OnSave(TrainerCallback):
     """Does something to each checkpoint when it has been saved."""
 
-    def __init__(self, action: Callable[[Path], Any]) -> None:
+    def __init__(self, action):
         self.action = action
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args, state, control, **kwargs):
         self.action(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 @behaviour()
-def callback_deletes_each_checkpoint(side: Side, folder: Path) -> Any:
+def callback_deletes_each_checkpoint(side, folder):
     """A callback uploads each checkpoint and deletes it; the training goes on."""
     trainer = side.trained(folder, callbacks=[OnSave(shutil.rmtree)], **SAVING)
     return [checkpoints(folder), outcome(trainer)]
 
 
 @behaviour()
-def callback_moves_each_checkpoint(side: Side, folder: Path) -> Any:
+def callback_moves_each_checkpoint(side, folder):
     """A callback moves each checkpoint elsewhere, from where it is gone on from."""
     archive = folder / "archive"
     archive.mkdir()
@@ -447,10 +442,10 @@ def callback_moves_each_checkpoint(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def callback_deletes_older_checkpoints(side: Side, folder: Path) -> Any:
+def callback_deletes_older_checkpoints(side, folder):
     """A callback keeps the newest checkpoint only, from which True goes on."""
 
-    def keep(newest: Path) -> None:
+    def keep(newest):
         for path in newest.parent.glob("checkpoint-*"):
             if path != newest:
                 shutil.rmtree(path)
@@ -461,14 +456,14 @@ def callback_deletes_older_checkpoints(side: Side, folder: Path) -> Any:
     return [checkpoints(folder), outcome(trainer)]
 
 
-def _thin_out(newest: Path) -> None:
+def _thin_out(newest):
     for path in newest.parent.glob("checkpoint-*"):
         if path != newest:
             (path / "optimizer.pt").unlink(missing_ok=True)
 
 
 @behaviour()
-def callback_thins_out_older_checkpoints(side: Side, folder: Path) -> Any:
+def callback_thins_out_older_checkpoints(side, folder):
     """A callback deletes the optimizer of older checkpoints; the best of them is loaded all the same."""
     scores = Scores(0.9, 0.1, 0.2)
     trainer = side.trained(folder, callbacks=[OnSave(_thin_out)], compute_metrics=scores, **BEST)
@@ -476,7 +471,7 @@ def callback_thins_out_older_checkpoints(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def resume_of_a_thinned_out_checkpoint(side: Side, folder: Path) -> Any:
+def resume_of_a_thinned_out_checkpoint(side, folder):
     """A checkpoint without its optimizer is gone on from by its path."""
     side.trained(folder, callbacks=[OnSave(_thin_out)], **SAVING)
     trainer = side.trainer(folder)
@@ -485,10 +480,10 @@ def resume_of_a_thinned_out_checkpoint(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def callback_deletes_the_best_checkpoint(side: Side, folder: Path) -> Any:
+def callback_deletes_the_best_checkpoint(side, folder):
     """The best checkpoint is gone when it should be loaded: the last weights stay."""
 
-    def drop(newest: Path) -> None:
+    def drop(newest):
         if newest.name == "checkpoint-6":
             shutil.rmtree(newest.parent / "checkpoint-2")
 
@@ -498,10 +493,10 @@ def callback_deletes_the_best_checkpoint(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def callback_adds_files(side: Side, folder: Path) -> Any:
+def callback_adds_files(side, folder):
     """A callback puts files of its own into a checkpoint, and edits the state in it."""
 
-    def annotate(checkpoint: Path) -> None:
+    def annotate(checkpoint):
         (checkpoint / "notes.txt").write_text("a file of the user's")
         state = checkpoint / "trainer_state.json"
         state.write_text(json.dumps(json.loads(state.read_text()) | {"trial_name": "mine"}))
@@ -513,7 +508,7 @@ def callback_adds_files(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def weights_of_a_checkpoint_are_edited(side: Side, folder: Path) -> Any:
+def weights_of_a_checkpoint_are_edited(side, folder):
     """A checkpoint whose weights were edited on purpose is gone on from by its path."""
     _interrupted(side, folder)
     file = folder / "checkpoint-4" / "model.safetensors"
@@ -525,7 +520,7 @@ def weights_of_a_checkpoint_are_edited(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def checkpoint_in_shards(side: Side, folder: Path) -> Any:
+def checkpoint_in_shards(side, folder):
     """A checkpoint whose weights were split into several files is gone on from by its path."""
     _interrupted(side, folder)
     checkpoint = folder / "checkpoint-4"
@@ -538,7 +533,7 @@ def checkpoint_in_shards(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def checkpoint_in_the_format_of_torch(side: Side, folder: Path) -> Any:
+def checkpoint_in_the_format_of_torch(side, folder):
     """A checkpoint whose weights were saved by torch is gone on from by its path."""
     _interrupted(side, folder)
     checkpoint = folder / "checkpoint-4"
@@ -553,11 +548,11 @@ def checkpoint_in_the_format_of_torch(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def subclass_saves_nothing(side: Side, folder: Path) -> Any:
+def subclass_saves_nothing(side, folder):
     """A `_save_checkpoint` that saves nothing leaves no checkpoint that True could choose."""
 
     class Own(side.Trainer):  # type: ignore[misc, name-defined]
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        def _save_checkpoint(self, model, trial):
             pass
 
     side.trained(folder, trainer_class=Own, **SAVING)
@@ -566,11 +561,11 @@ def subclass_saves_nothing(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def subclass_saves_every_other_time(side: Side, folder: Path) -> Any:
+def subclass_saves_every_other_time(side, folder):
     """A `_save_checkpoint` that saves every other time, with a file of its own."""
 
     class Own(side.Trainer):  # type: ignore[misc, name-defined]
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        def _save_checkpoint(self, model, trial):
             if self.state.global_step % 4 == 0:
                 super()._save_checkpoint(model, trial)
                 (folder / f"checkpoint-{self.state.global_step}" / "own.txt").write_text("mine")
@@ -582,15 +577,15 @@ def subclass_saves_every_other_time(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def subclass_saves_and_loads_in_its_own_format(side: Side, folder: Path) -> Any:
+def subclass_saves_and_loads_in_its_own_format(side, folder):
     """A `_save` and a `_load_from_checkpoint` that go together."""
 
     class Own(side.Trainer):  # type: ignore[misc, name-defined]
-        def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        def _save(self, output_dir=None, state_dict=None):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             torch.save(self.model.state_dict(), Path(output_dir) / "weights.own")
 
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
             self.model.load_state_dict(torch.load(Path(resume_from_checkpoint) / "weights.own"))
 
     _interrupted(side, folder, trainer_class=Own)
@@ -600,11 +595,11 @@ def subclass_saves_and_loads_in_its_own_format(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def subclass_saves_more_with_the_model(side: Side, folder: Path) -> Any:
+def subclass_saves_more_with_the_model(side, folder):
     """A `save_model` that writes a file beside the model, in checkpoints, too."""
 
     class Own(side.Trainer):  # type: ignore[misc, name-defined]
-        def save_model(self, output_dir: Any = None, _internal_call: bool = False) -> None:
+        def save_model(self, output_dir=None, _internal_call=False):
             super().save_model(output_dir, _internal_call)
             (Path(output_dir or self.args.output_dir) / "words.txt").write_text("w0 w1")
 
@@ -619,19 +614,19 @@ def subclass_saves_more_with_the_model(side: Side, folder: Path) -> Any:
 class Counting(TrainerCallback, ExportableState):
     """Counts steps, from one training to its resume."""
 
-    def __init__(self, unit: int = 1) -> None:
+    def __init__(self, unit=1):
         self.unit = unit
         self.count = 0
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs):
         self.count += self.unit
 
-    def state(self) -> dict[str, Any]:
+    def state(self):
         return {"args": {"unit": self.unit}, "attributes": {"count": self.count}}
 
 
 @behaviour(nio=Nio.SAME, cases=(True, False))
-def state_of_callbacks(side: Side, folder: Path, restored: bool) -> Any:
+def state_of_callbacks(side, folder, restored):
     """A callback with a state goes on counting where that is asked for."""
     side.trained(folder, callbacks=[Counting(10), StopAt(4)], **SAVING)
     trainer = side.trainer(folder, callbacks=[Counting(10)], restore_callback_states_from_checkpoint=restored)
@@ -641,7 +636,7 @@ def state_of_callbacks(side: Side, folder: Path, restored: bool) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def patience_is_restored(side: Side, folder: Path) -> Any:
+def patience_is_restored(side, folder):
     """Early stopping goes on with the patience that is left."""
     changes = BEST | {"restore_callback_states_from_checkpoint": True, "max_steps": 20}
     first = [EarlyStoppingCallback(early_stopping_patience=4), StopAt(6)]
@@ -655,7 +650,7 @@ def patience_is_restored(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME, cases={"by patience": (2, 0.0), "by a threshold": (1, 0.2)})
-def early_stopping(side: Side, folder: Path, case: tuple[int, float]) -> Any:
+def early_stopping(side, folder, case):
     """The step at which an early end comes, and the model that is loaded then."""
     scores = Scores(0.1, 0.5, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2)
     stopping = EarlyStoppingCallback(*case)

@@ -1,33 +1,27 @@
 """What a Trainer does with data: samplers, loaders, collators, columns."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import default_data_collator
 
-from tests.compat.sides import Nio, Side, behaviour, caught
-from tests.compat.toys import AtBegin, Sample, Stream, Texts, Uneven, outcome, pad, perceptron, table, tokenizer
+from tests.compat.sides import Nio, behaviour, caught
+from tests.compat.toys import AtBegin, Stream, Texts, Uneven, outcome, pad, perceptron, table, tokenizer
 
 
-def _order(side: Side, folder: Path, data: Any, **given: Any) -> list[int]:
+def _order(side, folder, data, **given):
     """The samples that the training itself asks for."""
     side.trained(folder, train_dataset=data, callbacks=[AtBegin(data.order.clear)], **given)
     return list(data.order)
 
 
 @behaviour(nio=Nio.SAME, cases=({}, {"seed": 7}, {"data_seed": 7}, {"train_sampling_strategy": "sequential"}))
-def order_of_samples(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
+def order_of_samples(side, folder, changes):
     """The samples of two epochs, in their order."""
     return _order(side, folder, Texts(), max_steps=-1, num_train_epochs=2, **changes)
 
 
 @behaviour(nio=Nio.SAME)
-def order_of_a_second_training(side: Side, folder: Path) -> Any:
+def order_of_a_second_training(side, folder):
     """The samples of two trainings by one Trainer, which draws them anew."""
     data = Texts()
     trainer = side.trainer(folder, train_dataset=data, callbacks=[AtBegin(lambda: data.order.append(-1))])
@@ -38,14 +32,14 @@ def order_of_a_second_training(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME, cases=("group_by_length", "batch_rebalance", "random"))
-def sampling_by_length(side: Side, folder: Path, strategy: str) -> Any:
+def sampling_by_length(side, folder, strategy):
     """The samples of an epoch by each strategy, with the lengths of a tokenizer's ids."""
     changes = {"processing_class": tokenizer(), "data_collator": pad, "gradient_accumulation_steps": 2}
     return _order(side, folder, Uneven(), train_sampling_strategy=strategy, max_steps=4, **changes)
 
 
 @behaviour()
-def lengths_in_a_column(side: Side, folder: Path) -> Any:
+def lengths_in_a_column(side, folder):
     """Lengths that stand in a column of their own decide the order."""
     data = table(32).add_column("length", [(7 * index) % 32 for index in range(32)])
     return outcome(side.trained(folder, train_dataset=data, train_sampling_strategy="group_by_length"))
@@ -54,38 +48,38 @@ def lengths_in_a_column(side: Side, folder: Path) -> Any:
 class Backwards(Sampler[int]):
     """From the last sample to the first, and the epochs that it was told."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size):
         self.size = size
-        self.epochs: list[int] = []
+        self.epochs = []
 
-    def __len__(self) -> int:
+    def __len__(self):
         return self.size
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self):
         return iter(reversed(range(self.size)))
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch):
         self.epochs.append(epoch)
 
 
 @behaviour(nio=Nio.SAME)
-def sampler_is_overridden(side: Side, folder: Path) -> Any:
+def sampler_is_overridden(side, folder):
     """A sampler of the user's decides the order."""
 
     class Own(side.Trainer):  # type: ignore[misc, name-defined]
-        def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        def _get_train_sampler(self, train_dataset=None):
             return Backwards(len(self.train_dataset))
 
     return _order(side, folder, Texts(), trainer_class=Own)
 
 
 @behaviour(nio=Nio.NOT_RUN)
-def epochs_are_told(side: Side, folder: Path) -> Any:
+def epochs_are_told(side, folder):
     """A sampler of the user's is told each epoch."""
     sampler = Backwards(32)
 
     class Own(side.Trainer):  # type: ignore[misc, name-defined]
-        def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        def _get_train_sampler(self, train_dataset=None):
             return sampler
 
     trainer = side.trained(folder, trainer_class=Own, max_steps=-1, num_train_epochs=3)
@@ -93,22 +87,22 @@ def epochs_are_told(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.NOT_RUN)
-def loader_without_a_data_set(side: Side, folder: Path) -> Any:
+def loader_without_a_data_set(side, folder):
     """A `get_train_dataloader` of the user's needs no `train_dataset`."""
 
     class Own(side.Trainer):  # type: ignore[misc, name-defined]
-        def get_train_dataloader(self) -> DataLoader[Sample]:
+        def get_train_dataloader(self):
             return DataLoader(Texts(20), batch_size=5, collate_fn=default_data_collator)
 
     return outcome(side.trained(folder, trainer_class=Own, train_dataset=None, max_steps=-1, num_train_epochs=2))
 
 
 @behaviour()
-def loader_is_overridden(side: Side, folder: Path) -> Any:
+def loader_is_overridden(side, folder):
     """A `get_train_dataloader` of the user's goes before the data set."""
 
     class Own(side.Trainer):  # type: ignore[misc, name-defined]
-        def get_train_dataloader(self) -> Any:
+        def get_train_dataloader(self):
             loader = DataLoader(Texts(40), batch_size=5, shuffle=True, collate_fn=default_data_collator)
             return self.accelerator.prepare(loader)
 
@@ -118,25 +112,25 @@ def loader_is_overridden(side: Side, folder: Path) -> Any:
 class Batches:
     """Batches without the data set that they come from."""
 
-    def __init__(self, data: Texts) -> None:
+    def __init__(self, data):
         self.loader = DataLoader(data, batch_size=4, collate_fn=default_data_collator)
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self):
         return iter(self.loader)
 
 
 @behaviour()
-def loader_that_names_no_data_set(side: Side, folder: Path) -> Any:
+def loader_that_names_no_data_set(side, folder):
     """Loaders need batches and a length only."""
 
     class Own(side.Trainer):  # type: ignore[misc, name-defined]
-        def get_train_dataloader(self) -> Any:
+        def get_train_dataloader(self):
             return Batches(self.train_dataset)
 
-        def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        def get_eval_dataloader(self, eval_dataset=None):
             return Batches(self.eval_dataset)
 
     trainer = side.trained(folder, trainer_class=Own)
@@ -144,7 +138,7 @@ def loader_that_names_no_data_set(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def sizes_of_loaders(side: Side, folder: Path) -> Any:
+def sizes_of_loaders(side, folder):
     """How many batches the loaders of training, evaluation and prediction have."""
     sizes = []
     for drop in (False, True):
@@ -158,21 +152,21 @@ def sizes_of_loaders(side: Side, folder: Path) -> Any:
 
 
 @behaviour(cases=(True, False))
-def last_batch(side: Side, folder: Path, dropped: bool) -> Any:
+def last_batch(side, folder, dropped):
     """A last batch that is not full is used or dropped."""
     changes = {"dataloader_drop_last": dropped, "max_steps": -1, "num_train_epochs": 2}
     return outcome(side.trained(folder, train_dataset=Texts(34), **changes))
 
 
 @behaviour()
-def worker(side: Side, folder: Path) -> Any:
+def worker(side, folder):
     """A worker loads the samples of the training and of the evaluation."""
     trainer = side.trained(folder, dataloader_num_workers=1, max_steps=2)
     return [outcome(trainer), trainer.evaluate()["eval_loss"]]
 
 
 @behaviour(cases={"table": table, "samples": Texts})
-def unused_columns(side: Side, folder: Path, data: Any) -> Any:
+def unused_columns(side, folder, data):
     """Columns that the model does not take are removed."""
     trainer = side.trained(
         folder, model=perceptron(), train_dataset=data(32, colour=1, length=6), eval_dataset=data(8, colour=1)
@@ -181,7 +175,7 @@ def unused_columns(side: Side, folder: Path, data: Any) -> Any:
 
 
 @behaviour(nio=Nio.NOT_RUN, cases={"table": table, "samples": Texts})
-def unused_columns_are_kept(side: Side, folder: Path, data: Any) -> Any:
+def unused_columns_are_kept(side, folder, data):
     """Columns that are kept reach the model, which does not know them."""
     changes = {"model": perceptron(), "remove_unused_columns": False}
     trainer = side.trainer(folder, train_dataset=data(32, colour=1), **changes)
@@ -189,17 +183,17 @@ def unused_columns_are_kept(side: Side, folder: Path, data: Any) -> Any:
 
 
 @behaviour(nio=Nio.NOT_RUN)
-def no_column_is_used(side: Side, folder: Path) -> Any:
+def no_column_is_used(side, folder):
     """A table without a column for the model is refused."""
     data = table(32).rename_columns({"input_ids": "words", "labels": "answers"})
     return caught(side.trainer(folder, train_dataset=data).train, ValueError)
 
 
 @behaviour()
-def collator_takes_other_columns(side: Side, folder: Path) -> Any:
+def collator_takes_other_columns(side, folder):
     """A collator of the user's sees all columns where they are kept."""
 
-    def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:
+    def collate(samples):
         batch = default_data_collator([{key: sample[key] for key in ("input_ids", "labels")} for sample in samples])
         return {**batch, "attention_mask": torch.tensor([[sample["shown"]] * 6 for sample in samples])}
 
@@ -210,19 +204,19 @@ def collator_takes_other_columns(side: Side, folder: Path) -> Any:
 class Labelled(Texts):
     """Samples whose label has the name that only collators know."""
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index):
         sample = super().__getitem__(index)
         return {"input_ids": sample["input_ids"], "label": sample["labels"]}
 
 
 @behaviour()
-def label_gets_the_name_that_the_model_knows(side: Side, folder: Path) -> Any:
+def label_gets_the_name_that_the_model_knows(side, folder):
     """The default collator calls `label` `labels`."""
     return outcome(side.trained(folder, train_dataset=Labelled()))
 
 
 @behaviour(cases={"from the beginning": False, "of a stream": True})
-def evaluation_on_a_stream(side: Side, folder: Path, trained_on_stream: bool) -> Any:
+def evaluation_on_a_stream(side, folder, trained_on_stream):
     """A stream can be evaluated on."""
     data = Stream() if trained_on_stream else Texts()
     trainer = side.trained(
@@ -232,7 +226,7 @@ def evaluation_on_a_stream(side: Side, folder: Path, trained_on_stream: bool) ->
 
 
 @behaviour()
-def data_set_is_replaced(side: Side, folder: Path) -> Any:
+def data_set_is_replaced(side, folder):
     """A data set that a script puts into the Trainer later is the one that is trained on."""
     trainer = side.trainer(folder, train_dataset=Texts(40))
     trainer.train_dataset = Labelled(36)
@@ -242,7 +236,7 @@ def data_set_is_replaced(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def shuffled_batches_are_those_of_the_global_generator(side: Side, folder: Path) -> Any:
+def shuffled_batches_are_those_of_the_global_generator(side, folder):
     """A seed that a script sets between Trainer and training decides the order."""
     trainer = side.trainer(folder)
     torch.manual_seed(123)

@@ -1,20 +1,11 @@
 """How a Trainer evaluates and predicts."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import torch
-from torch import nn
-from transformers import EvalPrediction
 
-from tests.compat.sides import Nio, Side, behaviour, caught
+from tests.compat.sides import Nio, behaviour, caught
 from tests.compat.toys import (
     MODELS,
     Prose,
-    Sample,
     Texts,
     accuracy,
     bert,
@@ -28,15 +19,15 @@ from tests.compat.toys import (
 )
 
 EVALUATED = ("bert", "gpt2", "vit", "resnet", "perceptron")
-EVALUATING: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 3}
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 3}
 
 
-def _evaluated(trainer: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def _evaluated(trainer, *args, **kwargs):
     return without_clocks(trainer.evaluate(*args, **kwargs))
 
 
 @behaviour(nio=Nio.SAME, cases={name: MODELS[name] for name in EVALUATED}, nio_cases=("bert", "resnet"))
-def evaluation_without_training(side: Side, folder: Path, case: tuple[Callable[[], nn.Module], type]) -> Any:
+def evaluation_without_training(side, folder, case):
     """The metrics of an untrained model, whose weights are left alone."""
     model, data = case
     trainer = side.trainer(folder, model=model(), eval_dataset=data(10), train_dataset=data())
@@ -44,7 +35,7 @@ def evaluation_without_training(side: Side, folder: Path, case: tuple[Callable[[
 
 
 @behaviour()
-def evaluation_after_training(side: Side, folder: Path) -> Any:
+def evaluation_after_training(side, folder):
     """The metrics of a trained model, under each prefix, on each data set."""
     trainer = side.trained(folder, compute_metrics=accuracy)
     found = [_evaluated(trainer), _evaluated(trainer, Texts(7)), _evaluated(trainer, metric_key_prefix="test")]
@@ -52,7 +43,7 @@ def evaluation_after_training(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def prediction(side: Side, folder: Path) -> Any:
+def prediction(side, folder):
     """Logits, labels and metrics of a prediction."""
     predicted = side.trained(folder, compute_metrics=accuracy).predict(Texts(10))
     return [predicted.predictions, predicted.label_ids, without_clocks(predicted.metrics)]
@@ -61,12 +52,12 @@ def prediction(side: Side, folder: Path) -> Any:
 class Unlabelled(Texts):
     """Texts whose labels nobody knows."""
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index):
         return {"input_ids": self.input_ids[index]}
 
 
 @behaviour()
-def prediction_without_labels(side: Side, folder: Path) -> Any:
+def prediction_without_labels(side, folder):
     """Without labels there are logits, and neither labels nor a loss."""
     predicted = side.trained(folder).predict(Unlabelled(10), metric_key_prefix="own")
     return [predicted.predictions, predicted.label_ids is None, without_clocks(predicted.metrics)]
@@ -75,13 +66,13 @@ def prediction_without_labels(side: Side, folder: Path) -> Any:
 @behaviour(
     cases={"steps": EVALUATING, "epochs": {"eval_strategy": "epoch", "max_steps": 12}, "no": {}}, nio_cases=("steps",)
 )
-def evaluation_while_training(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
+def evaluation_while_training(side, folder, changes):
     """The metrics of a training that evaluates; the model goes on in training mode."""
     trainer = side.trained(folder, compute_metrics=accuracy, **changes)
     return [outcome(trainer), trainer.model.training]
 
 
-BEGINNINGS: dict[str, dict[str, Any]] = {
+BEGINNINGS = {
     "on start": {"eval_on_start": True},
     "after a delay": {"eval_delay": 4, "eval_steps": 2},
     "at a share of the steps": {"eval_steps": 0.5},
@@ -90,12 +81,12 @@ BEGINNINGS: dict[str, dict[str, Any]] = {
 
 
 @behaviour(cases=BEGINNINGS, nio_cases=("on start",))
-def first_evaluation(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
+def first_evaluation(side, folder, changes):
     """The steps at which a training evaluates."""
     return outcome(side.trained(folder, **EVALUATING | changes))
 
 
-BATCHES: dict[str, dict[str, Any]] = {
+BATCHES = {
     "accumulated": {"eval_accumulation_steps": 2},
     "the loss only": {"prediction_loss_only": True},
     "not concatenated": {"eval_do_concat_batches": False},
@@ -106,11 +97,11 @@ BATCHES: dict[str, dict[str, Any]] = {
 
 
 @behaviour(cases=BATCHES, nio_cases=("accumulated", "in bfloat16"))
-def batches_of_an_evaluation(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
+def batches_of_an_evaluation(side, folder, changes):
     """What the metrics are computed from, for each way to go through the batches."""
-    seen: list[Any] = []
+    seen = []
 
-    def shapes(prediction: EvalPrediction) -> dict[str, float]:
+    def shapes(prediction):
         parts = prediction.predictions if isinstance(prediction.predictions, list) else [prediction.predictions]
         seen.extend(part.shape for part in parts)
         return {"parts": len(parts)}
@@ -123,10 +114,10 @@ def batches_of_an_evaluation(side: Side, folder: Path, changes: dict[str, Any]) 
 class Totals:
     """A metric that adds up batches."""
 
-    def __init__(self) -> None:
-        self.right: list[torch.Tensor] = []
+    def __init__(self):
+        self.right = []
 
-    def __call__(self, prediction: EvalPrediction, compute_result: bool = False) -> dict[str, float]:
+    def __call__(self, prediction, compute_result=False):
         self.right.append(prediction.predictions.argmax(-1) == prediction.label_ids)
         if not compute_result:
             return {}
@@ -136,17 +127,17 @@ class Totals:
 
 
 @behaviour()
-def metrics_of_batches(side: Side, folder: Path) -> Any:
+def metrics_of_batches(side, folder):
     """`batch_eval_metrics` gives the metric one batch after the other."""
     return outcome(side.trained(folder, compute_metrics=Totals(), batch_eval_metrics=True, **EVALUATING))
 
 
 @behaviour()
-def metrics_of_inputs_and_losses(side: Side, folder: Path) -> Any:
+def metrics_of_inputs_and_losses(side, folder):
     """`include_for_metrics` gives the metric inputs and losses, too."""
-    seen: list[Any] = []
+    seen = []
 
-    def look(prediction: EvalPrediction) -> dict[str, float]:
+    def look(prediction):
         seen.append([prediction.inputs, list(prediction.losses.shape)])
         return {"mean": float(prediction.losses.mean())}
 
@@ -155,13 +146,13 @@ def metrics_of_inputs_and_losses(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def logits_are_processed(side: Side, folder: Path) -> Any:
+def logits_are_processed(side, folder):
     """`preprocess_logits_for_metrics` decides what the metric sees and `predict` returns."""
 
-    def classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def classes(logits, labels):
         return logits.argmax(-1) + 0 * labels
 
-    def rate(prediction: EvalPrediction) -> dict[str, float]:
+    def rate(prediction):
         return {"right": float((prediction.predictions == prediction.label_ids).mean())}
 
     trainer = side.trained(folder, compute_metrics=rate, preprocess_logits_for_metrics=classes, **EVALUATING)
@@ -169,7 +160,7 @@ def logits_are_processed(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def several_data_sets(side: Side, folder: Path) -> Any:
+def several_data_sets(side, folder):
     """Each of several named data sets is evaluated; one of them decides about the best model."""
     changes = EVALUATING | {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 3}
     changes |= {"metric_for_best_model": "eval_left_score", "greater_is_better": True}
@@ -181,7 +172,7 @@ def several_data_sets(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def several_data_sets_without_a_choice(side: Side, folder: Path) -> Any:
+def several_data_sets_without_a_choice(side, folder):
     """Where none of several data sets is chosen, the best model is a KeyError."""
     changes = EVALUATING | {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 3}
     trainer = side.trainer(folder, eval_dataset={"left": Texts(6), "right": Texts(10)}, **changes)
@@ -189,24 +180,24 @@ def several_data_sets_without_a_choice(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def several_data_sets_by_hand(side: Side, folder: Path) -> Any:
+def several_data_sets_by_hand(side, folder):
     """`evaluate` takes named data sets, or the name of one."""
     trainer = side.trained(folder, eval_dataset={"left": Texts(6), "right": Texts(10)})
     return [_evaluated(trainer), _evaluated(trainer, {"other": Texts(4)}), _evaluated(trainer, "right")]
 
 
 @behaviour(nio=Nio.SAME)
-def evaluation_without_data(side: Side, folder: Path) -> Any:
+def evaluation_without_data(side, folder):
     """An evaluation without data is a ValueError."""
     return caught(side.trainer(folder, eval_dataset=None).evaluate, ValueError)
 
 
 @behaviour()
-def outputs_are_ignored(side: Side, folder: Path) -> Any:
+def outputs_are_ignored(side, folder):
     """Outputs that `ignore_keys` names do not reach the metric."""
-    counts: list[int] = []
+    counts = []
 
-    def count(prediction: EvalPrediction) -> dict[str, float]:
+    def count(prediction):
         counts.append(len(prediction.predictions) if isinstance(prediction.predictions, tuple) else 1)
         return {}
 
@@ -219,11 +210,11 @@ def outputs_are_ignored(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def prediction_step_is_overridden(side: Side, folder: Path) -> Any:
+def prediction_step_is_overridden(side, folder):
     """A `prediction_step` of the user's is what evaluates."""
 
     class Own(side.Trainer):  # type: ignore[misc, name-defined]
-        def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
             loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             return 2 * loss, logits, labels
 
@@ -231,11 +222,11 @@ def prediction_step_is_overridden(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def evaluate_is_overridden(side: Side, folder: Path) -> Any:
+def evaluate_is_overridden(side, folder):
     """An `evaluate` of the user's adds a metric, which decides about the best model."""
 
     class Own(side.Trainer):  # type: ignore[misc, name-defined]
-        def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             return {**metrics, "eval_own": -self.state.global_step}
 
@@ -246,7 +237,7 @@ def evaluate_is_overridden(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def labels_have_other_names(side: Side, folder: Path) -> Any:
+def labels_have_other_names(side, folder):
     """`label_names` says which columns are labels."""
     trainer = side.trained(folder, label_names=["labels", "token_type_ids"], train_dataset=Texts())
     predicted = trainer.predict(Texts(4, token_type_ids=[0, 0, 1, 1, 1, 1]))
@@ -254,14 +245,14 @@ def labels_have_other_names(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def generation(side: Side, folder: Path) -> Any:
+def generation(side, folder):
     """A Seq2SeqTrainer that predicts by generating, while training and afterwards."""
     settings = {"predict_with_generate": True, "generation_max_length": 5, **EVALUATING}
     args = side.arguments(folder, side.seq2seq_arguments_class, **settings)
     given = {"model": t5(), "train_dataset": Prose(), "eval_dataset": Prose(6), "trainer_class": side.Seq2SeqTrainer}
-    lengths: list[int] = []
+    lengths = []
 
-    def measure(prediction: EvalPrediction) -> dict[str, float]:
+    def measure(prediction):
         lengths.append(prediction.predictions.shape[-1])
         return {"length": float(lengths[-1])}
 

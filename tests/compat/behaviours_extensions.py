@@ -1,32 +1,28 @@
 """Subclasses of a user that keep books of their own, and searches for hyper-parameters."""
 
-from __future__ import annotations
-
 import importlib.util
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tests.compat.sides import Nio, Side, behaviour
+from tests.compat.sides import Nio, behaviour
 from tests.compat.toys import Images, Perceptron, Texts, bert, checkpoints, history, resnet
 
 # Side effects
 
 
-def _bookkeeping(side: Side) -> type[Any]:
+def _bookkeeping(side):
     """A Trainer that keeps books in its loss, as SFTTrainer does."""
 
     class Bookkeeping(side.Trainer):  # type: ignore[misc, name-defined]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.calls = 0
             self.tokens = torch.zeros(())
-            self.sizes: list[int] = []
-            self.seen: dict[str, list[int]] = {"train": [], "eval": []}
+            self.sizes = []
+            self.seen = {"train": [], "eval": []}
 
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def compute_loss(self, model, inputs, *args, **kwargs):
             self.calls += 1
             self.tokens += inputs["input_ids"].numel()
             self.sizes.append(len(inputs["labels"]))
@@ -38,7 +34,7 @@ def _bookkeeping(side: Side) -> type[Any]:
 
 
 @behaviour(nio=Nio.SAME)
-def calls_of_the_loss_are_counted(side: Side, folder: Path) -> Any:
+def calls_of_the_loss_are_counted(side, folder):
     """A counter, a sum, a list and a dictionary that a loss keeps are those of the training."""
     changes = {"eval_strategy": "steps", "eval_steps": 3, "gradient_accumulation_steps": 2}
     trainer = side.trained(folder, trainer_class=_bookkeeping(side), **changes)
@@ -46,20 +42,20 @@ def calls_of_the_loss_are_counted(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def logs_of_the_loss(side: Side, folder: Path) -> Any:
+def logs_of_the_loss(side, folder):
     """What a loss logs is what the training logs."""
     trainer = side.trained(folder, trainer_class=_bookkeeping(side))
     return [entry for entry in history(trainer) if "calls" in entry]
 
 
 @behaviour(nio=Nio.SAME)
-def calls_of_a_loss_function_are_counted(side: Side, folder: Path) -> Any:
+def calls_of_a_loss_function_are_counted(side, folder):
     """A `compute_loss_func` with an attribute of its own."""
 
     class Counted:
         calls = 0
 
-        def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        def __call__(self, outputs, labels, num_items_in_batch=None):
             self.calls += 1
             return nn.functional.cross_entropy(outputs["logits"], labels)
 
@@ -69,13 +65,13 @@ def calls_of_a_loss_function_are_counted(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def steps_of_a_subclass_are_counted(side: Side, folder: Path) -> Any:
+def steps_of_a_subclass_are_counted(side, folder):
     """A `training_step` and a `_prepare_inputs` of the user's that count."""
 
     class Counting(side.Trainer):  # type: ignore[misc, name-defined]
         steps = 0
 
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        def training_step(self, *args, **kwargs):
             self.steps += 1
             return super().training_step(*args, **kwargs)
 
@@ -83,19 +79,19 @@ def steps_of_a_subclass_are_counted(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def metrics_that_a_loss_collects(side: Side, folder: Path) -> Any:
+def metrics_that_a_loss_collects(side, folder):
     """Metrics that a loss collects, and that `log` averages and empties, as in trl."""
 
     class Collecting(side.Trainer):  # type: ignore[misc, name-defined]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.collected: dict[str, list[float]] = {}
+            self.collected = {}
 
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def compute_loss(self, model, inputs, *args, **kwargs):
             self.collected.setdefault("size", []).append(float(len(inputs["labels"])))
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        def log(self, logs, start_time=None):
             means = {name: sum(values) / len(values) for name, values in self.collected.items()}
             count = {name + "_count": len(values) for name, values in self.collected.items()}
             self.collected.clear()
@@ -106,7 +102,7 @@ def metrics_that_a_loss_collects(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def statistics_of_batches_are_counted(side: Side, folder: Path) -> Any:
+def statistics_of_batches_are_counted(side, folder):
     """Batch normalisation counts the batches of the training."""
     trainer = side.trained(folder, model=resnet(), train_dataset=Images())
     return {n: int(t) for n, t in trainer.model.state_dict().items() if n.endswith("num_batches_tracked")}
@@ -115,28 +111,28 @@ def statistics_of_batches_are_counted(side: Side, folder: Path) -> Any:
 class Counter(Perceptron):
     """A model that counts in a buffer how often it was called."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, input_ids, labels=None):
         self.calls += 1
         return super().forward(input_ids, labels)
 
 
 @behaviour(nio=Nio.SAME)
-def calls_of_the_model_are_counted(side: Side, folder: Path) -> Any:
+def calls_of_the_model_are_counted(side, folder):
     """A buffer that a model counts in has the calls of the training."""
     return int(side.trained(folder, model=Counter()).model.calls)
 
 
 @behaviour(nio=Nio.SAME)
-def samples_that_a_data_set_draws(side: Side, folder: Path) -> Any:
+def samples_that_a_data_set_draws(side, folder):
     """The random numbers of a data set are those of the training."""
-    drawn: list[float] = []
+    drawn = []
 
     class Random(Texts):
-        def __getitem__(self, index: int) -> Any:
+        def __getitem__(self, index):
             drawn.append(float(torch.rand(())))
             return super().__getitem__(index)
 
@@ -150,7 +146,7 @@ def samples_that_a_data_set_draws(side: Side, folder: Path) -> Any:
 if importlib.util.find_spec("optuna"):
 
     @behaviour(nio=Nio.ALIKE)
-    def search(side: Side, folder: Path) -> Any:
+    def search(side, folder):
         """A search for a learning rate, its best trial and the folders of all."""
         import optuna
 
@@ -168,13 +164,13 @@ if importlib.util.find_spec("optuna"):
         return [best.run_id, str(best.hyperparameters), str(best.objective), found]
 
     @behaviour(nio=Nio.ALIKE)
-    def search_over_models(side: Side, folder: Path) -> Any:
+    def search_over_models(side, folder):
         """A search in which the trial decides the model, with names of its own for the folders."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-        def model(trial: Any) -> nn.Module:
+        def model(trial):
             return bert(num_hidden_layers=1 if trial is None else trial.suggest_int("layers", 1, 3))
 
         trainer = side.trainer(folder, model_init=model, max_steps=2, eval_strategy="steps", eval_steps=2)

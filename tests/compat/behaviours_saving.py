@@ -1,20 +1,14 @@
 """What a Trainer saves when a script asks for it."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from huggingface_hub import ModelCard
-from torch import nn
 from transformers import AutoTokenizer, BertForSequenceClassification, DataCollatorWithPadding
 
-from tests.compat.sides import Nio, Side, behaviour
+from tests.compat.sides import Nio, behaviour
 from tests.compat.toys import (
     Texts,
     bert,
@@ -30,7 +24,7 @@ from tests.compat.toys import (
     weights,
 )
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
+MODELS = {
     "bert": bert,
     "gpt2": gpt2,
     "vit": vit,
@@ -42,7 +36,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 @behaviour(nio=Nio.SAME, cases=MODELS, nio_cases=("bert", "vit"))
-def model_is_saved_untrained(side: Side, folder: Path, model: Callable[[], nn.Module]) -> Any:
+def model_is_saved_untrained(side, folder, model):
     """The files and tensors of a model that is saved without training."""
     trainer = side.trainer(folder, model=model())
     trainer.save_model(str(folder / "saved"))
@@ -50,7 +44,7 @@ def model_is_saved_untrained(side: Side, folder: Path, model: Callable[[], nn.Mo
 
 
 @behaviour()
-def model_is_saved_after_training(side: Side, folder: Path) -> Any:
+def model_is_saved_after_training(side, folder):
     """A trained model is saved into the folder of the training, and loaded from there."""
     trainer = side.trained(folder)
     trainer.save_model()
@@ -59,11 +53,11 @@ def model_is_saved_after_training(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME, cases={"processing class": True, "collator": False})
-def tokenizer_is_saved(side: Side, folder: Path, given: bool) -> Any:
+def tokenizer_is_saved(side, folder, given):
     """The tokenizer is saved with the model and in checkpoints, that of a collator, too."""
     words = tokenizer()
     padding = DataCollatorWithPadding(words)
-    collate: Any = padding
+    collate = padding
     changes = {"processing_class": words} if given else {"data_collator": collate}
     trainer = side.trained(folder, save_strategy="steps", save_steps=4, max_steps=4, **changes)
     trainer.save_model()
@@ -72,7 +66,7 @@ def tokenizer_is_saved(side: Side, folder: Path, given: bool) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def state_is_saved(side: Side, folder: Path) -> Any:
+def state_is_saved(side, folder):
     """`save_state` writes the state of the training, before and after it."""
     trainer = side.trainer(folder)
     trainer.save_state()
@@ -85,7 +79,7 @@ def state_is_saved(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def metrics_are_saved(side: Side, folder: Path) -> Any:
+def metrics_are_saved(side, folder):
     """`save_metrics` writes a file for each split, and one for all of them."""
     trainer = side.trainer(folder)
     trainer.save_metrics("train", {"train_loss": 0.5, "train_samples": 3})
@@ -95,7 +89,7 @@ def metrics_are_saved(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def metrics_are_printed(side: Side, folder: Path) -> Any:
+def metrics_are_printed(side, folder):
     """`log_metrics` prints a table."""
     trainer, printed = side.trainer(folder), io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -104,7 +98,7 @@ def metrics_are_printed(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def end_of_an_example_script(side: Side, folder: Path) -> Any:
+def end_of_an_example_script(side, folder):
     """What the example scripts do at their end: save, log, evaluate, describe."""
     trainer = side.trainer(folder, save_strategy="epoch", max_steps=-1, num_train_epochs=1)
     result = trainer.train()
@@ -122,7 +116,7 @@ def end_of_an_example_script(side: Side, folder: Path) -> Any:
 
 # Model cards
 
-DESCRIPTION: dict[str, Any] = {
+DESCRIPTION = {
     "language": "de",
     "license": "mit",
     "tags": ["mine", "tiny"],
@@ -135,7 +129,7 @@ DESCRIPTION: dict[str, Any] = {
 }
 
 
-def _card(folder: Path) -> list[Any]:
+def _card(folder):
     """What a card says that the script gave: metadata, and words of the text."""
     card = ModelCard.load(folder / "README.md")
     data = card.data.to_dict()
@@ -149,7 +143,7 @@ MOMENTS = ("untrained", "evaluated", "trained", "trained and saved")
 
 
 @behaviour(cases=MOMENTS, nio_cases=("untrained", "trained and saved"))
-def model_card(side: Side, folder: Path, moment: str) -> Any:
+def model_card(side, folder, moment):
     """The card says what the script gave, whatever was done before."""
     trainer = side.trainer(folder)
     if moment == "evaluated":
@@ -163,7 +157,7 @@ def model_card(side: Side, folder: Path, moment: str) -> Any:
 
 
 @behaviour()
-def model_card_with_results(side: Side, folder: Path) -> Any:
+def model_card_with_results(side, folder):
     """The results of an evaluation are in the metadata of the card, under task and data set."""
     trainer = side.trained(folder, compute_metrics=lambda _: {"accuracy": 0.75})
     trainer.save_model()
@@ -175,7 +169,7 @@ def model_card_with_results(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def model_card_without_arguments(side: Side, folder: Path) -> Any:
+def model_card_without_arguments(side, folder):
     """A card is written without a word from the script."""
     trainer = side.trained(folder)
     trainer.create_model_card()
@@ -184,7 +178,7 @@ def model_card_without_arguments(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def tags_of_an_older_card(side: Side, folder: Path) -> Any:
+def tags_of_an_older_card(side, folder):
     """The tags of a card that is there already are kept beside new ones."""
     trainer = side.trainer(folder)
     (folder / "README.md").write_text("---\ntags:\n- older\n---\n# Mine\n")
@@ -197,7 +191,7 @@ def tags_of_an_older_card(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def operations_are_counted(side: Side, folder: Path) -> Any:
+def operations_are_counted(side, folder):
     """The floating-point operations of a batch and of a training."""
     trainer = side.trained(folder)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -205,11 +199,11 @@ def operations_are_counted(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def operations_of_a_subclass(side: Side, folder: Path) -> Any:
+def operations_of_a_subclass(side, folder):
     """A count of operations of the user's is added up over the steps."""
 
     class Own(side.Trainer):  # type: ignore[misc, name-defined]
-        def floating_point_ops(self, inputs: Any) -> int:
+        def floating_point_ops(self, inputs):
             return 10 * len(inputs["labels"])
 
     trainer = side.trained(folder, trainer_class=Own, train_dataset=Texts(34), max_steps=9)

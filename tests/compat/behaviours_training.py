@@ -1,16 +1,10 @@
 """What a training does: losses, optimizers, schedules, batches, and what it leaves."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertModel, TrainerCallback
 
-from tests.compat.sides import Nio, Side, behaviour, caught
+from tests.compat.sides import Nio, behaviour, caught
 from tests.compat.toys import (
     MODELS,
     AtBegin,
@@ -36,14 +30,14 @@ from tests.versions import CHECKPOINTING
 
 
 @behaviour(cases=MODELS)
-def final_weights(side: Side, folder: Path, case: tuple[Callable[[], nn.Module], type]) -> Any:
+def final_weights(side, folder, case):
     """The weights and logs of a training of each model."""
     model, data = case
     return outcome(side.trained(folder, model=model(), train_dataset=data()))
 
 
 @behaviour(cases=MODELS, nio_cases=("gpt2", "swinv2"))
-def gradient_accumulation(side: Side, folder: Path, case: tuple[Callable[[], nn.Module], type]) -> Any:
+def gradient_accumulation(side, folder, case):
     """The weights and logs of a training of each model that accumulates gradients."""
     model, data = case
     return outcome(
@@ -52,7 +46,7 @@ def gradient_accumulation(side: Side, folder: Path, case: tuple[Callable[[], nn.
 
 
 @behaviour(cases={"bert": (bert, Texts), "gpt2": (gpt2, Prose), "vit": (vit, Images)}, nio_cases=("gpt2",))
-def accumulation_over_the_end_of_an_epoch(side: Side, folder: Path, case: tuple[Callable[[], nn.Module], type]) -> Any:
+def accumulation_over_the_end_of_an_epoch(side, folder, case):
     """The last step of an epoch accumulates what is left."""
     model, data = case
     changes = {"gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 2}
@@ -60,7 +54,7 @@ def accumulation_over_the_end_of_an_epoch(side: Side, folder: Path, case: tuple[
 
 
 @behaviour()
-def sequence_to_sequence(side: Side, folder: Path) -> Any:
+def sequence_to_sequence(side, folder):
     """The weights and logs of a Seq2SeqTrainer that accumulates gradients."""
     args = side.arguments(folder, side.seq2seq_arguments_class, gradient_accumulation_steps=2)
     return outcome(
@@ -69,13 +63,13 @@ def sequence_to_sequence(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def train_output(side: Side, folder: Path) -> Any:
+def train_output(side, folder):
     """The steps, the mean loss and the metrics that `train` returns."""
     output = side.trainer(folder).train()
     return [output.global_step, output.training_loss, without_clocks(output.metrics)]
 
 
-LOGGED: dict[str, dict[str, Any]] = {
+LOGGED = {
     "every second": {"logging_steps": 2},
     "the first": {"logging_steps": 4, "logging_first_step": True},
     "a share of all": {"logging_steps": 0.5},
@@ -83,41 +77,41 @@ LOGGED: dict[str, dict[str, Any]] = {
 
 
 @behaviour(cases=LOGGED, nio_cases=("the first",))
-def logging_of_steps(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
+def logging_of_steps(side, folder, changes):
     """Which steps are logged, with which values."""
     return history(side.trained(folder, **changes))
 
 
 @behaviour(cases=("epoch", "no"))
-def logging_strategies(side: Side, folder: Path, strategy: str) -> Any:
+def logging_strategies(side, folder, strategy):
     """What is logged at the ends of epochs, or at the end only."""
     return history(side.trained(folder, logging_strategy=strategy, max_steps=-1, num_train_epochs=2))
 
 
 @behaviour()
-def log_is_overridden(side: Side, folder: Path) -> Any:
+def log_is_overridden(side, folder):
     """A `log` of the user's sees all values, and may add its own."""
 
     class Logging(side.Trainer):  # type: ignore[misc, name-defined]
-        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        def log(self, logs, start_time=None):
             super().log({**logs, "added": 1.5}, start_time)
 
     return history(side.trained(folder, trainer_class=Logging))
 
 
 @behaviour(cases=("all", "non_padding"), nio_cases=("all",))
-def tokens_are_counted(side: Side, folder: Path, kind: str) -> Any:
+def tokens_are_counted(side, folder, kind):
     """The input tokens seen are logged and kept in the state."""
     trainer = side.trained(folder, include_num_input_tokens_seen=kind)
     return [history(trainer), trainer.state.num_input_tokens_seen]
 
 
 @behaviour(cases=(True, False))
-def losses_that_are_not_finite(side: Side, folder: Path, filtered: bool) -> Any:
+def losses_that_are_not_finite(side, folder, filtered):
     """`logging_nan_inf_filter` decides what becomes of a loss that is not a number."""
 
     class Spoiled(side.Trainer):  # type: ignore[misc, name-defined]
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def compute_loss(self, model, inputs, *args, **kwargs):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
             return loss * float("nan") if self.state.global_step == 4 else loss
 
@@ -125,7 +119,7 @@ def losses_that_are_not_finite(side: Side, folder: Path, filtered: bool) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def random_numbers_of_the_steps(side: Side, folder: Path) -> Any:
+def random_numbers_of_the_steps(side, folder):
     """The random numbers that the training draws."""
     draws = Draws()
     side.trained(folder, callbacks=[draws])
@@ -133,7 +127,7 @@ def random_numbers_of_the_steps(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def parameters_stay_the_same_objects(side: Side, folder: Path) -> Any:
+def parameters_stay_the_same_objects(side, folder):
     """A script that holds on to a parameter holds on to the trained one, without a gradient."""
     model = bert()
     before = dict(model.named_parameters())
@@ -142,7 +136,7 @@ def parameters_stay_the_same_objects(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def frozen_parameters(side: Side, folder: Path) -> Any:
+def frozen_parameters(side, folder):
     """What is frozen does not take part in the training."""
     model = bert()
     model.bert.requires_grad_(False)
@@ -155,15 +149,13 @@ def frozen_parameters(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def loss_is_overridden(side: Side, folder: Path) -> Any:
+def loss_is_overridden(side, folder):
     """A `compute_loss` of the user's that is a mean over a batch, with accumulation."""
 
     class Squared(side.Trainer):  # type: ignore[misc, name-defined]
         loss_is_scaled_for_ga = False
 
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             labels = inputs.pop("labels")
             outputs = model(**inputs)
             loss = (outputs["logits"].softmax(-1) - nn.functional.one_hot(labels, 3)).square().mean()
@@ -175,11 +167,11 @@ def loss_is_overridden(side: Side, folder: Path) -> Any:
 
 
 @behaviour(cases={"bert": (bert, Texts), "perceptron": (perceptron, Texts)})
-def loss_function(side: Side, folder: Path, case: tuple[Callable[[], nn.Module], type]) -> Any:
+def loss_function(side, folder, case):
     """`compute_loss_func` gets outputs, labels and the number of items of all accumulated batches."""
     counts = []
 
-    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    def loss(outputs, labels, num_items_in_batch=None):
         counts.append(None if num_items_in_batch is None else int(num_items_in_batch))
         total = nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum", label_smoothing=0.2)
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
@@ -191,7 +183,7 @@ def loss_function(side: Side, folder: Path, case: tuple[Callable[[], nn.Module],
 
 
 @behaviour(cases={"bert": (bert, Texts), "gpt2": (gpt2, Prose), "vit": (vit, Images)}, nio_cases=("gpt2",))
-def label_smoothing(side: Side, folder: Path, case: tuple[Callable[[], nn.Module], type]) -> Any:
+def label_smoothing(side, folder, case):
     """The smoothed loss of classifiers and of language models, with accumulation."""
     model, data = case
     changes = {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2}
@@ -199,13 +191,13 @@ def label_smoothing(side: Side, folder: Path, case: tuple[Callable[[], nn.Module
 
 
 @behaviour()
-def training_step_is_overridden(side: Side, folder: Path) -> Any:
+def training_step_is_overridden(side, folder):
     """A `training_step` of the user's is what trains."""
 
     class Noted(side.Trainer):  # type: ignore[misc, name-defined]
         sizes: tuple[int, ...] = ()
 
-        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        def training_step(self, model, inputs, num_items_in_batch=None):
             self.sizes = (*self.sizes, len(inputs["labels"]))
             return super().training_step(model, inputs, num_items_in_batch) * 0.5
 
@@ -216,16 +208,16 @@ def training_step_is_overridden(side: Side, folder: Path) -> Any:
 class Without(nn.Module):
     """A model that returns no loss."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.head = nn.Linear(6, 3)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, input_ids, labels=None):
         return {"logits": self.head(input_ids.float())}
 
 
 @behaviour(nio=Nio.NOT_RUN)
-def model_without_a_loss(side: Side, folder: Path) -> Any:
+def model_without_a_loss(side, folder):
     """A model that returns no loss is refused when it trains."""
     return caught(side.trainer(folder, model=Without()).train, ValueError)
 
@@ -233,16 +225,16 @@ def model_without_a_loss(side: Side, folder: Path) -> Any:
 class Tuples(nn.Module):
     """A model that returns a tuple."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.inner = perceptron()
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, input_ids, labels=None):
         return tuple(self.inner(input_ids, labels).values())
 
 
 @behaviour()
-def model_that_returns_a_tuple(side: Side, folder: Path) -> Any:
+def model_that_returns_a_tuple(side, folder):
     """The first item of a tuple is the loss."""
     return outcome(side.trained(folder, model=Tuples(), eval_strategy="steps", eval_steps=3))
 
@@ -250,7 +242,7 @@ def model_that_returns_a_tuple(side: Side, folder: Path) -> Any:
 # Optimizers and schedules
 
 
-SCHEDULES: dict[str, dict[str, Any]] = {
+SCHEDULES = {
     "linear": {"warmup_steps": 2},
     "cosine": {"warmup_steps": 0.5},
     "cosine_with_restarts": {"lr_scheduler_kwargs": {"num_cycles": 2}},
@@ -263,21 +255,21 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 
 @behaviour(cases=SCHEDULES, nio=Nio.ALIKE, nio_cases=("linear",))
-def schedules(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
+def schedules(side, folder, changes):
     """The learning rates of each schedule, and the weights that they lead to."""
     name = next(name for name, settings in SCHEDULES.items() if settings is changes)
     return outcome(side.trained(folder, lr_scheduler_type=name, **changes))
 
 
 @behaviour(nio=Nio.SAME)
-def learning_rates(side: Side, folder: Path) -> Any:
+def learning_rates(side, folder):
     """The learning rates of a linear schedule with warmup."""
     trainer = side.trained(folder, warmup_steps=2)
     return [entry["learning_rate"] for entry in history(trainer) if "learning_rate" in entry]
 
 
 @behaviour()
-def reduce_on_plateau(side: Side, folder: Path) -> Any:
+def reduce_on_plateau(side, folder):
     """The learning rate falls when the evaluation gets worse."""
     rising = iter(range(100))
     changes = {
@@ -294,7 +286,7 @@ def reduce_on_plateau(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.NOT_RUN)
-def reduce_on_plateau_without_evaluation(side: Side, folder: Path) -> Any:
+def reduce_on_plateau_without_evaluation(side, folder):
     """A schedule that needs evaluations is refused without them."""
     return caught(
         lambda: side.trained(folder, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="no"), ValueError
@@ -302,13 +294,13 @@ def reduce_on_plateau_without_evaluation(side: Side, folder: Path) -> Any:
 
 
 @behaviour(cases=(0.0, 0.05), nio_cases=("0.05",))
-def gradient_clipping(side: Side, folder: Path, norm: float) -> Any:
+def gradient_clipping(side, folder, norm):
     """Gradients are clipped at the norm, or not at 0; the norm is logged."""
     return outcome(side.trained(folder, max_grad_norm=norm, optim="sgd", learning_rate=0.5))
 
 
 @behaviour(cases=("sgd", "adamw_torch", "adafactor", "rmsprop"), nio_cases=("adafactor",))
-def optimizers_by_name(side: Side, folder: Path, name: str) -> Any:
+def optimizers_by_name(side, folder, name):
     """The weights that an optimizer leads to, and its class."""
     trainer = side.trained(folder, optim=name, weight_decay=0.1)
     inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
@@ -316,7 +308,7 @@ def optimizers_by_name(side: Side, folder: Path, name: str) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def parameter_groups(side: Side, folder: Path) -> Any:
+def parameter_groups(side, folder):
     """Biases and normalisations are in a group without weight decay."""
     trainer = side.trained(folder, weight_decay=0.1)
     groups = [(group["weight_decay"], len(group["params"])) for group in trainer.optimizer.param_groups]
@@ -324,7 +316,7 @@ def parameter_groups(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def optimizer_and_schedule_are_passed_in(side: Side, folder: Path) -> Any:
+def optimizer_and_schedule_are_passed_in(side, folder):
     """An optimizer and a schedule of the script's own are the ones that are used."""
     model = bert()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
@@ -335,7 +327,7 @@ def optimizer_and_schedule_are_passed_in(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def optimizer_alone_is_passed_in(side: Side, folder: Path) -> Any:
+def optimizer_alone_is_passed_in(side, folder):
     """An optimizer of the script's own goes with the schedule of the arguments."""
     model = bert()
     optimizer = torch.optim.Adagrad(model.classifier.parameters(), lr=0.3)
@@ -343,18 +335,18 @@ def optimizer_alone_is_passed_in(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def optimizer_is_created_by_a_subclass(side: Side, folder: Path) -> Any:
+def optimizer_is_created_by_a_subclass(side, folder):
     """A `create_optimizer` of the user's makes the optimizer, once, when the training begins."""
 
     class Own(side.Trainer):  # type: ignore[misc, name-defined]
         created = 0
 
-        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        def create_optimizer(self, *args, **kwargs):
             self.created += 1
             self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.2)
             return self.optimizer
 
-        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        def create_scheduler(self, num_training_steps, optimizer=None):
             self.asked_for = num_training_steps
             return super().create_scheduler(num_training_steps, optimizer)
 
@@ -363,21 +355,21 @@ def optimizer_is_created_by_a_subclass(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def optimizer_class_is_passed_in(side: Side, folder: Path) -> Any:
+def optimizer_class_is_passed_in(side, folder):
     """`optimizer_cls_and_kwargs` names the class and its arguments."""
     given = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.8, "nesterov": True})
     return outcome(side.trained(folder, optimizer_cls_and_kwargs=given))
 
 
 @behaviour()
-def optimizer_state(side: Side, folder: Path) -> Any:
+def optimizer_state(side, folder):
     """The moments of the optimizer after the training."""
     trainer = side.trained(folder, max_steps=3)
     return {str(index): state for index, state in trainer.optimizer.state_dict()["state"].items()}
 
 
 @behaviour(cases={"bert": (bert, Texts), "gpt2": (gpt2, Prose)}, nio_cases=("gpt2",))
-def embedding_noise(side: Side, folder: Path, case: tuple[Callable[[], nn.Module], type]) -> Any:
+def embedding_noise(side, folder, case):
     """NEFTune adds noise to embeddings while training, and none afterwards."""
     model, data = case
     trainer = side.trained(folder, model=model(), train_dataset=data(), eval_dataset=data(8), neftune_noise_alpha=5.0)
@@ -386,21 +378,21 @@ def embedding_noise(side: Side, folder: Path, case: tuple[Callable[[], nn.Module
 
 
 @behaviour()
-def full_determinism(side: Side, folder: Path) -> Any:
+def full_determinism(side, folder):
     """Deterministic algorithms are on while training."""
-    seen: list[bool] = []
+    seen = []
     begin = AtBegin(lambda: seen.append(torch.are_deterministic_algorithms_enabled()))
     return [outcome(side.trained(folder, full_determinism=True, callbacks=[begin])), seen]
 
 
 @behaviour()
-def bfloat16(side: Side, folder: Path) -> Any:
+def bfloat16(side, folder):
     """A training under bfloat16 autocast."""
     return outcome(side.trained(folder, bf16=True, model=vit(), train_dataset=Images()))
 
 
 @behaviour()
-def activation_checkpointing(side: Side, folder: Path) -> Any:
+def activation_checkpointing(side, folder):
     """Activations that are computed again lead to the same weights."""
     return outcome(side.trained(folder, **{CHECKPOINTING: True}))
 
@@ -411,11 +403,11 @@ def activation_checkpointing(side: Side, folder: Path) -> Any:
 class OutOfMemory(TrainerCallback):
     """Runs out of memory at batches above a size, and notes the sizes that were tried."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit):
         self.limit = limit
-        self.tried: list[int] = []
+        self.tried = []
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args, state, control, **kwargs):
         size = state.train_batch_size
         if size not in self.tried:
             self.tried.append(size)
@@ -424,7 +416,7 @@ class OutOfMemory(TrainerCallback):
 
 
 @behaviour()
-def batch_size_is_found(side: Side, folder: Path) -> Any:
+def batch_size_is_found(side, folder):
     """`auto_find_batch_size` tries smaller batches after a lack of memory."""
     limit = OutOfMemory(8)
     changes = {"auto_find_batch_size": True, "per_device_train_batch_size": 16, "max_steps": 2}
@@ -433,14 +425,14 @@ def batch_size_is_found(side: Side, folder: Path) -> Any:
 
 
 @behaviour(nio=Nio.SAME)
-def lack_of_memory_without_a_search(side: Side, folder: Path) -> Any:
+def lack_of_memory_without_a_search(side, folder):
     """A lack of memory ends a training that was not asked to find its batch size."""
     trainer = side.trainer(folder, callbacks=[OutOfMemory(2)])
     return caught(trainer.train, RuntimeError)
 
 
 @behaviour()
-def model_is_made_by_a_function(side: Side, folder: Path) -> Any:
+def model_is_made_by_a_function(side, folder):
     """`model_init` makes a new model for each training, which is thereby repeated."""
     trainer = side.trainer(folder, model_init=lambda: bert())
     trainer.train()
@@ -451,7 +443,7 @@ def model_is_made_by_a_function(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def train_is_called_twice(side: Side, folder: Path) -> Any:
+def train_is_called_twice(side, folder):
     """A second training goes on from the weights of the first, with a new schedule and an empty log."""
     trainer = side.trained(folder, max_steps=3)
     first = outcome(trainer)
@@ -460,7 +452,7 @@ def train_is_called_twice(side: Side, folder: Path) -> Any:
 
 
 @behaviour()
-def evaluation_between_two_trainings(side: Side, folder: Path) -> Any:
+def evaluation_between_two_trainings(side, folder):
     """What is evaluated between two trainings is gone from the log of the second."""
     trainer = side.trained(folder, max_steps=2)
     metrics = without_clocks(trainer.evaluate())
@@ -468,7 +460,7 @@ def evaluation_between_two_trainings(side: Side, folder: Path) -> Any:
     return [metrics, outcome(trainer)]
 
 
-LENGTHS: dict[str, dict[str, Any]] = {
+LENGTHS = {
     "steps within an epoch": {"max_steps": 3},
     "steps beyond an epoch": {"max_steps": 11},
     "steps before epochs": {"max_steps": 2, "num_train_epochs": 5},
@@ -478,13 +470,13 @@ LENGTHS: dict[str, dict[str, Any]] = {
 
 
 @behaviour(cases=LENGTHS, nio_cases=("steps beyond an epoch", "a part of an epoch"))
-def lengths(side: Side, folder: Path, changes: dict[str, Any]) -> Any:
+def lengths(side, folder, changes):
     """How long a training is that is given in steps or epochs."""
     trainer = side.trained(folder, **changes)
     return [outcome(trainer), trainer.state.max_steps, trainer.state.num_train_epochs]
 
 
-STREAMS: dict[str, tuple[Any, dict[str, Any]]] = {
+STREAMS = {
     "without length": (Stream, {"max_steps": 5}),
     "without length, more than a pass": (Stream, {"max_steps": 11}),
     "with length": (SizedStream, {"max_steps": -1, "num_train_epochs": 2}),
@@ -494,7 +486,7 @@ STREAMS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @behaviour(cases=STREAMS, nio_cases=("without length, more than a pass", "with length"))
-def streams(side: Side, folder: Path, case: tuple[Any, dict[str, Any]]) -> Any:
+def streams(side, folder, case):
     """A training on a stream."""
     stream, changes = case
     trainer = side.trained(folder, train_dataset=stream(), **changes)
@@ -502,7 +494,7 @@ def streams(side: Side, folder: Path, case: tuple[Any, dict[str, Any]]) -> Any:
 
 
 @behaviour(nio=Nio.NOT_RUN)
-def stream_without_length_or_steps(side: Side, folder: Path) -> Any:
+def stream_without_length_or_steps(side, folder):
     """A stream without length needs a number of steps."""
     return caught(lambda: side.trainer(folder, train_dataset=Stream(), max_steps=-1), ValueError)
 
@@ -510,7 +502,7 @@ def stream_without_length_or_steps(side: Side, folder: Path) -> Any:
 # What cannot be
 
 
-FAULTS: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+FAULTS = {
     "no model": (RuntimeError, {"model": None}),
     "model and function": (ValueError, {"model_init": lambda: bert(), "model": bert}),
     "model without head": (ValueError, {"model": lambda: BertModel(bert().config)}),
@@ -532,7 +524,7 @@ FAULTS: dict[str, tuple[type[Exception], dict[str, Any]]] = {
 
 
 @behaviour(nio=Nio.SAME, cases=FAULTS)
-def faults_that_are_found_at_once(side: Side, folder: Path, case: tuple[type[Exception], dict[str, Any]]) -> Any:
+def faults_that_are_found_at_once(side, folder, case):
     """What Trainer refuses when it is made is refused as an error of the same type."""
     kind, given = case
     model = given.get("model")
@@ -541,27 +533,27 @@ def faults_that_are_found_at_once(side: Side, folder: Path, case: tuple[type[Exc
 
 
 @behaviour(nio=Nio.NOT_RUN)
-def training_without_data(side: Side, folder: Path) -> Any:
+def training_without_data(side, folder):
     """A training without data is refused when it begins."""
     return caught(side.trainer(folder, train_dataset=None).train, ValueError)
 
 
 @behaviour(nio=Nio.SAME)
-def optimizer_beside_a_function_for_the_model(side: Side, folder: Path) -> Any:
+def optimizer_beside_a_function_for_the_model(side, folder):
     """An optimizer cannot belong to a model that is made anew."""
     optimizer = torch.optim.SGD(bert().parameters())
     return caught(lambda: side.trainer(folder, model_init=lambda: bert(), optimizers=(optimizer, None)), RuntimeError)
 
 
 @behaviour(nio=Nio.SAME)
-def cache_of_the_model_is_switched_off(side: Side, folder: Path) -> Any:
+def cache_of_the_model_is_switched_off(side, folder):
     """Trainer switches the cache of a language model off, and puts it into training mode."""
     trainer = side.trained(folder, model=gpt2(), train_dataset=Prose())
     return [trainer.model.config.use_cache, trainer.model.training]
 
 
 @behaviour(nio=Nio.SAME)
-def properties_of_a_trainer(side: Side, folder: Path) -> Any:
+def properties_of_a_trainer(side, folder):
     """The numbers and objects that scripts read from a Trainer."""
     data = Texts()
     trainer = side.trained(folder, train_dataset=data, gradient_accumulation_steps=2)

@@ -1,16 +1,12 @@
 """Two values of a behaviour are held against each other."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 
 
-def differences(expected: Any, found: Any, alike: bool = False, where: str = "value") -> Iterator[str]:
+def differences(expected, found, alike=False, where="value"):
     """The places at which two values differ.
 
     Args:
@@ -43,7 +39,7 @@ def differences(expected: Any, found: Any, alike: bool = False, where: str = "va
         yield f"{where}: {_short(expected)} in Trainer, {_short(found)} here"
 
 
-def _keys(expected: dict[Any, Any], found: dict[Any, Any], where: str) -> Iterator[str]:
+def _keys(expected, found, where):
     missing, surplus = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing:
         yield f"{where}: {sorted(missing)} in Trainer only"
@@ -51,7 +47,7 @@ def _keys(expected: dict[Any, Any], found: dict[Any, Any], where: str) -> Iterat
         yield f"{where}: {sorted(surplus)} here only"
 
 
-def _tensors(expected: torch.Tensor, found: torch.Tensor, alike: bool, where: str) -> Iterator[str]:
+def _tensors(expected, found, alike, where):
     if expected.shape != found.shape or expected.dtype != found.dtype:
         yield f"{where}: {expected.shape}, {expected.dtype} in Trainer, {found.shape}, {found.dtype} here"
     elif not expected.is_floating_point():
@@ -63,10 +59,10 @@ def _tensors(expected: torch.Tensor, found: torch.Tensor, alike: bool, where: st
         yield f"{where}: differs by up to {(expected.double() - found.double()).abs().max():.3g}"
 
 
-def _equal(left: float, right: float) -> bool:
+def _equal(left, right):
     return left == right or (math.isnan(left) and math.isnan(right))
 
 
-def _short(value: Any) -> str:
+def _short(value):
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

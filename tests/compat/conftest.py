@@ -1,23 +1,20 @@
 """What the comparison starts from."""
 
-from __future__ import annotations
-
 import gc
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def quick_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_collection(monkeypatch):
     """Trainer collects garbage when a training begins, which takes as long as a training of these."""
     monkeypatch.setattr(gc, "collect", lambda generation=2: 0)
 
 
 @pytest.fixture(autouse=True)
-def undo_determinism() -> Iterator[None]:
+def undo_determinism():
     """`full_determinism` asks torch and the environment for it, which would last."""
     environment = dict(os.environ)
     yield

@@ -1,11 +1,9 @@
 """The sides of the comparison, and the list of behaviours that each of them shows."""
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ class NIOSeq2SeqTrainingArguments(NIOTrainingArguments, Seq2SeqTrainingArguments
 
 
 _TRAINER_TAKES = set(inspect.signature(Trainer.__init__).parameters) - {"self", "args"}
-_ARGUMENTS: dict[str, Any] = {
+_ARGUMENTS = {
     "use_cpu": True,
     "report_to": "none",
     "disable_tqdm": True,
@@ -36,12 +34,7 @@ _ARGUMENTS: dict[str, Any] = {
     "logging_steps": 1,
     "save_strategy": "no",
 }
-_NIO_ARGUMENTS: dict[str, Any] = {
-    "nio_batch_size": 8,
-    "nio_sub_batches": 2,
-    "nio_report_batches": 2,
-    "nio_groups": "model",
-}
+_NIO_ARGUMENTS = {"nio_batch_size": 8, "nio_sub_batches": 2, "nio_report_batches": 2, "nio_groups": "model"}
 
 
 @dataclasses.dataclass
@@ -56,19 +49,19 @@ class Side:
     settings: dict[str, Any]
     trainers: list[Trainer] = dataclasses.field(default_factory=list)
 
-    def arguments(self, folder: Path, arguments_class: Any = None, **changes: Any) -> Any:
+    def arguments(self, folder, arguments_class=None, **changes):
         """Arguments for a training of six steps."""
         settings = {"output_dir": str(folder), **_ARGUMENTS, **self.settings, **changes}
         return (arguments_class or self.arguments_class)(**settings)
 
-    def with_nio(self, own: type[TrainingArguments]) -> Any:
+    def with_nio(self, own):
         """The user's own class of arguments; on the sides of NIO a class that has the settings of NIO, too."""
         if self.arguments_class is TrainingArguments:
             return own
         bases = (NIOTrainingArguments, own)
         return dataclasses.dataclass(type(f"NIO{own.__name__}", bases, {"__module__": own.__module__}))
 
-    def trainer(self, folder: Path, trainer_class: Any = None, args: Any = None, **given: Any) -> Any:
+    def trainer(self, folder, trainer_class=None, args=None, **given):
         """A Trainer of a small classifier.
 
         Args:
@@ -86,29 +79,29 @@ class Side:
         self.trainers.append(made)
         return made
 
-    def trained(self, folder: Path, **given: Any) -> Any:
+    def trained(self, folder, **given):
         """A Trainer that has trained."""
         made = self.trainer(folder, **given)
         made.train()
         return made
 
 
-def plain() -> Side:
+def plain():
     """Trainer."""
     return Side("plain", Trainer, Seq2SeqTrainer, TrainingArguments, Seq2SeqTrainingArguments, {})
 
 
-def without_nio() -> Side:
+def without_nio():
     """NIOTrainer with NIO off."""
     return _nio_side("without NIO", {"nio": False})
 
 
-def with_nio() -> Side:
+def with_nio():
     """NIOTrainer with NIO on."""
     return _nio_side("with NIO", _NIO_ARGUMENTS)
 
 
-def _nio_side(name: str, settings: dict[str, Any]) -> Side:
+def _nio_side(name, settings):
     classes = (NIOTrainer, NIOSeq2SeqTrainer, NIOTrainingArguments, NIOSeq2SeqTrainingArguments)
     return Side(name, *classes, settings)
 
@@ -130,12 +123,10 @@ class Behaviour:
     nio: Nio
 
 
-BEHAVIOURS: list[Behaviour] = []
+BEHAVIOURS = []
 
 
-def behaviour(
-    nio: Nio = Nio.ALIKE, cases: Iterable[Any] | dict[str, Any] | None = None, nio_cases: Iterable[str] | None = None
-) -> Callable[[Any], Any]:
+def behaviour(nio=Nio.ALIKE, cases=None, nio_cases=None):
     """Put a function of a side and a folder on the list.
 
     Args:
@@ -144,7 +135,7 @@ def behaviour(
         nio_cases: names of the cases that are shown with NIO on, where a few stand for all; default: all.
     """
 
-    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+    def enter(function):
         named = cases if isinstance(cases, dict) else {str(case): case for case in cases or ()}
         shown = set(named) if nio_cases is None else set(nio_cases)
         assert shown <= set(named), f"{shown - set(named)} of {function.__name__} is no case"
@@ -158,11 +149,11 @@ def behaviour(
     return enter
 
 
-def _with_case(function: Callable[..., Any], case: Any) -> Callable[[Side, Path], Any]:
+def _with_case(function, case):
     return lambda side, folder: function(side, folder, case)
 
 
-def caught(action: Callable[[], Any], *kinds: type[BaseException]) -> str:
+def caught(action, *kinds):
     """The name of the first of the kinds by which `except` catches what the action raises.
 
     What none of them catches goes on its way.

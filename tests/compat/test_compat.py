@@ -4,18 +4,14 @@ Without NIO they agree bit for bit. With NIO the same is asked, or, where other 
 the numbers.
 """
 
-from __future__ import annotations
-
 import importlib
-from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import set_seed
 
 from nio_hf.errors import NIOError
 from tests.compat.comparing import differences
-from tests.compat.sides import BEHAVIOURS, Behaviour, Nio, Side, plain, with_nio, without_nio
+from tests.compat.sides import BEHAVIOURS, Nio, plain, with_nio, without_nio
 
 SUBJECTS = (
     "training",
@@ -39,7 +35,7 @@ ON_PURPOSE = {
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
-def test_it_does_what_trainer_does(behaviour: Behaviour, tmp_path: Path) -> None:
+def test_it_does_what_trainer_does(behaviour, tmp_path):
     trainers = _show(behaviour, plain(), tmp_path / "plain")
     if behaviour.name in ON_PURPOSE:
         assert _differs(trainers, behaviour, tmp_path / "without"), "it agrees, and can leave the list"
@@ -53,14 +49,14 @@ def test_it_does_what_trainer_does(behaviour: Behaviour, tmp_path: Path) -> None
         assert not trained or any(trainer.nio_result is not None for trainer in trained), "NIO did not run"
 
 
-def _differs(trainers: Any, behaviour: Behaviour, folder: Path) -> bool:
+def _differs(trainers, behaviour, folder):
     try:
         return bool(list(differences(trainers, _show(behaviour, without_nio(), folder))))
     except NIOError:
         return True
 
 
-def _show(behaviour: Behaviour, side: Side, folder: Path) -> Any:
+def _show(behaviour, side, folder):
     set_seed(0)
     folder.mkdir()
     value = behaviour.show(side, folder)
@@ -68,7 +64,7 @@ def _show(behaviour: Behaviour, side: Side, folder: Path) -> Any:
     return value
 
 
-def _agree(where: str, trainers: Any, ours: Any, alike: bool = False) -> None:
+def _agree(where, trainers, ours, alike=False):
     found = list(differences(trainers, ours, alike))
     if found:
         pytest.fail("\n".join([where, *found[:10]]), pytrace=False)

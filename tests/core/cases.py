@@ -1,10 +1,7 @@
 """Models with data and loss, and what the tests compare of them."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +11,6 @@ from transformers import set_seed
 from nio_hf.core import mode
 from nio_hf.core.batches import take
 from nio_hf.core.collective import Collective
-from nio_hf.core.config import NIOConfig
 from nio_hf.core.loss import Loss, LossFn
 from nio_hf.core.problem import ScalingProblem
 from nio_hf.core.result import GradCosine
@@ -22,7 +18,7 @@ from nio_hf.core.stream import BatchStream
 from nio_hf.core.tensors import copied_values, find_tensors
 from tests import zoo
 
-PER_TENSOR: dict[str, Any] = {"search": "published", "groups": "tensor", "scaled_tensors": "all", "objective": "gc"}
+PER_TENSOR = {"search": "published", "groups": "tensor", "scaled_tensors": "all", "objective": "gc"}
 """Settings of the published search, with a scale of its own for every tensor, and GradCosine alone."""
 FAMILIES = [*zoo.VISION, *zoo.TEXT, "mlp"]
 
@@ -35,13 +31,13 @@ class Case:
     batch: Any
     loss_fn: LossFn
 
-    def mean_loss(self, positions: Sequence[int], model: nn.Module | None = None) -> Tensor:
+    def mean_loss(self, positions, model=None):
         """Mean loss of the samples at some positions."""
         returned = self.loss_fn(model or self.model, take(self.batch, positions))
         return returned[0] / returned[1] if isinstance(returned, tuple) else returned
 
 
-def case(name: str, samples: int = 8, **config: Any) -> Case:
+def case(name, samples=8, **config):
     """A tiny model with the same weights at every call."""
     set_seed(0)
     if name == "mlp":
@@ -52,7 +48,7 @@ def case(name: str, samples: int = 8, **config: Any) -> Case:
     return Case(model, zoo.sentences(samples), zoo.text_loss)
 
 
-def double_case(name: str, samples: int = 8) -> Case:
+def double_case(name, samples=8):
     """The same in fp64, every nonzero tensor moved far enough from its tiny initial values to matter."""
     made = case(name, samples)
     made.model.double()
@@ -64,16 +60,14 @@ def double_case(name: str, samples: int = 8) -> Case:
     return made
 
 
-def batches_of(name: str, count: int, samples: int = 8) -> list[Any]:
+def batches_of(name, count, samples=8):
     """Different batches for a family."""
-    make: Callable[..., Any] = zoo.vectors if name == "mlp" else zoo.images if name in zoo.VISION else zoo.sentences
+    make = zoo.vectors if name == "mlp" else zoo.images if name in zoo.VISION else zoo.sentences
     return [make(samples, seed=seed) for seed in range(count)]
 
 
 @contextlib.contextmanager
-def scaling_problem(
-    model: nn.Module, loss_fn: LossFn, config: NIOConfig, reported: Sequence[Any] = ()
-) -> Iterator[ScalingProblem]:
+def scaling_problem(model, loss_fn, config, reported=()):
     """What a method is given, with a measurement before that is made up."""
     device = torch.device("cpu")
     tensors = find_tensors(model, config.scaled_tensors, config.groups)
@@ -84,9 +78,9 @@ def scaling_problem(
         yield ScalingProblem(config, loss, tensors, initial, Collective(), stream, reported, before, size)
 
 
-def state(model: nn.Module) -> dict[str, Any]:
+def state(model):
     """All that NIO promises to leave alone in a model, values included."""
-    found: dict[str, Any] = {name: module.training for name, module in model.named_modules()}
+    found = {name: module.training for name, module in model.named_modules()}
     for name, parameter in model.named_parameters():
         grad = None if parameter.grad is None else parameter.grad.clone()
         found[f"{name}: parameter"] = (id(parameter), parameter.data_ptr(), parameter.requires_grad, grad)
@@ -95,13 +89,13 @@ def state(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def differences(before, after):
     """Entries of two states that are not the same, bit for bit."""
     assert before.keys() == after.keys()
     return [key for key, value in before.items() if not _same(value, after[key])]
 
 
-def _same(left: Any, right: Any) -> bool:
+def _same(left, right):
     if isinstance(left, tuple):
         return all(_same(a, b) for a, b in zip(left, right, strict=True))
     if isinstance(left, Tensor):

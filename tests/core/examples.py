@@ -1,13 +1,9 @@
 """How hypothesis draws examples: the same ones in every run."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from hypothesis import HealthCheck, Phase, settings
 
 
-def examples(count: int) -> Any:
+def examples(count):
     """At most `count` examples, whatever time they take; one that fails is shown as it was found."""
     return settings(
         max_examples=count,

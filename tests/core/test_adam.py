@@ -1,7 +1,5 @@
 """Adam on a vector of scales against steps computed by hand."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -9,10 +7,10 @@ import math
 import pytest
 import torch
 
-from nio_hf.core.adam import AdamState, Branch, adam_step
+from nio_hf.core.adam import AdamState, adam_step
 from nio_hf.core.records import restored
 
-STEPS: list[tuple[Branch, list[float]]] = [
+STEPS = [
     ("objective", [0.3, -5.0, 1e-4]),
     ("objective", [-0.7, -0.2, 2e-4]),
     ("constraint", [0.9, -3.0, -0.5]),
@@ -26,12 +24,12 @@ STEPS: list[tuple[Branch, list[float]]] = [
 class ByHand:
     """The moments of one scale in plain numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.second = 0.0
         self.first = {"objective": 0.0, "constraint": 0.0}
         self.steps = {"objective": 0, "constraint": 0}
 
-    def direction(self, gradient: float, branch: str) -> float:
+    def direction(self, gradient, branch):
         clipped = max(-1.0, min(1.0, gradient))
         self.steps[branch] += 1
         self.first[branch] = 0.9 * self.first[branch] + 0.1 * clipped
@@ -41,7 +39,7 @@ class ByHand:
         return -mean / (math.sqrt(square) + 1e-8)
 
 
-def test_interleaved_branches_follow_the_steps_computed_by_hand() -> None:
+def test_interleaved_branches_follow_the_steps_computed_by_hand():
     state, scales = AdamState.zeros(3), [ByHand() for _ in range(3)]
     for branch, gradient in STEPS:
         direction, state = adam_step(state, torch.tensor(gradient), branch)
@@ -51,18 +49,18 @@ def test_interleaved_branches_follow_the_steps_computed_by_hand() -> None:
     assert state.steps == {"objective": 4, "constraint": 3}
 
 
-def test_the_first_direction_is_against_the_sign() -> None:
+def test_the_first_direction_is_against_the_sign():
     direction, _ = adam_step(AdamState.zeros(4), torch.tensor([7.0, -1e-3, 0.5, 0.0]))
     torch.testing.assert_close(direction, torch.tensor([-1.0, 1.0, -1.0, 0.0]).double(), rtol=0, atol=2e-5)
 
 
-def test_a_step_leaves_the_state_that_it_is_given() -> None:
+def test_a_step_leaves_the_state_that_it_is_given():
     before = AdamState.zeros(2)
     adam_step(before, torch.ones(2))
     assert before == AdamState.zeros(2)
 
 
-def test_a_state_goes_on_exactly_after_a_trip_through_json() -> None:
+def test_a_state_goes_on_exactly_after_a_trip_through_json():
     state = AdamState.zeros(3)
     for branch, gradient in STEPS[:4]:
         _, state = adam_step(state, torch.tensor(gradient), branch)

@@ -1,17 +1,14 @@
 """Scales that are computed: how large additive tensors have to be, and how the bounds are kept on any landscape."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from nio_hf import GradCosine, NIOConfig, initialize
 from nio_hf.core import balance, expected_cost, mode
@@ -21,7 +18,7 @@ from nio_hf.core.groups import blocks_of, kinds_of
 from nio_hf.core.loss import Loss
 from nio_hf.core.method import Learned, Watch
 from nio_hf.core.problem import ScalingProblem
-from nio_hf.core.sub_batches import SubBatches, split
+from nio_hf.core.sub_batches import split
 from nio_hf.errors import ModelError, NumericsError, Problem, StoppedError
 from tests.core.cases import case, differences, scaling_problem, state
 from tests.core.examples import examples
@@ -32,12 +29,12 @@ CPU = torch.device("cpu")
 class Block(nn.Module):
     """A block with two weight matrices, and a table that it adds to what it computes inside."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
         self.bias_table = nn.Parameter(torch.randn(3, 4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         """As a residual block."""
         return x + self.second(torch.tanh(self.first(x) + self.bias_table))
 
@@ -50,7 +47,7 @@ class Adding(nn.Module):
         normalised: Whether a normalisation without a mean stands before the first block.
     """
 
-    def __init__(self, size: float, *, normalised: bool = False) -> None:
+    def __init__(self, size, *, normalised=False):
         super().__init__()
         self.read = nn.Linear(4, 4, bias=False)
         self.read.weight.data = torch.eye(4)
@@ -59,7 +56,7 @@ class Adding(nn.Module):
         self.blocks = nn.ModuleList([Block(), Block()])
         self.head = nn.Linear(4, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         """Logits (B, 2)."""
         x = self.norm(self.read(x) + self.positions)
         for block in self.blocks:
@@ -67,24 +64,22 @@ class Adding(nn.Module):
         return self.head(x.mean(1))
 
 
-def inputs(samples: int = 8) -> Tensor:
+def inputs(samples=8):
     angles = torch.rand(samples, 3, generator=torch.Generator().manual_seed(0)) * 2 * math.pi
     zeros = torch.zeros_like(angles)
     return torch.stack([angles.cos(), angles.sin(), zeros, zeros], dim=-1)
 
 
-def squared(model: nn.Module, batch: Tensor) -> Tensor:
+def squared(model, batch):
     return model(batch).square().mean()
 
 
-def parts_of(loss: Loss, batch: Any, samples: int = 8) -> SubBatches:
+def parts_of(loss, batch, samples=8):
     windows = [list(range(samples // 2)), list(range(samples // 2, samples))]
     return split(batch, windows, loss, Collective(), where="batch")
 
 
-def found_balances(
-    model: nn.Module, batch: Any = None, loss_fn: Any = squared, size: int | None = None
-) -> dict[str, tuple[list[str], float]]:
+def found_balances(model, batch=None, loss_fn=squared, size=None):
     """{block: (names of its additive tensors, factor)}."""
     kinds = kinds_of(model)
     additive = {name: weight for name, weight in model.named_parameters() if kinds[name] == "additive"}
@@ -95,7 +90,7 @@ def found_balances(
     return {each.place: ([names[member] for member in each.members], each.factor) for each in found}
 
 
-def factor(model: nn.Module, batch: Any = None, loss_fn: Any = squared, size: int | None = None) -> float:
+def factor(model, batch=None, loss_fn=squared, size=None):
     """The factor of a model with one first block; 1 where nothing is balanced."""
     found = [own for _, own in found_balances(model, batch, loss_fn, size).values()]
     return found[0] if found else 1.0
@@ -103,22 +98,22 @@ def factor(model: nn.Module, batch: Any = None, loss_fn: Any = squared, size: in
 
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("size", [1e-5, 0.02, 0.3, 0.9])
-def test_what_is_added_is_to_become_as_large_as_what_it_is_added_to(size: float, normalised: bool) -> None:
+def test_what_is_added_is_to_become_as_large_as_what_it_is_added_to(size, normalised):
     assert factor(Adding(size, normalised=normalised)) == pytest.approx(1 / size, rel=1e-3)
 
 
 @pytest.mark.parametrize("size", [1.0, 3.0])
-def test_what_is_as_large_already_stays(size: float) -> None:
+def test_what_is_as_large_already_stays(size):
     assert factor(Adding(size)) == pytest.approx(1.0)
 
 
-def test_places_that_nothing_is_added_to_do_not_count() -> None:
+def test_places_that_nothing_is_added_to_do_not_count():
     batch = inputs()
     batch[:, 0] = 0.0
     assert factor(Adding(0.2), batch) == pytest.approx(5.0, rel=1e-3)
 
 
-def test_micro_batches_change_nothing_and_all_is_as_it_was() -> None:
+def test_micro_batches_change_nothing_and_all_is_as_it_was():
     model = Adding(0.25)
     before = state(model)
     assert factor(model, size=1) == pytest.approx(factor(model))
@@ -126,10 +121,10 @@ def test_micro_batches_change_nothing_and_all_is_as_it_was() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_an_error_leaves_the_model_as_it_was() -> None:
+def test_an_error_leaves_the_model_as_it_was():
     model, calls = Adding(0.25), []
 
-    def failing(own: nn.Module, batch: Tensor) -> Tensor:
+    def failing(own, batch):
         calls.append(1)
         if len(calls) == 2:
             raise ModelError(Problem("model", "broken", "Mend it"))
@@ -142,13 +137,13 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_what_is_added_elsewhere_does_not_count() -> None:
+def test_what_is_added_elsewhere_does_not_count():
     class Probing(Adding):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__(0.1)
             self.probe = nn.Parameter(torch.randn(3, 4))
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return super().forward(x) + self.probe.mean()
 
     model = Probing()
@@ -163,16 +158,16 @@ def test_what_is_added_elsewhere_does_not_count() -> None:
     assert factor(Adding(0.0)) == 1.0
 
 
-def test_each_tower_has_a_balance_of_its_own_and_later_stages_have_none() -> None:
+def test_each_tower_has_a_balance_of_its_own_and_later_stages_have_none():
     class Towers(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.left, self.right = Adding(0.1), Adding(0.5)
             self.stage = nn.ModuleList([Block(), Block()])
             self.added = nn.Parameter(torch.randn(3, 4))
             self.head = nn.Linear(4, 2)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             left, right = (tower.norm(tower.read(x) + tower.positions) for tower in (self.left, self.right))
             for block in self.left.blocks:
                 left = block(left)
@@ -199,14 +194,14 @@ def test_each_tower_has_a_balance_of_its_own_and_later_stages_have_none() -> Non
     assert named["added"] == ("others", groups["others"])
 
 
-def test_a_model_without_blocks_has_nothing_to_balance() -> None:
+def test_a_model_without_blocks_has_nothing_to_balance():
     class Flat(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.read, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
             self.positions = nn.Parameter(torch.full((3, 4), 0.01))
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return self.head((self.read(x) + self.positions).mean(1))
 
     assert blocks_of(Flat()) == []
@@ -214,7 +209,7 @@ def test_a_model_without_blocks_has_nothing_to_balance() -> None:
 
 
 @pytest.mark.parametrize("family", ["vit", "gpt2", "bert"])
-def test_after_nio_additive_tensors_are_at_least_as_large_as_what_they_are_added_to(family: str) -> None:
+def test_after_nio_additive_tensors_are_at_least_as_large_as_what_they_are_added_to(family):
     made = case(family)
     before = factor(made.model, made.batch, made.loss_fn)
     config = NIOConfig(sub_batches=2, report_batches=1, loss_bound=None, least_norm=None)
@@ -241,23 +236,21 @@ class Found:
     config: NIOConfig
 
     @property
-    def exponents(self) -> tuple[float, ...]:
+    def exponents(self):
         return tuple(math.log2(group.omega) for group in self.learned.groups)
 
     @property
-    def trials(self) -> list[tuple[str, str]]:
+    def trials(self):
         return [(record.tried, record.outcome) for record in self.learned.history]
 
 
-def search(
-    landscape: Landscape, preserving: float, balancing: float = 1.0, start: float = 1.0, **settings: Any
-) -> Found:
+def search(landscape, preserving, balancing=1.0, start=1.0, **settings):
     """Search a landscape with given factors, from a gradient norm of 1, on the tensors of a small model."""
     config = NIOConfig(**{"sub_batches": 2, "report_batches": 3, **settings})
-    measured: list[tuple[float, ...]] = []
-    placed: list[tuple[float, ...]] = []
+    measured = []
+    placed = []
 
-    def measure(problem: ScalingProblem, size: int | None) -> tuple[GradCosine, int | None]:
+    def measure(problem, size):
         measured.append(tuple(math.log2(scale) for scale in placed[-1]))
         loss, grad_norm = landscape(measured[-1][0], measured[-1][-1])
         if not math.isfinite(loss):
@@ -277,12 +270,12 @@ def search(
     return Found(learned, measured, placed[0], config)
 
 
-def flat(additive: float, others: float) -> tuple[float, float]:
+def flat(additive, others):
     """A landscape that is the same everywhere."""
     return 1.0, 1.0
 
 
-def test_what_is_added_is_balanced_at_the_common_factor() -> None:
+def test_what_is_added_is_balanced_at_the_common_factor():
     found = search(flat, 3.0, 8.0)
     assert found.balanced_at == (3.0, 3.0)
     assert found.trials == [("additive x24, others x3", "accepted")]
@@ -293,7 +286,7 @@ def test_what_is_added_is_balanced_at_the_common_factor() -> None:
 
 
 @pytest.mark.parametrize("groups", ["model", {"additive": "positions", "head": r"head\.weight"}])
-def test_other_groups_have_the_common_factor_alone(groups: Any) -> None:
+def test_other_groups_have_the_common_factor_alone(groups):
     found = search(flat, 3.0, 8.0, groups=groups)
     assert [group.name for group in found.learned.groups] == (["model"] if groups == "model" else list(groups))
     assert [group.omega for group in found.learned.groups] == pytest.approx([3.0] * len(found.learned.groups))
@@ -311,16 +304,14 @@ def test_other_groups_have_the_common_factor_alone(groups: Any) -> None:
         (4.0, 50.0, (8.0, 4.0)),
     ],
 )
-def test_factors_are_at_least_one_in_the_range_and_worth_a_trial(
-    preserving: float, balancing: float, expected: tuple[float, ...]
-) -> None:
+def test_factors_are_at_least_one_in_the_range_and_worth_a_trial(preserving, balancing, expected):
     found = search(flat, preserving, balancing, scale_range=(0.5, 8.0))
     assert [group.omega for group in found.learned.groups] == pytest.approx(expected)
     assert len(found.trials) == (expected != (1.0, 1.0))
 
 
 @pytest.mark.parametrize(("strength", "expected"), [(1.0, (4.0, 3.0)), (0.5, (2.0, 1.5)), (2.0, (8.0, 6.0))])
-def test_strength_is_the_exponent_of_the_computed_scales(strength: float, expected: tuple[float, ...]) -> None:
+def test_strength_is_the_exponent_of_the_computed_scales(strength, expected):
     found = search(flat, 8.0, 2.0, strength=strength, scale_range=(1.0, 2.0**9))
     assert found.exponents == pytest.approx(expected)
     assert found.balanced_at == (8.0, 8.0)
@@ -337,9 +328,7 @@ def test_strength_is_the_exponent_of_the_computed_scales(strength: float, expect
         (lambda x, y: (1.0, 0.6 if x <= 2.1 else 0.59), "least_norm", {}),
     ],
 )
-def test_all_exponents_are_halved_while_a_bound_is_broken(
-    landscape: Landscape, outcome: str, settings: dict[str, Any]
-) -> None:
+def test_all_exponents_are_halved_while_a_bound_is_broken(landscape, outcome, settings):
     found = search(landscape, 16.0, 16.0, scale_range=(1.0, 2.0**9), **settings)
     assert found.measured == [(8.0, 4.0), (4.0, 2.0), (2.0, 1.0)]
     assert found.exponents == (2.0, 1.0)
@@ -348,14 +337,14 @@ def test_all_exponents_are_halved_while_a_bound_is_broken(
     assert math.isnan(refused.loss) == (refused.grad_cosine is None) == ("loss_bound" in settings)
 
 
-def test_without_bounds_a_finite_loss_is_enough_and_a_norm_may_always_rise() -> None:
+def test_without_bounds_a_finite_loss_is_enough_and_a_norm_may_always_rise():
     assert search(lambda x, y: (1e30, 1e-30), 4.0, loss_bound=None, least_norm=None).exponents == (2.0, 2.0)
     assert search(lambda x, y: (1.0, 1e30), 4.0).exponents == (2.0, 2.0)
 
 
 @pytest.mark.parametrize("strength", [0.3, 1.0])
 @pytest.mark.parametrize("groups", ["additive", "model"])
-def test_nothing_is_applied_where_nothing_keeps_the_bounds_and_nothing_costs_more(groups: Any, strength: float) -> None:
+def test_nothing_is_applied_where_nothing_keeps_the_bounds_and_nothing_costs_more(groups, strength):
     found = search(lambda x, y: (9.0, 1.0), 1e30, 1e30, groups=groups, strength=strength)
     assert set(found.exponents) == {0.0}
     assert {outcome for _, outcome in found.trials} == {"loss_bound"}
@@ -375,9 +364,9 @@ def test_nothing_is_applied_where_nothing_keeps_the_bounds_and_nothing_costs_mor
     scale_range=st.sampled_from([(0.01, 100.0), (0.3, 3.0), (0.5, 1.0)]),
 )
 def test_the_largest_share_that_keeps_the_bounds_is_applied_on_any_landscape(
-    slopes: tuple[float, ...], preserving: float, balancing: float, strength: float, **settings: Any
-) -> None:
-    def landscape(x: float, y: float) -> tuple[float, float]:
+    slopes, preserving, balancing, strength, **settings
+):
+    def landscape(x, y):
         return 1.0 + math.tanh(slopes[0] * x + slopes[1] * y) / 2, math.exp((slopes[2] * x + slopes[3] * y) / 3)
 
     found = search(landscape, preserving, balancing, strength=strength, **settings)
@@ -397,24 +386,24 @@ def test_the_largest_share_that_keeps_the_bounds_is_applied_on_any_landscape(
     assert found.learned.cost <= balance.most_cost(found.config) + 1e-9
 
 
-def within(at: tuple[float, float], bounds: dict[str, Any]) -> bool:
+def within(at, bounds):
     """Whether a loss and a norm keep the bounds, both 1 at the start."""
     return at[0] <= 1 + (bounds["loss_bound"] or math.inf) and at[1] >= (bounds["least_norm"] or 0.0)
 
 
 # Runs of a model.
 
-REFUSED: dict[str, Any] = {"sub_batches": 2, "report_batches": 2, "loss_bound": 1e-9, "least_norm": 1.0}
+REFUSED = {"sub_batches": 2, "report_batches": 2, "loss_bound": 1e-9, "least_norm": 1.0}
 """Bounds that keep the model of `growing` from any scale."""
 
 
-def growing(model: nn.Module, batch: Any) -> Tensor:
+def growing(model, batch):
     """A loss that any larger weight raises."""
     return squared(model, batch) + sum((parameter.square().sum() for parameter in model.parameters()), torch.zeros(()))
 
 
 @pytest.mark.parametrize("after", [0, 1])
-def test_a_run_that_is_stopped_leaves_the_model_as_it_was(after: int) -> None:
+def test_a_run_that_is_stopped_leaves_the_model_as_it_was(after):
     model, config, seen = Adding(0.25), NIOConfig(**REFUSED), []
     before = state(model)
     with pytest.raises(StoppedError, match=r"NIO: stopped before it was through\. Start again"):
@@ -426,7 +415,7 @@ def test_a_run_that_is_stopped_leaves_the_model_as_it_was(after: int) -> None:
 
 
 @pytest.mark.parametrize(("groups", "trials"), [("additive", 4), ("model", 2)])
-def test_what_a_run_costs_is_expected_whatever_the_report(groups: Any, trials: int) -> None:
+def test_what_a_run_costs_is_expected_whatever_the_report(groups, trials):
     """Also where all that is scaled is additive."""
     model = Adding(0.25)
     if groups == "additive":

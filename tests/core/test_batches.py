@@ -1,9 +1,7 @@
 """Batches of any structure, and parts of them."""
 
-from __future__ import annotations
-
 import collections
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 from nio_hf.core.batches import all_ignored_labels, batch_size, chunks, content_of, take, tensors_equal, to_device
 from nio_hf.errors import DataError
 
-NESTED: dict[str, Any] = {
+NESTED = {
     "images": torch.arange(8.0).view(4, 2),
     "masks": {"even": torch.tensor([0, 2, 4, 6])},
     "names": ["a", "b", "c", "d"],
@@ -22,13 +20,13 @@ NESTED: dict[str, Any] = {
 }
 
 
-def test_a_batch_may_be_nested() -> None:
+def test_a_batch_may_be_nested():
     assert batch_size(NESTED) == 4
     assert batch_size(torch.zeros(3, 2)) == 3
     assert batch_size((torch.zeros(5), torch.zeros(5, 1))) == 5
 
 
-def test_samples_are_taken_from_every_part_of_a_batch() -> None:
+def test_samples_are_taken_from_every_part_of_a_batch():
     taken = take(NESTED, [3, 0, 3])
     assert taken["images"].tolist() == [[6.0, 7.0], [0.0, 1.0], [6.0, 7.0]]
     assert taken["masks"]["even"].tolist() == [6, 0, 6]
@@ -37,24 +35,24 @@ def test_samples_are_taken_from_every_part_of_a_batch() -> None:
     assert (taken["temperature"], taken["task"]) == (torch.tensor(0.5), "digits")
 
 
-def test_a_mapping_that_shares_its_entries_with_its_copies_is_not_written_to() -> None:
+def test_a_mapping_that_shares_its_entries_with_its_copies_is_not_written_to():
     class Shared(MutableMapping[str, Any]):
-        def __init__(self) -> None:
+        def __init__(self):
             self.entries = {"x": torch.arange(6)}
 
-        def __getitem__(self, key: str) -> Any:
+        def __getitem__(self, key):
             return self.entries[key]
 
-        def __setitem__(self, key: str, value: Any) -> None:
+        def __setitem__(self, key, value):
             self.entries[key] = value
 
-        def __delitem__(self, key: str) -> None:
+        def __delitem__(self, key):
             del self.entries[key]
 
-        def __iter__(self) -> Iterator[str]:
+        def __iter__(self):
             return iter(self.entries)
 
-        def __len__(self) -> int:
+        def __len__(self):
             return len(self.entries)
 
     batch = Shared()
@@ -63,13 +61,13 @@ def test_a_mapping_that_shares_its_entries_with_its_copies_is_not_written_to() -
 
 
 @pytest.mark.parametrize(("size", "lengths"), [(None, [4]), (4, [4]), (9, [4]), (3, [3, 1]), (1, [1, 1, 1, 1])])
-def test_chunks_are_the_batch_in_order(size: int | None, lengths: list[int]) -> None:
+def test_chunks_are_the_batch_in_order(size, lengths):
     parts = list(chunks(NESTED, size))
     assert [batch_size(part) for part in parts] == lengths
     assert torch.equal(torch.cat([part["images"] for part in parts]), NESTED["images"])
 
 
-def test_a_batch_moves_to_a_device_with_all_its_tensors() -> None:
+def test_a_batch_moves_to_a_device_with_all_its_tensors():
     moved = to_device(NESTED, torch.device("meta"))
     assert moved["images"].is_meta
     assert moved["masks"]["even"].is_meta
@@ -85,18 +83,18 @@ def test_a_batch_moves_to_a_device_with_all_its_tensors() -> None:
         ("text", "no tensor with a sample dimension in a str"),
     ],
 )
-def test_batches_without_one_size_are_refused(batch: Any, message: str) -> None:
+def test_batches_without_one_size_are_refused(batch, message):
     with pytest.raises(DataError, match=message):
         batch_size(batch)
 
 
-def test_named_tuples_are_batches() -> None:
+def test_named_tuples_are_batches():
     pair = collections.namedtuple("pair", "inputs labels")
     taken = take(pair(torch.arange(3), torch.arange(3, 6)), [2])
     assert [part.tolist() for part in taken] == [[2], [5]]
 
 
-def test_batches_are_compared_by_their_tensors() -> None:
+def test_batches_are_compared_by_their_tensors():
     other = {**NESTED, "pair": (torch.arange(4), torch.arange(5, 9))}
     assert tensors_equal(NESTED, take(NESTED, range(4)))
     assert not tensors_equal(NESTED, other)
@@ -104,7 +102,7 @@ def test_batches_are_compared_by_their_tensors() -> None:
 
 
 @pytest.mark.parametrize("ignored", [-100, 255])
-def test_ignored_labels_are_found_where_batches_keep_labels(ignored: int) -> None:
+def test_ignored_labels_are_found_where_batches_keep_labels(ignored):
     inputs, labels = torch.zeros(2, 3), torch.full((2, 4, 4), ignored)
     partly = labels.clone()
     partly[0, 0, 0] = 1
@@ -118,7 +116,7 @@ def test_ignored_labels_are_found_where_batches_keep_labels(ignored: int) -> Non
     assert not all_ignored_labels(inputs)
 
 
-def test_the_content_of_a_batch_tells_it_from_another_order_and_another_place() -> None:
+def test_the_content_of_a_batch_tells_it_from_another_order_and_another_place():
     content = content_of(NESTED)
     assert content == content_of(take(NESTED, range(4)))
     assert content != content_of(take(NESTED, [1, 0, 2, 3]))

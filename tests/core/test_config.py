@@ -1,13 +1,10 @@
 """Settings are checked together."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json
 import math
 import pickle
-from typing import Any
 
 import pytest
 
@@ -39,7 +36,7 @@ RANGES = [(2.0, 1.0), (1.5, 2.0), (0.1, 0.9), (0.0, 2.0), (-1.0, 2.0), (1.0,), (
         ("seed", [-1, 0.5, True], [0]),
     ],
 )
-def test_values_out_of_range_are_refused_with_their_name(name: str, bad: list[Any], good: list[Any]) -> None:
+def test_values_out_of_range_are_refused_with_their_name(name, bad, good):
     for value in good:
         assert getattr(NIOConfig(**{name: value}), name) == value
     for value in bad:
@@ -56,7 +53,7 @@ def test_values_out_of_range_are_refused_with_their_name(name: str, bad: list[An
         ("groups", ["kind"], ["additive", "model", "tensor"]),
     ],
 )
-def test_the_settings_of_the_published_search(name: str, bad: list[Any], good: list[Any]) -> None:
+def test_the_settings_of_the_published_search(name, bad, good):
     for value in good:
         assert getattr(NIOConfig(search="published", **{name: value}), name) == value
     for value in bad:
@@ -72,13 +69,13 @@ def test_the_settings_of_the_published_search(name: str, bad: list[Any], good: l
         ({"precision": "bf16", "curvature": "finite_difference"}, "bfloat16 rounds away the difference"),
     ],
 )
-def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_go_together(settings, message):
     with pytest.raises(ConfigError, match=message) as caught:
         NIOConfig(**settings)
     assert len(caught.value.problems) == 1
 
 
-def test_all_problems_are_reported_together() -> None:
+def test_all_problems_are_reported_together():
     with pytest.raises(ConfigError) as caught:
         NIOConfig(search="published", iterations=0, overlap=1.0, lr=-1.0)
     assert {problem.where for problem in caught.value.problems} == {
@@ -92,7 +89,7 @@ def test_all_problems_are_reported_together() -> None:
 
 
 @pytest.mark.parametrize("name", REPLACED)
-def test_former_settings_name_what_replaces_them(name: str) -> None:
+def test_former_settings_name_what_replaces_them(name):
     with pytest.raises(ConfigError) as caught:
         NIOConfig(**{name: "anything"})
     (problem,) = caught.value.problems
@@ -101,7 +98,7 @@ def test_former_settings_name_what_replaces_them(name: str) -> None:
     assert named or problem.fix.startswith("Leave it out: ")
 
 
-def test_former_settings_are_named_together_and_as_they_were_given() -> None:
+def test_former_settings_are_named_together_and_as_they_were_given():
     with pytest.raises(ConfigError, match="2 problems"):
         NIOConfig(min_scale=0.5, scale_sharing="model")
     with pytest.raises(ConfigError) as caught:
@@ -112,12 +109,12 @@ def test_former_settings_are_named_together_and_as_they_were_given() -> None:
     refuse_replaced({"nio_seed": 3, "min_scale": 3}, "nio_")
 
 
-def test_a_setting_that_never_was_is_a_type_error() -> None:
+def test_a_setting_that_never_was_is_a_type_error():
     with pytest.raises(TypeError, match="unknown_setting"):
         NIOConfig(unknown_setting=1)
 
 
-def test_the_published_settings_are_those_of_the_paper_but_for_what_is_changed() -> None:
+def test_the_published_settings_are_those_of_the_paper_but_for_what_is_changed():
     config = NIOConfig.published(seed=3, overlap=0.0)
     assert (config.search, config.groups, config.scaled_tensors) == ("published", "tensor", "all")
     assert (config.objective, config.sub_batches, config.gamma, config.overlap) == ("gc_sum_norm", 4, 10.0, 0.0)
@@ -127,6 +124,6 @@ def test_the_published_settings_are_those_of_the_paper_but_for_what_is_changed()
 
 
 @pytest.mark.parametrize("config", [NIOConfig(groups={"a": "b"}, least_norm=None), NIOConfig.published()])
-def test_settings_survive_copies_and_json(config: NIOConfig) -> None:
+def test_settings_survive_copies_and_json(config):
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == dataclasses.replace(config) == config
     assert NIOConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config

@@ -1,15 +1,11 @@
 """The gradient of the scales: against the joint graph, on every path, and what a path costs and keeps."""
 
-from __future__ import annotations
-
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +17,7 @@ from nio_hf.core.curvature import Path, choose_path, second_pass
 from nio_hf.core.gradcosine import published_windows, sub_batch_windows
 from nio_hf.core.loss import Loss
 from nio_hf.core.mode import measuring
-from nio_hf.core.objectives import CosineObjective, NormConstraint, Objective, make_objective
+from nio_hf.core.objectives import CosineObjective, NormConstraint, make_objective
 from nio_hf.core.sub_batches import SubBatches, first_pass, read, split
 from nio_hf.errors import ModelError
 from tests.core.cases import FAMILIES, Case, batches_of, case, differences, double_case, state
@@ -40,7 +36,7 @@ EXACT = [Path("exact"), Path("exact", "graphs")]
 FINITE = [Path("finite_difference"), Path("finite_difference", "gradients")]
 
 
-def smooth_case(name: str, samples: int) -> Case:
+def smooth_case(name, samples):
     """A case in fp64 away from the edges of its activations."""
     made = double_case(name, samples)
     for module in made.model.modules():
@@ -50,15 +46,13 @@ def smooth_case(name: str, samples: int) -> Case:
     return made
 
 
-def windows_of(samples: int, sub_batches: int, overlap: float | None) -> list[list[int]]:
+def windows_of(samples, sub_batches, overlap):
     if overlap is None:
         return sub_batch_windows(samples, sub_batches)
     return published_windows(samples, sub_batches, overlap)
 
 
-def two_passes(
-    made: Case, windows: Sequence[Sequence[int]], objective: Objective, path: Path, micro_batch_size: int | None = None
-) -> tuple[Tensor, Tensor]:
+def two_passes(made, windows, objective, path, micro_batch_size=None):
     """GC, GN, norms and mean loss of a batch, and dJ/domega of its scaled tensors."""
     tensors, loss = find_tensors(made.model), Loss(made.model, made.loss_fn, CPU)
     with measuring(made.model):
@@ -74,9 +68,7 @@ def two_passes(
     return torch.tensor(values, dtype=torch.float64), slopes
 
 
-def oracle(
-    made: Case, windows: Sequence[Sequence[int]], objective: Any = "gc", branch: Any = "objective"
-) -> tuple[Tensor, Tensor]:
+def oracle(made, windows, objective="gc", branch="objective"):
     """The same from the joint graph."""
     tensors = find_tensors(made.model)
     with measuring(made.model):
@@ -93,11 +85,11 @@ def oracle(
     return torch.stack(values).double(), joint.scale_gradient
 
 
-def objective_of(name: Any, branch: Any) -> Objective:
+def objective_of(name, branch):
     return NormConstraint() if branch == "constraint" else make_objective(name)
 
 
-def ways_of(name: str, target: tuple[str, str]) -> list[tuple[Path, int | None]]:
+def ways_of(name, target):
     """Paths and micro-batch sizes to compute a case by: all of them, three for each target of a slow family."""
     ways = [*((path, None) for path in (*EXACT, *FINITE)), (EXACT[0], 2), (FINITE[1], 2)]
     if name == "resnet":
@@ -107,9 +99,7 @@ def ways_of(name: str, target: tuple[str, str]) -> list[tuple[Path, int | None]]
 
 
 @pytest.mark.parametrize(("name", "samples", "sub_batches", "overlap", "target", "branch"), CROSSED + PAIRED)
-def test_every_path_equals_the_joint_graph(
-    name: str, samples: int, sub_batches: int, overlap: float | None, target: str, branch: str
-) -> None:
+def test_every_path_equals_the_joint_graph(name, samples, sub_batches, overlap, target, branch):
     made = smooth_case(name, samples)
     before, windows = state(made.model), windows_of(samples, sub_batches, overlap)
     objective = objective_of(target, branch)
@@ -132,9 +122,7 @@ def test_every_path_equals_the_joint_graph(
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 @pytest.mark.parametrize("path", FINITE)
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_finite_differences_in_single_precision_are_close(
-    name: str, path: Path, micro_batch_size: int | None, objective: Objective
-) -> None:
+def test_finite_differences_in_single_precision_are_close(name, path, micro_batch_size, objective):
     made, windows = case(name), sub_batch_windows(8, 2)
     before = state(made.model)
     _, exact = two_passes(made, windows, objective, EXACT[0])
@@ -158,13 +146,11 @@ def test_finite_differences_in_single_precision_are_close(
     ],
 )
 @pytest.mark.parametrize("sub_batches", [2, 3])
-def test_losses_computed_for_each_sub_batch(
-    path: Path, micro_batch_size: int | None, calls: int, sub_batches: int
-) -> None:
+def test_losses_computed_for_each_sub_batch(path, micro_batch_size, calls, sub_batches):
     made = case("mlp", 4 * sub_batches)
-    seen: list[int] = []
+    seen = []
 
-    def recorded(model: Any, batch: Any) -> Any:
+    def recorded(model, batch):
         seen.append(len(batch[1]))
         return made.loss_fn(model, batch)
 
@@ -176,24 +162,24 @@ def test_losses_computed_for_each_sub_batch(
     assert path.steps(in_parts=False) == (3 if path.keep else 4)
 
 
-def run_on_pairs(made: Case, sub_batches: int, path: Path) -> None:
+def run_on_pairs(made, sub_batches, path):
     two_passes(made, sub_batch_windows(2 * sub_batches, sub_batches), CosineObjective(), path)
 
 
-def peak_bytes(run: Callable[[Case, int], None], sub_batches: int) -> int:
+def peak_bytes(run, sub_batches):
     """Peak of the memory allocated while it runs on sub-batches of two sentences, whose tokens take next to none."""
     made = case("gpt2", 2 * sub_batches, n_layer=1)
     return counted(lambda: run(made, sub_batches)).peak
 
 
 @pytest.mark.parametrize("path", [EXACT[0], FINITE[0]])
-def test_peak_memory_does_not_grow_with_the_number_of_sub_batches(path: Path) -> None:
+def test_peak_memory_does_not_grow_with_the_number_of_sub_batches(path):
     few, many = (peak_bytes(functools.partial(run_on_pairs, path=path), sub_batches) for sub_batches in (2, 8))
     assert many < 1.02 * few
 
 
-def test_peak_memory_of_the_joint_graph_and_of_kept_graphs_grows() -> None:
-    def joint(made: Case, sub_batches: int) -> None:
+def test_peak_memory_of_the_joint_graph_and_of_kept_graphs_grows():
+    def joint(made, sub_batches):
         oracle(made, sub_batch_windows(2 * sub_batches, sub_batches))
 
     for run in (joint, functools.partial(run_on_pairs, path=EXACT[1])):
@@ -204,7 +190,7 @@ def test_peak_memory_of_the_joint_graph_and_of_kept_graphs_grows() -> None:
 # Which path "auto" and the others take.
 
 
-def chosen(made: Case, setting: Any, micro_batch_size: int | None = None, sub_batches: int = 2) -> Path:
+def chosen(made, setting, micro_batch_size=None, sub_batches=2):
     tensors, loss = find_tensors(made.model), Loss(made.model, made.loss_fn, CPU)
     samples = len(next(iter(made.batch.values())) if isinstance(made.batch, dict) else made.batch[0])
     with measuring(made.model):
@@ -225,9 +211,7 @@ def chosen(made: Case, setting: Any, micro_batch_size: int | None = None, sub_ba
         ("finite_difference", 10**12, FINITE[1]),
     ],
 )
-def test_what_fits_into_memory_is_kept(
-    setting: Any, free: int | None, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_fits_into_memory_is_kept(setting, free, path, monkeypatch):
     monkeypatch.setattr(curvature, "available_memory", lambda device: free)
     made = case("mlp")
     before = state(made.model)
@@ -235,7 +219,7 @@ def test_what_fits_into_memory_is_kept(
     assert not differences(before, state(made.model))
 
 
-def test_gradients_are_kept_where_all_of_them_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_kept_where_all_of_them_fit(monkeypatch):
     made = case("mlp")
     numbers = sum(parameter.numel() for parameter in made.model.parameters() if parameter.any())
     for free, keep in [(4 * 2 * numbers / 0.6 + 1, "gradients"), (4 * 2 * numbers / 0.6 - 1, None)]:
@@ -243,11 +227,11 @@ def test_gradients_are_kept_where_all_of_them_fit(monkeypatch: pytest.MonkeyPatc
         assert chosen(made, "finite_difference").keep == keep
 
 
-def test_graphs_of_micro_batches_are_not_kept() -> None:
+def test_graphs_of_micro_batches_are_not_kept():
     assert chosen(case("mlp"), "auto", micro_batch_size=2) == EXACT[0]
 
 
-def test_a_process_without_sub_batches_has_no_path_to_find_out() -> None:
+def test_a_process_without_sub_batches_has_no_path_to_find_out():
     made = case("mlp")
     parts = SubBatches(2, {}, 0, 8, "batch")
     loss, tensors = Loss(made.model, made.loss_fn, CPU), find_tensors(made.model)
@@ -262,7 +246,7 @@ class Square(torch.autograd.Function):
     """y = x^2."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx, x):
         ctx.save_for_backward(x)
         return x * x
 
@@ -272,7 +256,7 @@ class OnceSquare(Square):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> Tensor:
+    def backward(ctx, incoming):
         (x,) = ctx.saved_tensors
         return 2 * x * incoming
 
@@ -281,7 +265,7 @@ class FusedSquare(Square):
     """The same as a fused kernel does it: autograd sees nothing of the backward."""
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> Tensor:
+    def backward(ctx, incoming):
         (x,) = ctx.saved_tensors
         with torch.no_grad():
             return 2 * x * incoming
@@ -291,7 +275,7 @@ class SoundSquare(Square):
     """The same by operations that can be differentiated again."""
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> Tensor:
+    def backward(ctx, incoming):
         (x,) = ctx.saved_tensors
         return 2 * x * incoming
 
@@ -299,27 +283,25 @@ class SoundSquare(Square):
 class Squaring(nn.Module):
     """Two linear layers around y = x^2, with activation checkpointing or without."""
 
-    def __init__(self, square: Callable[[Tensor], Tensor], checkpointing: bool) -> None:
+    def __init__(self, square, checkpointing):
         super().__init__()
         torch.manual_seed(0)
         self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 5)
         self.square, self.checkpointing = square, checkpointing
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         hidden = lambda x: self.square(self.first(x))  # noqa: E731
         return self.last(checkpoint(hidden, x, use_reentrant=False) if self.checkpointing else hidden(x))
 
 
-def squaring(square: Callable[[Tensor], Tensor], checkpointing: bool = False) -> Case:
+def squaring(square, checkpointing=False):
     made = case("mlp")
     return Case(Squaring(square, checkpointing).double(), made.batch, made.loss_fn)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("square", [OnceSquare, FusedSquare])
-def test_operations_that_leave_no_graph_are_computed_by_finite_differences(
-    square: Any, checkpointing: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_operations_that_leave_no_graph_are_computed_by_finite_differences(square, checkpointing, caplog):
     made, windows = squaring(square.apply, checkpointing), sub_batch_windows(8, 2)
     _, right = oracle(squaring(torch.square), windows)
     _, wrong = two_passes(made, windows, CosineObjective(), EXACT[0])
@@ -333,17 +315,17 @@ def test_operations_that_leave_no_graph_are_computed_by_finite_differences(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("square", [OnceSquare, FusedSquare])
-def test_exact_products_of_operations_that_leave_no_graph_are_refused(square: Any, checkpointing: bool) -> None:
+def test_exact_products_of_operations_that_leave_no_graph_are_refused(square, checkpointing):
     message = rf"batch 3: the backward of {square.__name__} leaves no graph .* \"finite_difference\""
     with pytest.raises(ModelError, match=message):
         chosen(squaring(square.apply, checkpointing), "exact")
 
 
-def test_operations_that_leave_no_graph_are_found_where_memory_is_scarce(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_that_leave_no_graph_are_found_where_memory_is_scarce(monkeypatch):
     monkeypatch.setattr(memory, "release_memory", lambda device: None)
     made = squaring(FusedSquare.apply)
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    def loss_fn(model, batch):
         if len(batch[1]) > 1 and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return made.loss_fn(model, batch)
@@ -354,7 +336,7 @@ def test_operations_that_leave_no_graph_are_found_where_memory_is_scarce(monkeyp
         chosen(small, "exact")
 
 
-def test_a_whole_run_through_an_operation_that_leaves_no_graph_is_right() -> None:
+def test_a_whole_run_through_an_operation_that_leaves_no_graph_is_right():
     config = NIOConfig(search="published", groups="tensor", iterations=3, lr=0.05, sub_batches=2)
     scales = []
     for square in (torch.square, FusedSquare.apply):
@@ -365,7 +347,7 @@ def test_a_whole_run_through_an_operation_that_leaves_no_graph_is_right() -> Non
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_operations_that_can_be_differentiated_again_are_computed_exactly(checkpointing: bool) -> None:
+def test_operations_that_can_be_differentiated_again_are_computed_exactly(checkpointing):
     made, windows = squaring(SoundSquare.apply, checkpointing), sub_batch_windows(8, 2)
     path = chosen(made, "exact")
     assert path.product == "exact"
@@ -374,14 +356,14 @@ def test_operations_that_can_be_differentiated_again_are_computed_exactly(checkp
     )
 
 
-def ctc(model: nn.Module, batch: Any) -> Tensor:
+def ctc(model, batch):
     """A loss of torch without a second derivative."""
     scores = model(batch[0]).log_softmax(dim=-1).expand(3, -1, -1)
     lengths = torch.full((len(batch[0]),), 3), torch.full((len(batch[0]),), 1)
     return nn.functional.ctc_loss(scores, batch[1][:, None].clamp(min=1), *lengths)
 
 
-def test_operations_of_torch_without_a_second_derivative(caplog: pytest.LogCaptureFixture) -> None:
+def test_operations_of_torch_without_a_second_derivative(caplog):
     made = Case(case("mlp").model, case("mlp").batch, ctc)
     with pytest.raises(ModelError, match=r'batch 3: .*no second derivative .*Set NIOConfig.curvature to "finite_diff'):
         chosen(made, "exact")
@@ -391,7 +373,7 @@ def test_operations_of_torch_without_a_second_derivative(caplog: pytest.LogCaptu
     assert initialize(made.model, batches_of("mlp", 2), ctc, config).history
 
 
-def test_bfloat16_is_not_differentiated_by_finite_differences() -> None:
+def test_bfloat16_is_not_differentiated_by_finite_differences():
     """Their difference is all rounding."""
     made = case("mlp")
     config = NIOConfig(search="published", sub_batches=2, report_batches=1, precision="bf16")
@@ -406,7 +388,7 @@ def test_bfloat16_is_not_differentiated_by_finite_differences() -> None:
 class Routed(nn.Module):
     """Two experts of which each sample takes the one with the larger score, as in a mixture of experts."""
 
-    def __init__(self, sharpness: float) -> None:
+    def __init__(self, sharpness):
         super().__init__()
         torch.manual_seed(0)
         self.router = nn.Linear(6, 2, bias=False)
@@ -414,19 +396,19 @@ class Routed(nn.Module):
         with torch.no_grad():
             self.router.weight.mul_(sharpness)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         gates = self.router(x).softmax(-1)
         weight, index = gates.topk(1, dim=-1)
         outputs = torch.stack([expert(x) for expert in self.experts], dim=1)
         return weight * outputs.gather(1, index[:, :, None].expand(-1, 1, outputs.shape[2])).squeeze(1)
 
 
-def routed(sharpness: float) -> Case:
+def routed(sharpness):
     made = case("mlp", 64)
     return Case(Routed(sharpness), made.batch, made.loss_fn)
 
 
-def test_finite_differences_through_routing_are_refused() -> None:
+def test_finite_differences_through_routing_are_refused():
     """Where samples lie near the edge between two experts: a step takes some of them to the other one."""
     made, windows = routed(1e-5), sub_batch_windows(64, 2)
     with pytest.raises(ModelError, match=r"the gradient jumps, as in top-k routing .*\"exact\", or .*\"balance\""):
@@ -437,7 +419,7 @@ def test_finite_differences_through_routing_are_refused() -> None:
     assert chosen(made, "auto").product == "exact"
 
 
-def test_exact_products_through_routing_are_right() -> None:
+def test_exact_products_through_routing_are_right():
     made, windows = routed(1e-5), sub_batch_windows(64, 2)
     made.model.double()
     torch.testing.assert_close(
@@ -446,14 +428,14 @@ def test_exact_products_through_routing_are_right() -> None:
 
 
 @pytest.mark.parametrize("samples", [8, 32])
-def test_finite_differences_through_many_edges_of_a_relu_are_refused(samples: int) -> None:
+def test_finite_differences_through_many_edges_of_a_relu_are_refused(samples):
     made = case("resnet", samples)
     with pytest.raises(ModelError, match="at the edge of a ReLU"):
         chosen(made, "finite_difference")
     assert chosen(made, "auto").product == "exact"
 
 
-def test_finite_differences_where_no_sample_changes_its_expert_are_right() -> None:
+def test_finite_differences_where_no_sample_changes_its_expert_are_right():
     made, windows = routed(1.0), sub_batch_windows(64, 2)
     path = chosen(made, "finite_difference")
     _, exact = two_passes(made, windows, CosineObjective(), EXACT[0])
@@ -465,11 +447,11 @@ def test_finite_differences_where_no_sample_changes_its_expert_are_right() -> No
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_bfloat16_autocast_is_near_and_reaches_the_loss(name: str) -> None:
+def test_bfloat16_autocast_is_near_and_reaches_the_loss(name):
     made = case(name, 16)
     seen = set()
 
-    def loss_fn(model: Any, batch: Any) -> Tensor:
+    def loss_fn(model, batch):
         seen.add(torch.is_autocast_enabled("cpu"))
         return made.loss_fn(model, batch)
 
@@ -483,10 +465,10 @@ def test_bfloat16_autocast_is_near_and_reaches_the_loss(name: str) -> None:
     assert results["bf16"].before.value != results["fp32"].before.value
 
 
-def test_bfloat16_sees_the_weights_as_they_are() -> None:
+def test_bfloat16_sees_the_weights_as_they_are():
     """Autocast keeps cast weights, and NIO changes weights without its notice."""
     made, batches = case("vit"), batches_of("vit", 5)
-    settings: dict[str, Any] = {"sub_batches": 2, "report_batches": 2, "precision": "bf16", "search": "published"}
+    settings = {"sub_batches": 2, "report_batches": 2, "precision": "bf16", "search": "published"}
     first = initialize(made.model, batches, made.loss_fn, NIOConfig(iterations=3, lr=0.1, **settings))
     assert first.after.value != first.before.value
     again = initialize(made.model, batches, made.loss_fn, NIOConfig(iterations=1, **settings))

@@ -1,13 +1,10 @@
 """GC, GN and the windows of the sub-batches."""
 
-from __future__ import annotations
-
 import itertools
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nio_hf import grad_cosine
 from nio_hf.core.collective import Collective
@@ -16,7 +13,7 @@ from nio_hf.errors import ConfigError
 from tests.core.cases import case, differences, state
 
 
-def sums_of(gradients: Tensor) -> GradientSums:
+def sums_of(gradients):
     """The sums over the rows (D, 6), each given as two tensors."""
     like = [gradients.new_zeros(2, 2), gradients.new_zeros(2)]
     sums = GradientSums(like, len(gradients))
@@ -25,16 +22,16 @@ def sums_of(gradients: Tensor) -> GradientSums:
     return sums
 
 
-def random_rows(count: int) -> Tensor:
+def random_rows(count):
     return torch.randn(count, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def naive_cosine(gradients: Tensor) -> Tensor:
+def naive_cosine(gradients):
     pairs = itertools.combinations(gradients, 2)
     return torch.stack([nn.functional.cosine_similarity(a, b, dim=0) for a, b in pairs]).mean()
 
 
-def test_grad_cosine_is_the_mean_over_all_pairs() -> None:
+def test_grad_cosine_is_the_mean_over_all_pairs():
     gradients = random_rows(5)
     sums = sums_of(gradients)
     torch.testing.assert_close(sums.grad_cosine, naive_cosine(gradients), rtol=1e-12, atol=1e-12)
@@ -43,7 +40,7 @@ def test_grad_cosine_is_the_mean_over_all_pairs() -> None:
     assert (sums.sub_batches, len(sums.buffer)) == (5, 6)
 
 
-def test_sums_of_two_processes_add_up_in_their_buffers() -> None:
+def test_sums_of_two_processes_add_up_in_their_buffers():
     gradients = random_rows(4)
     whole, even, odd = (sums_of(gradients) for _ in range(3))
     for part, first in ((even, 0), (odd, 1)):
@@ -55,13 +52,13 @@ def test_sums_of_two_processes_add_up_in_their_buffers() -> None:
     torch.testing.assert_close(even.scalars + odd.scalars, whole.scalars)
 
 
-def test_identical_gradients_agree_and_opposite_ones_do_not() -> None:
+def test_identical_gradients_agree_and_opposite_ones_do_not():
     row = torch.tensor([1.0, -2.0, 3.0, 0.5, 0.0, 4.0], dtype=torch.float64)
     assert float(sums_of(torch.stack([row] * 4)).grad_cosine) == pytest.approx(1, abs=1e-12)
     assert float(sums_of(torch.stack([row, -row])).grad_cosine) == pytest.approx(-1, abs=1e-12)
 
 
-def test_identical_sub_batches_of_a_model_agree() -> None:
+def test_identical_sub_batches_of_a_model_agree():
     made = case("vit", 2)
     twice = {name: torch.cat([value, value]) for name, value in made.batch.items()}
     measured = grad_cosine(made.model, twice, made.loss_fn, sub_batches=2)
@@ -69,12 +66,12 @@ def test_identical_sub_batches_of_a_model_agree() -> None:
     assert measured.norms[0] == pytest.approx(measured.norms[1], rel=1e-6)
 
 
-def test_opposite_losses_of_a_model_disagree() -> None:
+def test_opposite_losses_of_a_model_disagree():
     made = case("mlp", 2)
     inputs, labels = (torch.cat([value, value]) for value in made.batch)
     signs = torch.tensor([1.0, 1.0, -1.0, -1.0])
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    def loss_fn(model, batch):
         losses = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
         return (losses * batch[2]).mean()
 
@@ -82,10 +79,10 @@ def test_opposite_losses_of_a_model_disagree() -> None:
     assert measured.value == pytest.approx(-1, abs=1e-5)
 
 
-def test_rescaling_the_loss_of_a_sub_batch_changes_its_norm_only() -> None:
+def test_rescaling_the_loss_of_a_sub_batch_changes_its_norm_only():
     made = case("mlp")
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    def loss_fn(model, batch):
         return (nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none") * batch[2]).mean()
 
     weights = torch.ones(8)
@@ -98,7 +95,7 @@ def test_rescaling_the_loss_of_a_sub_batch_changes_its_norm_only() -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "vit", "bert"])
-def test_sample_wise_is_the_loop_over_samples(name: str) -> None:
+def test_sample_wise_is_the_loop_over_samples(name):
     made = case(name, 5)
     before = state(made.model)
     measured = grad_cosine(made.model, made.batch, made.loss_fn)
@@ -118,7 +115,7 @@ def test_sample_wise_is_the_loop_over_samples(name: str) -> None:
     assert (measured.batch_size, measured.sub_batches) == (5, 5)
 
 
-def test_micro_batches_do_not_change_the_measurement() -> None:
+def test_micro_batches_do_not_change_the_measurement():
     for name in ("vit", "gpt2"):
         made = case(name)
         whole = grad_cosine(made.model, made.batch, made.loss_fn, sub_batches=2)
@@ -129,7 +126,7 @@ def test_micro_batches_do_not_change_the_measurement() -> None:
             assert split.loss == pytest.approx(whole.loss, rel=1e-5)
 
 
-def test_windows_partition_the_batch() -> None:
+def test_windows_partition_the_batch():
     assert sub_batch_windows(10, 4) == [[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]]
     for size, count in itertools.product(range(2, 20), range(2, 20)):
         if count > size:
@@ -141,7 +138,7 @@ def test_windows_partition_the_batch() -> None:
         assert max(lengths) - min(lengths) <= 1
 
 
-def test_the_published_windows_grow_with_their_number() -> None:
+def test_the_published_windows_grow_with_their_number():
     assert published_windows(10, 3, 0.0) == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
     ends = [(window[0], window[-1] + 1) for window in published_windows(64, 4, 0.2)]
     assert ends == [(0, 19), (12, 38), (25, 57), (38, 64)]
@@ -149,7 +146,7 @@ def test_the_published_windows_grow_with_their_number() -> None:
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.2, 0.5, 0.99])
-def test_published_windows_are_never_empty_and_stay_in_the_batch(overlap: float) -> None:
+def test_published_windows_are_never_empty_and_stay_in_the_batch(overlap):
     for size, count in itertools.product(range(2, 16), range(2, 16)):
         if count <= size:
             windows = published_windows(size, count, overlap)
@@ -159,7 +156,7 @@ def test_published_windows_are_never_empty_and_stay_in_the_batch(overlap: float)
 
 
 @pytest.mark.parametrize("sub_batches", [1, 9])
-def test_windows_that_cannot_be_are_refused(sub_batches: int) -> None:
+def test_windows_that_cannot_be_are_refused(sub_batches):
     with pytest.raises(ConfigError, match=rf"NIOConfig\.sub_batches: {sub_batches} for a batch of 8 samples"):
         sub_batch_windows(8, sub_batches)
     with pytest.raises(ConfigError, match=r"NIOConfig\.sub_batches: .*Choose 2 to 8 sub-batches"):

@@ -1,18 +1,14 @@
 """Kinds of tensors in models of every family, and the groups of tensors that share a scale."""
 
-from __future__ import annotations
-
 import collections
 import re
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
-from nio_hf.core.groups import Kind, group_tensors, kinds_of
+from nio_hf.core.groups import group_tensors, kinds_of
 from nio_hf.errors import ConfigError
 from tests import zoo
 
@@ -37,7 +33,7 @@ CONVNEXT = {
     "head": r"classifier\.weight",
 }
 # For every family, the names of the tensors of each kind, without "norm" and "bias".
-KINDS: dict[str, dict[str, str]] = {
+KINDS = {
     "vit": {
         "input": rf"vit\.{PATCHES}",
         "additive": rf"vit\.{TOKENS_AND_POSITIONS}",
@@ -116,7 +112,7 @@ DECODER = {
 }
 
 
-def model_of(name: str) -> nn.Module:
+def model_of(name):
     """A tiny model of a family in KINDS."""
     if name in zoo.VISION:
         return zoo.vision_model(name)
@@ -131,35 +127,35 @@ def model_of(name: str) -> nn.Module:
         "clip": ("CLIPModel", {"text_config": DECODER, "vision_config": zoo.VIT}),
     }[name]
     model_class = getattr(transformers, class_name)
-    model: nn.Module = model_class(model_class.config_class(**config))
+    model = model_class(model_class.config_class(**config))
     return model
 
 
-def names_by_kind(model: nn.Module) -> dict[str, set[str]]:
+def names_by_kind(model):
     """Names of the tensors of each kind."""
-    names: dict[str, set[str]] = collections.defaultdict(set)
+    names = collections.defaultdict(set)
     for name, kind in kinds_of(model).items():
         names[kind].add(name)
     return dict(names)
 
 
-def matches(expression: str, model: nn.Module) -> set[str]:
+def matches(expression, model):
     return {name for name, _ in model.named_parameters() if re.fullmatch(expression, name)}
 
 
-def weights_by_kind(model: nn.Module) -> dict[str, set[str]]:
+def weights_by_kind(model):
     """As names_by_kind, without "norm" and "bias"."""
     return {kind: names for kind, names in names_by_kind(model).items() if kind not in ("norm", "bias")}
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_kinds_of_the_families(name: str) -> None:
+def test_kinds_of_the_families(name):
     model = model_of(name)
     assert weights_by_kind(model) == {kind: matches(expression, model) for kind, expression in KINDS[name].items()}
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_norms_and_biases_of_the_families(name: str) -> None:
+def test_norms_and_biases_of_the_families(name):
     model = model_of(name)
     names = names_by_kind(model)
     norms = {
@@ -174,7 +170,7 @@ def test_norms_and_biases_of_the_families(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt2", "swin"])
-def test_kinds_keep_in_a_wrapped_model(name: str) -> None:
+def test_kinds_keep_in_a_wrapped_model(name):
     model = model_of(name)
     kinds = kinds_of(model)
     wrapped = nn.Module()
@@ -189,7 +185,7 @@ def test_kinds_keep_in_a_wrapped_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "llama"])
-def test_kinds_of_a_model_with_one_block(name: str) -> None:
+def test_kinds_of_a_model_with_one_block(name):
     one_layer = {"num_hidden_layers": 1}
     if name == "vit":
         model = zoo.vision_model("vit", **one_layer)
@@ -198,7 +194,7 @@ def test_kinds_of_a_model_with_one_block(name: str) -> None:
     assert weights_by_kind(model) == {kind: matches(expression, model) for kind, expression in KINDS[name].items()}
 
 
-def test_a_body_without_a_head_has_none() -> None:
+def test_a_body_without_a_head_has_none():
     config = transformers.ViTConfig(**zoo.VIT)
     assert set(names_by_kind(transformers.ViTModel(config, add_pooling_layer=False))) == {
         "input",
@@ -209,7 +205,7 @@ def test_a_body_without_a_head_has_none() -> None:
     }
 
 
-def test_an_mlp_begins_with_its_input_and_ends_with_its_head() -> None:
+def test_an_mlp_begins_with_its_input_and_ends_with_its_head():
     assert kinds_of(zoo.mlp()) == {
         "0.weight": "input",
         "0.bias": "bias",
@@ -224,21 +220,21 @@ def test_an_mlp_begins_with_its_input_and_ends_with_its_head() -> None:
 
 
 class Mlp(nn.Sequential):
-    def __init__(self, width: int, out: int) -> None:
+    def __init__(self, width, out):
         super().__init__(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, out))
 
 
 class Head(nn.Module):
     """One attention head, as tutorials write it."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width):
         super().__init__()
         self.key = nn.Linear(width, width, bias=False)
         self.query = nn.Linear(width, width, bias=False)
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int = 2) -> None:
+    def __init__(self, width, heads=2):
         super().__init__()
         self.heads = nn.ModuleList([Head(width) for _ in range(heads)])
         self.project = nn.Linear(width, width, bias=False)
@@ -249,7 +245,7 @@ class Block(nn.Module):
 class Scale(nn.Module):
     """A module of a user that owns one vector, neither a layer nor a normalisation."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(width))
 
@@ -257,7 +253,7 @@ class Scale(nn.Module):
 class OwnModel(nn.Module):
     """A sequence classifier in plain torch, whose parts have names of their own."""
 
-    def __init__(self, blocks: int = 2, tied: bool = False) -> None:
+    def __init__(self, blocks=2, tied=False):
         super().__init__()
         self.place_table = nn.Parameter(torch.randn(9, 8))
         self.grid = nn.Parameter(torch.randn(3, 3, 8))
@@ -273,7 +269,7 @@ class OwnModel(nn.Module):
 
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("tied", [False, True])
-def test_kinds_of_a_model_of_the_user(blocks: int, tied: bool) -> None:
+def test_kinds_of_a_model_of_the_user(blocks, tied):
     """The token table is the first one, although another table is larger; a block holds lists of its own."""
     model = OwnModel(blocks, tied)
     last = set() if tied else {"last.weight"}
@@ -288,13 +284,13 @@ def test_kinds_of_a_model_of_the_user(blocks: int, tied: bool) -> None:
     }
 
 
-def test_the_name_of_a_tied_table_does_not_matter() -> None:
+def test_the_name_of_a_tied_table_does_not_matter():
     model = nn.Sequential(nn.Linear(8, 7, bias=False), nn.Linear(8, 8, bias=False), nn.Embedding(7, 8))
     model[0].weight = model[2].weight
     assert kinds_of(model) == {"0.weight": "input", "1.weight": "head"}
 
 
-def test_embeddings_behind_a_convolution_are_positions() -> None:
+def test_embeddings_behind_a_convolution_are_positions():
     model = nn.Module()
     model.patches = nn.Conv2d(3, 8, 4)
     model.places = nn.Embedding(9, 8)
@@ -304,14 +300,14 @@ def test_embeddings_behind_a_convolution_are_positions() -> None:
 
 
 class Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs, outputs):
         super().__init__()
         self.first = nn.Conv2d(inputs, outputs, 3, bias=False)
         self.second = nn.Conv2d(outputs, outputs, 3, bias=False)
         self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
 
 
-def test_stages_that_are_attributes_or_begin_with_a_block_of_another_class() -> None:
+def test_stages_that_are_attributes_or_begin_with_a_block_of_another_class():
     class Wide(Residual):
         pass
 
@@ -329,7 +325,7 @@ def test_stages_that_are_attributes_or_begin_with_a_block_of_another_class() -> 
     }
 
 
-def test_blocks_without_anything_before_them_hold_the_input() -> None:
+def test_blocks_without_anything_before_them_hold_the_input():
     model = nn.Sequential(Mlp(6, 6), Mlp(6, 6), nn.Linear(6, 2))
     assert weights_by_kind(model) == {
         "input": {"0.0.weight"},
@@ -338,7 +334,7 @@ def test_blocks_without_anything_before_them_hold_the_input() -> None:
     }
 
 
-def test_attention_and_recurrent_layers_of_torch() -> None:
+def test_attention_and_recurrent_layers_of_torch():
     model = nn.Module()
     model.embed = nn.Linear(3, 8)
     model.body = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16), nn.TransformerEncoderLayer(8, 2, 16)])
@@ -353,7 +349,7 @@ def test_attention_and_recurrent_layers_of_torch() -> None:
     assert names_by_kind(model)["bias"] == matches(r".*bias.*", model)
 
 
-def test_two_lists_of_different_layers_are_no_blocks() -> None:
+def test_two_lists_of_different_layers_are_no_blocks():
     features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
     classifier = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
     assert weights_by_kind(nn.Sequential(features, classifier)) == {
@@ -366,7 +362,7 @@ def test_two_lists_of_different_layers_are_no_blocks() -> None:
 class Oddities(nn.Module):
     """A block with tensors whose kinds are easily mistaken."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.first, self.second = NormedLinear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
         self.experts = nn.Parameter(torch.randn(3, 8, 8))
@@ -382,12 +378,12 @@ class NormedLinear(nn.Linear):
 
 
 class UserNorm(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))
 
 
-def test_kinds_that_are_easily_mistaken() -> None:
+def test_kinds_that_are_easily_mistaken():
     model = nn.Sequential(nn.Linear(3, 8, bias=False), nn.Sequential(Oddities()), nn.Linear(8, 2, bias=False))
     assert names_by_kind(model) == {
         "input": {"0.weight"},
@@ -399,18 +395,18 @@ def test_kinds_that_are_easily_mistaken() -> None:
     }
 
 
-def scalable_names(model: nn.Module) -> list[str]:
+def scalable_names(model):
     return [name for name, parameter in model.named_parameters() if parameter.any()]
 
 
-def with_kinds(model: nn.Module, names: Sequence[str]) -> dict[str, Kind]:
+def with_kinds(model, names):
     kinds = kinds_of(model)
     return {name: kinds[name] for name in names}
 
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("groups", ["model", "additive", "tensor", {"blocks": r"\.\d\.", "rest": r"^((?!\.\d\.).)*$"}])
-def test_every_grouping_is_a_partition(name: str, groups: str | dict[str, str]) -> None:
+def test_every_grouping_is_a_partition(name, groups):
     model = model_of(name)
     names = scalable_names(model)
     grouping = group_tensors(model, with_kinds(model, names[::-1]), groups)
@@ -421,14 +417,14 @@ def test_every_grouping_is_a_partition(name: str, groups: str | dict[str, str]) 
         assert group == sorted(group, key=names.index)
 
 
-def test_groups_of_the_model_and_of_a_tensor() -> None:
+def test_groups_of_the_model_and_of_a_tensor():
     model = zoo.mlp()
     names = ["0.weight", "1.weight", "4.weight", "4.bias", "6.weight", "6.bias"]
     assert group_tensors(model, with_kinds(model, names), "model") == {"model": names}
     assert group_tensors(model, with_kinds(model, names), "tensor") == {name: [name] for name in names}
 
 
-def test_groups_of_a_mapping_keep_its_order_and_leave_the_other_tensors_out() -> None:
+def test_groups_of_a_mapping_keep_its_order_and_leave_the_other_tensors_out():
     model = zoo.mlp()
     names = ["6.weight", "0.weight", "4.weight", "1.weight"]
     grouping = group_tensors(model, with_kinds(model, names), {"late": "^[46].*weight", "early": "0.w"})
@@ -478,7 +474,7 @@ EXPRESSION = 'Give a regular expression, e.g. "attention".'
         ),
     ],
 )
-def test_groups_that_cannot_work_are_refused(groups: Any, message: str) -> None:
+def test_groups_that_cannot_work_are_refused(groups, message):
     model = zoo.mlp()
     model[0].bias.requires_grad_(False)
     nn.init.zeros_(model[1].bias)
@@ -488,7 +484,7 @@ def test_groups_that_cannot_work_are_refused(groups: Any, message: str) -> None:
     assert str(caught.value) == message
 
 
-def test_the_other_name_of_a_tied_tensor_is_explained() -> None:
+def test_the_other_name_of_a_tied_tensor_is_explained():
     model = zoo.text_model("gpt2")
     with pytest.raises(ConfigError) as caught:
         group_tensors(model, with_kinds(model, scalable_names(model)), {"head": "lm_head"})
@@ -498,7 +494,7 @@ def test_the_other_name_of_a_tied_tensor_is_explained() -> None:
     )
 
 
-def test_all_problems_of_a_mapping_are_reported_together() -> None:
+def test_all_problems_of_a_mapping_are_reported_together():
     model = zoo.mlp()
     groups = {"a": "(", "b": "attention", "c": "weight", "d": "0.weight", "e": "[46].weight"}
     with pytest.raises(ConfigError) as caught:
@@ -511,9 +507,9 @@ def test_all_problems_of_a_mapping_are_reported_together() -> None:
     ]
 
 
-def test_kinds_need_no_data_and_leave_the_model_alone() -> None:
+def test_kinds_need_no_data_and_leave_the_model_alone():
     model = model_of("vit")
-    before: dict[str, Tensor] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kinds = kinds_of(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     with torch.device("meta"):
@@ -521,7 +517,7 @@ def test_kinds_need_no_data_and_leave_the_model_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "gpt2", "bert", "mlp"])
-def test_additive_sets_apart_what_is_added_to_activations(name: str) -> None:
+def test_additive_sets_apart_what_is_added_to_activations(name):
     model = zoo.mlp() if name == "mlp" else (zoo.vision_model(name) if name in zoo.VISION else zoo.text_model(name))
     names = [parameter for parameter, _ in model.named_parameters()]
     kinds = kinds_of(model)

@@ -1,17 +1,13 @@
 """The whole run on every family: what it changes, what it leaves alone, what it reports."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nio_hf import NIOConfig, NIOResult, grad_cosine, initialize
+from nio_hf import NIOConfig, grad_cosine, initialize
 from nio_hf.core.gradcosine import published_windows
 from nio_hf.core.initializer import INITIALISED
 from nio_hf.core.result import Status
@@ -20,38 +16,31 @@ from tests import zoo
 from tests.core.cases import FAMILIES, PER_TENSOR, Case, batches_of, case, differences, state
 from tests.versions import checkpoint_activations
 
-SHORT: dict[str, Any] = {
-    **PER_TENSOR,
-    "iterations": 3,
-    "report_batches": 2,
-    "sub_batches": 2,
-    "lr": 0.05,
-    "curvature": "exact",
-}
-COMPUTED: dict[str, Any] = {"report_batches": 2, "sub_batches": 2, "least_norm": 0.2}
+SHORT = {**PER_TENSOR, "iterations": 3, "report_batches": 2, "sub_batches": 2, "lr": 0.05, "curvature": "exact"}
+COMPUTED = {"report_batches": 2, "sub_batches": 2, "least_norm": 0.2}
 
 
-def run(name: str, made: Case | None = None, batches: Any = None, **settings: Any) -> tuple[Case, NIOResult]:
+def run(name, made=None, batches=None, **settings):
     """A short run of the published search on a tiny model."""
     made = made or case(name)
     batches = batches_of(name, 5) if batches is None else batches
     return made, initialize(made.model, batches, made.loss_fn, NIOConfig(**{**SHORT, **settings}))
 
 
-def generator_states() -> list[Any]:
+def generator_states():
     return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]
 
 
 class Endless:
     """A re-iterable without a length."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self):
         return iter(batches_of("mlp", 5))
 
 
 @pytest.mark.parametrize("search", ["published", "balance"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_scaled_in_place_and_otherwise_left_alone(name: str, search: str) -> None:
+def test_every_family_is_scaled_in_place_and_otherwise_left_alone(name, search):
     made = case(name)
     next(iter(made.model.children())).eval()
     made.loss_fn(made.model, made.batch)
@@ -85,7 +74,7 @@ def test_every_family_is_scaled_in_place_and_otherwise_left_alone(name: str, sea
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt2", "bert"])
-def test_micro_batches_learn_the_same_scales(name: str) -> None:
+def test_micro_batches_learn_the_same_scales(name):
     made = [case(name) for _ in range(2)]
     for each in made:
         each.model.double()
@@ -95,19 +84,19 @@ def test_micro_batches_learn_the_same_scales(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "gpt2"])
-def test_activation_checkpointing_learns_the_same_scales(name: str) -> None:
+def test_activation_checkpointing_learns_the_same_scales(name):
     checkpointed = case(name)
     checkpoint_activations(checkpointed.model)
     _, result = run(name, checkpointed)
     assert result.scales == pytest.approx(run(name)[1].scales, abs=1e-5)
 
 
-def test_dropout_does_not_reach_the_scales() -> None:
+def test_dropout_does_not_reach_the_scales():
     plain = case("vit", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     assert run("vit", plain)[1].scales == run("vit")[1].scales
 
 
-def test_the_seed_decides_the_scales() -> None:
+def test_the_seed_decides_the_scales():
     first, second, other = (run("mlp", seed=seed)[1].scales for seed in (0, 0, 1))
     made = case("mlp")
     torch.manual_seed(7)
@@ -115,10 +104,10 @@ def test_the_seed_decides_the_scales() -> None:
     assert other != first
 
 
-def test_a_loss_may_take_keys_out_of_its_batch() -> None:
+def test_a_loss_may_take_keys_out_of_its_batch():
     made = case("vit")
 
-    def popping(model: nn.Module, batch: Any) -> Tensor:
+    def popping(model, batch):
         labels = batch.pop("labels")
         return zoo.image_loss(model, {**batch, "labels": labels})
 
@@ -126,10 +115,10 @@ def test_a_loss_may_take_keys_out_of_its_batch() -> None:
 
 
 @pytest.mark.parametrize("settings", [{**SHORT, "curvature": "finite_difference"}, {**COMPUTED, "loss_bound": 1e-9}])
-def test_a_random_loss_is_the_same_function_each_time_a_sub_batch_is_computed(settings: dict[str, Any]) -> None:
+def test_a_random_loss_is_the_same_function_each_time_a_sub_batch_is_computed(settings):
     made, draws = case("mlp"), {}
 
-    def noisy(model: nn.Module, batch: Any) -> Tensor:
+    def noisy(model, batch):
         noise = torch.randn_like(batch[0])
         draws.setdefault(tuple(batch[0][:, 0].tolist()), []).append(noise[0, 0].item())
         return made.loss_fn(model, (batch[0] + noise, batch[1]))
@@ -141,7 +130,7 @@ def test_a_random_loss_is_the_same_function_each_time_a_sub_batch_is_computed(se
     assert len({values[0] for values in several}) == len(several), "each sub-batch draws its own"
 
 
-def test_held_out_batches_are_never_optimised_on_and_data_start_again() -> None:
+def test_held_out_batches_are_never_optimised_on_and_data_start_again():
     optimised, held_out = _samples_seen(_numbered(4), iterations=5, report_batches=2)
     assert held_out == set(range(16))
     assert [{sample // 8 for sample in batch} for batch in optimised] == [{2}, {3}, {2}, {3}, {2}]
@@ -150,11 +139,11 @@ def test_held_out_batches_are_never_optimised_on_and_data_start_again() -> None:
 
 
 @pytest.mark.parametrize("report", [None, slice(2, 4)])
-def test_scales_are_computed_on_the_report_batches_alone(report: slice | None) -> None:
+def test_scales_are_computed_on_the_report_batches_alone(report):
     made, data = case("mlp"), _numbered(6)
-    seen: set[int] = set()
+    seen = set()
 
-    def recorded(model: nn.Module, batch: Any) -> Tensor:
+    def recorded(model, batch):
         seen.update((batch[2] // 8).tolist())
         return made.loss_fn(model, batch[:2])
 
@@ -164,25 +153,25 @@ def test_scales_are_computed_on_the_report_batches_alone(report: slice | None) -
     assert seen == ({0, 1} if report is None else {2, 3})
 
 
-def test_a_re_iterable_without_a_length_learns_what_a_list_does() -> None:
+def test_a_re_iterable_without_a_length_learns_what_a_list_does():
     assert run("mlp", batches=Endless(), iterations=7)[1].scales == run("mlp", iterations=7)[1].scales
 
 
-def test_given_report_batches_leave_all_data_to_optimise_on() -> None:
+def test_given_report_batches_leave_all_data_to_optimise_on():
     data = _numbered(3)
     optimised, held_out = _samples_seen(data[:2], iterations=3, report=data[2:])
     assert held_out == set(range(16, 24))
     assert [{sample // 8 for sample in batch} for batch in optimised] == [{0}, {1}, {0}]
 
 
-def test_overlap_shares_samples_between_neighbours() -> None:
+def test_overlap_shares_samples_between_neighbours():
     optimised, _ = _samples_seen(_numbered(2), iterations=1, report_batches=1, overlap=0.5)
     windows = published_windows(8, 2, 0.5)
     assert len(optimised[0]) == sum(map(len, windows)) > 8
     assert set(optimised[0]) == set(range(8, 16))
 
 
-def test_an_iterator_that_ends_keeps_what_was_learned() -> None:
+def test_an_iterator_that_ends_keeps_what_was_learned():
     _, result = run("mlp", batches=iter(batches_of("mlp", 4)), iterations=9)
     assert result.status == "data_exhausted"
     assert "The data ended before the 9 iterations were done" in result.message
@@ -192,7 +181,7 @@ def test_an_iterator_that_ends_keeps_what_was_learned() -> None:
     assert any(omega != 1 for omega in other.scales.values())
 
 
-def test_scales_stay_within_their_bounds() -> None:
+def test_scales_stay_within_their_bounds():
     _, result = run("mlp", iterations=12, lr=0.1, scale_range=(0.8, 1.25))
     omegas = torch.tensor(list(result.scales.values()))
     assert omegas.min() == pytest.approx(0.8)
@@ -201,7 +190,7 @@ def test_scales_stay_within_their_bounds() -> None:
 
 @pytest.mark.parametrize("name", ["vit", "swin", "resnet", "gpt2"])
 @pytest.mark.parametrize("search", ["balance", "published"])
-def test_one_scale_for_the_model_leaves_vectors_alone(name: str, search: Any) -> None:
+def test_one_scale_for_the_model_leaves_vectors_alone(name, search):
     made = case(name)
     before = {key: value.clone() for key, value in made.model.state_dict().items()}
     config = NIOConfig(**COMPUTED, search=search, groups="model", loss_bound=2.0, iterations=2, lr=0.1)
@@ -216,7 +205,7 @@ def test_one_scale_for_the_model_leaves_vectors_alone(name: str, search: Any) ->
     assert said in result.message
 
 
-def test_only_what_a_mapping_names_is_scaled() -> None:
+def test_only_what_a_mapping_names_is_scaled():
     _, result = run("vit", groups={"attention": r"attention.*weight", "last": r"layers\.1\.mlp.*weight"}, lr=0.1)
     names = [name for name, parameter in case("vit").model.named_parameters() if parameter.ndim >= 2]
     assert list(result.scales) == [n for n in names if "attention" in n or "layers.1.mlp" in n]
@@ -225,7 +214,7 @@ def test_only_what_a_mapping_names_is_scaled() -> None:
     assert set(names) - set(result.scales) == {name for name in excluded if name in names}
 
 
-def test_a_run_that_finds_nothing_changes_nothing_and_says_so() -> None:
+def test_a_run_that_finds_nothing_changes_nothing_and_says_so():
     made = case("mlp")
     before = state(made.model)
     config = NIOConfig(**COMPUTED, loss_bound=1e-9)
@@ -236,7 +225,7 @@ def test_a_run_that_finds_nothing_changes_nothing_and_says_so() -> None:
     assert result.after == result.before
 
 
-def test_models_that_are_initialised_are_known_to_be() -> None:
+def test_models_that_are_initialised_are_known_to_be():
     made = case("mlp")
     with pytest.raises(ConfigError):
         run("mlp", made, sub_batches=9)
@@ -246,7 +235,7 @@ def test_models_that_are_initialised_are_known_to_be() -> None:
     assert case("mlp").model not in INITIALISED
 
 
-def test_iterations_are_reported_as_they_happen() -> None:
+def test_iterations_are_reported_as_they_happen():
     made, seen = case("mlp"), []
     config = NIOConfig(**SHORT)
     result = initialize(made.model, batches_of("mlp", 5), made.loss_fn, config, on_iteration=seen.append)
@@ -258,19 +247,19 @@ def test_iterations_are_reported_as_they_happen() -> None:
     assert first.loss == pytest.approx(made.loss_fn(made.model, inputs).item(), rel=1e-5)
 
 
-def _numbered(count: int) -> list[Any]:
+def _numbered(count):
     """Batches of 8 vectors, labels, and the numbers of the samples."""
     return [(*batch, torch.arange(8 * index, 8 * index + 8)) for index, batch in enumerate(batches_of("mlp", count))]
 
 
-def _samples_seen(data: list[Any], *, report: Any = None, **settings: Any) -> tuple[list[list[int]], set[int]]:
+def _samples_seen(data, *, report=None, **settings):
     """Samples of each iteration as its first pass meets them, and those that the other measurements meet."""
     made = case("mlp")
-    log: list[list[int]] = []
-    marks: list[int] = []
-    starts: list[int] = []
+    log = []
+    marks = []
+    starts = []
 
-    def recorded(model: nn.Module, batch: Any) -> Tensor:
+    def recorded(model, batch):
         log.append(batch[2].tolist())
         return made.loss_fn(model, batch[:2])
 
@@ -293,20 +282,20 @@ def _samples_seen(data: list[Any], *, report: Any = None, **settings: Any) -> tu
 class HostReads(TorchDispatchMode):
     """Counts the scalars that the host asks for one by one."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("curvature", ["exact", "finite_difference"])
-def test_the_host_reads_a_few_numbers_an_iteration_and_no_more(curvature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_reads_a_few_numbers_an_iteration_and_no_more(curvature, monkeypatch):
     """The measurement, in one; then the moments and the direction of Adam, which are on the host already."""
-    marks: list[int] = []
-    lists: list[int] = []
+    marks = []
+    lists = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor.numel()) or tolist(tensor))
     made = case("vit")

@@ -1,13 +1,10 @@
 """The weights of layers, their fan-in, and the common factor that keeps variances."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification, set_seed
 from transformers.pytorch_utils import Conv1D
 
@@ -18,11 +15,11 @@ from nio_hf.errors import ModelError
 from tests.core.cases import case
 
 
-def factor_of(model: nn.Module) -> float:
+def factor_of(model):
     return preserving_factor(model, find_tensors(model, "weights", "model"))
 
 
-def drawn(layer: nn.Module, std: float) -> nn.Module:
+def drawn(layer, std):
     """The layer with weights of a standard deviation."""
     nn.init.normal_(layer.weight, std=std, generator=torch.Generator().manual_seed(0))
     return layer
@@ -41,21 +38,21 @@ def drawn(layer: nn.Module, std: float) -> nn.Module:
         (Conv1D(4, 6), 6),
     ],
 )
-def test_fan_in(layer: nn.Module, inputs: int) -> None:
+def test_fan_in(layer, inputs):
     ((place, owners),) = layer_weights(layer, find_tensors(layer)).items()
     assert fan_in(place.parameter, owners[0]) == inputs
 
 
-def test_of_a_stack_of_matrices_both_dimensions_count() -> None:
+def test_of_a_stack_of_matrices_both_dimensions_count():
     class Experts(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.randn(3, 20, 5))
 
     assert fan_in(Experts().weight, Experts()) == pytest.approx(10)
 
 
-def test_a_factor_makes_the_variance_one_over_fan_in() -> None:
+def test_a_factor_makes_the_variance_one_over_fan_in():
     torch.manual_seed(0)
     layer = nn.Linear(400, 300)
     before = torch.randn(500, 400)
@@ -68,7 +65,7 @@ def test_a_factor_makes_the_variance_one_over_fan_in() -> None:
     assert factor_of(layer) == pytest.approx(1.0)
 
 
-def test_one_factor_for_several_layers_is_their_mean_over_the_entries() -> None:
+def test_one_factor_for_several_layers_is_their_mean_over_the_entries():
     model = nn.Sequential(drawn(nn.Linear(64, 16), 0.02), nn.Tanh(), drawn(nn.Linear(16, 4), 0.5))
     wanted = [math.log(1 / (0.02 * 8)), math.log(1 / (0.5 * 4))]
     mean = (wanted[0] * 64 * 16 + wanted[1] * 16 * 4) / (64 * 16 + 16 * 4)
@@ -76,7 +73,7 @@ def test_one_factor_for_several_layers_is_their_mean_over_the_entries() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "gpt2", "bert", "resnet", "mlp"])
-def test_what_is_no_layer_does_not_count(name: str) -> None:
+def test_what_is_no_layer_does_not_count(name):
     model = case(name).model
     before = factor_of(model)
     tied = model.get_output_embeddings() if name in ("gpt2", "bert") else None
@@ -89,7 +86,7 @@ def test_what_is_no_layer_does_not_count(name: str) -> None:
     assert factor_of(model) == pytest.approx(before, rel=1e-6)
 
 
-def test_a_layer_of_one_bias_and_one_that_is_all_but_zero_are_no_obstacles() -> None:
+def test_a_layer_of_one_bias_and_one_that_is_all_but_zero_are_no_obstacles():
     layer = nn.Linear(4, 4, bias=False)
     layer.weight.data = 0.25 * torch.eye(4)
     plain = preserving_factor(layer, find_tensors(layer))
@@ -101,13 +98,13 @@ def test_a_layer_of_one_bias_and_one_that_is_all_but_zero_are_no_obstacles() -> 
     assert 1 < preserving_factor(both, find_tensors(both)) < plain
 
 
-def test_a_model_without_a_layer_has_the_factor_one() -> None:
+def test_a_model_without_a_layer_has_the_factor_one():
     class Table(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.table = nn.Embedding(5, 4)
 
-        def forward(self, tokens: Tensor) -> Any:
+        def forward(self, tokens):
             return self.table(tokens)
 
     assert factor_of(Table()) == 1.0
@@ -116,12 +113,12 @@ def test_a_model_without_a_layer_has_the_factor_one() -> None:
         layer_weights(model, find_tensors(model))
 
 
-def test_scaled_tensors_alone_count() -> None:
+def test_scaled_tensors_alone_count():
     model = nn.Sequential(drawn(nn.Linear(64, 16), 0.02), nn.Tanh(), drawn(nn.Linear(16, 4), 0.5))
     assert preserving_factor(model, find_tensors(model, groups={"last": "^2.weight"})) == pytest.approx(0.5, rel=0.1)
 
 
-def test_layers_that_a_class_draws_smaller_on_purpose_count_as_if_they_were_not() -> None:
+def test_layers_that_a_class_draws_smaller_on_purpose_count_as_if_they_were_not():
     """GPT-2 divides what leads into the residual stream by sqrt(2 layers); BERT does not."""
     set_seed(0)
     sizes = {"n_embd": 64, "n_head": 4, "n_positions": 8, "vocab_size": 10}
@@ -141,13 +138,13 @@ def test_layers_that_a_class_draws_smaller_on_purpose_count_as_if_they_were_not(
     assert factor_of(scaled) == pytest.approx(expected / 3 * 4 ** (5 / 12), rel=0.02)
 
 
-def small_vit() -> ViTForImageClassification:
+def small_vit():
     set_seed(0)
     sizes = {"hidden_size": 48, "intermediate_size": 192, "num_attention_heads": 2, "num_hidden_layers": 2}
     return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes))
 
 
-def test_what_another_initialisation_has_made_larger_is_left_alone() -> None:
+def test_what_another_initialisation_has_made_larger_is_left_alone():
     """Queries and keys that are multiplied further would let a token attend to itself alone."""
     model = small_vit()
     attention = [name for name, _ in model.named_parameters() if name.endswith(("q_proj.weight", "k_proj.weight"))]
@@ -165,7 +162,7 @@ def test_what_another_initialisation_has_made_larger_is_left_alone() -> None:
     assert set(attention) <= asked.scales.keys(), "a group that the user names is scaled"
 
 
-def test_additive_tensors_are_left_alone_together() -> None:
+def test_additive_tensors_are_left_alone_together():
     model = small_vit()
     tensors = find_tensors(model, "weights", "additive")
     assert drawn_larger(model, tensors) == []

@@ -1,14 +1,12 @@
 """GradCosine by layer: slices of the same gradients, which sum back to the whole."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import GradientInspection, find_tensors, inspect_gradients
@@ -16,14 +14,14 @@ from nio_hf.core.batches import map_tensors
 from nio_hf.core.gradcosine import sub_batch_windows
 from nio_hf.core.mode import measuring
 from nio_hf.errors import ConfigError, DataError
-from tests.core.cases import FAMILIES, Case, batches_of, case, differences, double_case, state
+from tests.core.cases import FAMILIES, batches_of, case, differences, double_case, state
 
 
-def inspect(made: Case, sub_batches: int = 4) -> GradientInspection:
+def inspect(made, sub_batches=4):
     return inspect_gradients(made.model, [made.batch], made.loss_fn, NIOConfig(sub_batches=sub_batches))
 
 
-def slices(made: Case, sub_batches: int) -> list[list[Tensor]]:
+def slices(made, sub_batches):
     """[d][l]: the gradient of sub-batch d in gradient tensor l, by the most obvious way."""
     tensors = find_tensors(made.model).gradient_parameters
     gradients = []
@@ -38,7 +36,7 @@ def slices(made: Case, sub_batches: int) -> list[list[Tensor]]:
 @pytest.mark.parametrize(
     ("name", "sub_batches"), [(name, count) for name in FAMILIES for count in (2, 4 if name == "resnet" else 8)]
 )
-def test_layers_sum_to_the_whole(name: str, sub_batches: int) -> None:
+def test_layers_sum_to_the_whole(name, sub_batches):
     made = double_case(name)
     before = state(made.model)
     found = inspect(made, sub_batches)
@@ -52,7 +50,7 @@ def test_layers_sum_to_the_whole(name: str, sub_batches: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "mlp", "gpt2"])
-def test_each_layer_equals_its_pairs_of_slices(name: str) -> None:
+def test_each_layer_equals_its_pairs_of_slices(name):
     made, count = double_case(name), 4
     gradients = slices(made, count)
     norms = [math.sqrt(sum(float(tensor.square().sum()) for tensor in gradient)) for gradient in gradients]
@@ -64,14 +62,14 @@ def test_each_layer_equals_its_pairs_of_slices(name: str) -> None:
         assert layer.share == pytest.approx(sum(squares) / count, abs=1e-9)
 
 
-def test_agreement_is_one_where_all_slices_are_alike_and_zero_where_they_are_orthogonal() -> None:
+def test_agreement_is_one_where_all_slices_are_alike_and_zero_where_they_are_orthogonal():
     class Scales(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.alike = nn.Linear(1, 1, bias=False)
             self.apart = nn.Linear(4, 1, bias=False)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return self.alike(torch.ones(len(x), 1, dtype=x.dtype)) + self.apart(x)
 
     found = inspect_gradients(
@@ -84,7 +82,7 @@ def test_agreement_is_one_where_all_slices_are_alike_and_zero_where_they_are_ort
     assert (whole.parameters, whole.contribution, whole.share) == (5, pytest.approx(0.5), pytest.approx(1.0))
 
 
-def test_it_measures_what_nio_reports_before_and_after() -> None:
+def test_it_measures_what_nio_reports_before_and_after():
     made = case("vit")
     held_out, batches = batches_of("vit", 2), batches_of("vit", 5)[2:]
     config = NIOConfig(search="published", sub_batches=4, iterations=3, seed=7)
@@ -97,7 +95,7 @@ def test_it_measures_what_nio_reports_before_and_after() -> None:
     assert after.measured.grad_norm == pytest.approx(result.after.grad_norm, rel=1e-5)
 
 
-def test_micro_batches_change_nothing() -> None:
+def test_micro_batches_change_nothing():
     made = double_case("swin")
     whole = inspect_gradients(made.model, [made.batch], made.loss_fn, NIOConfig(sub_batches=2))
     parts = inspect_gradients(made.model, [made.batch], made.loss_fn, NIOConfig(sub_batches=2, micro_batch_size=1))
@@ -105,7 +103,7 @@ def test_micro_batches_change_nothing() -> None:
         assert other.contribution == pytest.approx(one.contribution, abs=1e-10)
 
 
-def test_batches_are_averaged() -> None:
+def test_batches_are_averaged():
     made, config = double_case("mlp"), NIOConfig(sub_batches=2)
     batches = [map_tensors(lambda t: t.double() if t.is_floating_point() else t, b) for b in batches_of("mlp", 3)]
     both = inspect_gradients(made.model, batches, made.loss_fn, config)
@@ -115,13 +113,13 @@ def test_batches_are_averaged() -> None:
     assert math.fsum(layer.contribution for layer in both.layers) == pytest.approx(both.measured.value, abs=1e-12)
 
 
-def test_it_is_json_even_where_a_gradient_is_zero() -> None:
+def test_it_is_json_even_where_a_gradient_is_zero():
     class HalfUsed(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.used, self.unused = nn.Linear(2, 1), nn.Linear(2, 1)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return self.used(x) + 0 * self.unused(x)
 
     found = inspect_gradients(HalfUsed(), [torch.randn(4, 2)], lambda m, x: m(x).square().mean(), NIOConfig())
@@ -132,7 +130,7 @@ def test_it_is_json_even_where_a_gradient_is_zero() -> None:
     assert GradientInspection.from_dict(written) == found
 
 
-def test_refusals() -> None:
+def test_refusals():
     made = case("mlp")
     with pytest.raises(DataError, match=r"batches: none\. Give at least one"):
         inspect_gradients(made.model, [], made.loss_fn)

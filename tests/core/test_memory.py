@@ -1,33 +1,26 @@
 """What memory is free, inside of a container too; what gives way where it runs out, and that numbers stay the same."""
 
-from __future__ import annotations
-
 import logging
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from nio_hf import NIOConfig, NIOResult, grad_cosine, initialize
+from nio_hf import NIOConfig, grad_cosine, initialize
 from nio_hf.core import curvature, memory
 from nio_hf.core.memory import available_memory, graph_bytes, is_out_of_memory, with_less_memory
 from nio_hf.errors import ConfigError, NIOMemoryError, Problem
-from tests.core.cases import PER_TENSOR, Case, batches_of, case, differences, state
+from tests.core.cases import PER_TENSOR, batches_of, case, differences, state
 
 
 @pytest.fixture(autouse=True)
-def no_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_garbage_collection(monkeypatch):
     """Collecting garbage takes longer than all of the rest."""
     monkeypatch.setattr(memory, "release_memory", lambda device: None)
 
 
 @pytest.mark.parametrize(("limit", "expected"), [("max", sys.maxsize), ("1000", 1000 - 900 + 300), ("500", 0)])
-def test_files_that_the_system_keeps_at_hand_are_free(
-    limit: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_the_system_keeps_at_hand_are_free(limit, expected, tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 500\nactive_file 100\ninactive_file 200\nfile_mapped 7\n")
@@ -35,12 +28,12 @@ def test_files_that_the_system_keeps_at_hand_are_free(
     assert memory._control_group_memory() == expected
 
 
-def test_without_a_container_there_is_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_container_there_is_no_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path / "nothing")
     assert memory._control_group_memory() == sys.maxsize
 
 
-def test_available_memory_is_that_of_the_machine_and_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_memory_is_that_of_the_machine_and_its_limits(monkeypatch):
     free = available_memory(torch.device("cpu"))
     if free is None:
         pytest.skip("known on Linux only")
@@ -50,7 +43,7 @@ def test_available_memory_is_that_of_the_machine_and_its_limits(monkeypatch: pyt
     assert available_memory(torch.device("meta")) is None
 
 
-def test_the_memory_of_a_graph_is_what_it_saves() -> None:
+def test_the_memory_of_a_graph_is_what_it_saves():
     weight = torch.ones(10, 10, requires_grad=True)
     inputs = torch.ones(1000, 10)
     with graph_bytes([weight]) as counted:
@@ -59,7 +52,7 @@ def test_the_memory_of_a_graph_is_what_it_saves() -> None:
     assert counted == [2 * inputs.nbytes]
 
 
-def test_errors_of_memory_are_told_from_others() -> None:
+def test_errors_of_memory_are_told_from_others():
     assert is_out_of_memory(torch.OutOfMemoryError("x"))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"))
@@ -73,20 +66,20 @@ def test_errors_of_memory_are_told_from_others() -> None:
 class Attempts:
     """Work that runs out of memory above so many samples, or while anything is kept."""
 
-    def __init__(self, fits: int, kept: bool = False) -> None:
+    def __init__(self, fits, kept=False):
         self.fits, self.kept, self.sizes = fits, kept, []
 
-    def __call__(self, size: int | None) -> str:
+    def __call__(self, size):
         self.sizes.append(size)
         if self.kept or (7 if size is None else size) > self.fits:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return "done"
 
-    def drop_kept(self) -> bool:
+    def drop_kept(self):
         dropped, self.kept = self.kept, False
         return dropped
 
-    def start(self, begin: int | None = None, check: Any = lambda size: None) -> tuple[str, int | None]:
+    def start(self, begin=None, check=lambda size: None):
         return with_less_memory(
             self, 7, begin, where="batch 3", device=torch.device("cpu"), drop_kept=self.drop_kept, check_split=check
         )
@@ -104,46 +97,44 @@ class Attempts:
         (4, False, 99, [99, 4]),
     ],
 )
-def test_what_is_kept_gives_way_first_and_then_the_micro_batches(
-    fits: int, kept: bool, begin: int | None, tried: list[int | None]
-) -> None:
+def test_what_is_kept_gives_way_first_and_then_the_micro_batches(fits, kept, begin, tried):
     attempts = Attempts(fits, kept)
     assert attempts.start(begin) == ("done", tried[-1])
     assert attempts.sizes == tried
 
 
-def test_a_single_sample_that_does_not_fit_is_an_error() -> None:
+def test_a_single_sample_that_does_not_fit_is_an_error():
     with pytest.raises(NIOMemoryError, match=r"batch 3: out of memory for 1 samples at once \(CUDA.*Give smaller"):
         Attempts(0).start()
 
 
-def test_samples_that_cannot_be_split_are_an_error() -> None:
+def test_samples_that_cannot_be_split_are_an_error():
     with pytest.raises(NIOMemoryError, match="batch 3: out of memory for 7 samples at once"):
         Attempts(3).start(check=None)
 
-    def refuse(size: int) -> None:
+    def refuse(size):
         raise ConfigError(Problem("loss", f"not in parts of {size}", "Leave it"))
 
     with pytest.raises(NIOMemoryError, match="and they cannot be split: not in parts of 4"):
         Attempts(3).start(check=refuse)
 
 
-def test_a_check_that_does_not_fit_is_an_error() -> None:
-    def check(size: int) -> None:
+def test_a_check_that_does_not_fit_is_an_error():
+    def check(size):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(NIOMemoryError, match="batch 3: out of memory for 7 samples at once, and for the check"):
         Attempts(3).start(check=check)
 
-    def broken(size: int) -> None:
+    def broken(size):
         raise RuntimeError("mine")
 
     with pytest.raises(RuntimeError, match="mine"):
         Attempts(3).start(check=broken)
 
 
-def test_other_errors_pass() -> None:
-    def broken(size: int | None) -> None:
+def test_other_errors_pass():
+    def broken(size):
         raise RuntimeError("mine")
 
     with pytest.raises(RuntimeError, match="mine"):
@@ -156,10 +147,10 @@ def test_other_errors_pass() -> None:
 class Device:
     """A loss on a device that holds the graphs of so many samples at once, and counts what it was asked for."""
 
-    def __init__(self, made: Case, samples: int) -> None:
+    def __init__(self, made, samples):
         self.made, self.samples, self.sizes = made, samples, []
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor | tuple[Tensor, Any]:
+    def __call__(self, model, batch):
         size = len(next(iter(batch.values())) if isinstance(batch, dict) else batch[0])
         if size > self.samples and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -167,7 +158,7 @@ class Device:
         return self.made.loss_fn(model, batch)
 
 
-SEARCHES: dict[str, dict[str, Any]] = {
+SEARCHES = {
     "exact": {**PER_TENSOR, "iterations": 3, "curvature": "exact"},
     "auto": {**PER_TENSOR, "iterations": 3},
     "finite differences": {**PER_TENSOR, "iterations": 3, "curvature": "finite_difference"},
@@ -175,7 +166,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(name: str, samples: int = 99, **settings: Any) -> tuple[NIOResult, Device]:
+def run(name, samples=99, **settings):
     made = case(name)
     device = Device(made, samples)
     config = NIOConfig(**{"report_batches": 2, "sub_batches": 2, **settings})
@@ -184,7 +175,7 @@ def run(name: str, samples: int = 99, **settings: Any) -> tuple[NIOResult, Devic
 
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("name", ["mlp", "gpt2"])
-def test_micro_batches_are_halved_until_they_fit(name: str, search: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_micro_batches_are_halved_until_they_fit(name, search, caplog):
     whole, _ = run(name, **SEARCHES[search])
     with caplog.at_level(logging.WARNING):
         halved, device = run(name, samples=2, **SEARCHES[search])
@@ -198,11 +189,11 @@ def test_micro_batches_are_halved_until_they_fit(name: str, search: str, caplog:
         assert omega == pytest.approx(whole.scales[tensor], rel=tolerance)
 
 
-def test_kept_graphs_give_way_first(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    failures: list[int] = []
+def test_kept_graphs_give_way_first(monkeypatch, caplog):
+    failures = []
     product = curvature._double_backward
 
-    def failing_once(*args: Any) -> Any:
+    def failing_once(*args):
         # The first call is the look at the path.
         failures.append(1)
         if len(failures) == 2:
@@ -223,7 +214,7 @@ def test_kept_graphs_give_way_first(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     assert result.scales == pytest.approx(plain.scales, abs=1e-5)
 
 
-def test_where_nothing_can_give_way_the_model_is_left_as_it_was() -> None:
+def test_where_nothing_can_give_way_the_model_is_left_as_it_was():
     made = case("mlp")
     before = state(made.model)
     with pytest.raises(NIOMemoryError, match=r"out of memory for 1 samples at once .*Give smaller batches"):
@@ -233,12 +224,12 @@ def test_where_nothing_can_give_way_the_model_is_left_as_it_was() -> None:
         run("resnet", samples=2)
 
 
-def test_a_device_for_one_sample_is_enough() -> None:
+def test_a_device_for_one_sample_is_enough():
     result, _ = run("mlp", samples=1)
     assert {record.micro_batch_size for record in result.history} == {1}
 
 
-def test_the_diagnostic_backs_off_too() -> None:
+def test_the_diagnostic_backs_off_too():
     made = case("mlp", 12)
     for sub_batches in (2, None):
         whole = grad_cosine(made.model, made.batch, made.loss_fn, sub_batches=sub_batches)

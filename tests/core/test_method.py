@@ -1,22 +1,18 @@
 """A method of initialisation as a record: its options, and what a run of it gives."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
 
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import Method
-from nio_hf.core.method import Learned, Options, Watch
-from nio_hf.core.problem import ScalingProblem
+from nio_hf.core.method import Learned
 from nio_hf.errors import ConfigError
 from tests.core.cases import batches_of, case, differences, state
 
 
-def halve(problem: ScalingProblem, options: Options, watch: Watch) -> Learned:
+def halve(problem, options, watch):
     """Divide every scaled tensor, and take a batch from the stream."""
     assert problem.stream.next() is not None
     for value in problem.theta:
@@ -36,13 +32,13 @@ HALVE = Method(
 )
 
 
-def test_options_have_defaults_and_lists_become_tuples() -> None:
+def test_options_have_defaults_and_lists_become_tuples():
     assert HALVE.checked(None) == {"divisor": 2.0, "layers": (1, 2)}
     assert HALVE.checked({"layers": [3], "divisor": 4.0}) == {"divisor": 4.0, "layers": (3,)}
     assert HALVE.options == {"divisor": 2.0, "layers": (1, 2)}
 
 
-def test_all_problems_of_options_are_reported_together() -> None:
+def test_all_problems_of_options_are_reported_together():
     with pytest.raises(ConfigError) as caught:
         HALVE.checked({"divisor": -1.0, "depth": 3, "width": 4})
     assert [problem.where for problem in caught.value.problems] == ["halve.depth", "halve.width", "halve.divisor"]
@@ -51,7 +47,7 @@ def test_all_problems_of_options_are_reported_together() -> None:
 
 
 @pytest.mark.parametrize("groups", ["model", {"first": r"^0\."}])
-def test_a_method_has_a_scale_for_each_tensor_whatever_the_groups_are(groups: Any) -> None:
+def test_a_method_has_a_scale_for_each_tensor_whatever_the_groups_are(groups):
     made = case("mlp")
     values = {name: parameter.detach().clone() for name, parameter in made.model.named_parameters()}
     config = NIOConfig(groups=groups, report_batches=2, sub_batches=2)
@@ -66,11 +62,11 @@ def test_a_method_has_a_scale_for_each_tensor_whatever_the_groups_are(groups: An
     assert result.message.startswith("Halve applied: GradCosine (D = 2, B/D = 4) ")
 
 
-def test_a_method_that_fails_leaves_the_model_as_it_was() -> None:
+def test_a_method_that_fails_leaves_the_model_as_it_was():
     made = case("mlp")
     before = state(made.model)
 
-    def halve_and_fail(problem: ScalingProblem, options: Options, watch: Watch) -> Learned:
+    def halve_and_fail(problem, options, watch):
         halve(problem, options, watch)
         raise ZeroDivisionError
 

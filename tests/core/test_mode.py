@@ -1,11 +1,7 @@
 """The state that gradients are measured in, and the way back from it."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +14,7 @@ from nio_hf.core.mode import isolated, measuring
 from tests.core.cases import Case, case, differences, double_case, state
 from tests.versions import checkpoint_activations
 
-NO_DROPOUT: dict[str, dict[str, float]] = {
+NO_DROPOUT = {
     "vit": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "swin": {"drop_path_rate": 0.0},
     "swinv2": {"drop_path_rate": 0.0},
@@ -29,7 +25,7 @@ NO_DROPOUT: dict[str, dict[str, float]] = {
 }
 
 
-def kernels() -> dict[str, Any]:
+def kernels():
     """Settings of torch that NIO changes while it measures."""
     backends = torch.backends
     return {
@@ -48,28 +44,28 @@ def kernels() -> dict[str, Any]:
 
 
 @pytest.fixture
-def default_precision() -> Iterator[None]:
+def default_precision():
     """The settings of a new process, which torch's older functions do not restore."""
     _reset_precision()
     yield
     _reset_precision()
 
 
-def _reset_precision() -> None:
+def _reset_precision():
     torch.set_float32_matmul_precision("highest")
     for place in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
         place.fp32_precision = "none"
     torch.backends.cudnn.allow_tf32 = True
 
 
-def measured(made: Case, **settings: Any) -> tuple[float, tuple[float, ...], float]:
+def measured(made, **settings):
     found = grad_cosine(made.model, made.batch, made.loss_fn, sub_batches=2, **settings)
     return found.value, found.norms, found.loss
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", NO_DROPOUT)
-def test_dropout_and_stochastic_depth_are_off(name: str, checkpointing: bool) -> None:
+def test_dropout_and_stochastic_depth_are_off(name, checkpointing):
     noisy, plain = case(name), case(name, **NO_DROPOUT[name])
     losses = {noisy.mean_loss(range(8)).item() for _ in range(5)}
     assert len(losses) > 1, "this model has nothing to switch off"
@@ -82,9 +78,9 @@ def test_dropout_and_stochastic_depth_are_off(name: str, checkpointing: bool) ->
     assert loss == pytest.approx(expected[2], rel=1e-6)
 
 
-def test_layers_that_checkpoint_still_do() -> None:
+def test_layers_that_checkpoint_still_do():
     made = case("vit")
-    calls: list[None] = []
+    calls = []
     made.model.vit.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
     measured(made)
     assert len(calls) == 2
@@ -94,15 +90,15 @@ def test_layers_that_checkpoint_still_do() -> None:
     assert len(calls) == 4
 
 
-def test_a_layer_that_checkpoints_has_no_dropout_of_its_own() -> None:
+def test_a_layer_that_checkpoints_has_no_dropout_of_its_own():
     class Noisy(GradientCheckpointingLayer):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.linear = nn.Linear(6, 5)
             self.gradient_checkpointing = True
             self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
-        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        def forward(self, inputs):
             return nn.functional.dropout(self.linear(inputs), 0.5, self.training)
 
     made = case("mlp")
@@ -112,12 +108,12 @@ def test_a_layer_that_checkpoints_has_no_dropout_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("way", ["in place", "through data", "assigned"])
-def test_buffers_are_put_back_however_they_are_written(way: str) -> None:
+def test_buffers_are_put_back_however_they_are_written(way):
     made = case("mlp")
     made.model.register_buffer("seen", torch.zeros(3))
     buffer = made.model.seen
 
-    def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+    def loss_fn(model, batch):
         if way == "in place":
             model.seen.add_(1)
         elif way == "through data":
@@ -133,7 +129,7 @@ def test_buffers_are_put_back_however_they_are_written(way: str) -> None:
 
 @pytest.mark.usefixtures("default_precision")
 @pytest.mark.parametrize("error", [None, ValueError("stop"), KeyboardInterrupt()])
-def test_precision_kernels_and_flags_are_set_and_put_back(error: BaseException | None) -> None:
+def test_precision_kernels_and_flags_are_set_and_put_back(error):
     made = case("resnet")
     made.model.resnet.encoder.stages[0].eval()
     torch.set_float32_matmul_precision("high")
@@ -155,25 +151,25 @@ def test_precision_kernels_and_flags_are_set_and_put_back(error: BaseException |
 
 @pytest.mark.usefixtures("default_precision")
 @pytest.mark.parametrize("setting", ["none", "tf32", "ieee"])
-def test_precision_by_the_newer_settings_is_put_back(setting: str) -> None:
+def test_precision_by_the_newer_settings_is_put_back(setting):
     torch.backends.fp32_precision = setting
     before = kernels()
     measured(case("mlp"))
     assert kernels() == before
 
 
-def test_autocast_and_no_grad_around_it_do_not_matter() -> None:
+def test_autocast_and_no_grad_around_it_do_not_matter():
     made = case("vit")
     expected = measured(made)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert measured(made) == expected
 
 
-def test_a_compiled_model_is_measured_without_its_compiled_form() -> None:
+def test_a_compiled_model_is_measured_without_its_compiled_form():
     made = case("mlp")
     expected = measured(made)
 
-    def refuse(graph: Any, inputs: Any) -> Any:
+    def refuse(graph, inputs):
         raise AssertionError("compiled")
 
     assert measured(Case(torch.compile(made.model, backend=refuse), made.batch, made.loss_fn)) == expected
@@ -181,7 +177,7 @@ def test_a_compiled_model_is_measured_without_its_compiled_form() -> None:
     assert measured(made) == expected
 
 
-def test_running_statistics_are_untouched() -> None:
+def test_running_statistics_are_untouched():
     made = case("resnet")
     made.loss_fn(made.model, made.batch)
     before = state(made.model)
@@ -189,7 +185,7 @@ def test_running_statistics_are_untouched() -> None:
     assert not differences(before, state(made.model))
 
 
-def test_batch_statistics_are_those_of_the_sub_batch() -> None:
+def test_batch_statistics_are_those_of_the_sub_batch():
     made = double_case("resnet")
     _, _, loss = measured(made)
     made.model.train()
@@ -199,14 +195,14 @@ def test_batch_statistics_are_those_of_the_sub_batch() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"momentum": None}, {"affine": False}, {"track_running_stats": False}])
-def test_unusual_layers_use_the_statistics_of_their_input_and_are_put_back(settings: dict[str, Any]) -> None:
+def test_unusual_layers_use_the_statistics_of_their_input_and_are_put_back(settings):
     layer = nn.BatchNorm1d(3, **settings)
     model = nn.Sequential(nn.Linear(3, 3), layer, nn.Linear(3, 2))
     inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     model(inputs)
     before = {**state(model), "layer": (layer.momentum, layer.track_running_stats)}
 
-    def interrupted() -> None:
+    def interrupted():
         with measuring(model):
             outputs = layer(inputs)
             expected = (inputs - inputs.mean(dim=0)) / (inputs.var(dim=0, unbiased=False) + 1e-5).sqrt()
@@ -218,13 +214,13 @@ def test_unusual_layers_use_the_statistics_of_their_input_and_are_put_back(setti
     assert not differences(before, {**state(model), "layer": (layer.momentum, layer.track_running_stats)})
 
 
-def test_buffers_that_a_forward_writes_to_are_put_back() -> None:
+def test_buffers_that_a_forward_writes_to_are_put_back():
     class Counting(nn.Linear):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__(3, 2)
             self.register_buffer("calls", torch.zeros(()))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x):
             self.calls += 1
             return super().forward(x)
 
@@ -235,7 +231,7 @@ def test_buffers_that_a_forward_writes_to_are_put_back() -> None:
     assert int(model.calls) == 0
 
 
-def test_random_numbers_go_on_as_if_nothing_was_drawn() -> None:
+def test_random_numbers_go_on_as_if_nothing_was_drawn():
     model = case("mlp").model
     torch.manual_seed(3)
     expected = torch.rand(2).tolist()

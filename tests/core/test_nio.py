@@ -1,9 +1,5 @@
 """NIO as a method: what both of its searches tell, cost and say of themselves."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 
 from nio_hf import NIOConfig, initialize
@@ -11,7 +7,7 @@ from nio_hf.core import NIO, expected_cost
 from nio_hf.errors import ConfigError
 from tests.core.cases import batches_of, case
 
-SEARCHES: dict[str, dict[str, Any]] = {
+SEARCHES = {
     # A bound that refuses at least once.
     "balance": {"least_norm": 1.0, "loss_bound": 0.01},
     "published": {"search": "published", "groups": "tensor", "scaled_tensors": "all", "iterations": 5, "lr": 0.05},
@@ -19,7 +15,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SEARCHES)
-def test_what_is_tried_is_told_before_and_what_came_of_it_after(name: str) -> None:
+def test_what_is_tried_is_told_before_and_what_came_of_it_after(name):
     made, told, seen = case("mlp"), [], []
     config = NIOConfig(sub_batches=2, report_batches=2, **SEARCHES[name])
     result = initialize(
@@ -42,7 +38,7 @@ def test_what_is_tried_is_told_before_and_what_came_of_it_after(name: str) -> No
     assert result.cost <= expected_cost(config, len(result.groups))
 
 
-def test_nio_takes_what_its_search_needs_and_has_no_options() -> None:
+def test_nio_takes_what_its_search_needs_and_has_no_options():
     assert NIO.batches(NIOConfig(), {}) == 0
     assert NIO.batches(NIOConfig(search="published", iterations=11), {}) == 11
     with pytest.raises(ConfigError, match=r"nio\.rate: is no option of nio\. Leave it out: it has none of its own"):
@@ -64,5 +60,5 @@ def test_nio_takes_what_its_search_needs_and_has_no_options() -> None:
         ({"search": "published", "gamma": 1.0}, "agree (GradCosine), under a bound on gradient norm."),
     ],
 )
-def test_the_description_follows_the_settings(settings: dict[str, Any], words: str) -> None:
+def test_the_description_follows_the_settings(settings, words):
     assert words in NIO.describe(NIOConfig(**settings))

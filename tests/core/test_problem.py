@@ -1,7 +1,5 @@
 """What a method is given: points, batches and their measurements."""
 
-from __future__ import annotations
-
 import itertools
 import re
 
@@ -17,7 +15,7 @@ from tests.versions import VALUES
 PARTS = {"first": r"^0\.weight", "middle": r"^4\.weight"}
 
 
-def test_a_point_multiplies_the_tensors_of_each_group_and_none_else() -> None:
+def test_a_point_multiplies_the_tensors_of_each_group_and_none_else():
     made = double_case("vit")
     values = {name: parameter.detach().clone() for name, parameter in made.model.named_parameters()}
     config = NIOConfig(groups={"values": rf"{VALUES}\.weight", "positions": "position"})
@@ -34,7 +32,7 @@ def test_a_point_multiplies_the_tensors_of_each_group_and_none_else() -> None:
     assert all(torch.equal(parameter, values[name]) for name, parameter in made.model.named_parameters())
 
 
-def test_a_point_is_measured_on_the_report_batches_as_the_diagnostic_does_it() -> None:
+def test_a_point_is_measured_on_the_report_batches_as_the_diagnostic_does_it():
     made, batches = double_case("mlp"), batches_of("mlp", 3)
     by_group = [1.5, 0.5]
     with scaling_problem(made.model, made.loss_fn, NIOConfig(groups=PARTS), batches) as problem:
@@ -48,7 +46,7 @@ def test_a_point_is_measured_on_the_report_batches_as_the_diagnostic_does_it() -
     assert list(measured.parts) == [grad_cosine(made.model, batch, made.loss_fn, sub_batches=4) for batch in batches]
 
 
-def test_shuffled_batches_have_the_windows_of_the_paper() -> None:
+def test_shuffled_batches_have_the_windows_of_the_paper():
     made = double_case("mlp", 10)
     config = NIOConfig.published(sub_batches=3, overlap=0.3, seed=4)
     with scaling_problem(made.model, made.loss_fn, config) as problem:
@@ -62,7 +60,7 @@ def test_shuffled_batches_have_the_windows_of_the_paper() -> None:
     assert first.where == "iteration 1"
 
 
-def test_report_batches_are_split_in_the_order_of_their_samples() -> None:
+def test_report_batches_are_split_in_the_order_of_their_samples():
     made, config = double_case("mlp", 10), NIOConfig(sub_batches=3)
     with scaling_problem(made.model, made.loss_fn, config) as problem:
         part = report_parts(config, problem.loss, problem.collective, made.batch, 2)
@@ -71,7 +69,7 @@ def test_report_batches_are_split_in_the_order_of_their_samples() -> None:
         assert torch.equal(part.owned[index][0], made.batch[0][window])
 
 
-def test_numbers_of_runs_and_batches_have_seeds_of_their_own() -> None:
+def test_numbers_of_runs_and_batches_have_seeds_of_their_own():
     numbers = [*range(200), *range(500_000, 500_020)]
     seeds = [seed_of(seed, number) for seed, number in itertools.product(range(5), numbers)]
     assert len(set(seeds)) == len(seeds)

@@ -1,22 +1,19 @@
 """What both searches promise, on random models, data, groups and bounds; measured again by the plainest means."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
-from nio_hf import NIOConfig, NIOResult, initialize
+from nio_hf import NIOConfig, initialize
 from nio_hf.core import expected_cost
 from nio_hf.errors import NIOError
 from tests.core.cases import differences, state
@@ -37,13 +34,13 @@ class Trial:
     settings: dict[str, Any]
 
     @property
-    def config(self) -> NIOConfig:
+    def config(self):
         return NIOConfig(report_batches=REPORTED, seed=self.seed, **self.settings)
 
-    def model(self) -> nn.Module:
+    def model(self):
         """A perceptron in fp64, the same at each call."""
         generator = torch.Generator().manual_seed(self.seed)
-        layers: list[nn.Module] = []
+        layers = []
         for inputs, outputs in itertools.pairwise(self.widths):
             layers += [nn.Linear(inputs, outputs), {"tanh": nn.Tanh, "gelu": nn.GELU}[self.activation]()]
         model = nn.Sequential(*layers[:-1]).double()
@@ -51,7 +48,7 @@ class Trial:
             nn.init.normal_(parameter, std=self.gain / math.sqrt(parameter.shape[-1]), generator=generator)
         return model
 
-    def batches(self) -> list[tuple[Tensor, Tensor]]:
+    def batches(self):
         """Batches of a task that can be learned, with noise; those of the report and two more."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         count = REPORTED + 2
@@ -60,11 +57,11 @@ class Trial:
         noise = torch.randn(count, self.samples, self.widths[-1], generator=generator, dtype=torch.float64)
         return list(zip(inputs, (inputs @ task + noise).argmax(-1), strict=True))
 
-    def run(self, model: nn.Module, loss_fn: Any = None) -> NIOResult:
+    def run(self, model, loss_fn=None):
         return initialize(model, self.batches(), loss_fn or cross_entropy, self.config)
 
 
-def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+def cross_entropy(model, batch):
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
@@ -81,13 +78,13 @@ BOUNDS = {
 }
 
 
-def trials(searches: Sequence[str] = ("balance", "published")) -> st.SearchStrategy[Trial]:
+def trials(searches=("balance", "published")):
     """Trials whose parts are all equally likely; hypothesis alone would draw the first of each most of the time."""
     return st.integers(0, 10**9).map(lambda seed: random_trial(random.Random(seed), searches))
 
 
-def random_trial(draw: random.Random, searches: Sequence[str]) -> Trial:
-    settings: dict[str, Any] = {name: draw.choice(values) for name, values in BOUNDS.items()}
+def random_trial(draw, searches):
+    settings = {name: draw.choice(values) for name, values in BOUNDS.items()}
     settings |= {
         "search": draw.choice(searches),
         "scaled_tensors": draw.choice(["all", "weights"]),
@@ -116,7 +113,7 @@ def random_trial(draw: random.Random, searches: Sequence[str]) -> Trial:
     )
 
 
-def measured(trial: Trial, model: nn.Module) -> tuple[float, float]:
+def measured(trial, model):
     """Mean loss and gradient norm by a loop over the report batches and their sub-batches."""
     losses, norms = [], []
     count = trial.config.sub_batches
@@ -130,7 +127,7 @@ def measured(trial: Trial, model: nn.Module) -> tuple[float, float]:
     return sum(losses) / len(losses), sum(norms) / len(norms)
 
 
-def scaled(trial: Trial, scales: Mapping[str, float]) -> nn.Module:
+def scaled(trial, scales):
     """The model at the start, with tensors times their scales."""
     model = trial.model()
     with torch.no_grad():
@@ -139,7 +136,7 @@ def scaled(trial: Trial, scales: Mapping[str, float]) -> nn.Module:
     return model
 
 
-def excess(trial: Trial, model: nn.Module) -> float:
+def excess(trial, model):
     """By how much, relative to the bounds, a point is beyond them; below 0 within."""
     (loss, norm), (first_loss, first_norm) = measured(trial, model), measured(trial, trial.model())
     config = trial.config
@@ -148,19 +145,19 @@ def excess(trial: Trial, model: nn.Module) -> float:
     return max(by_loss, by_norm)
 
 
-def test_what_every_search_promises() -> None:
-    outcomes: collections.Counter[str] = collections.Counter()
+def test_what_every_search_promises():
+    outcomes = collections.Counter()
 
     @examples(60)
     @given(trial=trials())
-    def check(trial: Trial) -> None:
+    def check(trial):
         outcomes.update(record.outcome for record in keeps_its_promises(trial).history)
 
     check()
     assert min(outcomes[name] for name in ("accepted", "loss_bound", "lower_norm")) > 4
 
 
-def keeps_its_promises(trial: Trial) -> NIOResult:
+def keeps_its_promises(trial):
     """Hold a run against what its settings promise."""
     config, model = trial.config, trial.model()
     result = trial.run(model)
@@ -182,7 +179,7 @@ def keeps_its_promises(trial: Trial) -> NIOResult:
 
 @examples(25)
 @given(trial=trials())
-def test_the_same_call_gives_the_same_scales(trial: Trial) -> None:
+def test_the_same_call_gives_the_same_scales(trial):
     first, second = trial.model(), trial.model()
     one = trial.run(first)
     torch.manual_seed(trial.seed % 1000)
@@ -197,14 +194,14 @@ def test_the_same_call_gives_the_same_scales(trial: Trial) -> None:
 
 @examples(25)
 @given(trial=trials(), calls=st.integers(0, 60), kind=st.sampled_from(["error", "interrupt", "memory", "nan"]))
-def test_a_run_that_raises_leaves_the_model_as_it_was(trial: Trial, calls: int, kind: str) -> None:
+def test_a_run_that_raises_leaves_the_model_as_it_was(trial, calls, kind):
     model = trial.model()
     first = next(model.parameters())
     first.grad = torch.ones_like(first)
     before, generator = state(model), torch.get_rng_state()
     count = itertools.count()
 
-    def failing(model: nn.Module, batch: Any) -> Tensor:
+    def failing(model, batch):
         loss = cross_entropy(model, batch)
         if next(count) < calls:
             return loss

@@ -1,24 +1,19 @@
 """The search of the paper against a plain loop of it, and how it stops."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from benchmarks.reference import joint_graph
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import find_tensors, published
 from nio_hf.core.mode import measuring
 from nio_hf.core.problem import seed_of
-from nio_hf.core.result import IterationRecord
 from nio_hf.errors import StoppedError
-from tests.core.cases import PER_TENSOR, Case, batches_of, case, differences, double_case, state
+from tests.core.cases import PER_TENSOR, batches_of, case, differences, double_case, state
 
 SAMPLES, REPORTED = 10, 2
 
@@ -33,7 +28,7 @@ class ByHand:
     cosines: list[float]
 
 
-def slices(samples: int, sub_batches: int, overlap: float) -> list[range]:
+def slices(samples, sub_batches, overlap):
     """The windows of the paper."""
     length = samples // sub_batches
     windows = []
@@ -47,7 +42,7 @@ def slices(samples: int, sub_batches: int, overlap: float) -> list[range]:
     return windows
 
 
-def by_hand(made: Case, batches: list[Any], config: NIOConfig) -> ByHand:
+def by_hand(made, batches, config):
     """Algorithm 1 of the paper in plain numbers, on scales that groups of tensors share."""
     found = find_tensors(made.model, config.scaled_tensors, config.groups)
     group_of = {found.scaled[position].name: group for group, members in found.groups.items() for position in members}
@@ -67,12 +62,10 @@ def by_hand(made: Case, batches: list[Any], config: NIOConfig) -> ByHand:
         here = dataclasses.replace(made, batch=batch)
         windows = slices(SAMPLES, config.sub_batches, config.overlap)
 
-        def losses(
-            model: nn.Module, here: Case = here, order: list[int] = order, windows: Any = windows
-        ) -> list[Tensor]:
+        def losses(model, here=here, order=order, windows=windows):
             return [here.mean_loss([order[i] for i in window], model) for window in windows]
 
-        settings: dict[str, Any] = {"gradient": gradient, "scaled": list(group_of), "objective": config.objective}
+        settings = {"gradient": gradient, "scaled": list(group_of), "objective": config.objective}
         with measuring(model):
             joint = joint_graph(model, losses, **settings)
             branch = "objective"
@@ -98,7 +91,7 @@ def by_hand(made: Case, batches: list[Any], config: NIOConfig) -> ByHand:
     return result
 
 
-def both(name: str, config: NIOConfig) -> tuple[ByHand, Any]:
+def both(name, config):
     batches = batches_of(name, REPORTED + config.iterations, SAMPLES)
     made = double_case(name, SAMPLES)
     expected = by_hand(made, batches[REPORTED:], config)
@@ -107,11 +100,11 @@ def both(name: str, config: NIOConfig) -> tuple[ByHand, Any]:
 
 # gamma lies between the gradient norms of the iterations, so that both kinds of step are taken.
 GAMMA = {"mlp": 2.0, "vit": 9.0, "gpt2": 6.0, "resnet": 2.5}
-PUBLISHED: dict[str, Any] = {"iterations": 5, "lr": 0.1, "report_batches": REPORTED}
+PUBLISHED = {"iterations": 5, "lr": 0.1, "report_batches": REPORTED}
 
 
 @pytest.mark.parametrize("name", GAMMA)
-def test_published_settings_give_the_scales_of_the_plain_loop(name: str) -> None:
+def test_published_settings_give_the_scales_of_the_plain_loop(name):
     config = NIOConfig.published(gamma=GAMMA[name], curvature="exact", **PUBLISHED)
     expected, exact = both(name, config)
     assert set(expected.branches) == {"objective", "constraint"}
@@ -140,7 +133,7 @@ def test_published_settings_give_the_scales_of_the_plain_loop(name: str) -> None
         ("mlp", {"overlap": 0.5, "sub_batches": 2, "lr": 0.3, "scale_range": (0.9, 1.05)}),
     ],
 )
-def test_other_settings_too(name: str, changes: dict[str, Any]) -> None:
+def test_other_settings_too(name, changes):
     config = NIOConfig.published(**{"gamma": GAMMA[name], **PUBLISHED, "iterations": 4, **changes})
     expected, result = both(name, config)
     assert result.scales == pytest.approx(expected.scales, rel=1e-7)
@@ -150,7 +143,7 @@ def test_other_settings_too(name: str, changes: dict[str, Any]) -> None:
         assert {least, largest} <= set(result.scales.values())
 
 
-def test_what_the_last_step_gives_is_applied_whatever_it_is() -> None:
+def test_what_the_last_step_gives_is_applied_whatever_it_is():
     made = case("mlp")
     config = NIOConfig(**{**PER_TENSOR, "objective": "gc_sum_norm"}, iterations=6, lr=0.5, sub_batches=2)
     result = initialize(made.model, batches_of("mlp", 10), made.loss_fn, config)
@@ -160,7 +153,7 @@ def test_what_the_last_step_gives_is_applied_whatever_it_is() -> None:
 
 
 @pytest.mark.parametrize(("gamma", "outcome"), [(1e-3, "lower_norm"), (1e3, "accepted"), (None, "accepted")])
-def test_above_gamma_the_norm_is_lowered(gamma: float | None, outcome: str) -> None:
+def test_above_gamma_the_norm_is_lowered(gamma, outcome):
     made = case("mlp")
     config = NIOConfig(**PER_TENSOR, gamma=gamma, iterations=8, lr=0.05, report_batches=2, sub_batches=2)
     result = initialize(made.model, batches_of("mlp", 10), made.loss_fn, config)
@@ -173,7 +166,7 @@ def test_above_gamma_the_norm_is_lowered(gamma: float | None, outcome: str) -> N
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.2])
-def test_an_iteration_costs_what_its_windows_hold(overlap: float) -> None:
+def test_an_iteration_costs_what_its_windows_hold(overlap):
     made, batches = case("mlp", samples=16), batches_of("mlp", 5, 16)
     config = NIOConfig.published(iterations=2, sub_batches=4, overlap=overlap, report_batches=1, gamma=None)
     result = initialize(made.model, batches, made.loss_fn, config)
@@ -184,7 +177,7 @@ def test_an_iteration_costs_what_its_windows_hold(overlap: float) -> None:
 
 
 @pytest.mark.parametrize(("curvature", "steps"), [("exact", 5), ("finite_difference", 4)])
-def test_products_of_micro_batches_are_paid_for(curvature: Any, steps: int) -> None:
+def test_products_of_micro_batches_are_paid_for(curvature, steps):
     made, batches = case("mlp", samples=16), batches_of("mlp", 5, 16)
     settings = {"micro_batch_size": 2, "curvature": curvature, "overlap": 0.0}
     config = NIOConfig.published(iterations=2, sub_batches=2, report_batches=1, gamma=None, **settings)
@@ -195,8 +188,8 @@ def test_products_of_micro_batches_are_paid_for(curvature: Any, steps: int) -> N
 
 
 @pytest.mark.parametrize("stop_after", [0, 3])
-def test_a_run_that_is_stopped_leaves_the_model_as_it_was(stop_after: int) -> None:
-    seen: list[IterationRecord] = []
+def test_a_run_that_is_stopped_leaves_the_model_as_it_was(stop_after):
+    seen = []
     made = case("mlp")
     before = state(made.model)
     config = NIOConfig.published(sub_batches=2, report_batches=2, iterations=5, lr=0.05, gamma=1.0)

@@ -39,11 +39,11 @@ class Outer:
         Outer("b", None, None, {}, (), {"free": 1}),
     ],
 )
-def test_a_record_survives_json(record: Outer) -> None:
+def test_a_record_survives_json(record):
     assert restored(Outer, json.loads(json.dumps(dataclasses.asdict(record)))) == record
 
 
-def test_a_field_that_is_missing_or_unknown_is_an_error() -> None:
+def test_a_field_that_is_missing_or_unknown_is_an_error():
     for fields in ({}, {"numbers": [], "more": 1}):
         with pytest.raises((TypeError, KeyError)):
             restored(Inner, fields)

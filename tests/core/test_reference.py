@@ -1,9 +1,5 @@
 """The oracle itself, against finite differences."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 
@@ -15,13 +11,13 @@ from tests.core.cases import double_case
 @pytest.mark.parametrize(
     ("objective", "branch"), [("gc", "objective"), ("gc_sum_norm", "objective"), ("gc", "constraint")]
 )
-def test_scale_gradients_are_the_slopes_of_the_value(objective: Any, branch: Any) -> None:
+def test_scale_gradients_are_the_slopes_of_the_value(objective, branch):
     made = double_case("mlp")
     weights = dict(made.model.named_parameters())
     gradient = [name for name in weights if name.endswith("weight")]
     step = 1e-6
 
-    def evaluate() -> Any:
+    def evaluate():
         return joint_graph(
             made.model,
             lambda model: [made.mean_loss(window, model) for window in ([0, 1, 2], [3, 4], [5, 6, 7, 0])],

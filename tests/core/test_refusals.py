@@ -1,13 +1,7 @@
 """What cannot work is refused with one of our errors, and the model stays as it was, bit for bit."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
 
 from nio_hf import NIOConfig, grad_cosine, initialize
 from nio_hf.errors import ConfigError, DataError, ModelError, NumericsError
@@ -15,7 +9,7 @@ from tests import zoo
 from tests.core.cases import PER_TENSOR, batches_of, case, differences, state
 
 WEIGHT = "4.weight"
-SEARCHES: dict[str, dict[str, Any]] = {
+SEARCHES = {
     "published": {**PER_TENSOR, "iterations": 5, "curvature": "exact"},
     "finite differences": {**PER_TENSOR, "iterations": 5, "curvature": "finite_difference"},
     "balance": {},
@@ -23,23 +17,23 @@ SEARCHES: dict[str, dict[str, Any]] = {
 
 
 def refused(
-    error: type[BaseException],
-    message: str,
+    error,
+    message,
     *,
-    name: str = "mlp",
-    search: str = "published",
-    loss_fn: Callable[..., Any] | None = None,
-    batches: Any = None,
-    report: Any = None,
-    on_trial: Any = None,
-    **settings: Any,
-) -> Any:
+    name="mlp",
+    search="published",
+    loss_fn=None,
+    batches=None,
+    report=None,
+    on_trial=None,
+    **settings,
+):
     """Start a run that must fail, and check that it changed nothing."""
     made = case(name)
     made.loss_fn(made.model, made.batch)
     before, generator = state(made.model), torch.get_rng_state()
 
-    def start() -> None:
+    def start():
         config = NIOConfig(**{"report_batches": 2, "sub_batches": 2, **SEARCHES[search], **settings})
         data = batches_of(name, 4) if batches is None else batches
         initialize(made.model, data, loss_fn or made.loss_fn, config, report=report, on_trial=on_trial)
@@ -54,36 +48,36 @@ def refused(
 class Later:
     """The usual loss, changed in one trial from one call on; trials and calls are counted from 1."""
 
-    def __init__(self, trial: int, call: int, then: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    def __init__(self, trial, call, then):
         self.trial, self.call, self.then = trial, call, then
         self.trials = self.calls = 0
 
-    def on_trial(self, told: str) -> None:
+    def on_trial(self, told):
         self.trials += 1
         self.calls = 0
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+    def __call__(self, model, batch):
         self.calls += 1
         loss = zoo.vector_loss(model, batch)
         return self.then(model, loss) if (self.trials, self.calls) >= (self.trial, self.call) else loss
 
-    def refused(self, error: type[BaseException], message: str, **settings: Any) -> Any:
+    def refused(self, error, message, **settings):
         return refused(error, message, loss_fn=self, on_trial=self.on_trial, **settings)
 
 
-def times(value: float) -> Callable[[nn.Module, Tensor], Tensor]:
+def times(value):
     return lambda model, loss: loss * value
 
 
-def zero_of(model: nn.Module) -> Tensor:
+def zero_of(model):
     return (dict(model.named_parameters())[WEIGHT] * 0).sum()
 
 
-def infinite_slope(model: nn.Module, loss: Tensor) -> Tensor:
+def infinite_slope(model, loss):
     return loss + zero_of(model).sqrt()
 
 
-def infinite_curvature(model: nn.Module, loss: Tensor) -> Tensor:
+def infinite_curvature(model, loss):
     return loss + zero_of(model).abs().pow(1.5)
 
 
@@ -99,12 +93,12 @@ def infinite_curvature(model: nn.Module, loss: Tensor) -> Tensor:
         ({"name": "resnet", "micro_batch_size": 2}, r"micro_batch_size: given .*\. Leave it out"),
     ],
 )
-def test_settings_that_cannot_work(search: str, settings: Any, message: str) -> None:
+def test_settings_that_cannot_work(search, settings, message):
     refused(ConfigError, message, search=search, **settings)
 
 
 @pytest.mark.parametrize("sub_batches", [0, 1, 9])
-def test_measurements_that_cannot_be_made(sub_batches: int) -> None:
+def test_measurements_that_cannot_be_made(sub_batches):
     made = case("mlp")
     with pytest.raises(ConfigError, match=rf"sub_batches: {sub_batches}"):
         grad_cosine(made.model, made.batch, made.loss_fn, sub_batches=sub_batches)
@@ -113,24 +107,24 @@ def test_measurements_that_cannot_be_made(sub_batches: int) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_names_iteration_and_sub_batch(value: float) -> None:
+def test_a_loss_that_is_not_finite_names_iteration_and_sub_batch(value):
     Later(3, 2, times(value)).refused(NumericsError, f"iteration 3, sub-batch 1: the loss is {value}")
 
 
-def test_a_gradient_that_is_not_finite_names_the_tensor() -> None:
+def test_a_gradient_that_is_not_finite_names_the_tensor():
     message = rf"iteration 2, sub-batch 0: the gradient of {WEIGHT} is not finite"
     Later(2, 1, infinite_slope).refused(NumericsError, message)
 
 
 @pytest.mark.parametrize("iterations", [2, 5])
-def test_a_scale_gradient_that_is_not_finite_names_the_tensor(iterations: int) -> None:
+def test_a_scale_gradient_that_is_not_finite_names_the_tensor(iterations):
     message = rf"iteration 2: the scale gradient of {WEIGHT} is not finite"
     Later(2, 1, infinite_curvature).refused(NumericsError, message, iterations=iterations)
 
 
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
-def test_a_start_that_cannot_be_measured_is_refused(search: str, value: float) -> None:
+def test_a_start_that_cannot_be_measured_is_refused(search, value):
     """No bound can be relative to a loss that is not finite, no agreement be that of gradients of zero."""
     message = "the loss is nan" if value else "the gradients of all sub-batches are zero"
     changed = times(value)
@@ -143,11 +137,11 @@ def test_a_start_that_cannot_be_measured_is_refused(search: str, value: float) -
 
 
 @pytest.mark.parametrize("broken", [times(float("nan")), times(float("inf")), times(0.0), infinite_slope])
-def test_larger_weights_that_cannot_be_measured_break_the_bound(broken: Callable[[nn.Module, Tensor], Tensor]) -> None:
+def test_larger_weights_that_cannot_be_measured_break_the_bound(broken):
     made = case("mlp")
     before, start = state(made.model), float(made.model.get_parameter(WEIGHT).detach().norm())
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    def loss_fn(model, batch):
         loss = zoo.vector_loss(model, batch)
         return broken(model, loss) if float(model.get_parameter(WEIGHT).detach().norm()) > 1.01 * start else loss
 
@@ -169,11 +163,11 @@ def test_larger_weights_that_cannot_be_measured_break_the_bound(broken: Callable
     ],
 )
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
-def test_losses_that_give_no_gradient(loss_fn: Any, message: str) -> None:
+def test_losses_that_give_no_gradient(loss_fn, message):
     refused(ModelError, message, loss_fn=loss_fn)
 
 
-def test_labels_and_tokens_out_of_range() -> None:
+def test_labels_and_tokens_out_of_range():
     inputs, labels = case("mlp").batch
     wrong = (inputs, labels + 77)
     refused(DataError, r"the first sub-batch: an index is out of range .*labels lie between", batches=[wrong] * 4)
@@ -186,18 +180,18 @@ def test_labels_and_tokens_out_of_range() -> None:
 
 
 @pytest.mark.parametrize("batches", [[], iter([])])
-def test_no_data(batches: Any) -> None:
+def test_no_data(batches):
     refused(DataError, "batches: 0 batches, of which 2 are to be reported on", batches=batches)
 
 
-def test_too_little_data() -> None:
+def test_too_little_data():
     refused(DataError, "no batch beyond the 2 of the report", batches=batches_of("mlp", 2))
     refused(DataError, "1 batches, of which 2 are to be", batches=batches_of("mlp", 1), search="balance")
     refused(DataError, "report: a list without a batch", report=[])
     refused(ConfigError, "sub_batches: 4 for a batch of 3 samples", report=[zoo.vectors(3)], sub_batches=4)
 
 
-def test_samples_of_different_number() -> None:
+def test_samples_of_different_number():
     inputs, labels = zoo.vectors(8)
     refused(DataError, r"tensors of different length: batch\[0\] 8, batch\[1\] 7", batches=[(inputs, labels[:7])] * 4)
 
@@ -212,13 +206,13 @@ def test_samples_of_different_number() -> None:
         ({"options": {"rate": 1}}, ConfigError, "nio.rate: is no option of nio"),
     ],
 )
-def test_arguments_of_another_type(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_arguments_of_another_type(arguments, error, message):
     given = {"model": zoo.mlp(), "batches": batches_of("mlp", 8), "loss_fn": zoo.vector_loss, **arguments}
     with pytest.raises(error, match=message):
         initialize(**given)
 
 
-def test_tensors_that_cannot_be_scaled_apart() -> None:
+def test_tensors_that_cannot_be_scaled_apart():
     mixed, shared = zoo.mlp(), zoo.mlp()
     mixed[-1].double()
     shared[1].bias.data = shared[4].bias.data
@@ -228,7 +222,7 @@ def test_tensors_that_cannot_be_scaled_apart() -> None:
 
 
 @pytest.mark.parametrize("model", ["frozen", "half", "zero", "meta"])
-def test_models_that_cannot_be_initialised(model: str) -> None:
+def test_models_that_cannot_be_initialised(model):
     made = case("vit").model
     if model == "zero":
         torch._foreach_zero_([parameter.data for parameter in made.parameters()])
@@ -250,11 +244,11 @@ INTERRUPTED = [("vit", "balance", calls) for calls in (0, 3, 6, 8, 12)] + [
 
 
 @pytest.mark.parametrize(("name", "search", "calls"), INTERRUPTED)
-def test_an_interrupt_leaves_the_model_as_it_was(name: str, search: str, calls: int) -> None:
-    seen: list[None] = []
+def test_an_interrupt_leaves_the_model_as_it_was(name, search, calls):
+    seen = []
     made = case(name)
 
-    def interrupted(model: nn.Module, batch: Any) -> Any:
+    def interrupted(model, batch):
         seen.append(None)
         if len(seen) > calls:
             raise KeyboardInterrupt("stop")
@@ -263,19 +257,19 @@ def test_an_interrupt_leaves_the_model_as_it_was(name: str, search: str, calls: 
     refused(KeyboardInterrupt, "stop", name=name, search=search, loss_fn=interrupted)
 
 
-def test_an_error_of_the_loss_says_where_it_was_raised() -> None:
-    def broken(model: nn.Module, loss: Tensor) -> Tensor:
+def test_an_error_of_the_loss_says_where_it_was_raised():
+    def broken(model, loss):
         raise TypeError("mine")
 
     error = Later(2, 2, broken).refused(TypeError, "mine")
     assert error.__notes__ == ["raised at iteration 2, sub-batch 1"]
 
 
-def test_an_error_of_who_watches_leaves_the_model_as_it_was() -> None:
+def test_an_error_of_who_watches_leaves_the_model_as_it_was():
     made = case("mlp")
     before = state(made.model)
 
-    def broken(record: Any) -> None:
+    def broken(record):
         raise RuntimeError("the screen is gone")
 
     config = NIOConfig(**SEARCHES["published"], report_batches=2, sub_batches=2)

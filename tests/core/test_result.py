@@ -1,11 +1,8 @@
 """Records of a run, and their trip through JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
-from typing import Any
 
 import pytest
 
@@ -14,26 +11,26 @@ from nio_hf.core.result import IterationRecord
 from tests.core.cases import batches_of, case
 from tests.versions import VALUES
 
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS = {
     "balance": {},
     "mapping": {"groups": {"values": VALUES, "positions": "position"}},
     "published": {"search": "published", "groups": "tensor", "scaled_tensors": "all", "iterations": 2},
 }
 
 
-def measurement(*values: float) -> GradCosine:
+def measurement(*values):
     parts = [GradCosine(value, 2 * value, (value, 3 * value), 4 * value, 8) for value in values]
     return GradCosine.mean(parts)
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
-def result(request: pytest.FixtureRequest) -> NIOResult:
+def result(request):
     made = case("vit")
     config = NIOConfig(report_batches=2, sub_batches=2, **SETTINGS[request.param])
     return initialize(made.model, batches_of("vit", 4), made.loss_fn, config)
 
 
-def test_mean_of_measurements_keeps_them() -> None:
+def test_mean_of_measurements_keeps_them():
     mean = measurement(0.1, 0.2, 0.6)
     assert mean.value == pytest.approx(0.3)
     assert mean.grad_norm == pytest.approx(0.6)
@@ -42,7 +39,7 @@ def test_mean_of_measurements_keeps_them() -> None:
     assert (mean.batch_size, mean.sub_batches, len(mean.parts)) == (8, 2, 3)
 
 
-def test_standard_errors_are_those_of_the_textbook() -> None:
+def test_standard_errors_are_those_of_the_textbook():
     before, after = measurement(0.1, 0.2, 0.6), measurement(0.4, 0.3, 0.8)
     # Deviations of 0.1, 0.2, 0.6 from 0.3, squared: 0.04, 0.01, 0.09; rises of 0.3, 0.1, 0.2 about 0.2.
     assert before.standard_error == pytest.approx(math.sqrt(0.14 / 2 / 3))
@@ -51,14 +48,14 @@ def test_standard_errors_are_those_of_the_textbook() -> None:
     assert made.gain_standard_error == pytest.approx(math.sqrt(0.02 / 2 / 3))
 
 
-def test_one_measurement_has_no_standard_error() -> None:
+def test_one_measurement_has_no_standard_error():
     assert math.isnan(measurement(0.1).standard_error)
     assert math.isnan(
         dataclasses.replace(_blank(), before=measurement(0.1), after=measurement(0.2)).gain_standard_error
     )
 
 
-def test_a_result_survives_json(result: NIOResult) -> None:
+def test_a_result_survives_json(result):
     text = json.dumps(result.to_dict(), sort_keys=True)
     loaded = NIOResult.from_dict(json.loads(text))
     numbered = {tensor.name: f"tensor {index}" for index, tensor in enumerate(result.tensors)}
@@ -74,7 +71,7 @@ def test_a_result_survives_json(result: NIOResult) -> None:
     assert json.dumps(loaded.to_dict(), sort_keys=True) == text
 
 
-def test_a_loss_that_is_not_finite_survives_json() -> None:
+def test_a_loss_that_is_not_finite_survives_json():
     record = IterationRecord(1, "all x4", "loss_bound", math.nan)
     saved = dataclasses.replace(_blank(), history=(record,)).to_dict()
     (loaded,) = NIOResult.from_dict(json.loads(json.dumps(saved, allow_nan=False))).history
@@ -82,13 +79,13 @@ def test_a_loss_that_is_not_finite_survives_json() -> None:
     assert dataclasses.replace(loaded, loss=0.0) == dataclasses.replace(record, loss=0.0)
 
 
-def test_saved_results_hold_no_parameter_names(result: NIOResult) -> None:
+def test_saved_results_hold_no_parameter_names(result):
     text = json.dumps(result.to_dict())
     assert len(result.scales) > 2
     assert not [name for name in [*result.scales, *(t.name for t in result.excluded)] if name in text]
 
 
-def test_scales_are_those_of_the_tensors_and_their_groups(result: NIOResult) -> None:
+def test_scales_are_those_of_the_tensors_and_their_groups(result):
     assert result.scales == {tensor.name: tensor.omega for tensor in result.tensors}
     omega = {group.name: group.omega for group in result.groups}
     assert all(tensor.omega == omega[tensor.group] for tensor in result.tensors)
@@ -103,7 +100,7 @@ def test_scales_are_those_of_the_tensors_and_their_groups(result: NIOResult) -> 
     assert sum(record.seconds for record in result.history) < result.seconds
 
 
-def _assert_same_but_for_names(found: Any, expected: Any, numbered: dict[str, str]) -> None:
+def _assert_same_but_for_names(found, expected, numbered):
     """Names of tensors are numbers after a trip through JSON, wherever they stand."""
     for field in dataclasses.fields(expected):
         one, other = getattr(found, field.name), getattr(expected, field.name)
@@ -113,6 +110,6 @@ def _assert_same_but_for_names(found: Any, expected: Any, numbered: dict[str, st
             assert one == other, field.name
 
 
-def _blank() -> NIOResult:
+def _blank():
     one = measurement(0.1)
     return NIOResult(NIOConfig(), (), (), (), (), one, one, 0.0, 0.0, 0, "improved", "")

@@ -1,10 +1,7 @@
 """The expected squared gradient of a training batch."""
 
-from __future__ import annotations
-
 import math
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -19,16 +16,16 @@ from tests.core.cases import batches_of, case, differences, double_case, state
 Batch = tuple[Tensor, Tensor]
 
 
-def mse(model: nn.Module, batch: Batch) -> Tensor:
+def mse(model, batch):
     return nn.functional.mse_loss(model(batch[0]), batch[1])
 
 
-def small_model() -> nn.Module:
+def small_model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
 
 
-def batches_from(count: int, samples: int = 32) -> list[Batch]:
+def batches_from(count, samples=32):
     """Batches with a signal in the labels, and noise."""
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(count, samples, 3, generator=generator, dtype=torch.float64)
@@ -36,7 +33,7 @@ def batches_from(count: int, samples: int = 32) -> list[Batch]:
     return list(zip(inputs, 0.3 * inputs[..., :2] + 0.3 + noise, strict=True))
 
 
-def gradients_of_samples(model: nn.Module, batches: list[Batch]) -> Tensor:
+def gradients_of_samples(model, batches):
     """(N, P) gradient of each sample."""
     rows = []
     for inputs, labels in batches:
@@ -47,12 +44,12 @@ def gradients_of_samples(model: nn.Module, batches: list[Batch]) -> Tensor:
     return torch.stack(rows)
 
 
-def flat(found: dict[str, Tensor]) -> Tensor:
+def flat(found):
     return torch.cat([tensor.flatten() for tensor in found.values()])
 
 
 @pytest.mark.parametrize("training_batch_size", [8, 32, 256, 4096])
-def test_it_is_the_average_over_many_random_training_batches(training_batch_size: int) -> None:
+def test_it_is_the_average_over_many_random_training_batches(training_batch_size):
     model, batches = small_model(), batches_from(40)
     rows = gradients_of_samples(model, batches)
     generator = torch.Generator().manual_seed(2)
@@ -67,7 +64,7 @@ def test_it_is_the_average_over_many_random_training_batches(training_batch_size
     assert float((found.log() - squares.log()).abs().median()) < 0.25
 
 
-def test_the_size_of_the_training_batch_matters() -> None:
+def test_the_size_of_the_training_batch_matters():
     model, batches = small_model(), batches_from(40)
     sums = [float(flat(squared_gradients(model, batches, mse, training_batch_size=n)).sum()) for n in (8, 4096)]
     assert sums[0] > 1.8 * sums[1]
@@ -75,7 +72,7 @@ def test_the_size_of_the_training_batch_matters() -> None:
 
 @pytest.mark.parametrize("sub_batches", [2, 3, 8])
 @pytest.mark.parametrize("training_batch_size", [None, 100])
-def test_it_is_the_equation_of_its_docstring(sub_batches: int, training_batch_size: int | None) -> None:
+def test_it_is_the_equation_of_its_docstring(sub_batches, training_batch_size):
     model, batches = small_model(), batches_from(3, 9)
     parameters = list(model.parameters())
     rows = []
@@ -95,7 +92,7 @@ def test_it_is_the_equation_of_its_docstring(sub_batches: int, training_batch_si
 
 
 @pytest.mark.parametrize("share", [0.3, 3.0])
-def test_a_clipped_gradient_is_shorter(share: float) -> None:
+def test_a_clipped_gradient_is_shorter(share):
     model, batches = small_model(), batches_from(3)
     plain = flat(squared_gradients(model, batches, mse))
     norm = math.sqrt(float(plain.sum()))
@@ -104,7 +101,7 @@ def test_a_clipped_gradient_is_shorter(share: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet", "gpt2"])
-def test_models_are_left_as_they_are_and_micro_batches_change_nothing(name: str) -> None:
+def test_models_are_left_as_they_are_and_micro_batches_change_nothing(name):
     made = double_case(name)
     before = state(made.model)
     batches = batches_of(name, 2)
@@ -116,12 +113,12 @@ def test_models_are_left_as_they_are_and_micro_batches_change_nothing(name: str)
         torch.testing.assert_close(flat(parts), flat(whole), rtol=1e-8, atol=1e-12)
 
 
-def test_tensors_that_no_gradient_reaches_are_zero_and_frozen_ones_are_left_out() -> None:
+def test_tensors_that_no_gradient_reaches_are_zero_and_frozen_ones_are_left_out():
     made = case("mlp")
     made.model.extra = nn.Linear(2, 3)
     made.model[0].bias.requires_grad_(False)
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    def loss_fn(model, batch):
         return nn.functional.cross_entropy(model[:-1](batch[0]), batch[1])
 
     found = squared_gradients(made.model, [made.batch], loss_fn)
@@ -130,7 +127,7 @@ def test_tensors_that_no_gradient_reaches_are_zero_and_frozen_ones_are_left_out(
     assert "0.bias" not in found
 
 
-def test_refusals() -> None:
+def test_refusals():
     model, batches = small_model(), batches_from(1, 8)
     with pytest.raises(DataError, match="batches: none"):
         squared_gradients(model, [], mse)
@@ -141,7 +138,7 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_a_head_of_zeros_is_refused_by_name(name: str) -> None:
+def test_a_head_of_zeros_is_refused_by_name(name):
     """No gradient passes it: there is nothing for NIO to see, nor to seed from, but the head itself."""
     made = case(name)
     head = next(key for key, _ in made.model.named_parameters() if key.endswith("classifier.weight"))

@@ -1,10 +1,7 @@
 """A stream of batches that ends in one known way and keeps its held-out batches to itself."""
 
-from __future__ import annotations
-
 import logging
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,21 +13,21 @@ from nio_hf.errors import ConfigError, DataError
 class Numbered:
     """A re-iterable of batches that hold their own number; counts how often it is iterated."""
 
-    def __init__(self, count: int, samples: int = 2) -> None:
+    def __init__(self, count, samples=2):
         self.batches = [torch.full((samples,), number) for number in range(count)]
         self.passes = 0
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self):
         self.passes += 1
         return iter(self.batches)
 
 
-def numbers(stream: BatchStream, count: int) -> list[int | None]:
+def numbers(stream, count):
     batches = [stream.next() for _ in range(count)]
     return [None if batch is None else int(batch[0]) for batch in batches]
 
 
-def test_a_re_iterable_starts_again_without_the_batches_set_aside() -> None:
+def test_a_re_iterable_starts_again_without_the_batches_set_aside():
     data = Numbered(5)
     stream = BatchStream(data, 2, 8)
     assert [int(batch[0]) for batch in stream.set_aside(2)] == [0, 1]
@@ -38,13 +35,13 @@ def test_a_re_iterable_starts_again_without_the_batches_set_aside() -> None:
     assert data.passes == 3
 
 
-def test_an_iterator_ends() -> None:
+def test_an_iterator_ends():
     stream = BatchStream(iter(Numbered(5)), 2, 8)
     stream.set_aside(3)
     assert numbers(stream, 4) == [3, 4, None, None]
 
 
-def test_small_batches_are_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+def test_small_batches_are_passed_over(caplog):
     data = [torch.zeros(4), torch.full((3,), 1), torch.full((4,), 2)]
     stream = BatchStream(data, 4, 3)
     with caplog.at_level(logging.WARNING):
@@ -53,8 +50,8 @@ def test_small_batches_are_passed_over(caplog: pytest.LogCaptureFixture) -> None
 
 
 @pytest.mark.parametrize("one_shot", [False, True])
-def test_too_little_data_is_refused(one_shot: bool) -> None:
-    def stream(count: int) -> BatchStream:
+def test_too_little_data_is_refused(one_shot):
+    def stream(count):
         data = [torch.zeros(4)] * count
         return BatchStream(iter(data) if one_shot else data, 2, 8)
 
@@ -73,7 +70,7 @@ def test_too_little_data_is_refused(one_shot: bool) -> None:
 class Shuffled(Numbered):
     """Its batches come in another order each time."""
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self):
         self.passes += 1
         return iter(random.Random(self.passes).sample(self.batches, len(self.batches)))
 
@@ -81,11 +78,11 @@ class Shuffled(Numbered):
 class Sized(Shuffled):
     """The same with a length."""
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.batches)
 
 
-def test_data_in_another_order_end_before_held_out_batches_come_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_data_in_another_order_end_before_held_out_batches_come_back(caplog):
     stream = BatchStream(Shuffled(6), 2, 12)
     held_out = {int(batch[0]) for batch in stream.set_aside(2)}
     with caplog.at_level(logging.WARNING):
@@ -96,7 +93,7 @@ def test_data_in_another_order_end_before_held_out_batches_come_back(caplog: pyt
     assert numbers(stream, 3) == [None, None, None]
 
 
-def test_data_of_known_length_give_their_first_pass_again() -> None:
+def test_data_of_known_length_give_their_first_pass_again():
     stream = BatchStream(Sized(6), 2, 12)
     held_out = {int(batch[0]) for batch in stream.set_aside(2)}
     delivered = numbers(stream, 10)
@@ -104,6 +101,6 @@ def test_data_of_known_length_give_their_first_pass_again() -> None:
     assert delivered == (3 * delivered[:4])[:10]
 
 
-def test_data_must_be_iterable() -> None:
+def test_data_must_be_iterable():
     with pytest.raises(DataError, match=r"batches: a int\. Give a DataLoader"):
         BatchStream(3, 2, 1)

@@ -1,11 +1,8 @@
 """Which tensors are scaled, which the gradient is of, and what is said of the others."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from torch import nn
 
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import find_tensors
-from nio_hf.core.tensors import ModelTensors, copied_values, set_scales
+from nio_hf.core.tensors import copied_values, set_scales
 from nio_hf.errors import ConfigError, ModelError
 from tests.core.cases import FAMILIES, PER_TENSOR, batches_of, case
 from tests.versions import VALUES
@@ -31,12 +28,12 @@ BLOCKS = {
 }
 
 
-def ones(tensors: ModelTensors) -> list[float]:
+def ones(tensors):
     return [1.0] * len(tensors.scaled)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_tensors_are_chosen_by_what_they_are(name: str) -> None:
+def test_tensors_are_chosen_by_what_they_are(name):
     model = case(name).model
     parameters = dict(model.named_parameters())
     found = find_tensors(model)
@@ -51,7 +48,7 @@ def test_tensors_are_chosen_by_what_they_are(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt2", "resnet", "mlp", "swinv2"])
-def test_weights_are_the_matrices_tables_and_tokens(name: str) -> None:
+def test_weights_are_the_matrices_tables_and_tokens(name):
     model = case(name).model
     found = find_tensors(model, "weights")
     # A temperature of each head has three dimensions, two of which are 1.
@@ -64,7 +61,7 @@ def test_weights_are_the_matrices_tables_and_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("groups", ["model", "additive", "tensor", {"values": VALUES, "positions": "position"}])
-def test_groups_are_a_partition_of_the_scaled_tensors(groups: Any) -> None:
+def test_groups_are_a_partition_of_the_scaled_tensors(groups):
     found = find_tensors(case("vit").model, "weights", groups)
     positions = [position for members in found.groups.values() for position in members]
     assert sorted(positions) == list(range(len(found.scaled)))
@@ -76,7 +73,7 @@ def test_groups_are_a_partition_of_the_scaled_tensors(groups: Any) -> None:
         assert list(found.groups) == [place.name for place in found.scaled]
 
 
-def test_a_mapping_decides_what_is_scaled() -> None:
+def test_a_mapping_decides_what_is_scaled():
     model = case("vit").model
     found = find_tensors(model, "weights", {"values": VALUES, "norms": r"layernorm_before\.weight"})
     assert set(found.groups) == {"values", "norms"}
@@ -96,13 +93,13 @@ def test_a_mapping_decides_what_is_scaled() -> None:
         ({}, "an empty mapping"),
     ],
 )
-def test_groups_that_do_not_fit_the_model_are_refused(groups: Any, message: str) -> None:
+def test_groups_that_do_not_fit_the_model_are_refused(groups, message):
     with pytest.raises(ConfigError, match=message):
         find_tensors(case("vit").model, groups=groups)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_depth_is_the_position_of_the_block(name: str) -> None:
+def test_depth_is_the_position_of_the_block(name):
     model = case(name).model
     modules = dict(model.named_modules())
     blocks = [module_name for module_name, module in modules.items() if type(module).__name__ == BLOCKS[name]]
@@ -120,14 +117,14 @@ def test_depth_is_the_position_of_the_block(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet", "mlp"])
-def test_depth_grows_through_a_convolutional_or_plain_network(name: str) -> None:
+def test_depth_grows_through_a_convolutional_or_plain_network(name):
     tensors = find_tensors(case(name).model)
     depths = [tensor.depth for tensor in tensors.report(ones(tensors))]
     assert depths == sorted(depths)
     assert len(set(depths)) >= 4
 
 
-def test_zero_tokens_are_left_out_with_the_reason() -> None:
+def test_zero_tokens_are_left_out_with_the_reason():
     excluded = {tensor.name: tensor for tensor in find_tensors(case("deit").model).excluded}
     for token in ("cls_token", "distillation_token", "position_embeddings"):
         found = excluded[f"deit.embeddings.{token}"]
@@ -135,7 +132,7 @@ def test_zero_tokens_are_left_out_with_the_reason() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
-def test_tied_tensors_are_scaled_once(name: str) -> None:
+def test_tied_tensors_are_scaled_once(name):
     made = case(name)
     embedding, head = made.model.get_input_embeddings().weight, made.model.get_output_embeddings().weight
     assert embedding is head
@@ -154,7 +151,7 @@ def test_tied_tensors_are_scaled_once(name: str) -> None:
     assert torch.equal(embedding, 2 * before)
 
 
-def test_frozen_and_unused_tensors_are_reported_and_left_alone() -> None:
+def test_frozen_and_unused_tensors_are_reported_and_left_alone():
     made = case("dinov2")
     unused = nn.Linear(16, 16)
     made.model.dinov2.unused = unused
@@ -177,12 +174,12 @@ def test_frozen_and_unused_tensors_are_reported_and_left_alone() -> None:
 class Experts(nn.Module):
     """Experts of which each sample goes to one, as its first entry says."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number):
         super().__init__()
         self.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(number)])
         self.head = nn.Linear(4, 3)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs):
         places = inputs[:, 0].long()
         out = inputs.clone()
         for number, expert in enumerate(self.experts):
@@ -193,14 +190,14 @@ class Experts(nn.Module):
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1])
-def test_a_tensor_is_used_where_any_sample_reaches_it(micro_batch_size: int | None) -> None:
+def test_a_tensor_is_used_where_any_sample_reaches_it(micro_batch_size):
     torch.manual_seed(0)
     model, inputs = Experts(6), torch.randn(16, 4)
     # The first two samples go to expert 0, one of the second batch to expert 4, and none to expert 5.
     inputs[:, 0] = torch.tensor([0, 0, 1, 2] + [0] * 4 + [0, 3, 4, 0] + [0] * 4)
     labels = torch.arange(16) % 3
 
-    def loss_fn(own: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def loss_fn(own, batch):
         return nn.functional.cross_entropy(own(batch[0]), batch[1])
 
     batches = [(inputs[part], labels[part]) for part in (slice(0, 8), slice(8, 16))]
@@ -214,7 +211,7 @@ def test_a_tensor_is_used_where_any_sample_reaches_it(micro_batch_size: int | No
     assert len({result.scales[f"experts.{number}.weight"] for number in range(5)}) == 1
 
 
-def test_parameters_hold_copies_until_the_originals_return() -> None:
+def test_parameters_hold_copies_until_the_originals_return():
     model = case("mlp").model
     tensors = find_tensors(model, "weights")
     pointers = [parameter.data_ptr() for parameter in model.parameters()]
@@ -230,7 +227,7 @@ def test_parameters_hold_copies_until_the_originals_return() -> None:
 
 
 @pytest.mark.parametrize("kind", ["meta", "half", "bfloat16", "frozen", "zero"])
-def test_models_that_cannot_be_initialised_are_refused(kind: str) -> None:
+def test_models_that_cannot_be_initialised_are_refused(kind):
     model = case("vit").model
     message = {
         "meta": r"vit\.embeddings\.cls_token: on the meta device.*\n.* such tensors",
@@ -254,7 +251,7 @@ def test_models_that_cannot_be_initialised_are_refused(kind: str) -> None:
         find_tensors(model)
 
 
-def test_frozen_tensors_may_be_in_half_precision() -> None:
+def test_frozen_tensors_may_be_in_half_precision():
     model = case("mlp").model
     model[0].requires_grad_(False).half()
     assert len(find_tensors(model).trainable) == 6
@@ -263,20 +260,20 @@ def test_frozen_tensors_may_be_in_half_precision() -> None:
 class TwoScalars(nn.Module):
     """y = a + b x."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.a, self.b = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor([2.0]))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return self.a + self.b * x
 
 
-def test_a_model_of_two_scalars_is_told_to_scale_all_tensors() -> None:
+def test_a_model_of_two_scalars_is_told_to_scale_all_tensors():
     with pytest.raises(ModelError, match=r'\(2 vector\)\. Set NIOConfig\.scaled_tensors to "all"'):
         find_tensors(TwoScalars(), "weights")
     assert [place.name for place in find_tensors(TwoScalars(), "all").scaled] == ["a", "b"]
 
-    def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+    def loss_fn(model, batch):
         return (model(batch) - 1).square().mean()
 
     batches = [torch.randn(8, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
@@ -285,7 +282,7 @@ def test_a_model_of_two_scalars_is_told_to_scale_all_tensors() -> None:
     assert set(initialize(TwoScalars(), batches, loss_fn, NIOConfig(scaled_tensors="all")).scales) == {"a", "b"}
 
 
-def test_a_second_look_leaves_out_what_no_gradient_reaches() -> None:
+def test_a_second_look_leaves_out_what_no_gradient_reaches():
     model = case("mlp").model
     found = find_tensors(model, "weights", "tensor", unused=["4.weight", "4.bias"])
     assert [place.name for place in found.scaled] == ["0.weight", "6.weight"]
@@ -301,11 +298,11 @@ def test_a_second_look_leaves_out_what_no_gradient_reaches() -> None:
     assert {tensor.name for tensor in found.excluded if tensor.reason == "unused"} == {"4.weight", "4.bias"}
 
 
-def test_a_large_part_that_is_not_used_is_no_unknown_layer() -> None:
+def test_a_large_part_that_is_not_used_is_no_unknown_layer():
     made = case("mlp")
     made.model.auxiliary = nn.Linear(6, 500)
 
-    def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+    def loss_fn(model, batch):
         return nn.functional.cross_entropy(model[:-1](batch[0]), batch[1])
 
     result = initialize(made.model, batches_of("mlp", 6), loss_fn)
@@ -313,18 +310,18 @@ def test_a_large_part_that_is_not_used_is_no_unknown_layer() -> None:
     assert {t.name for t in result.excluded if t.reason == "unused"} == {"auxiliary.weight", "auxiliary.bias"}
 
 
-def test_a_table_with_sparse_gradients_is_scaled_as_any_other() -> None:
+def test_a_table_with_sparse_gradients_is_scaled_as_any_other():
     class Bag(nn.Module):
-        def __init__(self, *, sparse: bool) -> None:
+        def __init__(self, *, sparse):
             super().__init__()
             torch.manual_seed(0)
             self.table = nn.Embedding(9, 4, sparse=sparse)
             self.head = nn.Linear(4, 3)
 
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        def forward(self, tokens):
             return self.head(self.table(tokens).mean(1).tanh())
 
-    def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+    def loss_fn(model, batch):
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
     generator = torch.Generator().manual_seed(0)

@@ -1,9 +1,6 @@
 """What is said of a run, from numbers made up for it."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import pytest
 from scipy import stats
@@ -17,24 +14,15 @@ RISES = (0.19, 0.21, 0.2, 0.2)
 NOISE = (0.3, -0.3, 0.2, -0.1)
 
 
-def measured(values: tuple[float, ...], grad_norm: float = 3.0, loss: float = 2.0) -> GradCosine:
+def measured(values, grad_norm=3.0, loss=2.0):
     return GradCosine.mean([GradCosine(value, grad_norm, (grad_norm,) * 2, loss, 8) for value in values])
 
 
-def groups(*scales: float) -> tuple[GroupScale, ...]:
+def groups(*scales):
     return tuple(GroupScale(f"group {index}", scale, 1, 10) for index, scale in enumerate(scales))
 
 
-def verdict(
-    *,
-    before: tuple[float, ...] = VALUES,
-    rises: tuple[float, ...] = RISES,
-    scales: tuple[float, ...] = (2.0,),
-    exhausted: bool = False,
-    gamma: float | None = None,
-    search: Any = "published",
-    **after: float,
-) -> tuple[str, str]:
+def verdict(*, before=VALUES, rises=RISES, scales=(2.0,), exhausted=False, gamma=None, search="published", **after):
     config = NIOConfig(search=search, gamma=gamma, iterations=3)
     later = tuple(value + rise for value, rise in zip(before, rises, strict=True))
     return judge(measured(before), measured(later, **after), groups(*scales), config, data_exhausted=exhausted)
@@ -63,7 +51,7 @@ def verdict(
         ({"scales": (1.0, 1.0), "rises": (0.0,) * 4}, "unchanged", "No scale was changed"),
     ],
 )
-def test_status_and_message_follow_the_measurements(given: dict[str, Any], status: str, message: str) -> None:
+def test_status_and_message_follow_the_measurements(given, status, message):
     found, said = verdict(**given)
     assert found == status
     assert message in said
@@ -73,7 +61,7 @@ def test_status_and_message_follow_the_measurements(given: dict[str, Any], statu
 
 
 @pytest.mark.parametrize("sign", [1, -1, 4])
-def test_of_computed_scales_gradcosine_and_loss_are_told_and_decide_nothing(sign: int) -> None:
+def test_of_computed_scales_gradcosine_and_loss_are_told_and_decide_nothing(sign):
     rises = tuple(sign * 0.19 + rise / 100 for rise in RISES)
     found, message = verdict(rises=rises, loss=2.9, search="balance")
     assert found == "changed"
@@ -82,7 +70,7 @@ def test_of_computed_scales_gradcosine_and_loss_are_told_and_decide_nothing(sign
 
 
 @pytest.mark.parametrize("rise", [0.0, 1e-4, -1e-4])
-def test_agreement_that_was_above_the_threshold_before_is_no_collapse(rise: float) -> None:
+def test_agreement_that_was_above_the_threshold_before_is_no_collapse(rise):
     """Regression starts at 0.9965 and stays there."""
     noise = (2e-3, -2e-3, 1e-3, -1e-3)
     before = (0.9965, 0.9962, 0.9968, 0.9965)
@@ -91,7 +79,7 @@ def test_agreement_that_was_above_the_threshold_before_is_no_collapse(rise: floa
     assert "ollapse" not in said
 
 
-def test_agreement_that_rises_above_the_threshold_is_a_collapse() -> None:
+def test_agreement_that_rises_above_the_threshold_is_a_collapse():
     found, said = verdict(rises=tuple(0.77 + change for change in (0.001, -0.001, 0.002, -0.002)))
     assert found == "collapse_suspected"
     assert "Set a lower NIOConfig.gamma, or fewer NIOConfig.iterations" in said
@@ -106,17 +94,17 @@ def test_agreement_that_rises_above_the_threshold_is_a_collapse() -> None:
         ((1.0,) * 7, "No scale was changed: no larger weights are needed, or none keep the bounds"),
     ],
 )
-def test_the_message_says_by_how_much_weights_were_multiplied(scales: tuple[float, ...], said: str) -> None:
+def test_the_message_says_by_how_much_weights_were_multiplied(scales, said):
     assert describe_scales(groups(*scales)) == said
     assert said in verdict(scales=scales)[1]
 
 
 @pytest.mark.parametrize("degrees", [*range(1, 12), 30, 1000])
-def test_quantiles_are_those_of_student(degrees: int) -> None:
+def test_quantiles_are_those_of_student(degrees):
     assert t_quantile(degrees) == pytest.approx(stats.t.ppf(0.95, degrees), rel=3e-3)
 
 
-def test_the_interval_is_that_of_the_textbook() -> None:
+def test_the_interval_is_that_of_the_textbook():
     rises = [0.19, 0.21, 0.2, 0.2]
     low, high = rise_interval(measured(VALUES), measured(tuple(v + r for v, r in zip(VALUES, rises, strict=True))))
     expected = stats.t.interval(0.9, 3, loc=0.2, scale=stats.sem(rises))

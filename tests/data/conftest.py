@@ -1,10 +1,7 @@
 """Fixtures of all tests of data sets."""
 
-from __future__ import annotations
-
 import gc
 import warnings
-from collections.abc import Iterator
 
 import datasets
 import pytest
@@ -12,7 +9,7 @@ import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
-def prompt_ends() -> Iterator[None]:
+def prompt_ends():
     """Spare the five seconds that `datasets` waits behind a parquet file, and torch for workers that are given up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
@@ -21,7 +18,7 @@ def prompt_ends() -> Iterator[None]:
 
 
 @pytest.fixture
-def given_up_files() -> Iterator[None]:
+def given_up_files():
     """Close in silence the files that `datasets` leaves open where reading ends with an error."""
     yield
     with warnings.catch_warnings():

@@ -1,10 +1,6 @@
 """Splits, parts and columns of data sets: the choice among them, and messages where none can be chosen."""
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Mapping
-from typing import Any
 
 import datasets
 import pytest
@@ -12,7 +8,6 @@ import pytest
 from nio_hf.data.loading import (
     ColumnKind,
     DataKind,
-    Rows,
     choose_split,
     describe_columns,
     divide,
@@ -30,25 +25,25 @@ ROWS = datasets.Dataset.from_dict({"note": ["a", "b"]})
 STREAMED = pytest.mark.parametrize("streaming", [False, True])
 
 
-def kind_of(read: Any = read_splits) -> DataKind:
+def kind_of(read=read_splits):
     return DataKind("sounds and notes", "sounds", "shines", ("wave", "tape"), {"song": lambda: ROWS}, read, digest)
 
 
-def settings_of(name: str = "numbers", **changes: Any) -> DataSettings:
+def settings_of(name="numbers", **changes):
     return DataSettings(dataset_name=name, **changes)
 
 
-def rows_of(count: int = COUNT, streaming: bool = False) -> Rows:
+def rows_of(count=COUNT, streaming=False):
     rows = datasets.Dataset.from_dict({"number": list(range(count)), "odd": [n % 2 for n in range(count)]})
     rows = rows.cast_column("odd", datasets.ClassLabel(names=["no", "yes"]))
     return rows.to_iterable_dataset() if streaming else rows
 
 
-def numbers(rows: Rows) -> list[int]:
+def numbers(rows):
     return [row["number"] for row in rows]
 
 
-def digest(number: int, seed: int) -> int:
+def digest(number, seed):
     """Spread over [0, 2^32) evenly, the largest numbers lowest."""
     assert seed == 1
     return (COUNT - 1 - number) * 2**32 // COUNT
@@ -57,19 +52,19 @@ def digest(number: int, seed: int) -> int:
 # Sources
 
 
-def failing(settings: DataSettings) -> Any:
+def failing(settings):
     raise RuntimeError("it failed") from OSError("no\nsuch thing.")
 
 
-def test_an_embedded_data_set_is_not_read_from_anywhere() -> None:
+def test_an_embedded_data_set_is_not_read_from_anywhere():
     assert load_splits(settings_of("song"), kind_of(failing)) == {"train": ROWS}
     stream = load_splits(settings_of("song", streaming=True), kind_of(failing))["train"]
     assert isinstance(stream, datasets.IterableDataset)
     assert list(stream) == list(ROWS)
 
 
-def test_all_that_is_said_of_a_source_reaches_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
+def test_all_that_is_said_of_a_source_reaches_datasets(monkeypatch):
+    asked = {}
     monkeypatch.setattr(datasets, "load_dataset", lambda **arguments: asked.update(arguments) or {"train": ROWS})
     changes = {"dataset_config_name": "loud", "dataset_revision": "v2", "data_dir": "folder", "data_files": ["a.wav"]}
     assert read_splits(settings_of("user/songs", streaming=True, **changes), sample_by="bar") == {"train": ROWS}
@@ -102,14 +97,14 @@ def test_all_that_is_said_of_a_source_reaches_datasets(monkeypatch: pytest.Monke
         ),
     ],
 )
-def test_a_failure_names_the_setting_to_look_at_and_its_cause(settings: DataSettings, message: str) -> None:
+def test_a_failure_names_the_setting_to_look_at_and_its_cause(settings, message):
     with pytest.raises(DataError) as raised:
         load_splits(settings, kind_of(failing))
     assert str(raised.value) == message
 
 
-def test_a_kind_reads_its_data_itself_and_its_errors_pass() -> None:
-    def refuse(settings: DataSettings) -> Any:
+def test_a_kind_reads_its_data_itself_and_its_errors_pass():
+    def refuse(settings):
         raise DataError(Problem("a", "b", "C"))
 
     assert load_splits(settings_of("x"), kind_of(lambda settings: {"test": ROWS})) == {"test": ROWS}
@@ -123,8 +118,8 @@ def test_a_kind_reads_its_data_itself_and_its_errors_pass() -> None:
 
 
 @STREAMED
-def test_a_split_that_is_missing_empty_or_unreadable_is_refused(streaming: bool) -> None:
-    def break_off() -> Any:
+def test_a_split_that_is_missing_empty_or_unreadable_is_refused(streaming):
+    def break_off():
         raise OSError("gone\naway.")
         yield
 
@@ -144,9 +139,7 @@ def test_a_split_that_is_missing_empty_or_unreadable_is_refused(streaming: bool)
         assert str(raised.value) == message
 
 
-def divided(
-    splits: Mapping[str, Rows], seed: int = 1, stratify_by: str | None = None, **changes: Any
-) -> tuple[list[int], list[int], bool]:
+def divided(splits, seed=1, stratify_by=None, **changes):
     train, evaluation, is_split = divide(
         splits,
         splits["train"],
@@ -161,7 +154,7 @@ def divided(
 
 
 @pytest.mark.parametrize("name", ["validation", "valid", "val"])
-def test_the_validation_split_is_evaluated_on_unless_another_is_asked_for(name: str) -> None:
+def test_the_validation_split_is_evaluated_on_unless_another_is_asked_for(name):
     splits = {"train": rows_of(9), "test": rows_of(5), name: rows_of(7)}
     assert divided(splits) == (list(range(9)), list(range(1, 7)), True)
     assert divided(splits, eval_split="test")[1:] == (list(range(1, 5)), True)
@@ -173,7 +166,7 @@ def test_the_validation_split_is_evaluated_on_unless_another_is_asked_for(name: 
 
 
 @STREAMED
-def test_parts_share_no_sample_and_have_their_sizes(streaming: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_parts_share_no_sample_and_have_their_sizes(streaming, caplog):
     with caplog.at_level(logging.INFO, logger="nio_hf"):
         train, evaluation, _ = divided({"train": rows_of(streaming=streaming)}, eval_fraction=0.25)
     assert len(evaluation) == 250
@@ -182,7 +175,7 @@ def test_parts_share_no_sample_and_have_their_sizes(streaming: bool, caplog: pyt
     assert caplog.messages == ["numbers: 0.25 of the training split is set aside to evaluate on."]
 
 
-def test_the_choice_is_random_by_its_seed_and_takes_the_same_share_of_each_class() -> None:
+def test_the_choice_is_random_by_its_seed_and_takes_the_same_share_of_each_class():
     splits = {"train": rows_of()}
     chosen = [divided(splits, seed=seed, stratify_by="odd", eval_fraction=0.3)[1] for seed in (1, 1, 2)]
     assert chosen[0] == chosen[1]
@@ -192,13 +185,13 @@ def test_the_choice_is_random_by_its_seed_and_takes_the_same_share_of_each_class
 
 @STREAMED
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
-def test_a_fraction_that_is_none_is_refused(fraction: float, streaming: bool) -> None:
+def test_a_fraction_that_is_none_is_refused(fraction, streaming):
     with pytest.raises(DataError) as raised:
         divided({"train": rows_of(5, streaming=streaming)}, eval_fraction=fraction)
     assert str(raised.value) == f"eval_fraction: {fraction}. Give a part in (0, 1), or an eval_split."
 
 
-def test_a_part_of_nothing_is_refused_with_what_it_needs() -> None:
+def test_a_part_of_nothing_is_refused_with_what_it_needs():
     with pytest.raises(DataError) as raised:
         divided({"train": rows_of(1)}, eval_fraction=0.5)
     message = str(raised.value)
@@ -206,7 +199,7 @@ def test_a_part_of_nothing_is_refused_with_what_it_needs() -> None:
     assert message.endswith("). Give a part in (0, 1) that shines, or an eval_split.")
 
 
-def test_a_limit_chooses_at_random_by_its_seed_or_the_first_samples_of_a_stream() -> None:
+def test_a_limit_chooses_at_random_by_its_seed_or_the_first_samples_of_a_stream():
     few, again, other = (numbers(limit_rows(rows_of(), 50, seed)) for seed in (1, 1, 2))
     assert few == again
     assert set(few) != set(other)
@@ -231,11 +224,11 @@ NOTES = ColumnKind(
 )
 
 
-def column_of(column: str | None = None, fix: str | None = None, **features: Any) -> str:
+def column_of(column=None, fix=None, **features):
     return find_column(datasets.Features(features), column, "songs", NOTES, fix)
 
 
-def test_the_only_column_of_the_type_is_chosen_before_one_that_is_called_so() -> None:
+def test_the_only_column_of_the_type_is_chosen_before_one_that_is_called_so():
     assert column_of(tune=WORD, note=NUMBER) == "tune"
     assert column_of(pitch=NUMBER, notes=NUMBER) == "notes"
     assert column_of("pitch", tune=WORD, pitch=NUMBER) == "pitch"
@@ -253,15 +246,13 @@ def test_the_only_column_of_the_type_is_chosen_before_one_that_is_called_so() ->
         ({"a": LIST}, {"column": "a"}, "'a' of songs holds List. Name a column of notes: a (List)."),
     ],
 )
-def test_no_column_or_several_are_refused_with_all_of_them(
-    features: dict[str, Any], arguments: dict[str, Any], message: str
-) -> None:
+def test_no_column_or_several_are_refused_with_all_of_them(features, arguments, message):
     with pytest.raises(DataError) as raised:
         column_of(**arguments, **features)
     assert str(raised.value).startswith(f"note_column: {message}")
 
 
-def test_columns_of_a_stream_are_known_from_its_first_samples() -> None:
+def test_columns_of_a_stream_are_known_from_its_first_samples():
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"tune": "a", "length": 3}]))
     assert stream.features is None
     assert describe_columns(find_features(stream, kind_of(), "songs")) == "tune (string), length (int64)"

@@ -1,13 +1,10 @@
 """FSDP2 and DeepSpeed among CPU processes, for tests only: Accelerate does not offer them there."""
 
-from __future__ import annotations
-
 import functools
 import os
-from typing import Any
 
 
-def enable_fsdp() -> None:
+def enable_fsdp():
     """Let Accelerate treat gloo processes that ask for FSDP as such; by itself it takes DDP without a word."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
@@ -15,7 +12,7 @@ def enable_fsdp() -> None:
     original = AcceleratorState.__init__
 
     @functools.wraps(original)
-    def initialise(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+    def initialise(self, *args, fsdp_plugin=None, **kwargs):
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.FSDP
@@ -25,7 +22,7 @@ def enable_fsdp() -> None:
     AcceleratorState.__init__ = initialise  # type: ignore[method-assign]
 
 
-def enable_deepspeed() -> None:
+def enable_deepspeed():
     """Let DeepSpeed work without a compiler, and with gloo before ZeRO-3 builds a model."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

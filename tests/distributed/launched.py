@@ -4,8 +4,6 @@ Settings: strategy, model ("vit", "swin"), whether its head is replaced, model_d
 NIOTrainingArguments), and what goes wrong on the way.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -27,7 +25,7 @@ from nio_hf.trainer.replica import gathered
 from tests.distributed import cpu_backends
 from tests.trainer.toys import CLASSES, ToyImages
 
-COMMON: dict[str, Any] = {
+COMMON = {
     "use_cpu": True,
     "report_to": "none",
     "disable_tqdm": True,
@@ -40,7 +38,7 @@ COMMON: dict[str, Any] = {
     "nio_sub_batches": 3,
     "nio_report_batches": 2,
 }
-PUBLISHED: dict[str, Any] = {
+PUBLISHED = {
     "nio_search": "published",
     "nio_groups": "tensor",
     "nio_iterations": 4,
@@ -48,7 +46,7 @@ PUBLISHED: dict[str, Any] = {
     "nio_curvature": "exact",
 }
 """Settings with one batch for an iteration, and scales that any difference of a loss would change."""
-COMPUTED: dict[str, Any] = {"nio_search": "balance"}
+COMPUTED = {"nio_search": "balance"}
 
 
 class _Reporting(NIOTrainer):
@@ -62,42 +60,42 @@ class _Reporting(NIOTrainer):
     """Seconds that each batch takes longer."""
     faults: dict[str, Any]
 
-    def run_nio(self, **kwargs: Any) -> Any:
+    def run_nio(self, **kwargs):
         self.partitioned = any(hasattr(parameter, "ds_id") for parameter in self.unwrapped_model.parameters())
         result = super().run_nio(**kwargs)
         self.initialised = weights(self)
         return result
 
-    def _prepare_for_training(self, *args: Any) -> Any:
+    def _prepare_for_training(self, *args):
         prepared = super()._prepare_for_training(*args)
         if self.args.nio_seed_optimizer is not None:
-            state: Any = self.optimizer.optimizer.state  # type: ignore[union-attr]
+            state = self.optimizer.optimizer.state  # type: ignore[union-attr]
             moments = (state[parameter]["exp_avg_sq"] for parameter in self.unwrapped_model.parameters())
             self.seeds = [float(whole(moment).double().sum()) for moment in moments]
         return prepared
 
-    def prepare_nio_batch(self, batch: Any, number: int) -> Any:
+    def prepare_nio_batch(self, batch, number):
         time.sleep(self.pace)
         self._fault("nio", number)
         if self.faults.get("nan") == [Collective.current().rank, number]:
             batch["pixel_values"][:] = float("nan")
         return batch
 
-    def compute_nio_loss(self, *args: Any) -> Any:
+    def compute_nio_loss(self, *args):
         self.losses += 1
         self._fault("loss", self.losses)
         return super().compute_nio_loss(*args)
 
-    def _save_rng_state(self, output_dir: str) -> None:
+    def _save_rng_state(self, output_dir):
         self._fault("checkpoint", self.state.global_step)
         super()._save_rng_state(output_dir)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, *args, **kwargs):
         time.sleep(self.pace)
         self._fault("step", self.state.global_step)
         return super().training_step(*args, **kwargs)
 
-    def _fault(self, place: str, number: int) -> None:
+    def _fault(self, place, number):
         """Send the signal that the settings name, at `place` the first time that its number is reached."""
         fault = self.faults.get(place)
         once = Path(self.args.output_dir) / f"fault-{place}"
@@ -108,11 +106,11 @@ class _Reporting(NIOTrainer):
             send(os.getpid(), signal.Signals[fault["signal"]])
 
 
-def _killed_in_save(output_dir: str) -> None:
+def _killed_in_save(output_dir):
     """Let the first save of an initialised checkpoint be killed before its manifest is written."""
     original = checkpoints.write_manifest
 
-    def write_manifest(directory: Path) -> None:
+    def write_manifest(directory):
         once = Path(output_dir) / "fault-save"
         if not once.exists():
             once.touch()
@@ -122,12 +120,12 @@ def _killed_in_save(output_dir: str) -> None:
     checkpoints.write_manifest = write_manifest
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor):
     """A tensor, put together where it is in shards."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def weights(trainer: NIOTrainer) -> str:
+def weights(trainer):
     """Digest of the weights of the model, whole."""
     model = trainer.unwrapped_model
     values = torch.nn.ParameterDict()
@@ -137,7 +135,7 @@ def weights(trainer: NIOTrainer) -> str:
     return fingerprint(values)
 
 
-def make_trainer(settings: dict[str, Any]) -> NIOTrainer:
+def make_trainer(settings):
     """The trainer of some settings; the ranks start from different weights where they can."""
     arguments = NIOTrainingArguments(output_dir=settings["output_dir"], **{**COMMON, **settings.get("arguments", {})})
     model = AutoModelForImageClassification.from_pretrained(settings["model_dir"], dtype=torch.float32)
@@ -158,7 +156,7 @@ def make_trainer(settings: dict[str, Any]) -> NIOTrainer:
     return trainer
 
 
-def run(settings: dict[str, Any]) -> dict[str, Any]:
+def run(settings):
     """Train, and report."""
     trainer = make_trainer(settings)
     # In one piece, which lines of two processes do not cut into.
@@ -183,7 +181,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def main() -> int:
+def main():
     settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(1)
     if settings["strategy"] == "fsdp2":
@@ -191,7 +189,7 @@ def main() -> int:
     if settings["strategy"].startswith("zero"):
         cpu_backends.enable_deepspeed()
 
-    def action() -> int:
+    def action():
         report = run(settings)
         file = Path(settings["output_dir"]) / f"report-{Collective.current().rank}.json"
         file.write_text(json.dumps(report), encoding="utf-8")

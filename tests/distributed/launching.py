@@ -1,7 +1,5 @@
 """Launches `launched.py` as users launch their scripts, on the CPU."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -52,7 +50,7 @@ class Outcome:
     output: str
 
 
-def launch(folder: Path, strategy: str, processes: int, **settings: Any) -> Outcome:
+def launch(folder, strategy, processes, **settings):
     """Run `launched.py` and wait for it; `folder` holds the model and the output of one training."""
     with start(folder, strategy, processes, **settings) as process:
         try:
@@ -66,7 +64,7 @@ def launch(folder: Path, strategy: str, processes: int, **settings: Any) -> Outc
     return Outcome(process.returncode, reports, output)
 
 
-def start(folder: Path, strategy: str, processes: int, **settings: Any) -> subprocess.Popen[str]:
+def start(folder, strategy, processes, **settings):
     """Start `launched.py` in a session of its own."""
     for report in (folder / "output").glob("report-*.json"):
         report.unlink()
@@ -81,25 +79,25 @@ def start(folder: Path, strategy: str, processes: int, **settings: Any) -> subpr
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     # Messages are not broken into lines.
     environment["COLUMNS"] = "1000"
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **pipes)
 
 
-def training_in(folder: Path, strategy: str, **settings: Any) -> dict[str, Any]:
+def training_in(folder, strategy, **settings):
     """The settings of `launched.py` for a training in a folder, with the model that it starts from."""
     save_model(folder, settings.get("model", "vit"))
     return {"strategy": strategy, "model_dir": str(folder / "model"), "output_dir": str(folder / "output"), **settings}
 
 
-def save_model(folder: Path, name: str = "vit") -> None:
+def save_model(folder, name="vit"):
     """The model that a training of these tests starts from."""
     folder.mkdir(exist_ok=True)
     if not (folder / "model").is_dir():
         build(name, hidden_dropout_prob=0.1).save_pretrained(folder / "model")
 
 
-def _config(strategy: str, processes: int) -> dict[str, Any]:
-    config: dict[str, Any] = {
+def _config(strategy, processes):
+    config = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}.get(strategy, "DEEPSPEED"),
         "use_cpu": strategy == "ddp",

@@ -1,15 +1,11 @@
 """Functions run by several processes of one gloo group."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import queue
 import socket
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +24,7 @@ class RankFailedError(AssertionError):
     """What a process ended with."""
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, seconds: float = TIME_LIMIT) -> list[Any]:
+def run_ranks(size, function, *args, seconds=TIME_LIMIT):
     """The values that `function(*args)` returns on each of `size` ranks, from rank 0 on.
 
     An error of ours that it raises is returned in its place, anything else as a [`RankFailedError`] with the traceback.
@@ -36,14 +32,14 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, seconds: floa
     Raises:
         RankFailedError: where not all ranks have ended in time.
     """
-    results: Any = _CONTEXT.Queue()
+    results = _CONTEXT.Queue()
     port = free_port()
     processes = [
         _CONTEXT.Process(target=_enter, args=(rank, size, port, results, function, args)) for rank in range(size)
     ]
     for process in processes:
         process.start()
-    found: dict[int, Any] = {}
+    found = {}
     deadline = time.monotonic() + seconds
     try:
         while len(found) < size:
@@ -60,15 +56,15 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, seconds: floa
     return [found[rank] for rank in range(size)]
 
 
-def free_port() -> int:
+def free_port():
     """A port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+        port = probe.getsockname()[1]
         return port
 
 
-def _enter(rank: int, size: int, port: int, results: Any, function: Callable[..., Any], args: Any) -> None:
+def _enter(rank, size, port, results, function, args):
     torch.set_num_threads(1)
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -1,16 +1,12 @@
 """NIO in a training loop with accelerate, on two processes: the documented way, and what is refused."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,12 +21,12 @@ CONFIG = NIOConfig(report_batches=2)
 SAMPLES = 12
 
 
-def _documented_loop(code: str) -> dict[str, Any]:
+def _documented_loop(code):
     """Run the example of the documentation, and train by it; the weights after each."""
     # As `accelerate launch --cpu` does.
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.manual_seed(0)
-    names: dict[str, Any] = {}
+    names = {}
     exec(code, names)
     accelerator, model, optimizer = (names[name] for name in ("accelerator", "model", "optimizer"))
     found = {"processes": accelerator.num_processes, "initialised": _weights(accelerator.unwrap_model(model))}
@@ -43,18 +39,18 @@ def _documented_loop(code: str) -> dict[str, Any]:
     return {**found, "trained": _weights(accelerator.unwrap_model(model)), "steps": steps}
 
 
-def _weights(model: nn.Module) -> list[float]:
+def _weights(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist()
 
 
-def _loop_of_the_page() -> str:
+def _loop_of_the_page():
     """The definitions of the example for any torch module, and the loop that goes on from them."""
     examples = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     (number,) = (number for number, example in enumerate(examples) if "Collective.current()" in example)
     return examples[number - 1].split("print(")[0] + examples[number]
 
 
-def test_the_documented_loop_leaves_the_same_weights_on_both_processes() -> None:
+def test_the_documented_loop_leaves_the_same_weights_on_both_processes():
     code = _loop_of_the_page()
     assert "initialize(model, batches, loss_fn, collective=Collective.current())" in code
     untouched = re.sub(r"^initialize\(.*\n", "", code, flags=re.MULTILINE)
@@ -69,7 +65,7 @@ def test_the_documented_loop_leaves_the_same_weights_on_both_processes() -> None
     assert found[0]["trained"] != found[0]["initialised"]
 
 
-def _initialise(prepared: str, guarded: bool) -> list[float]:
+def _initialise(prepared, guarded):
     """Initialise with what accelerate has prepared, and leave the model as it was where that is refused."""
     accelerator = Accelerator(cpu=True)
     made = case("mlp", SAMPLES)
@@ -92,7 +88,7 @@ def _initialise(prepared: str, guarded: bool) -> list[float]:
 
 
 @pytest.mark.parametrize("prepared", ["loader", "both"])
-def test_a_loader_that_gives_each_process_other_batches_is_refused(prepared: str) -> None:
+def test_a_loader_that_gives_each_process_other_batches_is_refused(prepared):
     for error in run_ranks(2, _initialise, prepared, True, seconds=30):
         assert isinstance(error, NumericsError)
         assert str(error) == (
@@ -102,13 +98,13 @@ def test_a_loader_that_gives_each_process_other_batches_is_refused(prepared: str
 
 
 @pytest.mark.parametrize("prepared", ["nothing", "loader", "both"])
-def test_a_call_that_does_not_say_who_takes_part_is_refused(prepared: str) -> None:
+def test_a_call_that_does_not_say_who_takes_part_is_refused(prepared):
     for error in run_ranks(2, _initialise, prepared, False, seconds=30):
         assert isinstance(error, ConfigError)
         assert "collective=Collective.current(), the same weights and the same batches" in str(error)
 
 
-def test_a_model_that_is_prepared_already_is_initialised_inside_of_its_wrapper() -> None:
+def test_a_model_that_is_prepared_already_is_initialised_inside_of_its_wrapper():
     (expected,) = run_ranks(1, _initialise, "nothing", True)
     found = run_ranks(2, _initialise, "model", True)
     assert found[0] == found[1]

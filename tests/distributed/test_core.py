@@ -1,10 +1,7 @@
 """NIO in several processes: the same scales, the work shared, and an error of one that stops all."""
 
-from __future__ import annotations
-
 import itertools
 import time
-from typing import Any
 
 import pytest
 import torch
@@ -12,13 +9,12 @@ import torch.distributed as dist
 from torch import nn
 
 from nio_hf import NIOConfig, initialize
-from nio_hf.core import Collective, InitResult, IterationRecord, curvature
+from nio_hf.core import Collective, curvature
 from nio_hf.core.collective import SIGNALS
 from nio_hf.errors import (
     ConfigError,
     DataError,
     ModelError,
-    NIOError,
     NIOMemoryError,
     NumericsError,
     Problem,
@@ -31,7 +27,7 @@ from tests.distributed.ranks import run_ranks
 SAMPLES = 12
 ITERATIONS = 4
 REPORT_BATCHES = 2
-PUBLISHED: dict[str, Any] = {
+PUBLISHED = {
     "search": "published",
     "groups": "tensor",
     "scaled_tensors": "all",
@@ -40,21 +36,21 @@ PUBLISHED: dict[str, Any] = {
     "lr": 0.05,
     "curvature": "exact",
 }
-REFUSED: dict[str, Any] = {"least_norm": 1.0, "loss_bound": None}
+REFUSED = {"least_norm": 1.0, "loss_bound": None}
 """Settings of which the ViT has one candidate after the other refused."""
 EXCHANGE = SIGNALS
 """Numbers in which the processes tell each other how it goes: at the start of an iteration and after each pass."""
 
 
-def _config(sub_batches: int = 4, **settings: Any) -> NIOConfig:
+def _config(sub_batches=4, **settings):
     return NIOConfig(**{**PUBLISHED, "sub_batches": sub_batches, "report_batches": REPORT_BATCHES, **settings})
 
 
-def _computed(sub_batches: int = 4, **settings: Any) -> NIOConfig:
+def _computed(sub_batches=4, **settings):
     return NIOConfig(**{"sub_batches": sub_batches, "report_batches": REPORT_BATCHES, **settings})
 
 
-def _initialise(name: str, config: NIOConfig, loss_fn: Any = None) -> InitResult:
+def _initialise(name, config, loss_fn=None):
     made = case(name, SAMPLES)
     collective = Collective.current()
     batches = batches_of(name, 6, SAMPLES)
@@ -62,11 +58,11 @@ def _initialise(name: str, config: NIOConfig, loss_fn: Any = None) -> InitResult
     return initialize(made.model, batches, loss_fn, config, collective=collective)
 
 
-def _scales(name: str, config: NIOConfig) -> dict[str, float]:
+def _scales(name, config):
     return _initialise(name, config).scales
 
 
-def _found(name: str, config: NIOConfig, loss_fn: Any = None) -> tuple[dict[str, float], list[Any], list[Any], str]:
+def _found(name, config, loss_fn=None):
     """Scales; what was tried and became of it; what was measured; the message."""
     result = _initialise(name, config, loss_fn)
     decisions = [(record.tried, record.outcome, record.scale) for record in result.history]
@@ -95,9 +91,7 @@ def _found(name: str, config: NIOConfig, loss_fn: Any = None) -> tuple[dict[str,
         ("bert", 4, (2,), PUBLISHED),
     ],
 )
-def test_any_number_of_processes_finds_the_same_scales(
-    name: str, sub_batches: int, sizes: tuple[int, ...], settings: dict[str, Any]
-) -> None:
+def test_any_number_of_processes_finds_the_same_scales(name, sub_batches, sizes, settings):
     """D = 3 and 5 are shared unequally; with D = 2, a third and a fourth process only take part in the sums.
 
     Sums in another order round differently, by some units of 6e-8, which steps of Adam carry on.
@@ -114,7 +108,7 @@ def test_any_number_of_processes_finds_the_same_scales(
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "bert"])
-def test_a_loss_that_rises_bounds_all_processes_at_once(name: str) -> None:
+def test_a_loss_that_rises_bounds_all_processes_at_once(name):
     config = _computed(3, groups="model", loss_bound=0.02, least_norm=None)
     scales, decisions, _, message = _found(name, config)
     assert len(set(scales.values())) == 1
@@ -126,13 +120,13 @@ def test_a_loss_that_rises_bounds_all_processes_at_once(name: str) -> None:
     assert found[0][3].split(". ")[0] == message.split(". ")[0]
 
 
-def _initialise_synchronised() -> Any:
+def _initialise_synchronised():
     made = case("resnet", SAMPLES)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(made.model)
     return initialize(model, batches_of("resnet", 4, SAMPLES), made.loss_fn, collective=Collective.current())
 
 
-def test_batch_normalisation_that_waits_for_other_processes_is_refused() -> None:
+def test_batch_normalisation_that_waits_for_other_processes_is_refused():
     for error in run_ranks(2, _initialise_synchronised):
         assert isinstance(error, ModelError)
         assert "SyncBatchNorm" in str(error)
@@ -141,22 +135,22 @@ def test_batch_normalisation_that_waits_for_other_processes_is_refused() -> None
 class _OverflowingOnOneRank:
     """A loss that is no number on rank 1 where the weights are more than 1.5 times as large as they were."""
 
-    def __init__(self, loss_fn: Any, model: Any) -> None:
+    def __init__(self, loss_fn, model):
         self.loss_fn, self.limit = loss_fn, 1.5 * float(next(model.parameters()).detach().norm())
 
-    def __call__(self, model: Any, batch: Any) -> Any:
+    def __call__(self, model, batch):
         large = float(next(model.parameters()).detach().norm()) > self.limit
         loss = self.loss_fn(model, batch)
         return loss * float("nan") if large and Collective.current().rank == 1 else loss
 
 
-def _overflowing(config: NIOConfig) -> Any:
+def _overflowing(config):
     made = case("vit", SAMPLES)
     return _found("vit", config, _OverflowingOnOneRank(made.loss_fn, made.model))[:2]
 
 
 @pytest.mark.parametrize("settings", [{"groups": "model"}, {"loss_bound": None}])
-def test_a_loss_that_is_no_number_on_one_process_bounds_all(settings: dict[str, Any]) -> None:
+def test_a_loss_that_is_no_number_on_one_process_bounds_all(settings):
     found = run_ranks(2, _overflowing, _computed(**settings))
     assert found[0] == found[1]
     scales, decisions = found[0]
@@ -168,16 +162,16 @@ def test_a_loss_that_is_no_number_on_one_process_bounds_all(settings: dict[str, 
 class _Counting:
     """A loss that writes down which samples it has been computed on, by the first number of each."""
 
-    def __init__(self, loss_fn: Any) -> None:
+    def __init__(self, loss_fn):
         self.loss_fn = loss_fn
-        self.calls: list[frozenset[float]] = []
+        self.calls = []
 
-    def __call__(self, model: Any, batch: Any) -> Any:
+    def __call__(self, model, batch):
         self.calls.append(frozenset(batch[0][:, 0].tolist()))
         return self.loss_fn(model, batch)
 
 
-def _forward_passes(config: NIOConfig) -> tuple[list[frozenset[float]], int]:
+def _forward_passes(config):
     """The calls of the loss, and how many iterations there were."""
     counting = _Counting(case("mlp").loss_fn)
     result = _initialise("mlp", config, counting)
@@ -186,7 +180,7 @@ def _forward_passes(config: NIOConfig) -> tuple[list[frozenset[float]], int]:
 
 @pytest.mark.parametrize(("sub_batches", "size"), [(4, 2), (3, 2), (2, 3)])
 @pytest.mark.parametrize("search", ["balance", "published"])
-def test_no_process_computes_the_sub_batch_of_another(search: str, sub_batches: int, size: int) -> None:
+def test_no_process_computes_the_sub_batch_of_another(search, sub_batches, size):
     config = _computed(sub_batches) if search == "balance" else _config(sub_batches)
     alone, _ = _forward_passes(config)
     found = run_ranks(size, _forward_passes, config)
@@ -206,16 +200,16 @@ def test_no_process_computes_the_sub_batch_of_another(search: str, sub_batches: 
         assert len(own) == expected
 
 
-def _bytes_summed(name: str, config: NIOConfig) -> tuple[list[list[int]], list[IterationRecord], int]:
+def _bytes_summed(name, config):
     """Bytes of each all-reduce of each iteration but the first, the records of these, and m of the model."""
-    sent: list[int] = []
+    sent = []
     original = dist.all_reduce
 
-    def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def all_reduce(tensor, *args, **kwargs):
         sent.append(tensor.numel() * tensor.element_size())
         return original(tensor, *args, **kwargs)
 
-    marks: list[int] = []
+    marks = []
     made = case(name, SAMPLES)
     dist.all_reduce = all_reduce
     try:
@@ -233,13 +227,13 @@ def _bytes_summed(name: str, config: NIOConfig) -> tuple[list[list[int]], list[I
     return of_iterations, list(result.history[1:]), len(result.tensors)
 
 
-def _numbers_of_gradients(name: str) -> int:
+def _numbers_of_gradients(name):
     return sum(parameter.numel() for parameter in case(name).model.parameters() if parameter.any())
 
 
 @pytest.mark.parametrize("sub_batches", [2, 4, 6])
 @pytest.mark.parametrize("objective", ["gc", "gc_sum_norm"])
-def test_a_published_iteration_sums_the_gradients_once_and_the_scales_once(sub_batches: int, objective: str) -> None:
+def test_a_published_iteration_sums_the_gradients_once_and_the_scales_once(sub_batches, objective):
     vectors = _numbers_of_gradients("mlp")
     config = _config(sub_batches, objective=objective)
     for sent, records, scaled in run_ranks(2, _bytes_summed, "mlp", config):
@@ -250,7 +244,7 @@ def test_a_published_iteration_sums_the_gradients_once_and_the_scales_once(sub_b
 
 
 @pytest.mark.parametrize("sub_batches", [3, 4, 6])
-def test_a_candidate_sums_the_gradients_of_each_report_batch_once(sub_batches: int) -> None:
+def test_a_candidate_sums_the_gradients_of_each_report_batch_once(sub_batches):
     of_batch = 4 * (_numbers_of_gradients("vit") + 2 * sub_batches)
     for sent, records, _ in run_ranks(2, _bytes_summed, "vit", _computed(sub_batches, **REFUSED)):
         assert len(sent) == len(records) > 1
@@ -265,11 +259,11 @@ class _MyDataError(DataError):
 class _FailingLoss:
     """A loss that fails on one rank, at its n-th call."""
 
-    def __init__(self, loss_fn: Any, failure: str, rank: int, call: int) -> None:
+    def __init__(self, loss_fn, failure, rank, call):
         self.loss_fn, self.failure, self.rank, self.call = loss_fn, failure, rank, call
         self.calls = 0
 
-    def __call__(self, model: Any, batch: Any) -> Any:
+    def __call__(self, model, batch):
         self.calls += 1
         loss = self.loss_fn(model, batch)
         if Collective.current().rank != self.rank or self.calls < self.call:
@@ -289,7 +283,7 @@ class _FailingLoss:
                 raise KeyError("pixels")
 
 
-def _fail(name: str, failure: str, rank: int, call: int, config: NIOConfig) -> None:
+def _fail(name, failure, rank, call, config):
     # Nothing is kept, so that the second pass computes losses.
     curvature.MEMORY_SHARE = 0.0
     loss = _FailingLoss(case(name).loss_fn, failure, rank, call)
@@ -308,9 +302,7 @@ def _fail(name: str, failure: str, rank: int, call: int, config: NIOConfig) -> N
     ],
 )
 @pytest.mark.parametrize(("rank", "call"), [(1, 1), (2, 9), (0, 10), (1, 6), (1, 4)])
-def test_an_error_of_one_process_stops_all_at_once(
-    failure: str, error_type: type[NIOError], text: str | tuple[str, str], rank: int, call: int
-) -> None:
+def test_an_error_of_one_process_stops_all_at_once(failure, error_type, text, rank, call):
     """The calls lie in the measurement before, in both passes of an iteration, and in the choice of the path."""
     started = time.monotonic()
     errors = run_ranks(3, _fail, "mlp", failure, rank, call, _config(), seconds=20)
@@ -331,9 +323,7 @@ def test_an_error_of_one_process_stops_all_at_once(
     ],
 )
 @pytest.mark.parametrize(("name", "rank", "call"), [("mlp", 1, 2), ("mlp", 2, 3), ("mlp", 0, 8), ("vit", 1, 4)])
-def test_an_error_of_one_process_stops_the_computation_of_all(
-    failure: str, error_type: type[NIOError], text: str, name: str, rank: int, call: int
-) -> None:
+def test_an_error_of_one_process_stops_the_computation_of_all(failure, error_type, text, name, rank, call):
     """The calls lie in the measurement before, in that of the scales, and in a forward pass that balances them."""
     errors = run_ranks(3, _fail, name, failure, rank, call, _computed(), seconds=20)
     assert {type(error) for error in errors} == {error_type}
@@ -342,10 +332,10 @@ def test_an_error_of_one_process_stops_the_computation_of_all(
     assert text in str(errors[0])
 
 
-def _bad_batches(rank: int, number: int, config: NIOConfig) -> None:
+def _bad_batches(rank, number, config):
     made = case("mlp")
 
-    def batches() -> Any:
+    def batches():
         for index, batch in enumerate(batches_of("mlp", 8)):
             if index == number and Collective.current().rank == rank:
                 raise OSError("disk unplugged")
@@ -357,15 +347,15 @@ def _bad_batches(rank: int, number: int, config: NIOConfig) -> None:
 @pytest.mark.parametrize(
     ("number", "config"), [(0, _config()), (1, _config()), (2, _config()), (4, _config()), (1, _computed())]
 )
-def test_an_exception_in_the_data_of_one_process_stops_all(number: int, config: NIOConfig) -> None:
+def test_an_exception_in_the_data_of_one_process_stops_all(number, config):
     errors = run_ranks(2, _bad_batches, 1, number, config, seconds=20)
     assert [type(error) for error in errors] == [RankError, RankError]
     assert {str(error).splitlines()[0] for error in errors} == {str(errors[0]).splitlines()[0]}
     assert str(errors[0]).startswith("rank 1: OSError: disk unplugged")
 
 
-def _interrupted_callback(config: NIOConfig) -> None:
-    def on_iteration(record: Any) -> None:
+def _interrupted_callback(config):
+    def on_iteration(record):
         if Collective.current().rank == 1 and record.iteration == 1:
             raise ValueError("the bar is broken")
 
@@ -375,19 +365,19 @@ def _interrupted_callback(config: NIOConfig) -> None:
 
 
 @pytest.mark.parametrize("config", [_computed(), _config()], ids=["balance", "published"])
-def test_an_exception_in_a_callback_of_one_process_stops_all(config: NIOConfig) -> None:
+def test_an_exception_in_a_callback_of_one_process_stops_all(config):
     errors = run_ranks(2, _interrupted_callback, config, seconds=20)
     assert [type(error) for error in errors] == [RankError, RankError]
     assert "rank 1: ValueError: the bar is broken" in str(errors[0])
 
 
-def test_an_error_that_all_have_in_common_is_raised_as_it_is() -> None:
+def test_an_error_that_all_have_in_common_is_raised_as_it_is():
     errors = run_ranks(2, _scales, "mlp", _config(sub_batches=SAMPLES + 1))
     assert [type(error) for error in errors] == [ConfigError, ConfigError]
     assert "rank" not in str(errors[0])
 
 
-def _unlike(what: str) -> None:
+def _unlike(what):
     rank = Collective.current().rank
     made = case("mlp")
     if what == "model" and rank == 1:
@@ -417,7 +407,7 @@ def _unlike(what: str) -> None:
         ("report batches", "the report batches", "neither accelerate.prepare nor a distributed sampler has split"),
     ],
 )
-def test_processes_with_another_task_are_refused_by_what_differs(what: str, found: str, fix: str) -> None:
+def test_processes_with_another_task_are_refused_by_what_differs(what, found, fix):
     for error in run_ranks(2, _unlike, what, seconds=20):
         assert isinstance(error, NumericsError)
         (problem,) = error.problems
@@ -425,21 +415,21 @@ def test_processes_with_another_task_are_refused_by_what_differs(what: str, foun
         assert fix in problem.fix
 
 
-def _broken_data() -> None:
+def _broken_data():
     made = case("mlp")
     batches = batches_of("mlp", 6)
     batches[0][0][:] = float("nan")
     initialize(made.model, batches, made.loss_fn, _computed(), collective=Collective.current())
 
 
-def test_broken_data_of_all_processes_are_not_taken_for_other_data() -> None:
+def test_broken_data_of_all_processes_are_not_taken_for_other_data():
     errors = run_ranks(2, _broken_data, seconds=20)
     assert {str(error) for error in errors} == {
         "rank 0, report batch 0, sub-batch 0: the loss is nan. Check inputs, labels and the initial weights."
     }
 
 
-def _unguarded() -> None:
+def _unguarded():
     made = case("mlp")
     before = state(made.model)
     try:
@@ -448,7 +438,7 @@ def _unguarded() -> None:
         assert not differences(before, state(made.model))
 
 
-def test_a_call_without_collective_is_refused_with_the_remedy() -> None:
+def test_a_call_without_collective_is_refused_with_the_remedy():
     for error in run_ranks(2, _unguarded, seconds=20):
         assert isinstance(error, ConfigError)
         assert str(error) == (
@@ -458,7 +448,7 @@ def test_a_call_without_collective_is_refused_with_the_remedy() -> None:
         )
 
 
-def _by_itself() -> dict[str, float]:
+def _by_itself():
     made = case("mlp", SAMPLES)
     if Collective.current().rank == 1:
         return {}
@@ -467,11 +457,11 @@ def _by_itself() -> dict[str, float]:
     ).scales
 
 
-def test_a_process_may_work_by_itself_where_that_is_said() -> None:
+def test_a_process_may_work_by_itself_where_that_is_said():
     assert run_ranks(2, _by_itself, seconds=20) == [_scales("mlp", _config()), {}]
 
 
-def _data_that_end(rank: int) -> tuple[str, int]:
+def _data_that_end(rank):
     made = case("mlp")
     count = 4 if Collective.current().rank == rank else 6
     batches = iter(batches_of("mlp", count))
@@ -479,13 +469,13 @@ def _data_that_end(rank: int) -> tuple[str, int]:
     return result.status, len(result.history)
 
 
-def test_where_the_data_of_one_process_end_all_end() -> None:
+def test_where_the_data_of_one_process_end_all_end():
     assert run_ranks(2, _data_that_end, 1, seconds=20) == [("data_exhausted", 2)] * 2
 
 
-def _stopped_after(count: int, config: NIOConfig) -> int:
+def _stopped_after(count, config):
     """The iterations of a run that only the last rank asks to stop."""
-    seen: list[IterationRecord] = []
+    seen = []
     collective = Collective.current()
     made = case("vit", SAMPLES)
     with pytest.raises(StoppedError, match="stopped before it was through"):
@@ -506,5 +496,5 @@ def _stopped_after(count: int, config: NIOConfig) -> int:
     [(0, _config()), (3, _config()), (0, _computed()), (2, _computed(**REFUSED))],
     ids=["published", "published, fourth", "computed", "computed, third"],
 )
-def test_where_one_process_is_asked_to_stop_all_stop(count: int, config: NIOConfig) -> None:
+def test_where_one_process_is_asked_to_stop_all_stop(count, config):
     assert run_ranks(2, _stopped_after, count, config) == [count, count]

@@ -1,7 +1,5 @@
 """Trainings that are killed or asked to stop, and started again with the same command."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -9,7 +7,6 @@ import random
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -19,12 +16,12 @@ from nio_hf.errors import Preempted
 from nio_hf.hub.run_folder import INIT_DIR_NAME
 from tests.distributed import launched
 from tests.distributed.launched import COMPUTED, PUBLISHED
-from tests.distributed.launching import Outcome, launch, start, training_in
+from tests.distributed.launching import launch, start, training_in
 from tests.distributed.ranks import run_ranks
 from tests.versions import resumes_in_several_processes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "kills.json"
-SETTINGS: dict[str, Any] = {
+SETTINGS = {
     "resume": "auto",
     "arguments": {
         "max_steps": 8,
@@ -38,15 +35,15 @@ PACE, SECONDS = 0.25, 5.0
 """Seconds that each of 16 batches takes longer where moments are random, so that all of them take about five."""
 REPORTED = 2
 """Batches in front of those that NIO searches on."""
-COMPUTING: dict[str, Any] = {**SETTINGS, "arguments": {"max_steps": 8, **COMPUTED, "enable_jit_checkpoint": True}}
+COMPUTING = {**SETTINGS, "arguments": {"max_steps": 8, **COMPUTED, "enable_jit_checkpoint": True}}
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def uninterrupted(tmp_path_factory):
     """(strategy, processes, settings) -> digest of the weights of a training that nothing happened to."""
-    digests: dict[tuple[str, int, str], str] = {}
+    digests = {}
 
-    def digest(strategy: str, processes: int, settings: dict[str, Any] = SETTINGS) -> str:
+    def digest(strategy, processes, settings=SETTINGS):
         key = (strategy, processes, json.dumps(settings))
         if key not in digests:
             outcome = launch(tmp_path_factory.mktemp("whole"), strategy, processes, **settings)
@@ -57,9 +54,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return digest
 
 
-def _started_again(
-    folder: Path, strategy: str, processes: int, faults: dict[str, Any], settings: dict[str, Any] = SETTINGS
-) -> tuple[Outcome, Outcome]:
+def _started_again(folder, strategy, processes, faults, settings=SETTINGS):
     """A training with a fault, and the same command once more."""
     first = launch(folder, strategy, processes, **settings, faults=faults)
     assert first.status != 0
@@ -70,7 +65,7 @@ def _started_again(
 
 
 @pytest.mark.slow
-def test_killed_in_nio(tmp_path: Path, uninterrupted: Any) -> None:
+def test_killed_in_nio(tmp_path, uninterrupted):
     faults = {"loss": {"number": 16, "signal": "SIGKILL"}}
     first, second = _started_again(tmp_path, "single", 1, faults, COMPUTING)
     assert first.status == -signal.SIGKILL
@@ -78,7 +73,7 @@ def test_killed_in_nio(tmp_path: Path, uninterrupted: Any) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_process_in_nio_stops_all(tmp_path: Path, uninterrupted: Any) -> None:
+def test_sigterm_to_one_process_in_nio_stops_all(tmp_path, uninterrupted):
     faults = {"loss": {"number": 3, "signal": "SIGTERM", "rank": 1}}
     first, second = _started_again(tmp_path, "ddp", 2, faults, COMPUTING)
     assert "SIGTERM: during NIO, stopped before it was through" in first.output
@@ -88,7 +83,7 @@ def test_sigterm_to_one_process_in_nio_stops_all(tmp_path: Path, uninterrupted: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "processes"), [("single", 1), ("ddp", 2)])
-def test_killed_in_a_race(strategy: str, processes: int, tmp_path: Path, uninterrupted: Any) -> None:
+def test_killed_in_a_race(strategy, processes, tmp_path, uninterrupted):
     settings = {**COMPUTING, "arguments": {**COMPUTING["arguments"], "nio_race_steps": 4}}
     faults = {"step": {"number": 3, "signal": "SIGKILL", "rank": processes - 1}}
     _, second = _started_again(tmp_path, strategy, processes, faults, settings)
@@ -99,7 +94,7 @@ def test_killed_in_a_race(strategy: str, processes: int, tmp_path: Path, uninter
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_process_in_a_race_stops_all(tmp_path: Path, uninterrupted: Any) -> None:
+def test_sigterm_to_one_process_in_a_race_stops_all(tmp_path, uninterrupted):
     settings = {**COMPUTING, "arguments": {**COMPUTING["arguments"], "nio_race_steps": 4}}
     faults = {"step": {"number": 3, "signal": "SIGTERM", "rank": 1}}
     first, second = _started_again(tmp_path, "ddp", 2, faults, settings)
@@ -109,7 +104,7 @@ def test_sigterm_to_one_process_in_a_race_stops_all(tmp_path: Path, uninterrupte
 
 
 @pytest.mark.slow
-def test_killed_in_the_save_of_the_initialised_checkpoint(tmp_path: Path, uninterrupted: Any) -> None:
+def test_killed_in_the_save_of_the_initialised_checkpoint(tmp_path, uninterrupted):
     _, second = _started_again(tmp_path, "ddp", 2, {"save": True})
     assert [report["trained"] for report in second.reports] == [uninterrupted("ddp", 2)] * 2
     initialised = tmp_path / "output" / INIT_DIR_NAME
@@ -119,7 +114,7 @@ def test_killed_in_the_save_of_the_initialised_checkpoint(tmp_path: Path, uninte
 
 @pytest.mark.slow
 @resumes_in_several_processes
-def test_killed_in_the_save_of_a_checkpoint(tmp_path: Path, uninterrupted: Any) -> None:
+def test_killed_in_the_save_of_a_checkpoint(tmp_path, uninterrupted):
     faults = {"checkpoint": {"number": 4, "signal": "SIGKILL"}}
     _, second = _started_again(tmp_path, "ddp", 2, faults)
     assert second.output.count("checkpoint-4 is passed over: nio_manifest.json is missing") == 1
@@ -131,14 +126,14 @@ def test_killed_in_the_save_of_a_checkpoint(tmp_path: Path, uninterrupted: Any) 
 
 
 @pytest.mark.slow
-def test_killed_after_nio_it_is_not_run_again(tmp_path: Path, uninterrupted: Any) -> None:
+def test_killed_after_nio_it_is_not_run_again(tmp_path, uninterrupted):
     _, second = _started_again(tmp_path, "single", 1, {"step": {"number": 1, "signal": "SIGKILL"}})
     assert "NIO is finished: taking over" in second.output
     assert second.reports[0]["trained"] == uninterrupted("single", 1)
 
 
 @resumes_in_several_processes
-def test_sigterm_to_one_process_saves_and_stops_all(tmp_path: Path) -> None:
+def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
     whole = run_ranks(2, launched.run, training_in(tmp_path / "whole", "ddp", **SETTINGS))
     faults = {"step": {"number": 4, "signal": "SIGTERM", "rank": 1}}
     settings = training_in(tmp_path / "run", "ddp", **SETTINGS, faults=faults)
@@ -152,7 +147,7 @@ def test_sigterm_to_one_process_saves_and_stops_all(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @resumes_in_several_processes
-def test_sigterm_to_one_process_of_a_launch_saves_and_stops_all(tmp_path: Path, uninterrupted: Any) -> None:
+def test_sigterm_to_one_process_of_a_launch_saves_and_stops_all(tmp_path, uninterrupted):
     first, second = _started_again(tmp_path, "ddp", 2, {"step": {"number": 4, "signal": "SIGTERM"}})
     assert "SIGTERM: saved and stopped at step 5" in first.output
     assert f"exitcode  : {Preempted.STATUS}" in first.output
@@ -161,7 +156,7 @@ def test_sigterm_to_one_process_of_a_launch_saves_and_stops_all(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_sigterm_in_nio_exits_with_its_status(tmp_path: Path, uninterrupted: Any) -> None:
+def test_sigterm_in_nio_exits_with_its_status(tmp_path, uninterrupted):
     faults = {"nio": {"number": REPORTED + 2, "signal": "SIGTERM"}}
     first, second = _started_again(tmp_path, "single", 1, faults)
     assert first.status == Preempted.STATUS
@@ -171,9 +166,7 @@ def test_sigterm_in_nio_exits_with_its_status(tmp_path: Path, uninterrupted: Any
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["nio", "step"])
-def test_sigterm_to_every_process_of_a_job_spares_the_workers_that_load_data(
-    phase: str, tmp_path: Path, uninterrupted: Any
-) -> None:
+def test_sigterm_to_every_process_of_a_job_spares_the_workers_that_load_data(phase, tmp_path, uninterrupted):
     arguments = {**SETTINGS["arguments"], "dataloader_num_workers": 2}
     faults = {phase: {"number": REPORTED + 2, "signal": "SIGTERM", "group": True}}
     settings = {**SETTINGS, "arguments": arguments, "faults": faults}
@@ -184,7 +177,7 @@ def test_sigterm_to_every_process_of_a_job_spares_the_workers_that_load_data(
 
 
 @pytest.mark.slow
-def test_a_second_training_into_the_same_folder_is_refused(tmp_path: Path) -> None:
+def test_a_second_training_into_the_same_folder_is_refused(tmp_path):
     process = start(tmp_path, "single", 1, **SETTINGS, pace=1.0)
     try:
         _read_until(process, "ready")
@@ -196,7 +189,7 @@ def test_a_second_training_into_the_same_folder_is_refused(tmp_path: Path) -> No
     assert "output: another training writes here. Wait for it to end" in second.output
 
 
-def test_a_rank_that_fails_stops_the_launch_within_seconds(tmp_path: Path) -> None:
+def test_a_rank_that_fails_stops_the_launch_within_seconds(tmp_path):
     process = start(tmp_path, "ddp", 2, **SETTINGS, faults={"nan": [1, REPORTED + 1]})
     try:
         output = _read_until(process, "ready")
@@ -213,7 +206,7 @@ def test_a_rank_that_fails_stops_the_launch_within_seconds(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3"])
-def test_killed_in_a_checkpoint_under_each_strategy(strategy: str, tmp_path: Path, uninterrupted: Any) -> None:
+def test_killed_in_a_checkpoint_under_each_strategy(strategy, tmp_path, uninterrupted):
     faults = {"checkpoint": {"number": 4, "signal": "SIGKILL", "rank": 1}}
     _, second = _started_again(tmp_path, strategy, 2, faults)
     assert "checkpoint-4 is passed over" in second.output
@@ -221,14 +214,14 @@ def test_killed_in_a_checkpoint_under_each_strategy(strategy: str, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(tmp_path_factory: pytest.TempPathFactory, uninterrupted: Any) -> None:
+def test_killed_at_twenty_random_moments(tmp_path_factory, uninterrupted):
     """Trainings of one process and of two, of a ViT, a Swin and a ViT whose head was replaced.
 
     Each is killed once between its start and its usual end.
     """
     moments = random.Random(20)
     launches = [("single", 1), ("ddp", 2)]
-    models: list[dict[str, Any]] = [{"model": "vit"}, {"model": "swin"}, {"model": "vit", "replaced_head": True}]
+    models = [{"model": "vit"}, {"model": "swin"}, {"model": "vit", "replaced_head": True}]
     runs = []
     for number in range(20):
         strategy, processes = launches[number % 2]
@@ -248,9 +241,7 @@ def test_killed_at_twenty_random_moments(tmp_path_factory: pytest.TempPathFactor
     assert len({run["found"] for run in runs}) > 2
 
 
-def _killed_after(
-    seconds: float, folder: Path, strategy: str, processes: int, settings: dict[str, Any]
-) -> dict[str, Any]:
+def _killed_after(seconds, folder, strategy, processes, settings):
     """Kill a training, launcher and all, some time after it is set up; says what it left behind."""
     process = start(folder, strategy, processes, **settings, pace=PACE)
     for _ in range(processes):
@@ -272,7 +263,7 @@ def _killed_after(
     return {"found": found, "checkpoints": [path.name for path in checkpoints], "half_written": partial}
 
 
-def _read_until(process: Any, text: str) -> str:
+def _read_until(process, text):
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -281,7 +272,7 @@ def _read_until(process: Any, text: str) -> str:
     return "".join(lines)
 
 
-def _kill(process: Any) -> None:
+def _kill(process):
     """Kill a launch with all that it has started; the processes of a launcher have sessions of their own."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):

@@ -1,10 +1,5 @@
 """What is refused when a model or its checkpoints are sharded."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,7 +17,7 @@ from tests.distributed.ranks import run_ranks
 from tests.trainer.toys import ToyImages, arguments, build
 
 
-def _initialise_sharded() -> bool:
+def _initialise_sharded():
     made = case("vit")
     fully_shard(made.model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     assert all(isinstance(parameter, DTensor) for parameter in made.model.parameters())
@@ -33,11 +28,11 @@ def _initialise_sharded() -> bool:
     return True
 
 
-def test_a_model_that_is_sharded_already_is_refused() -> None:
+def test_a_model_that_is_sharded_already_is_refused():
     assert run_ranks(2, _initialise_sharded) == [True, True]
 
 
-def _replica_on_a_small_device() -> str:
+def _replica_on_a_small_device():
     """Rank 1 has no memory left; what it says."""
     from nio_hf.trainer import replica
 
@@ -48,14 +43,14 @@ def _replica_on_a_small_device() -> str:
     return str(refused.value)
 
 
-def test_a_device_that_is_too_small_stops_all_with_the_numbers() -> None:
+def test_a_device_that_is_too_small_stops_all_with_the_numbers():
     messages = run_ranks(2, _replica_on_a_small_device)
     assert messages[0] == messages[1]
     assert messages[0].startswith("rank 1, NIO: needs 0.0 GiB of cpu")
     assert "Initialise once on a machine with more memory" in messages[0]
 
 
-def _weights_of_replica() -> Any:
+def _weights_of_replica():
     rank = Collective.current().rank
     torch.manual_seed(rank)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
@@ -66,15 +61,13 @@ def _weights_of_replica() -> Any:
     return {name: tensor.tolist() for name, tensor in replica.state_dict().items()}
 
 
-def test_ranks_that_built_other_models_work_on_the_one_of_rank_0() -> None:
+def test_ranks_that_built_other_models_work_on_the_one_of_rank_0():
     replicas = run_ranks(3, _weights_of_replica)
     assert replicas[0] == replicas[1] == replicas[2]
     assert replicas[0]["1.running_mean"] == [0, 0, 0]
 
 
-def test_sharded_checkpoints_of_fsdp_are_refused_before_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sharded_checkpoints_of_fsdp_are_refused_before_training(tmp_path, monkeypatch):
     trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path), train_dataset=ToyImages())
     plugin = type("Plugin", (), {"state_dict_type": "StateDictType.SHARDED_STATE_DICT"})()
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
@@ -84,7 +77,7 @@ def test_sharded_checkpoints_of_fsdp_are_refused_before_training(
 
 
 @pytest.mark.slow
-def test_nio_after_deepspeed_has_taken_the_weights_is_refused(tmp_path: Path) -> None:
+def test_nio_after_deepspeed_has_taken_the_weights_is_refused(tmp_path):
     outcome = launch(tmp_path, "zero2", 2, arguments={"max_steps": 2, "save_strategy": "no"}, nio_again=True)
     assert outcome.status != 0
     assert "ModelError: model: DeepSpeed holds a copy of its weights already" in outcome.output

@@ -1,10 +1,5 @@
 """Trainings under each strategy of Accelerate, in real processes."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from transformers import AutoModelForImageClassification
@@ -19,7 +14,7 @@ SEARCHES = {"published": PUBLISHED, "computed": COMPUTED}
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def alone(tmp_path_factory):
     """{search: NIO in this process, its scales and the weights that it makes}."""
     found = {}
     for search, arguments in SEARCHES.items():
@@ -33,7 +28,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return found
 
 
-def _check(folder: Path, strategy: str, search: str, processes: int, alone: Any) -> None:
+def _check(folder, strategy, search, processes, alone):
     outcome = launch(folder, strategy, processes, arguments=SEARCHES[search])
     assert outcome.status == 0, outcome.output[-3000:]
     scales, expected = alone[search]
@@ -66,13 +61,13 @@ def _check(folder: Path, strategy: str, search: str, processes: int, alone: Any)
         pytest.param("zero3", "computed", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_find_the_scales_of_one_and_train(strategy: str, search: str, tmp_path: Path, alone: Any) -> None:
+def test_two_processes_find_the_scales_of_one_and_train(strategy, search, tmp_path, alone):
     _check(tmp_path, strategy, search, 2, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_seed_the_optimizer_as_one_does(strategy: str, tmp_path: Path) -> None:
+def test_two_processes_seed_the_optimizer_as_one_does(strategy, tmp_path):
     """A step of two processes sees as many samples as one of a process with batches of twice the size."""
     settings = {"nio_seed_optimizer": "gi_adam", "max_steps": 2, "save_strategy": "no"}
     alone = launch(tmp_path / "alone", "single", 1, arguments={**settings, "per_device_train_batch_size": 8})
@@ -87,7 +82,7 @@ def test_two_processes_seed_the_optimizer_as_one_does(strategy: str, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_another_method_gives_two_processes_the_weights_of_one(strategy: str, tmp_path: Path) -> None:
+def test_another_method_gives_two_processes_the_weights_of_one(strategy, tmp_path):
     options = {"iterations": 4}
     settings = {"nio_method": "gradinit", "nio_method_kwargs": options, "max_steps": 2, "save_strategy": "no"}
     alone = launch(tmp_path / "alone", "single", 1, arguments=settings)
@@ -99,7 +94,7 @@ def test_another_method_gives_two_processes_the_weights_of_one(strategy: str, tm
 
 
 @pytest.mark.slow
-def test_two_processes_agree_on_the_winner_of_a_race_and_hold_the_one_of_one_process(tmp_path: Path) -> None:
+def test_two_processes_agree_on_the_winner_of_a_race_and_hold_the_one_of_one_process(tmp_path):
     settings = {**COMPUTED, "nio_race_steps": 3, "max_steps": 8, "save_strategy": "no", "dataloader_num_workers": 0}
     alone = launch(tmp_path / "alone", "single", 1, arguments={**settings, "per_device_train_batch_size": 8})
     together = launch(tmp_path / "together", "ddp", 2, arguments=settings)
@@ -116,7 +111,7 @@ def test_two_processes_agree_on_the_winner_of_a_race_and_hold_the_one_of_one_pro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
-def test_a_race_of_a_model_in_shards_is_refused(strategy: str, tmp_path: Path) -> None:
+def test_a_race_of_a_model_in_shards_is_refused(strategy, tmp_path):
     outcome = launch(tmp_path, strategy, 2, arguments={**COMPUTED, "nio_race_steps": 3})
     assert outcome.status != 0
     assert "nio_race_steps: given with FSDP or DeepSpeed" in outcome.output
@@ -124,7 +119,7 @@ def test_a_race_of_a_model_in_shards_is_refused(strategy: str, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_deepspeed_has_no_second_moment_to_seed(tmp_path: Path) -> None:
+def test_deepspeed_has_no_second_moment_to_seed(tmp_path):
     outcome = launch(tmp_path, "zero2", 2, arguments={"nio_seed_optimizer": "gi_adam"})
     assert outcome.status != 0
     assert "nio_seed_optimizer: given with DeepSpeed" in outcome.output
@@ -134,7 +129,5 @@ def test_deepspeed_has_no_second_moment_to_seed(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "zero1"])
-def test_three_processes_find_the_scales_of_one_and_train(
-    strategy: str, search: str, tmp_path: Path, alone: Any
-) -> None:
+def test_three_processes_find_the_scales_of_one_and_train(strategy, search, tmp_path, alone):
     _check(tmp_path, strategy, search, 3, alone)

@@ -1,15 +1,11 @@
 """Trainings that end before their time, and go on from a checkpoint that is whole."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -22,13 +18,13 @@ from nio_hf.files import only_writer
 from tests.durable.trainings import At, Notes, Weights, make, saved_weights, steps_saved
 from tests.trainer.toys import InterruptedAfter, Interruption, snapshot, unchanged
 
-SAVING: dict[str, Any] = {"nio": False, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+SAVING = {"nio": False, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 FULL = "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
 """Error of torch.save on a full disk, observed on a disk of 1 MiB."""
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory):
     """The output of an undisturbed training of four steps, saved at steps 2 and 4."""
     output_dir = tmp_path_factory.mktemp("whole")
     make(output_dir, **SAVING).train()
@@ -36,19 +32,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(whole: Path, tmp_path: Path) -> Path:
+def run(whole, tmp_path):
     """A copy of the output of that training, which a test may harm."""
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-def interrupted(output_dir: Path, *args: Any, **settings: Any) -> Any:
+def interrupted(output_dir, *args, **settings):
     trainer = make(output_dir, *args, callbacks=[InterruptedAfter(3)], **settings)
     with pytest.raises(Interruption):
         trainer.train()
     return trainer
 
 
-def test_auto_begins_without_checkpoints_and_goes_on_with_them(whole: Path, tmp_path: Path) -> None:
+def test_auto_begins_without_checkpoints_and_goes_on_with_them(whole, tmp_path):
     first = make(tmp_path, callbacks=[InterruptedAfter(3)], **SAVING)
     with pytest.raises(Interruption):
         first.train(resume_from_checkpoint="auto")
@@ -59,22 +55,20 @@ def test_auto_begins_without_checkpoints_and_goes_on_with_them(whole: Path, tmp_
     assert unchanged(saved_weights(whole / "checkpoint-4"), snapshot(second.model))
 
 
-def _cut_off(checkpoint: Path) -> None:
+def _cut_off(checkpoint):
     (checkpoint / MANIFEST_NAME).unlink()
     (checkpoint / UNFINISHED_NAME).touch()
     os.truncate(checkpoint / "optimizer.pt", 10)
 
 
-def _change(checkpoint: Path) -> None:
+def _change(checkpoint):
     content = bytearray((checkpoint / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (checkpoint / "model.safetensors").write_bytes(content)
 
 
 @pytest.mark.parametrize(("harm", "reason"), [(_cut_off, MANIFEST_NAME), (_change, "model.safetensors")])
-def test_a_newest_checkpoint_that_is_not_whole_is_passed_over(
-    harm: Callable[[Path], None], reason: str, whole: Path, run: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_newest_checkpoint_that_is_not_whole_is_passed_over(harm, reason, whole, run, caplog):
     harm(run / "checkpoint-4")
     (run / "checkpoint-4" / "of_another_run.bin").touch()
     resumed = make(run, **SAVING)
@@ -87,7 +81,7 @@ def test_a_newest_checkpoint_that_is_not_whole_is_passed_over(
     assert not (run / "checkpoint-4" / "of_another_run.bin").exists(), "a checkpoint is written anew"
 
 
-def test_true_needs_a_checkpoint_that_is_whole(run: Path, tmp_path: Path) -> None:
+def test_true_needs_a_checkpoint_that_is_whole(run, tmp_path):
     with pytest.raises(CheckpointError, match=r"no checkpoint that can be used.*'auto', which begins"):
         make(tmp_path / "empty", **SAVING).train(resume_from_checkpoint=True)
     for step in (2, 4):
@@ -97,7 +91,7 @@ def test_true_needs_a_checkpoint_that_is_whole(run: Path, tmp_path: Path) -> Non
         make(run, **SAVING).train(resume_from_checkpoint=True)
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     trainer, folder = make(tmp_path, **SAVING), tmp_path / "checkpoint-9"
     with pytest.raises(CheckpointError, match=r"checkpoint-9' is no folder.*Give a folder OUTPUT_DIR/checkpoint-N"):
         trainer.train(resume_from_checkpoint=str(folder))
@@ -106,7 +100,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         trainer.train(resume_from_checkpoint=str(folder))
 
 
-def test_a_checkpoint_that_was_changed_is_refused_by_the_name_of_its_file_and_used_without_manifest(run: Path) -> None:
+def test_a_checkpoint_that_was_changed_is_refused_by_the_name_of_its_file_and_used_without_manifest(run):
     checkpoint = run / "checkpoint-2"
     weights = saved_weights(checkpoint)
     weights["vit.embeddings.cls_token"] += 1
@@ -124,9 +118,7 @@ def test_a_checkpoint_that_was_changed_is_refused_by_the_name_of_its_file_and_us
 
 
 @pytest.mark.parametrize("asked", ["auto", "path"])
-def test_a_checkpoint_of_trainer_is_gone_on_from(
-    asked: str, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_checkpoint_of_trainer_is_gone_on_from(asked, whole, tmp_path, caplog):
     interrupted(tmp_path, Trainer, **SAVING)
     checkpoint = tmp_path / "checkpoint-2"
     assert not has_manifest(checkpoint)
@@ -138,7 +130,7 @@ def test_a_checkpoint_of_trainer_is_gone_on_from(
     assert ("has no manifest" in caplog.text) == (asked != "path")
 
 
-def test_a_checkpoint_without_an_optimizer_is_gone_on_from_as_trainer_does(tmp_path: Path) -> None:
+def test_a_checkpoint_without_an_optimizer_is_gone_on_from_as_trainer_does(tmp_path):
     settings = {**SAVING, "save_only_model": True}
     interrupted(tmp_path, **settings)
     resumed, begun = make(tmp_path, **settings), list[Weights]()
@@ -153,9 +145,7 @@ def test_a_checkpoint_without_an_optimizer_is_gone_on_from_as_trainer_does(tmp_p
     [(64, {"max_steps": 4}), (32, {"max_steps": 4}), (32, {"max_steps": -1, "num_train_epochs": 1})],
     ids=["within an epoch", "at the end of an epoch", "in epochs"],
 )
-def test_a_finished_training_that_is_started_again_trains_nothing(
-    samples: int, length: dict[str, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_finished_training_that_is_started_again_trains_nothing(samples, length, tmp_path, caplog):
     settings = {**SAVING, **length}
     finished, again = (make(tmp_path, samples=samples, **settings) for _ in range(2))
     finished.train()
@@ -168,9 +158,7 @@ def test_a_finished_training_that_is_started_again_trains_nothing(
 
 
 @pytest.mark.parametrize("limit", [None, 1])
-def test_checkpoints_are_sealed_with_what_callbacks_wrote_and_kept_up_to_the_limit(
-    limit: int | None, tmp_path: Path
-) -> None:
+def test_checkpoints_are_sealed_with_what_callbacks_wrote_and_kept_up_to_the_limit(limit, tmp_path):
     trainer = make(tmp_path, **SAVING, save_total_limit=limit)
     trainer.add_callback(Notes())
     trainer.train()
@@ -184,10 +172,10 @@ def test_checkpoints_are_sealed_with_what_callbacks_wrote_and_kept_up_to_the_lim
     assert "average/notes.txt has 3 bytes, not 13" in str(fault_of(checkpoint))
 
 
-def test_the_best_checkpoint_is_kept_beside_the_newest_and_loaded(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_beside_the_newest_and_loaded(tmp_path):
     choosing = {"load_best_model_at_end": True, "metric_for_best_model": "step", "greater_is_better": False}
     evaluating = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
-    settings: dict[str, Any] = {**SAVING, **choosing, **evaluating}
+    settings = {**SAVING, **choosing, **evaluating}
     interrupted(tmp_path, **settings)
     assert steps_saved(tmp_path) == [1, 3]
     resumed = make(tmp_path, **settings)
@@ -197,8 +185,8 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_and_loaded(tmp_path: Path
     assert unchanged(saved_weights(tmp_path / "checkpoint-1"), snapshot(resumed.model))
 
 
-def _fail(error: Exception) -> Callable[..., None]:
-    def failing(*args: Any, **kwargs: Any) -> None:
+def _fail(error):
+    def failing(*args, **kwargs):
         raise error
 
     return failing
@@ -216,9 +204,7 @@ NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         ("os.fsync", NO_SPACE),
     ],
 )
-def test_a_full_disk_in_a_save_leaves_the_earlier_checkpoint(
-    target: str, error: Exception, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_in_a_save_leaves_the_earlier_checkpoint(target, error, whole, tmp_path, monkeypatch):
     full = At("on_step_end", lambda: monkeypatch.setattr(target, _fail(error)), 4)
     trainer = make(tmp_path, callbacks=[full], **SAVING, save_total_limit=1)
     with pytest.raises(OutputError, match=r"checkpoint-4: .*Free space .* checkpoints saved before are whole"):
@@ -232,13 +218,13 @@ def test_a_full_disk_in_a_save_leaves_the_earlier_checkpoint(
     assert unchanged(saved_weights(whole / "checkpoint-4"), snapshot(resumed.model))
 
 
-def test_an_error_that_is_not_of_the_disk_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_is_not_of_the_disk_stays_as_it_is(tmp_path, monkeypatch):
     failing = At("on_step_end", lambda: monkeypatch.setattr(torch, "save", _fail(RuntimeError("CUDA error"))), 2)
     with pytest.raises(RuntimeError, match=r"^CUDA error$"):
         make(tmp_path, callbacks=[failing], **SAVING).train()
 
 
-def test_a_second_training_into_the_same_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_training_into_the_same_folder_is_refused(tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(fcntl, "lockf", _fail(BlockingIOError()))
     with pytest.raises(OutputError, match=r"another training writes here\. Wait for it to end"):
@@ -249,9 +235,9 @@ def test_a_second_training_into_the_same_folder_is_refused(tmp_path: Path, monke
     assert not (tmp_path / "_nio_lock").exists()
 
 
-def test_what_is_saved_of_a_schedule_free_training_is_what_is_evaluated(tmp_path: Path) -> None:
+def test_what_is_saved_of_a_schedule_free_training_is_what_is_evaluated(tmp_path):
     pytest.importorskip("schedulefree")
-    evaluated: list[Weights] = []
+    evaluated = []
     rate = {"learning_rate": 0.1, "lr_scheduler_type": "constant", "optim": "schedule_free_adamw"}
     trainer = make(tmp_path, **SAVING, **rate, eval_strategy="steps", eval_steps=2)
     for step in (2, 4):

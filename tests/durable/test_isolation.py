@@ -1,10 +1,7 @@
 """Random numbers drawn beside a training do not change it."""
 
-from __future__ import annotations
-
 import contextlib
 import random
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +13,13 @@ from nio_hf.durable.isolation import isolated_random_state
 class Holder:
     """Holds generators as data sets do: as attributes, and inside other attributes."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.numpy = np.random.default_rng(0)
         self.inner = {"transforms": [torch.Generator().manual_seed(0), random.Random(0)]}
         self.legacy = np.random.RandomState(0)
         self.itself = self
 
-    def draw(self) -> list[Any]:
+    def draw(self):
         own, python = self.inner["transforms"]
         return [
             float(self.numpy.random()),
@@ -36,8 +33,8 @@ class Holder:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_generators_go_on_as_if_nothing_had_been_drawn(fails: bool) -> None:
-    def draws(isolated: bool) -> list[Any]:
+def test_generators_go_on_as_if_nothing_had_been_drawn(fails):
+    def draws(isolated):
         torch.manual_seed(1), random.seed(1), np.random.seed(1)
         holder = Holder()
         if isolated:

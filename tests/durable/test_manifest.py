@@ -1,14 +1,11 @@
 """Manifests: checkpoints that are whole, the choice of the newest, and the deletion of old ones."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import TrainerState
@@ -30,10 +27,8 @@ from nio_hf.files import write_atomically
 
 
 @pytest.mark.parametrize("moment", ["_digest", "write_atomically"])
-def test_a_checkpoint_whose_sealing_was_cut_off_is_not_taken_for_one_of_trainer(
-    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*args: Any) -> None:
+def test_a_checkpoint_whose_sealing_was_cut_off_is_not_taken_for_one_of_trainer(moment, tmp_path, monkeypatch):
+    def killed(*args):
         raise KeyboardInterrupt
 
     checkpoint = tmp_path / "checkpoint-1"
@@ -52,7 +47,7 @@ def test_a_checkpoint_whose_sealing_was_cut_off_is_not_taken_for_one_of_trainer(
 
 
 @pytest.mark.parametrize("later", ["sealed", "unsealed"])
-def test_the_newest_is_the_one_written_last_sealed_or_of_trainer(later: str, tmp_path: Path) -> None:
+def test_the_newest_is_the_one_written_last_sealed_or_of_trainer(later, tmp_path):
     sealed, unsealed = _sealed(tmp_path / "checkpoint-1"), _unsealed(tmp_path / "checkpoint-2")
     assert "trainer_state.json cannot be read" in str(checkpoint_fault(unsealed))
     TrainerState().save_to_json(str(unsealed / "trainer_state.json"))
@@ -63,24 +58,24 @@ def test_the_newest_is_the_one_written_last_sealed_or_of_trainer(later: str, tmp
     assert _steps(tmp_path) == ([1] if later == "sealed" else [2])
 
 
-def _truncate(checkpoint: Path) -> None:
+def _truncate(checkpoint):
     os.truncate(checkpoint / "model.bin", 99)
 
 
-def _change(checkpoint: Path) -> None:
+def _change(checkpoint):
     (checkpoint / "parts" / "optimizer.bin").write_bytes(b"other")
 
 
-def _remove(checkpoint: Path) -> None:
+def _remove(checkpoint):
     (checkpoint / "model.bin").unlink()
 
 
-def _replace_by_a_folder(checkpoint: Path) -> None:
+def _replace_by_a_folder(checkpoint):
     _remove(checkpoint)
     (checkpoint / "model.bin").mkdir()
 
 
-def test_broken_ones_are_passed_over_and_it_is_said_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_ones_are_passed_over_and_it_is_said_why(tmp_path, caplog):
     faults = {
         3: (_change, "parts/optimizer.bin has been changed: its SHA-256 is another one"),
         4: (_truncate, "model.bin has 99 bytes, not 1,000"),
@@ -114,7 +109,7 @@ def test_broken_ones_are_passed_over_and_it_is_said_why(tmp_path: Path, caplog: 
         b'{"format": 1, "saved": 1.0, "files": {"model.bin": ["many", "digest"]}}',
     ],
 )
-def test_a_manifest_that_cannot_be_read_is_as_good_as_none(content: bytes | None, tmp_path: Path) -> None:
+def test_a_manifest_that_cannot_be_read_is_as_good_as_none(content, tmp_path):
     checkpoint = _sealed(tmp_path / "checkpoint-1")
     (checkpoint / MANIFEST_NAME).unlink()
     if content is not None:
@@ -123,7 +118,7 @@ def test_a_manifest_that_cannot_be_read_is_as_good_as_none(content: bytes | None
     assert newest_usable(candidates(tmp_path)) is None
 
 
-def test_the_time_tells_the_newest_and_then_the_number(tmp_path: Path) -> None:
+def test_the_time_tells_the_newest_and_then_the_number(tmp_path):
     for step in (10, 9, 3):
         _sealed(tmp_path / f"checkpoint-{step}")
     assert newest_usable(candidates(tmp_path)) == tmp_path / "checkpoint-3"
@@ -134,7 +129,7 @@ def test_the_time_tells_the_newest_and_then_the_number(tmp_path: Path) -> None:
     assert newest_usable(candidates(tmp_path)) == tmp_path / "checkpoint-9"
 
 
-def test_other_names_are_left_alone(tmp_path: Path) -> None:
+def test_other_names_are_left_alone(tmp_path):
     assert newest_usable(candidates(tmp_path / "missing")) is None
     others = ["checkpoint-abc", "checkpoint-5.old", "checkpoint--7", "my-checkpoint-8", "_nio_init"]
     for name in others:
@@ -158,9 +153,7 @@ def test_other_names_are_left_alone(tmp_path: Path) -> None:
         (1, [1], [1]),
     ],
 )
-def test_the_oldest_are_deleted_down_to_the_limit(
-    limit: int | None, keep: list[int], left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_oldest_are_deleted_down_to_the_limit(limit, keep, left, tmp_path, monkeypatch):
     for step in (1, 2, 3, 4):
         _sealed(tmp_path / f"checkpoint-{step}")
     monkeypatch.chdir(tmp_path)
@@ -168,7 +161,7 @@ def test_the_oldest_are_deleted_down_to_the_limit(
     assert _steps(tmp_path) == left
 
 
-def test_half_written_ones_are_deleted_first_whatever_the_clock_says(tmp_path: Path) -> None:
+def test_half_written_ones_are_deleted_first_whatever_the_clock_says(tmp_path):
     _saved_at(_sealed(tmp_path / "checkpoint-1"), 4e9)
     for step in (3, 9):
         _unsealed(tmp_path / f"checkpoint-{step}")
@@ -181,9 +174,7 @@ def test_half_written_ones_are_deleted_first_whatever_the_clock_says(tmp_path: P
 
 @pytest.mark.parametrize("former", ["old", None])
 @pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (Path, "replace")])
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(
-    owner: Any, name: str, former: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(owner, name, former, tmp_path, monkeypatch):
     file = tmp_path / "state.json"
     if former is not None:
         write_atomically(file, former)
@@ -197,7 +188,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_checkpoint_that_cannot_be_sealed_is_an_output_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_cannot_be_sealed_is_an_output_error(tmp_path, monkeypatch):
     checkpoint = _unsealed(tmp_path / "checkpoint-1")
     monkeypatch.setattr(os, "fsync", _full)
     with pytest.raises(OutputError, match=r"checkpoint-1: .*No space left.* Free space, then start again\."):
@@ -209,7 +200,7 @@ def test_a_checkpoint_that_cannot_be_sealed_is_an_output_error(tmp_path: Path, m
         write_manifest(checkpoint)
 
 
-def _unsealed(checkpoint: Path) -> Path:
+def _unsealed(checkpoint):
     """A checkpoint without a manifest, as a killed training leaves it."""
     (checkpoint / "parts").mkdir(parents=True)
     (checkpoint / "model.bin").write_bytes(b"x" * 1000)
@@ -217,21 +208,21 @@ def _unsealed(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def _sealed(checkpoint: Path) -> Path:
+def _sealed(checkpoint):
     write_manifest(_unsealed(checkpoint))
     return checkpoint
 
 
-def _saved_at(checkpoint: Path, seconds: float) -> Path:
+def _saved_at(checkpoint, seconds):
     """Change the time in the manifest of a checkpoint."""
     file = checkpoint / MANIFEST_NAME
     file.write_text(json.dumps({**json.loads(file.read_text()), "saved": seconds}))
     return checkpoint
 
 
-def _steps(folder: Path) -> list[int]:
+def _steps(folder):
     return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
 
 
-def _full(*args: Any, **kwargs: Any) -> None:
+def _full(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

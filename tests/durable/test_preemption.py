@@ -1,17 +1,11 @@
 """SIGTERM during a training: a whole checkpoint, an exit status, and the same weights after the next start."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from nio_hf.durable import GO_ON
 from nio_hf.durable.manifest import candidates, fault_of, newest_usable
@@ -23,18 +17,18 @@ from tests.durable.trainings import PUBLISHED, At, Counting, Notes, steps_saved,
 from tests.trainer.toys import snapshot, unchanged
 
 EPOCH, STEPS = 4, 6
-BEST: dict[str, Any] = {
+BEST = {
     **{"eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True},
     **{"metric_for_best_model": "step", "greater_is_better": False},
 }
 
 
 @pytest.fixture(autouse=True)
-def terminations() -> Iterator[list[int]]:
+def terminations():
     """Signals that reach the former handler, which is installed again after each test."""
-    received: list[int] = []
+    received = []
 
-    def former(number: int, frame: Any) -> None:
+    def former(number, frame):
         received.append(number)
 
     before = signal.signal(signal.SIGTERM, former)
@@ -42,7 +36,7 @@ def terminations() -> Iterator[list[int]]:
     assert signal.signal(signal.SIGTERM, before) is former
 
 
-def sigterm(step: int, event: str = "on_step_begin") -> At:
+def sigterm(step, event="on_step_begin"):
     """Send SIGTERM to this process in a step, once."""
     return At(event, terminate, step if event in ("on_step_end", "on_epoch_end") else step - 1)
 
@@ -53,18 +47,18 @@ class Fourth(Counting):
     best_step = 4
 
 
-def make(output_dir: Path, trainer_class: Any = Fourth, **changes: Any) -> Any:
+def make(output_dir, trainer_class=Fourth, **changes):
     settings = {"enable_jit_checkpoint": True, "nio": False, "max_steps": STEPS, "learning_rate": 1e-2, "dropout": 0.1}
     return trainings.make(output_dir, trainer_class, samples=8 * EPOCH, **{**settings, **changes})
 
 
-def trained(output_dir: Path, resume: str | None = None, **changes: Any) -> Any:
+def trained(output_dir, resume=None, **changes):
     trainer = make(output_dir, **changes)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
-def stopped(output_dir: Path, *callbacks: TrainerCallback, **changes: Any) -> Any:
+def stopped(output_dir, *callbacks, **changes):
     trainer = make(output_dir, callbacks=callbacks, **changes)
     with pytest.raises(Preempted):
         trainer.train()
@@ -78,8 +72,8 @@ def stopped(output_dir: Path, *callbacks: TrainerCallback, **changes: Any) -> An
         *((3, event) for event in ("on_substep_end", "on_pre_optimizer_step", "on_step_end")),
     ],
 )
-def test_the_step_is_finished_saved_and_gone_on_from(step: int, event: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+def test_the_step_is_finished_saved_and_gone_on_from(step, event, tmp_path):
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     whole, seen, checkpoint = trained(tmp_path / "whole", **settings), Notes(), tmp_path / "run" / f"checkpoint-{step}"
     saving = {"save_strategy": "steps", "save_steps": step} if event == "on_step_begin" else {"save_strategy": "no"}
     assert stopped(tmp_path / "run", sigterm(step, event), seen, **saving, **settings).state.global_step == step
@@ -92,7 +86,7 @@ def test_the_step_is_finished_saved_and_gone_on_from(step: int, event: str, tmp_
     assert unchanged(snapshot(whole.model), snapshot(resumed.model))
 
 
-def test_a_process_reacts_in_each_training_of_each_trainer_and_goes_on(tmp_path: Path) -> None:
+def test_a_process_reacts_in_each_training_of_each_trainer_and_goes_on(tmp_path):
     whole = trained(tmp_path / "whole")
     first, second = (make(tmp_path / name, callbacks=[sigterm(2)]) for name in ("first", "second"))
     for trainer in (first, second):
@@ -111,8 +105,8 @@ def test_a_process_reacts_in_each_training_of_each_trainer_and_goes_on(tmp_path:
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 @pytest.mark.parametrize("step", [3, EPOCH])
-def test_an_evaluation_that_is_left_out_changes_no_weight(step: int, strategy: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"eval_strategy": strategy, "eval_steps": 2, "save_strategy": strategy}
+def test_an_evaluation_that_is_left_out_changes_no_weight(step, strategy, tmp_path):
+    settings = {"eval_strategy": strategy, "eval_steps": 2, "save_strategy": strategy}
     whole, seen = trained(tmp_path / "whole", **settings), Notes()
     stopped(tmp_path / "run", sigterm(step), seen, **settings)
     assert step not in seen.evaluated
@@ -121,8 +115,8 @@ def test_an_evaluation_that_is_left_out_changes_no_weight(step: int, strategy: s
     assert unchanged(snapshot(whole.model), snapshot(resumed.model))
 
 
-def test_a_learning_rate_that_depends_on_evaluations_stays_the_same(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss"}
+def test_a_learning_rate_that_depends_on_evaluations_stays_the_same(tmp_path):
+    settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss"}
     settings |= {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1, "dropout": 0.0}
     settings["lr_scheduler_kwargs"] = {"patience": 0, "threshold": 0.5}
     whole = trained(tmp_path / "whole", **settings)
@@ -136,8 +130,8 @@ def test_a_learning_rate_that_depends_on_evaluations_stays_the_same(tmp_path: Pa
 
 @pytest.mark.parametrize("step", [3, EPOCH, EPOCH + 1])
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_the_best_checkpoint_is_that_of_the_uninterrupted_run(strategy: str, step: int, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {**BEST, "eval_strategy": strategy, "save_strategy": strategy}
+def test_the_best_checkpoint_is_that_of_the_uninterrupted_run(strategy, step, tmp_path):
+    settings = {**BEST, "eval_strategy": strategy, "save_strategy": strategy}
     whole, seen = trained(tmp_path / "whole", **settings), Notes()
     stopped(tmp_path / "run", sigterm(step), seen, **settings)
     assert (step in seen.evaluated) == (step == EPOCH if strategy == "epoch" else step % 2 == 0)
@@ -149,9 +143,7 @@ def test_the_best_checkpoint_is_that_of_the_uninterrupted_run(strategy: str, ste
 
 @pytest.mark.parametrize("load_best", [True, False])
 @pytest.mark.parametrize(("strategy", "limit"), [("steps", 1), ("epoch", None)])
-def test_it_saves_also_where_only_the_best_is_saved_and_keeps_the_settings(
-    strategy: str, limit: int | None, load_best: bool, tmp_path: Path
-) -> None:
+def test_it_saves_also_where_only_the_best_is_saved_and_keeps_the_settings(strategy, limit, load_best, tmp_path):
     choosing = {**BEST, "eval_strategy": strategy, "save_strategy": "best", "load_best_model_at_end": load_best}
     settings = {**choosing, "greater_is_better": True, "save_total_limit": limit}
     trainer = stopped(tmp_path, sigterm(EPOCH), **settings)
@@ -161,8 +153,8 @@ def test_it_saves_also_where_only_the_best_is_saved_and_keeps_the_settings(
         assert (args.save_strategy, args.save_total_limit) == ("best", limit)
 
 
-def test_the_end_of_a_stopped_training_does_not_delete_its_checkpoint(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {**BEST, "eval_strategy": "steps", "save_strategy": "steps", "save_total_limit": 1}
+def test_the_end_of_a_stopped_training_does_not_delete_its_checkpoint(tmp_path):
+    settings = {**BEST, "eval_strategy": "steps", "save_strategy": "steps", "save_total_limit": 1}
     assert str(stopped(tmp_path, sigterm(3), **settings).state.best_model_checkpoint).endswith("checkpoint-2")
     assert newest_usable(candidates(tmp_path)) == tmp_path / "checkpoint-3"
 
@@ -170,14 +162,14 @@ def test_the_end_of_a_stopped_training_does_not_delete_its_checkpoint(tmp_path: 
 class NIOThatIsStopped(Counting):
     """Gets SIGTERM before computed scales are tried, or after the first iteration of the published search."""
 
-    def compute_nio_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def compute_nio_loss(self, *args, **kwargs):
         if self.losses == (20 if self.args.nio_search == "published" else 5):
             terminate()
         return super().compute_nio_loss(*args, **kwargs)
 
 
 @pytest.mark.parametrize("search", [{}, PUBLISHED], ids=["computed", "published"])
-def test_a_signal_during_nio_leaves_the_model(search: dict[str, Any], tmp_path: Path) -> None:
+def test_a_signal_during_nio_leaves_the_model(search, tmp_path):
     settings = {"nio": True, **search}
     whole = make(tmp_path / "whole", **settings)
     expected = whole.run_nio()
@@ -193,7 +185,7 @@ def test_a_signal_during_nio_leaves_the_model(search: dict[str, Any], tmp_path: 
     assert unchanged(snapshot(whole.model), snapshot(resumed.model))
 
 
-def test_without_the_setting_nothing_reacts(terminations: list[int], tmp_path: Path) -> None:
+def test_without_the_setting_nothing_reacts(terminations, tmp_path):
     trainer = make(tmp_path, callbacks=[sigterm(2)], enable_jit_checkpoint=False)
     trainer.train()
     assert terminations == [signal.SIGTERM]
@@ -201,14 +193,14 @@ def test_without_the_setting_nothing_reacts(terminations: list[int], tmp_path: P
     assert steps_saved(tmp_path) == []
 
 
-def test_a_signal_when_all_is_saved_ends_at_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_signal_when_all_is_saved_ends_at_once(caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(Preempted) as raised, preempted_at_once("all is saved"):
         signal.raise_signal(signal.SIGTERM)
     assert raised.value.code == Preempted.STATUS
     assert "all is saved" in caplog.text
 
 
-def test_a_worker_survives_one_signal_and_no_second_one() -> None:
+def test_a_worker_survives_one_signal_and_no_second_one():
     former, numbers = signal.getsignal(signal.SIGTERM), list[int]()
     try:
         SpareWorkers(numbers.append)(3)

@@ -1,12 +1,8 @@
 """Restoring checkpoints into models that differ from their config."""
 
-from __future__ import annotations
-
 import copy
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -24,23 +20,23 @@ class DurableTrainer(DurableTrainerMixin, Trainer):
     """The mixin by itself, without NIO."""
 
 
-def with_own_head(name: str = "vit") -> Any:
+def with_own_head(name="vit"):
     """A model of the library with a replaced head."""
-    model: Any = build(name)
+    model = build(name)
     model.classifier = nn.Sequential(nn.Dropout(0.1), nn.Linear(model.classifier.in_features, CLASSES))
     return model
 
 
-def with_further_arguments(name: str = "vit") -> Any:
+def with_further_arguments(name="vit"):
     """A user's class with a further argument and a layer after those of the library."""
-    stock: Any = build(name)
+    stock = build(name)
 
     class Own(type(stock)):  # type: ignore[misc]
-        def __init__(self, config: Any, width: int) -> None:
+        def __init__(self, config, width):
             super().__init__(config)
             self.further = nn.Linear(width, CLASSES)
 
-        def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        def forward(self, pixel_values, labels=None, **kwargs):
             outputs = super().forward(pixel_values=pixel_values, **kwargs)
             logits = self.further(outputs.logits)
             loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
@@ -50,9 +46,9 @@ def with_further_arguments(name: str = "vit") -> Any:
     return Own(stock.config, CLASSES)
 
 
-def with_edited_config(name: str = "vit") -> Any:
+def with_edited_config(name="vit"):
     """A model whose config was edited after it was built."""
-    model: Any = build(name)
+    model = build(name)
     if name == "swin":
         model.config.depths = [depth + 1 for depth in model.config.depths]
     else:
@@ -60,22 +56,22 @@ def with_edited_config(name: str = "vit") -> Any:
     return model
 
 
-def in_two_precisions(name: str = "vit") -> Any:
+def in_two_precisions(name="vit"):
     """A frozen body in bfloat16 with a head in fp32."""
-    model: Any = with_own_head(name)
+    model = with_own_head(name)
     body = getattr(model, model.base_model_prefix).to(torch.bfloat16)
     body.requires_grad_(False)
     head = model.classifier
 
     class Cast(nn.Module):
-        def forward(self, values: torch.Tensor) -> torch.Tensor:
+        def forward(self, values):
             return values.float()
 
     model.classifier = nn.Sequential(Cast(), *head)
     return model
 
 
-MODELS: dict[str, Callable[[str], Any]] = {
+MODELS = {
     "stock": build,
     "own head": with_own_head,
     "further arguments": with_further_arguments,
@@ -86,7 +82,7 @@ MODELS: dict[str, Callable[[str], Any]] = {
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_tensor_comes_back_bit_for_bit(kind: str, name: str, tmp_path: Path) -> None:
+def test_every_tensor_comes_back_bit_for_bit(kind, name, tmp_path):
     saved = MODELS[kind](name)
     with torch.no_grad():
         for parameter in saved.parameters():
@@ -101,9 +97,9 @@ def test_every_tensor_comes_back_bit_for_bit(kind: str, name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["own head", "further arguments", "edited config"])
-def test_a_training_goes_on_and_loads_its_best_model(kind: str, tmp_path: Path) -> None:
-    def trainer(folder: str, **changes: Any) -> Any:
-        settings: dict[str, Any] = {"nio": False, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, **changes}
+def test_a_training_goes_on_and_loads_its_best_model(kind, tmp_path):
+    def trainer(folder, **changes):
+        settings = {"nio": False, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, **changes}
         args = arguments(tmp_path / folder, **settings)
         data = {"train_dataset": ToyImages(), "eval_dataset": ToyImages(8)}
         return DurableTrainer(model=MODELS[kind]("vit"), args=args, **data)
@@ -126,9 +122,7 @@ def test_a_training_goes_on_and_loads_its_best_model(kind: str, tmp_path: Path) 
     assert unchanged(snapshot(kept), snapshot(best.model))
 
 
-def test_a_model_whose_names_are_those_of_the_file_and_a_folder_without_weights_are_left_to_trainer(
-    tmp_path: Path,
-) -> None:
+def test_a_model_whose_names_are_those_of_the_file_and_a_folder_without_weights_are_left_to_trainer(tmp_path):
     model = nn.Linear(3, 4)
     assert not restore(tmp_path, model)
     safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
@@ -140,8 +134,8 @@ def test_a_model_whose_names_are_those_of_the_file_and_a_folder_without_weights_
     assert unchanged(before, snapshot(model))
 
 
-def test_a_tensor_that_is_not_to_be_had_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    saved: Any = build("vit")
+def test_a_tensor_that_is_not_to_be_had_is_named(tmp_path, caplog):
+    saved = build("vit")
     saved.save_pretrained(tmp_path)
     config = copy.deepcopy(saved.config)
     config.num_hidden_layers += 1
@@ -158,7 +152,7 @@ def test_a_tensor_that_is_not_to_be_had_is_named(tmp_path: Path, caplog: pytest.
 
 
 @pytest.mark.parametrize("trainer_class", [DurableTrainer, NIOTrainer])
-def test_a_checkpoint_of_other_shapes_is_refused(trainer_class: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_shapes_is_refused(trainer_class, tmp_path):
     args = arguments(tmp_path, nio=False, max_steps=1, save_strategy="steps", save_steps=1)
     trainer_class(model=build("vit"), args=args, train_dataset=ToyImages()).train()
     model = build("vit", intermediate_size=24)

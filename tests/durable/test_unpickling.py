@@ -1,12 +1,9 @@
 """No checkpoint runs code: unpickling when a training resumes, loads its best model, or uses DeepSpeed."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,8 +16,8 @@ from tests.durable.trainings import Counting, make
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 FORBID = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-SAVING: dict[str, Any] = {"nio": False, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-BEST: dict[str, Any] = {
+SAVING = {"nio": False, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+BEST = {
     **{"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True},
     **{"metric_for_best_model": "step", "greater_is_better": False},
 }
@@ -29,18 +26,18 @@ BEST: dict[str, Any] = {
 class Malicious:
     """Makes a folder when it is unpickled."""
 
-    def __init__(self, proof: Path) -> None:
+    def __init__(self, proof):
         self.proof = proof
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self):
         return os.mkdir, (str(self.proof),)
 
 
-def test_resuming_and_loading_the_best_unpickle_tensors_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: dict[str, Any] = {}
+def test_resuming_and_loading_the_best_unpickle_tensors_only(tmp_path, monkeypatch):
+    loaded = {}
     load = torch.load
 
-    def recorded(file: Any, *args: Any, **kwargs: Any) -> Any:
+    def recorded(file, *args, **kwargs):
         loaded[Path(file).name] = kwargs.get("weights_only")
         return load(file, *args, **kwargs)
 
@@ -55,7 +52,7 @@ def test_resuming_and_loading_the_best_unpickle_tensors_only(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
-def test_a_checkpoint_that_holds_code_is_refused_and_runs_none(name: str, tmp_path: Path) -> None:
+def test_a_checkpoint_that_holds_code_is_refused_and_runs_none(name, tmp_path):
     sealed = name != "scheduler.pt"
     make(tmp_path, Counting if sealed else Trainer, **SAVING).train()
     checkpoint = tmp_path / "checkpoint-2"
@@ -70,7 +67,7 @@ def test_a_checkpoint_that_holds_code_is_refused_and_runs_none(name: str, tmp_pa
 
 
 @pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def environment(monkeypatch):
     """An environment with DeepSpeed and without the variables for loading by torch."""
     with warnings.catch_warnings(action="ignore"):
         pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
@@ -79,7 +76,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_tensors_and_the_classes_of_deepspeed_are_read(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tensors_and_the_classes_of_deepspeed_are_read(environment, tmp_path):
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
@@ -94,9 +91,7 @@ def test_tensors_and_the_classes_of_deepspeed_are_read(environment: pytest.Monke
 
 
 @pytest.mark.parametrize(("name", "former"), [(FORCE, None), (FORCE, "0"), (FORBID, "1")])
-def test_the_environment_is_overruled_and_put_back(
-    name: str, former: str | None, environment: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_environment_is_overruled_and_put_back(name, former, environment, tmp_path):
     if former is not None:
         environment.setenv(name, former)
     before = set(torch.serialization.get_safe_globals())

@@ -1,7 +1,5 @@
 """The package works without POSIX: a process without it imports all modules and writes checkpoints."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -45,7 +43,7 @@ print([(path.name, checkpoint_fault(path)) for path in candidates(folder)])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="takes POSIX away")
-def test_modules_import_and_checkpoints_are_written_without_posix(tmp_path: Path) -> None:
+def test_modules_import_and_checkpoints_are_written_without_posix(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WITHOUT_POSIX, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

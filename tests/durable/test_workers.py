@@ -1,7 +1,5 @@
 """Signals and errors while the workers of a data loader are at work, in processes of their own."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -52,13 +50,13 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def script(tmp_path: Path) -> Path:
+def script(tmp_path):
     file = tmp_path / "script.py"
     file.write_text(TRAINING)
     return file
 
 
-def start(script: Path, folder: Path, kind: str) -> subprocess.Popen[str]:
+def start(script, folder, kind):
     folder.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(folder), kind]
@@ -67,7 +65,7 @@ def start(script: Path, folder: Path, kind: str) -> subprocess.Popen[str]:
     )
 
 
-def alive(group: int) -> bool:
+def alive(group):
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -77,7 +75,7 @@ def alive(group: int) -> bool:
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")
 @pytest.mark.parametrize("to", ["process", "group"])
-def test_sigterm_while_workers_load_saves_the_step(to: str, script: Path, tmp_path: Path) -> None:
+def test_sigterm_while_workers_load_saves_the_step(to, script, tmp_path):
     folder = tmp_path / "run"
     process = start(script, folder, "slow")
     try:
@@ -98,7 +96,7 @@ def test_sigterm_while_workers_load_saves_the_step(to: str, script: Path, tmp_pa
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")
-def test_an_error_in_a_worker_ends_the_process(script: Path, tmp_path: Path) -> None:
+def test_an_error_in_a_worker_ends_the_process(script, tmp_path):
     process = start(script, tmp_path / "run", "broken")
     try:
         output, _ = process.communicate(timeout=LIMIT)

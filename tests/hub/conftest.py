@@ -1,10 +1,5 @@
 """A loopback Hub, and the client of this process pointed at it."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
-
 import huggingface_hub.constants
 import pytest
 from huggingface_hub import HfApi
@@ -14,7 +9,7 @@ from tests.hub.loopback import LoopbackHub
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+def hub(tmp_path, monkeypatch):
     """A Hub on this machine, to which the user is logged in with write permission."""
     with LoopbackHub() as loopback:
         client = HfApi(endpoint=loopback.endpoint)

@@ -5,8 +5,6 @@
 It speaks what huggingface_hub needs to make, push to and read repositories; paths of requests are those of the Hub.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import contextlib
@@ -16,10 +14,9 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import yaml
@@ -47,24 +44,24 @@ class Commit(NamedTuple):
 class Repository:
     """A model repository: its commits, and branches that name them."""
 
-    def __init__(self, repo_id: str, private: bool) -> None:
+    def __init__(self, repo_id, private):
         self.repo_id, self.private = repo_id, private
-        self.commits: list[Commit] = []
-        self.branches: dict[str, str] = {}
+        self.commits = []
+        self.branches = {}
         self.commit("main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
 
-    def commit(self, revision: str, title: str, contents: dict[str, bytes]) -> Commit:
+    def commit(self, revision, title, contents):
         sha = hashlib.sha1(f"{self.repo_id} {len(self.commits)} {title}".encode()).hexdigest()
         self.commits.append(Commit(sha, title, contents))
         self.branches[revision] = sha
         return self.commits[-1]
 
-    def at(self, revision: str) -> Commit | None:
+    def at(self, revision):
         """The commit that a branch or an identifier names."""
         sha = self.branches.get(revision, revision)
         return next((commit for commit in self.commits if commit.sha == sha), None)
 
-    def files(self, revision: str = "main") -> dict[str, bytes]:
+    def files(self, revision="main"):
         commit = self.at(revision)
         return {} if commit is None else dict(commit.contents)
 
@@ -81,28 +78,28 @@ class LoopbackHub:
         calls: All requests so far.
     """
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port=0):
         self.roles = {"Bearer hf_write": "write", "Bearer hf_read": "read", "Bearer hf_fine": "fineGrained"}
-        self.repositories: dict[str, Repository] = {}
-        self.objects: dict[str, bytes] = {}
-        self.calls: list[Call] = []
+        self.repositories = {}
+        self.objects = {}
+        self.calls = []
         self.lock = threading.RLock()
-        self._faults: list[tuple[str, list[None] | None, Callable[[_Handler], bool]]] = []
+        self._faults = []
         self._server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads, self._server.block_on_close = True, False
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
-    def __enter__(self) -> LoopbackHub:
+    def __enter__(self):
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
-    def environment(self, home: Path, token: str | None = "hf_write") -> dict[str, str]:
+    def environment(self, home, token="hf_write"):
         """Variables that point a process at this Hub, which huggingface_hub reads when it is imported."""
         settings = {"ENDPOINT": self.endpoint, "HOME": str(home), "HUB_DISABLE_PROGRESS_BARS": "1"}
         settings |= {"HUB_DISABLE_TELEMETRY": "1", "HUB_DISABLE_XET": "1", "HUB_OFFLINE": "0"}
@@ -110,32 +107,32 @@ class LoopbackHub:
         proxies = dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
         return {f"HF_{name}": value for name, value in settings.items()} | proxies
 
-    def fail(self, pattern: str, *, status: int, times: int | None = 1) -> None:
+    def fail(self, pattern, *, status, times=1):
         """Answer the next requests with an error status."""
         self._add(pattern, times, lambda handler: handler.refuse(status, "The Hub is not well") or True)
 
-    def drop(self, pattern: str, *, times: int | None = 1) -> None:
+    def drop(self, pattern, *, times=1):
         """Close the connection of the next requests without an answer."""
 
-        def act(handler: _Handler) -> bool:
+        def act(handler):
             self.calls.append(Call(handler.command, urlsplit(handler.path).path, 0))
             handler.close_connection = True
             return True
 
         self._add(pattern, times, act)
 
-    def delay(self, pattern: str, *, seconds: float, times: int | None = 1) -> None:
+    def delay(self, pattern, *, seconds, times=1):
         """Wait before the next requests are answered."""
         self._add(pattern, times, lambda handler: bool(time.sleep(seconds)))
 
-    def clear(self) -> None:
+    def clear(self):
         """Remove all faults."""
         self._faults.clear()
 
-    def _add(self, pattern: str, times: int | None, act: Callable[[_Handler], bool]) -> None:
+    def _add(self, pattern, times, act):
         self._faults.append((pattern, None if times is None else [None] * times, act))
 
-    def fault_for(self, request: str) -> Callable[[_Handler], bool]:
+    def fault_for(self, request):
         """What happens to a request before it is answered; True where that is in the place of an answer."""
         with self.lock:
             for pattern, left, act in self._faults:
@@ -150,14 +147,14 @@ class _Handler(BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_):
         pass
 
-    def handle_one_request(self) -> None:
+    def handle_one_request(self):
         with contextlib.suppress(ConnectionError):
             super().handle_one_request()
 
-    def respond(self) -> None:
+    def respond(self):
         """Answer a request, or run into a fault."""
         path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -173,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = respond  # noqa: N815
 
-    def answer(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+    def answer(self, content, status=200, headers=None):
         """Send bytes, or anything else as JSON."""
         self.hub.calls.append(Call(self.command, urlsplit(self.path).path, status))
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -185,17 +182,17 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def refuse(self, status: int, message: str, code: str | None = None) -> None:
+    def refuse(self, status, message, code=None):
         """Send an error as the Hub does; huggingface_hub knows some by their code."""
         headers = {"X-Error-Message": message} | ({} if code is None else {"X-Error-Code": code})
         self.answer({"error": message}, status, headers)
 
     @property
-    def role(self) -> str | None:
+    def role(self):
         """What the token of the request may do; None without a valid one."""
         return self.hub.roles.get(self.headers.get("Authorization") or "")
 
-    def readable(self, repo_id: str) -> Repository | None:
+    def readable(self, repo_id):
         """A repository that the user may see; without one the request is answered."""
         repository = self.hub.repositories.get(repo_id)
         if repository is None or (repository.private and self.role is None):
@@ -203,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return repository
 
-    def may_write(self, repo_id: str) -> bool:
+    def may_write(self, repo_id):
         """Whether the user may write into a repository; where not, the request is answered."""
         namespaces = {"write": ("user", "lab"), "fineGrained": ("user",)}.get(self.role or "", ())
         may = repo_id.partition("/")[0] in namespaces
@@ -213,11 +210,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.refuse(403, f"You don't have the rights to write into {repo_id}")
         return may
 
-    def writable(self, repo_id: str) -> Repository | None:
+    def writable(self, repo_id):
         """A repository that the user may write into; without one the request is answered."""
         return self.readable(repo_id) if self.may_write(repo_id) else None
 
-    def commit_at(self, repository: Repository | None, revision: str) -> Commit | None:
+    def commit_at(self, repository, revision):
         """A commit of a repository; without one the request is answered."""
         commit = None if repository is None else repository.at(revision)
         if repository is not None and commit is None:
@@ -225,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
         return commit
 
 
-def _whoami(request: _Handler, body: bytes) -> None:
+def _whoami(request, body):
     if request.role is None:
         request.refuse(401, "Invalid user token.")
         return
@@ -234,12 +231,12 @@ def _whoami(request: _Handler, body: bytes) -> None:
     request.answer({"type": "user", "name": "user", "orgs": orgs, "auth": auth})
 
 
-def _validate(request: _Handler, body: bytes) -> None:
+def _validate(request, body):
     errors = [{"message": error} for error in metadata_errors(json.loads(body)["content"])]
     request.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
 
 
-def metadata_errors(card: str) -> list[str]:
+def metadata_errors(card):
     """What is wrong with the metadata of a card, as the documentation of the Hub says."""
     front = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
     data = yaml.safe_load(front[1]) if front is not None else {}
@@ -260,7 +257,7 @@ def metadata_errors(card: str) -> list[str]:
     return errors
 
 
-def _create(request: _Handler, body: bytes) -> None:
+def _create(request, body):
     asked = json.loads(body)
     repo_id = f"{asked.get('organization') or 'user'}/{asked['name']}"
     if request.may_write(repo_id):
@@ -273,7 +270,7 @@ def _create(request: _Handler, body: bytes) -> None:
             request.answer(url)
 
 
-def _info(request: _Handler, body: bytes, repo_id: str, revision: str | None = None) -> None:
+def _info(request, body, repo_id, revision=None):
     repository = request.readable(repo_id)
     commit = request.commit_at(repository, revision or "main")
     if repository is not None and commit is not None:
@@ -282,23 +279,23 @@ def _info(request: _Handler, body: bytes, repo_id: str, revision: str | None = N
         request.answer({**known, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
 
 
-def _auth_check(request: _Handler, body: bytes, repo_id: str, write: str | None) -> None:
+def _auth_check(request, body, repo_id, write):
     if (request.writable if write else request.readable)(repo_id) is not None:
         request.answer({})
 
 
-def _is_lfs(path: str) -> bool:
+def _is_lfs(path):
     return path.endswith(".safetensors")
 
 
-def _oid(path: str, content: bytes) -> str:
+def _oid(path, content):
     """The identifier that the Hub gives a file: of git, or of LFS."""
     if _is_lfs(path):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _preupload(request: _Handler, body: bytes, repo_id: str, revision: str) -> None:
+def _preupload(request, body, repo_id, revision):
     commit = request.commit_at(request.writable(repo_id), revision)
     if commit is not None:
         answers = []
@@ -309,7 +306,7 @@ def _preupload(request: _Handler, body: bytes, repo_id: str, revision: str) -> N
         request.answer({"files": answers})
 
 
-def _lfs_batch(request: _Handler, body: bytes, repo_id: str) -> None:
+def _lfs_batch(request, body, repo_id):
     if request.writable(repo_id) is not None:
         objects = json.loads(body)["objects"]
         for asked in objects:
@@ -318,7 +315,7 @@ def _lfs_batch(request: _Handler, body: bytes, repo_id: str) -> None:
         request.answer({"transfer": "basic", "objects": objects})
 
 
-def _lfs_put(request: _Handler, body: bytes, oid: str) -> None:
+def _lfs_put(request, body, oid):
     if hashlib.sha256(body).hexdigest() != oid:
         request.refuse(400, "the content is not what was announced")
     else:
@@ -326,7 +323,7 @@ def _lfs_put(request: _Handler, body: bytes, oid: str) -> None:
         request.answer(b"")
 
 
-def _commit(request: _Handler, body: bytes, repo_id: str, revision: str) -> None:
+def _commit(request, body, repo_id, revision):
     repository = request.writable(repo_id)
     if repository is None:
         return
@@ -347,7 +344,7 @@ def _commit(request: _Handler, body: bytes, repo_id: str, revision: str) -> None
     request.answer({"success": True, "commitOid": commit.sha, "commitUrl": address, "hookOutput": ""})
 
 
-def _branch(request: _Handler, body: bytes, repo_id: str, branch: str) -> None:
+def _branch(request, body, repo_id, branch):
     repository = request.writable(repo_id)
     if repository is not None and branch in repository.branches:
         request.refuse(409, f"Reference already exists: {branch}")
@@ -356,14 +353,14 @@ def _branch(request: _Handler, body: bytes, repo_id: str, branch: str) -> None:
         request.answer({})
 
 
-def _tree(request: _Handler, body: bytes, repo_id: str, revision: str, folder: str | None) -> None:
+def _tree(request, body, repo_id, revision, folder):
     commit = request.commit_at(request.readable(repo_id), revision)
     if commit is not None:
         chosen = {path: file for path, file in commit.contents.items() if path.startswith(f"{folder or ''}")}
         request.answer([{"type": "file", "path": p, "size": len(f), "oid": _oid(p, f)} for p, f in chosen.items()])
 
 
-def _resolve(request: _Handler, body: bytes, repo_id: str, revision: str, path: str) -> None:
+def _resolve(request, body, repo_id, revision, path):
     commit = request.commit_at(request.readable(repo_id), revision)
     if commit is None:
         return
@@ -381,7 +378,7 @@ def _resolve(request: _Handler, body: bytes, repo_id: str, revision: str, path: 
 
 _REPO = r"([\w.-]+/[\w.-]+)"
 _MODEL = rf"/api/models/{_REPO}"
-_ROUTES: list[tuple[str, str, Callable[..., None]]] = [
+_ROUTES = [
     ("GET", "/api/whoami-v2", _whoami),
     ("POST", "/api/validate-yaml", _validate),
     ("POST", "/api/repos/create", _create),

@@ -1,12 +1,9 @@
 """The model card: metadata for the Hub and text for people."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -18,7 +15,6 @@ from nio_hf.hub.card import MARKER, card_text, write_card
 from nio_hf.hub.push import CARD_NAME, card_on_hub, push_folder
 from nio_hf.report import draw_run
 from nio_hf.report.run import Facts, Run
-from tests.hub.loopback import LoopbackHub
 from tests.report.runs import result
 
 FACTS = Facts(
@@ -39,15 +35,15 @@ INITIALISED = Run(
 TRAINED = dataclasses.replace(INITIALISED, steps=90, max_steps=90, metrics=METRICS)
 
 
-def text(run: Run, **options: Any) -> str:
+def text(run, **options):
     return card_text(run, Path("/run"), {}, **{"repo_id": "user/my-vit", "license_id": "unknown", **options})
 
 
-def parsed(run: Run, **options: Any) -> ModelCard:
+def parsed(run, **options):
     return ModelCard(text(run, **options))
 
 
-def test_the_first_line_says_that_an_initialised_checkpoint_is_not_trained() -> None:
+def test_the_first_line_says_that_an_initialised_checkpoint_is_not_trained():
     first = parsed(INITIALISED).text.strip().splitlines()[0]
     assert first.startswith("**This is an initialised checkpoint, not a trained model.")
     assert "trained for 90 steps on `uoft-cs/cifar10`" in parsed(TRAINED).text.strip().splitlines()[0]
@@ -61,7 +57,7 @@ def test_the_first_line_says_that_an_initialised_checkpoint_is_not_trained() -> 
     assert untrained.startswith("**This model is not trained.")
 
 
-def test_the_metadata_of_an_initialised_checkpoint() -> None:
+def test_the_metadata_of_an_initialised_checkpoint():
     data = parsed(INITIALISED, tags=["mine", "nio"]).data
     assert data.library_name == "transformers"
     assert data.tags == ["nio", "initialization", "untrained", "vit", "mine"]
@@ -72,7 +68,7 @@ def test_the_metadata_of_an_initialised_checkpoint() -> None:
     assert data.get("base_model") is None
 
 
-def test_the_metadata_of_a_trained_model_has_its_evaluation() -> None:
+def test_the_metadata_of_a_trained_model_has_its_evaluation():
     card = parsed(TRAINED, license_id="apache-2.0")
     data = card.data
     assert (data.license, data.pipeline_tag, data.metrics) == ("apache-2.0", "image-classification", ["accuracy"])
@@ -88,7 +84,7 @@ def test_the_metadata_of_a_trained_model_has_its_evaluation() -> None:
     assert raw["model-index"][0]["name"] == "my-vit"
 
 
-def test_the_numbers_are_those_of_the_run() -> None:
+def test_the_numbers_are_those_of_the_run():
     content = text(TRAINED)
     outcome = TRAINED.result
     assert outcome is not None
@@ -110,7 +106,7 @@ def test_the_numbers_are_those_of_the_run() -> None:
 
 
 @pytest.mark.parametrize("run", [INITIALISED, TRAINED])
-def test_it_says_how_to_load_reproduce_and_cite(run: Run) -> None:
+def test_it_says_how_to_load_reproduce_and_cite(run):
     content = text(run)
     assert 'ViTForImageClassification.from_pretrained("user/my-vit")' in content
     assert "learning_rate: 0.001" in content
@@ -125,7 +121,7 @@ def test_it_says_how_to_load_reproduce_and_cite(run: Run) -> None:
 
 
 @pytest.mark.parametrize("run", [INITIALISED, TRAINED, dataclasses.replace(TRAINED, result=None, recipe=None)])
-def test_it_is_clean_markdown_without_talk_of_fine_tuning(run: Run) -> None:
+def test_it_is_clean_markdown_without_talk_of_fine_tuning(run):
     content = text(run)
     assert "fine-tuned" not in content.lower()
     assert "[]()" not in content
@@ -138,7 +134,7 @@ def test_it_is_clean_markdown_without_talk_of_fine_tuning(run: Run) -> None:
             assert lines[number - 1] == "", f"a table without an empty line before it: {line}"
 
 
-def test_models_are_loaded_in_their_own_way(tmp_path: Path) -> None:
+def test_models_are_loaded_in_their_own_way(tmp_path):
     assert "AutoImageProcessor" not in text(TRAINED)
     (tmp_path / "preprocessor_config.json").write_text("{}")
     assert 'AutoImageProcessor.from_pretrained("user/my-vit"' in card_text(TRAINED, tmp_path, {}, "user/my-vit", "mit")
@@ -154,12 +150,12 @@ def test_models_are_loaded_in_their_own_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dataset", ["digits", "imagefolder", "/data/images", "./images", None])
-def test_only_data_sets_of_the_hub_are_linked(dataset: str | None) -> None:
+def test_only_data_sets_of_the_hub_are_linked(dataset):
     run = dataclasses.replace(TRAINED, facts=dataclasses.replace(FACTS, dataset=dataset))
     assert parsed(run).data.datasets is None
 
 
-def test_plots_are_embedded_by_a_path_in_the_repository(tmp_path: Path) -> None:
+def test_plots_are_embedded_by_a_path_in_the_repository(tmp_path):
     run = dataclasses.replace(TRAINED, log_history=[{"step": 1, "loss": 2.0}])
     write_card(run, tmp_path, draw_run(run, tmp_path / "plots"))
     content = (tmp_path / CARD_NAME).read_text()
@@ -168,7 +164,7 @@ def test_plots_are_embedded_by_a_path_in_the_repository(tmp_path: Path) -> None:
         assert (tmp_path / "plots" / f"{name}.png").is_file()
 
 
-def test_the_hub_accepts_every_card(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_the_hub_accepts_every_card(hub, tmp_path):
     for number, run in enumerate([INITIALISED, TRAINED, dataclasses.replace(TRAINED, result=None, recipe=None)]):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -179,7 +175,7 @@ def test_the_hub_accepts_every_card(hub: LoopbackHub, tmp_path: Path) -> None:
     assert loaded.data.eval_results
 
 
-def test_a_card_of_your_own_is_left_alone(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_a_card_of_your_own_is_left_alone(hub, tmp_path):
     destination = Destination("user/model")
     assert card_on_hub(destination) is None
     assert write_card(INITIALISED, tmp_path, {}, "user/model", license_id="mit")
@@ -196,16 +192,14 @@ def test_a_card_of_your_own_is_left_alone(hub: LoopbackHub, tmp_path: Path) -> N
     assert not (tmp_path / CARD_NAME).exists(), "what was written on the Hub stays there"
 
 
-def test_a_licence_that_the_hub_does_not_know_is_refused_before_anything_is_sent(
-    hub: LoopbackHub, tmp_path: Path
-) -> None:
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_anything_is_sent(hub, tmp_path):
     write_card(INITIALISED, tmp_path, {}, license_id="my-licence")
     with pytest.raises(HubError, match="license"):
         push_folder(tmp_path, Destination("user/model"), "Card", waits=())
     assert CARD_NAME not in hub.repositories["user/model"].files()
 
 
-def test_a_recipe_cannot_end_its_block() -> None:
+def test_a_recipe_cannot_end_its_block():
     recipe = "run_name: |\n  a\n  ```\n  {{ 7*7 }}\n"
     content = text(dataclasses.replace(INITIALISED, recipe=recipe))
     block = re.search(r"^(`{4,})yaml\n(.*?)\n\1$", content, re.DOTALL | re.MULTILINE)
@@ -213,7 +207,7 @@ def test_a_recipe_cannot_end_its_block() -> None:
     assert yaml.safe_load(block[2]) == yaml.safe_load(recipe)
 
 
-def test_a_card_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_card_that_cannot_be_written(tmp_path):
     (tmp_path / CARD_NAME).mkdir()
     with pytest.raises(OutputError, match=CARD_NAME):
         write_card(INITIALISED, tmp_path, {})

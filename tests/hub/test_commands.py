@@ -1,7 +1,5 @@
 """The commands with a Hub, each in a process of its own: push, load back, train from it, and failures."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -10,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,35 +41,35 @@ datasets.Dataset.from_dict(columns, features=features).to_parquet("images.parque
 class Desk:
     """A folder with a Hub, and commands that run in it."""
 
-    def __init__(self, hub: LoopbackHub, folder: Path) -> None:
+    def __init__(self, hub, folder):
         self.hub, self.folder = hub, folder
 
-    def start(self, *command: str, token: str | None = "hf_write", **variables: str) -> subprocess.Popen[str]:
+    def start(self, *command, token="hf_write", **variables):
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         environment |= self.hub.environment(self.folder / "home", token=token)
         environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(Path.cwd()), **variables}
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=pipe, stderr=pipe, text=True)
 
-    def run(self, *command: str, status: int = 0, token: str | None = "hf_write", **variables: str) -> str:
+    def run(self, *command, status=0, token="hf_write", **variables):
         process = self.start(*command, token=token, **variables)
         out, errors = process.communicate(timeout=240)
         assert process.returncode == status, errors[-3000:]
         assert "Traceback" not in errors
         return out + errors
 
-    def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
+    def files(self, repo, revision="main"):
         return self.hub.repositories[repo].files(revision)
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
+def desk(tmp_path):
     with LoopbackHub() as hub:
         yield Desk(hub, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+def shared(tmp_path_factory):
     """A Hub with `user/init`, which `nio-hf init` pushed."""
     with LoopbackHub() as hub:
         desk = Desk(hub, tmp_path_factory.mktemp("desk"))
@@ -81,7 +78,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
         yield desk
 
 
-def test_init_pushes_all_that_belongs_to_an_initialised_checkpoint(shared: Desk) -> None:
+def test_init_pushes_all_that_belongs_to_an_initialised_checkpoint(shared):
     files = shared.files("user/init")
     local = shared.folder / "outputs" / "vit-tiny-digits-nio" / "_nio_init"
     expected = {"model.safetensors", "config.json", "preprocessor_config.json", "nio_state.json", "nio_run.json"}
@@ -97,7 +94,7 @@ def test_init_pushes_all_that_belongs_to_an_initialised_checkpoint(shared: Desk)
 
 
 @pytest.mark.slow
-def test_it_is_loaded_back_bit_for_bit_by_who_may_see_it(shared: Desk) -> None:
+def test_it_is_loaded_back_bit_for_bit_by_who_may_see_it(shared):
     loaded = shared.run(sys.executable, "-c", LOAD, "user/init", "main")
     state = json.loads(shared.files("user/init")["nio_state.json"])
     assert f"True {state['mark']['fingerprint']}" in loaded
@@ -108,7 +105,7 @@ def test_it_is_loaded_back_bit_for_bit_by_who_may_see_it(shared: Desk) -> None:
     assert process.returncode != 0
 
 
-def test_a_training_starts_from_it_and_is_pushed_with_its_evaluation(shared: Desk) -> None:
+def test_a_training_starts_from_it_and_is_pushed_with_its_evaluation(shared):
     start = ["--model_name_or_path", "user/init", "--output_dir", "trained", "--push_to_hub", "user/trained"]
     shown = shared.run(*NIO, "train", RECIPE, *SMALL, *start)
     assert "NIO is skipped: the model was loaded from an initialised checkpoint." in shown
@@ -125,7 +122,7 @@ def test_a_training_starts_from_it_and_is_pushed_with_its_evaluation(shared: Des
 
 
 @pytest.mark.slow
-def test_it_is_inspected_by_its_name_and_one_that_is_not_there_is_named(shared: Desk) -> None:
+def test_it_is_inspected_by_its_name_and_one_that_is_not_there_is_named(shared):
     shown = shared.run(*NIO, "inspect", "user/init", "--use_cpu", "true")
     written = json.loads((shared.folder / "outputs/inspect/init/inspect/inspection.json").read_text())
     after = json.loads(shared.files("user/init")["nio_state.json"])["result"]["after"]
@@ -137,7 +134,7 @@ def test_it_is_inspected_by_its_name_and_one_that_is_not_there_is_named(shared: 
 
 
 @pytest.mark.slow
-def test_another_number_of_classes_is_refused(shared: Desk) -> None:
+def test_another_number_of_classes_is_refused(shared):
     data = ["--dataset_name", "parquet", "--data_files", "images.parquet", "--label_column", "label"]
     shared.run(sys.executable, "-c", IMAGES)
     start = ["--model_name_or_path", "user/init", "--output_dir", "two"]
@@ -146,7 +143,7 @@ def test_another_number_of_classes_is_refused(shared: Desk) -> None:
 
 
 @pytest.mark.slow
-def test_push_by_hand_again_and_to_a_branch(shared: Desk) -> None:
+def test_push_by_hand_again_and_to_a_branch(shared):
     push = [*NIO, "push", "outputs/vit-tiny-digits-nio", "user/by-hand"]
     shown = shared.run(*push, "--license", "apache-2.0", "--tag", "mine")
     assert f"Pushed outputs/vit-tiny-digits-nio/_nio_init to {shared.hub.endpoint}/user/by-hand" in shown
@@ -158,14 +155,14 @@ def test_push_by_hand_again_and_to_a_branch(shared: Desk) -> None:
     assert loaded.startswith("True")
 
 
-def test_what_is_wrong_is_said_before_nio_starts(desk: Desk) -> None:
+def test_what_is_wrong_is_said_before_nio_starts(desk):
     shown = desk.run(*NIO, "init", RECIPE, *SMALL, "--push_to_hub", "user/model", token="hf_read", status=1)
     assert "HubError: user/model: the token of user may only read" in shown
     assert desk.hub.repositories == {}
     assert not (desk.folder / "outputs" / "vit-tiny-digits-nio" / "_nio_init").exists()
 
 
-def test_the_end_of_a_script_waits_for_its_push(desk: Desk) -> None:
+def test_the_end_of_a_script_waits_for_its_push(desk):
     script = (
         "import sys, safetensors.torch, torch\n"
         "from tests.trainer.toys import ToyImages, arguments, build\n"
@@ -183,7 +180,7 @@ def test_the_end_of_a_script_waits_for_its_push(desk: Desk) -> None:
 
 
 @pytest.mark.slow
-def test_a_training_whose_push_fails_is_saved_and_its_command_pushes_it(desk: Desk) -> None:
+def test_a_training_whose_push_fails_is_saved_and_its_command_pushes_it(desk):
     desk.hub.fail("POST /api/models/*/commit/*", status=403, times=None)
     shown = desk.run(*NIO, "train", RECIPE, *SMALL, "--push_to_hub", "user/model", status=1)
     assert "Evaluation accuracy" in shown, "the report comes first"
@@ -196,7 +193,7 @@ def test_a_training_whose_push_fails_is_saved_and_its_command_pushes_it(desk: De
 
 
 @pytest.mark.slow
-def test_an_interrupted_upload_leaves_all_here(desk: Desk) -> None:
+def test_an_interrupted_upload_leaves_all_here(desk):
     desk.run(*NIO, "init", RECIPE, *SMALL)
     desk.hub.delay("PUT /_lfs/*", seconds=30, times=1)
     process = desk.start(*NIO, "push", "outputs/vit-tiny-digits-nio", "user/model")

@@ -1,11 +1,7 @@
 """The files in which a run describes itself, and their readers."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import EarlyStoppingCallback
@@ -37,7 +33,7 @@ EVALUATED = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """The folder of a training with checkpoints, which was saved and inspected at its end."""
     output_dir = tmp_path_factory.mktemp("run")
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3}
@@ -52,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output_dir
 
 
-def test_a_trained_run(folder: Path) -> None:
+def test_a_trained_run(folder):
     run = read_run(folder)
     assert (run.steps, run.max_steps, run.is_trained, run.is_finished) == (3, 3, True, True)
     assert run.result is not None
@@ -67,14 +63,14 @@ def test_a_trained_run(folder: Path) -> None:
     assert run.versions["nio_hf"]
 
 
-def test_an_initialised_checkpoint_and_a_checkpoint(folder: Path) -> None:
+def test_an_initialised_checkpoint_and_a_checkpoint(folder):
     initialised, checkpoint = read_run(folder / "_nio_init"), read_run(folder / "checkpoint-2")
     assert (initialised.steps, initialised.is_trained, initialised.metrics) == (0, False, {})
     assert (checkpoint.steps, checkpoint.max_steps, checkpoint.is_finished) == (2, 3, False)
     assert initialised.result == checkpoint.result
 
 
-def test_of_an_interrupted_training_it_is_the_last_checkpoint(folder: Path, tmp_path: Path) -> None:
+def test_of_an_interrupted_training_it_is_the_last_checkpoint(folder, tmp_path):
     for name in ("checkpoint-1", "checkpoint-2", "_nio_init"):
         shutil.copytree(folder / name, tmp_path / name)
     assert read_run(tmp_path).steps == 2
@@ -89,7 +85,7 @@ def test_of_an_interrupted_training_it_is_the_last_checkpoint(folder: Path, tmp_
     assert read_run(tmp_path).steps == 0
 
 
-def test_a_training_from_an_initialised_checkpoint_knows_it(folder: Path, tmp_path: Path) -> None:
+def test_a_training_from_an_initialised_checkpoint_knows_it(folder, tmp_path):
     model = type(build("vit")).from_pretrained(folder / "_nio_init")
     trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
     trainer.train()
@@ -100,7 +96,7 @@ def test_a_training_from_an_initialised_checkpoint_knows_it(folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize("way", ["trained", "resumed", "without NIO"])
-def test_trained_weights_are_not_marked_as_initialised(way: str, folder: Path, tmp_path: Path) -> None:
+def test_trained_weights_are_not_marked_as_initialised(way, folder, tmp_path):
     model = type(build("vit")).from_pretrained(folder / "_nio_init")
     args = arguments(tmp_path, nio=way != "without NIO", max_steps=4)
     trainer = NIOTrainer(model=model, args=args, train_dataset=ToyImages())
@@ -120,11 +116,11 @@ def test_trained_weights_are_not_marked_as_initialised(way: str, folder: Path, t
         (EVALUATED, 3, None),
     ],
 )
-def test_the_metrics_are_those_of_the_weights(history: Any, step: int, loss: float | None) -> None:
+def test_the_metrics_are_those_of_the_weights(history, step, loss):
     assert final_metrics(history, step).get("eval_loss") == loss
 
 
-def test_of_a_training_that_keeps_its_best_the_metrics_are_those_of_the_best(tmp_path: Path) -> None:
+def test_of_a_training_that_keeps_its_best_the_metrics_are_those_of_the_best(tmp_path):
     evaluating = {"max_steps": 5, "learning_rate": 1.0, "eval_strategy": "steps", "eval_steps": 1}
     keeping = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
     args, samples = arguments(tmp_path, nio=False, **evaluating, **keeping), ToyImages()
@@ -145,7 +141,7 @@ def test_of_a_training_that_keeps_its_best_the_metrics_are_those_of_the_best(tmp
     assert (last.kept_step, last.is_finished) == (None, False)
 
 
-def test_the_seconds_are_those_of_all_sessions(folder: Path, tmp_path: Path) -> None:
+def test_the_seconds_are_those_of_all_sessions(folder, tmp_path):
     shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
     file = tmp_path / "checkpoint-2" / RUN_NAME
     file.write_text(json.dumps({**json.loads(file.read_text()), "training_seconds": 1000.0}))
@@ -163,7 +159,7 @@ def test_the_seconds_are_those_of_all_sessions(folder: Path, tmp_path: Path) -> 
     assert run.result == read_run(folder).result, "the initialisation is that of the first session"
 
 
-def test_nothing_is_left_of_an_earlier_run_in_the_same_folder(folder: Path, tmp_path: Path) -> None:
+def test_nothing_is_left_of_an_earlier_run_in_the_same_folder(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     draw_run(read_run(tmp_path), tmp_path / "plots")
     own = {name: tmp_path / name for name in ("recipe.yaml", "README.md", "report.html")}
@@ -181,7 +177,7 @@ def test_nothing_is_left_of_an_earlier_run_in_the_same_folder(folder: Path, tmp_
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["training.png"]
 
 
-def test_no_token_and_no_path_is_written(tmp_path: Path) -> None:
+def test_no_token_and_no_path_is_written(tmp_path):
     args = NIOTrainingArguments(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -196,7 +192,7 @@ def test_no_token_and_no_path_is_written(tmp_path: Path) -> None:
     assert not {"hub_token", "output_dir", "run_name", "report_to"} & changed.keys()
 
 
-def test_folders_that_hold_nothing(tmp_path: Path) -> None:
+def test_folders_that_hold_nothing(tmp_path):
     for read in (read_run, model_folder):
         with pytest.raises(CheckpointError, match=r"no (run|model) in it\. Give an output_dir"):
             read(tmp_path)
@@ -212,13 +208,13 @@ def test_folders_that_hold_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", '{"format": 1, "facts": {"model": "A", "new": 1}}', '{"format": 1}', "[]"])
-def test_a_file_that_is_not_ours_is_named(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_ours_is_named(tmp_path, text):
     (tmp_path / RUN_NAME).write_text(text)
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         read_run(tmp_path)
 
 
-def test_paths_of_the_machine_are_cut_to_their_names() -> None:
+def test_paths_of_the_machine_are_cut_to_their_names():
     given = {"a": "/data/mine/images", "b": ["/x/y.parquet", "relative/z"], "c": {"d": "/e/*.png"}, "f": 3, "g": "/"}
     assert shareable(given) == {"a": "images", "b": ["y.parquet", "relative/z"], "c": {"d": "*.png"}, "f": 3, "g": "/"}
     facts = Facts("Net", dataset="/data/birds", arguments={"deepspeed": "/etc/zero.json", "seed": 3})

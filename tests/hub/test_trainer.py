@@ -1,12 +1,8 @@
 """Pushes of the Trainer: their content and order, and a training that survives their failures."""
 
-from __future__ import annotations
-
 import logging
 import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -19,13 +15,12 @@ from nio_hf.hub import trainer as publishing
 from nio_hf.hub.card import MARKER
 from nio_hf.hub.push import CARD_NAME, push_folder
 from nio_hf.trainer.checkpoints import MARK_KEY
-from tests.hub.loopback import LoopbackHub
 from tests.trainer.toys import ToyImages, arguments, build, snapshot, unchanged
 
-SAVING: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+SAVING = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
 
 
-def make(output_dir: Path, **changes: Any) -> NIOTrainer:
+def make(output_dir, **changes):
     settings = {"push_to_hub": True, "hub_model_id": "user/model", **changes}
     samples = ToyImages()
     args = arguments(output_dir, **settings)
@@ -33,26 +28,26 @@ def make(output_dir: Path, **changes: Any) -> NIOTrainer:
 
 
 class _OnTrainBegin(TrainerCallback):
-    def __init__(self, action: Callable[[], None]) -> None:
+    def __init__(self, action):
         self._action = action
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args, **kwargs):
         self._action()
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick(monkeypatch):
     monkeypatch.setattr(publishing, "_ONE_MORE_TRY", (0.01,))
     monkeypatch.setattr(
         "nio_hf.hub.trainer.publish.__kwdefaults__", {**publishing.publish.__kwdefaults__, "waits": (0.01,)}
     )
 
 
-def files(hub: LoopbackHub, revision: str = "main") -> dict[str, bytes]:
+def files(hub, revision="main"):
     return hub.repositories["user/model"].files(revision)
 
 
-def test_checkpoints_are_pushed_in_their_order_and_the_model_last(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_checkpoints_are_pushed_in_their_order_and_the_model_last(hub, tmp_path):
     left = tmp_path / "_nio_push" / "checkpoint-1"
     left.mkdir(parents=True)
     hub.delay("POST /api/models/*/preupload/*", seconds=1, times=2)
@@ -60,7 +55,7 @@ def test_checkpoints_are_pushed_in_their_order_and_the_model_last(hub: LoopbackH
     trainer = make(tmp_path, hub_token="hf_write", **keeping, **SAVING)
     assert hub.repositories == {}, "nothing is made before there is something to push"
     trainer.add_callback(_OnTrainBegin(lambda: checked.append(left.exists())))
-    checked: list[bool] = []
+    checked = []
     trainer.train()
     trainer.push_to_hub()
     assert checked == [False], "what a killed training had set aside is removed"
@@ -74,7 +69,7 @@ def test_checkpoints_are_pushed_in_their_order_and_the_model_last(hub: LoopbackH
     assert not (tmp_path / "_nio_push").exists()
 
 
-def test_a_pushed_checkpoint_can_be_resumed_from_and_names_no_path(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_a_pushed_checkpoint_can_be_resumed_from_and_names_no_path(hub, tmp_path):
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
     trainer = make(tmp_path / "first", hub_strategy="all_checkpoints", hub_always_push=True, **best, **SAVING)
     # Trackers of experiments name their files after the machine.
@@ -104,8 +99,8 @@ def test_a_pushed_checkpoint_can_be_resumed_from_and_names_no_path(hub: Loopback
 
 @pytest.mark.parametrize("fault", ["the token", "the network"])
 def test_what_cannot_be_pushed_is_refused_at_the_start_and_a_hub_that_is_down_is_asked_again(
-    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
-) -> None:
+    hub, tmp_path, caplog, fault
+):
     if fault == "the token":
         with pytest.raises(HubError):
             make(tmp_path, hub_token="hf_read")
@@ -126,7 +121,7 @@ def test_what_cannot_be_pushed_is_refused_at_the_start_and_a_hub_that_is_down_is
     assert "nio-hf push" in caplog.text
 
 
-def test_before_the_training_it_is_the_initialised_checkpoint(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_before_the_training_it_is_the_initialised_checkpoint(hub, tmp_path):
     trainer = make(tmp_path, hub_private_repo=True)
     trainer.run_nio()
     commit = trainer.push_to_hub(tags=["mine"], license="mit")
@@ -144,7 +139,7 @@ def test_before_the_training_it_is_the_initialised_checkpoint(hub: LoopbackHub, 
         unsaved.push_to_hub()
 
 
-def test_a_push_in_the_background_and_to_a_branch(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_a_push_in_the_background_and_to_a_branch(hub, tmp_path):
     trainer = make(tmp_path, hub_strategy="end")
     trainer.train()
     future = trainer.push_to_hub("My words", blocking=False, revision="v1")
@@ -154,9 +149,7 @@ def test_a_push_in_the_background_and_to_a_branch(hub: LoopbackHub, tmp_path: Pa
     assert hub.repositories["user/model"].commits[-1].title == "My words"
 
 
-def test_no_push_that_fails_ends_or_changes_a_training(
-    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_push_that_fails_ends_or_changes_a_training(hub, tmp_path, caplog):
     plain = make(tmp_path / "plain", push_to_hub=False, **SAVING)
     plain.train()
     trainer = make(tmp_path / "pushed", hub_always_push=True, **SAVING)
@@ -177,7 +170,7 @@ def test_no_push_that_fails_ends_or_changes_a_training(
 
 
 @pytest.mark.parametrize("fault", ["drop", "fail"])
-def test_your_own_card_survives_a_fault_of_the_hub(hub: LoopbackHub, tmp_path: Path, fault: str) -> None:
+def test_your_own_card_survives_a_fault_of_the_hub(hub, tmp_path, fault):
     trainer = make(tmp_path, hub_strategy="end")
     trainer.train()
     trainer.push_to_hub()
@@ -196,7 +189,7 @@ def test_your_own_card_survives_a_fault_of_the_hub(hub: LoopbackHub, tmp_path: P
     assert files(hub, "v2")[CARD_NAME].decode() == own
 
 
-def test_what_an_earlier_run_left_on_the_hub_is_no_part_of_this_one(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_what_an_earlier_run_left_on_the_hub_is_no_part_of_this_one(hub, tmp_path):
     trainer = make(tmp_path, hub_strategy="end")
     trainer.train()
     trainer.push_to_hub(tags=["mine"])

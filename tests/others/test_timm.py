@@ -1,14 +1,11 @@
 """NIO on models of timm: plain, and in TimmWrapper of transformers."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,7 +15,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+def found():
     paths = [str(HERE.parent.parent)]
     if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode:
         paths.append(str(HERE / "stand_ins"))
@@ -26,12 +23,12 @@ def found() -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "tests.others.timm_run"]
     done = subprocess.run(command, env=environment, cwd=HERE.parent.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 @pytest.mark.parametrize("name", ["plain", "wrapped"])
-def test_tensors_are_told_apart_with_fused_queries_keys_and_values(found: dict[str, Any], name: str) -> None:
+def test_tensors_are_told_apart_with_fused_queries_keys_and_values(found, name):
     kinds = found[name]["kinds"]
     assert kinds["blocks.0.attn.qkv.weight"] == kinds["blocks.1.mlp.fc2.weight"] == "trunk"
     assert kinds["pos_embed"] == kinds["cls_token"] == "additive"
@@ -40,7 +37,7 @@ def test_tensors_are_told_apart_with_fused_queries_keys_and_values(found: dict[s
 
 
 @pytest.mark.parametrize("name", ["plain", "wrapped"])
-def test_the_trainer_initialises_and_trains(found: dict[str, Any], name: str) -> None:
+def test_the_trainer_initialises_and_trains(found, name):
     scales = found[name]["scales"]
     assert scales["blocks.0.attn.qkv.weight"] == scales["head.weight"] > 1
     assert scales["pos_embed"] >= scales["head.weight"]
@@ -48,7 +45,7 @@ def test_the_trainer_initialises_and_trains(found: dict[str, Any], name: str) ->
     assert 0 < found[name]["loss"] < 100
 
 
-def test_transformers_draws_the_weights_of_timm_anew(found: dict[str, Any]) -> None:
+def test_transformers_draws_the_weights_of_timm_anew(found):
     spread = found["spread"]
     assert spread["transformers"] == pytest.approx(0.02, rel=0.05)
     assert spread["timm"] > 2 * spread["transformers"]

@@ -1,10 +1,6 @@
 """NIO in the SFTTrainer of trl: its logs, its counts and its defaults are those without NIO."""
 
-from __future__ import annotations
-
 import dataclasses
-from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, set_seed
@@ -27,13 +23,13 @@ class NIOSFTConfig(NIOTrainingArguments, trl.SFTConfig):  # type: ignore[misc]
     """As README shows it."""
 
 
-def _model() -> GPT2LMHeadModel:
+def _model():
     set_seed(0)
     # With dropout, so that a draw of NIO from the generator of the training would show.
     return GPT2LMHeadModel(GPT2Config(vocab_size=384, n_positions=64, n_embd=32, n_layer=2, n_head=2))
 
 
-def _train(folder: Path, own: bool, model: GPT2LMHeadModel | None = None, **settings: Any) -> Any:
+def _train(folder, own, model=None, **settings):
     arguments = {
         "output_dir": str(folder),
         "max_steps": 4,
@@ -53,24 +49,24 @@ def _train(folder: Path, own: bool, model: GPT2LMHeadModel | None = None, **sett
     return trainer
 
 
-def _logs(trainer: Any) -> list[dict[str, float]]:
+def _logs(trainer):
     """What the training has logged, without times and without what NIO has."""
     logs = [log for log in trainer.state.log_history if not any(key.startswith("nio_") for key in log)]
     return [{key: value for key, value in log.items() if not key.endswith(_TIMES)} for log in logs]
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def plain(tmp_path_factory):
     return _train(tmp_path_factory.mktemp("plain"), own=False)
 
 
-def test_without_nio_the_logs_are_those_of_trl(plain: Any, tmp_path: Path) -> None:
+def test_without_nio_the_logs_are_those_of_trl(plain, tmp_path):
     logs = _logs(_train(tmp_path, own=True, nio=False))
     assert logs == _logs(plain)
     assert {"num_tokens", "mean_token_accuracy", "entropy"} <= set(logs[0])
 
 
-def test_with_nio_the_logs_are_those_of_trl_from_the_same_weights(plain: Any, tmp_path: Path) -> None:
+def test_with_nio_the_logs_are_those_of_trl_from_the_same_weights(plain, tmp_path):
     trainer = _train(tmp_path / "nio", own=True, nio_batch_size=16, nio_report_batches=2)
     assert all(group.omega > 1 for group in trainer.nio_result.groups)
     again = _train(tmp_path / "again", own=False, model=GPT2LMHeadModel.from_pretrained(trainer.nio_init_dir))
@@ -78,7 +74,7 @@ def test_with_nio_the_logs_are_those_of_trl_from_the_same_weights(plain: Any, tm
     assert [log.get("num_tokens") for log in _logs(trainer)] == [log.get("num_tokens") for log in _logs(plain)]
 
 
-def test_the_defaults_of_trl_survive(plain: Any, tmp_path: Path) -> None:
+def test_the_defaults_of_trl_survive(plain, tmp_path):
     own = NIOSFTConfig(output_dir=plain.args.output_dir, use_cpu=True)
     defaults = trl.SFTConfig(output_dir=plain.args.output_dir, use_cpu=True)
     for field in dataclasses.fields(trl.SFTConfig):
@@ -86,9 +82,7 @@ def test_the_defaults_of_trl_survive(plain: Any, tmp_path: Path) -> None:
             assert getattr(own, field.name) == getattr(defaults, field.name), field.name
 
 
-def test_a_loss_without_second_derivatives_falls_back_to_finite_differences(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_loss_without_second_derivatives_falls_back_to_finite_differences(tmp_path, caplog):
     settings = {"nio_search": "published", "nio_groups": "tensor", "nio_iterations": 2}
     trainer = _train(tmp_path, own=True, nio_batch_size=16, nio_report_batches=1, **settings)
     assert "Second derivatives by finite differences: an operation has no second derivative" in caplog.text

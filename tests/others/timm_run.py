@@ -1,11 +1,8 @@
 """NIO on models of timm, in a process of its own: prints what was found as JSON."""
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile
-from typing import Any
 
 import timm
 import torch
@@ -23,13 +20,13 @@ SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_head
 class PlainTrainer(NIOTrainer):
     """For a model that takes images and returns logits."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
         logits = model(inputs["pixel_values"])
         loss = functional.cross_entropy(logits, inputs["labels"])
         return (loss, {"logits": logits}) if return_outputs else loss
 
 
-def _trained(trainer_class: type[NIOTrainer], model: torch.nn.Module) -> dict[str, Any]:
+def _trained(trainer_class, model):
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     with tempfile.TemporaryDirectory() as folder:
         args = NIOTrainingArguments(
@@ -56,7 +53,7 @@ def _trained(trainer_class: type[NIOTrainer], model: torch.nn.Module) -> dict[st
     return {"kinds": kinds, "scales": named, "is_applied": is_applied, "loss": loss}
 
 
-def main() -> None:
+def main():
     """Print what plain and wrapped models give."""
     set_seed(0)
     plain = timm.create_model(ARCHITECTURE, num_classes=CLASSES, **SIZES)

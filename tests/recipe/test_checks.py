@@ -1,9 +1,6 @@
 """Ranges, sizes that do not fit, and settings that contradict each other."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +12,7 @@ MINIMAL = "model_type: vit\nmodel_config: {image_size: 8, patch_size: 2}\noutput
 SWIN = "model_type: swin\noutput_dir: outputs/x\nmodel_config:\n  depths: [1, 1]\n  num_heads: [1, 1]\n"
 
 
-def write(folder: Path, text: str, name: str = "recipe") -> str:
+def write(folder, text, name="recipe"):
     (folder / f"{name}.yaml").write_text(text)
     return str(folder / f"{name}.yaml")
 
@@ -50,7 +47,7 @@ def write(folder: Path, text: str, name: str = "recipe") -> str:
         ("global_batch_size: 12", "12 is no multiple of 8 samples on one process"),
     ],
 )
-def test_a_setting_that_cannot_be_is_an_error_with_its_place(text: str, message: str, tmp_path: Path) -> None:
+def test_a_setting_that_cannot_be_is_an_error_with_its_place(text, message, tmp_path):
     with pytest.raises(RecipeError) as raised:
         load_recipe(write(tmp_path, f"{MINIMAL}{text}\nuse_cpu: true\n"))
     assert message in str(raised.value)
@@ -65,7 +62,7 @@ def test_a_setting_that_cannot_be_is_an_error_with_its_place(text: str, message:
         ("image_size: 32\n  patch_size: 4\n  window_size: 8", "windows of 8 are larger than the 4 x 4 feature map"),
     ],
 )
-def test_images_that_patches_and_windows_do_not_tile_are_refused(sizes: str, message: str, tmp_path: Path) -> None:
+def test_images_that_patches_and_windows_do_not_tile_are_refused(sizes, message, tmp_path):
     with pytest.raises(RecipeError) as raised:
         load_recipe(write(tmp_path, f"{SWIN}  {sizes}\n"))
     assert message in str(raised.value)
@@ -73,7 +70,7 @@ def test_images_that_patches_and_windows_do_not_tile_are_refused(sizes: str, mes
 
 
 @pytest.mark.parametrize("as_file", [True, False])
-def test_a_warmup_scheduler_of_deepspeed_is_warmup(as_file: bool, tmp_path: Path) -> None:
+def test_a_warmup_scheduler_of_deepspeed_is_warmup(as_file, tmp_path):
     config = {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 100}}}
     (tmp_path / "deepspeed.json").write_text(json.dumps(config))
     setting = str(tmp_path / "deepspeed.json") if as_file else json.dumps(config)
@@ -81,7 +78,7 @@ def test_a_warmup_scheduler_of_deepspeed_is_warmup(as_file: bool, tmp_path: Path
         load_recipe(write(tmp_path, f"{MINIMAL}deepspeed: {setting}\n"))
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     check_world_size(3)
     with pytest.raises(RecipeError, match="3 processes, of which each would train alone"):
@@ -96,7 +93,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytes
         ("--model_type null", "model_type and model_name_or_path: neither"),
     ],
 )
-def test_a_model_that_does_not_fit_the_images_is_refused(overrides: str, message: str, tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_the_images_is_refused(overrides, message, tmp_path):
     with pytest.raises(RecipeError) as raised:
         load_recipe(write(tmp_path, MINIMAL), overrides.split())
     assert message in str(raised.value)
@@ -106,7 +103,7 @@ def test_a_model_that_does_not_fit_the_images_is_refused(overrides: str, message
 @pytest.mark.parametrize(
     ("total", "size", "processes", "steps"), [(1024, 128, 8, 1), (1024, 128, 2, 4), (1024, 64, 1, 16), (12, 3, 4, 1)]
 )
-def test_accumulation_follows_from_the_global_batch(total: int, size: int, processes: int, steps: int) -> None:
+def test_accumulation_follows_from_the_global_batch(total, size, processes, steps):
     assert accumulation_steps(Setting(total, "g"), size, processes) == steps
 
 
@@ -118,7 +115,7 @@ def test_accumulation_follows_from_the_global_batch(total: int, size: int, proce
         (100, 64, 2, "Set per_device_train_batch_size to 50, or another divisor of 50"),
     ],
 )
-def test_a_global_batch_that_cannot_be_shared_is_an_error(total: int, size: int, processes: int, fix: str) -> None:
+def test_a_global_batch_that_cannot_be_shared_is_an_error(total, size, processes, fix):
     with pytest.raises(RecipeError) as raised:
         accumulation_steps(Setting(total, "file, line 1, global_batch_size"), size, processes)
     assert fix in str(raised.value)

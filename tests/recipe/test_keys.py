@@ -1,7 +1,5 @@
 """Values against the annotations of dataclass fields."""
 
-from __future__ import annotations
-
 import enum
 from typing import Any, Literal
 
@@ -34,7 +32,7 @@ class Strategy(enum.Enum):
         ("all", None | str | list[str], "all"),
     ],
 )
-def test_values_of_the_right_type_pass(value: Any, annotation: Any, expected: Any) -> None:
+def test_values_of_the_right_type_pass(value, annotation, expected):
     result, problem = check_value(Setting(value, "key"), annotation)
     assert problem is None
     assert result == expected
@@ -60,12 +58,12 @@ def test_values_of_the_right_type_pass(value: Any, annotation: Any, expected: An
         (False, Strategy | str, "key: False, true or false. Give no or steps."),
     ],
 )
-def test_values_of_another_type_are_refused_with_the_one_wanted(value: Any, annotation: Any, message: str) -> None:
+def test_values_of_another_type_are_refused_with_the_one_wanted(value, annotation, message):
     _, problem = check_value(Setting(value, "key"), annotation)
     assert str(problem) == message
 
 
-def test_an_unknown_key_is_shown_the_nearest_one() -> None:
+def test_an_unknown_key_is_shown_the_nearest_one():
     assert str(unknown_key("r.yaml, line 3, nio_gama", "nio_gama", ["nio_gamma", "seed"])).endswith(
         "nio_gama: 'nio_gama' is no known key. Did you mean 'nio_gamma'?"
     )
@@ -84,6 +82,6 @@ def test_an_unknown_key_is_shown_the_nearest_one() -> None:
         ("wd", "Did you mean 'weight_decay'?"),
     ],
 )
-def test_all_keys_that_may_be_meant_are_named(key: str, fix: str) -> None:
+def test_all_keys_that_may_be_meant_are_named(key, fix):
     known = ["learning_rate", "global_batch_size", "per_device_train_batch_size", "weight_decay", "nio_batch_size"]
     assert unknown_key("x", key, [*known, "nio_lr"]).fix == fix

@@ -1,9 +1,5 @@
 """A recipe over its base, the command line over both."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import yaml
 
@@ -16,17 +12,17 @@ from nio_hf.recipe.strict_yaml import Setting
 BASE = "model_type: vit\nmodel_config: {image_size: 8, patch_size: 2}\noutput_dir: outputs/x\nlearning_rate: 1e-3\n"
 
 
-def write(folder: Path, **files: str) -> Path:
+def write(folder, **files):
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(text)
     return folder / f"{next(iter(files))}.yaml"
 
 
-def values(settings: dict[str, Setting]) -> dict[str, object]:
+def values(settings):
     return {key: setting.value for key, setting in settings.items()}
 
 
-def test_a_recipe_goes_before_its_base_and_model_config_is_merged(tmp_path: Path) -> None:
+def test_a_recipe_goes_before_its_base_and_model_config_is_merged(tmp_path):
     child = "base: parent.yaml\nlearning_rate: 2e-3\nmodel_config: {patch_size: 4}\n"
     path = write(tmp_path, child=child, parent="base: root.yaml\nseed: 3\n", root=BASE)
     found = read_layers(path)
@@ -44,20 +40,20 @@ def test_a_recipe_goes_before_its_base_and_model_config_is_merged(tmp_path: Path
     assert recipe.model.model_config == {"image_size": 8, "patch_size": 8}
 
 
-def test_a_base_may_be_a_recipe_that_comes_with_the_package(tmp_path: Path) -> None:
+def test_a_base_may_be_a_recipe_that_comes_with_the_package(tmp_path):
     path = write(tmp_path, mine="base: vit-tiny/digits/nio\nseed: 7\n")
     own, shipped = read_layers(path), read_layers(find_recipe("vit-tiny/digits/nio"))
     assert values(own) == {**values(shipped), "seed": 7}
 
 
-def test_another_architecture_starts_from_an_empty_configuration(tmp_path: Path) -> None:
+def test_another_architecture_starts_from_an_empty_configuration(tmp_path):
     path = write(tmp_path, child="base: root.yaml\nmodel_type: swin\nmodel_config: {embed_dim: 8}\n", root=BASE)
     assert read_layers(path)["model_config"].value == {"embed_dim": 8}
     same = merge(read_layers(tmp_path / "root.yaml"), {"model_type": Setting("vit", "--model_type")})
     assert same["model_config"].value == {"image_size": 8, "patch_size": 2}
 
 
-def test_another_optimiser_or_schedule_starts_without_the_arguments_of_the_former(tmp_path: Path) -> None:
+def test_another_optimiser_or_schedule_starts_without_the_arguments_of_the_former(tmp_path):
     root = BASE + "optim: sgd\noptim_args: momentum=0.9\nlr_scheduler_type: cosine_with_min_lr\n"
     path = write(tmp_path, root=root + "lr_scheduler_kwargs: {min_lr: 1e-5}\n")
     recipe = load_recipe(str(path), ["--lr_scheduler_type", "linear", "--optim", "adamw_torch"])
@@ -67,7 +63,7 @@ def test_another_optimiser_or_schedule_starts_without_the_arguments_of_the_forme
     assert kept.training.lr_scheduler_kwargs == {"min_lr": 1e-5}
 
 
-def test_a_loaded_model_brings_its_configuration_and_image_processor(tmp_path: Path) -> None:
+def test_a_loaded_model_brings_its_configuration_and_image_processor(tmp_path):
     root = BASE + "image_mean: [0.1, 0.2, 0.3]\ncrop_ratio: 0.9\ndrop_path_rate: 0.1\n"
     path = write(tmp_path, child="base: root.yaml\nmodel_name_or_path: somewhere\n", root=root)
     assert set(read_layers(path)) == {"model_name_or_path", "output_dir", "learning_rate", "drop_path_rate"}
@@ -83,14 +79,14 @@ def test_a_loaded_model_brings_its_configuration_and_image_processor(tmp_path: P
         ("other.yaml", "other.yaml, line 1, base: 'mine.yaml' leads back"),
     ],
 )
-def test_a_base_that_cannot_be_one_is_refused(base: str, message: str, tmp_path: Path) -> None:
+def test_a_base_that_cannot_be_one_is_refused(base, message, tmp_path):
     path = write(tmp_path, mine=f"base: {base}\n" + BASE, other="base: mine.yaml\n")
     with pytest.raises(RecipeError) as raised:
         read_layers(path)
     assert message in str(raised.value)
 
 
-def test_a_resolved_recipe_is_the_same_recipe_in_one_file(tmp_path: Path) -> None:
+def test_a_resolved_recipe_is_the_same_recipe_in_one_file(tmp_path):
     shipped = find_recipe("vit-base/imagenet-1k/nio")
     text = settings_yaml(read_layers(shipped))
     assert "base:" not in text.splitlines()
@@ -100,13 +96,13 @@ def test_a_resolved_recipe_is_the_same_recipe_in_one_file(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["1e3", "12e4567", "0o17", "+.5", "no", "1:30", "null", "~", "a: b", "# x", "x y", ""])
-def test_a_text_is_read_as_it_was_written_by_either_version_of_yaml(text: str, tmp_path: Path) -> None:
+def test_a_text_is_read_as_it_was_written_by_either_version_of_yaml(text, tmp_path):
     written = settings_yaml({"data_dir": Setting(text, "here")})
     assert values(read_layers(write(tmp_path, recipe=written))) == {"data_dir": text}
     assert yaml.safe_load(written) == {"data_dir": text}
 
 
-def test_a_base_cannot_lead_out_of_the_folder_of_its_recipe(tmp_path: Path) -> None:
+def test_a_base_cannot_lead_out_of_the_folder_of_its_recipe(tmp_path):
     outside = tmp_path / "outside.yaml"
     outside.write_text(BASE)
     folder = tmp_path / "folder"
@@ -122,7 +118,7 @@ def test_a_base_cannot_lead_out_of_the_folder_of_its_recipe(tmp_path: Path) -> N
     assert read_layers(recipe)
 
 
-def test_a_base_is_not_looked_for_where_the_command_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_is_not_looked_for_where_the_command_was_called(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "root.yaml").write_text(BASE)
     recipe = tmp_path / "recipe.yaml"

@@ -1,7 +1,5 @@
 """From a file and the command line to a recipe."""
 
-from __future__ import annotations
-
 import dataclasses
 import pickle
 from pathlib import Path
@@ -17,13 +15,13 @@ from nio_hf.recipe.loading import load_recipe
 MINIMAL = "model_type: vit\nmodel_config: {image_size: 8, patch_size: 2}\noutput_dir: outputs/x\n"
 
 
-def _write(path: Path, text: str) -> str:
+def _write(path, text):
     file = path / "recipe.yaml"
     file.write_text(text)
     return str(file)
 
 
-def test_the_command_line_goes_before_the_file_and_the_file_before_the_defaults(tmp_path: Path) -> None:
+def test_the_command_line_goes_before_the_file_and_the_file_before_the_defaults(tmp_path):
     path = _write(tmp_path, MINIMAL + "learning_rate: 1e-3\nnio_lr: 2e-2\n")
     recipe = load_recipe(path, ["--nio_lr", "3e-2", "--model_config.patch_size=4"])
     assert recipe.training.learning_rate == 1e-3
@@ -34,14 +32,14 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_defaults(
     assert recipe.data.dataset_name == "digits"
 
 
-def test_a_recipe_writes_to_a_folder_of_its_name_where_it_names_none(tmp_path: Path) -> None:
+def test_a_recipe_writes_to_a_folder_of_its_name_where_it_names_none(tmp_path):
     path = _write(tmp_path, "base: vit-tiny/digits/nio\n")
     assert load_recipe(path).training.output_dir == "outputs/recipe"
     assert load_recipe("vit-tiny/digits/nio").training.output_dir == "outputs/vit-tiny-digits-nio"
     assert load_recipe(path, ["--output_dir", "here"]).training.output_dir == "here"
 
 
-def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
+def test_every_problem_is_reported_at_once(tmp_path):
     text = "model_type: vti\nlearning_rate: '1e-3'\nnio_gama: 3\nbf16: maybe\n"
     with pytest.raises(RecipeError) as raised:
         load_recipe(_write(tmp_path, text), ["--sede", "1"])
@@ -55,7 +53,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     assert len(raised.value.problems) == 5
 
 
-def test_settings_of_a_former_version_are_reported_with_what_replaces_them(tmp_path: Path) -> None:
+def test_settings_of_a_former_version_are_reported_with_what_replaces_them(tmp_path):
     text = MINIMAL + "nio_scale_sharing: kind\nnio_gama: 3\n"
     with pytest.raises(RecipeError) as raised:
         load_recipe(_write(tmp_path, text), ["--nio_min_scale", "0.1"])
@@ -68,7 +66,7 @@ def test_settings_of_a_former_version_are_reported_with_what_replaces_them(tmp_p
 
 
 @pytest.mark.parametrize("value", ["model", '{"positions": "position_embeddings", "rest": "encoder\\\\."}'])
-def test_groups_are_a_word_or_a_mapping_in_a_file_and_on_the_command_line(value: str, tmp_path: Path) -> None:
+def test_groups_are_a_word_or_a_mapping_in_a_file_and_on_the_command_line(value, tmp_path):
     path = _write(tmp_path, f"{MINIMAL}nio_groups: {value}\n")
     wanted = "model" if value == "model" else {"positions": "position_embeddings", "rest": "encoder\\."}
     for recipe in (load_recipe(path), load_recipe(_write(tmp_path, MINIMAL), ["--nio_groups", value])):
@@ -89,7 +87,7 @@ def test_groups_are_a_word_or_a_mapping_in_a_file_and_on_the_command_line(value:
         (MINIMAL + "load_best_model_at_end: true\n", "load_best_model_at_end"),
     ],
 )
-def test_what_does_not_go_together_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_what_does_not_go_together_is_refused(text, message, tmp_path):
     with pytest.raises(RecipeError, match=message):
         load_recipe(_write(tmp_path, text))
 
@@ -104,7 +102,7 @@ def test_what_does_not_go_together_is_refused(text: str, message: str, tmp_path:
         ({"depts": "[2]", "embed_dim": "48"}, "--model_config.depts: 'depts' is no known key"),
     ],
 )
-def test_an_entry_of_the_model_is_named_whatever_stands_behind_it(entries: dict[str, str], message: str) -> None:
+def test_an_entry_of_the_model_is_named_whatever_stands_behind_it(entries, message):
     options = [part for key, value in entries.items() for part in (f"--model_config.{key}", value)]
     with pytest.raises(RecipeError) as raised:
         load_recipe("swin-tiny/cifar10/nio", ["--use_cpu", "true", *options])
@@ -119,7 +117,7 @@ def test_an_entry_of_the_model_is_named_whatever_stands_behind_it(entries: dict[
     ],
 )
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
-def test_bf16_without_a_gpu_says_what_to_give_and_names_no_file_of_a_base(option: list[str], message: str) -> None:
+def test_bf16_without_a_gpu_says_what_to_give_and_names_no_file_of_a_base(option, message):
     with pytest.raises(RecipeError) as raised:
         load_recipe("swin-small/imagenet-1k/nio", option)
     assert str(raised.value).endswith(message)
@@ -132,31 +130,31 @@ def test_bf16_without_a_gpu_says_what_to_give_and_names_no_file_of_a_base(option
         *("nio_gamma", "nio_least_norm", "nio_loss_bound"),
     ],
 )
-def test_none_is_null_wherever_null_is_allowed(key: str) -> None:
+def test_none_is_null_wherever_null_is_allowed(key):
     recipe = load_recipe("vit-tiny/digits/nio", [f"--{key}", "none", "--report_to", "none"])
     holders = (recipe.training, recipe.data, recipe.optimization)
     assert next(getattr(holder, key) for holder in holders if hasattr(holder, key)) is None
 
 
-def test_recipes_are_found_by_name_and_by_path(tmp_path: Path) -> None:
+def test_recipes_are_found_by_name_and_by_path(tmp_path):
     path = _write(tmp_path, MINIMAL)
     assert find_recipe(path) == Path(path)
     assert find_recipe(DEFAULT_RECIPE).samefile(find_recipe(f"recipes/{DEFAULT_RECIPE}.yaml"))
     assert DEFAULT_RECIPE in recipe_names()
 
 
-def test_the_recipe_stands_first_or_is_the_default() -> None:
+def test_the_recipe_stands_first_or_is_the_default():
     assert split_arguments(["a.yaml", "--seed", "1"]) == ("a.yaml", ["--seed", "1"])
     assert split_arguments(["--seed", "1"]) == (DEFAULT_RECIPE, ["--seed", "1"])
     assert split_arguments([]) == (DEFAULT_RECIPE, [])
 
 
-def test_no_key_stands_for_two_things() -> None:
+def test_no_key_stands_for_two_things():
     names = [field.name for group in GROUPS for field in dataclasses.fields(group) if field.init]
     assert sorted(names) == sorted(known_keys())
 
 
-def test_what_can_be_resumed_from_is_said(tmp_path: Path) -> None:
+def test_what_can_be_resumed_from_is_said(tmp_path):
     with pytest.raises(RecipeError, match=r"resume_from_checkpoint: True, true or false\. Give auto, a folder"):
         load_recipe("vit-tiny/digits/nio", ["--resume_from_checkpoint", "true"])
     recipe = load_recipe("vit-tiny/digits/nio", ["--resume_from_checkpoint", "auto"])
@@ -164,7 +162,7 @@ def test_what_can_be_resumed_from_is_said(tmp_path: Path) -> None:
     assert recipe.training.enable_jit_checkpoint
 
 
-def test_other_values_make_another_recipe(tmp_path: Path) -> None:
+def test_other_values_make_another_recipe(tmp_path):
     recipe = load_recipe(_write(tmp_path, MINIMAL + "learning_rate: 1e-3\n"), ["--nio_strength", "0.5"])
     other = recipe.replace({"learning_rate": 2e-3, "model_config.patch_size": 4, "nio_groups": {"trunk": "layers"}})
     assert (other.training.learning_rate, other.training.nio_strength) == (2e-3, 0.5)
@@ -174,7 +172,7 @@ def test_other_values_make_another_recipe(tmp_path: Path) -> None:
     assert recipe.training.learning_rate == 1e-3
 
 
-def test_problems_of_other_values_name_their_place_all_at_once(tmp_path: Path) -> None:
+def test_problems_of_other_values_name_their_place_all_at_once(tmp_path):
     recipe = load_recipe(_write(tmp_path, MINIMAL))
     with pytest.raises(RecipeError) as raised:
         recipe.replace({"learning_rate": "high", "nio_gama": 1, "model_config.patch_sise": 4}, "arm steep")
@@ -185,7 +183,7 @@ def test_problems_of_other_values_name_their_place_all_at_once(tmp_path: Path) -
     }
 
 
-def test_another_process_is_given_a_recipe_whole(tmp_path: Path) -> None:
+def test_another_process_is_given_a_recipe_whole(tmp_path):
     path = _write(tmp_path, MINIMAL + "global_batch_size: 64\nper_device_train_batch_size: 16\n")
     recipe = load_recipe(path, ["--learning_rate", "2e-3", "--nio_groups", '{"trunk": "layers"}'])
     sent = pickle.dumps(recipe)

@@ -1,10 +1,6 @@
 """YAML 1.2 scalars, places for messages, and options of the command line."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,13 +27,13 @@ from nio_hf.recipe.strict_yaml import parse_scalar, read_overrides, read_setting
         (".inf", math.inf),
     ],
 )
-def test_scalars_are_those_of_yaml_1_2_and_dates_stay_text(text: str, value: Any) -> None:
+def test_scalars_are_those_of_yaml_1_2_and_dates_stay_text(text, value):
     parsed = parse_scalar(text, "here")
     assert parsed == value
     assert type(parsed) is type(value)
 
 
-def test_settings_know_their_line(tmp_path: Path) -> None:
+def test_settings_know_their_line(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("# comment\nseed: 1\n\nlearning_rate: 1e-3\n")
     settings = read_settings(path)
@@ -57,7 +53,7 @@ def test_settings_know_their_line(tmp_path: Path) -> None:
         ("a: !!python/object/apply:os.getcwd []\n", r"not YAML"),
     ],
 )
-def test_what_is_no_recipe_is_refused_with_its_line(content: str, message: str, tmp_path: Path) -> None:
+def test_what_is_no_recipe_is_refused_with_its_line(content, message, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
     with pytest.raises(RecipeError, match=message) as raised:
@@ -65,7 +61,7 @@ def test_what_is_no_recipe_is_refused_with_its_line(content: str, message: str, 
     assert str(path) in str(raised.value)
 
 
-def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="No such file"):
         read_settings(tmp_path / "missing.yaml")
     with pytest.raises(RecipeError, match="cannot be read"):
@@ -75,7 +71,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         read_settings(tmp_path / "binary.yaml")
 
 
-def test_options_become_settings() -> None:
+def test_options_become_settings():
     options = ["--learning-rate", "1e-3", "--seed=4", "--bf16", "--nio", "false", "--nio_lr", "-1", "--name=a=b"]
     settings = read_overrides(options)
     values = {key: setting.value for key, setting in settings.items()}
@@ -93,7 +89,7 @@ def test_options_become_settings() -> None:
         (["--seed", "[1"], "--seed: not YAML"),
     ],
 )
-def test_options_of_another_form_are_refused(options: list[str], message: str) -> None:
+def test_options_of_another_form_are_refused(options, message):
     with pytest.raises(RecipeError) as raised:
         read_overrides(options)
     assert message in str(raised.value)

@@ -1,23 +1,10 @@
 """Made-up runs of every shape, with plausible numbers."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
-from typing import Any
 
 from nio_hf.core.config import NIOConfig
 from nio_hf.core.layerwise import GradientInspection, LayerGradient
-from nio_hf.core.result import (
-    ExcludedTensor,
-    GradCosine,
-    GroupScale,
-    InitResult,
-    IterationRecord,
-    Outcome,
-    Status,
-    TensorScale,
-)
+from nio_hf.core.result import ExcludedTensor, GradCosine, GroupScale, InitResult, IterationRecord, TensorScale
 from nio_hf.report.run import Facts, Run
 
 KINDS = ("trunk", "head", "norm", "bias")
@@ -31,11 +18,11 @@ METRICS = {
 }
 RECIPE = "# An example.\nmodel_type: vit\nnio: true\n"
 VERSIONS = {"nio_hf": "1.2.3", "torch": "2.13.0"}
-LOG: tuple[dict[str, Any], ...] = (
+LOG = (
     *({"step": step, "loss": 2.3 / (1 + 0.02 * step), "epoch": 0.1 * step} for step in range(10, 601, 10)),
     *({"step": step, "eval_loss": 2.0 - 0.001 * step, "eval_accuracy": 0.0008 * step} for step in range(100, 601, 100)),
 )
-BROKEN_LOG: tuple[dict[str, Any], ...] = (
+BROKEN_LOG = (
     {"step": 1, "loss": math.nan},
     {"step": 2, "loss": math.inf, "grad_norm": math.nan},
     {"step": 3, "loss": 2.0},
@@ -43,21 +30,13 @@ BROKEN_LOG: tuple[dict[str, Any], ...] = (
 )
 
 
-def measured(value: float, parts: int = 4) -> GradCosine:
+def measured(value, parts=4):
     """GradCosine over report batches; of a single one the standard error is NaN."""
     spread = [0.02 * (index - (parts - 1) / 2) for index in range(parts)]
     return GradCosine.mean([GradCosine(value + off, 6.0 + value, (5.0, 6.0, 7.0, 8.0), 2.31, 64) for off in spread])
 
 
-def result(
-    blocks: int = 2,
-    iterations: int = 5,
-    parts: int = 4,
-    status: Status = "changed",
-    *,
-    groups: int = 1,
-    config: NIOConfig | None = None,
-) -> InitResult:
+def result(blocks=2, iterations=5, parts=4, status="changed", *, groups=1, config=None):
     """An outcome of NIO with 12 tensors in each block; of the computed scales, unless the settings say otherwise."""
     config = NIOConfig() if config is None else config
     names, tensors = [f"group {i}" for i in range(groups)], 12 * blocks
@@ -87,23 +66,23 @@ def result(
     )
 
 
-def candidate(i: int, is_last: bool) -> IterationRecord:
+def candidate(i, is_last):
     """Computed scales that a bound refuses, the loss of the second being NaN; the last are accepted."""
     tried = f"all x{4**0.5**i:.3g}"
     if i == 1 and not is_last:
         return IterationRecord(i + 1, tried, "loss_bound", math.nan, scale=4**0.5**i, cost=4.0)
-    outcome: Outcome = "accepted" if is_last else "least_norm" if i % 2 else "loss_bound"
+    outcome = "accepted" if is_last else "least_norm" if i % 2 else "loss_bound"
     return IterationRecord(i + 1, tried, outcome, 2.3 + 0.01 * i, 0.3 * math.sin(i), 6 + 0.05 * i, cost=4.0)
 
 
-def step(i: int) -> IterationRecord:
+def step(i):
     """A step of a search that goes on whatever it measures."""
-    outcome: Outcome = "lower_norm" if i % 9 == 8 else "accepted"
+    outcome = "lower_norm" if i % 9 == 8 else "accepted"
     loss = math.nan if i % 9 == 7 else 2.3
     return IterationRecord(i + 1, "a step of 0.003", outcome, loss, 0.3 * math.sin(i), 6 + 0.05 * i, cost=4.0)
 
 
-def inspection(blocks: int = 3) -> GradientInspection:
+def inspection(blocks=3):
     """An inspection with one tensor of each kind in each block; the gradient of the last is zero."""
     count = blocks * len(KINDS)
     layers = [
@@ -115,23 +94,23 @@ def inspection(blocks: int = 3) -> GradientInspection:
 
 
 def run(
-    name: str = "vit-digits",
+    name="vit-digits",
     *,
-    facts: Facts | None = None,
-    result: InitResult | None = None,
-    versions: dict[str, str] | None = None,
-    steps: tuple[int, int] = (0, 0),
-    metrics: dict[str, float] | None = None,
-    log: Sequence[dict[str, Any]] = (),
-    recipe: str | None = None,
-    inspection: GradientInspection | None = None,
-) -> Run:
+    facts=None,
+    result=None,
+    versions=None,
+    steps=(0, 0),
+    metrics=None,
+    log=(),
+    recipe=None,
+    inspection=None,
+):
     """A run with the given parts alone; steps are the number of trained and of planned steps."""
     facts = facts or Facts("ViTForImageClassification")
     return Run(name, facts, result, versions or {}, *steps, metrics or {}, log, recipe, inspection)
 
 
-def full_run(blocks: int = 12, iterations: int = 100) -> Run:
+def full_run(blocks=12, iterations=100):
     """A run that has everything."""
     facts = Facts(
         model="ViTForImageClassification",

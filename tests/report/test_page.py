@@ -1,7 +1,5 @@
 """The page of a run: complete for any run, and without anything from elsewhere."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import io
@@ -10,7 +8,6 @@ import math
 import typing
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -20,7 +17,7 @@ from nio_hf.core.result import Status
 from nio_hf.errors import OutputError
 from nio_hf.report import page
 from nio_hf.report.page import render_page, write_page
-from nio_hf.report.run import Facts, Run
+from nio_hf.report.run import Facts
 from nio_hf.report.tables import layer_rows, scale_table, summary_rows
 from tests.report.runs import BROKEN_LOG, LOG, METRICS, RECIPE, VERSIONS, full_run, inspection, measured, result, run
 
@@ -34,18 +31,18 @@ NASTY = "<script>alert('x')</script> & \"quoted\""
 class Page(HTMLParser):
     """A parsed page: its tags, its text, and its tables as rows of text."""
 
-    def __init__(self, html: str) -> None:
+    def __init__(self, html):
         super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: dict[str, list[str]] = {}
-        self.rows: list[tuple[str, ...]] = []
-        self._open: list[str] = []
-        self._row: list[str] = []
+        self.tags = []
+        self.text = {}
+        self.rows = []
+        self._open = []
+        self._row = []
         self.feed(html)
         self.close()
         assert self._open == [], "tags are not closed"
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         names = [name for name, _ in attrs]
         assert len(names) == len(set(names)), f"an attribute of {tag} is there twice"
         self.tags.append((tag, dict(attrs)))
@@ -57,43 +54,43 @@ class Page(HTMLParser):
         if tag in ("td", "th"):
             self._row.append("")
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         assert self._open.pop() == tag
         if tag == "tr":
             self.rows.append(tuple(self._row))
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         for tag in self._open:
             self.text[tag][-1] += data
         if {"td", "th"} & set(self._open):
             self._row[-1] += data
 
-    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+    def attributes(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def read(shown: Run) -> Page:
+def read(shown):
     html = render_page(shown)
     assert html.startswith("<!DOCTYPE html>")
     return Page(html)
 
 
-def sections(read_page: Page) -> list[str | None]:
+def sections(read_page):
     return [heading["id"] for heading in read_page.attributes("h2")]
 
 
 @pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_plots(monkeypatch):
     """Replace the plots by white images."""
 
-    def draw(what: Any, target: io.BytesIO) -> None:
+    def draw(what, target):
         Image.new("L", (16, 16), 255).save(target, "PNG", dpi=(160, 160))
 
     for name in ("plot_history", "plot_scales", "plot_training", "plot_inspection"):
         monkeypatch.setattr(page, name, draw)
 
 
-def test_a_page_with_everything_is_in_order_and_loads_nothing() -> None:
+def test_a_page_with_everything_is_in_order_and_loads_nothing():
     shown = read(full_run(blocks=3, iterations=9))
     assert sections(shown) == ["summary", "nio", "training", "layers", "reproduce", "reading"]
     assert shown.attributes("html") == [{"lang": "en"}]
@@ -115,7 +112,7 @@ def test_a_page_with_everything_is_in_order_and_loads_nothing() -> None:
             assert is_link or (tag == "img" and value.startswith("data:image/png;base64,")), (tag, name, value[:80])
 
 
-def test_headings_tables_and_images_can_be_read_aloud() -> None:
+def test_headings_tables_and_images_can_be_read_aloud():
     shown = read(full_run(blocks=3, iterations=9))
     levels = [int(tag[1]) for tag, _ in shown.tags if tag in ("h1", "h2", "h3")]
     assert levels[0] == 1
@@ -133,13 +130,13 @@ def test_headings_tables_and_images_can_be_read_aloud() -> None:
             assert len(image.convert("L").resize((64, 64)).getcolors()) > 5, "nothing is drawn"
 
 
-def test_the_values_are_those_of_the_run() -> None:
+def test_the_values_are_those_of_the_run():
     whole = full_run(blocks=3, iterations=9)
     assert whole.result is not None
     assert whole.inspection is not None
     shown = read(whole)
     rows = [row[:1] + tuple("" if cell == "\N{EN DASH}" else cell for cell in row[1:]) for row in shown.rows]
-    expected: list[tuple[str, ...]] = [
+    expected = [
         *summary_rows(whole.result, whole.metrics),
         *scale_table(whole.result).rows,
         *layer_rows(whole.inspection, "kind"),
@@ -181,7 +178,7 @@ def test_the_values_are_those_of_the_run() -> None:
 @pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("steps", [(0, 0), (300, 600), (600, 600)])
 @pytest.mark.parametrize("outcome", [None, result(), result(parts=1)], ids=["no NIO", "NIO", "one batch"])
-def test_a_run_is_shown_with_whatever_it_has(outcome: Any, steps: tuple[int, int]) -> None:
+def test_a_run_is_shown_with_whatever_it_has(outcome, steps):
     for metrics, log, recipe, inspected in itertools.product(
         (None, METRICS), ((), LOG), (None, RECIPE), (None, inspection())
     ):
@@ -204,7 +201,7 @@ def test_a_run_is_shown_with_whatever_it_has(outcome: Any, steps: tuple[int, int
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_the_headline_says_how_far_the_training_came() -> None:
+def test_the_headline_says_how_far_the_training_came():
     headlines = {
         (0, 0): "This model is not trained. Its predictions mean nothing yet.",
         (1, 1): "This model was trained for 1 step.",
@@ -226,7 +223,7 @@ def test_the_headline_says_how_far_the_training_came() -> None:
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_every_status_has_its_word_and_colour() -> None:
+def test_every_status_has_its_word_and_colour():
     looks = set()
     for status in typing.get_args(Status):
         shown = read(run(result=result(status=status)))
@@ -251,13 +248,13 @@ def test_every_status_has_its_word_and_colour() -> None:
     ],
     ids=["no iteration", "no tensor", "not finite", "nothing finite", "no layer"],
 )
-def test_odd_runs_are_drawn(shown: Run) -> None:
+def test_odd_runs_are_drawn(shown):
     for attributes in read(shown).attributes("img"):
         Image.open(io.BytesIO(base64.b64decode((attributes["src"] or "").partition(",")[2]))).verify()
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_what_is_not_finite_is_said() -> None:
+def test_what_is_not_finite_is_said():
     shown = read(run(steps=(3, 3), log=BROKEN_LOG, metrics={"eval_loss": math.nan, "x": math.inf}))
     assert "3 values are not finite and not drawn." in shown.text["figcaption"][0]
     assert ("eval_loss", "nan") in shown.rows
@@ -266,7 +263,7 @@ def test_what_is_not_finite_is_said() -> None:
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_text_of_the_user_is_no_html() -> None:
+def test_text_of_the_user_is_no_html():
     facts = Facts(
         NASTY, NASTY, dataset=NASTY, dataset_config=NASTY, dataset_split=NASTY, recipe=NASTY, device=NASTY,
         started_from=NASTY, arguments={NASTY: NASTY, "names": [NASTY]},
@@ -291,12 +288,12 @@ def test_text_of_the_user_is_no_html() -> None:
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "new" / "report.html"
     write_page(run(versions=VERSIONS), path)
     assert path.read_text(encoding="utf-8") == render_page(run(versions=VERSIONS))
 
-    def full(self: Path, *args: Any, **kwargs: Any) -> int:
+    def full(self, *args, **kwargs):
         with self.open("w") as handle:
             handle.write("half")
         raise OSError(28, "No space left on device")
@@ -311,7 +308,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("name", ["file/report.html", "folder"])
-def test_a_path_that_cannot_be_written_is_an_error_of_ours(name: str, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_an_error_of_ours(name, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match="Free space or choose another --output"):
@@ -320,6 +317,6 @@ def test_a_path_that_cannot_be_written_is_an_error_of_ours(name: str, tmp_path: 
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_a_name_that_is_not_utf8_is_written(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8_is_written(tmp_path):
     write_page(run("run-\udcff"), tmp_path / "report.html")
     assert "run-\N{REPLACEMENT CHARACTER}" in Page((tmp_path / "report.html").read_text(encoding="utf-8")).text["h1"]

@@ -1,21 +1,14 @@
 """Plots and tables of runs of any size."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io
 import math
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
-from nio_hf.core import InitResult, NIOConfig
+from nio_hf.core import NIOConfig
 from nio_hf.errors import OutputError
 from nio_hf.report import history, plot_history, plot_scales, plot_training, plots, style, summary_rows
 from nio_hf.report.tables import MOST_GROUPS, markdown_table, scale_table
@@ -36,7 +29,7 @@ from tests.report.runs import KINDS, measured, result
     ],
     ids=["few", "one", "named", "many", "unbounded", "no candidate", "published", "without gamma"],
 )
-def test_results_of_any_size_and_search_are_drawn(drawn: InitResult, tmp_path: Path) -> None:
+def test_results_of_any_size_and_search_are_drawn(drawn, tmp_path):
     for draw in (plot_scales, plot_history):
         path = tmp_path / "plots" / f"{draw.__name__}.png"
         draw(drawn, path)
@@ -46,12 +39,12 @@ def test_results_of_any_size_and_search_are_drawn(drawn: InitResult, tmp_path: P
 
 
 @pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+def figures(monkeypatch):
     """The figures that are drawn."""
-    kept: list[Figure] = []
+    kept = []
 
     @contextlib.contextmanager
-    def figure(*args: Any, **kwargs: Any) -> Iterator[Figure]:
+    def figure(*args, **kwargs):
         with style.figure(*args, **kwargs) as drawn:
             kept.append(drawn)
             yield drawn
@@ -61,12 +54,12 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return kept
 
 
-def points(axes: Axes, label: str) -> list[float]:
+def points(axes, label):
     """The x of all points with a label."""
     return [float(x) for line in axes.lines if line.get_label() == label for x in line.get_xdata()]
 
 
-def test_refused_trials_stand_between_before_and_after_with_the_bounds(figures: list[Figure]) -> None:
+def test_refused_trials_stand_between_before_and_after_with_the_bounds(figures):
     drawn = result(4, 5, groups=4)
     plot_history(drawn, io.BytesIO())
     cosine, norm, loss = figures[0].axes
@@ -85,14 +78,14 @@ def test_refused_trials_stand_between_before_and_after_with_the_bounds(figures: 
     assert ticks == ["before", *(record.tried for record in drawn.history[:-1]), "after"]
 
 
-def test_what_is_accepted_at_once_is_before_and_after_alone(figures: list[Figure]) -> None:
+def test_what_is_accepted_at_once_is_before_and_after_alone(figures):
     plot_history(result(4, 1, config=NIOConfig(loss_bound=None, least_norm=None)), io.BytesIO())
     loss = figures[0].axes[-1]
     assert [tick.get_text() for tick in loss.get_xticklabels()] == ["before", "after"]
     assert not any("bound" in label or "norm" in label for label in loss.get_legend_handles_labels()[1])
 
 
-def test_steps_are_curves_with_a_rug_where_they_lower_the_norm(figures: list[Figure]) -> None:
+def test_steps_are_curves_with_a_rug_where_they_lower_the_norm(figures):
     plot_history(result(4, 60, groups=48, config=NIOConfig.published()), io.BytesIO())
     cosine, norm, loss = figures[0].axes
     assert len(points(cosine, "batch of the iteration")) == 60
@@ -101,7 +94,7 @@ def test_steps_are_curves_with_a_rug_where_they_lower_the_norm(figures: list[Fig
     assert loss.get_xlabel() == "NIO iteration"
 
 
-def test_an_objective_other_than_gradcosine_has_a_panel(figures: list[Figure]) -> None:
+def test_an_objective_other_than_gradcosine_has_a_panel(figures):
     drawn = dataclasses.replace(result(config=NIOConfig.published()), method="gradinit")
     other = tuple(dataclasses.replace(record, objective=-2.0) for record in drawn.history)
     plot_history(dataclasses.replace(drawn, history=other), io.BytesIO())
@@ -110,7 +103,7 @@ def test_an_objective_other_than_gradcosine_has_a_panel(figures: list[Figure]) -
     assert [axes.get_ylabel() for axes in figures[1].axes][:2] == ["GradCosine", "gradient norm"]
 
 
-def test_scales_are_told_apart_by_group_where_there_are_several(figures: list[Figure]) -> None:
+def test_scales_are_told_apart_by_group_where_there_are_several(figures):
     by_kind = [*KINDS]
     for groups, labels in ((1, by_kind), (2, ["group 0: 1", "group 1: 1.3"]), (MOST_GROUPS + 1, by_kind)):
         plot_scales(result(4, groups=groups), io.BytesIO())
@@ -132,20 +125,18 @@ def test_scales_are_told_apart_by_group_where_there_are_several(figures: list[Fi
         ([{"step": 3, "eval_loss": 1.0}, {"step": 0, "nio_loss": 2.0}], [["evaluation"]]),
     ],
 )
-def test_training_is_drawn_from_whatever_was_logged(
-    log: list[dict[str, float]], labels: list[list[str]], figures: list[Figure]
-) -> None:
+def test_training_is_drawn_from_whatever_was_logged(log, labels, figures):
     plot_training(log, io.BytesIO())
     assert [axes.get_legend_handles_labels()[1] for axes in figures[0].axes] == labels
 
 
-def test_a_plot_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
+def test_a_plot_that_cannot_be_written_is_an_error_of_ours(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="Free space or choose another"):
         plot_scales(result(), tmp_path / "file" / "plot.png")
 
 
-def test_the_table_holds_what_is_known() -> None:
+def test_the_table_holds_what_is_known():
     rows = summary_rows(result(), {"eval_accuracy": 0.9639, "eval_loss": 0.12, "train_runtime": 61.24})
     table = {name: (before, after) for name, before, after in rows}
     error = measured(0.1).standard_error
@@ -159,7 +150,7 @@ def test_the_table_holds_what_is_known() -> None:
     assert "±" not in summary_rows(result(parts=1), {})[0][1]
 
 
-def test_scales_are_listed_by_group_or_by_kind() -> None:
+def test_scales_are_listed_by_group_or_by_kind():
     table = scale_table(result())
     assert table.columns == ("group", "tensors", "parameters", "scale")
     assert table.rows == [("group 0", "24", "4,608", "1.000")]
@@ -170,5 +161,5 @@ def test_scales_are_listed_by_group_or_by_kind() -> None:
     assert all(row[1] == "12" and float(row[3]) <= float(row[4]) <= float(row[5]) for row in many.rows)
 
 
-def test_a_bar_in_a_name_is_no_column() -> None:
+def test_a_bar_in_a_name_is_no_column():
     assert markdown_table(("a",), [("fc1|fc2",)]).splitlines()[-1] == r"| fc1\|fc2 |"

@@ -1,13 +1,10 @@
 """The page in a browser: it is visible and fits a phone."""
 
-from __future__ import annotations
-
 import html
 import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -27,11 +24,11 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrom
 
 
 @pytest.fixture(scope="module")
-def page() -> str:
+def page():
     return render_page(full_run(blocks=6, iterations=30))
 
 
-def browse(content: str, folder: Path, *flags: str) -> str:
+def browse(content, folder, *flags):
     """Open a page and return the output of the browser."""
     (folder / "page.html").write_text(content, encoding="utf-8")
     command = [str(BROWSER), *FLAGS.split(), f"--user-data-dir={folder / 'profile'}", *flags]
@@ -41,7 +38,7 @@ def browse(content: str, folder: Path, *flags: str) -> str:
     return done.stdout
 
 
-def framed(page: str, *widths: int) -> str:
+def framed(page, *widths):
     """The page in frames of these widths, since a window cannot be as narrow as a phone."""
     frames = (
         f'<iframe srcdoc="{html.escape(page)}" style="border:0;width:{width}px;height:{HEIGHT}px"></iframe>'
@@ -50,14 +47,14 @@ def framed(page: str, *widths: int) -> str:
     return f'<!DOCTYPE html><meta charset="utf-8"><body style="margin:0;background:red">{"".join(frames)}'
 
 
-def screenshot(content: str, folder: Path, width: int) -> Image.Image:
+def screenshot(content, folder, width):
     file = folder / "page.png"
     browse(content, folder, f"--screenshot={file}", f"--window-size={width},{HEIGHT}")
     with Image.open(file) as image:
         return image.convert("RGB")
 
 
-def test_nothing_is_wider_than_the_window(page: str, tmp_path: Path) -> None:
+def test_nothing_is_wider_than_the_window(page, tmp_path):
     widths = (*PHONES, 768, DESKTOP)
     script = """
         <script>
@@ -75,7 +72,7 @@ def test_nothing_is_wider_than_the_window(page: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [PHONES[1], DESKTOP])
-def test_the_page_shows(page: str, width: int, tmp_path: Path) -> None:
+def test_the_page_shows(page, width, tmp_path):
     is_phone = width in PHONES
     image = screenshot(framed(page, width) if is_phone else page, tmp_path, 500 if is_phone else width)
     image = image.crop((0, 0, width, image.height))

@@ -1,19 +1,14 @@
 """Made-up outcomes of runs."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 from nio_hf.study.arms import choose_arms
 from nio_hf.study.findings import Findings
-from nio_hf.study.plan import Plan, Run
+from nio_hf.study.plan import Plan
 from nio_hf.study.results import Outcome
 
 
-def plan(**changes: Any) -> Plan:
+def plan(**changes):
     """Three arms, two learning rates, two lengths of warmup, three seeds of each kind."""
-    settings: dict[str, Any] = {
+    settings = {
         "arms": choose_arms(["no_warmup", "warmup", "nio"]),
         "learning_rates": (1e-3, 2e-3),
         "warmup_ratios": (0.1, 0.3),
@@ -24,9 +19,9 @@ def plan(**changes: Any) -> Plan:
     return Plan(**{**settings, **changes})
 
 
-def outcome(value: float | None, **changes: Any) -> Outcome:
+def outcome(value, **changes):
     """The outcome of a run with a value of its metric; None for one that failed."""
-    settings: dict[str, Any] = {
+    settings = {
         "value": value,
         "eval_loss": None if value is None else 1.0,
         "losses": tuple(2.0 - step / 100 for step in range(100)),
@@ -38,7 +33,7 @@ def outcome(value: float | None, **changes: Any) -> Outcome:
     return Outcome(**{**settings, **changes})
 
 
-def findings(made: Plan, value: Callable[[Run], float | None], metric: Any, worst: float, **more: Any) -> Findings:
+def findings(made, value, metric, worst, **more):
     """The findings of a comparison of which every run is known."""
     known = {run: outcome(value(run)) for run in made.selection()}
     judged = made.fresh(Findings("recipe", made, known, metric, worst).judged)

@@ -1,7 +1,5 @@
 """`nio-hf compare` from the command line, on digits."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -9,35 +7,31 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from nio_hf.cli.main import app
-from nio_hf.metrics import ACCURACY, IMAGE_CLASSIFICATION, LOSS, METRICS, Metric
+from nio_hf.metrics import ACCURACY, IMAGE_CLASSIFICATION, LOSS, METRICS
 from nio_hf.study import runner
-from nio_hf.study.plan import Run
-from nio_hf.study.results import RESULTS_NAME, Outcome
+from nio_hf.study.results import RESULTS_NAME
 from tests.study.outcomes import outcome
 
 SMALL = ["--nio_report_batches", "1", "--nio_batch_size", "16"]
 SMALL += ["--max_eval_samples", "50", "--max_train_samples", "200"]
 
 
-def _compare(*arguments: str) -> tuple[int, str]:
+def _compare(*arguments):
     done = CliRunner().invoke(app, ["compare", *arguments])
     return done.exit_code, done.output
 
 
-def _command(directory: Path, *arguments: str) -> list[str]:
+def _command(directory, *arguments):
     start = [sys.executable, "-m", "nio_hf.cli", "compare", "--output_dir", str(directory), "--steps", "8"]
     return [*start, *arguments, *SMALL]
 
 
-def _records(directory: Path) -> list[dict[str, Any]]:
+def _records(directory):
     lines = (directory / RESULTS_NAME).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[1:]]
 
@@ -69,7 +63,7 @@ def _records(directory: Path) -> list[dict[str, Any]]:
         (["--steps", "2", "--warmup_ratios", "0.5", *SMALL], "arm nio, --steps: 2, where the initialisation takes up"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(tmp_path: Path, arguments: list[str], found: str) -> None:
+def test_what_cannot_be_compared_is_refused(tmp_path, arguments, found):
     directory = tmp_path / "new"
     steps = [] if "--steps" in arguments else ["--steps", "10"]
     status, output = _compare(*arguments, *steps, "--output_dir", str(directory))
@@ -78,7 +72,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, arguments: list[str]
     assert not (directory / RESULTS_NAME).exists()
 
 
-def test_an_optimizer_in_the_file_of_a_recipe_is_refused(tmp_path: Path) -> None:
+def test_an_optimizer_in_the_file_of_a_recipe_is_refused(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("base: vit-tiny/digits/nio\noptimizer: muon\n")
     status, output = _compare(str(recipe), "--steps", "10", "--output_dir", str(tmp_path / "new"))
@@ -89,7 +83,7 @@ def test_an_optimizer_in_the_file_of_a_recipe_is_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_comparison_from_the_grid_to_the_verdict(tmp_path: Path) -> None:
+def test_a_comparison_from_the_grid_to_the_verdict(tmp_path):
     arguments = [
         "--arms",
         "no_warmup,warmup,nio_seeded",
@@ -127,7 +121,7 @@ def test_a_comparison_from_the_grid_to_the_verdict(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_goes_on_and_counts_nothing_twice(tmp_path: Path) -> None:
+def test_killed_and_started_again_it_goes_on_and_counts_nothing_twice(tmp_path):
     arguments = ["--arms", "no_warmup,warmup", "--learning_rates", "1e-3", "--seeds", "3", "--no_verdict"]
     file = tmp_path / RESULTS_NAME
     for number in (signal.SIGKILL, signal.SIGINT):
@@ -148,7 +142,7 @@ def test_killed_and_started_again_it_goes_on_and_counts_nothing_twice(tmp_path: 
 
 
 @pytest.mark.slow
-def test_sigterm_leaves_no_temporary_folder(tmp_path: Path) -> None:
+def test_sigterm_leaves_no_temporary_folder(tmp_path):
     arguments = ["--arms", "no_warmup", "--learning_rates", "1e-3", "--no_verdict"]
     command = _command(tmp_path, *arguments)
     command[command.index("8")] = "100000"
@@ -165,10 +159,8 @@ def test_sigterm_leaves_no_temporary_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("metric", "failed"), [(ACCURACY, 100 / 10), (LOSS, math.log(10))])
-def test_the_command_judges_by_the_metric_of_the_recipe(
-    metric: Metric, failed: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def execute(pending: Sequence[Run], order_for: Any, jobs: int, on_outcome: Any) -> None:
+def test_the_command_judges_by_the_metric_of_the_recipe(metric, failed, tmp_path, monkeypatch):
+    def execute(pending, order_for, jobs, on_outcome):
         for run in pending:
             on_outcome(run, _made_up(run))
 
@@ -188,7 +180,7 @@ def test_the_command_judges_by_the_metric_of_the_recipe(
     assert higher == ({"warmup"} if metric.lower_is_better else {"no_warmup", "nio"})
 
 
-def _made_up(run: Run) -> Outcome:
+def _made_up(run):
     """Values that rise with the rate, and fall with it where there is warmup; NIO fails at the higher rate."""
     if (run.arm, run.learning_rate) == ("nio", 2e-3):
         return outcome(None)

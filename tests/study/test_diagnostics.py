@@ -1,14 +1,11 @@
 """Diagnostics of a step, compared with numbers worked out by hand."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nio_hf.study.diagnostics import FIRST_STEPS, StepDiagnostics
 
@@ -16,22 +13,22 @@ from nio_hf.study.diagnostics import FIRST_STEPS, StepDiagnostics
 class Scaled(nn.Module):
     """Logits W x, beside a matrix that is zero at the start and a vector."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))
         self.zero = nn.Parameter(torch.zeros(2, 2))
         self.vector = nn.Parameter(torch.ones(2))
 
-    def forward(self, pixel_values: Tensor) -> Any:
+    def forward(self, pixel_values):
         return SimpleNamespace(logits=pixel_values @ self.weight.T)
 
 
-def _step(looked_at: StepDiagnostics, number: int = 1) -> None:
+def _step(looked_at, number=1):
     looked_at.on_step_end(None, SimpleNamespace(global_step=number), None)
 
 
 @pytest.mark.parametrize(("factor", "angle"), [(1.1, 0.0), (1.0, 1e-3), (1.0, 0.5), (1.0, math.pi / 2)])
-def test_a_weight_that_is_longer_or_turned(factor: float, angle: float) -> None:
+def test_a_weight_that_is_longer_or_turned(factor, angle):
     model = Scaled()
     looked_at = StepDiagnostics(model, {"pixel_values": torch.eye(2)})
     looked_at.on_train_begin(None, None, None)
@@ -46,7 +43,7 @@ def test_a_weight_that_is_longer_or_turned(factor: float, angle: float) -> None:
     assert looked_at.values["output_change"] == [pytest.approx(moved, rel=1e-2)]
 
 
-def test_only_the_first_steps_are_looked_at() -> None:
+def test_only_the_first_steps_are_looked_at():
     looked_at = StepDiagnostics(Scaled(), {"pixel_values": torch.eye(2)})
     looked_at.on_train_begin(None, None, None)
     for number in range(1, FIRST_STEPS + 3):

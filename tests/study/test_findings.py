@@ -1,7 +1,5 @@
 """Conclusions from runs, compared with numbers worked out by hand, for accuracy and evaluation loss."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -9,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nio_hf.metrics import ACCURACY, LOSS, Metric
+from nio_hf.metrics import ACCURACY, LOSS
 from nio_hf.study.arms import choose_arms
 from nio_hf.study.compare import grid_table, make_report, sentences, verdict_table
 from nio_hf.study.findings import Findings, Stability
-from nio_hf.study.plan import FIRST_VERDICT_SEED, Run
+from nio_hf.study.plan import FIRST_VERDICT_SEED
 from tests.study.outcomes import findings, outcome, plan
 
 HIGHEST = 128.0
@@ -30,7 +28,7 @@ GAINS = {"no_warmup": -6.0, "warmup": 0.0, "nio": 3.0, "gi_adam": -0.125, "nio_s
 BEST_RATES = {"no_warmup": 1e-3, "warmup": 2e-3, "nio": 4e-3, "gi_adam": 2e-3, "nio_seeded": 4e-3}
 
 
-def _value(run: Run) -> float | None:
+def _value(run):
     """Values in eighths, which subtract without rounding: each arm has its best rate and its noise, and some fail."""
     number = run.seed % FIRST_VERDICT_SEED
     if (run.arm, run.learning_rate, number) == ("no_warmup", 4e-3, 1) or (run.arm, run.seed) == ("nio_seeded", 1002):
@@ -41,20 +39,20 @@ def _value(run: Run) -> float | None:
     return 60.0 + number + GAINS[run.arm] - far + NOISE.get(run.arm, (0.0,) * 5)[number]
 
 
-def _upside_down(run: Run) -> float | None:
+def _upside_down(run):
     value = _value(run)
     return None if value is None else HIGHEST - value
 
 
 @pytest.fixture(scope="module")
-def both() -> tuple[Findings, Findings]:
+def both():
     """The findings of a comparison by accuracy, and of one by a loss from the same runs upside down."""
     rates = (1e-3, 2e-3, 4e-3)
     made = plan(arms=choose_arms(list(BEST_RATES)), learning_rates=rates, verdict_seeds=5)
     return findings(made, _value, ACCURACY, CHANCE), findings(made, _upside_down, UPSIDE_DOWN, HIGHEST - CHANCE)
 
 
-def test_a_loss_chooses_the_same_settings(both: tuple[Findings, Findings]) -> None:
+def test_a_loss_chooses_the_same_settings(both):
     right, mirrored = both
     assert {choice.arm: choice.learning_rate for choice in right.chosen} == BEST_RATES
     assert right.chosen[1].warmup_ratio == 0.1
@@ -67,7 +65,7 @@ def test_a_loss_chooses_the_same_settings(both: tuple[Findings, Findings]) -> No
     assert {arm.name: mirrored.stability(arm.name) for arm in mirrored.plan.arms} == found
 
 
-def test_a_loss_has_the_same_verdicts(both: tuple[Findings, Findings]) -> None:
+def test_a_loss_has_the_same_verdicts(both):
     right, mirrored = both
     assert [verdict.word for verdict in right.verdicts] == ["worse", "matches", "beats", "matches", "undecided"]
     for own, other in zip(right.verdicts, mirrored.verdicts, strict=True):
@@ -84,20 +82,20 @@ def test_a_loss_has_the_same_verdicts(both: tuple[Findings, Findings]) -> None:
     assert sentences(mirrored) == [sentence.replace("points of accuracy", "nats") for sentence in said]
 
 
-def test_the_page_is_the_one_that_is_stored(both: tuple[Findings, Findings]) -> None:
+def test_the_page_is_the_one_that_is_stored(both):
     """Tables, intervals, verdicts and sentences of the same runs stay the same from version to version."""
     stored = Path(__file__).with_name("comparison.md").read_text(encoding="utf-8")
     assert make_report(both[0]).markdown() == stored
 
 
 @pytest.mark.parametrize(("metric", "worst", "good"), [(ACCURACY, 10.0, 40.0), (LOSS, math.log(1000), 2.0)])
-def test_a_failed_run_counts_as_a_model_that_knows_nothing(metric: Metric, worst: float, good: float) -> None:
+def test_a_failed_run_counts_as_a_model_that_knows_nothing(metric, worst, good):
     found = findings(plan(), lambda run: None if run.seed == 1 else good, metric, worst)
     assert [cell.value for cell in found.cells] == pytest.approx([(2 * good + worst) / 3] * 8)
     assert all(cell.failed == 1 for cell in found.cells)
 
 
-def test_of_equals_the_lowest_rate_and_the_shortest_warmup_are_chosen() -> None:
+def test_of_equals_the_lowest_rate_and_the_shortest_warmup_are_chosen():
     found = findings(plan(), lambda run: 50.0, ACCURACY, CHANCE)
     assert [choice.point for choice in found.chosen] == [
         ("no_warmup", 1e-3, 0.0),
@@ -116,14 +114,12 @@ def test_of_equals_the_lowest_rate_and_the_shortest_warmup_are_chosen() -> None:
         (LOSS, (2.3, 2.2, 2.29, 2.31), Stability(4e-3, 8e-3)),
     ],
 )
-def test_an_arm_is_stable_to_the_end_of_its_plateau(
-    metric: Metric, values: tuple[float | None, ...], stable: Stability
-) -> None:
+def test_an_arm_is_stable_to_the_end_of_its_plateau(metric, values, stable):
     rates = (1e-3, 2e-3, 4e-3, 8e-3)
     by_rate = dict(zip(rates, values, strict=True))
     whole = 50.0 if metric is ACCURACY else 2.2
 
-    def value(run: Run) -> float | None:
+    def value(run):
         own = by_rate[run.learning_rate]
         return whole if own is None and run.seed != 2 else own
 
@@ -131,10 +127,10 @@ def test_an_arm_is_stable_to_the_end_of_its_plateau(
     assert found.stability("nio") == stable
 
 
-def _by_hand(gain: float, tested: float) -> Findings:
+def _by_hand(gain, tested):
     """Warmup gains on the seeds of the selection, and otherwise on fresh ones; NIO gains 0.2, 0.3, 0.1 over warmup."""
 
-    def value(run: Run) -> float:
+    def value(run):
         if run.stage == "selection":
             return {"no_warmup": 40.0, "warmup": 40.0 + gain + 0.1 * run.seed % 0.3, "nio": 41.0}[run.arm]
         own = {"no_warmup": 42.0 - tested, "warmup": 42.0, "nio": 42.2}[run.arm]
@@ -143,7 +139,7 @@ def _by_hand(gain: float, tested: float) -> Findings:
     return findings(plan(), value, ACCURACY, CHANCE)
 
 
-def test_where_warmup_gains_nothing_there_is_no_verdict() -> None:
+def test_where_warmup_gains_nothing_there_is_no_verdict():
     """This holds even if warmup gained on the seeds of the selection."""
     found = _by_hand(gain=3.0, tested=-0.5)
     text = " ".join(sentences(found))
@@ -154,7 +150,7 @@ def test_where_warmup_gains_nothing_there_is_no_verdict() -> None:
     assert all(row[-1] == "-" for row in verdict_table(found)[1])
 
 
-def test_the_verdict_says_the_difference_with_its_uncertainty() -> None:
+def test_the_verdict_says_the_difference_with_its_uncertainty():
     """Differences 0.2, 0.3, 0.1: mean 0.2, standard deviation 0.1, half width 2.919986 * 0.1 / sqrt(3) = 0.17."""
     found = _by_hand(gain=3.0, tested=2.0)
     text = " ".join(sentences(found))
@@ -170,7 +166,7 @@ def test_the_verdict_says_the_difference_with_its_uncertainty() -> None:
     assert "an accuracy of 42.2% has a standard error of 0.49 points, and a difference of up to 0.70" in shared
 
 
-def test_differences_are_paired_by_seed() -> None:
+def test_differences_are_paired_by_seed():
     """Noise that both arms share does not widen the interval."""
     noisy = findings(plan(), lambda run: 50.0 + 5 * (run.seed % 1000) + (run.arm == "nio"), ACCURACY, CHANCE)
     verdict = next(verdict for verdict in noisy.verdicts if verdict.arm == "nio")
@@ -179,7 +175,7 @@ def test_differences_are_paired_by_seed() -> None:
     assert verdict.value.half_width > 5
 
 
-def test_what_an_initialisation_adds_is_held_against_the_same_training_without_it() -> None:
+def test_what_an_initialisation_adds_is_held_against_the_same_training_without_it():
     points = {"no_warmup": 0.0, "warmup": 1.0, "nio": 2.0, "gi_adam": 4.0, "nio_seeded": 7.0, "slow": 5.5, "lsuv": -1.0}
     names = ["no_warmup", "warmup", "nio", "gi_adam", "nio_seeded", "lsuv", "radam"]
     made = plan(arms=choose_arms(names, ["slow=nio_seeded,nio_lr=0.01"]))
@@ -194,10 +190,10 @@ def test_what_an_initialisation_adds_is_held_against_the_same_training_without_i
     assert "The initialisation of nio_seeded gains +3.00 ± 0.00 points of accuracy over gi_adam" in said
 
 
-def test_an_interval_is_wider_where_more_arms_are_held_against_warmup() -> None:
+def test_an_interval_is_wider_where_more_arms_are_held_against_warmup():
     """Differences 0.2, 0.3, 0.1 once, and beside them two arms that do not differ significantly from warmup."""
 
-    def value(run: Run) -> float:
+    def value(run):
         number = run.seed % 1000
         return 50.0 + {"nio": (0.2, 0.3, 0.1)[number], "warmup": 0.0}.get(run.arm, (0.2, -0.3, 0.2)[number])
 
@@ -216,7 +212,7 @@ def test_an_interval_is_wider_where_more_arms_are_held_against_warmup() -> None:
     assert among["warmup"].mean == 0
 
 
-def test_there_is_no_verdict_while_runs_are_missing() -> None:
+def test_there_is_no_verdict_while_runs_are_missing():
     made = plan()
     known = {run: outcome(50.0) for run in made.selection()}
     found = Findings("recipe", made, known, ACCURACY, CHANCE)
@@ -227,10 +223,10 @@ def test_there_is_no_verdict_while_runs_are_missing() -> None:
     assert "the grid is not complete" in sentences(Findings("recipe", made, known, ACCURACY, CHANCE))[0]
 
 
-def test_nothing_that_is_said_or_written_of_a_loss_speaks_of_accuracy(tmp_path: Path) -> None:
+def test_nothing_that_is_said_or_written_of_a_loss_speaks_of_accuracy(tmp_path):
     """NIO is 0.006 nats behind warmup, and no warmup 0.3."""
 
-    def value(run: Run) -> float:
+    def value(run):
         own = {"no_warmup": 2.8, "warmup": 2.5, "nio": 2.506}[run.arm] + 0.01 * (run.warmup_ratio == 0.3)
         return own + 0.001 * (run.seed - 1001) * ((run.arm, run.stage) == ("nio", "verdict"))
 

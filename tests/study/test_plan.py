@@ -1,9 +1,5 @@
 """Arms and the runs of a comparison."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 
 from nio_hf.errors import RecipeError
@@ -15,7 +11,7 @@ from nio_hf.study.tune import CONTROLLED as CONTROLLED_BY_TUNE
 from tests.study.outcomes import plan
 
 
-def test_every_arm_sets_what_the_others_set() -> None:
+def test_every_arm_sets_what_the_others_set():
     """Otherwise one arm would keep the method of the recipe, and another would not."""
     for arm in ARMS.values():
         assert {"nio", "nio_seed_optimizer", "optimizer"} <= arm.settings.keys()
@@ -24,7 +20,7 @@ def test_every_arm_sets_what_the_others_set() -> None:
             assert {"nio_method", "nio_method_kwargs"} <= arm.settings.keys()
 
 
-def test_a_defined_arm_is_a_known_one_with_other_settings() -> None:
+def test_a_defined_arm_is_a_known_one_with_other_settings():
     (arm,) = choose_arms([], ["low=nio_seeded,nio_loss_bound=0.5,nio_scale_range=[0.8,2],nio_lr=1e-2"])
     assert arm.name == "low"
     changes = {"nio_loss_bound": 0.5, "nio_scale_range": [0.8, 2], "nio_lr": 0.01}
@@ -46,7 +42,7 @@ def test_a_defined_arm_is_a_known_one_with_other_settings() -> None:
         (["x", "y"], ["z"], "3 problems"),
     ],
 )
-def test_arms_that_do_not_exist_are_refused(names: list[str], definitions: list[str], found: str) -> None:
+def test_arms_that_do_not_exist_are_refused(names, definitions, found):
     with pytest.raises(RecipeError, match=found):
         choose_arms(names, definitions)
 
@@ -67,13 +63,13 @@ def test_arms_that_do_not_exist_are_refused(names: list[str], definitions: list[
         ({"arms": choose_arms(["nio"])}, "no no_warmup and no warmup to compare the others with"),
     ],
 )
-def test_a_comparison_that_cannot_conclude_is_refused(changes: dict[str, Any], found: str) -> None:
+def test_a_comparison_that_cannot_conclude_is_refused(changes, found):
     assert not list(plan_problems(plan()))
     (problem,) = plan_problems(plan(**changes))
     assert found in str(problem)
 
 
-def test_the_grid_has_every_run_once_seed_by_seed() -> None:
+def test_the_grid_has_every_run_once_seed_by_seed():
     grid = plan().selection()
     assert len(grid) == len(set(grid)) == 3 * 2 * (1 + 2 + 1)
     assert [(run.seed, run.learning_rate) for run in grid] == sorted((run.seed, run.learning_rate) for run in grid)
@@ -81,7 +77,7 @@ def test_the_grid_has_every_run_once_seed_by_seed() -> None:
     assert {run.warmup_ratio for run in grid if run.arm != "warmup"} == {0.0}
 
 
-def test_the_verdict_is_on_seeds_that_the_choice_has_not_seen() -> None:
+def test_the_verdict_is_on_seeds_that_the_choice_has_not_seen():
     made = plan(verdict_seeds=5)
     runs = made.fresh([("nio", 1e-3, 0.0), ("warmup", 2e-3, 0.1)])
     assert len(runs) == 10
@@ -90,5 +86,5 @@ def test_the_verdict_is_on_seeds_that_the_choice_has_not_seen() -> None:
     assert most_runs(made) == 24 + 5 * (3 + 2)
 
 
-def test_what_a_study_decides_are_settings_of_a_recipe() -> None:
+def test_what_a_study_decides_are_settings_of_a_recipe():
     assert {*CONTROLLED, *CONTROLLED_BY_TUNE, *QUIET} <= known_keys().keys()

@@ -1,15 +1,10 @@
 """Plots of a comparison."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from nio_hf.metrics import ACCURACY, LOSS, Metric
+from nio_hf.metrics import ACCURACY, LOSS
 from nio_hf.study.findings import Findings
 from nio_hf.study.plots import plot_first_steps, plot_learning_rates
 from tests.study.outcomes import outcome, plan
@@ -19,10 +14,8 @@ VALUES = {"no_warmup": 30.0, "warmup": 40.0, "nio": 50.0}
 
 @pytest.mark.parametrize("rates", [(1e-3, 2e-3), (1e-3,)])
 @pytest.mark.parametrize(("metric", "values"), [(ACCURACY, [31, 40.9, 51]), (LOSS, [31, 40.7, 51])])
-def test_arms_are_lines_over_learning_rates_and_rows_of_a_single_one(
-    metric: Metric, values: list[float], rates: tuple[float, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[Figure] = []
+def test_arms_are_lines_over_learning_rates_and_rows_of_a_single_one(metric, values, rates, tmp_path, monkeypatch):
+    drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
     made = plan(verdict_seeds=0, learning_rates=rates)
     known = {run: outcome(VALUES[run.arm] - run.warmup_ratio + run.seed) for run in made.selection()}
@@ -31,7 +24,7 @@ def test_arms_are_lines_over_learning_rates_and_rows_of_a_single_one(
     plot_first_steps(found, tmp_path / "steps.png")
     judged, loss = drawn[0].axes
     label = "accuracy (%)" if metric is ACCURACY else "evaluation loss (nats)"
-    bars: Any = judged.containers
+    bars = judged.containers
     if len(rates) > 1:
         assert [list(container[0].get_xdata()) for container in bars] == [list(rates)] * 3
         assert [container[0].get_ydata()[0] for container in bars] == pytest.approx(values)

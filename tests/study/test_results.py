@@ -1,9 +1,6 @@
 """Results on the disk: nothing is lost, nothing counts twice."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 
@@ -19,14 +16,14 @@ RUN = Run("selection", "nio", 1e-3, 0.0, 0)
 OTHER = Run("selection", "nio", 2e-3, 0.0, 0)
 
 
-def _filled(directory: Path) -> Path:
+def _filled(directory):
     results = Results(directory, TASK)
     results.add(RUN, ARMS["nio"], outcome(50.0, diagnostics={"angular_update": [0.1]}))
     results.add(OTHER, ARMS["nio"], outcome(None))
     return directory / RESULTS_NAME
 
 
-def test_what_was_added_is_there_again_and_counts_once(tmp_path: Path) -> None:
+def test_what_was_added_is_there_again_and_counts_once(tmp_path):
     file = _filled(tmp_path)
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert records[1]["versions"] == versions()
@@ -39,7 +36,7 @@ def test_what_was_added_is_there_again_and_counts_once(tmp_path: Path) -> None:
     assert results.get(Run("verdict", "nio", 1e-3, 0.0, 0), ARMS["nio"]) is None
 
 
-def test_a_line_that_was_cut_off_is_as_if_it_had_not_been_written(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_off_is_as_if_it_had_not_been_written(tmp_path):
     file = _filled(tmp_path)
     whole = file.read_bytes()
     file.write_bytes(whole[:-10])
@@ -51,7 +48,7 @@ def test_a_line_that_was_cut_off_is_as_if_it_had_not_been_written(tmp_path: Path
 
 
 @pytest.mark.parametrize("value", ['"abc"', "NaN", "[]"])
-def test_an_outcome_that_is_no_number_is_refused_with_its_line(tmp_path: Path, value: str) -> None:
+def test_an_outcome_that_is_no_number_is_refused_with_its_line(tmp_path, value):
     file = _filled(tmp_path)
     file.write_text(file.read_text(encoding="utf-8").replace('"value": 50.0', f'"value": {value}'))
     with pytest.raises(RecipeError, match=r"line 2: is no results file: value is"):
@@ -67,14 +64,14 @@ def test_an_outcome_that_is_no_number_is_refused_with_its_line(tmp_path: Path, v
         ({**TASK, "purpose": "tune"}, "purpose is 'compare' there, 'tune' here"),
     ],
 )
-def test_results_of_another_comparison_are_refused(tmp_path: Path, task: dict[str, object], differs: str) -> None:
+def test_results_of_another_comparison_are_refused(tmp_path, task, differs):
     before = _filled(tmp_path).read_bytes()
     with pytest.raises(RecipeError, match=differs):
         Results(tmp_path, task)
     assert (tmp_path / RESULTS_NAME).read_bytes() == before
 
 
-def test_an_arm_that_means_something_else_now_is_refused(tmp_path: Path) -> None:
+def test_an_arm_that_means_something_else_now_is_refused(tmp_path):
     _filled(tmp_path)
     with pytest.raises(RecipeError, match="runs of gi_adam with other settings"):
         Results(tmp_path, TASK).get(RUN, ARMS["gi_adam"])
@@ -92,7 +89,7 @@ FORMER = '{"format": 1, "task": {}}\n{"run": {}, "accuracy": 1}\n'
         (FORMER, r"line 1: is no results file: format 1 is that of a former version, known is 2\. Move it away"),
     ],
 )
-def test_another_file_is_refused_and_kept(tmp_path: Path, text: str, found: str) -> None:
+def test_another_file_is_refused_and_kept(tmp_path, text, found):
     file = tmp_path / RESULTS_NAME
     file.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError, match=found):
@@ -101,7 +98,7 @@ def test_another_file_is_refused_and_kept(tmp_path: Path, text: str, found: str)
 
 
 @pytest.mark.parametrize("length", [0, 1, 20, 40])
-def test_a_file_that_ends_in_its_first_line_is_begun_again(tmp_path: Path, length: int) -> None:
+def test_a_file_that_ends_in_its_first_line_is_begun_again(tmp_path, length):
     file = _filled(tmp_path)
     first = file.read_bytes().splitlines(keepends=True)[0]
     file.write_bytes(first[:length])

@@ -1,23 +1,20 @@
 """The processes and the directory of a study."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from nio_hf.errors import ConfigError, Problem, RecipeError
-from nio_hf.metrics import ACCURACY, LOSS, Metric
+from nio_hf.metrics import ACCURACY, LOSS
 from nio_hf.recipe.loading import load_recipe
 from nio_hf.study import runner
 from nio_hf.study.arms import choose_arms
-from nio_hf.study.plan import Plan, Run
+from nio_hf.study.plan import Run
 from nio_hf.study.runner import RunError, Study, execute
 from nio_hf.study.worker import Order
 from tests.study.outcomes import outcome, plan
@@ -40,11 +37,11 @@ if __name__ == "__main__":
 """
 
 
-def _study(directory: Path, made: Plan, **more: Any) -> Study:
+def _study(directory, made, **more):
     return Study(RECIPE, made, directory, (), {}, **more)
 
 
-def _runs(pid: int) -> bool:
+def _runs(pid):
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -53,7 +50,7 @@ def _runs(pid: int) -> bool:
     return not status.exists() or ") Z " not in status.read_text()
 
 
-def test_a_run_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+def test_a_run_ends_with_the_process_that_started_it(tmp_path):
     program, file = tmp_path / "program.py", tmp_path / "pid"
     program.write_text(PROGRAM, encoding="utf-8")
     with subprocess.Popen([sys.executable, str(program), str(file)]) as process:
@@ -70,7 +67,7 @@ def test_a_run_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     assert not _runs(pid)
 
 
-def test_folders_of_trainings_that_were_killed_are_removed_and_nobody_else_writes(tmp_path: Path) -> None:
+def test_folders_of_trainings_that_were_killed_are_removed_and_nobody_else_writes(tmp_path):
     study = _study(tmp_path, plan())
     (study.runs / ".nio-trial-before").mkdir(parents=True)
     (study.runs / "probe.log").touch()
@@ -84,7 +81,7 @@ def test_folders_of_trainings_that_were_killed_are_removed_and_nobody_else_write
         pass
 
 
-def test_the_problems_of_all_arms_are_reported_at_once(tmp_path: Path) -> None:
+def test_the_problems_of_all_arms_are_reported_at_once(tmp_path):
     definitions = ["low=nio,nio_gama=1", "high=nio,nio_loss_bound=-1", "other=gradinit,nio_method_kwargs.steps=3"]
     with pytest.raises(RecipeError) as raised:
         _study(tmp_path, plan(arms=choose_arms(["no_warmup", "warmup", "gradinit", "lsuv"], definitions)))
@@ -95,7 +92,7 @@ def test_the_problems_of_all_arms_are_reported_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_a_process_is_handed_the_whole_recipe(tmp_path: Path) -> None:
+def test_a_process_is_handed_the_whole_recipe(tmp_path):
     made = plan(steps=200, arms=choose_arms(["warmup"], ["long=gradinit,nio_method_kwargs.iterations=60"]))
     recipe = RECIPE.replace({"data_seed": 7, "nio_seed": 3, "eval_from_train": True})
     study = Study(recipe, made, tmp_path, (), {}, jobs=1000)
@@ -112,9 +109,7 @@ def test_a_process_is_handed_the_whole_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("steps", "refused"), [(25, True), (26, False)])
-def test_an_arm_whose_initialisation_may_cost_the_whole_budget_is_refused(
-    steps: int, refused: bool, tmp_path: Path
-) -> None:
+def test_an_arm_whose_initialisation_may_cost_the_whole_budget_is_refused(steps, refused, tmp_path):
     made = plan(steps=steps, warmup_ratios=(0.1,))
     if not refused:
         _study(tmp_path, made)
@@ -123,7 +118,7 @@ def test_an_arm_whose_initialisation_may_cost_the_whole_budget_is_refused(
         _study(tmp_path, made)
 
 
-def _work(order: Order, sender: Any) -> None:
+def _work(order, sender):
     """Stand for `carry_out`, by the name of the log."""
     kind = order.log_file.stem
     if kind == "dies":
@@ -140,11 +135,9 @@ def _work(order: Order, sender: Any) -> None:
         ("ends", None, ""),
     ],
 )
-def test_what_becomes_of_a_process(
-    kind: str, error: type[Exception] | None, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_becomes_of_a_process(kind, error, found, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "carry_out", _work)
-    ended: dict[Run, Any] = {}
+    ended = {}
     order = Order(RECIPE.replace({"output_dir": str(tmp_path / "folder")}), tmp_path / f"{kind}.log")
     if error is None:
         execute([RUN], lambda run: order, 2, ended.__setitem__)
@@ -163,14 +156,7 @@ def test_what_becomes_of_a_process(
         (LOSS, None, "failed, the loss is not finite (1 s)"),
     ],
 )
-def test_a_run_that_has_ended_is_told_by_its_metric(
-    metric: Metric,
-    value: float | None,
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_run_that_has_ended_is_told_by_its_metric(metric, value, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         runner, "execute", lambda runs, order_for, jobs, note: note(RUN, outcome(value, cost_steps=3.0))
     )

@@ -1,13 +1,9 @@
 """A search for settings with made-up trainings: its runs and its conclusions."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 from typer.testing import CliRunner
@@ -34,7 +30,6 @@ from nio_hf.study.tune import (
     tune,
     tuned_settings,
 )
-from nio_hf.study.worker import Order
 from tests.study.outcomes import outcome
 
 RECIPE = load_recipe("vit-tiny/digits/nio")
@@ -45,20 +40,20 @@ SMALL += ["--max_eval_samples", "50", "--max_train_samples", "200"]
 Loss = Callable[[Run], float | None]
 
 
-def plan(**changes: Any) -> Plan:
+def plan(**changes):
     settings = {"seeds": 3, "verdict_seeds": 3, "steps": 500, "probe_steps": 50, **changes}
     return Plan(make_candidates(RECIPE, ("additive", "model"), STRENGTHS), (1e-3,), (), **settings)
 
 
 @pytest.fixture
-def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Search, list[Run], list[Order]]]:
+def search(tmp_path, monkeypatch):
     """Searches with made-up losses (of probes) and values of the metric (of whole trainings)."""
 
-    def run(made: Plan, loss: Loss, value: Loss = lambda run: 50.0) -> tuple[Search, list[Run], list[Order]]:
-        runs: list[Run] = []
-        orders: list[Order] = []
+    def run(made, loss, value=lambda run: 50.0):
+        runs = []
+        orders = []
 
-        def execute(pending: Sequence[Run], order_for: Any, jobs: int, on_outcome: Any) -> None:
+        def execute(pending, order_for, jobs, on_outcome):
             for run in pending:
                 runs.append(run)
                 orders.append(order_for(run))
@@ -75,14 +70,14 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
     return run
 
 
-def _half(run: Run) -> float:
+def _half(run):
     """Loss that is best for one group with half the strength, with a spread over the seeds that all share."""
     groups, _, strength = run.arm.partition("-")
     better = 0.2 * (groups == "model") + 0.1 * (strength in ("0.5", "0.75")) + 0.05 * (strength == "0.5")
     return 2.0 + 0.3 * run.seed - better
 
 
-def test_each_round_halves_the_candidates_and_keeps_the_recipes_own(search: Any) -> None:
+def test_each_round_halves_the_candidates_and_keeps_the_recipes_own(search):
     made = plan()
     tuned, runs, orders = search(made, _half, lambda run: 50.0 + (run.arm != "own") + run.seed % 3)
     probes = [run for run in runs if run.stage == "probe"]
@@ -112,7 +107,7 @@ def test_each_round_halves_the_candidates_and_keeps_the_recipes_own(search: Any)
     )
 
 
-def test_what_is_best_by_itself_is_kept_and_not_judged(search: Any) -> None:
+def test_what_is_best_by_itself_is_kept_and_not_judged(search):
     tuned, runs, _ = search(plan(), lambda run: 1.0 if run.arm == "own" else 2.0)
     assert tuned.chosen is OWN
     assert {run.stage for run in runs} == {"probe"}
@@ -121,7 +116,7 @@ def test_what_is_best_by_itself_is_kept_and_not_judged(search: Any) -> None:
 
 
 @pytest.mark.parametrize(("gain", "word"), [(-2.0, "worse"), (0.01, "undecided")])
-def test_a_choice_that_is_not_surely_better_is_not_advised(search: Any, gain: float, word: str) -> None:
+def test_a_choice_that_is_not_surely_better_is_not_advised(search, gain, word):
     noise = {FIRST_VERDICT_SEED: 0.5, FIRST_VERDICT_SEED + 1: -0.5}
     tuned, _, _ = search(plan(), _half, lambda run: 50.0 + (run.arm != "own") * (gain + noise.get(run.seed, 0.0)))
     assert tuned.word == word
@@ -130,9 +125,7 @@ def test_a_choice_that_is_not_surely_better_is_not_advised(search: Any, gain: fl
 
 
 @pytest.mark.parametrize(("rise", "word"), [(-0.02, "beats"), (0.02, "worse"), (0.0, "undecided")])
-def test_the_choice_is_judged_by_the_metric_of_the_recipe(
-    search: Any, rise: float, word: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_choice_is_judged_by_the_metric_of_the_recipe(search, rise, word, monkeypatch):
     monkeypatch.setitem(METRICS, IMAGE_CLASSIFICATION, LOSS)
     noise = {FIRST_VERDICT_SEED: 0.001, FIRST_VERDICT_SEED + 1: -0.001}
     tuned, _, _ = search(plan(), _half, lambda run: 2.5 + (run.arm != "own") * (rise + noise.get(run.seed, 0.0)))
@@ -145,16 +138,14 @@ def test_the_choice_is_judged_by_the_metric_of_the_recipe(
     assert "accura" not in (report.markdown() + json.dumps(report.numbers) + settings_yaml(tuned)).lower()
 
 
-def test_a_failed_training_has_the_loss_of_a_model_that_knows_nothing(
-    search: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_training_has_the_loss_of_a_model_that_knows_nothing(search, monkeypatch):
     monkeypatch.setitem(METRICS, IMAGE_CLASSIFICATION, LOSS)
     tuned, _, _ = search(plan(), _half, lambda run: 2.0 if run.arm == "own" else None)
     assert tuned.difference is not None
     assert tuned.difference.values == pytest.approx([2.0 - math.log(10)] * 3)
 
 
-def test_probes_that_fail_come_last_and_failed_trainings_count_as_chance(search: Any) -> None:
+def test_probes_that_fail_come_last_and_failed_trainings_count_as_chance(search):
     tuned, _, _ = search(
         plan(), lambda run: None if "additive" in run.arm else 2.0 - ("model" in run.arm), lambda run: None
     )
@@ -164,12 +155,12 @@ def test_probes_that_fail_come_last_and_failed_trainings_count_as_chance(search:
     assert tuned.difference.values == (0.0, 0.0, 0.0)
 
 
-def test_probes_that_all_fail_are_an_error(search: Any) -> None:
+def test_probes_that_all_fail_are_an_error(search):
     with pytest.raises(RunError, match="probes: every one failed"):
         search(plan(), lambda run: None)
 
 
-def test_the_point_of_the_grid_that_the_recipe_has_is_not_tried_twice() -> None:
+def test_the_point_of_the_grid_that_the_recipe_has_is_not_tried_twice():
     own = RECIPE.training.to_nio_config()
     grid = ((own.groups, "model"), (own.strength, 0.5))
     assert len(make_candidates(RECIPE, *grid)) == 4
@@ -179,7 +170,7 @@ def test_the_point_of_the_grid_that_the_recipe_has_is_not_tried_twice() -> None:
     assert {tuned_settings(arm)["nio_groups"] for arm in found[1:]} == {"additive", "model"}
 
 
-def test_the_budget_ends_the_search(search: Any, tmp_path: Path) -> None:
+def test_the_budget_ends_the_search(search, tmp_path):
     made = plan(verdict_seeds=0)
     recipes = Study(RECIPE, made, tmp_path, (), {}).recipes
     first = Search("recipe", made, {}, LOSS, 0.0).expected(made.arms, recipes)
@@ -192,14 +183,14 @@ def test_the_budget_ends_the_search(search: Any, tmp_path: Path) -> None:
     assert "It was not judged" in " ".join(sentences(tuned))
 
 
-def test_an_initialisation_that_costs_the_whole_training_is_refused(search: Any) -> None:
+def test_an_initialisation_that_costs_the_whole_training_is_refused(search):
     with pytest.raises(
         RecipeError, match=r"arm own, --steps: 10, where the initialisation takes up to \d+ .* of 10 lea"
     ):
         search(plan(probe_steps=10, steps=10), _half)
 
 
-def test_the_cost_beforehand_is_that_of_all_candidates_and_the_report_before() -> None:
+def test_the_cost_beforehand_is_that_of_all_candidates_and_the_report_before():
     recipe = RECIPE.replace({"nio_report_batches": 3, "per_device_train_batch_size": 32, "nio_strength": 1.0})
     assert recipe.training.nio_batch_size == 64
     assert most_steps(recipe.training) == 2 * (expected_cost(recipe.training.to_nio_config(), groups=2) or 0)
@@ -208,7 +199,7 @@ def test_the_cost_beforehand_is_that_of_all_candidates_and_the_report_before() -
     assert most_steps(model) == (1 + 5) * 3 * 2, "the report before, and one for each candidate"
 
 
-def test_a_search_goes_on_where_it_was(search: Any) -> None:
+def test_a_search_goes_on_where_it_was(search):
     _, first, _ = search(plan(seeds=1, verdict_seeds=0), _half)
     tuned, rest, _ = search(plan(), _half)
     assert len(first) == 9
@@ -217,7 +208,7 @@ def test_a_search_goes_on_where_it_was(search: Any) -> None:
     assert search(plan(), _half)[1] == []
 
 
-def test_what_a_search_writes(search: Any, tmp_path: Path) -> None:
+def test_what_a_search_writes(search, tmp_path):
     tuned, _, _ = search(plan(), _half, lambda run: 50.0 + (run.arm != "own"))
     make_report(tuned).publish(tmp_path, "tuning")
     names = ("tuned.yaml", "tuning.md", "tuning.json", "probes.png")
@@ -252,7 +243,7 @@ def test_what_a_search_writes(search: Any, tmp_path: Path) -> None:
         (["--budget", "100"], "--budget: 100 training steps, where the first round takes up to"),
     ],
 )
-def test_what_cannot_be_searched_is_refused(tmp_path: Path, arguments: list[str], found: str) -> None:
+def test_what_cannot_be_searched_is_refused(tmp_path, arguments, found):
     directory = tmp_path / "new"
     command = ["tune", "--steps", "100", "--output_dir", str(directory), *GRID, *SMALL, *arguments]
     done = CliRunner().invoke(app, command)

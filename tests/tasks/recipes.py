@@ -1,15 +1,12 @@
 """Small recipes of images and text, with data made by the tests."""
 
-from __future__ import annotations
-
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from nio_hf.recipe.loading import Recipe, load_recipe
+from nio_hf.recipe.loading import load_recipe
 
 CLASSES = ("bird", "cat", "dog")
 IMAGES = """
@@ -51,7 +48,7 @@ dataloader_pin_memory: false
 """
 
 
-def make_folder(root: Path, images: int = 12, splits: tuple[str, ...] = ("train", "validation")) -> Path:
+def make_folder(root, images=12, splits=("train", "validation")):
     """`images` noisy JPEG images of each class, in a folder per split and class; a class has its own brightness."""
     generator = np.random.default_rng(0)
     for split in splits:
@@ -65,7 +62,7 @@ def make_folder(root: Path, images: int = 12, splits: tuple[str, ...] = ("train"
     return root
 
 
-def write_recipe(folder: Path, data_dir: Path, more: str = "") -> str:
+def write_recipe(folder, data_dir, more=""):
     """Write a recipe for the images of a folder, with every augmentation, and return its path."""
     file = folder / "recipe.yaml"
     file.write_text(f"{IMAGES}\ndata_dir: {data_dir}\noutput_dir: {folder / 'output'}\n{more}")
@@ -96,7 +93,7 @@ nio_report_batches: 2
 """
 
 
-def text_recipe(folder: Path, name: str, *overrides: str, more: str = "", documents: int = 60) -> Recipe:
+def text_recipe(folder, name, *overrides, more="", documents=60):
     """A recipe that trains a tiny model on a file of JSON lines with made-up code."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)

@@ -1,11 +1,7 @@
 """Average of the weights of models whose tensors share memory."""
 
-from __future__ import annotations
-
 import types
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import safetensors.torch
@@ -20,33 +16,33 @@ DECAY = 0.75
 STEPS = 3
 
 
-def shared_parameter(left: nn.Linear, right: nn.Linear) -> None:
+def shared_parameter(left, right):
     right.weight = left.weight
 
 
-def shared_memory(left: nn.Linear, right: nn.Linear) -> None:
+def shared_memory(left, right):
     right.weight.data = left.weight.data
 
 
-def transposed_memory(left: nn.Linear, right: nn.Linear) -> None:
+def transposed_memory(left, right):
     right.weight.data = left.weight.data.T
 
 
-def memory_as_buffer(left: nn.Linear, right: nn.Linear) -> None:
+def memory_as_buffer(left, right):
     del right.weight
     right.register_buffer("weight", left.weight.detach())
 
 
-def shared_buffer(left: nn.Linear, right: nn.Linear) -> None:
+def shared_buffer(left, right):
     for module in (left, right):
         module.register_buffer("count", torch.zeros(()) if module is left else left.count)
 
 
 Tie = Callable[[nn.Linear, nn.Linear], None]
-TIES: list[Tie] = [shared_parameter, shared_memory, transposed_memory, memory_as_buffer, shared_buffer]
+TIES = [shared_parameter, shared_memory, transposed_memory, memory_as_buffer, shared_buffer]
 
 
-def tied_model(tie: Tie, seed: int = 0) -> nn.Sequential:
+def tied_model(tie, seed=0):
     torch.manual_seed(seed)
     left, right = nn.Linear(4, 4), nn.Linear(4, 4)
     tie(left, right)
@@ -54,7 +50,7 @@ def tied_model(tie: Tie, seed: int = 0) -> nn.Sequential:
     return nn.Sequential(left, nn.Tanh(), right, integers)
 
 
-def run_of(callback: EMACallback, model: nn.Sequential, folder: Path, step: int = 0) -> Iterator[list[torch.Tensor]]:
+def run_of(callback, model, folder, step=0):
     """Train for some steps, each of which changes weights and buffers; give the weights of both layers after each."""
     args, state, control = TrainingArguments(output_dir=str(folder)), TrainerState(), TrainerControl()
     state.global_step = step
@@ -72,17 +68,17 @@ def run_of(callback: EMACallback, model: nn.Sequential, folder: Path, step: int 
     callback.on_save(args, state, control)
 
 
-def trainer_of(model: nn.Sequential, resumed_from: Path | None = None) -> Any:
+def trainer_of(model, resumed_from=None):
     """Attributes of a Trainer that the callback reads."""
     return types.SimpleNamespace(unwrapped_model=model, resumed_from=resumed_from)
 
 
-def copies(model: nn.Sequential) -> list[torch.Tensor]:
+def copies(model):
     return [model[layer].weight.detach().clone() for layer in (0, 2)]
 
 
 @pytest.mark.parametrize("tie", TIES)
-def test_tied_tensors_are_evaluated_at_their_average_and_come_back(tie: Tie, tmp_path: Path) -> None:
+def test_tied_tensors_are_evaluated_at_their_average_and_come_back(tie, tmp_path):
     model = tied_model(tie)
     callback = EMACallback(trainer_of(model), DECAY)
     expected = copies(model)
@@ -100,7 +96,7 @@ def test_tied_tensors_are_evaluated_at_their_average_and_come_back(tie: Tie, tmp
 
 
 @pytest.mark.parametrize("tie", TIES)
-def test_the_average_of_tied_tensors_is_saved_and_restored(tie: Tie, tmp_path: Path) -> None:
+def test_the_average_of_tied_tensors_is_saved_and_restored(tie, tmp_path):
     model, other = tied_model(tie), tied_model(tie, seed=1)
     saving = EMACallback(trainer_of(model), DECAY)
     restoring = EMACallback(trainer_of(other, resumed_from=tmp_path / f"checkpoint-{STEPS}"), DECAY)
@@ -113,7 +109,7 @@ def test_the_average_of_tied_tensors_is_saved_and_restored(tie: Tie, tmp_path: P
         torch.testing.assert_close(restored, DECAY * mean + (1 - DECAY) * weight)
 
 
-def test_an_average_of_other_parameters_is_refused(tmp_path: Path) -> None:
+def test_an_average_of_other_parameters_is_refused(tmp_path):
     model = tied_model(shared_parameter)
     safetensors.torch.save_file({"0.bias": torch.zeros(4), "2.bias": torch.zeros(1)}, tmp_path / EMA_NAME)
     callback = EMACallback(trainer_of(model, resumed_from=tmp_path), DECAY)

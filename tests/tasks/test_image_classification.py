@@ -1,15 +1,10 @@
 """From a recipe to model, image processor and augmentation."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 from transformers.models.swin.modeling_swin import SwinDropPath
 
 from nio_hf.errors import ModelError
@@ -44,7 +39,7 @@ SWIN = ModelSettings(
 )
 
 
-def test_gradients_of_a_swin_stay_sane_when_images_are_moved_out_of_their_frame() -> None:
+def test_gradients_of_a_swin_stay_sane_when_images_are_moved_out_of_their_frame():
     torch.manual_seed(0)
     model = build_model(dataclasses.replace(SWIN, drop_path_rate=0.0), CLASSES)
     processor = make_image_processor(model.config, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
@@ -57,12 +52,12 @@ def test_gradients_of_a_swin_stay_sane_when_images_are_moved_out_of_their_frame(
     assert norm < 100, "6 with the bytes, 2400 with the mean itself"
 
 
-def rates_of(model: PreTrainedModel) -> list[float]:
+def rates_of(model):
     return [module.drop_prob for module in model.modules() if isinstance(module, SwinDropPath)]
 
 
 @pytest.mark.parametrize("model_type", ["vit", "deit"])
-def test_stochastic_depth_rises_with_depth_and_is_of_training_only(model_type: str, tmp_path: Path) -> None:
+def test_stochastic_depth_rises_with_depth_and_is_of_training_only(model_type, tmp_path):
     settings = dataclasses.replace(VIT, model_type=model_type)
     model, processor = load_model(settings, CLASSES)
     assert rates_of(model) == pytest.approx([0.0, 0.2, 0.4])
@@ -80,11 +75,11 @@ def test_stochastic_depth_rises_with_depth_and_is_of_training_only(model_type: s
         assert torch.equal(left, right)
 
 
-def test_both_branches_of_a_layer_are_dropped_for_a_sample_each_by_its_own_draw() -> None:
+def test_both_branches_of_a_layer_are_dropped_for_a_sample_each_by_its_own_draw():
     torch.manual_seed(2)
     model = build_model(dataclasses.replace(VIT, drop_path_rate=0.5), CLASSES)
-    layer: nn.Module = model.vit.layers[-1]
-    middle: list[torch.Tensor] = []
+    layer = model.vit.layers[-1]
+    middle = []
     layer.layernorm_after.register_forward_pre_hook(lambda module, inputs: middle.append(inputs[0]))
     hidden = torch.randn(1, 5, 16).expand(2000, -1, -1)
     with torch.no_grad():
@@ -99,7 +94,7 @@ def test_both_branches_of_a_layer_are_dropped_for_a_sample_each_by_its_own_draw(
     torch.testing.assert_close(kept, (2 * (middle[0] - hidden))[~first], atol=1e-5, rtol=1e-4)
 
 
-def test_a_swin_takes_the_rate_of_the_recipe_and_a_model_without_layers_refuses_it(tmp_path: Path) -> None:
+def test_a_swin_takes_the_rate_of_the_recipe_and_a_model_without_layers_refuses_it(tmp_path):
     swin, processor = load_model(SWIN, CLASSES)
     before = repr(swin)
     add_stochastic_depth(swin, 0.1)
@@ -118,18 +113,18 @@ def test_a_swin_takes_the_rate_of_the_recipe_and_a_model_without_layers_refuses_
     )
 
 
-def test_a_configuration_that_no_model_can_be_built_from_is_our_error() -> None:
+def test_a_configuration_that_no_model_can_be_built_from_is_our_error():
     broken = dataclasses.replace(VIT, model_config={**VIT.model_config, "hidden_act": "relux"})
     with pytest.raises(ModelError, match=r"model_config: no model can be built from it: .*relux"):
         build_model(broken, CLASSES)
 
 
-def test_an_architecture_with_several_heads_gets_the_plain_one() -> None:
+def test_an_architecture_with_several_heads_gets_the_plain_one():
     settings = dataclasses.replace(VIT, model_type="deit")
     assert type(build_model(settings, CLASSES)).__name__ == "DeiTForImageClassification"
 
 
-def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     model, processor = load_model(VIT, CLASSES)
     model.save_pretrained(tmp_path)

@@ -1,10 +1,5 @@
 """Trainer of image classifiers: batches, loss, average of the weights, and resumed runs."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from torch.nn import functional
@@ -25,23 +20,23 @@ PLAIN += ["--cutmix_alpha", "0", "--optim", "sgd", "--learning_rate", "0.5", "--
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("images"))
 
 
-def trainer_of(folder: Path, images: Path, *overrides: str, more: str = "") -> ImageTrainer:
+def trainer_of(folder, images, *overrides, more=""):
     folder.mkdir(exist_ok=True)
     return build_trainer(load_recipe(write_recipe(folder, images, more), overrides))
 
 
-def weights(trainer: ImageTrainer) -> torch.Tensor:
+def weights(trainer):
     return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
 
 class SoftLabels:
     """An augmentation that normalises, and softens each label in a way that depends on it alone."""
 
-    def __call__(self, batch: Any, *, mix: bool = True) -> Any:
+    def __call__(self, batch, *, mix=True):
         hard = functional.one_hot(batch["labels"], len(CLASSES)).float()
         return {
             **batch,
@@ -50,7 +45,7 @@ class SoftLabels:
         }
 
 
-def test_a_step_is_the_same_however_its_samples_are_accumulated(images: Path, tmp_path: Path) -> None:
+def test_a_step_is_the_same_however_its_samples_are_accumulated(images, tmp_path):
     found = []
     for size in (8, 4, 2):
         options = [*PLAIN, "--max_steps", "1", "--global_batch_size", "8"]
@@ -64,7 +59,7 @@ def test_a_step_is_the_same_however_its_samples_are_accumulated(images: Path, tm
         assert loss == pytest.approx(found[0][1], rel=1e-5)
 
 
-def test_a_step_is_augmented_the_same_however_its_samples_are_accumulated(images: Path, tmp_path: Path) -> None:
+def test_a_step_is_augmented_the_same_however_its_samples_are_accumulated(images, tmp_path):
     unmixed = ["--mixup_alpha", "0", "--cutmix_alpha", "0", "--nio", "false", "--optim", "sgd"]
     found = []
     for size in (12, 4, 1):
@@ -76,18 +71,16 @@ def test_a_step_is_augmented_the_same_however_its_samples_are_accumulated(images
 
 
 @pytest.mark.parametrize(("size", "options", "warned"), [(36, [], True), (35, [], False), (64, ["3"], False)])
-def test_an_epoch_of_one_step_is_reported(
-    size: int, options: list[str], warned: bool, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_epoch_of_one_step_is_reported(size, options, warned, images, tmp_path, caplog):
     steps = ["--max_steps", *(options or ["-1"])]
     trainer_of(tmp_path, images, *PLAIN, *steps, "--per_device_train_batch_size", str(size))
     assert (f"An epoch is one step: 36 images for batches of {size}." in caplog.text) == warned
 
 
-def test_smoothing_and_augmentation_are_of_training_only(images: Path, tmp_path: Path) -> None:
+def test_smoothing_and_augmentation_are_of_training_only(images, tmp_path):
     trainer = trainer_of(tmp_path, images, "--nio", "false")
     metrics = trainer.evaluate()
-    losses: list[torch.Tensor] = []
+    losses = []
     with torch.no_grad():
         for batch in trainer.get_eval_dataloader():
             logits = trainer.model(pixel_values=batch["pixel_values"]).logits
@@ -96,7 +89,7 @@ def test_smoothing_and_augmentation_are_of_training_only(images: Path, tmp_path:
     assert "eval_top5_accuracy" not in metrics
 
 
-def test_inference_with_the_saved_processor_sees_what_evaluation_saw(images: Path, tmp_path: Path) -> None:
+def test_inference_with_the_saved_processor_sees_what_evaluation_saw(images, tmp_path):
     trainer = trainer_of(tmp_path, images, "--nio", "false")
     trainer.save_model()
     processor = AutoImageProcessor.from_pretrained(tmp_path / "output", backend="pil")
@@ -110,12 +103,10 @@ def test_inference_with_the_saved_processor_sees_what_evaluation_saw(images: Pat
 @pytest.mark.parametrize(
     ("nio_augment", "streaming"), [("clean", "false"), ("augmented", "true"), ("mixed", "false"), ("mixed", "true")]
 )
-def test_batches_of_nio_are_the_same_in_every_run_and_soft_only_where_asked(
-    nio_augment: str, streaming: str, images: Path, tmp_path: Path
-) -> None:
+def test_batches_of_nio_are_the_same_in_every_run_and_soft_only_where_asked(nio_augment, streaming, images, tmp_path):
     options = ["--nio_augment", nio_augment, "--streaming", streaming, "--nio_report_batches", "3"]
 
-    def batches(workers: int, seed: int) -> list[Any]:
+    def batches(workers, seed):
         trainer = trainer_of(tmp_path / f"{workers}-{seed}", images, *options, "--dataloader_num_workers", str(workers))
         torch.manual_seed(seed)
         return [trainer.prepare_nio_batch(batch, n) for n, batch in enumerate(trainer.get_nio_dataloader()) if n < 3]
@@ -134,7 +125,7 @@ def test_batches_of_nio_are_the_same_in_every_run_and_soft_only_where_asked(
         assert all((clean == pixels).flatten(1).all(1).any() for pixels in first[0]["pixel_values"])
 
 
-def test_the_order_and_the_draws_of_training_do_not_depend_on_nio(images: Path, tmp_path: Path) -> None:
+def test_the_order_and_the_draws_of_training_do_not_depend_on_nio(images, tmp_path):
     losses = []
     for nio in ("true", "false"):
         # With scales that stay 1 the only difference is that NIO ran.
@@ -147,9 +138,7 @@ def test_the_order_and_the_draws_of_training_do_not_depend_on_nio(images: Path, 
 
 
 @pytest.mark.parametrize(("streaming", "optimizer"), [("false", "null"), ("true", "muon"), ("false", "radam")])
-def test_a_lane_of_a_race_is_the_beginning_of_the_training(
-    streaming: str, optimizer: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lane_of_a_race_is_the_beginning_of_the_training(streaming, optimizer, images, tmp_path, monkeypatch):
     monkeypatch.setattr(race, "leader", lambda lanes, steps: next(iter(lanes), None))
     options = ["--max_steps", "7", "--ema_decay", "0.9", "--drop_path_rate", "0.3", "--streaming", streaming]
     options += ["--optimizer", optimizer, "--logging_steps", "1", "--nio", "true"]
@@ -167,9 +156,7 @@ def test_a_lane_of_a_race_is_the_beginning_of_the_training(
 
 
 @pytest.mark.parametrize(("streaming", "workers"), [("false", "0"), ("true", "2"), ("false", "2")])
-def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(
-    streaming: str, workers: str, images: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(streaming, workers, images, tmp_path):
     options = ["--save_strategy", "steps", "--save_steps", "6", "--max_steps", "8", "--ema_decay", "0.9"]
     options += ["--drop_path_rate", "0.3", "--streaming", streaming, "--dataloader_num_workers", workers]
     whole = trainer_of(tmp_path / "run", images, *options)
@@ -181,12 +168,12 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(
     assert averages[0]["eval_ema_loss"] == averages[1]["eval_ema_loss"]
 
 
-def test_the_average_is_that_of_the_weights_after_each_step(images: Path, tmp_path: Path) -> None:
+def test_the_average_is_that_of_the_weights_after_each_step(images, tmp_path):
     trainer = trainer_of(tmp_path, images, *PLAIN, "--ema_decay", "0.75", "--max_steps", "3")
     seen = [weights(trainer)]
 
     class Record(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_end(self, *args, **kwargs):
             seen.append(weights(trainer))
 
     trainer.add_callback(Record())
@@ -204,7 +191,7 @@ def test_the_average_is_that_of_the_weights_after_each_step(images: Path, tmp_pa
     assert len(seen) == 4
 
 
-def test_resuming_with_an_average_that_was_not_saved_is_refused(images: Path, tmp_path: Path) -> None:
+def test_resuming_with_an_average_that_was_not_saved_is_refused(images, tmp_path):
     options = ["--nio", "false", "--save_strategy", "steps", "--save_steps", "2", "--max_steps", "2"]
     trainer_of(tmp_path, images, *options).train()
     resumed = trainer_of(tmp_path, images, *options[:-2], "--max_steps", "3", "--ema_decay", "0.9")
@@ -212,14 +199,14 @@ def test_resuming_with_an_average_that_was_not_saved_is_refused(images: Path, tm
         resumed.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-2"))
 
 
-def test_too_few_images_for_nio_are_met_with_the_largest_batch_that_fits(images: Path, tmp_path: Path) -> None:
+def test_too_few_images_for_nio_are_met_with_the_largest_batch_that_fits(images, tmp_path):
     with pytest.raises(DataError, match=r"36 samples for 2 report batches of 64\. Lower nio_batch_size to 18, or"):
         trainer_of(tmp_path / "64", images, "--nio_batch_size", "64", "--nio_report_batches", "2").train()
     loader = trainer_of(tmp_path / "12", images, "--nio_batch_size", "12", "--nio_report_batches", "2")
     assert len(next(iter(loader.get_nio_dataloader()))["labels"]) == 12
 
 
-def test_weight_decay_of_the_optimiser_is_that_of_the_recipe(images: Path, tmp_path: Path) -> None:
+def test_weight_decay_of_the_optimiser_is_that_of_the_recipe(images, tmp_path):
     more = "weight_decay: 0.05\nno_weight_decay: [vectors, cls_token]\n"
     trainer = trainer_of(tmp_path, images, more=more)
     groups = trainer.create_optimizer().param_groups
@@ -229,7 +216,7 @@ def test_weight_decay_of_the_optimiser_is_that_of_the_recipe(images: Path, tmp_p
         assert (id(parameter) in decayed) == (parameter.ndim > 1 and "cls_token" not in name), name
 
 
-def test_broken_images_end_the_run_with_their_name_or_are_counted(tmp_path: Path) -> None:
+def test_broken_images_end_the_run_with_their_name_or_are_counted(tmp_path):
     images = make_folder(tmp_path / "images")
     for split in ("train", "validation"):
         (images / split / "cat" / "3.jpg").write_bytes((images / split / "cat" / "3.jpg").read_bytes()[:200])
@@ -255,12 +242,10 @@ def test_broken_images_end_the_run_with_their_name_or_are_counted(tmp_path: Path
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
-def test_an_average_of_sharded_weights_is_refused(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_average_of_sharded_weights_is_refused(images, tmp_path, monkeypatch):
     original = ImageTrainer.create_accelerator_and_postprocess
 
-    def sharded(trainer: ImageTrainer) -> None:
+    def sharded(trainer):
         original(trainer)
         trainer.is_fsdp_enabled = True
 

@@ -1,11 +1,8 @@
 """From a recipe of text to its Trainer, with refusals on the way."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM
@@ -34,15 +31,13 @@ from tests.trainer.toys import load_state
         ("text_column", "texts", "text_column: 'texts' is no column"),
     ],
 )
-def test_what_does_not_go_together_is_refused_before_nio(
-    setting: str, value: str, message: str, tmp_path: Path
-) -> None:
+def test_what_does_not_go_together_is_refused_before_nio(setting, value, message, tmp_path):
     with pytest.raises(NIOError) as raised:
         build_trainer(text_recipe(tmp_path, "gpt2", f"--{setting}", value))
     assert message in str(raised.value)
 
 
-def test_the_positions_of_roberta_begin_behind_that_of_the_padding() -> None:
+def test_the_positions_of_roberta_begin_behind_that_of_the_padding():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = RobertaForMaskedLM(RobertaConfig(vocab_size=300, max_position_embeddings=34, **sizes))
     recipe = load_recipe("bert-tiny/stdlib/nio", ["--block_size", "null"])
@@ -64,14 +59,14 @@ def test_the_positions_of_roberta_begin_behind_that_of_the_padding() -> None:
         ("num_proc: 0", "num_proc: 0. Give a whole number of at least 1"),
     ],
 )
-def test_settings_of_another_task_and_out_of_range_are_refused(more: str, message: str, tmp_path: Path) -> None:
+def test_settings_of_another_task_and_out_of_range_are_refused(more, message, tmp_path):
     with pytest.raises(RecipeError) as raised:
         text_recipe(tmp_path, "gpt2", more=more)
     assert message in str(raised.value)
 
 
-def test_the_task_is_found_where_the_architecture_can_learn_one_only(tmp_path: Path) -> None:
-    def task_of(text: str) -> str:
+def test_the_task_is_found_where_the_architecture_can_learn_one_only(tmp_path):
+    def task_of(text):
         (tmp_path / "recipe.yaml").write_text(f"{text}\noutput_dir: {tmp_path / 'output'}\nuse_cpu: true\n")
         return load_recipe(str(tmp_path / "recipe.yaml")).task
 
@@ -86,7 +81,7 @@ def test_the_task_is_found_where_the_architecture_can_learn_one_only(tmp_path: P
             task_of(text)
 
 
-def test_a_tokeniser_without_a_mask_is_refused_by_a_masked_recipe(tmp_path: Path) -> None:
+def test_a_tokeniser_without_a_mask_is_refused_by_a_masked_recipe(tmp_path):
     tokenizer = load_tokenizer("bytes")
     tokenizer.mask_token = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -96,7 +91,7 @@ def test_a_tokeniser_without_a_mask_is_refused_by_a_masked_recipe(tmp_path: Path
         build_trainer(recipe)
 
 
-def test_the_vocabulary_and_special_tokens_are_those_of_the_tokeniser(tmp_path: Path) -> None:
+def test_the_vocabulary_and_special_tokens_are_those_of_the_tokeniser(tmp_path):
     recipe = text_recipe(tmp_path, "gpt2")
     trainer = build_trainer(recipe)
     tokenizer, config = trainer.processing_class, trainer.model.config
@@ -106,7 +101,7 @@ def test_the_vocabulary_and_special_tokens_are_those_of_the_tokeniser(tmp_path: 
     assert len(trainer.data.train[0]["input_ids"]) == 32
 
 
-def test_a_recipe_of_text_trains_reports_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_a_recipe_of_text_trains_reports_and_goes_on_from_its_checkpoint(tmp_path):
     recipe = text_recipe(tmp_path, "gpt2", "--nio", "true")
     report = train(recipe)
     shown = {name for name, _, _ in report.rows}
@@ -118,7 +113,7 @@ def test_a_recipe_of_text_trains_reports_and_goes_on_from_its_checkpoint(tmp_pat
     assert trainer.nio_result is None, "the initialised checkpoint is known again"
 
 
-def _from_checkpoint(folder: Path) -> str:
+def _from_checkpoint(folder):
     text = (folder / "recipe.yaml").read_text()
     kept = [line for line in text.splitlines() if not line.startswith(("model_type", "model_config", "output_dir"))]
     file = folder / "checkpoint.yaml"
@@ -127,7 +122,7 @@ def _from_checkpoint(folder: Path) -> str:
     return str(file)
 
 
-def test_a_text_training_that_diverges_says_so_and_leaves_no_sample_of_an_earlier_one(tmp_path: Path) -> None:
+def test_a_text_training_that_diverges_says_so_and_leaves_no_sample_of_an_earlier_one(tmp_path):
     short = ("--max_steps", "2", "--nio", "false")
     assert train(text_recipe(tmp_path, "gpt2", *short)).failure is None
     (sample,) = tmp_path.rglob("nio_sample.txt")
@@ -137,7 +132,7 @@ def test_a_text_training_that_diverges_says_so_and_leaves_no_sample_of_an_earlie
     assert sample.with_name("all_results.json").exists()
 
 
-def test_page_and_card_show_a_sample_and_say_what_the_data_are(tmp_path: Path) -> None:
+def test_page_and_card_show_a_sample_and_say_what_the_data_are(tmp_path):
     options = ["--dataset_name", "stdlib", "--max_train_samples", "20", "--max_eval_samples", "2", "--block_size", "32"]
     recipe = text_recipe(tmp_path, "gpt2", *options).path
     text = "\n".join(line for line in recipe.read_text().splitlines() if not line.startswith("data"))
@@ -157,7 +152,7 @@ def test_page_and_card_show_a_sample_and_say_what_the_data_are(tmp_path: Path) -
     assert "pipeline_tag: text-generation" in card
 
 
-def test_a_recipe_of_text_is_validated_with_its_data(tmp_path: Path) -> None:
+def test_a_recipe_of_text_is_validated_with_its_data(tmp_path):
     recipe = text_recipe(tmp_path, "gpt2", "--nio", "true")
     found = validate_recipe(str(recipe.path), ["--nio", "true"], with_data=True)
     assert found.error is None, str(found.error)
@@ -166,7 +161,7 @@ def test_a_recipe_of_text_is_validated_with_its_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_scales_of_one(tmp_path: Path) -> None:
+def test_two_processes_find_the_scales_of_one(tmp_path):
     found = []
     for processes in (1, 2):
         recipe = text_recipe(tmp_path / str(processes), "bert", more="dataloader_pin_memory: false\n")

@@ -1,10 +1,6 @@
 """Muon and AdamW as one optimiser, and weight decay against the published lists, family by family."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,17 +16,17 @@ from tests.trainer.toys import build
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-6}
 
 
-def parameters() -> list[nn.Parameter]:
+def parameters():
     generator = torch.Generator().manual_seed(0)
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((6, 4), (4, 6), (5, 3), (4,))]
 
 
-def made(params: list[nn.Parameter]) -> MuonAndAdamW:
+def made(params):
     groups = [{"params": params[:3], "weight_decay": 0.1}, {"params": params[3:], "weight_decay": 0.0}]
     return MuonAndAdamW(groups, matrices=params[:2], **SETTINGS)
 
 
-def take_steps(optimizer: Any, params: list[nn.Parameter], steps: range) -> None:
+def take_steps(optimizer, params, steps):
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         for parameter in params:
@@ -39,7 +35,7 @@ def take_steps(optimizer: Any, params: list[nn.Parameter], steps: range) -> None
             one.step()
 
 
-def test_each_parameter_is_updated_by_its_own_optimizer() -> None:
+def test_each_parameter_is_updated_by_its_own_optimizer():
     params, expected = parameters(), parameters()
     take_steps(made(params), params, range(3))
     muon = torch.optim.Muon(expected[:2], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
@@ -49,7 +45,7 @@ def test_each_parameter_is_updated_by_its_own_optimizer() -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))
 
 
-def test_the_first_update_of_muon_has_the_size_of_adams() -> None:
+def test_the_first_update_of_muon_has_the_size_of_adams():
     params = parameters()
     before = params[0].detach().clone()
     groups = [{"params": params, "weight_decay": 0.0}]
@@ -59,7 +55,7 @@ def test_the_first_update_of_muon_has_the_size_of_adams() -> None:
     assert update.square().mean().sqrt().item() == pytest.approx(0.2 * math.sqrt(6 * 4 / 24), rel=0.25)
 
 
-def test_a_schedule_reaches_both() -> None:
+def test_a_schedule_reaches_both():
     params = parameters()
     optimizer = made(params)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
@@ -70,7 +66,7 @@ def test_a_schedule_reaches_both() -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
 
 
-def test_a_state_goes_on_where_it_was_saved(tmp_path: Path) -> None:
+def test_a_state_goes_on_where_it_was_saved(tmp_path):
     whole = parameters()
     take_steps(made(whole), whole, range(4))
     first = parameters()
@@ -85,7 +81,7 @@ def test_a_state_goes_on_where_it_was_saved(tmp_path: Path) -> None:
     assert len(again.param_groups) == 3
 
 
-def test_the_matrices_of_blocks_are_for_muon_and_no_others(tmp_path: Path) -> None:
+def test_the_matrices_of_blocks_are_for_muon_and_no_others(tmp_path):
     model = build("vit")
     chosen = optimizer_options("muon", NIOTrainingArguments(output_dir=str(tmp_path)), model)
     assert chosen is not None
@@ -96,7 +92,7 @@ def test_the_matrices_of_blocks_are_for_muon_and_no_others(tmp_path: Path) -> No
     assert len(found) == sum(parameter.ndim == 2 for name, parameter in model.named_parameters() if name in found) > 4
 
 
-def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_blocks_is_refused(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     with pytest.raises(ModelError, match="muon, and Sequential has no matrices in its blocks"):
         optimizer_options("muon", NIOTrainingArguments(output_dir=str(tmp_path)), model)
@@ -105,7 +101,7 @@ def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
 # Weight decay
 
 
-def published_vit(layers: int) -> set[str]:
+def published_vit(layers):
     """DeiT by timm: no decay of biases, normalisation, the class token and position embeddings."""
     names = {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings", "classifier.bias"}
     names |= {"vit.embeddings.patch_embeddings.projection.bias", "vit.layernorm.weight", "vit.layernorm.bias"}
@@ -116,7 +112,7 @@ def published_vit(layers: int) -> set[str]:
     return names
 
 
-def published_swin(depths: list[int]) -> set[str]:
+def published_swin(depths):
     """Swin: no decay of biases, normalisation and tables of relative position biases."""
     norm = ("weight", "bias")
     names = {f"swin.layernorm.{part}" for part in norm} | {"classifier.bias"}
@@ -139,7 +135,7 @@ def published_swin(depths: list[int]) -> set[str]:
         *("resnet-50/imagenet-1k/nio", "resnet-18/cifar10/warmup"),
     ],
 )
-def test_recipes_leave_out_of_weight_decay_what_is_published(name: str) -> None:
+def test_recipes_leave_out_of_weight_decay_what_is_published(name):
     recipe = load_recipe(name, ["--use_cpu", "true"])
     with torch.device("meta"):
         model = build_model(recipe.model, ("a", "b"))
@@ -155,7 +151,7 @@ def test_recipes_leave_out_of_weight_decay_what_is_published(name: str) -> None:
         assert len(names - found) == (54 if "50" in name else 21)
 
 
-def test_a_name_that_no_parameter_has_is_an_error_with_the_nearest() -> None:
+def test_a_name_that_no_parameter_has_is_an_error_with_the_nearest():
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     with pytest.raises(ModelError, match=r"Sequential has no parameter 'weigth'\. Did you mean 'weight'\?"):
         decayed_parameters(model, ["weigth"])

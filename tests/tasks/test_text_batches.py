@@ -1,7 +1,5 @@
 """Batches, losses and metrics of causal and masked language modelling."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -25,7 +23,7 @@ TOKENIZER = load_tokenizer("bytes")
 BLOCKS = [{"input_ids": list(range(10, 20))}, {"input_ids": [40, 1, 42]}]
 
 
-def test_labels_are_the_tokens_and_padding_is_none_of_them() -> None:
+def test_labels_are_the_tokens_and_padding_is_none_of_them():
     batch = CausalCollator(TOKENIZER)(BLOCKS)
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 10)
     assert batch["labels"][0].tolist() == BLOCKS[0]["input_ids"]
@@ -33,13 +31,13 @@ def test_labels_are_the_tokens_and_padding_is_none_of_them() -> None:
     assert batch["attention_mask"][1].tolist() == [1, 1, 1, *[0] * 7]
 
 
-def test_the_ends_of_documents_are_labels_where_they_are_the_padding_too() -> None:
+def test_the_ends_of_documents_are_labels_where_they_are_the_padding_too():
     tokenizer = load_tokenizer("bytes")
     tokenizer.pad_token = tokenizer.eos_token
     assert CausalCollator(tokenizer)(BLOCKS)["labels"][1, :3].tolist() == [40, 1, 42]
 
 
-def test_the_mask_of_a_block_depends_on_its_seed_alone_and_leaves_random_numbers_alone() -> None:
+def test_the_mask_of_a_block_depends_on_its_seed_alone_and_leaves_random_numbers_alone():
     collate = MaskedCollator(TOKENIZER, 0.5)
     before = torch.get_rng_state()
     batches = [collate([{**BLOCKS[0], "mask_seed": seed}, BLOCKS[1]]) for seed in (3, 4)]
@@ -56,18 +54,18 @@ def test_the_mask_of_a_block_depends_on_its_seed_alone_and_leaves_random_numbers
     assert not masked[1, 1], "the end of a document is not masked"
 
 
-def test_without_seeds_masks_are_those_of_the_tokens() -> None:
+def test_without_seeds_masks_are_those_of_the_tokens():
     collate = MaskedCollator(TOKENIZER, 0.5)
     assert torch.equal(collate(BLOCKS)["labels"], collate(BLOCKS[::-1])["labels"].flip(0))
 
 
-def test_the_share_of_masked_tokens_is_the_one_asked_for() -> None:
+def test_the_share_of_masked_tokens_is_the_one_asked_for():
     blocks = [{"input_ids": [50] * 512, "mask_seed": seed} for seed in range(40)]
     masked = [float((MaskedCollator(TOKENIZER, 0.15)([block])["labels"] != -100).float().mean()) for block in blocks]
     assert sum(masked) / len(masked) == pytest.approx(0.15, abs=0.01)
 
 
-def test_a_block_has_another_seed_each_time_unless_the_generator_is_the_same() -> None:
+def test_a_block_has_another_seed_each_time_unless_the_generator_is_the_same():
     blocks = BlocksWithSeeds(BLOCKS)
     torch.manual_seed(0)
     first, second = blocks[0], blocks[0]
@@ -77,7 +75,7 @@ def test_a_block_has_another_seed_each_time_unless_the_generator_is_the_same() -
 
 
 @pytest.mark.parametrize("shifted", [True, False])
-def test_losses_and_counts_are_those_of_the_tokens_that_are_predicted(shifted: bool) -> None:
+def test_losses_and_counts_are_those_of_the_tokens_that_are_predicted(shifted):
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(3, 5, 7, generator=generator), torch.randint(0, 7, (3, 5), generator=generator)
     labels[0, 3:] = IGNORED
@@ -90,8 +88,8 @@ def test_losses_and_counts_are_those_of_the_tokens_that_are_predicted(shifted: b
     assert counted_tokens(labels, shifted=shifted) == found[:, 1].sum()
 
 
-def test_the_metrics_are_means_over_tokens_not_over_blocks() -> None:
-    def metrics(sums: list[list[float]], has_bits: bool = False) -> dict[str, float]:
+def test_the_metrics_are_means_over_tokens_not_over_blocks():
+    def metrics(sums, has_bits=False):
         return text_metrics(EvalPrediction(np.array(sums), np.zeros((len(sums), 5))), has_bits=has_bits)
 
     loss = 11 / 6

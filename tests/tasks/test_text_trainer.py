@@ -1,10 +1,6 @@
 """Trainer of language models: losses, metrics, NIO by token, and resumed runs."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,17 +11,17 @@ from nio_hf.tasks.text_trainer import TextTrainer
 from tests.tasks.recipes import TEXT_MODELS, text_recipe
 
 
-def trainer_of(folder: Path, name: str, *overrides: str, more: str = "") -> TextTrainer:
+def trainer_of(folder, name, *overrides, more=""):
     trainer = build_trainer(text_recipe(folder, name, *overrides, more=more))
     assert isinstance(trainer, TextTrainer)
     return trainer
 
 
-def weights(trainer: TextTrainer) -> torch.Tensor:
+def weights(trainer):
     return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
 
-def _loss_by_token(trainer: TextTrainer, batch: dict[str, Any]) -> float:
+def _loss_by_token(trainer, batch):
     """Mean over the predicted tokens, one by one."""
     with torch.no_grad():
         logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -40,7 +36,7 @@ def _loss_by_token(trainer: TextTrainer, batch: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("name", TEXT_MODELS)
-def test_the_loss_of_nio_and_of_the_evaluation_is_the_mean_over_tokens(name: str, tmp_path: Path) -> None:
+def test_the_loss_of_nio_and_of_the_evaluation_is_the_mean_over_tokens(name, tmp_path):
     trainer = trainer_of(tmp_path, name)
     trainer.model.eval()
     batches = list(trainer.get_eval_dataloader())
@@ -62,7 +58,7 @@ def test_the_loss_of_nio_and_of_the_evaluation_is_the_mean_over_tokens(name: str
 
 
 @pytest.mark.parametrize("name", TEXT_MODELS)
-def test_nio_runs_and_is_the_same_in_parts(name: str, tmp_path: Path) -> None:
+def test_nio_runs_and_is_the_same_in_parts(name, tmp_path):
     """Sub-batches have different numbers of predicted tokens: parts are weighted by them."""
     scales = []
     for parts in ("null", "1"):
@@ -75,9 +71,7 @@ def test_nio_runs_and_is_the_same_in_parts(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
-def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(
-    name: str, workers: str, tmp_path: Path
-) -> None:
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(name, workers, tmp_path):
     options = ["--max_steps", "8", "--save_strategy", "steps", "--save_steps", "6", "--dataloader_num_workers", workers]
     options += ["--ema_decay", "0.9", "--nio", "true"]
     whole = trainer_of(tmp_path, name, *options)
@@ -87,7 +81,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(
     assert torch.equal(weights(resumed), weights(whole))
 
 
-def test_a_step_is_the_same_however_its_blocks_are_accumulated(tmp_path: Path) -> None:
+def test_a_step_is_the_same_however_its_blocks_are_accumulated(tmp_path):
     found = []
     for size, steps in ((8, 1), (2, 4)):
         options = ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(steps)]
@@ -98,7 +92,7 @@ def test_a_step_is_the_same_however_its_blocks_are_accumulated(tmp_path: Path) -
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
-def test_training_lowers_the_loss_and_a_race_may_be_held(tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_a_race_may_be_held(tmp_path):
     options = ["--max_steps", "30", "--learning_rate", "1e-2", "--nio", "true", "--nio_race_steps", "4"]
     trainer = trainer_of(tmp_path, "gpt2", *options)
     before = trainer.evaluate()["eval_loss"]
@@ -108,7 +102,7 @@ def test_training_lowers_the_loss_and_a_race_may_be_held(tmp_path: Path) -> None
     assert trainer.nio_result.race is not None
 
 
-def test_a_causal_model_writes_behind_its_prompt_the_same_each_time(tmp_path: Path) -> None:
+def test_a_causal_model_writes_behind_its_prompt_the_same_each_time(tmp_path):
     trainer = trainer_of(tmp_path, "gpt2")
     state = torch.get_rng_state()
     text = trainer.sample()

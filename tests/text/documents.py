@@ -1,51 +1,47 @@
 """Documents and tokenisers, made by the tests."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import datasets
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from nio_hf.text.packing import TOKENS, PackedBlocks, PackedStream
+from nio_hf.text.packing import TOKENS
 
 Documents = Sequence[Sequence[int]]
 
 
-def rows_of(documents: Documents) -> datasets.Dataset:
+def rows_of(documents):
     """A data set of token lists."""
     features = datasets.Features({TOKENS: datasets.List(datasets.Value("int32"))})
     return datasets.Dataset.from_dict({TOKENS: [list(document) for document in documents]}, features=features)
 
 
-def stream_of(documents: Documents, shards: int = 1) -> datasets.IterableDataset:
+def stream_of(documents, shards=1):
     """A stream of token lists, of unknown length."""
     parts = [[list(document) for document in documents[shard::shards]] for shard in range(shards)]
     return datasets.IterableDataset.from_generator(_rows, gen_kwargs={"parts": parts})
 
 
-def _rows(parts: list[list[list[int]]]) -> Iterator[dict[str, Any]]:
+def _rows(parts):
     for part in parts:
         for document in part:
             yield {TOKENS: document}
 
 
-def blocks_of(packed: PackedBlocks | PackedStream, workers: int = 0) -> list[list[int]]:
+def blocks_of(packed, workers=0):
     """The blocks that a data loader gives."""
     loader = DataLoader(packed, batch_size=None, num_workers=workers)
     return [block[TOKENS] for block in loader]
 
 
-def joined(lists: Iterable[Sequence[int]]) -> list[int]:
+def joined(lists):
     return [number for one in lists for number in one]
 
 
-def write_texts(root: Path, texts: Sequence[str | None], column: str = "text", **others: Sequence[Any]) -> str:
+def write_texts(root, texts, column="text", **others):
     """A file of JSON lines with a column of texts."""
     columns = {column: texts, **others}
     lines = [json.dumps(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
@@ -54,7 +50,7 @@ def write_texts(root: Path, texts: Sequence[str | None], column: str = "text", *
     return str(root / "data.jsonl")
 
 
-def words_tokenizer(texts: Sequence[str], **special: str) -> PreTrainedTokenizerFast:
+def words_tokenizer(texts, **special):
     """A fast tokenizer of the words of some texts."""
     backend = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

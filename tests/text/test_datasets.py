@@ -1,14 +1,9 @@
 """Text data sets of every kind: documents, parts and blocks, and the refusal of broken ones."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import datasets
 import huggingface_hub
@@ -17,7 +12,7 @@ import pytest
 import nio_hf.text.datasets as text_datasets
 from nio_hf.errors import DataError
 from nio_hf.recipe.settings import DataSettings
-from nio_hf.text.datasets import TextData, find_text_column, load_text_data, name_undecodable_file
+from nio_hf.text.datasets import find_text_column, load_text_data, name_undecodable_file
 from nio_hf.text.tokenizers import load_tokenizer
 from tests.text.documents import blocks_of, joined, words_tokenizer, write_texts
 
@@ -30,21 +25,12 @@ TEXTS = [f"document {index}\nends with {index * index}\n" for index in range(40)
 STREAMED = pytest.mark.parametrize("streaming", [False, True])
 
 
-def load(
-    name: str = "json",
-    block_size: int = 16,
-    *,
-    tokenizer: Any = BYTES,
-    text_column: str | None = None,
-    num_proc: int | None = None,
-    seed: int = 0,
-    **settings: Any,
-) -> TextData:
+def load(name="json", block_size=16, *, tokenizer=BYTES, text_column=None, num_proc=None, seed=0, **settings):
     data = DataSettings(dataset_name=name, **settings)
     return load_text_data(data, tokenizer, block_size, text_column=text_column, num_proc=num_proc, seed=seed)
 
 
-def refused(name: str = "json", **settings: Any) -> str:
+def refused(name="json", **settings):
     """The message of a data set that is refused, in one line."""
     with pytest.raises(DataError) as raised:
         load(name, **settings)
@@ -53,7 +39,7 @@ def refused(name: str = "json", **settings: Any) -> str:
     return message
 
 
-def texts(data: TextData, part: str) -> list[str]:
+def texts(data, part):
     """The documents of a part, told apart by the separator. The last one is left out where it is a rest of its own."""
     tokens = joined(blocks_of(getattr(data, part)))
     documents = bytes(token - 3 if token > 2 else 0 for token in tokens).decode()
@@ -63,41 +49,37 @@ def texts(data: TextData, part: str) -> list[str]:
 # Formats
 
 
-def json_lines(root: Path) -> dict[str, Any]:
+def json_lines(root):
     return {"name": "json", "data_files": write_texts(root, TEXTS)}
 
 
-def parquet(root: Path) -> dict[str, Any]:
+def parquet(root):
     datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(str(root / "data.parquet"))
     return {"name": "parquet", "data_files": str(root / "data.parquet")}
 
 
-def text_files(root: Path) -> dict[str, Any]:
+def text_files(root):
     for index, text in enumerate(TEXTS):
         (root / f"{index}.txt").write_text(text)
     return {"name": "text", "data_files": str(root / "*.txt")}
 
 
-def text_folder_by_name(root: Path) -> dict[str, Any]:
+def text_folder_by_name(root):
     text_files(root)
     return {"name": str(root)}
 
 
-def parquet_folder_by_name(root: Path) -> dict[str, Any]:
+def parquet_folder_by_name(root):
     parquet(root)
     return {"name": str(root)}
 
 
-FORMATS: list[Callable[[Path], dict[str, Any]]] = [
-    *(json_lines, parquet, text_files, text_folder_by_name, parquet_folder_by_name)
-]
+FORMATS = [*(json_lines, parquet, text_files, text_folder_by_name, parquet_folder_by_name)]
 
 
 @STREAMED
 @pytest.mark.parametrize("make", FORMATS)
-def test_every_format_gives_every_document_in_one_of_the_parts(
-    make: Callable[[Path], dict[str, Any]], streaming: bool, tmp_path: Path
-) -> None:
+def test_every_format_gives_every_document_in_one_of_the_parts(make, streaming, tmp_path):
     data = load(**make(tmp_path), streaming=streaming, eval_fraction=0.3)
     trained, evaluated = texts(data, "train"), texts(data, "evaluation")
     assert Counter(trained + evaluated) == Counter(TEXTS)
@@ -106,7 +88,7 @@ def test_every_format_gives_every_document_in_one_of_the_parts(
     assert data.tokenizer is BYTES
 
 
-def test_the_standard_library_is_loaded_by_its_name() -> None:
+def test_the_standard_library_is_loaded_by_its_name():
     data = load("stdlib", block_size=256, max_train_samples=20, max_eval_samples=3)
     assert len(texts(data, "train")) + len(texts(data, "evaluation")) in (22, 23)
     assert len(data.train) == -(-data.train.tokens // 256)  # type: ignore[arg-type, union-attr]
@@ -114,7 +96,7 @@ def test_the_standard_library_is_loaded_by_its_name() -> None:
     assert {len(block) for block in blocks_of(stream.train)[:-1]} == {256}
 
 
-def test_another_tokenizer_gives_its_tokens_and_its_separator(tmp_path: Path) -> None:
+def test_another_tokenizer_gives_its_tokens_and_its_separator(tmp_path):
     tokenizer = words_tokenizer(TEXTS, sep_token="[SEP]")
     data = load(**json_lines(tmp_path), tokenizer=tokenizer, eval_fraction=0.5)
     tokens = joined(blocks_of(data.train))
@@ -125,7 +107,7 @@ def test_another_tokenizer_gives_its_tokens_and_its_separator(tmp_path: Path) ->
 # Parts
 
 
-def test_the_parts_of_a_stream_depend_on_the_texts_alone(tmp_path: Path) -> None:
+def test_the_parts_of_a_stream_depend_on_the_texts_alone(tmp_path):
     settings = {"streaming": True, "eval_fraction": 0.5}
     here = load(data_files=write_texts(tmp_path / "here", TEXTS * 2), **settings)
     there = load(data_files=write_texts(tmp_path / "there", TEXTS[::-1]), **settings)
@@ -134,7 +116,7 @@ def test_the_parts_of_a_stream_depend_on_the_texts_alone(tmp_path: Path) -> None
 
 
 @STREAMED
-def test_workers_share_the_documents(streaming: bool, tmp_path: Path) -> None:
+def test_workers_share_the_documents(streaming, tmp_path):
     files = [write_texts(tmp_path / str(shard), TEXTS[shard::2]) for shard in range(2)]
     data = load(data_files=files, streaming=streaming, eval_fraction=0.3)
     for part in (data.train, data.evaluation):
@@ -151,31 +133,29 @@ def test_workers_share_the_documents(streaming: bool, tmp_path: Path) -> None:
 class Counting:
     """Counts the documents that are tokenised in this process."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch):
         self.documents = 0
         encode = text_datasets.encode_texts
 
-        def counted(tokenizer: Any, given: list[str]) -> list[list[int]]:
+        def counted(tokenizer, given):
             self.documents += len(given)
             return encode(tokenizer, given)
 
         monkeypatch.setattr(text_datasets, "encode_texts", counted)
 
-    def take(self) -> int:
+    def take(self):
         count, self.documents = self.documents, 0
         return count
 
 
-def word_tokenizer_with_truncation() -> Any:
+def word_tokenizer_with_truncation():
     tokenizer = words_tokenizer(TEXTS, eos_token="[EOS]")
     tokenizer.backend_tokenizer.enable_truncation(max_length=4)
     return tokenizer
 
 
 @pytest.mark.parametrize("make", [lambda: load_tokenizer("bytes"), word_tokenizer_with_truncation])
-def test_what_was_tokenised_once_is_not_tokenised_again(
-    make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_tokenised_once_is_not_tokenised_again(make, tmp_path, monkeypatch):
     counting = Counting(monkeypatch)
     settings = {**json_lines(tmp_path), "max_train_samples": 20}
     first = load(**settings, tokenizer=make())
@@ -189,7 +169,7 @@ def test_what_was_tokenised_once_is_not_tokenised_again(
     assert counting.take() == 28
 
 
-def test_several_processes_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_give_the_same_tokens(tmp_path, monkeypatch):
     alone = load(data_files=write_texts(tmp_path / "alone", TEXTS))
     counting = Counting(monkeypatch)
     shared = load(data_files=write_texts(tmp_path / "shared", TEXTS), num_proc=2)
@@ -201,9 +181,7 @@ def test_several_processes_give_the_same_tokens(tmp_path: Path, monkeypatch: pyt
 
 
 @STREAMED
-def test_empty_documents_are_passed_over_and_counted(
-    streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_empty_documents_are_passed_over_and_counted(streaming, tmp_path, caplog):
     file = write_texts(tmp_path, [None, "", *TEXTS, None, ""])
     with caplog.at_level(logging.INFO, logger="nio_hf"):
         data = load(data_files=file, streaming=streaming, eval_fraction=0.5)
@@ -215,7 +193,7 @@ def test_empty_documents_are_passed_over_and_counted(
 
 @STREAMED
 @pytest.mark.parametrize("part", ["train", "evaluation"])
-def test_a_part_of_empty_texts_is_refused(part: str, streaming: bool, tmp_path: Path) -> None:
+def test_a_part_of_empty_texts_is_refused(part, streaming, tmp_path):
     other = {"train": "validation", "evaluation": "train"}[part]
     split = {"train": "train", "evaluation": "validation"}[part]
     files = {split: write_texts(tmp_path / "empty", ["", None, ""]), other: write_texts(tmp_path / "full", TEXTS)}
@@ -226,7 +204,7 @@ def test_a_part_of_empty_texts_is_refused(part: str, streaming: bool, tmp_path: 
     )
 
 
-def test_texts_without_a_token_are_refused(tmp_path: Path) -> None:
+def test_texts_without_a_token_are_refused(tmp_path):
     files = {"train": write_texts(tmp_path / "train", TEXTS), "validation": write_texts(tmp_path / "val", [" ", "\n"])}
     assert refused(data_files=files, tokenizer=words_tokenizer(TEXTS, eos_token="[EOS]")) == (
         "text_column: 2 documents of the evaluation part give no two tokens together. "
@@ -238,15 +216,13 @@ def test_texts_without_a_token_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 0, -1])
-def test_a_block_size_below_two_is_refused_before_anything_is_loaded(size: int) -> None:
+def test_a_block_size_below_two_is_refused_before_anything_is_loaded(size):
     assert refused("user/missing", block_size=size) == (
         f"block_size: {size}. Give 2 or more: a token is predicted from those before it."
     )
 
 
-def test_what_is_no_data_set_is_refused_with_the_setting_to_look_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_data_set_is_refused_with_the_setting_to_look_at(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     assert refused("csv") == "dataset_name: 'csv' without data_dir or data_files. Give one of them with it."
@@ -266,7 +242,7 @@ def test_what_is_no_data_set_is_refused_with_the_setting_to_look_at(
         assert message.endswith("Give files that exist and hold texts, relative to where you are.")
 
 
-def test_a_stream_of_too_few_documents_for_its_parts_is_refused(tmp_path: Path) -> None:
+def test_a_stream_of_too_few_documents_for_its_parts_is_refused(tmp_path):
     settings = {"data_files": write_texts(tmp_path, TEXTS), "streaming": True}
     for fraction, part in ((1e-6, "evaluation"), (1 - 1e-6, "training")):
         assert refused(**settings, eval_fraction=fraction) == (
@@ -276,7 +252,7 @@ def test_a_stream_of_too_few_documents_for_its_parts_is_refused(tmp_path: Path) 
 
 
 @STREAMED
-def test_columns_that_cannot_be_known_are_refused(streaming: bool, tmp_path: Path) -> None:
+def test_columns_that_cannot_be_known_are_refused(streaming, tmp_path):
     several = write_texts(tmp_path / "several", TEXTS, "question", answer=TEXTS, id=range(40))
     assert refused(data_files=several, streaming=streaming) == (
         "text_column: 2 columns of texts in json. Name one of its columns: "
@@ -295,7 +271,7 @@ def test_columns_that_cannot_be_known_are_refused(streaming: bool, tmp_path: Pat
     )
 
 
-def test_one_document_cannot_be_divided(tmp_path: Path) -> None:
+def test_one_document_cannot_be_divided(tmp_path):
     (tmp_path / "book.txt").write_text("a long story\n" * 100)
     message = refused("text", data_files=str(tmp_path / "book.txt"))
     assert message.startswith("eval_fraction: 0.2 of 1 samples of text cannot be set aside (")
@@ -304,7 +280,7 @@ def test_one_document_cannot_be_divided(tmp_path: Path) -> None:
     )
 
 
-def latin_1(root: Path, kind: str) -> tuple[Path, int]:
+def latin_1(root, kind):
     """A file of a format with a byte that is not UTF-8, and its offset."""
     head = "\N{SNOWMAN} fine\n" * 200_000 if kind == "text" else ""
     file = root / f"broken.{ {'text': 'txt', 'json': 'jsonl', 'csv': 'csv'}[kind] }"
@@ -313,7 +289,7 @@ def latin_1(root: Path, kind: str) -> tuple[Path, int]:
     return file, len(before)
 
 
-def read_all(name: str, **settings: Any) -> None:
+def read_all(name, **settings):
     data = load(name, **settings)
     for part in (data.train, data.evaluation):
         blocks_of(part)
@@ -322,13 +298,13 @@ def read_all(name: str, **settings: Any) -> None:
 @pytest.mark.usefixtures("given_up_files")
 @STREAMED
 @pytest.mark.parametrize("kind", ["text", "json", "csv"])
-def test_a_file_that_is_not_utf_8_is_named_with_the_place(kind: str, streaming: bool, tmp_path: Path) -> None:
+def test_a_file_that_is_not_utf_8_is_named_with_the_place(kind, streaming, tmp_path):
     file, offset = latin_1(tmp_path, kind)
     fine = tmp_path / f"a{file.suffix}"
     fine.write_text({"text": "fine", "json": json.dumps({"text": "fine"}), "csv": "text\nfine"}[kind])
     ending = f"{file} is not UTF-8: it cannot be decoded at byte {offset}, counted from 0. Convert the file to UTF-8, "
     ending += "or leave it out."
-    given: list[tuple[str, dict[str, Any], str]] = [
+    given = [
         (kind, {"data_files": [str(file), str(fine)]}, "data_files"),
         (kind, {"data_files": {"train": f"{tmp_path}/*{file.suffix}"}}, "data_files"),
         (kind, {"data_dir": str(tmp_path)}, "data_dir"),
@@ -342,7 +318,7 @@ def test_a_file_that_is_not_utf_8_is_named_with_the_place(kind: str, streaming: 
 
 @pytest.mark.usefixtures("given_up_files")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_is_not_utf_8_is_named_in_the_middle_of_a_stream(workers: int, tmp_path: Path) -> None:
+def test_a_file_that_is_not_utf_8_is_named_in_the_middle_of_a_stream(workers, tmp_path):
     text_files(tmp_path)
     (tmp_path / "z.txt").write_bytes(b"abc\xff")
     files = [str(tmp_path / f"{index}.txt") for index in range(40)]
@@ -355,7 +331,7 @@ def test_a_file_that_is_not_utf_8_is_named_in_the_middle_of_a_stream(workers: in
     )
 
 
-def test_an_archive_is_not_taken_for_a_broken_text(tmp_path: Path) -> None:
+def test_an_archive_is_not_taken_for_a_broken_text(tmp_path):
     with gzip.open(tmp_path / "a.txt.gz", "wb") as archive:
         archive.write(b"caf\xe9")
     message = refused("text", data_files=str(tmp_path / "a.txt.gz"))
@@ -363,13 +339,13 @@ def test_an_archive_is_not_taken_for_a_broken_text(tmp_path: Path) -> None:
     assert "cannot be loaded as 'text': 'utf-8' codec can't decode byte 0xe9 in position 3" in message
 
 
-def rows_of(**dtypes: str) -> datasets.Dataset:
+def rows_of(**dtypes):
     features = datasets.Features({name: datasets.Value(dtype) for name, dtype in dtypes.items()})
     return datasets.Dataset.from_dict({name: [] for name in dtypes}, features=features)
 
 
 @pytest.mark.parametrize("dtype", ["string", "large_string"])
-def test_the_column_called_text_or_the_only_one_of_texts_is_chosen(dtype: str) -> None:
+def test_the_column_called_text_or_the_only_one_of_texts_is_chosen(dtype):
     assert find_text_column(rows_of(id="int64", body=dtype), None, "notes") == "body"
     assert find_text_column(rows_of(body=dtype, text=dtype), None, "notes") == "text"
     assert find_text_column(rows_of(body=dtype, text=dtype), "body", "notes") == "body"
@@ -389,9 +365,7 @@ SNOWMAN = "\N{SNOWMAN}".encode()
         (b"x" * 100 + SNOWMAN[:2], 100),
     ],
 )
-def test_the_first_byte_that_cannot_be_decoded_is_found_wherever_it_is(
-    content: bytes, offset: int, tmp_path: Path
-) -> None:
+def test_the_first_byte_that_cannot_be_decoded_is_found_wherever_it_is(content, offset, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"x" * 99 + SNOWMAN)
     file = tmp_path / "b.txt"
     file.write_bytes(content)

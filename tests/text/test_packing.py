@@ -1,11 +1,7 @@
 """Packing loses and repeats no token, whatever the documents, the size of a block and the number of workers."""
 
-from __future__ import annotations
-
 import pickle
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -16,7 +12,7 @@ from hypothesis import strategies as st
 from nio_hf.errors import DataError
 from nio_hf.text.packing import PackedBlocks, PackedStream
 from tests.core.examples import examples
-from tests.text.documents import Documents, blocks_of, joined, rows_of, stream_of
+from tests.text.documents import blocks_of, joined, rows_of, stream_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -25,13 +21,13 @@ DOCUMENTS = st.lists(st.lists(TOKEN, max_size=12), min_size=1, max_size=12)
 BLOCK_SIZE = st.integers(2, 20)
 
 
-def packed_stream(rows: datasets.IterableDataset, block_size: int) -> PackedStream:
+def packed_stream(rows, block_size):
     return PackedStream(rows, block_size, part="train")
 
 
-def expected_blocks(documents: Documents, block_size: int) -> list[list[int]]:
+def expected_blocks(documents, block_size):
     """The blocks, one token after the other."""
-    blocks: list[list[int]] = []
+    blocks = []
     for token in joined(documents):
         if not blocks or len(blocks[-1]) == block_size:
             blocks.append([])
@@ -41,7 +37,7 @@ def expected_blocks(documents: Documents, block_size: int) -> list[list[int]]:
 
 @given(DOCUMENTS, BLOCK_SIZE)
 @examples(150)
-def test_blocks_hold_the_tokens_one_after_the_other(documents: Documents, block_size: int) -> None:
+def test_blocks_hold_the_tokens_one_after_the_other(documents, block_size):
     wanted = expected_blocks(documents, block_size)
     packed = PackedBlocks(rows_of(documents), block_size)
     assert [packed[index]["input_ids"] for index in range(len(packed))] == wanted
@@ -51,16 +47,14 @@ def test_blocks_hold_the_tokens_one_after_the_other(documents: Documents, block_
 
 @given(DOCUMENTS, BLOCK_SIZE)
 @examples(100)
-def test_a_stream_gives_the_same_blocks(documents: Documents, block_size: int) -> None:
+def test_a_stream_gives_the_same_blocks(documents, block_size):
     wanted = expected_blocks(documents, block_size)
     assert [block["input_ids"] for block in packed_stream(stream_of(documents), block_size)] == wanted
 
 
 @given(st.lists(st.lists(TOKEN, max_size=9), min_size=2, max_size=40), BLOCK_SIZE, st.data())
 @examples(40)
-def test_rows_that_were_selected_and_shuffled_are_packed_in_their_order(
-    documents: Documents, block_size: int, data: st.DataObject
-) -> None:
+def test_rows_that_were_selected_and_shuffled_are_packed_in_their_order(documents, block_size, data):
     order = data.draw(st.lists(st.integers(0, len(documents) - 1), min_size=1))
     selected = [documents[index] for index in order]
     assert blocks_of(PackedBlocks(rows_of(documents).select(order), block_size)) == expected_blocks(
@@ -70,7 +64,7 @@ def test_rows_that_were_selected_and_shuffled_are_packed_in_their_order(
     assert blocks_of(PackedBlocks(shuffled, block_size)) == expected_blocks(shuffled["input_ids"], block_size)
 
 
-def documents_of(count: int) -> list[list[int]]:
+def documents_of(count):
     """Documents of different lengths, whose tokens are all different."""
     lengths = [(7 * index) % 11 for index in range(count)]
     starts = [sum(lengths[:index]) for index in range(count)]
@@ -79,7 +73,7 @@ def documents_of(count: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("block_size", [2, 5, 10_000])
-def test_workers_of_a_stream_share_its_documents(block_size: int, workers: int) -> None:
+def test_workers_of_a_stream_share_its_documents(block_size, workers):
     documents = documents_of(60)
     assert blocks_of(PackedBlocks(rows_of(documents), block_size), workers) == expected_blocks(documents, block_size)
     shards = [documents[shard::4] for shard in range(4)]
@@ -94,7 +88,7 @@ def test_workers_of_a_stream_share_its_documents(block_size: int, workers: int) 
 
 
 @pytest.mark.parametrize(("tokens", "lengths"), [(0, []), (1, []), (2, [2]), (8, [4, 4]), (9, [4, 4]), (10, [4, 4, 2])])
-def test_a_rest_of_one_token_is_left_out_and_one_of_two_is_a_block(tokens: int, lengths: list[int]) -> None:
+def test_a_rest_of_one_token_is_left_out_and_one_of_two_is_a_block(tokens, lengths):
     documents = [list(range(tokens))]
     packed = PackedBlocks(rows_of(documents), 4)
     assert [len(block) for block in blocks_of(packed)] == lengths
@@ -102,13 +96,13 @@ def test_a_rest_of_one_token_is_left_out_and_one_of_two_is_a_block(tokens: int, 
     assert [len(block) for block in blocks_of(packed_stream(stream_of(documents), 4))] == lengths
 
 
-def saved(documents: Documents, root: Path) -> datasets.Dataset:
+def saved(documents, root):
     """Rows on the disk."""
     rows_of(documents).save_to_disk(str(root / "rows"))
     return datasets.load_from_disk(str(root / "rows"))
 
 
-def test_tokens_on_the_disk_are_not_copied_into_memory_and_not_pickled(tmp_path: Path) -> None:
+def test_tokens_on_the_disk_are_not_copied_into_memory_and_not_pickled(tmp_path):
     count = 200_000
     rows = saved([list(range(100))] * (count // 100), tmp_path)
     before = pa.total_allocated_bytes()
@@ -123,8 +117,8 @@ def test_tokens_on_the_disk_are_not_copied_into_memory_and_not_pickled(tmp_path:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_stream_that_cannot_be_read_on_is_an_error_of_ours(workers: int) -> None:
-    def break_off() -> Any:
+def test_a_stream_that_cannot_be_read_on_is_an_error_of_ours(workers):
+    def break_off():
         yield {"input_ids": [1, 2]}
         raise OSError("the\nnetwork is gone.")
 

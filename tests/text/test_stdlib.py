@@ -1,7 +1,5 @@
 """Data set of Python's standard library: its files, their order, and its description."""
 
-from __future__ import annotations
-
 import os
 import sys
 import sysconfig
@@ -12,7 +10,7 @@ import pytest
 from nio_hf.text.stdlib import stdlib
 
 
-def test_it_holds_the_source_of_the_library_in_the_order_of_paths() -> None:
+def test_it_holds_the_source_of_the_library_in_the_order_of_paths():
     rows = stdlib()
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = rows["path"][:]
@@ -25,25 +23,25 @@ def test_it_holds_the_source_of_the_library_in_the_order_of_paths() -> None:
     assert 8e6 < size < 20e6
 
 
-def test_it_says_its_licence_and_version() -> None:
+def test_it_says_its_licence_and_version():
     info, version = stdlib().info, sys.version_info
     assert (info.license, str(info.version)) == ("PSF-2.0", f"{version.major}.{version.minor}.{version.micro}")
     assert info.description == f"Source of the standard library of Python {sys.version.split()[0]}"
 
 
 @pytest.fixture
-def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def library(tmp_path, monkeypatch):
     """A library that the test fills."""
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     return tmp_path
 
 
-def write(file: Path, content: bytes = b"x = 1\n") -> None:
+def write(file, content=b"x = 1\n"):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
 
 
-def test_files_that_are_not_utf_8_no_source_or_tests_are_left_out(library: Path) -> None:
+def test_files_that_are_not_utf_8_no_source_or_tests_are_left_out(library):
     for name in ("b.py", "a/c.py", "a.py", "a/d/e.py", "testing.py"):
         write(library / name)
     write(library / "latin.py", "name = 'é'".encode("latin-1"))
@@ -57,7 +55,7 @@ def test_files_that_are_not_utf_8_no_source_or_tests_are_left_out(library: Path)
     assert rows[4]["text"] == "name = 'ü'"
 
 
-def test_it_is_read_once_and_an_update_is_seen(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_read_once_and_an_update_is_seen(library, monkeypatch):
     write(library / "a.py")
     first = stdlib()
     with monkeypatch.context() as patch:

@@ -1,9 +1,5 @@
 """Tokenizers: bytes come back as they were, others are loaded from a folder, and each document gets its separator."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import huggingface_hub
 import pytest
 from hypothesis import given
@@ -21,14 +17,14 @@ TEXT = st.lists(st.one_of(st.text(), st.sampled_from(SPECIAL), st.sampled_from([
 
 @given(TEXT)
 @examples(200)
-def test_bytes_come_back_as_they_were(text: str) -> None:
+def test_bytes_come_back_as_they_were(text):
     tokenizer = load_tokenizer("bytes")
     (tokens,) = encode_texts(tokenizer, [text])
     assert [token - 3 for token in tokens] == list(text.encode())
     assert tokenizer.decode(tokens) == text
 
 
-def test_the_vocabulary_of_bytes_has_256_of_them_and_four_special_tokens() -> None:
+def test_the_vocabulary_of_bytes_has_256_of_them_and_four_special_tokens():
     tokenizer = load_tokenizer("bytes")
     assert len(tokenizer) == 260
     assert tokenizer.vocab_size == 256
@@ -38,7 +34,7 @@ def test_the_vocabulary_of_bytes_has_256_of_them_and_four_special_tokens() -> No
     assert 259 not in tokens
 
 
-def test_bytes_are_saved_and_loaded_as_they_are(tmp_path: Path) -> None:
+def test_bytes_are_saved_and_loaded_as_they_are(tmp_path):
     load_tokenizer("bytes").save_pretrained(tmp_path)
     again = load_tokenizer(str(tmp_path))
     assert is_bytes(again)
@@ -46,9 +42,7 @@ def test_bytes_are_saved_and_loaded_as_they_are(tmp_path: Path) -> None:
     assert again.mask_token == "<mask>"
 
 
-def test_a_folder_with_a_tokenizer_is_loaded_and_a_long_text_is_no_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_with_a_tokenizer_is_loaded_and_a_long_text_is_no_warning(tmp_path, caplog):
     words_tokenizer(["red green", "blue"], eos_token="[EOS]").save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
     assert not is_bytes(tokenizer)
@@ -57,10 +51,10 @@ def test_a_folder_with_a_tokenizer_is_loaded_and_a_long_text_is_no_warning(
     assert not caplog.text
 
 
-def test_revision_and_trust_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revision_and_trust_reach_the_loader(monkeypatch):
     asked = []
 
-    def load(name: str, **options: object) -> ByT5Tokenizer:
+    def load(name, **options):
         asked.append((name, options))
         return ByT5Tokenizer()
 
@@ -69,7 +63,7 @@ def test_revision_and_trust_reach_the_loader(monkeypatch: pytest.MonkeyPatch) ->
     assert asked == [("user/name", {"revision": "v2", "trust_remote_code": True})]
 
 
-def test_a_tokenizer_that_cannot_be_loaded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_cannot_be_loaded_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "tokenizer.json").write_text("{")
@@ -83,7 +77,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_refused(tmp_path: Path, monkeypatc
         assert "\n" not in message
 
 
-def test_the_separator_is_the_end_of_a_sequence_else_what_stands_between_two() -> None:
+def test_the_separator_is_the_end_of_a_sequence_else_what_stands_between_two():
     assert separator_of(load_tokenizer("bytes")) == 1
     both = words_tokenizer(["a"], sep_token="[SEP]", eos_token="[EOS]")
     assert separator_of(both) == both.convert_tokens_to_ids("[EOS]")
@@ -93,7 +87,7 @@ def test_the_separator_is_the_end_of_a_sequence_else_what_stands_between_two() -
     assert separator_of(one) == 0
 
 
-def test_a_tokenizer_without_a_separator_is_refused() -> None:
+def test_a_tokenizer_without_a_separator_is_refused():
     tokenizer = words_tokenizer(["a"])
     with pytest.raises(ModelError) as raised:
         separator_of(tokenizer)

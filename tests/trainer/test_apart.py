@@ -1,13 +1,8 @@
 """The loss of NIO leaves no trace in the training."""
 
-from __future__ import annotations
-
 import collections
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from transformers import Trainer
 
 from nio_hf import NIOTrainer, NIOTrainerMixin
@@ -18,14 +13,14 @@ from tests.trainer.toys import ToyImages, arguments, build
 class Counting(Trainer):
     """Counts, collects and logs in its loss, as trainers of language models do."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.calls = 0
-        self.by_mode: dict[str, dict[str, list[float]]] = {"train": collections.defaultdict(list)}
-        self.recent: collections.deque[float] = collections.deque(maxlen=100)
+        self.by_mode = {"train": collections.defaultdict(list)}
+        self.recent = collections.deque(maxlen=100)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss: torch.Tensor = super().compute_loss(model, inputs, **kwargs)
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss = super().compute_loss(model, inputs, **kwargs)
         self.calls += 1
         self.by_mode["train"]["loss"].append(float(loss.detach()))
         self.recent.append(1.0)
@@ -37,7 +32,7 @@ class CountingNIO(NIOTrainerMixin, Counting):
     pass
 
 
-def test_counts_lists_and_logs_are_those_of_a_training_without_nio(tmp_path: Path) -> None:
+def test_counts_lists_and_logs_are_those_of_a_training_without_nio(tmp_path):
     found = []
     for nio in (False, True):
         args = arguments(tmp_path / str(nio), nio=nio, max_steps=3)
@@ -49,8 +44,8 @@ def test_counts_lists_and_logs_are_those_of_a_training_without_nio(tmp_path: Pat
     assert found[0] == found[1] == (3, 3, 3, [1, 2, 3])
 
 
-def test_a_metric_that_no_evaluation_has_is_refused_before_nio(tmp_path: Path) -> None:
-    def trainer(**changes: Any) -> NIOTrainer:
+def test_a_metric_that_no_evaluation_has_is_refused_before_nio(tmp_path):
+    def trainer(**changes):
         settings = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True, **changes}
         sets = {"first": ToyImages(8), "second": ToyImages(8)}
         model = build("vit")

@@ -1,12 +1,8 @@
 """The settings of NIO beside the training arguments."""
 
-from __future__ import annotations
-
 import dataclasses
 import pickle
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
@@ -42,15 +38,13 @@ from tests.trainer.toys import ToyImages, arguments, build
         ({"nio_loss_bound": -0.1}, "nio_loss_bound: -0.1"),
     ],
 )
-def test_settings_out_of_range_are_refused_at_once_by_their_own_name(
-    changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_settings_out_of_range_are_refused_at_once_by_their_own_name(changes, message, tmp_path):
     with pytest.raises(ConfigError) as raised:
         arguments(tmp_path, **changes)
     assert message in str(raised.value)
 
 
-def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+def test_all_problems_are_reported_together(tmp_path):
     with pytest.raises(ConfigError) as raised:
         arguments(tmp_path, nio_search="published", nio_batch_size=1, nio_lr=0.0, nio_overlap=2.0)
     assert [problem.where for problem in raised.value.problems] == ["nio_batch_size", "nio_lr", "nio_overlap"]
@@ -77,9 +71,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_problems_call_every_setting_as_the_trainer_does(
-    changes: dict[str, Any], where: str, fix: str, tmp_path: Path
-) -> None:
+def test_problems_call_every_setting_as_the_trainer_does(changes, where, fix, tmp_path):
     with pytest.raises(ConfigError) as raised:
         arguments(tmp_path, **changes)
     assert [(problem.where, problem.fix) for problem in raised.value.problems] == [(where, fix)]
@@ -87,7 +79,7 @@ def test_problems_call_every_setting_as_the_trainer_does(
 
 
 @pytest.mark.parametrize("name", REPLACED)
-def test_a_former_setting_is_refused_with_what_replaces_it(name: str, tmp_path: Path) -> None:
+def test_a_former_setting_is_refused_with_what_replaces_it(name, tmp_path):
     with pytest.raises(ConfigError) as raised:
         arguments(tmp_path, **{f"nio_{name}": 1})
     (problem,) = raised.value.problems
@@ -98,13 +90,13 @@ def test_a_former_setting_is_refused_with_what_replaces_it(name: str, tmp_path: 
     assert named or problem.fix.startswith("Leave it out")
 
 
-def test_former_settings_are_reported_together(tmp_path: Path) -> None:
+def test_former_settings_are_reported_together(tmp_path):
     with pytest.raises(ConfigError) as raised:
         NIOTrainingArguments(output_dir=str(tmp_path), nio_holdout_batches=2, nio_max_loss_rise=0.1)
     assert [problem.where for problem in raised.value.problems] == ["nio_holdout_batches", "nio_max_loss_rise"]
 
 
-def test_every_setting_of_nio_is_an_argument_with_the_same_default_and_a_description(tmp_path: Path) -> None:
+def test_every_setting_of_nio_is_an_argument_with_the_same_default_and_a_description(tmp_path):
     assert NIOTrainingArguments(output_dir=str(tmp_path), seed=NIOConfig.seed).to_nio_config() == NIOConfig()
     helps = {field.name: field.metadata["help"] for field in dataclasses.fields(NIOSettings)}
     assert {f"nio_{field.name}" for field in dataclasses.fields(NIOConfig)} <= helps.keys()
@@ -112,13 +104,13 @@ def test_every_setting_of_nio_is_an_argument_with_the_same_default_and_a_descrip
     assert all(text.endswith(".") and "[`" not in text for text in helps.values())
 
 
-def test_the_seed_of_nio_follows_that_of_the_data(tmp_path: Path) -> None:
+def test_the_seed_of_nio_follows_that_of_the_data(tmp_path):
     assert arguments(tmp_path, seed=3).to_nio_config().seed == 3
     assert arguments(tmp_path, seed=3, data_seed=4).to_nio_config().seed == 4
     assert arguments(tmp_path, seed=3, data_seed=4, nio_seed=5).to_nio_config().seed == 5
 
 
-def test_the_command_line_parser_of_transformers_knows_the_settings(tmp_path: Path) -> None:
+def test_the_command_line_parser_of_transformers_knows_the_settings(tmp_path):
     options = ["--output_dir", str(tmp_path), "--nio_lr", "1e-3", "--nio_sub_batches", "8", "--nio", "false"]
     (args,) = HfArgumentParser(NIOTrainingArguments).parse_args_into_dataclasses(options)
     assert (args.nio_lr, args.nio_sub_batches, args.nio) == (1e-3, 8, False)
@@ -161,7 +153,7 @@ class SettingsBeside(NIOSettings, OwnArguments):
 
 
 @pytest.mark.parametrize("kind", [Undecorated, Decorated, Behind, SettingsBeside])
-def test_the_defaults_of_other_arguments_hold(kind: Any, tmp_path: Path) -> None:
+def test_the_defaults_of_other_arguments_hold(kind, tmp_path):
     args = kind(output_dir=str(tmp_path), report_to="none", nio_groups="model", warmup_steps=3)
     assert (args.learning_rate, args.logging_steps, args.words) == (2e-5, 10, ["own"])
     assert (args.nio_groups, args.nio_sub_batches, args.warmup_steps) == ("model", 4, 3)
@@ -171,7 +163,7 @@ def test_the_defaults_of_other_arguments_hold(kind: Any, tmp_path: Path) -> None
     assert (parsed.learning_rate, parsed.nio) == (2e-5, False)
 
 
-def test_the_mixin_takes_the_arguments_of_the_trainer_it_extends(tmp_path: Path) -> None:
+def test_the_mixin_takes_the_arguments_of_the_trainer_it_extends(tmp_path):
     class NIOSeq2SeqTrainer(NIOTrainerMixin, Seq2SeqTrainer):
         pass
 
@@ -181,7 +173,7 @@ def test_the_mixin_takes_the_arguments_of_the_trainer_it_extends(tmp_path: Path)
     assert trainer.nio_args.nio_sub_batches == 4
 
 
-def test_what_a_script_sets_on_its_own_arguments_later_counts(tmp_path: Path) -> None:
+def test_what_a_script_sets_on_its_own_arguments_later_counts(tmp_path):
     given = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=9, save_strategy="no")
     trainer = NIOTrainer(model=build("vit"), args=given, train_dataset=ToyImages())
     trainer.nio_args.nio = False
@@ -189,12 +181,12 @@ def test_what_a_script_sets_on_its_own_arguments_later_counts(tmp_path: Path) ->
     assert trainer.train().global_step == 1
 
 
-def test_arguments_of_another_type_are_refused() -> None:
+def test_arguments_of_another_type_are_refused():
     with pytest.raises(ConfigError, match="Give NIOTrainingArguments"):
         NIOTrainer(model=build("vit"), args={"output_dir": "x"}, train_dataset=ToyImages())
 
 
-def test_no_default_of_training_arguments_is_changed(tmp_path: Path) -> None:
+def test_no_default_of_training_arguments_is_changed(tmp_path):
     plain = TrainingArguments(output_dir=str(tmp_path)).to_dict()
     ours = NIOTrainingArguments(output_dir=str(tmp_path)).to_dict()
     assert {key: ours[key] for key in plain} == plain

@@ -1,17 +1,11 @@
 """What works together with NIO: a test for each row of the table in the README."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from nio_hf import NIOResult, NIOTrainer
+from nio_hf import NIOTrainer
 from nio_hf.errors import ModelError
 from nio_hf.hub.run_folder import INIT_DIR_NAME, STATE_NAME
 from tests.trainer.toys import CLASSES, ToyImages, arguments, build, load_state, snapshot, unchanged
@@ -21,7 +15,7 @@ from tests.zoo import vision_model
 Weights = dict[str, torch.Tensor]
 
 SMOOTHING = 0.1
-SENSITIVE: dict[str, Any] = {"nio_search": "published", "nio_groups": "tensor", "nio_iterations": 5, "nio_lr": 0.05}
+SENSITIVE = {"nio_search": "published", "nio_groups": "tensor", "nio_iterations": 5, "nio_lr": 0.05}
 """Settings whose scales differ where a loss does; those that are computed may not."""
 INDUCTOR_WARNING = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated and will be removed in v6:FutureWarning"
@@ -30,14 +24,14 @@ PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated and will be rem
 class Observed(NIOTrainer):
     """Keeps the weights that each run of NIO left, and those that each training began with."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.results: list[NIOResult] = []
-        self.initialised: list[Weights] = []
-        self.begun_with: list[Weights] = []
+        self.results = []
+        self.initialised = []
+        self.begun_with = []
         self.add_callback(_OnTrainBegin(lambda model: self.begun_with.append(snapshot(model))))
 
-    def run_nio(self, *args: Any, **kwargs: Any) -> NIOResult:
+    def run_nio(self, *args, **kwargs):
         result = super().run_nio(*args, **kwargs)
         self.results.append(result)
         self.initialised.append(snapshot(self.unwrapped_model))
@@ -45,20 +39,20 @@ class Observed(NIOTrainer):
 
 
 class _OnTrainBegin(TrainerCallback):
-    def __init__(self, action: Callable[[nn.Module], None]) -> None:
+    def __init__(self, action):
         self._action = action
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._action(model)
 
 
 class _KeepGradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Observed]:
+def plain(tmp_path_factory):
     """ViT and Swin, trained with nothing beside NIO."""
     trained = {name: _trained(tmp_path_factory.mktemp(name), build(name)) for name in ("vit", "swin")}
     for trainer in trained.values():
@@ -68,7 +62,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Observed]:
 
 
 @pytest.fixture
-def compiled_graphs() -> Iterator[Callable[[], int]]:
+def compiled_graphs():
     """The number of graphs that torch.compile made since the test began."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -77,7 +71,7 @@ def compiled_graphs() -> Iterator[Callable[[], int]]:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_bf16_is_for_training_and_nio_stays_in_fp32(name: str, plain: dict[str, Observed], tmp_path: Path) -> None:
+def test_bf16_is_for_training_and_nio_stays_in_fp32(name, plain, tmp_path):
     model = build(name)
     seen = _watch_dtypes(model)
     trainer = _trained(tmp_path, model, bf16=True)
@@ -86,13 +80,13 @@ def test_bf16_is_for_training_and_nio_stays_in_fp32(name: str, plain: dict[str, 
     _check(trainer, plain[name])
 
 
-def test_another_precision_of_nio_would_be_noticed(plain: dict[str, Observed], tmp_path: Path) -> None:
+def test_another_precision_of_nio_would_be_noticed(plain, tmp_path):
     trainer = _trained(tmp_path, build("vit"), bf16=True, nio_precision="bf16")
     assert abs(trainer.results[0].before.value - plain["vit"].results[0].before.value) > 1e-5
     assert _difference(trainer.results[0], plain["vit"].results[0]) > 1e-4
 
 
-def test_initialising_again_after_a_training_in_bf16_is_in_fp32(tmp_path: Path) -> None:
+def test_initialising_again_after_a_training_in_bf16_is_in_fp32(tmp_path):
     trainer = _trained(tmp_path / "trained", build("vit"), bf16=True)
     copy = build("vit")
     copy.load_state_dict(trainer.model.state_dict())
@@ -103,7 +97,7 @@ def test_initialising_again_after_a_training_in_bf16_is_in_fp32(tmp_path: Path) 
     assert _difference(trainer.run_nio(), fresh.run_nio()) < 1e-5
 
 
-def test_fp16_on_the_cpu_is_accepted_and_trains_in_fp32(plain: dict[str, Observed], tmp_path: Path) -> None:
+def test_fp16_on_the_cpu_is_accepted_and_trains_in_fp32(plain, tmp_path):
     """Neither TrainingArguments nor Accelerate says so: there is no autocast and no gradient scaler."""
     model = build("vit")
     seen = _watch_dtypes(model)
@@ -117,7 +111,7 @@ def test_fp16_on_the_cpu_is_accepted_and_trains_in_fp32(plain: dict[str, Observe
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_fp16_on_cuda_scales_the_gradients_of_training_only(name: str, tmp_path: Path) -> None:
+def test_fp16_on_cuda_scales_the_gradients_of_training_only(name, tmp_path):
     expected = _trained(tmp_path / "fp32", build(name), use_cpu=False)
     model = build(name)
     seen = _watch_dtypes(model)
@@ -132,9 +126,7 @@ def test_fp16_on_cuda_scales_the_gradients_of_training_only(name: str, tmp_path:
     "backend",
     ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.slow)],
 )
-def test_a_compiled_training_starts_from_the_same_initialisation(
-    backend: str, tmp_path: Path, compiled_graphs: Callable[[], int]
-) -> None:
+def test_a_compiled_training_starts_from_the_same_initialisation(backend, tmp_path, compiled_graphs):
     expected = _trained(tmp_path / "plain", build("vit", num_hidden_layers=1), max_steps=1)
     assert compiled_graphs() == 0
     compiled = {"torch_compile": True, "torch_compile_backend": backend}
@@ -147,9 +139,7 @@ def test_a_compiled_training_starts_from_the_same_initialisation(
 
 @pytest.mark.parametrize("settings", [{}, {"use_reentrant": False, "every_n_layers": 2}], ids=["all", "every second"])
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_activation_checkpointing_changes_no_scale(
-    name: str, settings: dict[str, Any], plain: dict[str, Observed], tmp_path: Path
-) -> None:
+def test_activation_checkpointing_changes_no_scale(name, settings, plain, tmp_path):
     kwargs = settings or None
     trainer = _trained(tmp_path, build(name), **{CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": kwargs})
     assert checkpoints_activations(trainer.model)
@@ -162,7 +152,7 @@ def test_activation_checkpointing_changes_no_scale(
     ids=["default", "exact", "finite_difference"],
 )
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_reentrant_activation_checkpointing_is_refused(name: str, search: dict[str, Any], tmp_path: Path) -> None:
+def test_reentrant_activation_checkpointing_is_refused(name, search, tmp_path):
     reentrant = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
     model = build(name)
     before = snapshot(model)
@@ -173,21 +163,17 @@ def test_reentrant_activation_checkpointing_is_refused(name: str, search: dict[s
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_initialisation_does_not_depend_on_gradient_accumulation(
-    name: str, plain: dict[str, Observed], tmp_path: Path
-) -> None:
+def test_initialisation_does_not_depend_on_gradient_accumulation(name, plain, tmp_path):
     trainer = _trained(tmp_path, build(name), per_device_train_batch_size=2, gradient_accumulation_steps=4)
     assert trainer.state.global_step == 2
     _check(trainer, plain[name])
 
 
-def test_a_smaller_training_batch_is_found_from_the_same_initialisation(
-    plain: dict[str, Observed], tmp_path: Path
-) -> None:
+def test_a_smaller_training_batch_is_found_from_the_same_initialisation(plain, tmp_path):
     tried = []
 
     class Small(Observed):
-        def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def training_step(self, model, inputs, *args, **kwargs):
             tried.append(len(inputs["labels"]))
             if tried[-1] > 5:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -202,13 +188,11 @@ def test_a_smaller_training_batch_is_found_from_the_same_initialisation(
     _check(trainer, plain["vit"])
 
 
-def test_out_of_memory_inside_nio_does_not_shrink_the_training_batch(
-    plain: dict[str, Observed], tmp_path: Path
-) -> None:
+def test_out_of_memory_inside_nio_does_not_shrink_the_training_batch(plain, tmp_path):
     sizes = []
 
     class Full(Observed):
-        def compute_nio_loss(self, model: nn.Module, inputs: Any) -> Any:
+        def compute_nio_loss(self, model, inputs):
             sizes.append(len(inputs["labels"]))
             if sizes[-1] > 1 and torch.is_grad_enabled():
                 raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -220,16 +204,16 @@ def test_out_of_memory_inside_nio_does_not_shrink_the_training_batch(
     _check(trainer, plain["vit"], tolerance=1e-4)
 
 
-def test_each_trial_of_a_search_equals_a_run_of_its_own(tmp_path: Path) -> None:
+def test_each_trial_of_a_search_equals_a_run_of_its_own(tmp_path):
     pytest.importorskip("optuna")
     tried = [{"learning_rate": 1e-4, "nio_lr": 0.01}, {"learning_rate": 1e-2, "nio_lr": 0.01}]
     tried += [{"learning_rate": 1e-4, "nio_lr": 0.02}]
-    losses: list[float] = []
+    losses = []
 
-    def space(trial: Any) -> dict[str, float]:
+    def space(trial):
         return {name: trial.suggest_float(name, value, value) for name, value in tried[trial.number].items()}
 
-    def objective(metrics: dict[str, float]) -> float:
+    def objective(metrics):
         losses.append(metrics["eval_loss"])
         return losses[-1]
 
@@ -251,9 +235,9 @@ def test_each_trial_of_a_search_equals_a_run_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_every_tensor_of_the_best_model_is_restored(name: str, tmp_path: Path) -> None:
+def test_every_tensor_of_the_best_model_is_restored(name, tmp_path):
     class WorseEachStep(Observed):
-        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        def evaluate(self, *args, **kwargs):
             metrics = super().evaluate(*args, **kwargs)
             return {**metrics, "eval_step": float(self.state.global_step)}
 
@@ -268,7 +252,7 @@ def test_every_tensor_of_the_best_model_is_restored(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("way", ["subclass", "function"])
-def test_nio_uses_the_loss_of_training(way: str, plain: dict[str, Observed], tmp_path: Path) -> None:
+def test_nio_uses_the_loss_of_training(way, plain, tmp_path):
     """Label smoothing of one's own leads where `label_smoothing_factor` does, and elsewhere than no smoothing."""
     trainer, expected = (_smoothed(kind, tmp_path / kind) for kind in (way, "argument"))
     _check(trainer, expected)
@@ -276,7 +260,7 @@ def test_nio_uses_the_loss_of_training(way: str, plain: dict[str, Observed], tmp
     _close(snapshot(trainer.model), snapshot(expected.model))
 
 
-def test_an_optimizer_made_before_nio_updates_the_scaled_parameters(plain: dict[str, Observed], tmp_path: Path) -> None:
+def test_an_optimizer_made_before_nio_updates_the_scaled_parameters(plain, tmp_path):
     model = build("vit")
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -294,9 +278,7 @@ def test_an_optimizer_made_before_nio_updates_the_scaled_parameters(plain: dict[
         torch.testing.assert_close(parameter.data, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_an_optimizer_given_by_its_class_updates_the_scaled_parameters(
-    plain: dict[str, Observed], tmp_path: Path
-) -> None:
+def test_an_optimizer_given_by_its_class_updates_the_scaled_parameters(plain, tmp_path):
     keep = _KeepGradients()
     settings = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1}), "callbacks": [keep]}
     args = {"max_steps": 1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
@@ -309,9 +291,7 @@ def test_an_optimizer_given_by_its_class_updates_the_scaled_parameters(
 
 @pytest.mark.parametrize(("optim", "class_name"), [("adafactor", "Adafactor"), ("sgd", "SGD")])
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_the_choice_of_optimizer_changes_no_scale(
-    name: str, optim: str, class_name: str, plain: dict[str, Observed], tmp_path: Path
-) -> None:
+def test_the_choice_of_optimizer_changes_no_scale(name, optim, class_name, plain, tmp_path):
     trainer = _trained(tmp_path, build(name), optim=optim, learning_rate=1e-2)
     assert type(trainer.optimizer.optimizer).__name__ == class_name
     _check(trainer, plain[name])
@@ -319,7 +299,7 @@ def test_the_choice_of_optimizer_changes_no_scale(
 
 @pytest.mark.filterwarnings(PEFT_WARNING)
 @pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
-def test_a_model_with_adapters_is_refused(way: str, tmp_path: Path) -> None:
+def test_a_model_with_adapters_is_refused(way, tmp_path):
     model = _with_adapters(build("vit"), way)
     before = snapshot(model)
     trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
@@ -331,9 +311,7 @@ def test_a_model_with_adapters_is_refused(way: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings(PEFT_WARNING)
 @pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
-def test_adapters_added_after_nio_train_on_the_initialised_weights(
-    way: str, plain: dict[str, Observed], tmp_path: Path
-) -> None:
+def test_adapters_added_after_nio_train_on_the_initialised_weights(way, plain, tmp_path):
     model = build("vit")
     base = Observed(model=model, args=arguments(tmp_path / "base", **SENSITIVE), train_dataset=ToyImages())
     base.run_nio()
@@ -348,7 +326,7 @@ def test_adapters_added_after_nio_train_on_the_initialised_weights(
     assert all(parameter.any() for parameter in trained), "lora_B is zero before training"
 
 
-def test_a_second_training_goes_on_without_another_initialisation(plain: dict[str, Observed], tmp_path: Path) -> None:
+def test_a_second_training_goes_on_without_another_initialisation(plain, tmp_path):
     trainer = _trained(tmp_path, build("vit"))
     after_first = snapshot(trainer.model)
     trainer.train()
@@ -357,13 +335,7 @@ def test_a_second_training_goes_on_without_another_initialisation(plain: dict[st
     _check(trainer, plain["vit"])
 
 
-def _trained(
-    output_dir: Path,
-    model: nn.Module,
-    trainer_class: type[Observed] = Observed,
-    settings: dict[str, Any] | None = None,
-    **changes: Any,
-) -> Observed:
+def _trained(output_dir, model, trainer_class=Observed, settings=None, **changes):
     """A trainer that has trained; `settings` are those of the trainer, `changes` those of its arguments."""
     args = arguments(output_dir, **{**SENSITIVE, **changes})
     trainer = trainer_class(model=model, args=args, train_dataset=ToyImages(), **(settings or {}))
@@ -371,7 +343,7 @@ def _trained(
     return trainer
 
 
-def _check(trainer: Observed, expected: Observed, tolerance: float = 1e-5) -> None:
+def _check(trainer, expected, tolerance=1e-5):
     """NIO ran once, made what it makes in the other trainer, and training went on from there in every scaled tensor."""
     assert len(trainer.results) == 1
     assert trainer.results[0].scales.keys() == expected.results[0].scales.keys()
@@ -385,22 +357,22 @@ def _check(trainer: Observed, expected: Observed, tolerance: float = 1e-5) -> No
     assert not [name for name in trainer.results[0].scales if torch.equal(trained[name], trainer.initialised[0][name])]
 
 
-def _difference(result: NIOResult, expected: NIOResult) -> float:
+def _difference(result, expected):
     """The largest relative difference of a scale."""
     return max(abs(result.scales[name] / omega - 1) for name, omega in expected.scales.items())
 
 
-def _close(weights: Weights, expected: Weights, tolerance: float = 1e-5) -> None:
+def _close(weights, expected, tolerance=1e-5):
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=tolerance, atol=1e-7)
 
 
-def _watch_dtypes(model: nn.Module) -> dict[str, set[torch.dtype]]:
+def _watch_dtypes(model):
     """What the linear layers compute in: NIO runs them in evaluation mode, on a copy that has the same hooks."""
-    seen: dict[str, set[torch.dtype]] = {"nio": set(), "training": set()}
+    seen = {"nio": set(), "training": set()}
 
-    def watch(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    def watch(module, inputs, output):
         seen["training" if module.training else "nio"].add(output.dtype)
 
     for module in model.modules():
@@ -409,14 +381,14 @@ def _watch_dtypes(model: nn.Module) -> dict[str, set[torch.dtype]]:
     return seen
 
 
-def _smoothed(way: str, output_dir: Path) -> Observed:
+def _smoothed(way, output_dir):
     """A ViT trained with label smoothing that comes from the argument, a subclass or a function."""
 
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    def loss(outputs, labels, num_items_in_batch=None):
         return nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=SMOOTHING)
 
     class Smoothing(Observed):
-        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def compute_loss(self, model, inputs, *args, **kwargs):
             labels = inputs.pop("labels")
             return loss(model(**inputs), labels)
 
@@ -427,7 +399,7 @@ def _smoothed(way: str, output_dir: Path) -> Observed:
     return _trained(output_dir, build("vit"), Smoothing)
 
 
-def _searching(output_dir: Path, **changes: Any) -> Observed:
+def _searching(output_dir, **changes):
     """A trainer for a search, whose model is made from the random state as it is."""
     quick = {**SENSITIVE, "nio_iterations": 2, "nio_report_batches": 1, "max_steps": 1}
     args = arguments(output_dir, **{**quick, **changes})
@@ -435,11 +407,11 @@ def _searching(output_dir: Path, **changes: Any) -> Observed:
     return Observed(model_init=lambda: vision_model("vit", CLASSES, num_hidden_layers=1), args=args, **data)
 
 
-def _saved(model: Any, checkpoint: Path) -> Weights:
+def _saved(model, checkpoint):
     return snapshot(type(model).from_pretrained(checkpoint, dtype=torch.float32))
 
 
-def _with_adapters(model: Any, way: str) -> nn.Module:
+def _with_adapters(model, way):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=f".*({QUERIES}|{VALUES})", r=2)
     if way == "add_adapter":
@@ -450,5 +422,5 @@ def _with_adapters(model: Any, way: str) -> nn.Module:
                 raise
             pytest.skip(f"this release of transformers wants another one of peft: {error}")
         return model
-    wrapped: nn.Module = peft.get_peft_model(model, config)
+    wrapped = peft.get_peft_model(model, config)
     return wrapped

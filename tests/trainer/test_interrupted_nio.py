@@ -1,7 +1,5 @@
 """Runs of NIO that end before their time, and what is taken over of them."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno
@@ -9,9 +7,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -34,7 +31,7 @@ class NIORun(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> NIORun:
+def whole(tmp_path_factory):
     """A run of NIO that nothing happened to."""
     trainer = make(tmp_path_factory.mktemp("nio"), **PUBLISHED)
     result = trainer.run_nio()
@@ -43,11 +40,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> NIORun:
 
 
 @contextlib.contextmanager
-def interruption_in(iteration: int) -> Iterator[None]:
+def interruption_in(iteration):
     """Let NIO be interrupted in an iteration."""
 
-    def initialize(*args: Any, on_iteration: Callable[[Any], None], **kwargs: Any) -> NIOResult:
-        def watched(record: Any) -> None:
+    def initialize(*args, on_iteration, **kwargs):
+        def watched(record):
             on_iteration(record)
             if record.iteration == iteration:
                 raise Interruption
@@ -60,7 +57,7 @@ def interruption_in(iteration: int) -> Iterator[None]:
             yield
 
 
-def same(left: NIOResult, right: NIOResult) -> bool:
+def same(left, right):
     """Whether two runs measured and learned the same, but for the time that they took."""
     histories = [[dataclasses.replace(record, seconds=0.0) for record in result.history] for result in (left, right)]
     known = [(result.scales, result.groups, result.cost, result.before, result.after) for result in (left, right)]
@@ -68,9 +65,7 @@ def same(left: NIOResult, right: NIOResult) -> bool:
 
 
 @pytest.mark.parametrize(("search", "iteration"), [(PUBLISHED, 3), ({}, 1)], ids=["published", "computed"])
-def test_an_interrupted_nio_leaves_the_model_and_begins_again(
-    search: dict[str, Any], iteration: int, tmp_path: Path
-) -> None:
+def test_an_interrupted_nio_leaves_the_model_and_begins_again(search, iteration, tmp_path):
     whole, interrupted, again = (make(tmp_path / name, **search) for name in ("whole", "run", "run"))
     before = snapshot(interrupted.model)
     with interruption_in(iteration):
@@ -82,20 +77,20 @@ def test_an_interrupted_nio_leaves_the_model_and_begins_again(
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [INIT_DIR_NAME]
 
 
-def _other_weights(trainer: Any, directory: Path) -> None:
+def _other_weights(trainer, directory):
     with torch.no_grad():
         trainer.model.classifier.bias[0] += 1
 
 
-def _other_settings(trainer: Any, directory: Path) -> None:
+def _other_settings(trainer, directory):
     trainer.args.nio_scale_range = [0.5, 2.0]
 
 
-def _other_data(trainer: Any, directory: Path) -> None:
+def _other_data(trainer, directory):
     trainer.train_dataset.images += 1
 
 
-def test_a_finished_nio_is_taken_over_without_computing_and_reported_once(whole: NIORun, tmp_path: Path) -> None:
+def test_a_finished_nio_is_taken_over_without_computing_and_reported_once(whole, tmp_path):
     output_dir = shutil.copytree(whole.output_dir, tmp_path / "run")
     trainer = make(output_dir, **PUBLISHED, max_steps=4, save_strategy="steps", save_steps=2)
     result = trainer.run_nio(resume=True)
@@ -120,21 +115,19 @@ def test_a_finished_nio_is_taken_over_without_computing_and_reported_once(whole:
     assert sum("nio_grad_cosine_after" in entry for entry in log) == 1
 
 
-def _changed(trainer: Any, directory: Path) -> None:
+def _changed(trainer, directory):
     with (directory / "model.safetensors").open("ab") as file:
         file.write(b"\n")
 
 
-def _of_another_version(trainer: Any, directory: Path) -> None:
+def _of_another_version(trainer, directory):
     file = directory / STATE_NAME
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
     write_manifest(directory)
 
 
 @pytest.mark.parametrize("change", [_changed, _of_another_version, _other_settings, _other_weights, _other_data])
-def test_a_finished_nio_that_does_not_fit_is_passed_over(
-    change: Callable[[Any, Path], None], whole: NIORun, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_finished_nio_that_does_not_fit_is_passed_over(change, whole, tmp_path, caplog):
     trainer = make(shutil.copytree(whole.output_dir, tmp_path / "run"), **PUBLISHED)
     change(trainer, trainer.nio_init_dir)
     with caplog.at_level(logging.WARNING, "nio_hf.trainer"):
@@ -146,14 +139,12 @@ def test_a_finished_nio_that_does_not_fit_is_passed_over(
     assert mark["fingerprint"] == fingerprint(trainer.model)
 
 
-def test_a_full_disk_leaves_the_model_and_the_former_initialised_checkpoint(
-    whole: NIORun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_model_and_the_former_initialised_checkpoint(whole, tmp_path, monkeypatch):
     output_dir = Path(shutil.copytree(whole.output_dir, tmp_path / "run"))
     trainer = make(output_dir, **PUBLISHED)
     before = snapshot(trainer.model)
 
-    def full(*args: Any) -> None:
+    def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
@@ -165,7 +156,7 @@ def test_a_full_disk_leaves_the_model_and_the_former_initialised_checkpoint(
     assert fault_of(trainer.nio_init_dir) is None
 
 
-def test_too_little_room_is_found_before_nio_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_room_is_found_before_nio_starts(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     for start in ("run_nio", "train"):
@@ -176,9 +167,7 @@ def test_too_little_room_is_found_before_nio_starts(tmp_path: Path, monkeypatch:
         assert list(tmp_path.iterdir()) == []
 
 
-def test_the_room_that_a_training_needs_is_that_of_model_and_optimizer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_room_that_a_training_needs_is_that_of_model_and_optimizer(tmp_path, monkeypatch):
     expected = [
         ({"nio_save_init": False}, 0),
         ({}, 1),
@@ -186,7 +175,7 @@ def test_the_room_that_a_training_needs_is_that_of_model_and_optimizer(
         ({"save_strategy": "steps", "save_only_model": True}, 2),
         ({"save_strategy": "steps", "optim": "sgd"}, 2),
     ]
-    sizes: list[int] = []
+    sizes = []
     monkeypatch.setattr("nio_hf.trainer.early_checks.ensure_writable", lambda folder, size=0: sizes.append(size))
     for number, (changes, _) in enumerate(expected):
         trainer = make(tmp_path / str(number), NIOTrainer, max_steps=1, **changes)

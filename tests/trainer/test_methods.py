@@ -1,10 +1,5 @@
 """Other methods than NIO under the Trainer."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from transformers import AutoModelForImageClassification
@@ -21,12 +16,12 @@ from tests.trainer.toys import ToyImages, arguments, build, load_state, snapshot
 METHODS_OF_TESTS = sorted(METHODS)
 
 
-def _trainer(output_dir: Path, **changes: Any) -> NIOTrainer:
+def _trainer(output_dir, **changes):
     return NIOTrainer(build("vit"), arguments(output_dir, **changes), train_dataset=ToyImages())
 
 
 @pytest.mark.parametrize("method", METHODS_OF_TESTS)
-def test_every_method_initialises_saves_and_is_reported(tmp_path: Path, method: str) -> None:
+def test_every_method_initialises_saves_and_is_reported(tmp_path, method):
     trainer = _trainer(tmp_path, nio_method=method)
     before = snapshot(trainer.model)
     trainer.train()
@@ -46,13 +41,13 @@ def test_every_method_initialises_saves_and_is_reported(tmp_path: Path, method: 
     assert any("iteration" in what for what in drawn) == bool(result.history)
 
 
-def test_a_method_has_iterations_of_its_own(tmp_path: Path) -> None:
+def test_a_method_has_iterations_of_its_own(tmp_path):
     result = _trainer(tmp_path, nio_method="gradinit", nio_method_kwargs={"iterations": 3}).run_nio()
     assert [record.iteration for record in result.history] == [1, 2, 3]
     assert result.options["iterations"] == 3
 
 
-def test_a_method_is_taken_over_only_by_the_same_one(tmp_path: Path) -> None:
+def test_a_method_is_taken_over_only_by_the_same_one(tmp_path):
     first = _trainer(tmp_path, nio_method="emergence", nio_method_kwargs={"alpha": 1.2})
     first.run_nio()
     expected = snapshot(first.model)
@@ -64,7 +59,7 @@ def test_a_method_is_taken_over_only_by_the_same_one(tmp_path: Path) -> None:
     assert any(not torch.equal(value, expected[name]) for name, value in snapshot(other.model).items())
 
 
-def test_the_batches_of_the_training_are_those_without_a_method(tmp_path: Path) -> None:
+def test_the_batches_of_the_training_are_those_without_a_method(tmp_path):
     """With learning rate 0 and a method that changes nothing, every loss is the same."""
     losses = []
     for changes in ({"nio": False}, {"nio_method": "none"}):
@@ -84,13 +79,13 @@ def test_the_batches_of_the_training_are_those_without_a_method(tmp_path: Path) 
         ({"nio_method": "lsuv", "nio_method_kwargs": "[1]"}, "Give a mapping"),
     ],
 )
-def test_settings_that_no_method_has_are_refused(tmp_path: Path, changes: dict[str, Any], found: str) -> None:
+def test_settings_that_no_method_has_are_refused(tmp_path, changes, found):
     with pytest.raises(ConfigError, match=found):
         arguments(tmp_path, **changes)
 
 
 @pytest.mark.parametrize("options", [{"optimizer": "lion"}, {"iterations": "many"}, {"iterations": -3}])
-def test_a_value_that_a_method_refuses_leaves_the_model_as_it_was(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_value_that_a_method_refuses_leaves_the_model_as_it_was(tmp_path, options):
     trainer = _trainer(tmp_path, nio_method="gradinit", nio_method_kwargs=options)
     before = snapshot(trainer.model)
     with pytest.raises(ConfigError, match=rf"gradinit.{next(iter(options))}: "):
@@ -98,7 +93,7 @@ def test_a_value_that_a_method_refuses_leaves_the_model_as_it_was(tmp_path: Path
     assert all(torch.equal(value, before[name]) for name, value in snapshot(trainer.model).items())
 
 
-def test_the_help_names_every_method() -> None:
+def test_the_help_names_every_method():
     from dataclasses import fields
 
     from nio_hf import NIOTrainingArguments

@@ -1,12 +1,7 @@
 """Settings of NIO are called as arguments wherever the Trainer speaks of them."""
 
-from __future__ import annotations
-
 import json
 import logging
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,22 +17,22 @@ from tests.trainer.toys import ToyImages, arguments, build, load_state
 class TwoScalars(nn.Module):
     """A model without a tensor of two dimensions."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.slope, self.offset = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
 
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, pixel_values, labels):
         return {"loss": (self.slope * pixel_values.mean((1, 2, 3)) + self.offset - labels).square().mean()}
 
 
-def test_a_text_and_a_problem_are_put_into_the_words_of_the_trainer() -> None:
+def test_a_text_and_a_problem_are_put_into_the_words_of_the_trainer():
     assert in_arguments("Set a lower NIOConfig.lr, or NIOConfig.gamma.") == "Set a lower nio_lr, or nio_gamma."
     problem = Problem("NIOConfig.groups", "NIOConfig.lr", 'Set NIOConfig.search to "balance"')
     assert in_arguments(problem) == Problem("nio_groups", "nio_lr", 'Set nio_search to "balance"')
     assert in_arguments("an NIOConfig of MyNIOConfig.lr") == "an NIOConfig of MyNIOConfig.lr"
 
 
-def test_an_error_stays_the_one_that_it_is() -> None:
+def test_an_error_stays_the_one_that_it_is():
     raised = ConfigError(Problem("NIOConfig.lr", "0", "Raise it"), Problem("x", "y", "Set NIOConfig.seed"))
     with pytest.raises(ConfigError) as caught, named_as_arguments():
         raise raised
@@ -52,15 +47,13 @@ def test_an_error_stays_the_one_that_it_is() -> None:
 
 
 @pytest.mark.parametrize("action", [NIOTrainer.run_nio, NIOTrainer.train])
-def test_a_model_that_nothing_of_can_be_scaled_is_refused_with_the_cure(
-    action: Callable[[NIOTrainer], Any], tmp_path: Path
-) -> None:
+def test_a_model_that_nothing_of_can_be_scaled_is_refused_with_the_cure(action, tmp_path):
     with pytest.raises(ModelError, match='Set nio_scaled_tensors to "all"') as raised:
         action(_trainer(tmp_path, TwoScalars()))
     assert "NIOConfig" not in str(raised.value)
 
 
-def test_groups_that_do_not_fit_the_model_are_refused_by_their_name(tmp_path: Path) -> None:
+def test_groups_that_do_not_fit_the_model_are_refused_by_their_name(tmp_path):
     trainer = _trainer(tmp_path, build("vit"), nio_groups={"nothing": "no such name"})
     with pytest.raises(ConfigError) as raised:
         trainer.run_nio()
@@ -68,16 +61,14 @@ def test_groups_that_do_not_fit_the_model_are_refused_by_their_name(tmp_path: Pa
 
 
 @pytest.mark.parametrize("action", [NIOTrainer.run_nio, NIOTrainer.inspect, NIOTrainer.squared_gradients])
-def test_a_micro_batch_that_does_not_fit_the_model_is_refused_by_its_name(
-    action: Callable[[NIOTrainer], Any], tmp_path: Path
-) -> None:
+def test_a_micro_batch_that_does_not_fit_the_model_is_refused_by_its_name(action, tmp_path):
     with pytest.raises(ConfigError) as raised:
         action(_trainer(tmp_path, build("resnet"), nio_micro_batch_size=1))
     assert [problem.where for problem in raised.value.problems] == ["nio_micro_batch_size"]
     assert "nio_sub_batches" in raised.value.problems[0].fix
 
 
-def test_the_message_of_a_result_calls_settings_as_arguments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_message_of_a_result_calls_settings_as_arguments(tmp_path, caplog):
     trainer = _trainer(tmp_path, build("vit"), nio_search="published", nio_gamma=1e-3, nio_iterations=2)
     with caplog.at_level(logging.WARNING, "nio_hf.trainer"):
         result = trainer.run_nio()
@@ -89,5 +80,5 @@ def test_the_message_of_a_result_calls_settings_as_arguments(tmp_path: Path, cap
     assert "NIOConfig" not in json.dumps(json.loads((trainer.nio_init_dir / STATE_NAME).read_text()))
 
 
-def _trainer(output_dir: Path, model: nn.Module, **changes: Any) -> NIOTrainer:
+def _trainer(output_dir, model, **changes):
     return NIOTrainer(model=model, args=arguments(output_dir, **changes), train_dataset=ToyImages())

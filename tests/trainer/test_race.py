@@ -1,23 +1,18 @@
 """The race: what its lanes are, who wins it, what it leaves behind, and how it goes on."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging
 import statistics
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from nio_hf import NIOTrainer
-from nio_hf.core.result import InitResult, Lane, Race
+from nio_hf.core.result import InitResult, Lane
 from nio_hf.durable import AUTO
 from nio_hf.errors import ConfigError, DataError, NIOMemoryError, Preempted
 from nio_hf.report.run import Run
@@ -27,37 +22,37 @@ from nio_hf.trainer.race import HALF, START, is_behind, leader, planned_steps
 from tests.trainer.toys import Interruption, ToyImages, arguments, build, load_state, snapshot, unchanged
 
 STEPS = 8
-FAR_OFF: dict[str, Any] = {"nio_method": "range", "nio_method_kwargs": {"factor": 300.0}}
+FAR_OFF = {"nio_method": "range", "nio_method_kwargs": {"factor": 300.0}}
 """An initialisation that harms the training."""
 
 
-def _arguments(folder: Path, **changes: Any) -> Any:
+def _arguments(folder, **changes):
     settings = {"max_steps": 20, "learning_rate": 1e-3, "logging_steps": 1, "nio_race_steps": STEPS}
     return arguments(folder, **{**settings, **changes})
 
 
-def _trained(folder: Path, model: nn.Module | None = None, **changes: Any) -> NIOTrainer:
+def _trained(folder, model=None, **changes):
     model = build("vit") if model is None else model
     trainer = NIOTrainer(model=model, args=_arguments(folder, **changes), train_dataset=ToyImages())
     trainer.train()
     return trainer
 
 
-def _losses(trainer: Trainer) -> list[float]:
+def _losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def _race(trainer: NIOTrainer) -> Race:
+def _race(trainer):
     assert trainer.nio_result is not None
     assert trainer.nio_result.race is not None
     return trainer.nio_result.race
 
 
-def _let_win(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def _let_win(name, monkeypatch):
     monkeypatch.setattr(races, "leader", lambda lanes, steps: next((lane for lane in lanes if lane.name == name), None))
 
 
-WAYS: dict[str, dict[str, Any]] = {
+WAYS = {
     "plain": {},
     "accumulated": {"gradient_accumulation_steps": 2},
     "clipped and warmed up": {"max_grad_norm": 0.1, "warmup_steps": 5},
@@ -70,7 +65,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_lane_is_the_beginning_of_the_training_from_its_weights(way: str, tmp_path: Path) -> None:
+def test_a_lane_is_the_beginning_of_the_training_from_its_weights(way, tmp_path):
     raced = _trained(tmp_path / "raced", **WAYS[way])
     without = _trained(tmp_path / "without", nio_race_steps=0, **WAYS[way])
     start = _trained(tmp_path / "start", nio=False, **WAYS[way])
@@ -82,20 +77,14 @@ def test_a_lane_is_the_beginning_of_the_training_from_its_weights(way: str, tmp_
 
 
 @pytest.mark.parametrize("winner", ["NIO", HALF, START])
-def test_the_training_from_the_winner_is_the_same_as_without_a_race(
-    winner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_training_from_the_winner_is_the_same_as_without_a_race(winner, tmp_path, monkeypatch):
     _let_win(winner, monkeypatch)
     raced = _trained(tmp_path / "raced")
     monkeypatch.undo()
     result = raced.nio_result
     assert result is not None
     assert _race(raced).winner == winner
-    changes: dict[str, dict[str, Any]] = {
-        "NIO": {"nio_race_steps": 0},
-        HALF: {"nio_strength": 0.5, "nio_race_steps": 0},
-        START: {"nio": False},
-    }
+    changes = {"NIO": {"nio_race_steps": 0}, HALF: {"nio_strength": 0.5, "nio_race_steps": 0}, START: {"nio": False}}
     plain = _trained(tmp_path / "plain", **changes[winner])
     # The square root of a scale and half of its exponent are rounded differently.
     assert _losses(raced) == pytest.approx(_losses(plain), abs=1e-4 if winner == HALF else 0)
@@ -122,16 +111,14 @@ def test_the_training_from_the_winner_is_the_same_as_without_a_race(
     ],
     ids=["computed", "published", "baseline", "refused"],
 )
-def test_half_of_it_is_a_lane_of_computed_scales(
-    changes: dict[str, Any], names: list[str] | None, tmp_path: Path
-) -> None:
+def test_half_of_it_is_a_lane_of_computed_scales(changes, names, tmp_path):
     trainer = _trained(tmp_path, nio_race_steps=2, max_steps=3, **changes)
     assert trainer.nio_result is not None
     race = trainer.nio_result.race
     assert (None if race is None else [lane.name for lane in race.lanes]) == names
 
 
-def test_an_initialisation_that_harms_loses(tmp_path: Path) -> None:
+def test_an_initialisation_that_harms_loses(tmp_path):
     raced, harmed, plain = (
         _trained(tmp_path / "raced", **FAR_OFF),
         _trained(tmp_path / "harmed", nio_race_steps=0, **FAR_OFF),
@@ -142,7 +129,7 @@ def test_an_initialisation_that_harms_loses(tmp_path: Path) -> None:
     assert unchanged(snapshot(raced.model), snapshot(plain.model))
 
 
-def test_what_is_saved_and_reported_is_that_of_the_winner(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_saved_and_reported_is_that_of_the_winner(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         trainer = _trained(tmp_path, **FAR_OFF)
     race, result = _race(trainer), trainer.nio_result
@@ -165,34 +152,34 @@ def test_what_is_saved_and_reported_is_that_of_the_winner(tmp_path: Path, caplog
 class Counting(NIOTrainer):
     """Counts and logs what it computes, as trainers of language models do."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.seen: list[int] = []
+    def __init__(self, *args, **kwargs):
+        self.seen = []
         self.total = 0
         super().__init__(*args, **kwargs)
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, *args, **kwargs):
         self.seen.append(self.state.global_step)
         self.total += 1
         return super().compute_loss(*args, **kwargs)
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs, *args, **kwargs):
         super().log({**logs, "seen": len(self.seen), "total": self.total}, *args, **kwargs)
 
 
 class Calls(TrainerCallback):
     """Counts its calls."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.steps = self.beginnings = 0
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args, **kwargs):
         self.beginnings += 1
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *args, **kwargs):
         self.steps += 1
 
 
-def test_lanes_leave_no_trace_in_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lanes_leave_no_trace_in_the_training(tmp_path, monkeypatch):
     _let_win("NIO", monkeypatch)
     logs = {}
     for steps in (0, STEPS):
@@ -211,12 +198,12 @@ def test_lanes_leave_no_trace_in_the_training(tmp_path: Path, monkeypatch: pytes
     assert logs[0] == logs[STEPS]
 
 
-def _interrupted(folder: Path, lanes: int, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+def _interrupted(folder, lanes, monkeypatch, **changes):
     """A training that ends in the middle of the lane that follows on some others."""
     made = [0]
     begin = races._Watch.on_step_end
 
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs):
         begin(self, args, state, control, **kwargs)
         made[0] += state.global_step == 1
         if made[0] > lanes and state.global_step == 3:
@@ -229,9 +216,7 @@ def _interrupted(folder: Path, lanes: int, monkeypatch: pytest.MonkeyPatch, **ch
 
 
 @pytest.mark.parametrize("lanes", [0, 2])
-def test_a_race_that_was_interrupted_is_held_anew_and_ends_alike(
-    lanes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_race_that_was_interrupted_is_held_anew_and_ends_alike(lanes, tmp_path, monkeypatch):
     whole = _trained(tmp_path / "whole")
     _interrupted(tmp_path / "broken", lanes, monkeypatch)
     trainer = NIOTrainer(model=build("vit"), args=_arguments(tmp_path / "broken"), train_dataset=ToyImages())
@@ -241,7 +226,7 @@ def test_a_race_that_was_interrupted_is_held_anew_and_ends_alike(
     assert unchanged(snapshot(trainer.model), snapshot(whole.model))
 
 
-def test_a_race_that_is_over_is_not_held_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_race_that_is_over_is_not_held_again(tmp_path, monkeypatch):
     first = _trained(tmp_path, **FAR_OFF)
     monkeypatch.setattr(races.Lanes, "run", lambda self: pytest.fail("held again"))
     args = _arguments(tmp_path, **FAR_OFF)
@@ -251,7 +236,7 @@ def test_a_race_that_is_over_is_not_held_again(tmp_path: Path, monkeypatch: pyte
     assert unchanged(snapshot(trainer.model), snapshot(first.model))
 
 
-def test_a_race_of_other_arguments_is_held_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_race_of_other_arguments_is_held_anew(tmp_path, monkeypatch):
     _interrupted(tmp_path, 1, monkeypatch)
     args = _arguments(tmp_path, learning_rate=3e-3)
     trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
@@ -259,12 +244,12 @@ def test_a_race_of_other_arguments_is_held_anew(tmp_path: Path, monkeypatch: pyt
     assert unchanged(snapshot(trainer.model), snapshot(_trained(tmp_path / "b", learning_rate=3e-3).model))
 
 
-def test_sigterm_in_a_race_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_in_a_race_ends_it(tmp_path, monkeypatch):
     args = _arguments(tmp_path, enable_jit_checkpoint=True)
     trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
     begin = races._Watch.on_step_end
 
-    def on_step_end(self: Any, *rest: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *rest, **kwargs):
         if len(self.losses) == 2:
             assert trainer.preemption is not None
             trainer.preemption.requested = True
@@ -279,9 +264,7 @@ def test_sigterm_in_a_race_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert unchanged(snapshot(again.model), snapshot(_trained(tmp_path / "whole").model))
 
 
-def test_a_race_is_held_once_with_a_model_init_and_not_on_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_race_is_held_once_with_a_model_init_and_not_on_resume(tmp_path, monkeypatch):
     _let_win("NIO", monkeypatch)
     ended = []
     for steps in (0, STEPS):
@@ -297,7 +280,7 @@ def test_a_race_is_held_once_with_a_model_init_and_not_on_resume(
     assert unchanged(snapshot(trainer.model), snapshot(resumed.model))
 
 
-def test_a_race_may_be_held_by_hand(tmp_path: Path) -> None:
+def test_a_race_may_be_held_by_hand(tmp_path):
     trainer = NIOTrainer(model=build("vit"), args=_arguments(tmp_path, **FAR_OFF), train_dataset=ToyImages())
     assert trainer.run_race() is None
     trainer.run_nio()
@@ -312,13 +295,13 @@ def test_a_race_may_be_held_by_hand(tmp_path: Path) -> None:
 class NotANumber(NIOTrainer):
     """Its loss is NaN from the third step on, from large weights."""
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model, inputs, *args, **kwargs):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         large = sum(parameter.detach().norm() for parameter in model.parameters()) > 1e3
         return loss * float("nan") if large and self.state.global_step >= 2 else loss
 
 
-def test_a_lane_whose_loss_is_no_number_loses(tmp_path: Path) -> None:
+def test_a_lane_whose_loss_is_no_number_loses(tmp_path):
     args = _arguments(tmp_path, **FAR_OFF)
     trainer = NotANumber(model=build("vit"), args=args, train_dataset=ToyImages())
     trainer.train()
@@ -329,11 +312,11 @@ def test_a_lane_whose_loss_is_no_number_loses(tmp_path: Path) -> None:
 class Once(IterableDataset[Any]):
     """A stream of images that has a length of its own and gives others each time."""
 
-    def __init__(self, changing: bool) -> None:
+    def __init__(self, changing):
         self._passes = 0
         self._changing = changing
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self):
         self._passes += self._changing
         images = ToyImages(640)
         for number in range(640):
@@ -342,7 +325,7 @@ class Once(IterableDataset[Any]):
 
 
 @pytest.mark.parametrize("changing", [False, True])
-def test_lanes_that_are_given_other_batches_are_refused(changing: bool, tmp_path: Path) -> None:
+def test_lanes_that_are_given_other_batches_are_refused(changing, tmp_path):
     trainer = NIOTrainer(model=build("vit"), args=_arguments(tmp_path), train_dataset=Once(changing))
     if not changing:
         trainer.train()
@@ -355,21 +338,21 @@ def test_lanes_that_are_given_other_batches_are_refused(changing: bool, tmp_path
 class OneUse:
     """A stream that is its own iterator."""
 
-    def __iter__(self) -> OneUse:
+    def __iter__(self):
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self):
         raise StopIteration
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+REFUSED = {
     "longer than the training": ({"nio_race_steps": 20}, "nio_race_steps: 20, and the training has 20 steps"),
     "much longer": ({"nio_race_steps": 500}, "nio_race_steps: 500, and the training has 20 steps"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_race_that_cannot_be_held_is_refused_before_nio(case: str, tmp_path: Path) -> None:
+def test_a_race_that_cannot_be_held_is_refused_before_nio(case, tmp_path):
     changes, found = REFUSED[case]
     model = build("vit")
     trainer = NIOTrainer(model=model, args=_arguments(tmp_path, **changes), train_dataset=ToyImages())
@@ -380,14 +363,14 @@ def test_a_race_that_cannot_be_held_is_refused_before_nio(case: str, tmp_path: P
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "ten"])
-def test_steps_that_are_no_number_of_steps_are_refused(value: Any, tmp_path: Path) -> None:
+def test_steps_that_are_no_number_of_steps_are_refused(value, tmp_path):
     with pytest.raises(ConfigError, match=r"nio_race_steps: .*Give a whole number, 0 for none"):
         _arguments(tmp_path, nio_race_steps=value)
 
 
-def test_an_optimizer_of_the_user_is_refused_and_by_itself_there_is_no_race(tmp_path: Path) -> None:
+def test_an_optimizer_of_the_user_is_refused_and_by_itself_there_is_no_race(tmp_path):
     model = build("vit")
-    own: Any = (torch.optim.SGD(model.parameters(), lr=0.1), None)
+    own = (torch.optim.SGD(model.parameters(), lr=0.1), None)
     args = _arguments(tmp_path)
     trainer = NIOTrainer(model=model, args=args, train_dataset=ToyImages(), optimizers=own)
     with pytest.raises(ConfigError, match=r"optimizers=.*optimizer_cls_and_kwargs"):
@@ -396,7 +379,7 @@ def test_an_optimizer_of_the_user_is_refused_and_by_itself_there_is_no_race(tmp_
     assert planned_steps(trainer, 10**6) == 0
 
 
-def test_a_stream_that_can_be_read_once_is_refused(tmp_path: Path) -> None:
+def test_a_stream_that_can_be_read_once_is_refused(tmp_path):
     trainer = NIOTrainer(model=build("vit"), args=_arguments(tmp_path), train_dataset=ToyImages())
     trainer.train_dataset = OneUse()
     with pytest.raises(ConfigError, match="a stream that can be read only once"):
@@ -404,9 +387,7 @@ def test_a_stream_that_can_be_read_once_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("max_steps", "expected"), [(17_999, 0), (18_000, races.RACE_STEPS)])
-def test_by_default_a_race_is_held_where_it_is_two_per_cent_of_the_training(
-    max_steps: int, expected: int, tmp_path: Path
-) -> None:
+def test_by_default_a_race_is_held_where_it_is_two_per_cent_of_the_training(max_steps, expected, tmp_path):
     args = _arguments(tmp_path, nio_race_steps=None)
     trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
     assert planned_steps(trainer, max_steps) == expected
@@ -415,10 +396,8 @@ def test_by_default_a_race_is_held_where_it_is_two_per_cent_of_the_training(
 
 
 @pytest.mark.parametrize("asked", [None, STEPS])
-def test_out_of_memory_ends_the_race_and_only_one_that_was_asked_for_the_training(
-    asked: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*args: Any) -> Any:
+def test_out_of_memory_ends_the_race_and_only_one_that_was_asked_for_the_training(asked, tmp_path, monkeypatch, caplog):
+    def fail(*args):
         raise torch.OutOfMemoryError("tried to allocate much")
 
     monkeypatch.setattr(races, "RACE_STEPS", 4)
@@ -435,7 +414,7 @@ def test_out_of_memory_ends_the_race_and_only_one_that_was_asked_for_the_trainin
         trainer.train()
 
 
-def test_a_lane_is_behind_by_more_than_its_noise() -> None:
+def test_a_lane_is_behind_by_more_than_its_noise():
     noise = [0.1 * (-1) ** step for step in range(40)]
     level = [2.0] * 40
     assert not is_behind([2 + more for more in noise], level)
@@ -446,7 +425,7 @@ def test_a_lane_is_behind_by_more_than_its_noise() -> None:
     assert not is_behind([3.0], [2.0])
 
 
-def test_the_leader_has_the_lowest_loss_of_those_that_came_to_the_end() -> None:
+def test_the_leader_has_the_lowest_loss_of_those_that_came_to_the_end():
     slow, fast, stopped = (
         Lane("slow", (9.0, 3.0, 3.0, 3.0)),
         Lane("fast", (9.0, 9.0, 9.0, 2.0)),

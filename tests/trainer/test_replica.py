@@ -1,10 +1,5 @@
 """Whether NIO fits into memory, which is found out before anything happens."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -20,7 +15,7 @@ CPU = torch.device("cpu")
 GIB = 2**30
 
 
-def test_a_copy_is_counted_in_fp32_with_buffers_and_tied_weights_once() -> None:
+def test_a_copy_is_counted_in_fp32_with_buffers_and_tied_weights_once():
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.BatchNorm1d(10), nn.Linear(10, 10, bias=False))
     size = 4 * (100 + 10 + 10 + 10 + 10 + 100) + 8
     assert replica_bytes(model) == size
@@ -29,12 +24,12 @@ def test_a_copy_is_counted_in_fp32_with_buffers_and_tied_weights_once() -> None:
     assert replica_bytes(model) == size - 400
 
 
-def test_parameters_in_fp64_take_eight_bytes() -> None:
+def test_parameters_in_fp64_take_eight_bytes():
     assert replica_bytes(nn.Linear(10, 10).double()) == 8 * 110
 
 
 @pytest.mark.parametrize(("missing", "refused"), [(0, False), (1, True)])
-def test_the_limit_is_four_copies(missing: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_is_four_copies(missing, refused, monkeypatch):
     model = nn.Linear(10, 10)
     _leave(monkeypatch, 4 * 4 * 110 - missing)
     assert COPIES == 4
@@ -45,7 +40,7 @@ def test_the_limit_is_four_copies(missing: int, refused: bool, monkeypatch: pyte
         check_memory(model, CPU)
 
 
-def test_the_message_has_the_numbers_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_has_the_numbers_and_the_remedy(monkeypatch):
     with torch.device("meta"):
         model = nn.Linear(2**14, 2**14, bias=False)
     _leave(monkeypatch, 3 * GIB // 2)
@@ -61,9 +56,7 @@ def test_the_message_has_the_numbers_and_the_remedy(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("processes", "refused"), [(None, False), ("1", False), ("2", False), ("3", True)])
-def test_processes_of_a_machine_share_its_memory(
-    processes: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_of_a_machine_share_its_memory(processes, refused, monkeypatch):
     _leave(monkeypatch, 2 * 4 * 4 * 110)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if processes is not None:
@@ -75,28 +68,26 @@ def test_processes_of_a_machine_share_its_memory(
         check_memory(nn.Linear(10, 10), CPU)
 
 
-def test_processes_do_not_share_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_do_not_share_the_memory_of_a_gpu(monkeypatch):
     _leave(monkeypatch, 4 * 4 * 110)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     check_memory(nn.Linear(10, 10), torch.device("cuda"))
 
 
-def test_where_nothing_is_known_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_is_known_nothing_is_refused(monkeypatch):
     _leave(monkeypatch, None)
     check_memory(nn.Linear(10, 10), CPU)
 
 
-def test_a_process_reads_what_is_free() -> None:
+def test_a_process_reads_what_is_free():
     available = available_memory(CPU)
     assert available is None or available > 0
 
 
 @pytest.mark.parametrize("start", ["run_nio", "train"])
-def test_a_refusal_comes_before_anything_is_written_or_changed(
-    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refusal_comes_before_anything_is_written_or_changed(start, tmp_path, monkeypatch):
     class Unused(NIOTrainer):
-        def compute_nio_loss(self, *args: Any, **kwargs: Any) -> Any:
+        def compute_nio_loss(self, *args, **kwargs):
             raise AssertionError("NIO has started")
 
     trainer = Unused(model=build("vit"), args=arguments(tmp_path), train_dataset=ToyImages())
@@ -109,7 +100,7 @@ def test_a_refusal_comes_before_anything_is_written_or_changed(
     assert trainer.nio_result is None
 
 
-def test_the_memory_error_does_not_shrink_the_training_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_error_does_not_shrink_the_training_batch(tmp_path, monkeypatch):
     args = arguments(tmp_path, auto_find_batch_size=True)
     trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
     _leave(monkeypatch, 1000)
@@ -118,7 +109,7 @@ def test_the_memory_error_does_not_shrink_the_training_batch(tmp_path: Path, mon
     assert trainer._train_batch_size == 8
 
 
-def test_a_replica_is_a_copy_of_its_own_and_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_is_a_copy_of_its_own_and_leaves_the_model(monkeypatch):
     model = build("vit")
     before = snapshot(model)
     replica = make_replica(model, CPU, Collective())
@@ -129,6 +120,6 @@ def test_a_replica_is_a_copy_of_its_own_and_leaves_the_model(monkeypatch: pytest
     assert unchanged(before, snapshot(model))
 
 
-def _leave(monkeypatch: pytest.MonkeyPatch, available: int | None) -> None:
+def _leave(monkeypatch, available):
     """Let a machine have so many bytes of memory."""
     monkeypatch.setattr("nio_hf.trainer.replica.available_memory", lambda device: available)

@@ -1,12 +1,8 @@
 """The report of NIO in the log history and in trackers."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import TrainerCallback
@@ -20,15 +16,15 @@ from tests.trainer.toys import ToyImages, arguments, build
 class Tracker(TrainerCallback):
     """A tracker that keeps all that is logged, with its step."""
 
-    def __init__(self) -> None:
-        self.logged: list[tuple[int, dict[str, Any]]] = []
+    def __init__(self):
+        self.logged = []
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args, state, control, logs=None, **kwargs):
         """Keep a row."""
         self.logged.append((state.global_step, dict(logs)))
 
 
-def trained(output_dir: Path) -> tuple[NIOTrainer, Tracker]:
+def trained(output_dir):
     tracker = Tracker()
     args = arguments(output_dir, logging_steps=1)
     trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages(), callbacks=[tracker])
@@ -36,7 +32,7 @@ def trained(output_dir: Path) -> tuple[NIOTrainer, Tracker]:
     return trainer, tracker
 
 
-def test_trackers_get_the_measurements_once_before_the_first_step(tmp_path: Path) -> None:
+def test_trackers_get_the_measurements_once_before_the_first_step(tmp_path):
     trainer, tracker = trained(tmp_path)
     rows = [(step, row) for step, row in tracker.logged if "nio_cost" in row]
     assert [step for step, _ in rows] == [0]
@@ -46,7 +42,7 @@ def test_trackers_get_the_measurements_once_before_the_first_step(tmp_path: Path
     assert len([row for _, row in tracker.logged if "nio_cost" in row]) == 1
 
 
-def test_values_that_are_not_finite_are_left_out_of_the_log(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_left_out_of_the_log(tmp_path):
     trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path), train_dataset=ToyImages())
     result = trainer.run_nio()
     count = len(result.history)

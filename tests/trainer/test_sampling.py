@@ -1,11 +1,9 @@
 """The batches of NIO depend on seed and number alone."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,14 +19,14 @@ from nio_hf.trainer.sampling import EpochSampler, NIOBatchSampler, SeededDataset
 class Augmented(Dataset[Any]):
     """Its samples are random, as augmentation is."""
 
-    def __len__(self) -> int:
+    def __len__(self):
         return 40
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index):
         return torch.tensor([index, torch.rand(()), random.random(), np.random.rand()], dtype=torch.float64)
 
 
-def test_samples_of_the_report_are_never_searched_on_and_the_others_equally_often() -> None:
+def test_samples_of_the_report_are_never_searched_on_and_the_others_equally_often():
     batches = [[index for _, index in batch] for batch in NIOBatchSampler(40, 8, 2, 12, seed=3)]
     reported = {index for batch in batches[:2] for index in batch}
     searched = [index for batch in batches[2:] for index in batch]
@@ -38,15 +36,15 @@ def test_samples_of_the_report_are_never_searched_on_and_the_others_equally_ofte
     assert set(counts.tolist()) == {4}
 
 
-def test_a_batch_depends_on_seed_and_number_only() -> None:
+def test_a_batch_depends_on_seed_and_number_only():
     short, long = (list(NIOBatchSampler(40, 8, 2, n, seed=3)) for n in (3, 9))
     assert short == long[:5]
     assert short != list(NIOBatchSampler(40, 8, 2, 3, seed=4))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_augmentation_does_not_depend_on_workers_or_global_state(workers: int) -> None:
-    def draw(seed: int, num_workers: int) -> torch.Tensor:
+def test_augmentation_does_not_depend_on_workers_or_global_state(workers):
+    def draw(seed, num_workers):
         torch.manual_seed(seed)
         settings = {"batch_size": 8, "report_batches": 1, "further_batches": 3, "seed": 5, "num_workers": num_workers}
         return torch.cat([torch.stack(batch) for batch in nio_dataloader(Augmented(), list, **settings)])
@@ -57,19 +55,19 @@ def test_augmentation_does_not_depend_on_workers_or_global_state(workers: int) -
 class Fetched(Augmented):
     """The same, fetched in batches; `draws` tells whether it is random."""
 
-    def __init__(self, draws: bool) -> None:
+    def __init__(self, draws):
         self.draws = draws
-        self.fetches: list[int] = []
+        self.fetches = []
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index):
         return super().__getitem__(index) if self.draws else torch.tensor([index, 0.0, 0.0, 0.0]).double()
 
-    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+    def __getitems__(self, indices):
         self.fetches.append(len(indices))
         return [self[index] for index in indices]
 
 
-def test_batches_are_fetched_whole_where_nothing_is_drawn_and_by_sample_where_it_is() -> None:
+def test_batches_are_fetched_whole_where_nothing_is_drawn_and_by_sample_where_it_is():
     settings = {"batch_size": 8, "report_batches": 1, "further_batches": 3, "seed": 5}
     plain, augmented = Fetched(draws=False), Fetched(draws=True)
     assert len(list(nio_dataloader(plain, list, **settings))) == 4
@@ -80,7 +78,7 @@ def test_batches_are_fetched_whole_where_nothing_is_drawn_and_by_sample_where_it
     assert augmented.fetches == [8]
 
 
-def test_too_little_data_is_refused_with_the_numbers() -> None:
+def test_too_little_data_is_refused_with_the_numbers():
     message = r"23 samples for 2 report batches and one more of 8\. Lower nio_batch_size to 7, or nio_report_batches"
     with pytest.raises(DataError, match=message):
         NIOBatchSampler(23, 8, 2, 1, seed=0)
@@ -89,7 +87,7 @@ def test_too_little_data_is_refused_with_the_numbers() -> None:
         NIOBatchSampler(15, 8, 2, 0, seed=0)
 
 
-def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> None:
+def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone():
     sampler, again = EpochSampler(20, seed=1), EpochSampler(20, seed=1)
     first = list(sampler)
     assert sorted(index for _, index in first) == list(range(20))
@@ -103,7 +101,7 @@ def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> Non
 
 
 @pytest.mark.parametrize(("samples", "repeats"), [(12, 3), (13, 3), (5, 4)])
-def test_repeated_augmentation_draws_some_samples_several_times_and_no_draw_twice(samples: int, repeats: int) -> None:
+def test_repeated_augmentation_draws_some_samples_several_times_and_no_draw_twice(samples, repeats):
     sampler = EpochSampler(samples, seed=0, repeats=repeats)
     draws = []
     for epoch in range(3):
@@ -118,7 +116,7 @@ def test_repeated_augmentation_draws_some_samples_several_times_and_no_draw_twic
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_draws_of_the_data_leave_those_of_training_alone(workers: int) -> None:
+def test_draws_of_the_data_leave_those_of_training_alone(workers):
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
@@ -141,16 +139,16 @@ class Stream(IterableDataset[torch.Tensor]):
 
     epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch):
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self):
         for index in range(10):
             yield torch.tensor([(index + self.epoch) % 10, torch.rand(()), random.random()], dtype=torch.float64)
 
 
-def test_a_stream_is_augmented_by_seed_epoch_and_position() -> None:
-    def epoch_of(seed: int, epoch: int) -> torch.Tensor:
+def test_a_stream_is_augmented_by_seed_epoch_and_position():
+    def epoch_of(seed, epoch):
         torch.manual_seed(epoch + 10 * seed)
         stream = SeededStream(Stream(), seed)
         stream.set_epoch(epoch)
@@ -162,7 +160,7 @@ def test_a_stream_is_augmented_by_seed_epoch_and_position() -> None:
         assert not torch.equal(epoch_of(0, 1)[:, 1], other[:, 1])
 
 
-def test_an_endless_stream_begins_anew_in_the_order_and_with_the_draws_of_the_next_pass() -> None:
+def test_an_endless_stream_begins_anew_in_the_order_and_with_the_draws_of_the_next_pass():
     endless = list(itertools.islice(SeededStream(Stream(), 0, endless=True), 25))
     passes = []
     for number in range(3):
@@ -172,7 +170,7 @@ def test_an_endless_stream_begins_anew_in_the_order_and_with_the_draws_of_the_ne
     assert torch.equal(torch.stack(endless), torch.stack(passes[:25]))
 
 
-def test_batches_of_nio_from_a_stream_do_not_depend_on_workers() -> None:
+def test_batches_of_nio_from_a_stream_do_not_depend_on_workers():
     settings = {"batch_size": 4, "report_batches": 1, "further_batches": 1, "seed": 5}
     batches = [list(nio_dataloader(Stream(), torch.stack, num_workers=workers, **settings)) for workers in (0, 2)]
     assert len(batches[0]) == 2
@@ -180,25 +178,25 @@ def test_batches_of_nio_from_a_stream_do_not_depend_on_workers() -> None:
         assert torch.equal(left, right)
 
 
-SETTINGS: dict[str, Any] = {"batch_size": 4, "report_batches": 1, "further_batches": 5, "seed": 5}
+SETTINGS = {"batch_size": 4, "report_batches": 1, "further_batches": 5, "seed": 5}
 Collate = Callable[[list[Any]], Any]
 
 
 class Texts(Dataset[Any]):
     """Tokens of several lengths."""
 
-    def __len__(self) -> int:
+    def __len__(self):
         return 40
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index):
         return {"input_ids": list(range(10, 30 + index))}
 
 
-def masking(**settings: Any) -> Collate:
+def masking(**settings):
     return DataCollatorForLanguageModeling(ByT5Tokenizer(mask_token="<extra_id_0>"), **settings)
 
 
-def global_noise(samples: list[Any]) -> torch.Tensor:
+def global_noise(samples):
     draws = [random.random(), np.random.rand(), float(torch.rand(()))]
     return torch.tensor([*draws, sum(len(sample["input_ids"]) for sample in samples)], dtype=torch.float64)
 
@@ -206,11 +204,11 @@ def global_noise(samples: list[Any]) -> torch.Tensor:
 class OwnNoise:
     """Draws from generators of its own, kept in several places; takes the samples apart."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.torch = torch.Generator().manual_seed(0)
         self.others = {"python": [random.Random(0)], "numpy": (np.random.default_rng(0), np.random.RandomState(0))}
 
-    def __call__(self, samples: list[Any]) -> torch.Tensor:
+    def __call__(self, samples):
         (python,), (modern, legacy) = self.others["python"], self.others["numpy"]
         draws = [float(torch.rand((), generator=self.torch)), python.random(), modern.random(), legacy.randn()]
         return torch.tensor([*draws, sum(len(sample.pop("input_ids")) for sample in samples)], dtype=torch.float64)
@@ -219,20 +217,20 @@ class OwnNoise:
 class LateNoise(OwnNoise):
     """Makes its generators when it is called first."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         pass
 
-    def __call__(self, samples: list[Any]) -> torch.Tensor:
+    def __call__(self, samples):
         if not vars(self):
             super().__init__()
         return super().__call__(samples)
 
 
-def bound_noise(samples: list[Any], generator: random.Random) -> torch.Tensor:
+def bound_noise(samples, generator):
     return torch.tensor([generator.random(), len(samples)], dtype=torch.float64)
 
 
-COLLATORS: dict[str, Callable[[], Collate]] = {
+COLLATORS = {
     "masking": masking,
     "masking with a seed": lambda: masking(seed=7),
     "global": lambda: global_noise,
@@ -243,18 +241,18 @@ COLLATORS: dict[str, Callable[[], Collate]] = {
 }
 
 
-def plain(batch: Any) -> Any:
+def plain(batch):
     tensors = batch if hasattr(batch, "items") else {"batch": torch.as_tensor(batch)}
     return {name: tensor.tolist() for name, tensor in tensors.items()}
 
 
-def global_state() -> list[Any]:
+def global_state():
     return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
 
 
 @pytest.mark.parametrize("name", COLLATORS)
-def test_collation_depends_on_seed_and_number_alone(name: str) -> None:
-    def batches(collate: Collate, workers: int, **other: Any) -> list[Any]:
+def test_collation_depends_on_seed_and_number_alone(name):
+    def batches(collate, workers, **other):
         loader = nio_dataloader(Texts(), collate, num_workers=workers, **{**SETTINGS, **other})
         return [plain(batch) for batch in loader]
 
@@ -273,13 +271,13 @@ def test_collation_depends_on_seed_and_number_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_generators_of_a_collator_go_on_where_they_were(workers: int) -> None:
+def test_generators_of_a_collator_go_on_where_they_were(workers):
     collate, untouched = OwnNoise(), OwnNoise()
     list(nio_dataloader(Texts(), collate, num_workers=workers, **SETTINGS))
     assert torch.equal(collate([Texts()[0]]), untouched([Texts()[0]]))
 
 
-def test_batches_of_a_collator_differ_from_each_other() -> None:
+def test_batches_of_a_collator_differ_from_each_other():
     for collate in (global_noise, OwnNoise()):
         draws = torch.stack(list(nio_dataloader(Texts(), collate, **SETTINGS)))[:, :3]
         assert len(draws.unique()) == draws.numel()
@@ -288,20 +286,20 @@ def test_batches_of_a_collator_differ_from_each_other() -> None:
 class OwnAugmentation(Dataset[Any]):
     """Its samples are drawn from generators that it owns."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.numpy, self.python = np.random.default_rng(0), random.Random(0)
 
-    def __len__(self) -> int:
+    def __len__(self):
         return 40
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index):
         return torch.tensor([index, self.numpy.random(), self.python.random()], dtype=torch.float64)
 
-    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+    def __getitems__(self, indices):
         return [self[index] for index in indices]
 
 
-def test_augmentation_from_generators_of_the_data_set_does_not_depend_on_workers() -> None:
+def test_augmentation_from_generators_of_the_data_set_does_not_depend_on_workers():
     data = OwnAugmentation()
     batches = [
         torch.stack(list(nio_dataloader(data, torch.stack, num_workers=workers, **SETTINGS)))
@@ -312,8 +310,8 @@ def test_augmentation_from_generators_of_the_data_set_does_not_depend_on_workers
     assert torch.equal(data[0], OwnAugmentation()[0])
 
 
-def test_collation_of_a_stream_depends_on_seed_and_number_alone() -> None:
-    def noise(samples: list[torch.Tensor]) -> torch.Tensor:
+def test_collation_of_a_stream_depends_on_seed_and_number_alone():
+    def noise(samples):
         return torch.stack(samples) + torch.rand(()) + random.random() + np.random.rand()
 
     found = []

@@ -1,12 +1,6 @@
 """Trials of a hyper-parameter search: none reports what belongs to another."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
-import torch
 from transformers import TrainerCallback
 
 from nio_hf import NIOTrainer
@@ -18,10 +12,10 @@ from tests.zoo import vision_model
 class FailingOnce(TrainerCallback):
     """Ends the first training of a search with an error, behind NIO."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.failed = False
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, *args, **kwargs):
         if not self.failed:
             self.failed = True
             raise ArithmeticError("this trial fails")
@@ -30,17 +24,15 @@ class FailingOnce(TrainerCallback):
 class Logged(TrainerCallback):
     """Keeps what each training that came to its end has logged of NIO."""
 
-    def __init__(self) -> None:
-        self.iterations: list[int] = []
+    def __init__(self):
+        self.iterations = []
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args, state, control, **kwargs):
         self.iterations.append(sum("nio_grad_cosine" in entry for entry in state.log_history))
 
 
 @pytest.mark.parametrize(("nio", "logged"), [([True, False], [0]), ([True, True], [2]), ([True, False, True], [0, 2])])
-def test_a_trial_behind_one_that_failed_logs_its_own_nio_or_none(
-    nio: list[bool], logged: list[int], tmp_path: Path
-) -> None:
+def test_a_trial_behind_one_that_failed_logs_its_own_nio_or_none(nio, logged, tmp_path):
     pytest.importorskip("optuna")
     log = Logged()
     trainer = _searching(tmp_path, [FailingOnce(), log])
@@ -59,7 +51,7 @@ def test_a_trial_behind_one_that_failed_logs_its_own_nio_or_none(
     assert log.iterations == logged
 
 
-def test_a_training_without_nio_behind_one_that_failed_logs_none(tmp_path: Path) -> None:
+def test_a_training_without_nio_behind_one_that_failed_logs_none(tmp_path):
     log = Logged()
     trainer = _searching(tmp_path, [FailingOnce(), log])
     with pytest.raises(ArithmeticError):
@@ -72,7 +64,7 @@ def test_a_training_without_nio_behind_one_that_failed_logs_none(tmp_path: Path)
     assert log.iterations == [0, 2]
 
 
-def test_each_trial_saves_and_seals_in_a_folder_of_its_own(tmp_path: Path) -> None:
+def test_each_trial_saves_and_seals_in_a_folder_of_its_own(tmp_path):
     pytest.importorskip("optuna")
     trainer = _searching(tmp_path, [], save_strategy="steps", save_steps=1)
     trainer.hyperparameter_search(
@@ -87,11 +79,11 @@ def test_each_trial_saves_and_seals_in_a_folder_of_its_own(tmp_path: Path) -> No
     assert saved == sorted(expected)
 
 
-def _searching(output_dir: Path, callbacks: list[TrainerCallback], **changes: Any) -> Any:
+def _searching(output_dir, callbacks, **changes):
     args = arguments(output_dir, nio_search="published", nio_iterations=2, nio_report_batches=1, max_steps=1, **changes)
     data = {"train_dataset": ToyImages(), "eval_dataset": ToyImages(8)}
 
-    def make() -> torch.nn.Module:
+    def make():
         return vision_model("vit", CLASSES, num_hidden_layers=1)
 
     return NIOTrainer(model_init=make, args=args, callbacks=callbacks, **data)

@@ -1,11 +1,7 @@
 """Adam's second moment, started from the squared gradient."""
 
-from __future__ import annotations
-
 import itertools
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +17,7 @@ from tests.trainer.toys import ToyImages, arguments, build, snapshot
 LR, BETA1, BETA2, EPS = 1e-2, 0.9, 0.999, 1e-8
 
 
-def _trainer(output_dir: Path, **changes: Any) -> NIOTrainer:
+def _trainer(output_dir, **changes):
     settings = {"nio": False, "nio_seed_optimizer": "gi_adam", "max_steps": 1, "learning_rate": LR, **changes}
     return NIOTrainer(build("vit"), arguments(output_dir, **settings), train_dataset=ToyImages())
 
@@ -34,9 +30,7 @@ def _trainer(output_dir: Path, **changes: Any) -> NIOTrainer:
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8}, 32),
     ],
 )
-def test_the_squares_are_those_of_the_batch_that_a_step_sees(
-    tmp_path: Path, changes: dict[str, Any], samples: int
-) -> None:
+def test_the_squares_are_those_of_the_batch_that_a_step_sees(tmp_path, changes, samples):
     trainer = _trainer(tmp_path, max_grad_norm=0.0, **changes)
     config = trainer.args.to_nio_config()
     batches = list(itertools.islice(trainer.get_nio_dataloader(), config.report_batches))
@@ -52,17 +46,17 @@ def test_the_squares_are_those_of_the_batch_that_a_step_sees(
     assert any(not torch.allclose(square, another[name], rtol=1e-4) for name, square in found.items())
 
 
-def test_the_squares_follow_a_batch_that_was_found_automatically(tmp_path: Path) -> None:
+def test_the_squares_follow_a_batch_that_was_found_automatically(tmp_path):
     """The training begins again with fewer samples where memory runs out."""
     seen = []
 
     class Observed(NIOTrainer):
-        def squared_gradients(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        def squared_gradients(self, *args, **kwargs):
             found = super().squared_gradients(*args, **kwargs)
             seen.append((self._train_batch_size, sum(float(square.sum()) for square in found.values())))
             return found
 
-        def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def training_step(self, model, inputs, *args, **kwargs):
             if len(inputs["labels"]) > 4:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().training_step(model, inputs, *args, **kwargs)
@@ -79,8 +73,8 @@ def test_the_squares_follow_a_batch_that_was_found_automatically(tmp_path: Path)
 
 
 @pytest.mark.parametrize("max_grad_norm", [-1.0, 0.0, 1e-3])
-def test_a_training_that_clips_is_seeded_with_what_its_optimizer_sees(tmp_path: Path, max_grad_norm: float) -> None:
-    def norm(limit: float) -> float:
+def test_a_training_that_clips_is_seeded_with_what_its_optimizer_sees(tmp_path, max_grad_norm):
+    def norm(limit):
         squares = _trainer(tmp_path, max_grad_norm=limit).squared_gradients(batches=1)
         return math.sqrt(sum(float(square.sum()) for square in squares.values()))
 
@@ -92,7 +86,7 @@ def test_a_training_that_clips_is_seeded_with_what_its_optimizer_sees(tmp_path: 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"amsgrad": True}])
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("mode", ["gi_adam", "uncorrected"])
-def test_the_updates_are_those_of_the_equations(mode: Any, kind: Any, options: dict[str, Any]) -> None:
+def test_the_updates_are_those_of_the_equations(mode, kind, options):
     """Three steps against the equations of the module, written out."""
     parameter = nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
     model = nn.Module()
@@ -116,7 +110,7 @@ def test_the_updates_are_those_of_the_equations(mode: Any, kind: Any, options: d
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-7, atol=1e-10)
 
 
-def test_with_the_correction_the_first_update_is_a_small_one() -> None:
+def test_with_the_correction_the_first_update_is_a_small_one():
     """sqrt(1 - beta2) of the learning rate where the gradient is that of the seed; without it 1 - beta1 of it."""
     sizes = {}
     for mode in ("gi_adam", "uncorrected"):
@@ -132,7 +126,7 @@ def test_with_the_correction_the_first_update_is_a_small_one() -> None:
     assert math.isclose(sizes["uncorrected"], LR * (1 - BETA1), rel_tol=1e-5)
 
 
-def test_an_optimizer_that_has_taken_steps_is_left_alone() -> None:
+def test_an_optimizer_that_has_taken_steps_is_left_alone():
     parameter = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.Adam([parameter])
     parameter.grad = torch.ones(1)
@@ -143,7 +137,7 @@ def test_an_optimizer_that_has_taken_steps_is_left_alone() -> None:
         seed_second_moment(optimizer, model, {"w": torch.ones(1)}, "gi_adam")
 
 
-def test_an_optimizer_of_another_model_is_refused() -> None:
+def test_an_optimizer_of_another_model_is_refused():
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
     optimizer = torch.optim.Adam(other.parameters())
     squares = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
@@ -157,7 +151,7 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("named", ["nothing", "weight"])
-def test_squares_that_lack_a_parameter_of_the_optimizer_are_refused(named: str) -> None:
+def test_squares_that_lack_a_parameter_of_the_optimizer_are_refused(named):
     model = nn.Linear(2, 2)
     optimizer = torch.optim.Adam(model.parameters())
     missing = {"nothing": "2 of the 2 tensors that it trains, e.g. weight", "weight": "1 of the 2 .*e.g. bias"}[named]
@@ -166,7 +160,7 @@ def test_squares_that_lack_a_parameter_of_the_optimizer_are_refused(named: str) 
     assert not optimizer.state
 
 
-def test_parameters_that_are_not_of_the_model_begin_as_usual() -> None:
+def test_parameters_that_are_not_of_the_model_begin_as_usual():
     model, temperature = nn.Linear(2, 2), nn.Parameter(torch.ones(()))
     optimizer = torch.optim.Adam([*model.parameters(), temperature])
     squares = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
@@ -174,7 +168,7 @@ def test_parameters_that_are_not_of_the_model_begin_as_usual() -> None:
     assert {id(parameter) for parameter in optimizer.state} == {id(parameter) for parameter in model.parameters()}
 
 
-def test_modules_that_were_wrapped_for_checkpointing_keep_their_squares() -> None:
+def test_modules_that_were_wrapped_for_checkpointing_keep_their_squares():
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
     named = enumerate(model.named_parameters(), 1)
     squares = {name: torch.full_like(parameter, number) for number, (name, parameter) in named}
@@ -186,7 +180,7 @@ def test_modules_that_were_wrapped_for_checkpointing_keep_their_squares() -> Non
     assert seeds == [1.0, 2.0, 3.0, 4.0]
 
 
-def test_a_training_with_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_a_training_with_an_optimizer_of_another_model_is_refused(tmp_path):
     settings = {"nio": False, "nio_seed_optimizer": "gi_adam"}
     optimizers = (torch.optim.AdamW(build("vit").parameters()), None)
     args = arguments(tmp_path, **settings)
@@ -198,10 +192,10 @@ def test_a_training_with_an_optimizer_of_another_model_is_refused(tmp_path: Path
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
 @pytest.mark.parametrize("nio", [False, True])
-def test_a_training_starts_from_the_squares_at_its_initialisation(tmp_path: Path, optim: str, nio: bool) -> None:
+def test_a_training_starts_from_the_squares_at_its_initialisation(tmp_path, optim, nio):
     trainer = _trainer(tmp_path, optim=optim, nio=nio, nio_seed_optimizer="uncorrected", learning_rate=0.0)
     trainer.train()
-    inner: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     states = {id(parameter): state for parameter, state in inner.state.items()}
     squares = trainer.squared_gradients()
     for name, parameter in trainer.model.named_parameters():
@@ -213,7 +207,7 @@ def test_a_training_starts_from_the_squares_at_its_initialisation(tmp_path: Path
     assert total > 0
 
 
-def test_the_random_numbers_of_the_training_are_those_without_it(tmp_path: Path) -> None:
+def test_the_random_numbers_of_the_training_are_those_without_it(tmp_path):
     losses = []
     for mode in (None, "gi_adam"):
         trainer = _trainer(tmp_path / str(mode), nio_seed_optimizer=mode, logging_steps=1)
@@ -223,7 +217,7 @@ def test_the_random_numbers_of_the_training_are_those_without_it(tmp_path: Path)
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adafactor", "rmsprop"])
-def test_other_optimizers_are_refused_before_nio_runs(tmp_path: Path, optim: str) -> None:
+def test_other_optimizers_are_refused_before_nio_runs(tmp_path, optim):
     trainer = _trainer(tmp_path, optim=optim, nio=True)
     before = snapshot(trainer.model)
     with pytest.raises(ConfigError, match="nio_seed_optimizer: given with"):
@@ -232,12 +226,12 @@ def test_other_optimizers_are_refused_before_nio_runs(tmp_path: Path, optim: str
     assert all(torch.equal(value, before[name]) for name, value in snapshot(trainer.model).items())
 
 
-def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_mode_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="nio_seed_optimizer: 'yes'"):
         arguments(tmp_path, nio_seed_optimizer="yes")
 
 
-def test_a_resumed_training_goes_on_with_its_own_second_moment(tmp_path: Path) -> None:
+def test_a_resumed_training_goes_on_with_its_own_second_moment(tmp_path):
     whole = _trainer(tmp_path / "whole", max_steps=4, save_strategy="steps", save_steps=2)
     whole.train()
     part = _trainer(tmp_path / "part", max_steps=4, save_strategy="steps", save_steps=2)

@@ -1,13 +1,9 @@
 """NIO inside the Trainer: when it runs, what it leaves alone, what it reports and saves."""
 
-from __future__ import annotations
-
 import json
 import logging
 import random
 import re
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,26 +22,26 @@ from tests.trainer.toys import ToyImages, arguments, build, load_state, snapshot
 class Probe(TrainerCallback):
     """Records the learning state and a random draw at each step."""
 
-    def __init__(self) -> None:
-        self.draws: list[tuple[float, float, float]] = []
+    def __init__(self):
+        self.draws = []
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args, state, control, **kwargs):
         self.draws.append((float(torch.rand(())), random.random(), float(np.random.rand())))
 
 
 class Recording(ToyImages):
     """Remembers which samples were asked for, in order."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args):
         super().__init__(*args)
-        self.asked: list[int] = []
+        self.asked = []
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index):
         self.asked.append(index)
         return super().__getitem__(index)
 
 
-def test_nio_scales_the_weights_once_and_keeps_the_parameters(tmp_path: Path) -> None:
+def test_nio_scales_the_weights_once_and_keeps_the_parameters(tmp_path):
     model = build("vit")
     before = snapshot(model)
     identities = [id(parameter) for parameter in model.parameters()]
@@ -59,19 +55,17 @@ def test_nio_scales_the_weights_once_and_keeps_the_parameters(tmp_path: Path) ->
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_training_sees_the_same_batches_and_random_numbers_with_and_without_nio(tmp_path: Path) -> None:
+def test_training_sees_the_same_batches_and_random_numbers_with_and_without_nio(tmp_path):
     seen = {}
     for nio in (False, True):
         data, probe = Recording(), Probe()
         args = arguments(tmp_path / str(nio), nio=nio, max_steps=4)
         trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=data, callbacks=[probe])
-        nio_asked: list[int] = []
+        nio_asked = []
         if nio:
             original = trainer.run_nio
 
-            def run_nio(
-                data: Recording = data, original: Any = original, asked: list[int] = nio_asked, **kwargs: Any
-            ) -> Any:
+            def run_nio(data=data, original=original, asked=nio_asked, **kwargs):
                 result = original()
                 asked += data.asked
                 data.asked.clear()
@@ -86,7 +80,7 @@ def test_training_sees_the_same_batches_and_random_numbers_with_and_without_nio(
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_without_nio_it_is_the_trainer_bit_for_bit(name: str, accumulation: int, tmp_path: Path) -> None:
+def test_without_nio_it_is_the_trainer_bit_for_bit(name, accumulation, tmp_path):
     weights = []
     for trainer_class in (Trainer, NIOTrainer):
         args = arguments(
@@ -98,7 +92,7 @@ def test_without_nio_it_is_the_trainer_bit_for_bit(name: str, accumulation: int,
     assert unchanged(weights[0], weights[1])
 
 
-def test_nio_runs_once_per_model_and_once_per_model_init(tmp_path: Path) -> None:
+def test_nio_runs_once_per_model_and_once_per_model_init(tmp_path):
     trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path / "a"), train_dataset=ToyImages())
     runs = _count_runs(trainer)
     trainer.train()
@@ -111,9 +105,7 @@ def test_nio_runs_once_per_model_and_once_per_model_init(tmp_path: Path) -> None
     assert runs == [1, 1]
 
 
-def test_a_model_that_initialize_has_seen_is_not_initialised_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_that_initialize_has_seen_is_not_initialised_again(tmp_path, caplog):
     model = build("vit")
     data = ToyImages()
     batches = [{"pixel_values": data.images[i : i + 8], "labels": data.labels[i : i + 8]} for i in range(0, 64, 8)]
@@ -135,7 +127,7 @@ def test_a_model_that_initialize_has_seen_is_not_initialised_again(
 
 
 @pytest.mark.parametrize(("method", "again"), [("none", True), ("lsuv", False)])
-def test_a_model_that_a_baseline_has_changed_is_not_initialised_again(method: str, again: bool, tmp_path: Path) -> None:
+def test_a_model_that_a_baseline_has_changed_is_not_initialised_again(method, again, tmp_path):
     model, data = build("vit"), ToyImages()
     batches = [{"pixel_values": data.images[i : i + 8], "labels": data.labels[i : i + 8]} for i in range(0, 64, 8)]
     initialize(model, batches, lambda model, batch: model(**batch).loss, method=METHODS[method])
@@ -145,7 +137,7 @@ def test_a_model_that_a_baseline_has_changed_is_not_initialised_again(method: st
     assert runs == [1] * again
 
 
-def test_models_of_a_shared_config_do_not_inherit_the_mark(tmp_path: Path) -> None:
+def test_models_of_a_shared_config_do_not_inherit_the_mark(tmp_path):
     config = build("vit").config
     for trial in range(3):
         model = AutoModelForImageClassification.from_config(config)
@@ -156,9 +148,7 @@ def test_models_of_a_shared_config_do_not_inherit_the_mark(tmp_path: Path) -> No
     assert not hasattr(config, "nio")
 
 
-def test_initialised_checkpoint_loads_bit_for_bit_and_is_not_initialised_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_initialised_checkpoint_loads_bit_for_bit_and_is_not_initialised_again(tmp_path, caplog):
     model = build("vit")
     trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
     result = trainer.run_nio()
@@ -191,8 +181,8 @@ def test_initialised_checkpoint_loads_bit_for_bit_and_is_not_initialised_again(
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_resumed_run_equals_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
-    def trainer(output_dir: Path, max_steps: int) -> NIOTrainer:
+def test_resumed_run_equals_the_uninterrupted_one(name, tmp_path):
+    def trainer(output_dir, max_steps):
         args = arguments(output_dir, max_steps=6, save_strategy="steps", save_steps=3)
         made = NIOTrainer(model=build(name), args=args, train_dataset=ToyImages())
         made.add_callback(_StopAt(max_steps))
@@ -210,7 +200,7 @@ def test_resumed_run_equals_the_uninterrupted_one(name: str, tmp_path: Path) -> 
     assert any("nio_grad_cosine" in entry for entry in resumed.state.log_history)
 
 
-def test_best_model_is_restored_in_every_tensor(tmp_path: Path) -> None:
+def test_best_model_is_restored_in_every_tensor(tmp_path):
     args = arguments(
         tmp_path,
         max_steps=4,
@@ -232,11 +222,11 @@ def test_best_model_is_restored_in_every_tensor(tmp_path: Path) -> None:
     assert unchanged(snapshot(best), snapshot(trainer.model))
 
 
-def test_mixin_composes_with_a_trainer_that_computes_its_own_loss(tmp_path: Path) -> None:
+def test_mixin_composes_with_a_trainer_that_computes_its_own_loss(tmp_path):
     class Scaled(Trainer):
         calls = 0
 
-        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def compute_loss(self, model, inputs, *args, **kwargs):
             Scaled.calls += 1
             labels = inputs.pop("labels")
             logits = model(**inputs).logits
@@ -251,13 +241,13 @@ def test_mixin_composes_with_a_trainer_that_computes_its_own_loss(tmp_path: Path
     assert trainer.nio_result is not None
 
 
-def test_a_module_that_is_no_transformers_model_is_initialised_and_saved(tmp_path: Path) -> None:
+def test_a_module_that_is_no_transformers_model_is_initialised_and_saved(tmp_path):
     class Net(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16), nn.ReLU(), nn.Linear(16, 5))
 
-        def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        def forward(self, pixel_values, labels):
             logits = self.layers(pixel_values)
             return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
@@ -269,7 +259,7 @@ def test_a_module_that_is_no_transformers_model_is_initialised_and_saved(tmp_pat
 @pytest.mark.parametrize(
     "changes", [{}, {"nio_search": "published", "nio_iterations": 3}], ids=["default", "published"]
 )
-def test_history_reaches_the_log(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_history_reaches_the_log(changes, tmp_path):
     args = arguments(tmp_path, **changes)
     trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
     trainer.train()
@@ -300,14 +290,7 @@ def test_history_reaches_the_log(changes: dict[str, Any], tmp_path: Path) -> Non
     ],
     ids=["default", "half", "refused", "published", "baseline"],
 )
-def test_the_progress_bar_counts_training_steps_and_says_what_is_tried(
-    changes: dict[str, Any],
-    title: str,
-    tried: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_the_progress_bar_counts_training_steps_and_says_what_is_tried(changes, title, tried, tmp_path, capsys, caplog):
     args = arguments(tmp_path, disable_tqdm=False, **changes)
     trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
     with caplog.at_level(logging.INFO, "nio_hf.trainer"):
@@ -324,7 +307,7 @@ def test_the_progress_bar_counts_training_steps_and_says_what_is_tried(
     assert counted == sorted(counted)
 
 
-def test_a_run_says_beforehand_what_it_will_cost_at_most(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_says_beforehand_what_it_will_cost_at_most(tmp_path, caplog):
     for name, changes in {
         "default": {},
         "all refused": {"nio_least_norm": 1.0},
@@ -345,26 +328,24 @@ def test_a_run_says_beforehand_what_it_will_cost_at_most(tmp_path: Path, caplog:
 
 
 @pytest.mark.parametrize("method", ["lsuv", "none", "emergence"])
-def test_a_method_without_iterations_has_a_bar_too(
-    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_method_without_iterations_has_a_bar_too(method, tmp_path, capsys):
     args = arguments(tmp_path, disable_tqdm=False, nio_method=method)
     result = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages()).run_nio()
     assert re.search(rf"{re.escape(result.title)}: .*\b{result.cost:.0f} steps", capsys.readouterr().err)
 
 
-def test_no_progress_bar_where_progress_bars_are_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_progress_bar_where_progress_bars_are_off(tmp_path, capsys):
     trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path), train_dataset=ToyImages())
     assert trainer.args.disable_tqdm
     trainer.run_nio()
     assert "NIO" not in capsys.readouterr().err
 
 
-def test_too_large_a_batch_leaves_the_model_alone(tmp_path: Path) -> None:
+def test_too_large_a_batch_leaves_the_model_alone(tmp_path):
     _refused(build("vit"), ToyImages(), arguments(tmp_path, nio_batch_size=4096), DataError, "Lower nio_batch_size")
 
 
-def test_bad_data_leaves_the_model_alone(tmp_path: Path) -> None:
+def test_bad_data_leaves_the_model_alone(tmp_path):
     wrong = ToyImages()
     wrong.labels[:] = 77
     _refused(build("vit"), wrong, arguments(tmp_path), DataError, "label 77 for a model of 5 classes")
@@ -379,11 +360,11 @@ class OfAnotherProcess(NIOTrainingArguments):
     """Arguments as a process has them that does not save."""
 
     @property
-    def should_save(self) -> bool:
+    def should_save(self):
         return False
 
 
-def test_only_the_process_that_saves_describes_a_model(tmp_path: Path) -> None:
+def test_only_the_process_that_saves_describes_a_model(tmp_path):
     written = {name: tmp_path / name for name in ("nio_state.json", "nio_run.json", "model.safetensors")}
     for file in written.values():
         file.write_text("of rank 0")
@@ -392,7 +373,7 @@ def test_only_the_process_that_saves_describes_a_model(tmp_path: Path) -> None:
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(written, "of rank 0")
 
 
-def test_bad_models_are_refused(tmp_path: Path) -> None:
+def test_bad_models_are_refused(tmp_path):
     _refused(build("vit").half(), ToyImages(), arguments(tmp_path), ModelError, "torch.float16")
     _refused(build("vit").requires_grad_(False), ToyImages(), arguments(tmp_path), ModelError, "no parameter requires")
     with torch.device("meta"):
@@ -401,13 +382,13 @@ def test_bad_models_are_refused(tmp_path: Path) -> None:
         NIOTrainer(model=meta, args=arguments(tmp_path), train_dataset=ToyImages())
 
 
-def test_interrupt_and_out_of_memory_leave_the_model_alone(tmp_path: Path) -> None:
+def test_interrupt_and_out_of_memory_leave_the_model_alone(tmp_path):
     for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (torch.OutOfMemoryError("full"), NIOMemoryError)):
 
         class Failing(NIOTrainer):
             calls = 0
 
-            def compute_nio_loss(self, *args: Any, error: BaseException = error, **kwargs: Any) -> torch.Tensor:
+            def compute_nio_loss(self, *args, error=error, **kwargs):
                 Failing.calls += 1
                 if Failing.calls > 20:
                     raise error
@@ -424,7 +405,7 @@ def test_interrupt_and_out_of_memory_leave_the_model_alone(tmp_path: Path) -> No
         assert not trainer.nio_init_dir.exists()
 
 
-def test_output_that_cannot_be_written_is_found_before_nio_starts(tmp_path: Path) -> None:
+def test_output_that_cannot_be_written_is_found_before_nio_starts(tmp_path):
     trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path / "out"), train_dataset=ToyImages())
     (tmp_path / "out").rmdir()
     (tmp_path / "out").write_text("a file")
@@ -435,19 +416,19 @@ def test_output_that_cannot_be_written_is_found_before_nio_starts(tmp_path: Path
 
 
 class _StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
+    def __init__(self, step):
         self._step = step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= self._step:
             control.should_training_stop = True
 
 
-def _count_runs(trainer: NIOTrainer) -> list[int]:
-    runs: list[int] = []
+def _count_runs(trainer):
+    runs = []
     original = trainer.run_nio
 
-    def run_nio(**kwargs: Any) -> Any:
+    def run_nio(**kwargs):
         runs.append(1)
         return original()
 
@@ -455,7 +436,7 @@ def _count_runs(trainer: NIOTrainer) -> list[int]:
     return runs
 
 
-def _refused(model: nn.Module, data: Any, args: Any, error: type[Exception], message: str) -> None:
+def _refused(model, data, args, error, message):
     before = snapshot(model)
     trainer = NIOTrainer(model=model, args=args, train_dataset=data)
     with pytest.raises(error, match=message):

@@ -1,12 +1,7 @@
 """Images, and the files of data sets, made by the tests."""
 
-from __future__ import annotations
-
 import io
 import tarfile
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -18,37 +13,37 @@ from PIL import Image
 BROKEN = b"no image at all"
 
 
-def photo(seed: int, height: int = 6, width: int = 5) -> Image.Image:
+def photo(seed, height=6, width=5):
     """An RGB image of noise, another one for each seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def encoded(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
+def encoded(image, file_format="PNG", **options):
     file = io.BytesIO()
     image.save(file, file_format, **options)
     return file.getvalue()
 
 
-def stored(content: bytes | None, path: str | None = None) -> dict[str, Any]:
+def stored(content, path=None):
     """An image as `datasets.Image` stores it."""
     return {"bytes": content, "path": path}
 
 
-def as_bytes(image: Image.Image) -> torch.Tensor:
+def as_bytes(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def pixels_of(image: Image.Image) -> bytes:
+def pixels_of(image):
     return np.asarray(image).tobytes()
 
 
-def as_they_are(images: list[Image.Image]) -> list[torch.Tensor]:
+def as_they_are(images):
     """A transform that changes nothing."""
     return [as_bytes(image) for image in images]
 
 
-def write_folder(root: Path, classes: Iterable[str] = ("cat", "dog"), images: int = 8, first_seed: int = 0) -> Path:
+def write_folder(root, classes=("cat", "dog"), images=8, first_seed=0):
     """PNG images in a folder per class, all different."""
     seed = first_seed
     for name in classes:
@@ -59,15 +54,7 @@ def write_folder(root: Path, classes: Iterable[str] = ("cat", "dog"), images: in
     return root
 
 
-def write_parquet(
-    file: Path,
-    labels: Sequence[Any],
-    feature: Any = None,
-    *,
-    images: Sequence[Any] | None = None,
-    label_column: str = "label",
-    first_seed: int = 0,
-) -> str:
+def write_parquet(file, labels, feature=None, *, images=None, label_column="label", first_seed=0):
     """A parquet file as `datasets` writes it: images, and labels of a feature (int64 where none is given)."""
     if images is None:
         images = [stored(encoded(photo(first_seed + index)), f"{index}.png") for index in range(len(labels))]
@@ -84,14 +71,14 @@ def write_parquet(
     return str(file)
 
 
-def write_foreign_parquet(file: Path, labels: Sequence[Any], images: Sequence[dict[str, Any]]) -> str:
+def write_foreign_parquet(file, labels, images):
     """A parquet file of somebody who does not know `datasets`: no feature types, images as bytes and path."""
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     pq.write_table(pa.table({"image": pa.array(list(images), kind), "label": list(labels)}), file)
     return str(file)
 
 
-def write_tar(file: Path, samples: Iterable[dict[str, bytes]]) -> str:
+def write_tar(file, samples):
     """A webdataset shard: {"jpg": ..., "cls": ...} of each sample."""
     with tarfile.open(file, "w") as archive:
         for number, sample in enumerate(samples):

@@ -1,17 +1,12 @@
 """Augmentation of a batch on its device: scaling, operations, normalisation, erasing and mixing, sample by sample."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
-from torch import Tensor
 
 from nio_hf.recipe.settings import AugmentationSettings
 from nio_hf.vision.augmentation import BatchAugmentation, mix_batch
@@ -23,34 +18,34 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 CLASSES = 7
 RANDAUGMENT = {"randaugment_magnitude": 9.0, "randaugment_magnitude_std": 0.5}
 MIXED = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
-UNMIXED: dict[str, Any] = {**RANDAUGMENT, "color_jitter": 0.4, "random_erasing": 0.5}
-EVERYTHING: dict[str, Any] = {**UNMIXED, **MIXED}
-EACH: list[dict[str, Any]] = [{}, RANDAUGMENT, {"color_jitter": 0.4}, {"random_erasing": 0.5}, MIXED, EVERYTHING]
+UNMIXED = {**RANDAUGMENT, "color_jitter": 0.4, "random_erasing": 0.5}
+EVERYTHING = {**UNMIXED, **MIXED}
+EACH = [{}, RANDAUGMENT, {"color_jitter": 0.4}, {"random_erasing": 0.5}, MIXED, EVERYTHING]
 
 
-def augmentation(mean: tuple[float, ...] = MEAN, **settings: Any) -> BatchAugmentation:
+def augmentation(mean=MEAN, **settings):
     pixels = PixelFormat(16, 16, mean, STD, Image.Resampling.BILINEAR, keeps=True)
     return BatchAugmentation(pixels, AugmentationSettings(**settings), CLASSES)
 
 
-def batch(size: int = 8, side: int = 16) -> dict[str, Tensor]:
+def batch(size=8, side=16):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (size, 3, side, side), generator=generator, dtype=torch.uint8)
     return {"pixel_values": images, "labels": torch.arange(size) % CLASSES}
 
 
-def plain(images: Tensor) -> Tensor:
+def plain(images):
     """Scaled and normalised images."""
     return ((images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).float()
 
 
-def in_unit(pixels: Tensor) -> Tensor:
+def in_unit(pixels):
     """Normalised pixels as they were in [0, 1]."""
     return pixels * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
 
 
 @pytest.mark.parametrize("settings", EACH)
-def test_bytes_become_floats_and_what_is_given_stays_as_it_was(settings: dict[str, Any]) -> None:
+def test_bytes_become_floats_and_what_is_given_stays_as_it_was(settings):
     for size, side in ((8, 16), (1, 16), (2, 33)):
         given = {**batch(size, side), "weights": torch.ones(8), "name": "batch"}
         found = augmentation(**settings)(given)
@@ -63,7 +58,7 @@ def test_bytes_become_floats_and_what_is_given_stays_as_it_was(settings: dict[st
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_images_are_only_scaled_and_normalised_where_everything_is_off(dtype: torch.dtype) -> None:
+def test_images_are_only_scaled_and_normalised_where_everything_is_off(dtype):
     before, default = torch.get_rng_state(), torch.get_default_dtype()
     made = augmentation()
     torch.set_default_dtype(dtype)
@@ -77,18 +72,18 @@ def test_images_are_only_scaled_and_normalised_where_everything_is_off(dtype: to
 
 
 @pytest.mark.parametrize("settings", EACH[1:])
-def test_without_seeds_the_draws_depend_on_the_seed_of_torch_alone(settings: dict[str, Any]) -> None:
-    def drawn(seed: int, other: int) -> Tensor:
+def test_without_seeds_the_draws_depend_on_the_seed_of_torch_alone(settings):
+    def drawn(seed, other):
         np.random.seed(other)
         torch.manual_seed(seed)
-        pixels: Tensor = augmentation(**settings)(batch())["pixel_values"]
+        pixels = augmentation(**settings)(batch())["pixel_values"]
         return pixels
 
     assert torch.equal(drawn(0, 0), drawn(0, 1))
     assert any(not torch.equal(drawn(0, 0), drawn(seed, 0)) for seed in range(1, 4))
 
 
-def test_a_sample_is_augmented_by_its_seed_whatever_batch_and_process_it_is_in() -> None:
+def test_a_sample_is_augmented_by_its_seed_whatever_batch_and_process_it_is_in():
     made = augmentation(**UNMIXED)
     given = {**batch(12), "seeds": torch.arange(100, 112)}
     together = made(given)
@@ -101,7 +96,7 @@ def test_a_sample_is_augmented_by_its_seed_whatever_batch_and_process_it_is_in()
     assert ((other - together["pixel_values"]).abs().flatten(1).amax(1) > 1e-3).all()
 
 
-def test_a_batch_is_mixed_by_the_seed_of_its_first_sample_and_the_state_of_torch_left_alone() -> None:
+def test_a_batch_is_mixed_by_the_seed_of_its_first_sample_and_the_state_of_torch_left_alone():
     made, given, before = augmentation(**EVERYTHING), {**batch(), "seeds": torch.arange(8)}, torch.get_rng_state()
     first = made(given)
     assert torch.equal(torch.get_rng_state(), before)
@@ -119,7 +114,7 @@ def test_a_batch_is_mixed_by_the_seed_of_its_first_sample_and_the_state_of_torch
 
 
 @pytest.mark.parametrize("strength", [0.4, 1.0])
-def test_a_grey_image_is_only_made_lighter_or_darker_within_the_strength(strength: float) -> None:
+def test_a_grey_image_is_only_made_lighter_or_darker_within_the_strength(strength):
     torch.manual_seed(2)
     given = {"pixel_values": torch.full((500, 3, 4, 4), 100, dtype=torch.uint8), "labels": torch.zeros(500).long()}
     found = in_unit(augmentation(color_jitter=strength)(given)["pixel_values"])
@@ -135,7 +130,7 @@ def test_a_grey_image_is_only_made_lighter_or_darker_within_the_strength(strengt
 # Random erasing
 
 
-def erased_of(probability: float, size: int, side: int) -> tuple[Tensor, Tensor]:
+def erased_of(probability, size, side):
     """Return (images with random erasing, mask (size, side, side) of the changed pixels)."""
     torch.manual_seed(0)
     found = augmentation(random_erasing=probability)(batch(size, side))["pixel_values"]
@@ -143,14 +138,14 @@ def erased_of(probability: float, size: int, side: int) -> tuple[Tensor, Tensor]
 
 
 @pytest.mark.parametrize("probability", [0.25, 1.0])
-def test_as_many_samples_are_erased_as_the_probability_says(probability: float) -> None:
+def test_as_many_samples_are_erased_as_the_probability_says(probability):
     _, erased = erased_of(probability, 1000, 16)
     share = erased.flatten(1).any(1).float().mean()
     assert abs(share - probability) < 0.05
     assert probability < 1 or share == 1
 
 
-def test_what_is_erased_is_a_rectangle_of_the_published_area_and_aspect_anywhere() -> None:
+def test_what_is_erased_is_a_rectangle_of_the_published_area_and_aspect_anywhere():
     side = 64
     _, erased = erased_of(1.0, 400, side)
     shares, aspects = [], []
@@ -168,7 +163,7 @@ def test_what_is_erased_is_a_rectangle_of_the_published_area_and_aspect_anywhere
     assert erased.any(0).float().mean() > 0.98
 
 
-def test_a_rectangle_is_filled_with_normal_noise_that_differs_between_pixels_channels_and_samples() -> None:
+def test_a_rectangle_is_filled_with_normal_noise_that_differs_between_pixels_channels_and_samples():
     found, erased = erased_of(1.0, 200, 32)
     noise = torch.stack([found[:, channel][erased] for channel in range(3)])
     assert noise.mean(1).abs().max() < 0.02
@@ -180,14 +175,14 @@ def test_a_rectangle_is_filled_with_normal_noise_that_differs_between_pixels_cha
 # MixUp and CutMix
 
 
-def mixed(images: Tensor, labels: Tensor, **settings: float) -> tuple[Tensor, Tensor]:
+def mixed(images, labels, **settings):
     return mix_batch(images, labels, AugmentationSettings(**{**MIXED, **settings}), CLASSES)
 
 
 MIXUP, CUTMIX = {"cutmix_alpha": 0.0}, {"mixup_alpha": 0.0}
 
 
-def constant(size: int, side: int = 16, width: int | None = None) -> Tensor:
+def constant(size, side=16, width=None):
     """Images of one value each: image i is i everywhere, so that pixels show their sources."""
     return torch.arange(size, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, side, width or side).clone()
 
@@ -196,7 +191,7 @@ PAIR = torch.tensor([0, 1])
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
-def test_the_share_of_mixup_is_beta_distributed(alpha: float) -> None:
+def test_the_share_of_mixup_is_beta_distributed(alpha):
     torch.manual_seed(0)
     images = constant(2, 2)
     shares = [float(mixed(images, PAIR, mixup_alpha=alpha, cutmix_alpha=0)[1][0, 0]) for _ in range(1500)]
@@ -205,9 +200,7 @@ def test_the_share_of_mixup_is_beta_distributed(alpha: float) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 8, 9])
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX, {}])
-def test_targets_match_the_pixels_sum_to_one_and_the_partner_is_the_reversed_batch(
-    settings: dict[str, float], size: int
-) -> None:
+def test_targets_match_the_pixels_sum_to_one_and_the_partner_is_the_reversed_batch(settings, size):
     torch.manual_seed(1)
     images, labels = constant(size), torch.arange(size) % CLASSES
     for _ in range(20):
@@ -223,7 +216,7 @@ def test_targets_match_the_pixels_sum_to_one_and_the_partner_is_the_reversed_bat
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (7, 31), (1, 1), (224, 9)])
-def test_cutmix_puts_a_box_of_the_partner_into_each_image_at_one_place(height: int, width: int) -> None:
+def test_cutmix_puts_a_box_of_the_partner_into_each_image_at_one_place(height, width):
     torch.manual_seed(2)
     images, labels, seen = constant(6, height, width), torch.arange(6), torch.zeros(height, width)
     for _ in range(40):
@@ -245,7 +238,7 @@ def test_cutmix_puts_a_box_of_the_partner_into_each_image_at_one_place(height: i
 
 
 @pytest.mark.parametrize("prob", [0.0, 0.3, 1.0])
-def test_as_many_batches_are_mixed_and_cut_as_the_probabilities_say(prob: float) -> None:
+def test_as_many_batches_are_mixed_and_cut_as_the_probabilities_say(prob):
     torch.manual_seed(8)
     images = constant(2, 32)
     made = [mixed(images, PAIR, **MIXUP, mix_prob=prob) for _ in range(400)]
@@ -266,7 +259,7 @@ FILL = (0.5, 0.25, 0.75)
 FILL_BYTES = tuple(round(255 * value) for value in FILL)
 
 
-def smooth(seed: int) -> Image.Image:
+def smooth(seed):
     """Smooth image with some noise, on which interpolation matters little and every operation changes something."""
     generator = np.random.default_rng(seed)
     coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
@@ -274,22 +267,22 @@ def smooth(seed: int) -> Image.Image:
     return Image.fromarray((pixels + generator.integers(-2, 3, pixels.shape)).clip(0, 255).astype(np.uint8))
 
 
-def tensor(*images: Image.Image) -> Tensor:
+def tensor(*images):
     return torch.stack([as_bytes(image) for image in images]).float() / 255
 
 
-def affine(image: Image.Image, *source: float) -> Image.Image:
+def affine(image, *source):
     a, b, c, d, e, f = source
     # Pillow counts from the corner of a pixel, the operations from its centre.
     data = (a, b, c + 0.5 - 0.5 * a - 0.5 * b, d, e, f + 0.5 - 0.5 * d - 0.5 * e)
     return image.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=FILL_BYTES)
 
 
-def solarize_add(image: Image.Image, added: int) -> Image.Image:
+def solarize_add(image, added):
     return image.point([min(255, value + added) if value < 128 else value for value in range(256)] * 3)
 
 
-PILLOW: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+PILLOW = {
     "auto_contrast": lambda image, s: ImageOps.autocontrast(image),
     "equalize": lambda image, s: ImageOps.equalize(image),
     "invert": lambda image, s: ImageOps.invert(image),
@@ -311,7 +304,7 @@ GEOMETRIC = {"rotate", "shear_x", "shear_y", "translate_x", "translate_y"}
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("strength", [0.35, -0.9])
-def test_an_operation_is_that_of_pillow(name: str, strength: float) -> None:
+def test_an_operation_is_that_of_pillow(name, strength):
     images = [smooth(seed) for seed in range(3)]
     found = OPERATIONS[name](tensor(*images), torch.full((3,), strength), torch.tensor(FILL)) * 255
     difference = (found - tensor(*(PILLOW[name](image, strength) for image in images)) * 255).abs()
@@ -325,19 +318,19 @@ def test_an_operation_is_that_of_pillow(name: str, strength: float) -> None:
         assert difference.max() <= 1.5
 
 
-def test_a_constant_image_has_no_contrast_to_stretch() -> None:
+def test_a_constant_image_has_no_contrast_to_stretch():
     grey = torch.full((1, 3, SIDE, SIDE), 0.4)
     for name in ("auto_contrast", "equalize"):
         torch.testing.assert_close(OPERATIONS[name](grey, torch.ones(1), torch.zeros(3)), grey, atol=0.003, rtol=0)
 
 
-def draw(count: int, prob: float) -> tuple[Tensor, Tensor]:
+def draw(count, prob):
     generator = torch.Generator().manual_seed(0)
     numbers = torch.rand(count, 6, generator=generator), torch.randn(count, 2, generator=generator)
     return draw_operations(AugmentationSettings(**RANDAUGMENT, randaugment_prob=prob), *numbers)
 
 
-def test_a_batch_is_augmented_as_its_samples_are_one_by_one() -> None:
+def test_a_batch_is_augmented_as_its_samples_are_one_by_one():
     images = tensor(*(smooth(seed) for seed in range(60)))
     operations, strengths = draw(60, 0.8)
     assert len(operations.unique()) == len(OPERATIONS) + 1
@@ -347,7 +340,7 @@ def test_a_batch_is_augmented_as_its_samples_are_one_by_one() -> None:
         torch.testing.assert_close(apply_operations(images[index : index + 1], alone, FILL)[0], together[index])
 
 
-def test_draws_have_the_published_distribution() -> None:
+def test_draws_have_the_published_distribution():
     operations, strengths = draw(20_000, 0.5)
     applied = operations >= 0
     assert abs(applied.float().mean() - 0.5) < 0.01
@@ -363,7 +356,7 @@ def test_draws_have_the_published_distribution() -> None:
 
 
 @pytest.mark.parametrize("mean", [(0.485, 0.456, 0.406), (0.5, 0.5, 0.5), (0.4, 0.2, 0.6)])
-def test_what_rand_augment_fills_in_is_not_0_once_normalised(mean: tuple[float, ...]) -> None:
+def test_what_rand_augment_fills_in_is_not_0_once_normalised(mean):
     filled = torch.tensor(augmentation(mean).fill)
     assert torch.equal((filled * 255).round(), (filled * 255))
     assert ((filled - torch.tensor(mean)).abs() < 1.1 / 255).all()

@@ -1,13 +1,8 @@
 """Image data sets of every kind: columns, classes and parts, and the refusal of broken ones."""
 
-from __future__ import annotations
-
 import logging
 import zipfile
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import datasets
 import huggingface_hub
@@ -17,7 +12,7 @@ from PIL import Image
 
 from nio_hf.errors import DataError
 from nio_hf.recipe.settings import DataSettings
-from nio_hf.vision.datasets import ImageData, digits, find_image_columns, load_image_data
+from nio_hf.vision.datasets import digits, find_image_columns, load_image_data
 from nio_hf.vision.samples import read_image
 from tests.vision.pictures import encoded, photo, pixels_of, write_folder, write_parquet, write_tar
 
@@ -27,11 +22,11 @@ LABELS = [index % 3 for index in range(30)]
 STREAMED = pytest.mark.parametrize("streaming", [False, True])
 
 
-def load(name: str = "parquet", seed: int = 0, **settings: Any) -> ImageData:
+def load(name="parquet", seed=0, **settings):
     return load_image_data(DataSettings(dataset_name=name, **settings), seed)
 
 
-def refused(name: str = "parquet", **settings: Any) -> str:
+def refused(name="parquet", **settings):
     """The message of a data set that is refused, in one line."""
     with pytest.raises(DataError) as raised:
         load(name, **settings)
@@ -40,18 +35,18 @@ def refused(name: str = "parquet", **settings: Any) -> str:
     return message
 
 
-def pixels(data: ImageData, part: str) -> list[bytes]:
+def pixels(data, part):
     return [np.asarray(read_image(row[data.columns[0]], "image")).tobytes() for row in getattr(data, part)]
 
 
-def labels(data: ImageData, part: str) -> list[int]:
+def labels(data, part):
     return [row[data.columns[1]] for row in getattr(data, part)]
 
 
 # The digits of scikit-learn
 
 
-def test_digits_are_the_images_of_scikit_learn() -> None:
+def test_digits_are_the_images_of_scikit_learn():
     from sklearn.datasets import load_digits
 
     bunch, data = load_digits(), digits()
@@ -62,8 +57,8 @@ def test_digits_are_the_images_of_scikit_learn() -> None:
         assert data[index]["label"] == bunch.target[index]
 
 
-def test_parts_of_digits_are_a_choice_by_seed_of_every_class_alike_and_limits_take_some_of_them() -> None:
-    def contents(data: ImageData, part: str) -> list[bytes]:
+def test_parts_of_digits_are_a_choice_by_seed_of_every_class_alike_and_limits_take_some_of_them():
+    def contents(data, part):
         return [row["bytes"] for row in getattr(data, part)["image"]]
 
     first, again, other = (load("digits", seed) for seed in (1, 1, 2))
@@ -82,7 +77,7 @@ def test_parts_of_digits_are_a_choice_by_seed_of_every_class_alike_and_limits_ta
     assert set(few.train["label"]) == set(range(10))
 
 
-def test_some_samples_of_a_split_are_the_same_for_every_seed(tmp_path: Path) -> None:
+def test_some_samples_of_a_split_are_the_same_for_every_seed(tmp_path):
     root = write_folder(tmp_path / "train", "abc", images=9).parent
     write_folder(root / "validation", "abc", images=9)
     parts = [load("imagefolder", seed, data_dir=str(root), max_eval_samples=8).evaluation for seed in (1, 2)]
@@ -94,29 +89,29 @@ def test_some_samples_of_a_split_are_the_same_for_every_seed(tmp_path: Path) -> 
 # Formats
 
 
-def folder(root: Path) -> dict[str, Any]:
+def folder(root):
     return {"name": "imagefolder", "data_dir": str(write_folder(root / "photos", "abc", images=10))}
 
 
-def folder_by_name(root: Path) -> dict[str, Any]:
+def folder_by_name(root):
     return {"name": str(write_folder(root / "photos", "abc", images=10))}
 
 
-def parquet(root: Path) -> dict[str, Any]:
+def parquet(root):
     file = write_parquet(root / "data.parquet", LABELS, THREE, label_column="kind")
     return {"name": "parquet", "data_files": file}
 
 
-def parquet_of_integers(root: Path) -> dict[str, Any]:
+def parquet_of_integers(root):
     return {"name": "parquet", "data_files": write_parquet(root / "data.parquet", LABELS), "num_classes": 3}
 
 
-def webdataset(root: Path) -> dict[str, Any]:
+def webdataset(root):
     samples = ({"png": encoded(photo(index)), "cls": str(index % 3).encode()} for index in range(30))
     return {"name": "webdataset", "data_files": write_tar(root / "data.tar", samples), "num_classes": 3}
 
 
-def zip_archive(root: Path) -> dict[str, Any]:
+def zip_archive(root):
     with zipfile.ZipFile(root / "photos.zip", "w") as archive:
         lines = ["file_name,label", *(f"{number}/photo.png,{number % 3}" for number in range(30))]
         archive.writestr("metadata.csv", "\n".join(lines))
@@ -125,16 +120,12 @@ def zip_archive(root: Path) -> dict[str, Any]:
     return {"name": "imagefolder", "data_files": {"train": str(root / "photos.zip")}, "num_classes": 3}
 
 
-FORMATS: list[Callable[[Path], dict[str, Any]]] = [
-    *(folder, folder_by_name, parquet, parquet_of_integers, webdataset, zip_archive)
-]
+FORMATS = [*(folder, folder_by_name, parquet, parquet_of_integers, webdataset, zip_archive)]
 
 
 @STREAMED
 @pytest.mark.parametrize("make", FORMATS)
-def test_every_format_gives_every_image_with_its_label_in_one_of_the_parts(
-    make: Callable[[Path], dict[str, Any]], streaming: bool, tmp_path: Path
-) -> None:
+def test_every_format_gives_every_image_with_its_label_in_one_of_the_parts(make, streaming, tmp_path):
     data = load(**make(tmp_path), streaming=streaming, eval_fraction=0.3)
     trained, evaluated = pixels(data, "train"), pixels(data, "evaluation")
     assert len(trained) + len(evaluated) == 30
@@ -147,9 +138,7 @@ def test_every_format_gives_every_image_with_its_label_in_one_of_the_parts(
     assert data.class_names == (("a", "b", "c") if by_folder or make is parquet else ("0", "1", "2"))
 
 
-def test_what_is_no_data_set_is_refused_with_the_setting_to_look_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_data_set_is_refused_with_the_setting_to_look_at(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "classes" / "cat").mkdir(parents=True)
@@ -166,9 +155,7 @@ def test_what_is_no_data_set_is_refused_with_the_setting_to_look_at(
 
 
 @pytest.mark.parametrize("name", ["imagefolder", "parquet", "webdataset"])
-def test_a_format_alone_is_refused_whatever_files_lie_where_one_happens_to_be(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_format_alone_is_refused_whatever_files_lie_where_one_happens_to_be(name, tmp_path, monkeypatch):
     write_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert refused(name) == f"dataset_name: '{name}' without data_dir or data_files. Give one of them with it."
@@ -178,9 +165,7 @@ def test_a_format_alone_is_refused_whatever_files_lie_where_one_happens_to_be(
 @STREAMED
 @pytest.mark.parametrize("content", [b"", b"text" * 500])
 @pytest.mark.parametrize("name", ["parquet", "webdataset"])
-def test_a_file_that_is_not_what_it_should_be_is_refused(
-    name: str, content: bytes, streaming: bool, tmp_path: Path
-) -> None:
+def test_a_file_that_is_not_what_it_should_be_is_refused(name, content, streaming, tmp_path):
     file = tmp_path / ("data.parquet" if name == "parquet" else "data.tar")
     file.write_bytes(content)
     assert refused(name, data_files=str(file), streaming=streaming, num_classes=2).startswith("data_files: ")
@@ -199,12 +184,12 @@ def test_a_file_that_is_not_what_it_should_be_is_refused(
         ({"eval_fraction": 0.0}, "eval_fraction: 0.0. Give a part in (0, 1), or an eval_split."),
     ],
 )
-def test_settings_that_do_not_fit_the_data_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_fit_the_data_are_refused(settings, message):
     for streaming in (False, True):
         assert refused("digits", streaming=streaming, **settings).startswith(message)
 
 
-def test_a_part_too_small_for_every_class_and_a_class_of_one_image_are_refused(tmp_path: Path) -> None:
+def test_a_part_too_small_for_every_class_and_a_class_of_one_image_are_refused(tmp_path):
     message = refused("digits", eval_fraction=0.0001)
     assert message.startswith("eval_fraction: 0.0001 of 1797 samples of digits cannot be set aside (")
     assert message.endswith("Give a part in (0, 1) that holds a sample of every class, or an eval_split.")
@@ -213,7 +198,7 @@ def test_a_part_too_small_for_every_class_and_a_class_of_one_image_are_refused(t
 
 
 @STREAMED
-def test_a_split_without_samples_is_refused(streaming: bool, tmp_path: Path) -> None:
+def test_a_split_without_samples_is_refused(streaming, tmp_path):
     full, empty = (write_parquet(tmp_path / f"{n}.parquet", [0, 1, 2] * n, THREE) for n in (4, 0))
     for train, validation in ((empty, full), (full, empty)):
         refused(data_files={"train": train, "validation": validation}, streaming=streaming)
@@ -222,12 +207,12 @@ def test_a_split_without_samples_is_refused(streaming: bool, tmp_path: Path) -> 
 # Columns
 
 
-def columns_of(features: dict[str, Any], image: str | None = None, label: str | None = None) -> tuple[str, str]:
+def columns_of(features, image=None, label=None):
     rows = datasets.Dataset.from_dict({name: [] for name in features}, features=datasets.Features(features))
     return find_image_columns(rows, image, label, "scans")
 
 
-def test_columns_are_found_by_the_type_of_their_features() -> None:
+def test_columns_are_found_by_the_type_of_their_features():
     features = {
         "id": datasets.Value("int64"),
         "scan": datasets.Image(),
@@ -240,17 +225,17 @@ def test_columns_are_found_by_the_type_of_their_features() -> None:
 
 @pytest.mark.parametrize("name", ["label", "labels", "cls", "class"])
 @pytest.mark.parametrize("dtype", ["int64", "uint8", "string", "large_string"])
-def test_a_column_that_is_called_a_label_is_one_where_no_column_has_the_type(name: str, dtype: str) -> None:
+def test_a_column_that_is_called_a_label_is_one_where_no_column_has_the_type(name, dtype):
     features = {"image": datasets.Image(), "id": datasets.Value("int64"), name: datasets.Value(dtype)}
     assert columns_of(features) == ("image", name)
 
 
 @pytest.mark.parametrize("dtype", ["binary", "large_binary", "string", "large_string"])
-def test_a_named_column_of_encoded_images_or_their_paths_is_one_of_images(dtype: str) -> None:
+def test_a_named_column_of_encoded_images_or_their_paths_is_one_of_images(dtype):
     assert columns_of({"file": datasets.Value(dtype), "label": THREE}, "file") == ("file", "label")
 
 
-def test_two_columns_of_images_are_refused_with_all_columns() -> None:
+def test_two_columns_of_images_are_refused_with_all_columns():
     with pytest.raises(DataError) as raised:
         columns_of({"left": datasets.Image(), "right": datasets.Image(), "label": THREE})
     assert str(raised.value) == (
@@ -262,7 +247,7 @@ def test_two_columns_of_images_are_refused_with_all_columns() -> None:
 @pytest.mark.usefixtures("given_up_files")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @STREAMED
-def test_a_column_of_paths_is_read_from_the_files(streaming: bool, tmp_path: Path) -> None:
+def test_a_column_of_paths_is_read_from_the_files(streaming, tmp_path):
     write_folder(tmp_path / "photos", ("all",), images=6)
     lines = [f"{tmp_path / 'photos' / 'all' / f'{index}.png'},{index % 2}" for index in range(6)]
     (tmp_path / "list.csv").write_text("\n".join(["file,label", *lines]))
@@ -285,7 +270,7 @@ def test_a_column_of_paths_is_read_from_the_files(streaming: bool, tmp_path: Pat
         (TEXT, list("bca" * 10), "abc"),
     ],
 )
-def test_every_label_becomes_the_integer_of_its_class(feature: Any, values: Any, names: str, tmp_path: Path) -> None:
+def test_every_label_becomes_the_integer_of_its_class(feature, values, names, tmp_path):
     data = load(data_files=write_parquet(tmp_path / "data.parquet", values, feature))
     assert data.class_names == tuple(names)
     assert data.train.features["label"] == datasets.ClassLabel(names=list(names))
@@ -305,16 +290,14 @@ def test_every_label_becomes_the_integer_of_its_class(feature: Any, values: Any,
         ([0, 1] * 10, {"num_classes": 1000}, "classes '2', '3', '4', '5', '6' and 993 more"),
     ],
 )
-def test_classes_without_an_image_are_reported(
-    values: list[int], settings: dict[str, int], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_classes_without_an_image_are_reported(values, settings, told, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="nio_hf"):
         data = load(data_files=write_parquet(tmp_path / "data.parquet", values), **settings)
     assert data.class_names == tuple(map(str, range(settings.get("num_classes", 5))))
     assert told in caplog.text
 
 
-UNLABELLED: dict[str, tuple[list[Any], Any]] = {
+UNLABELLED = {
     "-1 of named classes": ([-1, *LABELS], THREE),
     "-1 of integers": ([-1, *LABELS], None),
     "-1 of all": ([-1] * 30, None),
@@ -326,7 +309,7 @@ UNLABELLED: dict[str, tuple[list[Any], Any]] = {
 
 @pytest.mark.parametrize("kind", UNLABELLED)
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_samples_without_a_label_are_refused(kind: str, split: str, tmp_path: Path) -> None:
+def test_samples_without_a_label_are_refused(kind, split, tmp_path):
     values, feature = UNLABELLED[kind]
     labelled = [value for value in values if value not in (None, -1)] or LABELS
     other = "validation" if split == "train" else "train"
@@ -340,7 +323,7 @@ def test_samples_without_a_label_are_refused(kind: str, split: str, tmp_path: Pa
         assert message.endswith("Choose a split whose samples have labels.")
 
 
-def test_labels_beyond_the_number_of_classes_are_refused(tmp_path: Path) -> None:
+def test_labels_beyond_the_number_of_classes_are_refused(tmp_path):
     for feature in (None, datasets.Value("uint8")):
         message = refused(data_files=write_parquet(tmp_path / "data.parquet", LABELS, feature), num_classes=2)
         assert message.startswith(
@@ -357,9 +340,7 @@ def test_labels_beyond_the_number_of_classes_are_refused(tmp_path: Path) -> None
         (["cat", "dog"] * 10, ["cat", "fox"], TEXT),
     ],
 )
-def test_classes_that_are_evaluated_but_not_trained_are_refused(
-    trained: list[Any], evaluated: list[Any], feature: Any, tmp_path: Path
-) -> None:
+def test_classes_that_are_evaluated_but_not_trained_are_refused(trained, evaluated, feature, tmp_path):
     files = {
         "train": write_parquet(tmp_path / "train.parquet", trained, feature),
         "validation": write_parquet(tmp_path / "validation.parquet", evaluated, feature),
@@ -369,7 +350,7 @@ def test_classes_that_are_evaluated_but_not_trained_are_refused(
     assert "parquet" in message
 
 
-def test_a_class_of_one_split_only_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_class_of_one_split_only_is_named(tmp_path, caplog):
     write_folder(tmp_path / "one" / "train")
     write_folder(tmp_path / "one" / "validation", ("bird", "cat", "dog"))
     assert refused("imagefolder", data_dir=str(tmp_path / "one")) == (
@@ -382,8 +363,8 @@ def test_a_class_of_one_split_only_is_named(tmp_path: Path, caplog: pytest.LogCa
     assert "No image to evaluate on of class 'bird'." in caplog.text
 
 
-def test_splits_whose_classes_have_another_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rows(names: str) -> datasets.Dataset:
+def test_splits_whose_classes_have_another_order_are_refused(monkeypatch):
+    def rows(names):
         features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(names)))
         return datasets.Dataset.from_dict({"image": [Image.new("L", (2, 2))] * 2, "label": [0, 1]}, features=features)
 

@@ -1,35 +1,33 @@
 """Local folders of images: their splits, and layouts that hide the classes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 
 from nio_hf.errors import DataError
 from nio_hf.recipe.settings import DataSettings
-from nio_hf.vision.datasets import ImageData, load_image_data
+from nio_hf.vision.datasets import load_image_data
 from tests.vision.pictures import photo, write_folder
 
 STREAMED = pytest.mark.parametrize("streaming", [False, True])
 
 
-def loaded(root: Path, streaming: bool = False) -> ImageData:
+def loaded(root, streaming=False):
     return load_image_data(DataSettings(dataset_name="imagefolder", data_dir=str(root), streaming=streaming))
 
 
-def refused(root: Path) -> str:
+def refused(root):
     with pytest.raises(DataError) as raised:
         loaded(root)
     return str(raised.value)
 
 
-def names(data: ImageData, part: str) -> set[str]:
+def names(data, part):
     """The folder and name of each image of a part."""
     return {"/".join(Path(row["image"]["path"]).parts[-2:]) for row in getattr(data, part)}
 
 
-def total(data: ImageData) -> int:
+def total(data):
     return sum(len(list(part)) for part in (data.train, data.evaluation))
 
 
@@ -37,7 +35,7 @@ def total(data: ImageData) -> int:
 
 
 @STREAMED
-def test_links_to_the_folders_of_classes_are_followed(streaming: bool, tmp_path: Path) -> None:
+def test_links_to_the_folders_of_classes_are_followed(streaming, tmp_path):
     real = write_folder(tmp_path / "real", "abc")
     some = write_folder(tmp_path / "some", "d")
     for name in "abc":
@@ -54,16 +52,14 @@ def test_links_to_the_folders_of_classes_are_followed(streaming: bool, tmp_path:
     assert (len(list(data.train)), len(list(data.evaluation))) == (32, 24)
 
 
-def test_a_link_that_leads_back_is_no_class(tmp_path: Path) -> None:
+def test_a_link_that_leads_back_is_no_class(tmp_path):
     root = write_folder(tmp_path / "photos")
     (root / "all").symlink_to(root)
     assert loaded(root).class_names == ("cat", "dog")
 
 
 @STREAMED
-def test_lists_beside_the_folders_of_classes_are_named_and_are_no_splits(
-    streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lists_beside_the_folders_of_classes_are_named_and_are_no_splits(streaming, tmp_path, caplog):
     root = write_folder(tmp_path / "photos")
     for name in ("train.txt", "test.txt", "classes.txt"):
         (root / name).write_text("cat/0.png\n")
@@ -73,7 +69,7 @@ def test_lists_beside_the_folders_of_classes_are_named_and_are_no_splits(
     assert "classes.txt" not in caplog.text
 
 
-def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+def test_a_class_may_be_called_like_a_split(tmp_path):
     root = write_folder(tmp_path / "vehicles", ["bus", "car", "train"])
     assert loaded(root).class_names == ("bus", "car", "train")
     both = tmp_path / "both"
@@ -87,7 +83,7 @@ def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["Train", "TRAINING", "data-train", "train_2012"])
-def test_a_split_is_known_by_a_word_of_its_name(name: str, tmp_path: Path) -> None:
+def test_a_split_is_known_by_a_word_of_its_name(name, tmp_path):
     write_folder(tmp_path / "deep" / name)
     write_folder(tmp_path / "deep" / "Val", first_seed=100)
     data = loaded(tmp_path)
@@ -95,7 +91,7 @@ def test_a_split_is_known_by_a_word_of_its_name(name: str, tmp_path: Path) -> No
     assert (len(data.train), len(data.evaluation)) == (16, 16)
 
 
-def test_images_outside_of_the_splits_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_outside_of_the_splits_are_reported(tmp_path, caplog):
     for seed, name in enumerate(("train", "val", "unsorted")):
         write_folder(tmp_path / name, first_seed=100 * seed)
     data = loaded(tmp_path)
@@ -103,14 +99,14 @@ def test_images_outside_of_the_splits_are_reported(tmp_path: Path, caplog: pytes
     assert "16 images lie outside of the splits and are not read: in unsorted/cat, unsorted/dog." in caplog.text
 
 
-def test_names_with_the_characters_of_patterns_are_read_as_they_are(tmp_path: Path) -> None:
+def test_names_with_the_characters_of_patterns_are_read_as_they_are(tmp_path):
     root = write_folder(tmp_path / "photos [1]", ["[a]", "b*"])
     assert total(loaded(root)) == 16
     write_folder(tmp_path / "photos 1", ["a"])
     assert loaded(root).class_names == ("[a]", "b*")
 
 
-def test_empty_class_folders_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_empty_class_folders_are_reported(tmp_path, caplog):
     root = write_folder(tmp_path / "photos")
     (root / "bird").mkdir()
     assert loaded(root).class_names == ("cat", "dog")
@@ -120,7 +116,7 @@ def test_empty_class_folders_are_reported(tmp_path: Path, caplog: pytest.LogCapt
 # Folders that are refused
 
 
-def test_a_level_too_many_is_named(tmp_path: Path) -> None:
+def test_a_level_too_many_is_named(tmp_path):
     for split in ("train", "val"):
         for name in ("cat", "dog"):
             write_folder(tmp_path / split / name, ["images"])
@@ -131,7 +127,7 @@ def test_a_level_too_many_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("given_up_files")
-def test_a_single_class_stray_images_and_metadata_without_labels_have_messages_of_their_own(tmp_path: Path) -> None:
+def test_a_single_class_stray_images_and_metadata_without_labels_have_messages_of_their_own(tmp_path):
     single = refused(write_folder(tmp_path / "single", ["cat"]))
     assert single.startswith("data_dir: all 8 images of ")
     assert single.endswith("are of one class, 'cat'. Give two classes or more, each in a folder of its own.")
@@ -157,7 +153,7 @@ def test_a_single_class_stray_images_and_metadata_without_labels_have_messages_o
     assert message.endswith("Their columns are image (Image), text (large_string).")
 
 
-def test_all_that_hides_the_classes_is_reported_at_once(tmp_path: Path) -> None:
+def test_all_that_hides_the_classes_is_reported_at_once(tmp_path):
     for name in ("cat", "dog"):
         write_folder(tmp_path / "train" / name, ["images"])
     write_folder(tmp_path / "val", ["images"])
@@ -168,8 +164,8 @@ def test_all_that_hides_the_classes_is_reported_at_once(tmp_path: Path) -> None:
     assert "one level too deep" in message
 
 
-def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> None:
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(path):
         raise PermissionError("not allowed")
 
     monkeypatch.setattr(Path, "iterdir", refuse)

@@ -1,7 +1,5 @@
 """Image files of any kind: read as RGB and upright, or refused with the name of the file."""
 
-from __future__ import annotations
-
 import gc
 import io
 import re
@@ -9,8 +7,6 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,24 +21,24 @@ EVERY_BYTE = np.arange(256, dtype=np.uint8).reshape(16, 16)
 ORIENTATION = 0x0112
 
 
-def pixels(content: bytes) -> np.ndarray:
+def pixels(content):
     image = read_image(stored(content), "image 0")
     assert image.mode == "RGB"
     return np.asarray(image)
 
 
-def grey(values: np.ndarray) -> np.ndarray:
+def grey(values):
     return np.repeat(values[:, :, None], 3, axis=2)
 
 
-def with_orientation(image: Image.Image, orientation: int, file_format: str) -> bytes:
+def with_orientation(image, orientation, file_format):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     return encoded(image, file_format, exif=exif)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF"])
-def test_greyscale_has_its_value_in_each_channel(file_format: str) -> None:
+def test_greyscale_has_its_value_in_each_channel(file_format):
     image = Image.fromarray(np.repeat(np.repeat(EVERY_BYTE[::4, ::4], 8, 0), 8, 1))
     found = pixels(encoded(image, file_format)).astype(int)
     assert np.abs(found - grey(np.asarray(image).astype(int))).max() <= (16 if file_format == "JPEG" else 0)
@@ -51,14 +47,14 @@ def test_greyscale_has_its_value_in_each_channel(file_format: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "file_format"), [("uint16", "PNG"), ("uint16", "TIFF"), (">u2", "TIFF"), ("int32", "TIFF")]
 )
-def test_greyscale_of_sixteen_bits_is_scaled_down_and_not_clipped(dtype: str, file_format: str) -> None:
+def test_greyscale_of_sixteen_bits_is_scaled_down_and_not_clipped(dtype, file_format):
     image = Image.fromarray((EVERY_BYTE.astype(np.int64) * 257).astype(dtype))
     np.testing.assert_array_equal(pixels(encoded(image, file_format)), grey(EVERY_BYTE))
     decoded = Image.fromarray(EVERY_BYTE.astype(np.uint16) * 257)
     np.testing.assert_array_equal(np.asarray(read_image(decoded, "image 0")), grey(EVERY_BYTE))
 
 
-def test_greyscale_of_numbers_of_32_bits_is_read_where_its_range_is_known() -> None:
+def test_greyscale_of_numbers_of_32_bits_is_read_where_its_range_is_known():
     small = Image.fromarray(EVERY_BYTE.astype(np.int32))
     np.testing.assert_array_equal(pixels(encoded(small, "TIFF")), grey(EVERY_BYTE))
     for values in (EVERY_BYTE.astype(np.float32) / 255, EVERY_BYTE.astype(np.int32) * 70_000):
@@ -66,7 +62,7 @@ def test_greyscale_of_numbers_of_32_bits_is_read_where_its_range_is_known() -> N
             pixels(encoded(Image.fromarray(values), "TIFF"))
 
 
-def test_one_bit_and_cmyk_have_the_colours_that_pillow_gives_them() -> None:
+def test_one_bit_and_cmyk_have_the_colours_that_pillow_gives_them():
     image = Image.fromarray(EVERY_BYTE).convert("1")
     np.testing.assert_array_equal(pixels(encoded(image)), grey(np.asarray(image).astype(np.uint8) * 255))
     solid = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
@@ -74,7 +70,7 @@ def test_one_bit_and_cmyk_have_the_colours_that_pillow_gives_them() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparency_is_dropped_and_the_colours_beneath_it_stay(mode: str) -> None:
+def test_transparency_is_dropped_and_the_colours_beneath_it_stay(mode):
     opaque = photo(0, 16, 16).convert(mode[:-1])
     image = opaque.copy()
     image.putalpha(Image.fromarray(EVERY_BYTE))
@@ -84,9 +80,7 @@ def test_transparency_is_dropped_and_the_colours_beneath_it_stay(mode: str) -> N
 @pytest.mark.parametrize(
     ("file_format", "transparency"), [("PNG", None), ("PNG", 3), ("PNG", bytes(range(256))), ("GIF", 3)]
 )
-def test_a_palette_gives_its_colours_with_and_without_transparency(
-    file_format: str, transparency: int | bytes | None
-) -> None:
+def test_a_palette_gives_its_colours_with_and_without_transparency(file_format, transparency):
     image = photo(1, 16, 16).convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
     options = {} if transparency is None else {"transparency": transparency}
     np.testing.assert_array_equal(pixels(encoded(image, file_format, **options)), np.asarray(image.convert("RGB")))
@@ -94,7 +88,7 @@ def test_a_palette_gives_its_colours_with_and_without_transparency(
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
-def test_an_exif_orientation_is_applied(file_format: str, orientation: int) -> None:
+def test_an_exif_orientation_is_applied(file_format, orientation):
     image = photo(2, 3, 5).resize((40, 24), Image.Resampling.NEAREST)
     content = with_orientation(image, orientation, file_format)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
@@ -105,7 +99,7 @@ def test_an_exif_orientation_is_applied(file_format: str, orientation: int) -> N
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "TIFF", "PNG"])
-def test_the_first_of_several_pictures_is_read_and_the_file_closed(file_format: str, tmp_path: Path) -> None:
+def test_the_first_of_several_pictures_is_read_and_the_file_closed(file_format, tmp_path):
     path = tmp_path / f"several.{file_format.lower()}"
     photo(3).save(path, file_format, save_all=True, append_images=[photo(4)])
     with warnings.catch_warnings(record=True) as caught:
@@ -118,32 +112,32 @@ def test_the_first_of_several_pictures_is_read_and_the_file_closed(file_format: 
     assert not caught
 
 
-def test_a_file_inside_an_archive_is_read_from_where_datasets_says_it_is(tmp_path: Path) -> None:
+def test_a_file_inside_an_archive_is_read_from_where_datasets_says_it_is(tmp_path):
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         archive.writestr("cat/0.png", encoded(photo(6)))
     address = f"zip://cat/0.png::{tmp_path / 'photos.zip'}"
     np.testing.assert_array_equal(np.asarray(read_image(stored(None, address), "image 0")), np.asarray(photo(6)))
 
 
-def truncated(file_format: str) -> bytes:
+def truncated(file_format):
     content = encoded(photo(7, 40, 40), file_format)
     return content[: len(content) // 2]
 
 
-def png_of_a_wrong_checksum() -> bytes:
+def png_of_a_wrong_checksum():
     content = bytearray(encoded(photo(9)))
     content[content.index(b"IDAT") + 6] ^= 255
     return bytes(content)
 
 
-def png_that_claims_no_width() -> bytes:
+def png_that_claims_no_width():
     content = bytearray(encoded(photo(9)))
     content[16:20] = struct.pack(">I", 0)
     content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
     return bytes(content)
 
 
-BROKEN_FILES: dict[str, Callable[[], bytes]] = {
+BROKEN_FILES = {
     "empty": lambda: b"",
     "no image": lambda: BROKEN,
     "only a signature": lambda: encoded(photo(0))[:8],
@@ -154,7 +148,7 @@ BROKEN_FILES: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", BROKEN_FILES)
-def test_a_broken_file_is_an_error_that_names_it_and_the_fix(kind: str) -> None:
+def test_a_broken_file_is_an_error_that_names_it_and_the_fix(kind):
     with pytest.raises(BrokenImageError) as raised:
         read_image(stored(BROKEN_FILES[kind](), "photos/cat/7.jpg"), "image 7 of the train part")
     message = str(raised.value)
@@ -166,7 +160,7 @@ def test_a_broken_file_is_an_error_that_names_it_and_the_fix(kind: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF"])
-def test_no_damage_to_a_file_ends_in_an_error_of_somebody_else(file_format: str) -> None:
+def test_no_damage_to_a_file_ends_in_an_error_of_somebody_else(file_format):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     exif[0x010F] = "maker"
@@ -191,20 +185,18 @@ def test_no_damage_to_a_file_ends_in_an_error_of_somebody_else(file_format: str)
 
 
 @pytest.mark.parametrize("missing", [None, stored(None), stored(None, "")])
-def test_a_sample_without_an_image_is_broken(missing: object) -> None:
+def test_a_sample_without_an_image_is_broken(missing):
     with pytest.raises(BrokenImageError, match=r"^image 3 of the train part: no image\. Replace or remove it"):
         read_image(missing, "image 3 of the train part")
 
 
-def test_a_missing_file_and_a_folder_are_broken_images(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_broken_images(tmp_path):
     for path in (tmp_path / "missing.png", tmp_path):
         with pytest.raises(BrokenImageError, match=re.escape(f"{path} (image 0): cannot be read as an image")):
             read_image(stored(None, str(path)), "image 0")
 
 
-def test_an_image_of_more_pixels_than_pillow_allows_is_refused_with_their_number(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_image_of_more_pixels_than_pillow_allows_is_refused_with_their_number(monkeypatch):
     content = encoded(photo(12, 10, 10))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     with pytest.raises(BrokenImageError, match=r"bomb.png \(image 0\): too large: Image size \(100 pixels\)") as raised:

@@ -1,15 +1,11 @@
 """Image processors: settings of a recipe, saving and loading, and pixel formats."""
 
-from __future__ import annotations
-
 import dataclasses
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, BaseImageProcessor
+from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -22,7 +18,7 @@ HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def make(model_type: str, size: Any = 32, **settings: Any) -> BaseImageProcessor:
+def make(model_type, size=32, **settings):
     config = AutoConfig.for_model(model_type)
     if hasattr(config, "image_size"):
         config.image_size = size
@@ -31,7 +27,7 @@ def make(model_type: str, size: Any = 32, **settings: Any) -> BaseImageProcessor
     return make_image_processor(config, **settings)
 
 
-def shape(processor: BaseImageProcessor, height: int = 50, width: int = 40) -> tuple[int, ...]:
+def shape(processor, height=50, width=40):
     return tuple(EvaluationTransform(processor)([photo(0, height, width)])[0].shape)
 
 
@@ -40,27 +36,27 @@ def shape(processor: BaseImageProcessor, height: int = 50, width: int = 40) -> t
     ["vit", "swin", "swinv2", "deit", "beit", "dinov2", "convnext", "convnextv2", "resnet", "regnet", "pvt", "levit"],
 )
 @pytest.mark.parametrize("size", [32, 384])
-def test_images_have_the_size_of_the_model(model_type: str, size: int) -> None:
+def test_images_have_the_size_of_the_model(model_type, size):
     processor = make(model_type, size)
     assert shape(processor) == shape(processor, 30, 90) == (3, size, size)
     described = pixel_format(processor)
     assert (described.height, described.width) == (size, size)
 
 
-def test_the_published_normalisation_interpolation_and_ratio_of_resize_to_crop_are_kept() -> None:
+def test_the_published_normalisation_interpolation_and_ratio_of_resize_to_crop_are_kept():
     assert pixel_format(make("vit")) == PixelFormat(32, 32, HALF, HALF, Image.Resampling.BILINEAR, keeps=True)
     assert pixel_format(make("deit")) == PixelFormat(32, 32, HALF, HALF, Image.Resampling.BICUBIC, keeps=False)
     pvt = PixelFormat(32, 32, IMAGENET_MEAN, IMAGENET_STD, Image.Resampling.BICUBIC, keeps=True)
     assert pixel_format(make("pvt")) == pvt
     assert pixel_format(make("pvt", crop_ratio=0.5)) == dataclasses.replace(pvt, keeps=False)
-    processor: Any = make("deit", 112)
+    processor = make("deit", 112)
     assert (dict(processor.size)["height"], dict(processor.crop_size)["height"]) == (128, 112)
-    unsized: Any = make_image_processor(AutoConfig.for_model("resnet"), crop_ratio=0.5)
+    unsized = make_image_processor(AutoConfig.for_model("resnet"), crop_ratio=0.5)
     assert shape(unsized) == (3, 384, 384)
 
 
 @pytest.mark.parametrize("model_type", ["vit", "deit", "swin", "resnet", "convnext"])
-def test_what_is_given_goes_before_what_is_published(model_type: str) -> None:
+def test_what_is_given_goes_before_what_is_published(model_type):
     mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
     for crop_ratio in (None, 0.8):
         processor = make(model_type, image_mean=mean, image_std=std, interpolation="bicubic", crop_ratio=crop_ratio)
@@ -69,14 +65,14 @@ def test_what_is_given_goes_before_what_is_published(model_type: str) -> None:
 
 
 @pytest.mark.parametrize(("crop_ratio", "shorter"), [(0.875, 37), (1.0, 32), (0.5, 64)])
-def test_a_crop_ratio_resizes_the_shorter_side_and_crops(crop_ratio: float, shorter: int) -> None:
-    processor: Any = make("swin", crop_ratio=crop_ratio)
+def test_a_crop_ratio_resizes_the_shorter_side_and_crops(crop_ratio, shorter):
+    processor = make("swin", crop_ratio=crop_ratio)
     assert dict(processor.size)["shortest_edge"] == shorter
     assert shape(processor, 30, 90) == (3, 32, 32)
 
 
 @pytest.mark.parametrize("crop_ratio", [None, 0.8, 1.0])
-def test_images_of_a_model_that_is_not_square_fill_it(crop_ratio: float | None) -> None:
+def test_images_of_a_model_that_is_not_square_fill_it(crop_ratio):
     processor = make("vit", [16, 24], crop_ratio=crop_ratio)
     described = pixel_format(processor)
     assert (described.height, described.width) == (16, 24)
@@ -85,7 +81,7 @@ def test_images_of_a_model_that_is_not_square_fill_it(crop_ratio: float | None) 
     assert pixels.min() == pixels.max() == 1
 
 
-SAVED: list[dict[str, Any]] = [
+SAVED = [
     {"model_type": "vit"},
     {"model_type": "deit"},
     {"model_type": "resnet"},
@@ -96,9 +92,7 @@ SAVED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", SAVED)
-def test_a_saved_processor_makes_the_same_of_images_when_it_is_found_again(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_saved_processor_makes_the_same_of_images_when_it_is_found_again(settings, tmp_path):
     processor = make(**settings)
     processor.save_pretrained(tmp_path)
     found = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
@@ -108,7 +102,7 @@ def test_a_saved_processor_makes_the_same_of_images_when_it_is_found_again(
     assert pixel_format(found) == pixel_format(processor)
 
 
-def test_an_architecture_without_an_image_processor_or_images_of_one_size_is_refused() -> None:
+def test_an_architecture_without_an_image_processor_or_images_of_one_size_is_refused():
     with pytest.raises(ModelError) as raised:
         make_image_processor(AutoConfig.for_model("bert"))
     message = "model_type: 'bert' has no image processor on Pillow. Choose another architecture."
@@ -130,7 +124,7 @@ def test_an_architecture_without_an_image_processor_or_images_of_one_size_is_ref
         BitImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False),
     ],
 )
-def test_a_processor_that_makes_no_normalised_images_of_one_size_is_refused(processor: BaseImageProcessor) -> None:
+def test_a_processor_that_makes_no_normalised_images_of_one_size_is_refused(processor):
     with pytest.raises(ModelError, match="does not make normalised images of one size") as raised:
         pixel_format(processor)
     message = str(raised.value)

@@ -1,10 +1,6 @@
 """Samples for a data loader: images that can and cannot be read, in this process and in workers."""
 
-from __future__ import annotations
-
 import logging
-from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -25,7 +21,7 @@ WORKERS = pytest.mark.parametrize("workers", [0, 2])
 BOTH = pytest.mark.parametrize("streaming", [False, True])
 
 
-def rows(images: int, broken: set[int]) -> datasets.Dataset:
+def rows(images, broken):
     """Images that are not decoded; image i is `photo(i)` of class i mod 10, or broken."""
     stored_images = [
         stored(BROKEN if index in broken else encoded(photo(index)), f"photos/{index}.png") for index in range(images)
@@ -35,11 +31,11 @@ def rows(images: int, broken: set[int]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": stored_images, "label": labels}, features=features)
 
 
-def samples(images: int, broken: set[int], **settings: Any) -> ImageSamples:
+def samples(images, broken, **settings):
     return ImageSamples(rows(images, broken), as_they_are, **{"part": "train", **settings})
 
 
-def streamed(root: Path, images: int, broken: set[int], shards: int = 2, **settings: Any) -> ImageStream:
+def streamed(root, images, broken, shards=2, **settings):
     """The same images as a stream of shards, each with a part of the images in a row."""
     each = images // shards
     files = []
@@ -51,20 +47,20 @@ def streamed(root: Path, images: int, broken: set[int], shards: int = 2, **setti
     return ImageStream(undecoded, as_they_are, classes=10, part="train", **settings)
 
 
-def made(streaming: bool, root: Path, *arguments: Any, **settings: Any) -> ImageSamples | ImageStream:
+def made(streaming, root, *arguments, **settings):
     return streamed(root, *arguments, **settings) if streaming else samples(*arguments, **settings)
 
 
-def loaded(data: ImageSamples | ImageStream, workers: int) -> list[dict[str, Any]]:
+def loaded(data, workers):
     return list(DataLoader(data, batch_size=None, num_workers=workers))
 
 
-def seed_of(sample: dict[str, Any]) -> int:
+def seed_of(sample):
     """Seed of the photo of a sample."""
     return next(seed for seed in range(1000) if torch.equal(as_bytes(photo(seed)), sample["pixel_values"]))
 
 
-def test_a_batch_of_samples_is_what_they_are_one_by_one() -> None:
+def test_a_batch_of_samples_is_what_they_are_one_by_one():
     data = samples(12, set())
     assert len(data) == 12
     together = data.__getitems__([3, 0, 11])
@@ -74,7 +70,7 @@ def test_a_batch_of_samples_is_what_they_are_one_by_one() -> None:
         assert torch.equal(data[index]["pixel_values"], sample["pixel_values"])
 
 
-def test_a_seeded_sample_has_a_seed_from_the_generator_of_torch() -> None:
+def test_a_seeded_sample_has_a_seed_from_the_generator_of_torch():
     data = samples(3, set(), seeded=True)
     torch.manual_seed(0)
     first, second = data[0]["seeds"], data[0]["seeds"]
@@ -85,9 +81,7 @@ def test_a_seeded_sample_has_a_seed_from_the_generator_of_torch() -> None:
 
 @WORKERS
 @BOTH
-def test_a_broken_image_ends_with_its_name_and_the_fix_in_one_line(
-    streaming: bool, workers: int, tmp_path: Path
-) -> None:
+def test_a_broken_image_ends_with_its_name_and_the_fix_in_one_line(streaming, workers, tmp_path):
     data = made(streaming, tmp_path, 8, {5})
     with pytest.raises(BrokenImageError) as raised:
         loaded(data, workers)
@@ -100,9 +94,7 @@ def test_a_broken_image_ends_with_its_name_and_the_fix_in_one_line(
 
 
 @WORKERS
-def test_the_next_readable_image_takes_the_place_of_a_broken_one_or_a_stream_leaves_it_out(
-    workers: int, tmp_path: Path
-) -> None:
+def test_the_next_readable_image_takes_the_place_of_a_broken_one_or_a_stream_leaves_it_out(workers, tmp_path):
     found = loaded(samples(12, {2, 3, 11}, skip_broken=True), workers)
     assert [seed_of(sample) for sample in found] == [0, 1, 4, 4, 4, 5, 6, 7, 8, 9, 10, 0]
     assert [int(sample["labels"]) for sample in found] == [0, 1, 4, 4, 4, 5, 6, 7, 8, 9, 0, 0]
@@ -111,7 +103,7 @@ def test_the_next_readable_image_takes_the_place_of_a_broken_one_or_a_stream_lea
     assert all(sample["labels"] == seed_of(sample) % 10 for sample in found)
 
 
-def test_a_broken_image_is_black_and_does_not_count_in_evaluation() -> None:
+def test_a_broken_image_is_black_and_does_not_count_in_evaluation():
     transform = EvaluationTransform(make_image_processor(AutoConfig.for_model("deit", image_size=16)))
     data = ImageSamples(rows(3, {1}), transform, part="evaluation", skip_broken=True)
     kept, broken, also_kept = data.__getitems__([0, 1, 2])
@@ -124,9 +116,9 @@ def test_a_broken_image_is_black_and_does_not_count_in_evaluation() -> None:
 @WORKERS
 @pytest.mark.parametrize("kind", ["train", "evaluation", "stream"])
 def test_a_broken_image_is_counted_and_named_once_however_often_and_wherever_it_is_read(
-    kind: str, workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings: dict[str, Any] = {"skip_broken": True} if kind == "stream" else {"skip_broken": True, "part": kind}
+    kind, workers, tmp_path, caplog
+):
+    settings = {"skip_broken": True} if kind == "stream" else {"skip_broken": True, "part": kind}
     data = made(kind == "stream", tmp_path, 24, {2, 3, 11, 23}, **settings)
     with caplog.at_level(logging.WARNING, logger="nio_hf"):
         for _ in range(2):
@@ -137,7 +129,7 @@ def test_a_broken_image_is_counted_and_named_once_however_often_and_wherever_it_
         assert all(caplog.text.count(f"photos/{index}.png (image ") == 1 for index in (2, 3, 11, 23))
 
 
-def test_a_hundred_broken_images_in_a_row_are_too_many(tmp_path: Path) -> None:
+def test_a_hundred_broken_images_in_a_row_are_too_many(tmp_path):
     assert seed_of(samples(150, set(range(10, 109)), skip_broken=True)[10]) == 109
     wanted = r"^the train part: 100 images in a row cannot be read\. Check where the images are stored\.$"
     with pytest.raises(DataError, match=wanted):
@@ -155,9 +147,7 @@ def test_a_hundred_broken_images_in_a_row_are_too_many(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["as Pillow has it", "as torch has it", "both"])
 @pytest.mark.parametrize("size", [(6, 5), (1, 1), (1, 9), (3, 3)])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_a_batch_holds_the_samples_in_their_order_whatever_lies_where_in_memory(
-    layout: str, size: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_a_batch_holds_the_samples_in_their_order_whatever_lies_where_in_memory(layout, size, dtype):
     data = []
     for index in range(4):
         pixels = as_bytes(photo(index, *size)).to(dtype)

@@ -1,14 +1,10 @@
 """Streams: parts that share no sample whatever reads them, and errors while data are read."""
 
-from __future__ import annotations
-
 import http.server
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -17,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from nio_hf.errors import DataError
 from nio_hf.recipe.settings import DataSettings
-from nio_hf.vision.datasets import ImageData, load_image_data
+from nio_hf.vision.datasets import load_image_data
 from nio_hf.vision.samples import ImageStream
 from tests.vision.pictures import (
     as_they_are,
@@ -40,32 +36,30 @@ EVERYTHING = {pixels_of(photo(seed)) for seed in range(SHARDS * IMAGES)}
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def shards(tmp_path_factory):
     """Parquet files of images that are all different."""
     root = tmp_path_factory.mktemp("shards")
     return [write_parquet(root / f"{n}.parquet", LABELS, THREE, first_seed=n * IMAGES) for n in range(SHARDS)]
 
 
-def streamed(files: Any, name: str = "parquet", seed: int = 0, **settings: Any) -> ImageData:
+def streamed(files, name="parquet", seed=0, **settings):
     return load_image_data(DataSettings(dataset_name=name, data_files=files, streaming=True, **settings), seed)
 
 
-def stream(data: ImageData, part: str, **settings: Any) -> ImageStream:
+def stream(data, part, **settings):
     return ImageStream(
         getattr(data, part), as_they_are, data.columns, classes=len(data.class_names), part=part, **settings
     )
 
 
-def read(data: ImageData, part: str, workers: int = 0) -> list[bytes]:
+def read(data, part, workers=0):
     """The pixels of each image of a part, as the workers of a data loader give them."""
     loader = DataLoader(stream(data, part), batch_size=None, num_workers=workers)
     return [sample["pixel_values"].permute(1, 2, 0).numpy().tobytes() for sample in loader]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_image_is_in_one_of_the_parts_and_in_the_same_for_any_number_of_workers(
-    workers: int, shards: list[str]
-) -> None:
+def test_each_image_is_in_one_of_the_parts_and_in_the_same_for_any_number_of_workers(workers, shards):
     data = streamed(shards, eval_fraction=0.3)
     trained, evaluated = read(data, "train", workers), read(data, "evaluation", workers)
     assert not set(trained) & set(evaluated)
@@ -75,7 +69,7 @@ def test_each_image_is_in_one_of_the_parts_and_in_the_same_for_any_number_of_wor
     assert len(read(limited, "train", workers)) == len(trained), "a limit above what there is takes nothing away"
 
 
-def test_the_parts_are_the_same_in_whatever_order_and_files_the_images_come(shards: list[str], tmp_path: Path) -> None:
+def test_the_parts_are_the_same_in_whatever_order_and_files_the_images_come(shards, tmp_path):
     seeds = np.random.default_rng(1).permutation(SHARDS * IMAGES).tolist() * 2
     images = [stored(encoded(photo(seed)), f"renamed/{number}.png") for number, seed in enumerate(seeds)]
     shuffled = write_parquet(tmp_path / "data.parquet", [0, 1] * (len(images) // 2), THREE, images=images)
@@ -91,7 +85,7 @@ def test_the_parts_are_the_same_in_whatever_order_and_files_the_images_come(shar
     assert 0 < len(chosen[0]) < 20
 
 
-def test_the_parts_depend_on_the_seed_and_their_sizes_on_the_fraction(shards: list[str]) -> None:
+def test_the_parts_depend_on_the_seed_and_their_sizes_on_the_fraction(shards):
     first, again, other = (set(read(streamed(shards, seed=seed), "evaluation")) for seed in (0, 0, 1))
     assert first == again
     assert first != other
@@ -100,7 +94,7 @@ def test_the_parts_depend_on_the_seed_and_their_sizes_on_the_fraction(shards: li
         assert abs(share - fraction) < 4 * (fraction * (1 - fraction) / (SHARDS * IMAGES)) ** 0.5
 
 
-def test_an_epoch_shuffles_the_training_part_and_no_other(shards: list[str]) -> None:
+def test_an_epoch_shuffles_the_training_part_and_no_other(shards):
     data = streamed(shards)
     training = stream(data, "train")
     orders = []
@@ -114,7 +108,7 @@ def test_an_epoch_shuffles_the_training_part_and_no_other(shards: list[str]) -> 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_no_more_samples_than_asked_for_are_read_and_the_same_each_epoch(workers: int, shards: list[str]) -> None:
+def test_no_more_samples_than_asked_for_are_read_and_the_same_each_epoch(workers, shards):
     data = streamed(shards, max_train_samples=21, max_eval_samples=4)
     first = read(data, "train", workers)
     assert len(first) == 21
@@ -124,7 +118,7 @@ def test_no_more_samples_than_asked_for_are_read_and_the_same_each_epoch(workers
     assert set(read(data, "train", workers)) == set(first)
 
 
-def test_webdataset_shards_are_shared_by_workers(tmp_path: Path) -> None:
+def test_webdataset_shards_are_shared_by_workers(tmp_path):
     files = [
         write_tar(tmp_path / f"{n}.tar", ({"png": encoded(photo(20 * n + i)), "cls": b"1"} for i in range(20)))
         for n in range(2)
@@ -135,11 +129,11 @@ def test_webdataset_shards_are_shared_by_workers(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
+def server(tmp_path):
     """The address of a server of the files in `tmp_path`."""
 
     class Silent(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args: Any) -> None:
+        def log_message(self, *args):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(tmp_path))) as running:
@@ -148,7 +142,7 @@ def server(tmp_path: Path) -> Iterator[str]:
         running.shutdown()
 
 
-def test_images_that_are_not_on_this_machine_are_read_from_their_address(server: str, tmp_path: Path) -> None:
+def test_images_that_are_not_on_this_machine_are_read_from_their_address(server, tmp_path):
     folder = write_folder(tmp_path / "photos", images=6)
     addresses = [f"{server}/{file.relative_to(tmp_path)}" for file in sorted(folder.rglob("*.png"))]
     data = streamed(addresses, "imagefolder", eval_fraction=0.4)
@@ -159,7 +153,7 @@ def test_images_that_are_not_on_this_machine_are_read_from_their_address(server:
 
 
 @pytest.mark.parametrize("dtype", ["int64", "string"])
-def test_classes_that_are_not_known_beforehand_are_asked_for(dtype: str, tmp_path: Path) -> None:
+def test_classes_that_are_not_known_beforehand_are_asked_for(dtype, tmp_path):
     values = LABELS if dtype == "int64" else [str(label) for label in LABELS]
     with pytest.raises(DataError) as raised:
         streamed(write_parquet(tmp_path / "data.parquet", values, datasets.Value(dtype)))
@@ -168,7 +162,7 @@ def test_classes_that_are_not_known_beforehand_are_asked_for(dtype: str, tmp_pat
     assert str(raised.value) == found
 
 
-BAD_LABELS: dict[str, tuple[list[Any], Any]] = {
+BAD_LABELS = {
     "beyond the classes": ([7, *LABELS], None),
     "unlabelled integers": ([-1, *LABELS], None),
     "unlabelled classes": ([-1, *LABELS], THREE),
@@ -180,7 +174,7 @@ BAD_LABELS: dict[str, tuple[list[Any], Any]] = {
 @pytest.mark.usefixtures("given_up_files")
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", [*BAD_LABELS, "tar"])
-def test_a_label_that_is_none_of_the_classes_is_an_error_of_ours(kind: str, workers: int, tmp_path: Path) -> None:
+def test_a_label_that_is_none_of_the_classes_is_an_error_of_ours(kind, workers, tmp_path):
     if kind == "tar":
         samples = ({"png": encoded(photo(index)), "cls": b"7"} for index in range(IMAGES))
         data = streamed(write_tar(tmp_path / "data.tar", samples), "webdataset", num_classes=3)
@@ -196,9 +190,7 @@ def test_a_label_that_is_none_of_the_classes_is_an_error_of_ours(kind: str, work
 @pytest.mark.usefixtures("given_up_files")
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("name", "content"), [("parquet", b"PAR1 but nothing more"), ("webdataset", b"text" * 500)])
-def test_a_file_that_cannot_be_read_in_the_middle_of_a_stream_is_an_error_of_ours(
-    name: str, content: bytes, workers: int, tmp_path: Path
-) -> None:
+def test_a_file_that_cannot_be_read_in_the_middle_of_a_stream_is_an_error_of_ours(name, content, workers, tmp_path):
     if name == "parquet":
         first = write_parquet(tmp_path / "0.parquet", LABELS, THREE)
     else:
@@ -211,7 +203,7 @@ def test_a_file_that_cannot_be_read_in_the_middle_of_a_stream_is_an_error_of_our
 
 
 @pytest.mark.parametrize("missing", [stored(None), stored(b""), stored(None, "missing.png"), None])
-def test_a_missing_or_empty_image_is_on_one_side_and_can_be_left_out(missing: Any, tmp_path: Path) -> None:
+def test_a_missing_or_empty_image_is_on_one_side_and_can_be_left_out(missing, tmp_path):
     images = [*(stored(encoded(photo(index))) for index in range(IMAGES - 1)), missing]
     file = tmp_path / "data.parquet"
     write = write_foreign_parquet if missing else partial(write_parquet, feature=THREE)

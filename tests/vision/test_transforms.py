@@ -1,18 +1,15 @@
 """From RGB images to pixel values: the transform of evaluation, and the random crops and flips of training."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections import Counter
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy import stats
-from transformers import AutoConfig, BaseImageProcessor
+from transformers import AutoConfig
 
 from nio_hf.recipe.settings import AugmentationSettings
 from nio_hf.vision.augmentation import BatchAugmentation
@@ -28,7 +25,7 @@ from tests.vision.pictures import as_bytes, photo
 
 SIDE = 16
 SCALE, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
-PROCESSORS: dict[str, dict[str, Any]] = {
+PROCESSORS = {
     "vit": {"model_type": "vit"},
     "deit": {"model_type": "deit"},
     "convnext": {"model_type": "convnext"},
@@ -42,25 +39,25 @@ SIZES = [(20, 28), (40, 17), (SIDE, SIDE), (9, 7), (1, 1), (3, 9), (1, 30), (30,
 CROPS = pytest.mark.parametrize("crop", ["resized", "padded", "none"])
 
 
-def processor(name: str = "vit", **changes: Any) -> BaseImageProcessor:
+def processor(name="vit", **changes):
     settings = {**PROCESSORS[name], **changes}
     config = AutoConfig.for_model(settings.pop("model_type"), image_size=settings.pop("image_size", SIDE))
     return make_image_processor(config, **settings)
 
 
-def training(described: BaseImageProcessor | None = None, **settings: Any) -> TrainingTransform:
+def training(described=None, **settings):
     return TrainingTransform(described or processor(), AugmentationSettings(**settings))
 
 
-def photos() -> list[Image.Image]:
+def photos():
     return [photo(seed, height, width) for seed, (height, width) in enumerate(SIZES)]
 
 
-def smooth(seed: int, height: int = 40, width: int = 40) -> Image.Image:
+def smooth(seed, height=40, width=40):
     return photo(seed, 4, 4).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def test_evaluation_of_a_vit_is_a_resize_and_a_normalisation() -> None:
+def test_evaluation_of_a_vit_is_a_resize_and_a_normalisation():
     mean, std = [0.1, 0.5, 0.9], [0.2, 0.3, 0.4]
     described = processor(image_mean=mean, image_std=std, interpolation="bicubic")
     for image, pixels in zip(photos(), EvaluationTransform(described)(photos()), strict=True):
@@ -69,7 +66,7 @@ def test_evaluation_of_a_vit_is_a_resize_and_a_normalisation() -> None:
         torch.testing.assert_close(pixels, wanted, atol=1e-6, rtol=1e-6)
 
 
-def test_evaluation_with_a_crop_ratio_keeps_the_aspect_and_the_centre() -> None:
+def test_evaluation_with_a_crop_ratio_keeps_the_aspect_and_the_centre():
     image = smooth(0, 40, 80)
     resized = image.resize((40, 20), Image.Resampling.BILINEAR).crop((12, 2, 28, 18))
     pixels = EvaluationTransform(processor(crop_ratio=0.8))([image])[0]
@@ -77,7 +74,7 @@ def test_evaluation_with_a_crop_ratio_keeps_the_aspect_and_the_centre() -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_training_without_a_crop_is_exactly_evaluation_once_it_is_normalised(name: str) -> None:
+def test_training_without_a_crop_is_exactly_evaluation_once_it_is_normalised(name):
     described = processor(name)
     pixels = pixel_format(described)
     for images in (photos(), [photos()[0].resize((pixels.width, pixels.height))]):
@@ -94,7 +91,7 @@ def test_training_without_a_crop_is_exactly_evaluation_once_it_is_normalised(nam
 
 @pytest.mark.parametrize("name", PROCESSORS)
 @CROPS
-def test_training_makes_bytes_of_the_size_that_the_processor_makes(name: str, crop: str) -> None:
+def test_training_makes_bytes_of_the_size_that_the_processor_makes(name, crop):
     described, images = processor(name), photos()
     trained = torch.stack(training(described, random_crop=crop, horizontal_flip=0.5)(images))
     assert trained.dtype == torch.uint8
@@ -104,10 +101,10 @@ def test_training_makes_bytes_of_the_size_that_the_processor_makes(name: str, cr
 
 
 @CROPS
-def test_python_s_random_numbers_alone_decide(crop: str) -> None:
+def test_python_s_random_numbers_alone_decide(crop):
     transform = training(random_crop=crop, horizontal_flip=0.5)
 
-    def drawn(seed: int, other: int) -> torch.Tensor:
+    def drawn(seed, other):
         torch.manual_seed(other)
         np.random.seed(other)
         random.seed(seed)
@@ -119,9 +116,9 @@ def test_python_s_random_numbers_alone_decide(crop: str) -> None:
 
 @pytest.mark.parametrize("flip", [0.0, 0.3, 1.0])
 @CROPS
-def test_images_are_flipped_with_the_given_probability(crop: str, flip: float) -> None:
+def test_images_are_flipped_with_the_given_probability(crop, flip):
     random.seed(0)
-    whole: dict[str, Any] = {"crop_scale": [1.0, 1.0], "crop_aspect": [1.0, 1.0], "crop_padding": 0}
+    whole = {"crop_scale": [1.0, 1.0], "crop_aspect": [1.0, 1.0], "crop_padding": 0}
     image = photo(0, SIDE, SIDE)
     drawn = training(random_crop=crop, horizontal_flip=flip, **whole)([image] * 600)
     flipped = [torch.equal(pixels, as_bytes(image).flip(-1)) for pixels in drawn]
@@ -130,7 +127,7 @@ def test_images_are_flipped_with_the_given_probability(crop: str, flip: float) -
     assert flip not in (0.0, 1.0) or np.mean(flipped) == flip
 
 
-def test_a_padded_crop_shows_each_window_about_equally_often_and_zeros_outside() -> None:
+def test_a_padded_crop_shows_each_window_about_equally_often_and_zeros_outside():
     random.seed(1)
     image, padding = photo(1, SIDE, SIDE), 2
     padded = torch.nn.functional.pad(as_bytes(image), [padding] * 4)
@@ -154,9 +151,7 @@ def test_a_padded_crop_shows_each_window_about_equally_often_and_zeros_outside()
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 400), (400, 1), (3000, 20), (64, 48)])
 @pytest.mark.parametrize("scale", [SCALE, (0.9, 1.0), (1e-6, 1e-5)])
-def test_a_random_part_is_never_empty_and_always_inside_the_image(
-    size: tuple[int, int], scale: tuple[float, float]
-) -> None:
+def test_a_random_part_is_never_empty_and_always_inside_the_image(size, scale):
     random.seed(0)
     width, height = size
     for _ in range(500):
@@ -165,7 +160,7 @@ def test_a_random_part_is_never_empty_and_always_inside_the_image(
         assert 0 <= top < bottom <= height
 
 
-def test_areas_logarithms_of_aspects_and_places_are_uniform() -> None:
+def test_areas_logarithms_of_aspects_and_places_are_uniform():
     # Every draw of these ranges fits into a square image, so that none is drawn again.
     scale, side = (0.08, 0.7), 4000
     random.seed(2)
@@ -181,9 +176,7 @@ def test_areas_logarithms_of_aspects_and_places_are_uniform() -> None:
 
 
 @pytest.mark.parametrize(("size", "wanted"), [((300, 30), 4 / 3), ((30, 300), 3 / 4)])
-def test_an_image_too_long_for_any_part_gives_the_largest_one_of_an_allowed_aspect_at_its_centre(
-    size: tuple[int, int], wanted: float
-) -> None:
+def test_an_image_too_long_for_any_part_gives_the_largest_one_of_an_allowed_aspect_at_its_centre(size, wanted):
     random.seed(0)
     width, height = size
     ((left, top, right, bottom),) = {random_part(width, height, (0.9, 1.0), ASPECT) for _ in range(50)}
@@ -195,7 +188,7 @@ def test_an_image_too_long_for_any_part_gives_the_largest_one_of_an_allowed_aspe
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_a_part_is_resized_with_the_filter_of_the_processor_and_each_image_has_its_own(interpolation: str) -> None:
+def test_a_part_is_resized_with_the_filter_of_the_processor_and_each_image_has_its_own(interpolation):
     image = smooth(3, 40, 60)
     transform = training(processor(interpolation=interpolation), random_crop="resized")
     random.seed(4)
