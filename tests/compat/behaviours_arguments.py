@@ -184,20 +184,6 @@ def arguments_are_parsed(side, folder, source):
     return {name: getattr(args, name) for name in given}
 
 
-@behaviour()
-def arguments_are_set_by_their_methods(side, folder):
-    """The `set_` methods of arguments lead to the same training."""
-    args = side.arguments(folder)
-    args.set_training(learning_rate=5e-3, batch_size=8, weight_decay=0.1, num_epochs=1)
-    args.set_lr_scheduler(name="cosine", warmup_steps=1)
-    args.set_optimizer(name="adamw_torch", beta1=0.8)
-    args.set_logging(strategy="steps", steps=2, report_to="none")
-    args.set_dataloader(train_batch_size=4, drop_last=True, pin_memory=False)
-    args.set_evaluate(strategy="steps", steps=4, batch_size=5, delay=0)
-    args.set_save(strategy="steps", steps=4)
-    return [outcome(side.trained(folder, args=args)), checkpoints(folder)]
-
-
 @behaviour(nio=Nio.SAME)
 def defaults_of_arguments(side, folder):
     """The defaults of all arguments of Trainer."""

@@ -89,43 +89,6 @@ def logs_that_callbacks_are_told(side, folder):
     return told
 
 
-class First(TrainerCallback):
-    """A callback."""
-
-
-class Second(First):
-    """A callback of a derived class."""
-
-
-def _own(trainer):
-    names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
-    return [name for name in names if name in ("First", "Second")]
-
-
-@behaviour(nio=Nio.SAME)
-def callbacks_come_and_go(side, folder):
-    """Callbacks are added, popped and removed as classes and as objects."""
-    kept = First()
-    trainer = side.trainer(folder, callbacks=[First, kept, Second()])
-    seen = [_own(trainer)]
-    trainer.add_callback(Second)
-    trainer.add_callback(First())
-    seen.append(_own(trainer))
-    popped = trainer.pop_callback(kept)
-    seen.append(_own(trainer))
-    by_class = trainer.pop_callback(Second)
-    trainer.remove_callback(First)
-    seen.append(_own(trainer))
-    return [seen, popped is kept, type(by_class).__name__, trainer.pop_callback(kept) is None]
-
-
-@behaviour(nio=Nio.SAME)
-def callbacks_that_are_not_there(side, folder):
-    """An object that is not there cannot be removed."""
-    trainer = side.trainer(folder)
-    return [caught(lambda: trainer.remove_callback(First()), ValueError), trainer.remove_callback(First)]
-
-
 @behaviour(nio=Nio.SAME)
 def default_callbacks(side, folder):
     """The callbacks that scripts look for are there, with and without progress bars."""
@@ -135,15 +98,6 @@ def default_callbacks(side, folder):
         kinds = (DefaultFlowCallback, PrinterCallback, ProgressCallback)
         found.append([trainer.pop_callback(kind) is not None for kind in kinds])
     return found
-
-
-@behaviour()
-def callbacks_are_replaced(side, folder):
-    """Without the callback that prints, and with another that draws no bar."""
-    trainer = side.trainer(folder)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return [outcome(trainer), trainer.pop_callback(PrinterCallback) is None]
 
 
 class EveryThird(DefaultFlowCallback):
@@ -229,18 +183,6 @@ def callback_changes_the_training(side, folder):
             model.classifier.bias.grad.zero_()
 
     return outcome(side.trained(folder, callbacks=[Change()]))
-
-
-@behaviour()
-def callback_changes_arguments(side, folder):
-    """A callback evaluates more often from a step on, by the state."""
-
-    class Change(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                state.logging_steps, state.eval_steps, state.max_steps = 2, 1, 5
-
-    return outcome(side.trained(folder, callbacks=[Change()], eval_strategy="steps", eval_steps=10))
 
 
 class StopError(Exception):

@@ -7,7 +7,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from tests.compat.sides import Nio, behaviour, caught, plain
 from tests.compat.toys import (
@@ -114,22 +114,6 @@ def best_model_is_loaded(side, folder, model):
     return [outcome(trainer), [torch.equal(final[name], best[0][name]) for name in final]]
 
 
-@behaviour(nio=Nio.SAME)
-def metric_that_is_missing(side, folder):
-    """A metric that no evaluation returns is a KeyError."""
-    changes = BEST | {"metric_for_best_model": "f1"}
-    trainer = side.trainer(folder, compute_metrics=Scores(1, 2, 3, 4), **changes)
-    return caught(trainer.train, KeyError)
-
-
-@behaviour()
-def loss_is_the_default_metric(side, folder):
-    """Without a metric the best model is that of the least loss."""
-    trainer = side.trained(folder, **SAVING | EVALUATING, load_best_model_at_end=True, learning_rate=0.0)
-    state = trainer.state
-    return [trainer.args.metric_for_best_model, trainer.args.greater_is_better, name_of(state.best_model_checkpoint)]
-
-
 # What is in a checkpoint
 
 
@@ -156,14 +140,6 @@ def state_of_a_checkpoint(side, folder):
     state["best_model_checkpoint"] = name_of(state["best_model_checkpoint"])
     del state["log_history"]
     return state
-
-
-@behaviour()
-def log_of_a_checkpoint(side, folder):
-    """The log of a checkpoint ends where it was saved."""
-    side.trained(folder, **SAVING)
-    state = TrainerState.load_from_json(str(folder / "checkpoint-4" / "trainer_state.json"))
-    return [entry for entry in state.log_history if "loss" in entry]
 
 
 @behaviour(nio=Nio.SAME)
@@ -551,7 +527,7 @@ def checkpoint_in_the_format_of_torch(side, folder):
 def subclass_saves_nothing(side, folder):
     """A `_save_checkpoint` that saves nothing leaves no checkpoint that True could choose."""
 
-    class Own(side.Trainer):  # type: ignore[misc, name-defined]
+    class Own(side.Trainer):
         def _save_checkpoint(self, model, trial):
             pass
 
@@ -564,7 +540,7 @@ def subclass_saves_nothing(side, folder):
 def subclass_saves_every_other_time(side, folder):
     """A `_save_checkpoint` that saves every other time, with a file of its own."""
 
-    class Own(side.Trainer):  # type: ignore[misc, name-defined]
+    class Own(side.Trainer):
         def _save_checkpoint(self, model, trial):
             if self.state.global_step % 4 == 0:
                 super()._save_checkpoint(model, trial)
@@ -580,7 +556,7 @@ def subclass_saves_every_other_time(side, folder):
 def subclass_saves_and_loads_in_its_own_format(side, folder):
     """A `_save` and a `_load_from_checkpoint` that go together."""
 
-    class Own(side.Trainer):  # type: ignore[misc, name-defined]
+    class Own(side.Trainer):
         def _save(self, output_dir=None, state_dict=None):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             torch.save(self.model.state_dict(), Path(output_dir) / "weights.own")
@@ -598,7 +574,7 @@ def subclass_saves_and_loads_in_its_own_format(side, folder):
 def subclass_saves_more_with_the_model(side, folder):
     """A `save_model` that writes a file beside the model, in checkpoints, too."""
 
-    class Own(side.Trainer):  # type: ignore[misc, name-defined]
+    class Own(side.Trainer):
         def save_model(self, output_dir=None, _internal_call=False):
             super().save_model(output_dir, _internal_call)
             (Path(output_dir or self.args.output_dir) / "words.txt").write_text("w0 w1")
@@ -647,12 +623,3 @@ def patience_is_restored(side, folder):
     stopping = again.pop_callback(EarlyStoppingCallback)
     state = (stopping.early_stopping_patience, stopping.early_stopping_patience_counter)
     return [again.state.global_step, state, checkpoints(folder)]
-
-
-@behaviour(nio=Nio.SAME, cases={"by patience": (2, 0.0), "by a threshold": (1, 0.2)})
-def early_stopping(side, folder, case):
-    """The step at which an early end comes, and the model that is loaded then."""
-    scores = Scores(0.1, 0.5, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2)
-    stopping = EarlyStoppingCallback(*case)
-    trainer = side.trained(folder, callbacks=[stopping], compute_metrics=scores, **BEST, max_steps=16)
-    return [trainer.state.global_step, name_of(trainer.state.best_model_checkpoint), checkpoints(folder)]

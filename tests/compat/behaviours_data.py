@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import default_data_collator
 
 from tests.compat.sides import Nio, behaviour, caught
-from tests.compat.toys import AtBegin, Stream, Texts, Uneven, outcome, pad, perceptron, table, tokenizer
+from tests.compat.toys import AtBegin, Texts, Uneven, outcome, pad, perceptron, table, tokenizer
 
 
 def _order(side, folder, data, **given):
@@ -38,13 +38,6 @@ def sampling_by_length(side, folder, strategy):
     return _order(side, folder, Uneven(), train_sampling_strategy=strategy, max_steps=4, **changes)
 
 
-@behaviour()
-def lengths_in_a_column(side, folder):
-    """Lengths that stand in a column of their own decide the order."""
-    data = table(32).add_column("length", [(7 * index) % 32 for index in range(32)])
-    return outcome(side.trained(folder, train_dataset=data, train_sampling_strategy="group_by_length"))
-
-
 class Backwards(Sampler[int]):
     """From the last sample to the first, and the epochs that it was told."""
 
@@ -66,7 +59,7 @@ class Backwards(Sampler[int]):
 def sampler_is_overridden(side, folder):
     """A sampler of the user's decides the order."""
 
-    class Own(side.Trainer):  # type: ignore[misc, name-defined]
+    class Own(side.Trainer):
         def _get_train_sampler(self, train_dataset=None):
             return Backwards(len(self.train_dataset))
 
@@ -74,23 +67,10 @@ def sampler_is_overridden(side, folder):
 
 
 @behaviour(nio=Nio.NOT_RUN)
-def epochs_are_told(side, folder):
-    """A sampler of the user's is told each epoch."""
-    sampler = Backwards(32)
-
-    class Own(side.Trainer):  # type: ignore[misc, name-defined]
-        def _get_train_sampler(self, train_dataset=None):
-            return sampler
-
-    trainer = side.trained(folder, trainer_class=Own, max_steps=-1, num_train_epochs=3)
-    return [sampler.epochs, outcome(trainer)]
-
-
-@behaviour(nio=Nio.NOT_RUN)
 def loader_without_a_data_set(side, folder):
     """A `get_train_dataloader` of the user's needs no `train_dataset`."""
 
-    class Own(side.Trainer):  # type: ignore[misc, name-defined]
+    class Own(side.Trainer):
         def get_train_dataloader(self):
             return DataLoader(Texts(20), batch_size=5, collate_fn=default_data_collator)
 
@@ -101,7 +81,7 @@ def loader_without_a_data_set(side, folder):
 def loader_is_overridden(side, folder):
     """A `get_train_dataloader` of the user's goes before the data set."""
 
-    class Own(side.Trainer):  # type: ignore[misc, name-defined]
+    class Own(side.Trainer):
         def get_train_dataloader(self):
             loader = DataLoader(Texts(40), batch_size=5, shuffle=True, collate_fn=default_data_collator)
             return self.accelerator.prepare(loader)
@@ -126,7 +106,7 @@ class Batches:
 def loader_that_names_no_data_set(side, folder):
     """Loaders need batches and a length only."""
 
-    class Own(side.Trainer):  # type: ignore[misc, name-defined]
+    class Own(side.Trainer):
         def get_train_dataloader(self):
             return Batches(self.train_dataset)
 
@@ -135,20 +115,6 @@ def loader_that_names_no_data_set(side, folder):
 
     trainer = side.trained(folder, trainer_class=Own)
     return [outcome(trainer), trainer.evaluate()["eval_loss"]]
-
-
-@behaviour(nio=Nio.SAME)
-def sizes_of_loaders(side, folder):
-    """How many batches the loaders of training, evaluation and prediction have."""
-    sizes = []
-    for drop in (False, True):
-        trainer = side.trainer(
-            folder, train_dataset=Texts(66), eval_dataset=Texts(74), dataloader_drop_last=drop, max_steps=1
-        )
-        loaders = trainer.get_train_dataloader(), trainer.get_eval_dataloader(), trainer.get_test_dataloader(Texts(7))
-        sizes += [[len(loader) for loader in (*loaders, trainer.get_eval_dataloader(Texts(9)))]]
-        sizes += [[trainer.num_examples(loader) for loader in loaders]]
-    return sizes
 
 
 @behaviour(cases=(True, False))
@@ -182,13 +148,6 @@ def unused_columns_are_kept(side, folder, data):
     return caught(trainer.train, TypeError)
 
 
-@behaviour(nio=Nio.NOT_RUN)
-def no_column_is_used(side, folder):
-    """A table without a column for the model is refused."""
-    data = table(32).rename_columns({"input_ids": "words", "labels": "answers"})
-    return caught(side.trainer(folder, train_dataset=data).train, ValueError)
-
-
 @behaviour()
 def collator_takes_other_columns(side, folder):
     """A collator of the user's sees all columns where they are kept."""
@@ -213,16 +172,6 @@ class Labelled(Texts):
 def label_gets_the_name_that_the_model_knows(side, folder):
     """The default collator calls `label` `labels`."""
     return outcome(side.trained(folder, train_dataset=Labelled()))
-
-
-@behaviour(cases={"from the beginning": False, "of a stream": True})
-def evaluation_on_a_stream(side, folder, trained_on_stream):
-    """A stream can be evaluated on."""
-    data = Stream() if trained_on_stream else Texts()
-    trainer = side.trained(
-        folder, train_dataset=data, eval_dataset=Stream(10), eval_strategy="steps", eval_steps=3, max_steps=3
-    )
-    return outcome(trainer)
 
 
 @behaviour()

@@ -14,7 +14,7 @@ from tests.compat.toys import Images, Perceptron, Texts, bert, checkpoints, hist
 def _bookkeeping(side):
     """A Trainer that keeps books in its loss, as SFTTrainer does."""
 
-    class Bookkeeping(side.Trainer):  # type: ignore[misc, name-defined]
+    class Bookkeeping(side.Trainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.calls = 0
@@ -68,7 +68,7 @@ def calls_of_a_loss_function_are_counted(side, folder):
 def steps_of_a_subclass_are_counted(side, folder):
     """A `training_step` and a `_prepare_inputs` of the user's that count."""
 
-    class Counting(side.Trainer):  # type: ignore[misc, name-defined]
+    class Counting(side.Trainer):
         steps = 0
 
         def training_step(self, *args, **kwargs):
@@ -82,7 +82,7 @@ def steps_of_a_subclass_are_counted(side, folder):
 def metrics_that_a_loss_collects(side, folder):
     """Metrics that a loss collects, and that `log` averages and empties, as in trl."""
 
-    class Collecting(side.Trainer):  # type: ignore[misc, name-defined]
+    class Collecting(side.Trainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.collected = {}

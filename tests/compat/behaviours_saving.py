@@ -1,7 +1,5 @@
 """What a Trainer saves when a script asks for it."""
 
-import contextlib
-import io
 import json
 
 import safetensors.torch
@@ -10,7 +8,6 @@ from transformers import AutoTokenizer, BertForSequenceClassification, DataColla
 
 from tests.compat.sides import Nio, behaviour
 from tests.compat.toys import (
-    Texts,
     bert,
     files,
     gpt2,
@@ -76,25 +73,6 @@ def state_is_saved(side, folder):
     after = json.loads((folder / "trainer_state.json").read_text())
     names = ("global_step", "max_steps", "epoch", "total_flos", "best_metric", "num_train_epochs")
     return [before["global_step"], {name: after[name] for name in names}, sorted(after)]
-
-
-@behaviour(nio=Nio.SAME)
-def metrics_are_saved(side, folder):
-    """`save_metrics` writes a file for each split, and one for all of them."""
-    trainer = side.trainer(folder)
-    trainer.save_metrics("train", {"train_loss": 0.5, "train_samples": 3})
-    trainer.save_metrics("eval", {"eval_loss": 0.25})
-    trainer.save_metrics("test", {"test_loss": 0.125}, combined=False)
-    return {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*_results.json"))}
-
-
-@behaviour(nio=Nio.SAME)
-def metrics_are_printed(side, folder):
-    """`log_metrics` prints a table."""
-    trainer, printed = side.trainer(folder), io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        trainer.log_metrics("eval", {"eval_loss": 0.25, "eval_runtime": 3.0, "total_flos": 2e9, "epoch": 1.0})
-    return printed.getvalue().splitlines()
 
 
 @behaviour()
@@ -188,23 +166,3 @@ def tags_of_an_older_card(side, folder):
 
 
 # Operations
-
-
-@behaviour(nio=Nio.SAME)
-def operations_are_counted(side, folder):
-    """The floating-point operations of a batch and of a training."""
-    trainer = side.trained(folder)
-    batch = next(iter(trainer.get_train_dataloader()))
-    return [trainer.floating_point_ops(batch), trainer.state.total_flos]
-
-
-@behaviour(nio=Nio.SAME)
-def operations_of_a_subclass(side, folder):
-    """A count of operations of the user's is added up over the steps."""
-
-    class Own(side.Trainer):  # type: ignore[misc, name-defined]
-        def floating_point_ops(self, inputs):
-            return 10 * len(inputs["labels"])
-
-    trainer = side.trained(folder, trainer_class=Own, train_dataset=Texts(34), max_steps=9)
-    return trainer.state.total_flos

@@ -45,14 +45,6 @@ def gradient_accumulation(side, folder, case):
     )
 
 
-@behaviour(cases={"bert": (bert, Texts), "gpt2": (gpt2, Prose), "vit": (vit, Images)}, nio_cases=("gpt2",))
-def accumulation_over_the_end_of_an_epoch(side, folder, case):
-    """The last step of an epoch accumulates what is left."""
-    model, data = case
-    changes = {"gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 2}
-    return outcome(side.trained(folder, model=model(), train_dataset=data(44), **changes))
-
-
 @behaviour()
 def sequence_to_sequence(side, folder):
     """The weights and logs of a Seq2SeqTrainer that accumulates gradients."""
@@ -69,53 +61,15 @@ def train_output(side, folder):
     return [output.global_step, output.training_loss, without_clocks(output.metrics)]
 
 
-LOGGED = {
-    "every second": {"logging_steps": 2},
-    "the first": {"logging_steps": 4, "logging_first_step": True},
-    "a share of all": {"logging_steps": 0.5},
-}
-
-
-@behaviour(cases=LOGGED, nio_cases=("the first",))
-def logging_of_steps(side, folder, changes):
-    """Which steps are logged, with which values."""
-    return history(side.trained(folder, **changes))
-
-
-@behaviour(cases=("epoch", "no"))
-def logging_strategies(side, folder, strategy):
-    """What is logged at the ends of epochs, or at the end only."""
-    return history(side.trained(folder, logging_strategy=strategy, max_steps=-1, num_train_epochs=2))
-
-
 @behaviour()
 def log_is_overridden(side, folder):
     """A `log` of the user's sees all values, and may add its own."""
 
-    class Logging(side.Trainer):  # type: ignore[misc, name-defined]
+    class Logging(side.Trainer):
         def log(self, logs, start_time=None):
             super().log({**logs, "added": 1.5}, start_time)
 
     return history(side.trained(folder, trainer_class=Logging))
-
-
-@behaviour(cases=("all", "non_padding"), nio_cases=("all",))
-def tokens_are_counted(side, folder, kind):
-    """The input tokens seen are logged and kept in the state."""
-    trainer = side.trained(folder, include_num_input_tokens_seen=kind)
-    return [history(trainer), trainer.state.num_input_tokens_seen]
-
-
-@behaviour(cases=(True, False))
-def losses_that_are_not_finite(side, folder, filtered):
-    """`logging_nan_inf_filter` decides what becomes of a loss that is not a number."""
-
-    class Spoiled(side.Trainer):  # type: ignore[misc, name-defined]
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-            return loss * float("nan") if self.state.global_step == 4 else loss
-
-    return history(side.trained(folder, trainer_class=Spoiled, logging_nan_inf_filter=filtered))
 
 
 @behaviour(nio=Nio.SAME)
@@ -152,7 +106,7 @@ def frozen_parameters(side, folder):
 def loss_is_overridden(side, folder):
     """A `compute_loss` of the user's that is a mean over a batch, with accumulation."""
 
-    class Squared(side.Trainer):  # type: ignore[misc, name-defined]
+    class Squared(side.Trainer):
         loss_is_scaled_for_ga = False
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -194,7 +148,7 @@ def label_smoothing(side, folder, case):
 def training_step_is_overridden(side, folder):
     """A `training_step` of the user's is what trains."""
 
-    class Noted(side.Trainer):  # type: ignore[misc, name-defined]
+    class Noted(side.Trainer):
         sizes: tuple[int, ...] = ()
 
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -203,23 +157,6 @@ def training_step_is_overridden(side, folder):
 
     trainer = side.trained(folder, trainer_class=Noted)
     return [outcome(trainer), trainer.sizes]
-
-
-class Without(nn.Module):
-    """A model that returns no loss."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, input_ids, labels=None):
-        return {"logits": self.head(input_ids.float())}
-
-
-@behaviour(nio=Nio.NOT_RUN)
-def model_without_a_loss(side, folder):
-    """A model that returns no loss is refused when it trains."""
-    return caught(side.trainer(folder, model=Without()).train, ValueError)
 
 
 class Tuples(nn.Module):
@@ -261,60 +198,6 @@ def schedules(side, folder, changes):
     return outcome(side.trained(folder, lr_scheduler_type=name, **changes))
 
 
-@behaviour(nio=Nio.SAME)
-def learning_rates(side, folder):
-    """The learning rates of a linear schedule with warmup."""
-    trainer = side.trained(folder, warmup_steps=2)
-    return [entry["learning_rate"] for entry in history(trainer) if "learning_rate" in entry]
-
-
-@behaviour()
-def reduce_on_plateau(side, folder):
-    """The learning rate falls when the evaluation gets worse."""
-    rising = iter(range(100))
-    changes = {
-        "lr_scheduler_type": "reduce_lr_on_plateau",
-        "lr_scheduler_kwargs": {"patience": 1, "factor": 0.5},
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "metric_for_best_model": "score",
-        "greater_is_better": False,
-    }
-    trainer = side.trained(folder, compute_metrics=lambda _: {"score": float(next(rising))}, **changes)
-    rates = [entry["learning_rate"] for entry in history(trainer) if "learning_rate" in entry]
-    return [[str(rate) for rate in rates], outcome(trainer)]
-
-
-@behaviour(nio=Nio.NOT_RUN)
-def reduce_on_plateau_without_evaluation(side, folder):
-    """A schedule that needs evaluations is refused without them."""
-    return caught(
-        lambda: side.trained(folder, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="no"), ValueError
-    )
-
-
-@behaviour(cases=(0.0, 0.05), nio_cases=("0.05",))
-def gradient_clipping(side, folder, norm):
-    """Gradients are clipped at the norm, or not at 0; the norm is logged."""
-    return outcome(side.trained(folder, max_grad_norm=norm, optim="sgd", learning_rate=0.5))
-
-
-@behaviour(cases=("sgd", "adamw_torch", "adafactor", "rmsprop"), nio_cases=("adafactor",))
-def optimizers_by_name(side, folder, name):
-    """The weights that an optimizer leads to, and its class."""
-    trainer = side.trained(folder, optim=name, weight_decay=0.1)
-    inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    return [outcome(trainer), type(inner).__name__]
-
-
-@behaviour(nio=Nio.SAME)
-def parameter_groups(side, folder):
-    """Biases and normalisations are in a group without weight decay."""
-    trainer = side.trained(folder, weight_decay=0.1)
-    groups = [(group["weight_decay"], len(group["params"])) for group in trainer.optimizer.param_groups]
-    return [groups, sorted(trainer.get_decay_parameter_names(trainer.model))]
-
-
 @behaviour()
 def optimizer_and_schedule_are_passed_in(side, folder):
     """An optimizer and a schedule of the script's own are the ones that are used."""
@@ -327,18 +210,10 @@ def optimizer_and_schedule_are_passed_in(side, folder):
 
 
 @behaviour()
-def optimizer_alone_is_passed_in(side, folder):
-    """An optimizer of the script's own goes with the schedule of the arguments."""
-    model = bert()
-    optimizer = torch.optim.Adagrad(model.classifier.parameters(), lr=0.3)
-    return outcome(side.trained(folder, model=model, optimizers=(optimizer, None)))
-
-
-@behaviour()
 def optimizer_is_created_by_a_subclass(side, folder):
     """A `create_optimizer` of the user's makes the optimizer, once, when the training begins."""
 
-    class Own(side.Trainer):  # type: ignore[misc, name-defined]
+    class Own(side.Trainer):
         created = 0
 
         def create_optimizer(self, *args, **kwargs):
@@ -352,20 +227,6 @@ def optimizer_is_created_by_a_subclass(side, folder):
 
     trainer = side.trained(folder, trainer_class=Own)
     return [outcome(trainer), trainer.created, trainer.asked_for]
-
-
-@behaviour()
-def optimizer_class_is_passed_in(side, folder):
-    """`optimizer_cls_and_kwargs` names the class and its arguments."""
-    given = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.8, "nesterov": True})
-    return outcome(side.trained(folder, optimizer_cls_and_kwargs=given))
-
-
-@behaviour()
-def optimizer_state(side, folder):
-    """The moments of the optimizer after the training."""
-    trainer = side.trained(folder, max_steps=3)
-    return {str(index): state for index, state in trainer.optimizer.state_dict()["state"].items()}
 
 
 @behaviour(cases={"bert": (bert, Texts), "gpt2": (gpt2, Prose)}, nio_cases=("gpt2",))
@@ -424,13 +285,6 @@ def batch_size_is_found(side, folder):
     return [limit.tried, outcome(trainer)]
 
 
-@behaviour(nio=Nio.SAME)
-def lack_of_memory_without_a_search(side, folder):
-    """A lack of memory ends a training that was not asked to find its batch size."""
-    trainer = side.trainer(folder, callbacks=[OutOfMemory(2)])
-    return caught(trainer.train, RuntimeError)
-
-
 @behaviour()
 def model_is_made_by_a_function(side, folder):
     """`model_init` makes a new model for each training, which is thereby repeated."""
@@ -449,15 +303,6 @@ def train_is_called_twice(side, folder):
     first = outcome(trainer)
     trainer.train()
     return [first, outcome(trainer)]
-
-
-@behaviour()
-def evaluation_between_two_trainings(side, folder):
-    """What is evaluated between two trainings is gone from the log of the second."""
-    trainer = side.trained(folder, max_steps=2)
-    metrics = without_clocks(trainer.evaluate())
-    trainer.train()
-    return [metrics, outcome(trainer)]
 
 
 LENGTHS = {
@@ -491,12 +336,6 @@ def streams(side, folder, case):
     stream, changes = case
     trainer = side.trained(folder, train_dataset=stream(), **changes)
     return [outcome(trainer), trainer.state.max_steps]
-
-
-@behaviour(nio=Nio.NOT_RUN)
-def stream_without_length_or_steps(side, folder):
-    """A stream without length needs a number of steps."""
-    return caught(lambda: side.trainer(folder, train_dataset=Stream(), max_steps=-1), ValueError)
 
 
 # What cannot be
@@ -543,13 +382,6 @@ def optimizer_beside_a_function_for_the_model(side, folder):
     """An optimizer cannot belong to a model that is made anew."""
     optimizer = torch.optim.SGD(bert().parameters())
     return caught(lambda: side.trainer(folder, model_init=lambda: bert(), optimizers=(optimizer, None)), RuntimeError)
-
-
-@behaviour(nio=Nio.SAME)
-def cache_of_the_model_is_switched_off(side, folder):
-    """Trainer switches the cache of a language model off, and puts it into training mode."""
-    trainer = side.trained(folder, model=gpt2(), train_dataset=Prose())
-    return [trainer.model.config.use_cache, trainer.model.training]
 
 
 @behaviour(nio=Nio.SAME)

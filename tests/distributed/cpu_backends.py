@@ -19,7 +19,7 @@ def enable_fsdp():
             self.fsdp_plugin = fsdp_plugin
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-    AcceleratorState.__init__ = initialise  # type: ignore[method-assign]
+    AcceleratorState.__init__ = initialise
 
 
 def enable_deepspeed():

@@ -69,7 +69,7 @@ class _Reporting(NIOTrainer):
     def _prepare_for_training(self, *args):
         prepared = super()._prepare_for_training(*args)
         if self.args.nio_seed_optimizer is not None:
-            state = self.optimizer.optimizer.state  # type: ignore[union-attr]
+            state = self.optimizer.optimizer.state
             moments = (state[parameter]["exp_avg_sq"] for parameter in self.unwrapped_model.parameters())
             self.seeds = [float(whole(moment).double().sum()) for moment in moments]
         return prepared

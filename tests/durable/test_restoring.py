@@ -31,7 +31,7 @@ def with_further_arguments(name="vit"):
     """A user's class with a further argument and a layer after those of the library."""
     stock = build(name)
 
-    class Own(type(stock)):  # type: ignore[misc]
+    class Own(type(stock)):
         def __init__(self, config, width):
             super().__init__(config)
             self.further = nn.Linear(width, CLASSES)

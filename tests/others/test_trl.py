@@ -15,11 +15,11 @@ pytestmark = pytest.mark.filterwarnings("default")  # what trl uses and transfor
 _TIMES = ("runtime", "per_second")
 
 
-class NIOSFTTrainer(NIOTrainerMixin, trl.SFTTrainer):  # type: ignore[misc]
+class NIOSFTTrainer(NIOTrainerMixin, trl.SFTTrainer):
     """As README shows it."""
 
 
-class NIOSFTConfig(NIOTrainingArguments, trl.SFTConfig):  # type: ignore[misc]
+class NIOSFTConfig(NIOTrainingArguments, trl.SFTConfig):
     """As README shows it."""
 
 

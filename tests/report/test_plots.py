@@ -68,8 +68,8 @@ def test_refused_trials_stand_between_before_and_after_with_the_bounds(figures):
     assert points(loss, refused) == [1, 2, 3, 4], "the loss of the second is NaN: no point, and room on the axis"
     most, least = 1.5 * drawn.before.loss, 0.6 * drawn.before.grad_norm
     assert points(loss, f"loss bound: {most:.4g}") == points(norm, f"least norm: {least:.4g}") == [0, 1]
-    assert [line.get_ydata()[0] for line in loss.lines if "bound:" in str(line.get_label())] == [most]  # type: ignore[index]
-    assert [line.get_ydata()[0] for line in norm.lines if "least" in str(line.get_label())] == [least]  # type: ignore[index]
+    assert [line.get_ydata()[0] for line in loss.lines if "bound:" in str(line.get_label())] == [most]
+    assert [line.get_ydata()[0] for line in norm.lines if "least" in str(line.get_label())] == [least]
     for axes in (cosine, norm, loss):
         assert axes.get_legend_handles_labels()[1][-2:] == [
             f"report batches {when} (± standard error)" for when in ("before", "after")

@@ -91,7 +91,7 @@ def test_every_format_gives_every_document_in_one_of_the_parts(make, streaming, 
 def test_the_standard_library_is_loaded_by_its_name():
     data = load("stdlib", block_size=256, max_train_samples=20, max_eval_samples=3)
     assert len(texts(data, "train")) + len(texts(data, "evaluation")) in (22, 23)
-    assert len(data.train) == -(-data.train.tokens // 256)  # type: ignore[arg-type, union-attr]
+    assert len(data.train) == -(-data.train.tokens // 256)
     stream = load("stdlib", block_size=256, streaming=True, max_train_samples=5, max_eval_samples=1)
     assert {len(block) for block in blocks_of(stream.train)[:-1]} == {256}
 
@@ -259,7 +259,7 @@ def test_columns_that_cannot_be_known_are_refused(streaming, tmp_path):
         "question (string), answer (string), id (int64)."
     )
     assert texts(load(data_files=several, streaming=streaming, text_column="answer"), "evaluation")[0] in TEXTS
-    none = write_texts(tmp_path / "none", list(range(40)), "id")  # type: ignore[arg-type]
+    none = write_texts(tmp_path / "none", list(range(40)), "id")
     assert refused(data_files=none, streaming=streaming) == (
         "text_column: no columns of texts in json. Name one of its columns: id (int64)."
     )

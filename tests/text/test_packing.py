@@ -80,7 +80,7 @@ def test_workers_of_a_stream_share_its_documents(block_size, workers):
     seen = blocks_of(packed_stream(stream_of(documents, shards=4), block_size), workers)
     # Worker w reads the shards w, w + workers, ...
     whose = [shards] if workers == 0 else [shards[worker::workers] for worker in range(workers)]
-    wanted = [block for own in whose for block in expected_blocks(joined(own), block_size)]  # type: ignore[arg-type]
+    wanted = [block for own in whose for block in expected_blocks(joined(own), block_size)]
     assert Counter(map(tuple, seen)) == Counter(map(tuple, wanted))
     lost = Counter(joined(documents)) - Counter(joined(seen))
     assert lost.total() <= max(workers, 1)

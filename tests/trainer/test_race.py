@@ -186,7 +186,7 @@ def test_lanes_leave_no_trace_in_the_training(tmp_path, monkeypatch):
         calls = Calls()
         args = _arguments(tmp_path / str(steps), nio_race_steps=steps, eval_strategy="steps", eval_steps=3)
         given = {"train_dataset": ToyImages(), "eval_dataset": ToyImages(16), "callbacks": [calls]}
-        trainer = Counting(model=build("vit"), args=args, **given)  # type: ignore[arg-type]
+        trainer = Counting(model=build("vit"), args=args, **given)
         trainer.train()
         assert (calls.beginnings, calls.steps) == (1, 20)
         dropped = ("seconds", "runtime", "per_second", "race")

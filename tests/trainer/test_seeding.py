@@ -118,7 +118,7 @@ def test_with_the_correction_the_first_update_is_a_small_one():
         model = nn.Module()
         model.register_parameter("w", parameter)
         optimizer = torch.optim.Adam([parameter], lr=LR)
-        seed_second_moment(optimizer, model, {"w": torch.full((1,), 0.25).double()}, mode)  # type: ignore[arg-type]
+        seed_second_moment(optimizer, model, {"w": torch.full((1,), 0.25).double()}, mode)
         parameter.grad = torch.full((1,), 0.5).double()
         optimizer.step()
         sizes[mode] = 1 - parameter.item()

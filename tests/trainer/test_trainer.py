@@ -71,7 +71,7 @@ def test_training_sees_the_same_batches_and_random_numbers_with_and_without_nio(
                 data.asked.clear()
                 return result
 
-            trainer.run_nio = run_nio  # type: ignore[method-assign]
+            trainer.run_nio = run_nio
         trainer.train()
         seen[nio] = (data.asked, probe.draws)
         assert bool(nio_asked) == nio
@@ -318,7 +318,7 @@ def test_a_run_says_beforehand_what_it_will_cost_at_most(tmp_path, caplog):
         caplog.clear()
         before = []
         with caplog.at_level(logging.INFO, "nio_hf.trainer"):
-            trainer.compute_nio_loss = lambda *a, log=before, f=trainer.compute_nio_loss: (  # type: ignore[method-assign]
+            trainer.compute_nio_loss = lambda *a, log=before, f=trainer.compute_nio_loss: (
                 log.append(caplog.text) or f(*a)
             )
             result = trainer.run_nio()
@@ -432,7 +432,7 @@ def _count_runs(trainer):
         runs.append(1)
         return original()
 
-    trainer.run_nio = run_nio  # type: ignore[method-assign]
+    trainer.run_nio = run_nio
     return runs
 
 
