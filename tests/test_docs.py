@@ -22,29 +22,6 @@ OPTIONS = {"resolved", "data", "num_processes", "config_file", "device", "privat
 COMPARE_OPTIONS = {"steps", "arms", "learning_rates", "seeds", "jobs", "warmup_ratios", "arm", "diagnostics"}
 TUNE_OPTIONS = {"steps", "probe_steps", "jobs"}
 OWN_OPTIONS = {"compare": COMPARE_OPTIONS, "tune": TUNE_OPTIONS}
-COMPATIBILITY = "trainer/test_compatibility.py"
-ROWS = {
-    "DDP": "distributed/test_strategies.py::test_two_processes_find_the_scales_of_one_and_train",
-    "FSDP2": "distributed/test_refusals.py::test_sharded_checkpoints_of_fsdp_are_refused_before_training",
-    "DeepSpeed ZeRO-1, ZeRO-2, ZeRO-3": "distributed/test_refusals.py::test_nio_after_deepspeed_has_taken_the_weights",
-    "models sharded when they are": "distributed/test_refusals.py::test_a_model_that_is_sharded_already_is_refused",
-    "`bf16`": f"{COMPATIBILITY}::test_bf16_is_for_training_and_nio_stays_in_fp32",
-    "`fp16`": f"{COMPATIBILITY}::test_fp16_on_the_cpu_is_accepted_and_trains_in_fp32",
-    "`torch_compile`": f"{COMPATIBILITY}::test_a_compiled_training_starts_from_the_same_initialisation",
-    "`activation_checkpointing`": f"{COMPATIBILITY}::test_reentrant_activation_checkpointing_is_refused",
-    "`gradient_accumulation_steps`": f"{COMPATIBILITY}::test_initialisation_does_not_depend_on_gradient_accumulation",
-    "`auto_find_batch_size`": f"{COMPATIBILITY}::test_a_smaller_training_batch_is_found_from_the_same_initialisation",
-    "`model_init`": f"{COMPATIBILITY}::test_each_trial_of_a_search_equals_a_run_of_its_own",
-    "`load_best_model_at_end`": f"{COMPATIBILITY}::test_every_tensor_of_the_best_model_is_restored",
-    "`compute_loss`": f"{COMPATIBILITY}::test_nio_uses_the_loss_of_training",
-    "`optimizers`": f"{COMPATIBILITY}::test_an_optimizer_made_before_nio_updates_the_scaled_parameters",
-    "adapters": f"{COMPATIBILITY}::test_a_model_with_adapters_is_refused",
-    "`SFTTrainer`": "others/test_trl.py::test_with_nio_the_logs_are_those_of_trl_from_the_same_weights",
-    "timm models": "others/test_timm.py::test_the_trainer_initialises_and_trains",
-    "schedule-free": "durable/test_durable.py::test_what_is_saved_of_a_schedule_free_training_is_what_is_evaluated",
-    "`ema_decay`": "tasks/test_image_trainer.py::test_an_average_of_sharded_weights_is_refused",
-}
-"""{start of a row of the table of settings that work with NIO: a test behind it}."""
 _FENCE = re.compile(r"```python\n(.*?)```(\n<!-- not run: .+ -->)?", flags=re.DOTALL)
 EXAMPLES = {
     f"{name}-{number}": code
@@ -98,15 +75,6 @@ def test_public_names_are_those_that_are_exported():
         assert set(names.split(", ")) <= set(nio_hf.__all__)
     for name in nio_hf.__all__:
         assert getattr(nio_hf, name).__doc__
-
-
-def test_a_test_stands_behind_each_row_of_what_nio_works_with():
-    table = PAGES["trainer.md"].split("| setting | with NIO |")[1].split("\n\n")[0].splitlines()[2:]
-    assert len(table) == len(ROWS)
-    for line, (row, place) in zip(table, ROWS.items(), strict=True):
-        assert line.startswith(f"| {row}"), line
-        file, name = place.split("::")
-        assert f"def {name}" in (ROOT / "tests" / file).read_text(), place
 
 
 @pytest.fixture

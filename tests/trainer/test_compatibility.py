@@ -1,4 +1,4 @@
-"""What works together with NIO: a test for each row of the table in the README."""
+"""What works together with NIO, as the table in docs/trainer.md has it."""
 
 import pytest
 import torch
@@ -11,8 +11,6 @@ from nio_hf.hub.run_folder import INIT_DIR_NAME, STATE_NAME
 from tests.trainer.toys import CLASSES, ToyImages, arguments, build, load_state, snapshot, unchanged
 from tests.versions import CHECKPOINTING, QUERIES, VALUES, checkpoints_activations
 from tests.zoo import vision_model
-
-Weights = dict[str, torch.Tensor]
 
 SMOOTHING = 0.1
 SENSITIVE = {"nio_search": "published", "nio_groups": "tensor", "nio_iterations": 5, "nio_lr": 0.05}
@@ -234,23 +232,6 @@ def test_each_trial_of_a_search_equals_a_run_of_its_own(tmp_path):
     assert len(list((tmp_path / "search").rglob(STATE_NAME))) == 3
 
 
-@pytest.mark.parametrize("name", ["vit", "swin"])
-def test_every_tensor_of_the_best_model_is_restored(name, tmp_path):
-    class WorseEachStep(Observed):
-        def evaluate(self, *args, **kwargs):
-            metrics = super().evaluate(*args, **kwargs)
-            return {**metrics, "eval_step": float(self.state.global_step)}
-
-    often = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "step", "greater_is_better": False}
-    data = {"eval_dataset": ToyImages(8)}
-    trainer = _trained(tmp_path, build(name), WorseEachStep, data, learning_rate=1e-2, **often, **best)
-    first, last = (_saved(trainer.model, tmp_path / f"checkpoint-{step}") for step in (1, 2))
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
-    assert unchanged(snapshot(trainer.model), first)
-    assert not [name for name in trainer.results[0].scales if torch.equal(first[name], last[name])]
-
-
 @pytest.mark.parametrize("way", ["subclass", "function"])
 def test_nio_uses_the_loss_of_training(way, plain, tmp_path):
     """Label smoothing of one's own leads where `label_smoothing_factor` does, and elsewhere than no smoothing."""
@@ -276,25 +257,6 @@ def test_an_optimizer_made_before_nio_updates_the_scaled_parameters(plain, tmp_p
         assert parameter is parameters[name]
         expected = trainer.initialised[0][name] - 0.1 * keep.gradients[name]
         torch.testing.assert_close(parameter.data, expected, rtol=1e-5, atol=1e-7)
-
-
-def test_an_optimizer_given_by_its_class_updates_the_scaled_parameters(plain, tmp_path):
-    keep = _KeepGradients()
-    settings = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1}), "callbacks": [keep]}
-    args = {"max_steps": 1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
-    trainer = _trained(tmp_path, build("vit"), Observed, settings, **args)
-    _check(trainer, plain["vit"])
-    for name, parameter in trainer.model.named_parameters():
-        expected = trainer.initialised[0][name] - 0.1 * keep.gradients[name]
-        torch.testing.assert_close(parameter.data, expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize(("optim", "class_name"), [("adafactor", "Adafactor"), ("sgd", "SGD")])
-@pytest.mark.parametrize("name", ["vit", "swin"])
-def test_the_choice_of_optimizer_changes_no_scale(name, optim, class_name, plain, tmp_path):
-    trainer = _trained(tmp_path, build(name), optim=optim, learning_rate=1e-2)
-    assert type(trainer.optimizer.optimizer).__name__ == class_name
-    _check(trainer, plain[name])
 
 
 @pytest.mark.filterwarnings(PEFT_WARNING)
@@ -405,10 +367,6 @@ def _searching(output_dir, **changes):
     args = arguments(output_dir, **{**quick, **changes})
     data = {"train_dataset": ToyImages(), "eval_dataset": ToyImages(8)}
     return Observed(model_init=lambda: vision_model("vit", CLASSES, num_hidden_layers=1), args=args, **data)
-
-
-def _saved(model, checkpoint):
-    return snapshot(type(model).from_pretrained(checkpoint, dtype=torch.float32))
 
 
 def _with_adapters(model, way):

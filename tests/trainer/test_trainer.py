@@ -2,43 +2,18 @@
 
 import json
 import logging
-import random
 import re
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
+from transformers import AutoModelForImageClassification
 
-from nio_hf import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments, initialize
+from nio_hf import NIOTrainer, NIOTrainingArguments, initialize
 from nio_hf.baselines import METHODS
-from nio_hf.errors import DataError, ModelError, NIOMemoryError, NumericsError, OutputError
+from nio_hf.errors import ConfigError, DataError, ModelError, NIOMemoryError, NumericsError, OutputError
 from nio_hf.hub.run_folder import STATE_NAME
 from nio_hf.trainer.digests import fingerprint
 from tests.trainer.toys import ToyImages, arguments, build, load_state, snapshot, unchanged
-
-
-class Probe(TrainerCallback):
-    """Records the learning state and a random draw at each step."""
-
-    def __init__(self):
-        self.draws = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.draws.append((float(torch.rand(())), random.random(), float(np.random.rand())))
-
-
-class Recording(ToyImages):
-    """Remembers which samples were asked for, in order."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.asked = []
-
-    def __getitem__(self, index):
-        self.asked.append(index)
-        return super().__getitem__(index)
 
 
 def test_nio_scales_the_weights_once_and_keeps_the_parameters(tmp_path):
@@ -53,43 +28,6 @@ def test_nio_scales_the_weights_once_and_keeps_the_parameters(tmp_path):
     assert any(abs(omega - 1) > 1e-3 for omega in result.scales.values())
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_training_sees_the_same_batches_and_random_numbers_with_and_without_nio(tmp_path):
-    seen = {}
-    for nio in (False, True):
-        data, probe = Recording(), Probe()
-        args = arguments(tmp_path / str(nio), nio=nio, max_steps=4)
-        trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=data, callbacks=[probe])
-        nio_asked = []
-        if nio:
-            original = trainer.run_nio
-
-            def run_nio(data=data, original=original, asked=nio_asked, **kwargs):
-                result = original()
-                asked += data.asked
-                data.asked.clear()
-                return result
-
-            trainer.run_nio = run_nio
-        trainer.train()
-        seen[nio] = (data.asked, probe.draws)
-        assert bool(nio_asked) == nio
-    assert seen[True] == seen[False]
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("name", ["vit", "swin"])
-def test_without_nio_it_is_the_trainer_bit_for_bit(name, accumulation, tmp_path):
-    weights = []
-    for trainer_class in (Trainer, NIOTrainer):
-        args = arguments(
-            tmp_path / trainer_class.__name__, nio=False, max_steps=3, gradient_accumulation_steps=accumulation
-        )
-        trainer = trainer_class(model=build(name), args=args, train_dataset=ToyImages())
-        trainer.train()
-        weights.append(snapshot(trainer.model))
-    assert unchanged(weights[0], weights[1])
 
 
 def test_nio_runs_once_per_model_and_once_per_model_init(tmp_path):
@@ -178,82 +116,6 @@ def test_initialised_checkpoint_loads_bit_for_bit_and_is_not_initialised_again(t
     names = [name for name, _ in model.named_parameters()]
     assert not [name for name in names if name in json.dumps(state)]
     assert [t.omega for t in load_state(trainer.nio_init_dir).tensors] == [t.omega for t in result.tensors]
-
-
-@pytest.mark.parametrize("name", ["vit", "swin"])
-def test_resumed_run_equals_the_uninterrupted_one(name, tmp_path):
-    def trainer(output_dir, max_steps):
-        args = arguments(output_dir, max_steps=6, save_strategy="steps", save_steps=3)
-        made = NIOTrainer(model=build(name), args=args, train_dataset=ToyImages())
-        made.add_callback(_StopAt(max_steps))
-        return made
-
-    whole = trainer(tmp_path / "whole", 6)
-    whole.train()
-    interrupted = trainer(tmp_path / "resumed", 3)
-    interrupted.train()
-    resumed = trainer(tmp_path / "resumed", 6)
-    runs = _count_runs(resumed)
-    resumed.train(resume_from_checkpoint=True)
-    assert runs == []
-    assert unchanged(snapshot(whole.model), snapshot(resumed.model))
-    assert any("nio_grad_cosine" in entry for entry in resumed.state.log_history)
-
-
-def test_best_model_is_restored_in_every_tensor(tmp_path):
-    args = arguments(
-        tmp_path,
-        max_steps=4,
-        save_strategy="steps",
-        save_steps=1,
-        eval_strategy="steps",
-        eval_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="step",
-        greater_is_better=False,
-        learning_rate=1e-2,
-    )
-    trainer = NIOTrainer(model=build("swin"), args=args, train_dataset=ToyImages(), eval_dataset=ToyImages())
-    evaluate = trainer.evaluate
-    trainer.evaluate = lambda *a, **k: {**evaluate(*a, **k), "eval_step": float(trainer.state.global_step)}
-    trainer.train()
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
-    best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint, dtype=torch.float32)
-    assert unchanged(snapshot(best), snapshot(trainer.model))
-
-
-def test_mixin_composes_with_a_trainer_that_computes_its_own_loss(tmp_path):
-    class Scaled(Trainer):
-        calls = 0
-
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            Scaled.calls += 1
-            labels = inputs.pop("labels")
-            logits = model(**inputs).logits
-            return nn.functional.cross_entropy(logits, labels)
-
-    class NIOScaled(NIOTrainerMixin, Scaled):
-        pass
-
-    trainer = NIOScaled(model=build("vit"), args=arguments(tmp_path), train_dataset=ToyImages())
-    trainer.run_nio()
-    assert Scaled.calls > 0
-    assert trainer.nio_result is not None
-
-
-def test_a_module_that_is_no_transformers_model_is_initialised_and_saved(tmp_path):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16), nn.ReLU(), nn.Linear(16, 5))
-
-        def forward(self, pixel_values, labels):
-            logits = self.layers(pixel_values)
-            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-    trainer = NIOTrainer(model=Net(), args=arguments(tmp_path), train_dataset=ToyImages())
-    trainer.train()
-    assert (trainer.nio_init_dir / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -405,6 +267,26 @@ def test_interrupt_and_out_of_memory_leave_the_model_alone(tmp_path):
         assert not trainer.nio_init_dir.exists()
 
 
+def test_a_metric_that_no_evaluation_has_is_refused_before_nio(tmp_path):
+    def trainer(**changes):
+        settings = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True, **changes}
+        sets = {"first": ToyImages(8), "second": ToyImages(8)}
+        model = build("vit")
+        return NIOTrainer(
+            model=model, args=arguments(tmp_path, **settings), train_dataset=ToyImages(), eval_dataset=sets
+        )
+
+    for metric, fix in ((None, "first_loss, second_loss"), ("eval_first_f1", "compute_metrics")):
+        refused = trainer(metric_for_best_model=metric)
+        with pytest.raises(KeyError, match=fix) as raised:
+            refused.train()
+        assert isinstance(raised.value, ConfigError)
+        assert refused.nio_result is None
+    allowed = trainer(metric_for_best_model="second_loss")
+    allowed.train()
+    assert allowed.state.best_model_checkpoint is not None
+
+
 def test_output_that_cannot_be_written_is_found_before_nio_starts(tmp_path):
     trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path / "out"), train_dataset=ToyImages())
     (tmp_path / "out").rmdir()
@@ -413,15 +295,6 @@ def test_output_that_cannot_be_written_is_found_before_nio_starts(tmp_path):
     with pytest.raises(OutputError, match="Choose an output_dir"):
         trainer.run_nio()
     assert unchanged(before, snapshot(trainer.model))
-
-
-class _StopAt(TrainerCallback):
-    def __init__(self, step):
-        self._step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= self._step:
-            control.should_training_stop = True
 
 
 def _count_runs(trainer):
