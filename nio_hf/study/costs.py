@@ -12,7 +12,7 @@ from nio_hf.core import NIO, expected_cost
 from nio_hf.tasks.trainer import RecipeTrainer
 from nio_hf.trainer import NIOTrainingArguments
 from nio_hf.trainer.methods import METHODS
-from nio_hf.trainer.race import MOST_CANDIDATES
+from nio_hf.trainer.race import CANDIDATES
 
 MANY_GROUPS = 8
 """Number of groups that the maximal cost assumes for settings with several groups."""
@@ -59,7 +59,7 @@ def most_steps(args: NIOTrainingArguments) -> float | None:
     """Return the maximal cost of an initialisation in training steps, reports included; None if it is not known."""
     if not args.nio:
         return 0.0
-    raced = float(MOST_CANDIDATES * (args.nio_race_steps or 0))
+    raced = float(CANDIDATES * (args.nio_race_steps or 0))
     if is_free(args):
         return raced
     config = args.to_nio_config()

@@ -64,9 +64,8 @@ class NIOSettings:
     nio_save_init: bool = _option(True, "Save the initialised checkpoint in OUTPUT_DIR/_nio_init.")
     nio_race_steps: int | None = _option(
         None,
-        "Training steps of a race: the weights that NIO found, those of half its strength and the start train so long, "
-        "and the training begins from the best of them. 0: no race. Default: 120 where the race is at most 2% of the "
-        "training, else 0.",
+        "Training steps of a race: the weights that NIO found and those of the start train so long, and the training "
+        "begins from the better ones. 0: no race. Default: 120 where the race is at most 2% of the training, else 0.",
     )
     nio_seed_optimizer: str | None = _option(
         None,

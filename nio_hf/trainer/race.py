@@ -30,27 +30,25 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from nio_hf.core import Collective, InitResult
 from nio_hf.core.memory import is_out_of_memory
-from nio_hf.core.result import GradCosine, Lane, Race, last_quarter
-from nio_hf.core.verdict import judge
+from nio_hf.core.result import Lane, Race, last_quarter
 from nio_hf.durable.isolation import isolated_random_state
 from nio_hf.errors import ConfigError, DataError, NIOMemoryError, Problem, StoppedError, one_line
-from nio_hf.trainer.apart import computing_apart, copy_apart
+from nio_hf.trainer.apart import copy_apart
 from nio_hf.trainer.checkpoints import describe_state, save_initialised
 from nio_hf.trainer.digests import batch_digest
-from nio_hf.trainer.methods import METHODS, run_baseline
-from nio_hf.trainer.replica import make_replica, unpatch_forward
-from nio_hf.trainer.running import checked_batches
+from nio_hf.trainer.replica import unpatch_forward
 
 if TYPE_CHECKING:
     from nio_hf.trainer.trainer import NIOTrainerMixin
 
 logger = logging.getLogger(__name__)
 
-START, HALF = "start", "half of it"
+START = "start"
 RACE_STEPS = 120
 """Steps of a lane where the settings leave them open: from there on losses rank configurations of the small ViT and
 Swin of benchmarks/layer_scales as their accuracies do (Spearman's correlation 0.84 to 0.93)."""
-MOST_CANDIDATES = 3
+CANDIDATES = 2
+"""Lanes of a race: the weights that were found, and the start."""
 LARGEST_SHARE = 0.02
 """Share of the training that a race may take where the settings leave it open."""
 _ERRORS_BEHIND = 2.0
@@ -72,21 +70,18 @@ class Candidates:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The candidates: the weights that were found, those with the square roots of their scales, and the start."""
+        """The candidates: the weights that were found, and the start; one where they are the same."""
         found = self.result
         if found.method in ("nio", "none") and all(tensor.omega == 1 for tensor in found.tensors):
             return (found.title,)
-        is_computed = found.method == "nio" and found.config.search == "balance"
-        return (found.title, *((HALF,) if is_computed else ()), START)
+        return (found.title, START)
 
     @torch.no_grad()
     def place(self, name: str, model: nn.Module) -> None:
         """Give a model that has the weights that were found those of a candidate, in place."""
-        if name == self.result.title:
-            return
-        scales = self.result.scales if name == HALF else {}
-        for key, parameter in model.named_parameters():
-            parameter.data.copy_(self.start[key].to(parameter.device) * math.sqrt(scales.get(key, 1.0)))
+        if name == START:
+            for key, parameter in model.named_parameters():
+                parameter.data.copy_(self.start[key])
 
 
 def planned_steps(trainer: NIOTrainerMixin, max_steps: int) -> int:
@@ -104,7 +99,7 @@ def planned_steps(trainer: NIOTrainerMixin, max_steps: int) -> int:
         return 0
     problem = _obstacle(trainer)
     if asked is None:
-        worth_it = LARGEST_SHARE * max_steps >= MOST_CANDIDATES * RACE_STEPS
+        worth_it = LARGEST_SHARE * max_steps >= CANDIDATES * RACE_STEPS
         is_stream = not hasattr(trainer.train_dataset, "__len__")
         return RACE_STEPS if worth_it and problem is None and not is_stream else 0
     if problem is None and asked >= max_steps:
@@ -166,7 +161,7 @@ def hold_race(trainer: NIOTrainerMixin, candidates: Candidates, steps: int) -> I
         return candidates.result
     model = trainer.unwrapped_model
     candidates.place(race.winner, model)
-    result = _of_winner(trainer, candidates, race)
+    result = _of_winner(candidates.result, race)
     result = dataclasses.replace(result, seconds=result.seconds + time.perf_counter() - started)
     trainer._tell(logger, "%s", race.message)
     with Collective.current().together():
@@ -178,33 +173,14 @@ def hold_race(trainer: NIOTrainerMixin, candidates: Candidates, steps: int) -> I
     return result
 
 
-def _of_winner(trainer: NIOTrainerMixin, candidates: Candidates, race: Race) -> InitResult:
-    """The result with the race, and what the winner is."""
-    found = dataclasses.replace(candidates.result, race=race)
-    if race.winner == found.title:
-        return dataclasses.replace(found, message=f"{found.message} {race.message}")
-    if race.winner == START:
-        kept = _to_the_power(found, 0.0)
-        return dataclasses.replace(kept, after=found.before, status="unchanged", message=race.message)
-    kept = _to_the_power(found, 0.5)
-    after = _measured(trainer)
-    status, message = judge(found.before, after, kept.groups, found.config)
-    return dataclasses.replace(kept, after=after, status=status, message=f"{race.message} {message}")
-
-
-def _to_the_power(result: InitResult, exponent: float) -> InitResult:
-    groups = tuple(dataclasses.replace(group, omega=group.omega**exponent) for group in result.groups)
-    tensors = tuple(dataclasses.replace(tensor, omega=tensor.omega**exponent) for tensor in result.tensors)
-    return dataclasses.replace(result, groups=groups, tensors=tensors)
-
-
-def _measured(trainer: NIOTrainerMixin) -> GradCosine:
-    """GradCosine of the model as it is now, on the report batches."""
-    collective = Collective.current()
-    with computing_apart(trainer):
-        replica = make_replica(trainer.unwrapped_model, trainer.args.device, collective)
-        given = (replica, checked_batches(trainer), trainer.compute_nio_loss, trainer.nio_config, collective)
-        return run_baseline(METHODS["none"], {}, *given).before
+def _of_winner(found: InitResult, race: Race) -> InitResult:
+    """The result with the race, and with scales of 1 where the start has won."""
+    if race.winner != START:
+        return dataclasses.replace(found, race=race, message=f"{found.message} {race.message}")
+    groups = tuple(dataclasses.replace(group, omega=1.0) for group in found.groups)
+    tensors = tuple(dataclasses.replace(tensor, omega=1.0) for tensor in found.tensors)
+    kept = dataclasses.replace(found, race=race, groups=groups, tensors=tensors, after=found.before)
+    return dataclasses.replace(kept, status="unchanged", message=race.message)
 
 
 class Lanes:

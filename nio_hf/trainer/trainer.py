@@ -114,7 +114,7 @@ class NIOTrainerMixin(TrainerMixin):
         return result
 
     def run_race(self, max_steps: int | None = None) -> NIOResult | None:
-        """Train the weights that NIO has found, half of it and the start for some steps, and keep the best.
+        """Train the weights that NIO has found, and the start, for some steps, and keep the better ones.
 
         `train` does so by itself, where `nio_race_steps` says so or leaves it open and it is worth its price. See
         `nio_hf.trainer.race` for how.

@@ -67,8 +67,8 @@ def test_the_steps_of_a_race_are_paid_for(tmp_path):
     assert outcome.cost_steps in (6, 8)
     assert outcome.steps == 20 - outcome.cost_steps
     recipe = load_recipe("vit-tiny/digits/nio")
-    assert most_steps(recipe.replace(raced).training) == 12
-    assert most_steps(recipe.replace({"nio_race_steps": 4}).training) == 12 + (most_steps(recipe.training) or 0)
+    assert most_steps(recipe.replace(raced).training) == 8
+    assert most_steps(recipe.replace({"nio_race_steps": 4}).training) == 8 + (most_steps(recipe.training) or 0)
 
 
 def test_the_value_of_a_run_is_that_of_its_metric(tmp_path, monkeypatch):

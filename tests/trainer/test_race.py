@@ -18,7 +18,7 @@ from nio_hf.errors import ConfigError, DataError, NIOMemoryError, Preempted
 from nio_hf.report.run import Run
 from nio_hf.report.tables import cost_text, summary_rows
 from nio_hf.trainer import race as races
-from nio_hf.trainer.race import HALF, START, is_behind, leader, planned_steps
+from nio_hf.trainer.race import START, is_behind, leader, planned_steps
 from tests.trainer.toys import Interruption, ToyImages, arguments, build, load_state, snapshot, unchanged
 
 STEPS = 8
@@ -76,7 +76,7 @@ def test_a_lane_is_the_beginning_of_the_training_from_its_weights(way, tmp_path)
     assert len(lanes[START]) in (STEPS // 2, STEPS)
 
 
-@pytest.mark.parametrize("winner", ["NIO", HALF, START])
+@pytest.mark.parametrize("winner", ["NIO", START])
 def test_the_training_from_the_winner_is_the_same_as_without_a_race(winner, tmp_path, monkeypatch):
     _let_win(winner, monkeypatch)
     raced = _trained(tmp_path / "raced")
@@ -84,18 +84,15 @@ def test_the_training_from_the_winner_is_the_same_as_without_a_race(winner, tmp_
     result = raced.nio_result
     assert result is not None
     assert _race(raced).winner == winner
-    changes = {"NIO": {"nio_race_steps": 0}, HALF: {"nio_strength": 0.5, "nio_race_steps": 0}, START: {"nio": False}}
+    changes = {"NIO": {"nio_race_steps": 0}, START: {"nio": False}}
     plain = _trained(tmp_path / "plain", **changes[winner])
-    # The square root of a scale and half of its exponent are rounded differently.
-    assert _losses(raced) == pytest.approx(_losses(plain), abs=1e-4 if winner == HALF else 0)
-    assert winner == HALF or unchanged(snapshot(raced.model), snapshot(plain.model))
+    assert _losses(raced) == _losses(plain)
+    assert unchanged(snapshot(raced.model), snapshot(plain.model))
     if winner != START:
         assert plain.nio_result is not None
         assert result.status == "changed"
-        assert result.scales == pytest.approx(plain.nio_result.scales, rel=1e-12)
-        groups = {group.name: group.omega for group in plain.nio_result.groups}
-        assert {group.name: group.omega for group in result.groups} == pytest.approx(groups, rel=1e-12)
-        assert result.after.value == pytest.approx(plain.nio_result.after.value, abs=1e-6)
+        assert (result.scales, result.groups) == (plain.nio_result.scales, plain.nio_result.groups)
+        assert result.after == plain.nio_result.after
     else:
         assert set(result.scales.values()) == {1.0}
         assert (result.status, result.after) == ("unchanged", result.before)
@@ -104,14 +101,14 @@ def test_the_training_from_the_winner_is_the_same_as_without_a_race(winner, tmp_
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({}, ["NIO", HALF, START]),
+        ({}, ["NIO", START]),
         ({"nio_search": "published", "nio_iterations": 2, "nio_lr": 0.05}, ["NIO", START]),
         ({"nio_method": "range", "nio_method_kwargs": {"factor": 2.0}}, ["another range", START]),
         ({"nio_least_norm": 1.0}, None),
     ],
     ids=["computed", "published", "baseline", "refused"],
 )
-def test_half_of_it_is_a_lane_of_computed_scales(changes, names, tmp_path):
+def test_the_weights_that_were_found_race_the_start(changes, names, tmp_path):
     trainer = _trained(tmp_path, nio_race_steps=2, max_steps=3, **changes)
     assert trainer.nio_result is not None
     race = trainer.nio_result.race
@@ -215,7 +212,7 @@ def _interrupted(folder, lanes, monkeypatch, **changes):
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("lanes", [0, 2])
+@pytest.mark.parametrize("lanes", [0, 1])
 def test_a_race_that_was_interrupted_is_held_anew_and_ends_alike(lanes, tmp_path, monkeypatch):
     whole = _trained(tmp_path / "whole")
     _interrupted(tmp_path / "broken", lanes, monkeypatch)
@@ -386,7 +383,7 @@ def test_a_stream_that_can_be_read_once_is_refused(tmp_path):
         planned_steps(trainer, 100)
 
 
-@pytest.mark.parametrize(("max_steps", "expected"), [(17_999, 0), (18_000, races.RACE_STEPS)])
+@pytest.mark.parametrize(("max_steps", "expected"), [(11_999, 0), (12_000, races.RACE_STEPS)])
 def test_by_default_a_race_is_held_where_it_is_two_per_cent_of_the_training(max_steps, expected, tmp_path):
     args = _arguments(tmp_path, nio_race_steps=None)
     trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
