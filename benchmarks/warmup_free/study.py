@@ -35,6 +35,7 @@ CHOOSING = (0, 1)
 """Seeds to choose by, and of the direct search."""
 JUDGING = (1300, 1301, 1302, 1303, 1304)
 JUDGING_ELSEWHERE = (1400, 1401, 1402, 1403, 1404)
+JUDGING_LONG_TEXT = (1500, 1501, 1502)
 LEAST_RATE, LARGEST_RATE = 6.25e-5, 3.2e-2
 RETRY_SECONDS = 5.0
 
@@ -45,7 +46,8 @@ _VIT = (
 )
 _SWIN = (*("nio", "class", "warmup10", "warmup30", "x4", "xavier", "mimetic", "searched"), *("gi_adam", "nio_seeded"))
 _LONG = ("nio", "warmup10", "x4")
-_TEXT = ("nio", "class", "warmup10", "warmup30", "x2", "width", "gi_adam", "nio_seeded")
+_TEXT = ("nio", "class", "warmup10", "warmup30", "x2")
+_MORE_TEXT = (*_TEXT, "width", "gi_adam", "nio_seeded")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +75,25 @@ def _where(**changes: Any) -> Part:
     return Part(ImageTask("vit", **changes), _LONG, JUDGING_ELSEWHERE, choosing=(0,), extends=False)
 
 
-def _text(model: str, *further: str) -> Part:
-    return Part(TextTask(model), (*_TEXT, *further), (1500, 1501, 1502, 1503, 1504), choosing=(0,))
+def _text(model: str, arms: tuple[str, ...]) -> Part:
+    return Part(TextTask(model), arms, (1500, 1501, 1502, 1503, 1504), choosing=(0,))
 
 
 def _long_text(model: str) -> Part:
-    return Part(TextTask(model, steps=5000), ("nio", "warmup10"), (1500, 1501, 1502), rates_of=f"text-{model}")
+    return Part(TextTask(model, steps=5000), ("nio", "warmup10"), JUDGING_LONG_TEXT, rates_of=f"text-{model}")
 
 
 HELD = {
     "rivals-vit": Part(ImageTask("vit"), _VIT, JUDGING),
-    "text-gpt2": _text("gpt2", "warmup2", "warmup5", "nio_half"),
+    "text-gpt2": _text("gpt2", (*_MORE_TEXT, "warmup2", "warmup5", "nio_half")),
     "length-2500": Part(ImageTask("vit", steps=2500), _LONG, JUDGING_ELSEWHERE, choosing=(0,)),
-    "text-bert": _text("bert", "residual"),
-    "text-llama": _text("llama", "residual"),
+    "text-bert": _text("bert", _TEXT),
+    "text-llama": _text("llama", (*_MORE_TEXT, "residual")),
+    "text-gpt2-5000": _long_text("gpt2"),
+    "text-llama-5000": _long_text("llama"),
+    "text-bert-5000": Part(
+        TextTask("bert", steps=5000), ("nio", "class", "warmup10", "x2"), JUDGING_LONG_TEXT, choosing=(0,)
+    ),
     "rivals-swin": Part(ImageTask("swin"), _SWIN, JUDGING, choosing=(0,)),
     "where-width192": _where(width=192),
     "where-depth12": _where(depth=12),
@@ -97,9 +104,6 @@ HELD = {
         JUDGING_ELSEWHERE[:3],
         rates_of="length-2500",
     ),
-    "text-gpt2-5000": _long_text("gpt2"),
-    "text-bert-5000": _long_text("bert"),
-    "text-llama-5000": _long_text("llama"),
 }
 """{name of a part: what is held against each other}, in the order of the work."""
 SEARCHED_BY = {"search-vit": "rivals-vit", "search-swin": "rivals-swin"}
