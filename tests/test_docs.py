@@ -19,9 +19,10 @@ PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 OPTIONS = {"resolved", "data", "num_processes", "config_file", "device", "private", "license", "revision"}
-COMPARE_OPTIONS = {"steps", "arms", "learning_rates", "seeds", "jobs", "warmup_ratios", "arm", "diagnostics"}
-TUNE_OPTIONS = {"steps", "probe_steps", "jobs"}
-OWN_OPTIONS = {"compare": COMPARE_OPTIONS, "tune": TUNE_OPTIONS}
+OWN_OPTIONS = {
+    "compare": {"steps", "arms", "learning_rates", "seeds", "jobs", "warmup_ratios", "arm", "diagnostics"},
+    "tune": {"steps", "probe_steps", "jobs"},
+}
 _FENCE = re.compile(r"```python\n(.*?)```(\n<!-- not run: .+ -->)?", flags=re.DOTALL)
 EXAMPLES = {
     f"{name}-{number}": code
@@ -65,9 +66,8 @@ def test_the_published_settings_are_those_that_the_page_names():
     published, default = vars(NIOConfig.published()), vars(NIOConfig())
     for name in (name for name in published if published[name] != default[name]):
         value = published[name]
-        assert re.search(
-            rf"`{name}` to `?{value:g}`?" if isinstance(value, float) else rf"`{name}` to `{value}`", sentence
-        )
+        shown = rf"`?{value:g}`?" if isinstance(value, float) else rf"`{value}`"
+        assert re.search(rf"`{name}` to {shown}", sentence)
 
 
 def test_public_names_are_those_that_are_exported():

@@ -36,9 +36,8 @@ def trained(tmp_path_factory):
 def inspected(directory):
     assert (directory / "inspection.png").stat().st_size > 10_000
     found = json.loads((directory / "inspection.json").read_text())
-    assert math.fsum(layer["contribution"] for layer in found["layers"]) == pytest.approx(
-        found["measured"]["value"], abs=1e-6
-    )
+    total = math.fsum(layer["contribution"] for layer in found["layers"])
+    assert total == pytest.approx(found["measured"]["value"], abs=1e-6)
     return found
 
 
@@ -68,9 +67,7 @@ def test_a_trained_model_is_measured_on_the_data_of_its_recipe(trained):
     found = inspected(trained / "inspect")
     assert found["steps"] == 4
     assert found["measured"]["value"] != load_state(trained / "_nio_init").after.value
-    run = read_run(trained)
-    assert run.inspection is not None
-    assert run.inspection.measured.value == found["measured"]["value"]
+    assert read_run(trained).inspection.measured.value == found["measured"]["value"]
 
 
 def test_each_sample_can_be_its_own_sub_batch(trained, tmp_path):
@@ -93,15 +90,6 @@ def test_what_holds_no_model_or_recipe_is_said(tmp_path, capfd):
     assert "no such recipe file" in capfd.readouterr().err
     assert run_inspection([str(tmp_path)]) == 1
     assert "no model in it. Give an output_dir" in capfd.readouterr().err
-
-
-def test_two_names_of_a_repository_are_refused(tmp_path):
-    given = ["--push_to_hub", "user/one", "--hub_model_id", "user/two"]
-    with pytest.raises(RecipeError, match=r"'user/one' beside hub_model_id 'user/two'\. Name one"):
-        load_recipe(RECIPE, options(tmp_path, *given))
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text(f"base: {RECIPE}\npush_to_hub: true\nhub_model_id: user/one\n")
-    assert load_recipe(str(recipe), ["--push_to_hub", "user/two"]).training.hub_model_id == "user/two"
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "resnet"])
@@ -139,6 +127,15 @@ def test_the_recipe_that_is_saved_runs_and_keeps_no_secret(tmp_path):
 def test_push_to_hub_takes_a_name(given, push, name, tmp_path):
     training = load_recipe(RECIPE, options(tmp_path, *given)).training
     assert (training.push_to_hub, training.hub_model_id) == (push, name)
+
+
+def test_a_name_on_the_command_line_goes_before_that_of_the_recipe_and_beside_another_is_refused(tmp_path):
+    given = ["--push_to_hub", "user/one", "--hub_model_id", "user/two"]
+    with pytest.raises(RecipeError, match=r"'user/one' beside hub_model_id 'user/two'\. Name one"):
+        load_recipe(RECIPE, options(tmp_path, *given))
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"base: {RECIPE}\npush_to_hub: true\nhub_model_id: user/one\n")
+    assert load_recipe(str(recipe), ["--push_to_hub", "user/two"]).training.hub_model_id == "user/two"
 
 
 def test_a_report_of_a_folder(trained, tmp_path):

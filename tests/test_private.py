@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, Trainer
 
 import nio_hf
 from tests.trainer.toys import build
@@ -23,42 +23,37 @@ from tests.versions import checkpoint_activations
 
 PACKAGE = Path(nio_hf.__file__).parent
 TRAINER_OVERRIDES = {
-    "_prepare_for_training": (
-        "NIO: the moment when the model is whole, nothing wraps it, no optimizer exists, and it is known whether the "
-        "training resumes. No public hook has all four.",
-        ["max_steps", "train_dataloader", "resume_from_checkpoint"],
-    ),
-    "_save_checkpoint": (
-        "durable: it deletes old checkpoints before callbacks have written into the new one, and leaves a half-written "
-        "one where the disk is full.",
-        ["model", "trial"],
-    ),
-    "_load_from_checkpoint": (
-        "durable: it leaves tensors that the library has renamed as they are.",
-        ["resume_from_checkpoint", "model"],
-    ),
-    "_load_best_model": ("durable: likewise.", []),
-    "_push_from_checkpoint": (
-        "hub: it pushes before callbacks have written into the checkpoint, and absolute paths.",
-        ["checkpoint_folder"],
-    ),
-    "_get_train_sampler": ("training: an order of the data that depends on seed and epoch alone.", ["train_dataset"]),
+    # The moment when the model is whole, nothing wraps it, no optimizer exists, and it is known whether the training
+    # resumes. No public hook has all four.
+    "_prepare_for_training": ("NIO", ["max_steps", "train_dataloader", "resume_from_checkpoint"]),
+    # It deletes old checkpoints before callbacks have written into the new one, and leaves half of one on a full disk.
+    "_save_checkpoint": ("durable", ["model", "trial"]),
+    # It leaves tensors that the library has renamed as they are, as does the next.
+    "_load_from_checkpoint": ("durable", ["resume_from_checkpoint", "model"]),
+    "_load_best_model": ("durable", []),
+    # It pushes before callbacks have written into the checkpoint, and absolute paths.
+    "_push_from_checkpoint": ("hub", ["checkpoint_folder"]),
+    # An order of the data that depends on seed and epoch alone.
+    "_get_train_sampler": ("training", ["train_dataset"]),
 }
-"""{overridden method of Trainer: (owner and reason, first parameters)}."""
+"""{overridden method of Trainer: (owner, first parameters)}; a comment says why."""
 
 TRAINER_CALLS = {
-    "_get_output_dir": ("each trial of a search saves in a folder of its own.", ["trial"]),
-    "_prepare_inputs": ("batches of NIO go to the device as those of the training do.", ["inputs"]),
-    "_remove_unused_columns": (
-        "samples of NIO have the columns that those of the training have.",
-        ["dataset", "description"],
-    ),
-    "_get_collator_with_removed_columns": (
-        "likewise, for data sets that are none of `datasets`.",
-        ["data_collator", "description"],
-    ),
+    # Each trial of a search saves in a folder of its own.
+    "_get_output_dir": ["trial"],
+    # Batches of NIO go to the device as those of the training do, with the same columns.
+    "_prepare_inputs": ["inputs"],
+    "_remove_unused_columns": ["dataset", "description"],
+    "_get_collator_with_removed_columns": ["data_collator", "description"],
 }
-"""{called method of Trainer: (reason, given parameters)}."""
+"""{called method of Trainer: given parameters}; a comment says why."""
+
+FOREACH = {
+    **{"add": torch.add, "add_": torch.add, "sub": torch.sub, "mul": torch.mul, "mul_": torch.mul, "div": torch.div},
+    **{"norm": lambda one, _: one.norm(), "sign": lambda one, _: one.sign()},
+    **{"copy_": lambda _, other: other, "addcmul_": lambda one, other: one + other * other},
+}
+"""{arithmetic of torch on lists of tensors, as its own optimizers use it: the same on one tensor and another}."""
 
 OTHERS = {
     "_BatchNorm": "torch: the base of all batch normalisation layers.",
@@ -67,13 +62,7 @@ OTHERS = {
     "_commit_hash": "transformers: the revision on the Hub that a model was loaded from.",
     "_compiled_call_impl": "torch: whether a module is compiled.",
     "_exit": "the standard library: an end of a process that waits for nothing.",
-    **dict.fromkeys(
-        (
-            *("_foreach_add", "_foreach_add_", "_foreach_addcmul_", "_foreach_copy_", "_foreach_div", "_foreach_mul"),
-            *("_foreach_mul_", "_foreach_norm", "_foreach_sign", "_foreach_sub"),
-        ),
-        "torch: arithmetic on lists of tensors, as its own optimizers use it.",
-    ),
+    **dict.fromkeys((f"_foreach_{name}" for name in FOREACH), "torch: arithmetic on lists of tensors."),
     "_forward_cls": "torch: the operation that a custom node of a graph belongs to.",
     "_gradient_checkpointing_func": "transformers: how a layer checkpoints its activations.",
     "_hf_peft_config_loaded": "transformers: whether a model has adapters.",
@@ -114,13 +103,14 @@ def test_the_documentation_counts_them():
     page = (PACKAGE.parent / "docs" / "trainer.md").read_text(encoding="utf-8")
     for mixin, owner in (("NIOTrainerMixin", "NIO"), ("DurableTrainerMixin", "durable"), ("HubTrainerMixin", "hub")):
         (row,) = [line for line in page.splitlines() if line.startswith("| `nio_hf") and f"{mixin}` |" in line]
-        assert row.endswith(f"| {sum(why.startswith(f'{owner}:') for why, _ in TRAINER_OVERRIDES.values())} |")
+        assert row.endswith(f"| {sum(own == owner for own, _ in TRAINER_OVERRIDES.values())} |")
 
 
-@pytest.mark.parametrize("name", [*TRAINER_OVERRIDES, *TRAINER_CALLS])
-def test_a_method_of_trainer_has_the_parameters_that_are_given(name):
-    _, expected = (TRAINER_OVERRIDES | TRAINER_CALLS)[name]
-    assert list(inspect.signature(getattr(Trainer, name)).parameters)[1:][: len(expected)] == expected
+def test_methods_of_trainer_have_the_parameters_that_are_given():
+    overridden = {name: parameters for name, (_, parameters) in TRAINER_OVERRIDES.items()}
+    for name, expected in (overridden | TRAINER_CALLS).items():
+        found = list(inspect.signature(getattr(Trainer, name)).parameters)[1:]
+        assert found[: len(expected)] == expected, name
 
 
 def test_names_of_other_libraries_tell_what_they_are_taken_for():
@@ -131,9 +121,9 @@ def test_names_of_other_libraries_tell_what_they_are_taken_for():
     assert model._hf_peft_config_loaded is False
     checkpoint_activations(model)
     assert any(hasattr(module, "_gradient_checkpointing_func") for module in model.modules())
-    assert isinstance(model, PreTrainedModel)
     assert torch.nn.Linear(1, 1)._compiled_call_impl is None
     assert callable(os._exit)
+    assert "model._original_forward = model.forward" in inspect.getsource(Accelerator.prepare_model)
     assert callable(getattr(threading, "_register_atexit"))  # noqa: B009
     assert hasattr(np.random.RandomState(0), "_bit_generator")
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"number": 1}]))
@@ -143,21 +133,14 @@ def test_names_of_other_libraries_tell_what_they_are_taken_for():
     assert rows.select([1, 0])._indices is not None
 
 
-@pytest.mark.parametrize("name", [name for name in OTHERS if name.startswith("_foreach_")])
+@pytest.mark.parametrize("name", FOREACH)
 def test_lists_of_tensors_are_computed_with_at_once(name):
-    ones = [torch.ones(2), torch.full((3,), 2.0)]
-    arguments = {"norm": (), "sign": (), "addcmul_": (ones, ones)}
-    operation = name.removeprefix("_foreach_")
-    computed = getattr(torch, name)([tensor.clone() for tensor in ones], *arguments.get(operation, (ones,)))
-    single = {
-        "norm": lambda tensor: tensor.norm(),
-        "sign": torch.sign,
-        "addcmul_": lambda tensor: tensor + tensor * tensor,
-        "copy_": lambda tensor: tensor,
-    }
-    for tensor, found in zip(ones, computed or [], strict=False):
-        expected = single.get(operation, lambda one: getattr(torch, operation.rstrip("_"))(one, one))(tensor)
-        torch.testing.assert_close(found, expected)
+    ones, others = [torch.ones(2), torch.full((3,), -2.0)], [torch.full((2,), 3.0), torch.full((3,), 4.0)]
+    values = [tensor.clone() for tensor in ones]
+    given = {"norm": (), "sign": (), "addcmul_": (others, others)}.get(name, (others,))
+    computed = getattr(torch, f"_foreach_{name}")(values, *given)
+    for found, one, other in zip(values if name.endswith("_") else computed, ones, others, strict=True):
+        torch.testing.assert_close(found, FOREACH[name](one, other))
 
 
 def test_the_operation_of_a_node_of_a_graph_is_known():
@@ -174,10 +157,6 @@ def test_the_operation_of_a_node_of_a_graph_is_known():
     assert doubled.grad_fn._forward_cls is Double
     with FlopCounterMode(display=False):
         assert torch.ops.aten.mm.default._overloadpacket is torch.ops.aten.mm
-
-
-def test_accelerate_patches_the_forward_of_the_instance_and_keeps_the_original():
-    assert "model._original_forward = model.forward" in inspect.getsource(Accelerator.prepare_model)
 
 
 def _defined(tree):
@@ -205,5 +184,4 @@ def _private_names(tree):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
             found.add(node.value)
-    listed = {*TRAINER_OVERRIDES}
-    return {name for name in found if name.startswith("_") and not name.startswith("__") and name not in listed}
+    return {name for name in found - TRAINER_OVERRIDES.keys() if name.startswith("_") and not name.startswith("__")}

@@ -48,7 +48,6 @@ def options_for(name, output_dir):
 )
 def test_a_recipe_runs_from_real_images_to_a_model_and_goes_on_where_it_was(name, tmp_path):
     run = train(load_recipe(name, options_for(name, tmp_path / "whole")))
-    assert run.result is not None
     history = run.result.history
     assert [record.iteration for record in history] == list(range(1, len(history) + 1))
     assert history[-1].outcome == "accepted"
@@ -56,11 +55,9 @@ def test_a_recipe_runs_from_real_images_to_a_model_and_goes_on_where_it_was(name
     # From scratch, ten classes: the loss is that of chance or not far from it.
     assert run.result.before.loss == pytest.approx(torch.log(torch.tensor(10.0)).item(), abs=0.5)
     checkpoint = tmp_path / "whole" / "checkpoint-2"
-    resumed = train(
-        load_recipe(name, [*options_for(name, tmp_path / "resumed"), "--resume_from_checkpoint", str(checkpoint)])
-    )
-    assert resumed.result is not None, "the NIO run that the checkpoint started from"
-    assert resumed.result.before == run.result.before
+    options = [*options_for(name, tmp_path / "resumed"), "--resume_from_checkpoint", str(checkpoint)]
+    resumed = train(load_recipe(name, options))
+    assert resumed.result.before == run.result.before, "the NIO run that the checkpoint started from"
     whole, again = (load_file(tmp_path / kind / "model.safetensors") for kind in ("whole", "resumed"))
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     assert resumed.metrics["eval_accuracy"] == run.metrics["eval_accuracy"]

@@ -18,9 +18,7 @@ from nio_hf.validate import validate_recipe
 NAMES = recipe_names()
 CLASSES = {"imagenet-1k": 1000, "cifar10": 10, "cifar100": 100, "imagenette": 10, "imagefolder": 10, "digits": 10}
 MODELS = {
-    "imagenet-1k": {
-        "vit-tiny", "vit-small", "vit-base", "swin-tiny", "swin-small", "swin-base", "resnet-50",
-    },
+    "imagenet-1k": {"vit-tiny", "vit-small", "vit-base", "swin-tiny", "swin-small", "swin-base", "resnet-50"},
     "cifar10": {"vit-tiny", "swin-tiny", "resnet-18"},
     "cifar100": {"vit-tiny", "swin-tiny", "resnet-18"},
     "imagenette": {"vit-small", "swin-tiny"},
@@ -29,7 +27,7 @@ MODELS = {
     "stdlib": {"gpt2-tiny", "bert-tiny"},
     "wikitext-103": {"gpt2-small", "gpt2-medium", "bert-base", "llama-small"},
     "fineweb-edu": {"gpt2-small", "gpt2-medium", "bert-base", "llama-small"},
-}  # fmt: skip
+}
 PUBLISHED = {
     # The sizes of the papers, in millions: DeiT (arXiv 2012.12877), table 1; Swin (arXiv 2103.14030), table 1;
     # ResNet-50 of torchvision.
@@ -53,12 +51,8 @@ def header(name):
 
 
 def test_the_tree_holds_every_model_data_set_and_variant_and_nothing_else():
-    wanted = {
-        f"{model}/{dataset}/{variant}"
-        for dataset, models in MODELS.items()
-        for model in models
-        for variant in ("nio", "warmup", "no_warmup")
-    }
+    roots = [f"{model}/{dataset}" for dataset, models in MODELS.items() for model in models]
+    wanted = {f"{root}/{variant}" for root in roots for variant in ("nio", "warmup", "no_warmup")}
     files = {path.relative_to(recipes_dir()).with_suffix("").as_posix() for path in recipes_dir().rglob("*.yaml")}
     assert set(NAMES) == wanted
     assert files == wanted | {f"accelerate_configs/{name}" for name in accelerate_config_names()}
@@ -74,7 +68,6 @@ def test_it_validates_and_builds_its_model_with_the_parameters_of_its_header(nam
     with torch.device("meta"):
         model = build_model(recipe.model, tuple(classes)) if classes else task_of(recipe).build_model(recipe)
     stated = re.search(r"^# Parameters: ([\d,]+) \(.+\)$", header(name), flags=re.MULTILINE)
-    assert stated is not None
     assert int(stated[1].replace(",", "")) == model.num_parameters()
     model_name, dataset, _ = name.split("/")
     if model_name in PUBLISHED and (dataset == "imagenet-1k" or not classes):
@@ -137,7 +130,6 @@ def test_configurations_of_accelerate_can_be_read_and_do_not_warm_up(name):
     assert "scheduler" not in (getattr(config, "deepspeed_config", None) or {})
     text = re.sub(r" \\\n#\s+", " ", path.read_text())
     launched = re.search(r"accelerate launch .*-m nio_hf\.train (\S+)(.*)", text)
-    assert launched is not None
     recipe = load_recipe(launched[1], [*launched[2].replace("--use_cpu true", "").split(), "--use_cpu", "true"][-2:])
     sharded = config.distributed_type in ("FSDP", "DEEPSPEED")
     assert not (sharded and recipe.optimization.ema_decay), "averages of sharded weights are refused"

@@ -24,9 +24,8 @@ def test_recipes_that_pass_and_recipes_that_do_not_are_all_reported(tmp_path):
     names = ["vit-tiny/digits/nio", str(wrong), "vit-tiny/nowhere/nio", "swin-tiny/imagenet-1k/warmup"]
     shown = RUNNER.invoke(app, ["validate", *names, "--num_processes", "8"], env={"COLUMNS": "300"})
     assert shown.exit_code == 1
-    assert (
-        "ok  vit-tiny/digits/nio  ViTForImageClassification; 512 samples a step: 8 processes x 64 x 1" in shown.output
-    )
+    steps = "512 samples a step: 8 processes x 64 x 1"
+    assert f"ok  vit-tiny/digits/nio  ViTForImageClassification; {steps}" in shown.output
     assert "Note: 4 sub-batches on 8 processes: 4 of them are idle." in shown.output
     assert f"no  {wrong}" in shown.output
     assert "5 in a recipe without warmup. Set warmup_steps: 0." in shown.output
@@ -46,11 +45,6 @@ def test_recipes_that_pass_and_recipes_that_do_not_are_all_reported(tmp_path):
         (["validate", "vit-base/imagenet-1k/nio", "--model_config.hidden_act", "relux"], 1, "no model can be built"),
         (["validate", "vit-tiny/digits/nio", "--no_weight_decay", "[foo]"], 1, "has no parameter 'foo'"),
         (["validate", "vit-tiny/digits/nio", "--model_type", "efficientnet", "--image_size", "8"], 1, "image_size"),
-        (
-            ["validate", "resnet-50/imagenet-1k/nio", "--drop_path_rate", "0.1"],
-            1,
-            "ResNetForImageClassification has no layers",
-        ),
     ],
 )
 def test_the_exit_status_says_whether_all_is_well(arguments, status, message):
@@ -89,7 +83,6 @@ def test_with_data_the_method_of_the_recipe_runs(options, run, images, tmp_path)
     ("options", "message"),
     [
         (["--data_dir", "nowhere"], "data_dir: 'nowhere' cannot be loaded as 'imagefolder'"),
-        (["--label_column", "path"], "label_column: 'path' is no column"),
         (["--nio_batch_size", "64"], "train_dataset: 36 samples for 1 report batches of 64"),
         (["--report_to", "nowhere"], "nowhere is not supported"),
         (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint: 'nowhere' is no folder"),
@@ -132,8 +125,8 @@ def _load(folder, text, name):
         ("nio", "warmup_steps: 10\n", ["10 in a recipe without warmup. Set warmup_steps: 0"]),
         (
             "no_warmup",
-            "warmup_steps: 0.1\n",
-            ["0.1 in a recipe without warmup", "true in no_warmup.yaml. Set nio: false"],
+            "warmup_steps: 0.1",
+            ["0.1 in a recipe without", "true in no_warmup.yaml. Set nio: false"],
         ),
         ("warmup", "nio: false\n", ["0 in a recipe with warmup"]),
         ("nio", "nio: false\n", ["false in nio.yaml. Set nio: true"]),
@@ -151,7 +144,6 @@ def test_a_recipe_is_what_its_name_claims(name, text, messages, tmp_path):
 def test_what_works_but_may_not_be_meant_is_noted(tmp_path):
     recipe = _load(tmp_path, "nio_sub_batches: 4\n", "mine")
     assert list(consistency_notes(recipe, 1)) == []
-    (note,) = consistency_notes(recipe, 3)
-    assert "4 sub-batches on 3 processes: some of them wait" in note
-    (note,) = consistency_notes(recipe, 8)
-    assert "4 sub-batches on 8 processes: 4 of them are idle" in note
+    for processes, message in ((3, "some of them wait"), (8, "4 of them are idle")):
+        (note,) = consistency_notes(recipe, processes)
+        assert f"4 sub-batches on {processes} processes: {message}" in note

@@ -25,6 +25,4 @@ def checkpoint_activations(model):
 
 
 def checkpoints_activations(model):
-    """Whether a model computes activations again."""
-    found = getattr(model, f"is_{CHECKPOINTING}")
-    return found
+    return getattr(model, f"is_{CHECKPOINTING}")

@@ -5,17 +5,12 @@ import transformers
 from torch import nn
 
 DROP_PATH = {"drop_path_rate": 0.4}
-TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+LAYERS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+TRANSFORMER = {**LAYERS, "image_size": 32, "patch_size": 8}
 VIT = {**TRANSFORMER, "intermediate_size": 32, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
-SWIN = {
-    "image_size": 32,
-    "patch_size": 4,
-    "embed_dim": 8,
-    "depths": [2, 1],
-    "num_heads": [1, 2],
-    "window_size": 4,
-    "mlp_ratio": 2.0,
-}
+STAGES = {"embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4, "mlp_ratio": 2.0}
+SWIN = {**STAGES, "image_size": 32, "patch_size": 4}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 12, "bos_token_id": 0, "eos_token_id": 0}
 CONVOLUTIONAL = {"hidden_sizes": [8, 16], "depths": [1, 1]}
 
 VISION = {
@@ -29,20 +24,8 @@ VISION = {
     "resnet": ("ResNet", {**CONVOLUTIONAL, "embedding_size": 8, "layer_type": "basic"}),
 }
 TEXT = {
-    "gpt2": (
-        "GPT2LMHeadModel",
-        {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 12, "bos_token_id": 0, "eos_token_id": 0},
-    ),
-    "bert": (
-        "BertForMaskedLM",
-        {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-            "max_position_embeddings": 12,
-        },
-    ),
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "bert": ("BertForMaskedLM", {**LAYERS, "intermediate_size": 32, "max_position_embeddings": 12}),
 }
 VOCABULARY = 23
 
@@ -51,16 +34,14 @@ def vision_model(name, num_labels=5, **config):
     """A classifier of 32 x 32 images; `config` overrides fields of its configuration."""
     family, fields = VISION[name]
     settings = getattr(transformers, f"{family}Config")(**{**fields, "num_labels": num_labels, **config})
-    model = getattr(transformers, f"{family}ForImageClassification")(settings)
-    return model
+    return getattr(transformers, f"{family}ForImageClassification")(settings)
 
 
 def text_model(name, **config):
     """A language model whose head is tied to its token embeddings."""
     class_name, fields = TEXT[name]
     model_class = getattr(transformers, class_name)
-    model = model_class(model_class.config_class(**{**fields, "vocab_size": VOCABULARY, **config}))
-    return model
+    return model_class(model_class.config_class(**{**fields, "vocab_size": VOCABULARY, **config}))
 
 
 def mlp(inputs=6, num_labels=5):
@@ -97,11 +78,9 @@ def sentences(samples, seed=0):
 
 
 def vectors(samples, inputs=6, num_labels=5, seed=0):
-    """Random vectors and labels."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(samples, inputs, generator=generator), torch.randint(
-        0, num_labels, (samples,), generator=generator
-    )
+    values = torch.randn(samples, inputs, generator=generator)
+    return values, torch.randint(0, num_labels, (samples,), generator=generator)
 
 
 def image_loss(model, batch):
@@ -118,6 +97,5 @@ def text_loss(model, batch):
 
 
 def vector_loss(model, batch):
-    """Mean cross-entropy over the vectors."""
     inputs, labels = batch
     return nn.functional.cross_entropy(model(inputs.to(next(model.parameters()).dtype)), labels)

@@ -5,18 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    SwinConfig,
-    SwinForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, ViTConfig, ViTForImageClassification
 
 from nio_hf.baselines import METHODS
 from nio_hf.baselines.attention import attention_layers
@@ -24,6 +13,7 @@ from nio_hf.baselines.positions import position_tables, sine_cosine
 from nio_hf.baselines.structured import shift
 from nio_hf.core import NIOConfig, find_tensors, initialize
 from nio_hf.errors import ModelError
+from tests import zoo
 
 WIDTH, HEADS, SIDE = 96, 3, 4
 RANGE = 0.02
@@ -40,8 +30,12 @@ def text(model):
     return model, {"input_ids": tokens, "labels": tokens}
 
 
+def causal(model_type, **sizes):
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=50, **sizes))
+
+
 def gpt2():
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+    return causal("gpt2", n_positions=16, n_embd=32, n_layer=1, n_head=2)
 
 
 def drawn(model, method, batch=None, seed=0, **options):
@@ -78,21 +72,16 @@ def test_xavier_has_the_standard_deviations_that_follow_from_the_width(width, sq
     assert patches.abs().max() <= 2 / (0.8796 * math.sqrt(3 * 8 * 8))
 
 
-def test_xavier_treats_a_fused_projection_as_three_matrices():
-    model, batch = text(gpt2())
-    drawn(model, "xavier", batch)
-    fused = model.get_parameter("transformer.h.0.attn.c_attn.weight")
-    assert tuple(fused.shape) == (32, 96)
-    assert fused.abs().max().item() == pytest.approx(math.sqrt(6 / 64), rel=0.02)
-
-
-def test_xavier_leaves_tables_tokens_and_norms():
+def test_xavier_leaves_tables_tokens_and_norms_and_treats_a_fused_projection_as_three_matrices():
     before, after = vit(), drawn(vit(), "xavier")
     for name in ("vit.embeddings.position_embeddings", "vit.embeddings.cls_token", "vit.layernorm.weight"):
         assert torch.equal(before.get_parameter(name), after.get_parameter(name))
     model, batch = text(gpt2())
     tokens = model.get_parameter("transformer.wte.weight").clone()
     assert torch.equal(drawn(model, "xavier", batch).get_parameter("transformer.wte.weight"), tokens)
+    fused = model.get_parameter("transformer.h.0.attn.c_attn.weight")
+    assert tuple(fused.shape) == (32, 96)
+    assert fused.abs().max().item() == pytest.approx(math.sqrt(6 / 64), rel=0.02)
 
 
 def test_mimetic_values_and_outputs_multiply_to_noise_minus_identity():
@@ -203,17 +192,12 @@ def test_a_range_has_a_factor_of_its_own_for_what_is_added():
 
 
 def test_projections_are_found_in_every_form():
-    swin = SwinForImageClassification(
-        SwinConfig(embed_dim=16, depths=[1, 1], num_heads=[2, 4], image_size=32, window_size=4, patch_size=4)
-    )
-    bert = BertForMaskedLM(BertConfig(vocab_size=50, hidden_size=32, num_attention_heads=4, num_hidden_layers=1))
-    shapes = {
-        "vit": (vit(), [(HEADS, (WIDTH, WIDTH))] * 2),
-        "swin": (swin, [(2, (16, 16)), (4, (32, 32))]),
-        "bert": (bert, [(4, (32, 32))]),
-        "gpt2": (gpt2(), [(2, (32, 32))]),
-    }
-    for model, expected in shapes.values():
+    for model, expected in (
+        (vit(), [(HEADS, (WIDTH, WIDTH))] * 2),
+        (zoo.vision_model("swin", depths=[1, 1]), [(1, (8, 8)), (2, (16, 16))]),
+        (zoo.text_model("bert"), [(2, (16, 16))] * 2),
+        (gpt2(), [(2, (32, 32))]),
+    ):
         found = layers(model)
         assert [(layer.heads, tuple(layer.queries.shape)) for layer in found] == expected
         for layer in found:
@@ -241,20 +225,15 @@ def test_a_model_that_a_method_is_not_defined_for_is_refused(method, message):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
     before = model[1].weight.clone()
     batch = (torch.randn(8, 3, 32, 32), torch.randint(0, 5, (8,)))
+    task = (model, [batch], zoo.vector_loss, NIOConfig(report_batches=1, sub_batches=2))
     with pytest.raises(ModelError, match=message):
-        initialize(
-            model,
-            [batch],
-            lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]),
-            NIOConfig(report_batches=1, sub_batches=2),
-            method=METHODS[method],
-        )
+        initialize(*task, method=METHODS[method])
     assert torch.equal(model[1].weight, before)
 
 
 def test_grouped_queries_and_positions_of_no_grid_are_refused():
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
-    llama, batch = text(LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    llama, batch = text(causal("llama", num_attention_heads=4, num_key_value_heads=2, **sizes))
     with pytest.raises(ModelError, match=r"self_attn: projections of the shapes \(32, 32\), \(16, 32\)"):
         drawn(llama, "mimetic", batch)
     model, batch = text(gpt2())

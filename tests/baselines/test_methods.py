@@ -8,17 +8,24 @@ import pytest
 import torch
 
 from nio_hf.baselines import METHODS
-from nio_hf.core import InitResult, NIOConfig, expected_cost, find_tensors, grad_cosine, initialize
+from nio_hf.core import Collective, InitResult, NIOConfig, expected_cost, find_tensors, grad_cosine, initialize
 from nio_hf.errors import ConfigError
-from tests.baselines.homes import OF_TRANSFORMERS, home
 from tests.core.cases import batches_of, case, differences, state
+from tests.distributed.ranks import run_ranks
 from tests.versions import checkpoint_activations
 
 CONFIG = NIOConfig(report_batches=2, sub_batches=2)
 LEARNED = "gradinit"
 """The method that has iterations."""
+OF_TRANSFORMERS = ("range", "mimetic", "structured")
+"""Methods that refuse a plain network."""
 CHANGING = [name for name in METHODS if name != "none"]
 ANYWHERE = [name for name in CHANGING if name not in OF_TRANSFORMERS]
+
+
+def home(method):
+    """A small model that a method is defined for."""
+    return "vit" if method in OF_TRANSFORMERS else "mlp"
 
 
 def run(method, made, name=None, batches=None, config=CONFIG, on_iteration=None, **options):
@@ -35,7 +42,9 @@ def run(method, made, name=None, batches=None, config=CONFIG, on_iteration=None,
 
 
 @pytest.mark.parametrize(
-    ("method", "name"), [(method, name) for method in METHODS for name in dict.fromkeys((home(method), "vit"))]
+    ("method", "name"),
+    [(method, "vit") for method in METHODS]
+    + [(method, name) for method in ("none", *ANYWHERE) for name in ("mlp", "resnet")],
 )
 def test_every_method_changes_scaled_tensors_and_nothing_else(method, name):
     made = case(name)
@@ -52,9 +61,12 @@ def test_every_method_changes_scaled_tensors_and_nothing_else(method, name):
         value = made.model.get_parameter(parameter)
         expected = value.norm() / before[f"{parameter}: value"].norm()
         assert omega == pytest.approx(expected.item(), rel=1e-5), parameter
-    for batch, part in zip(batches_of(name, 2), result.after.parts, strict=True):
-        again = grad_cosine(made.model, batch, made.loss_fn, sub_batches=2)
-        assert (again.value, again.norms, again.loss) == (part.value, part.norms, part.loss)
+    untouched = case(name).model
+    assert result.excluded == find_tensors(untouched).excluded
+    for model, measured in ((untouched, result.before), (made.model, result.after)):
+        for batch, part in zip(batches_of(name, 2), measured.parts, strict=True):
+            again = grad_cosine(model, batch, made.loss_fn, sub_batches=2)
+            assert (again.value, again.norms, again.loss) == (part.value, part.norms, part.loss)
     assert (result.method, result.status) == (method, "applied")
     assert result.options.keys() == METHODS[method].options.keys()
     assert (result.title, result.description) == (METHODS[method].title, METHODS[method].describe(result.config))
@@ -67,10 +79,7 @@ def test_a_method_does_the_same_again(method):
     run(method, first)
     torch.manual_seed(7)
     run(method, second)
-    assert not differences(
-        {name: value for name, value in state(first.model).items() if name.endswith("value")},
-        {name: value for name, value in state(second.model).items() if name.endswith("value")},
-    )
+    assert all(torch.equal(*pair) for pair in zip(first.model.parameters(), second.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -89,13 +98,24 @@ def test_a_result_survives_json(method):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("method", METHODS)
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(method, error):
-    calls = _loss_calls(method)
+    def failing(made, at, calls):
+        def loss_fn(model, batch):
+            calls.append(None)
+            if len(calls) == at:
+                raise error("stop here")
+            return made.loss_fn(model, batch)
+
+        return dataclasses.replace(made, loss_fn=loss_fn)
+
+    all_calls = []
+    run(method, failing(case(home(method)), None, all_calls))
+    count = len(all_calls)
     # The probe, two sub-batches of two report batches, what the method does, and the report batches again.
-    for last in {1 + 4 + 1, (calls + 2) // 2, calls - 4, calls}:
+    for last in {1 + 4 + 1, (count + 2) // 2, count - 4, count}:
         made = case(home(method))
         before, generator = state(made.model), torch.get_rng_state()
         with pytest.raises(error, match="stop here"):
-            run(method, _stopping(made, last, error))
+            run(method, failing(made, last, []))
         assert not differences(before, state(made.model)), last
         assert torch.equal(generator, torch.get_rng_state())
 
@@ -108,13 +128,6 @@ def test_iterations_are_reported_as_they_happen():
     assert all(record.grad_cosine is None and record.grad_norm > 0 and record.seconds > 0 for record in seen)
 
 
-def test_what_was_learned_before_the_data_ended_is_applied():
-    made = case("mlp")
-    result = run(LEARNED, made, batches=iter(batches_of("mlp", 3)))
-    assert len(result.history) == 1
-    assert any(omega != 1 for omega in result.scales.values())
-
-
 @pytest.mark.parametrize("method", ANYWHERE)
 def test_frozen_tensors_keep_their_values(method):
     made = case("mlp")
@@ -125,16 +138,6 @@ def test_frozen_tensors_keep_their_values(method):
     assert "4.weight" not in result.scales
 
 
-@pytest.mark.parametrize("method", ANYWHERE)
-def test_batch_normalisation_keeps_its_statistics(method):
-    made = case("resnet")
-    before = state(made.model)
-    result = run(method, made, "resnet")
-    changed = differences(before, state(made.model))
-    assert changed
-    assert set(changed) <= {f"{parameter}: value" for parameter in result.scales}
-
-
 @pytest.mark.parametrize("method", CHANGING)
 def test_activation_checkpointing_changes_nothing(method):
     plain, checkpointed = case("vit"), case("vit")
@@ -143,21 +146,6 @@ def test_activation_checkpointing_changes_nothing(method):
     first, second = run(method, plain, "vit"), run(method, checkpointed, "vit")
     assert second.scales == pytest.approx(first.scales, abs=1e-5)
     assert all(key.endswith("value") for key in differences(before, state(checkpointed.model)))
-
-
-def test_records_are_named_as_they_are_asked_for():
-    assert {name: method.name for name, method in METHODS.items()} == {name: name for name in METHODS}
-    assert [method.title for method in METHODS.values()] == [
-        "default initialisation",
-        "GradInit",
-        "LSUV",
-        "emergence-promoting initialisation",
-        "architecture-aware initialisation",
-        "another range",
-        "Xavier initialisation",
-        "mimetic initialisation",
-        "structured initialisation",
-    ]
 
 
 def test_options_have_defaults():
@@ -188,77 +176,28 @@ def test_the_cost_is_at_most_what_is_expected(method):
         assert expected is None
         assert reports + 5 / 3 <= own <= reports + 9 / 3
     else:
-        assert expected is not None
         assert reports <= own <= expected
         assert expected <= reports + {"architecture_aware": 1 / 6, "gradinit": 20}.get(method, 0)
 
 
 @pytest.mark.parametrize(
-    ("method", "options", "messages"),
+    ("method", "options"),
     [
-        (
-            "gradinit",
-            {"optimizer": "lion", "step_size": 0.0},
-            ["gradinit.optimizer: 'lion'", "gradinit.step_size: 0.0"],
-        ),
-        (
-            "gradinit",
-            {"gamma": -1.0, "gamma_relative": "2", "iterations": 0, "lr": None, "scale_range": [2.0, 3.0]},
-            ["gamma: -1.0", "gamma_relative: '2'", "iterations: 0", "lr: None", "gradinit.scale_range: (2.0, 3.0)"],
-        ),
-        (
-            "lsuv",
-            {"orthonormal": 1, "tolerance": 0, "max_trials": 0},
-            ["lsuv.orthonormal: 1", "lsuv.tolerance: 0", "lsuv.max_trials: 0"],
-        ),
-        ("emergence", {"alpha": 0}, ["emergence.alpha: 0"]),
-        ("architecture_aware", {"gain": float("nan")}, ["architecture_aware.gain: nan"]),
-        ("range", {"factor": 0, "additive": None}, ["range.factor: 0", "range.additive: None"]),
-        ("mimetic", {"query_key": 0, "control": 1}, ["mimetic.query_key: 0", "mimetic.control: 1"]),
-        ("structured", {"logit_norm": "7", "positions": -1.0}, ["structured.logit_norm: '7'", "positions: -1.0"]),
+        ("gradinit", {"optimizer": "lion", "step_size": 0.0}),
+        ("gradinit", {"gamma": -1.0, "gamma_relative": "2", "iterations": 0, "lr": None, "scale_range": (2.0, 3.0)}),
+        ("lsuv", {"orthonormal": 1, "tolerance": 0, "max_trials": 0}),
+        ("emergence", {"alpha": 0}),
+        ("architecture_aware", {"gain": float("nan")}),
+        ("range", {"factor": 0, "additive": None}),
+        ("mimetic", {"query_key": 0, "control": 1}),
+        ("structured", {"logit_norm": "7", "positions": -1.0}),
     ],
 )
-def test_all_options_out_of_range_are_named(method, options, messages):
+def test_all_options_out_of_range_are_named(method, options):
     with pytest.raises(ConfigError) as caught:
         run(method, case("mlp"), **options)
-    assert len(caught.value.problems) == len(messages)
-    assert all(message in str(caught.value) for message in messages)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_before_is_what_the_model_measures_as_it_comes(method):
-    name = home(method)
-    made = case(name)
-    excluded = find_tensors(made.model).excluded
-    result = run(method, made)
-    assert result.excluded == excluded
-    assert result.before.value == pytest.approx(
-        np.mean([grad_cosine(case(name).model, b, made.loss_fn, sub_batches=2).value for b in batches_of(name, 2)])
-    )
-
-
-def _stopping(made, last, error):
-    """The case with a loss that fails at one of its calls."""
-    seen = []
-
-    def loss_fn(model, batch):
-        seen.append(None)
-        if len(seen) == last:
-            raise error("stop here")
-        return made.loss_fn(model, batch)
-
-    return dataclasses.replace(made, loss_fn=loss_fn)
-
-
-def _loss_calls(method):
-    made, seen = case(home(method)), []
-
-    def loss_fn(model, batch):
-        seen.append(None)
-        return made.loss_fn(model, batch)
-
-    run(method, dataclasses.replace(made, loss_fn=loss_fn))
-    return len(seen)
+    assert len(caught.value.problems) == len(options)
+    assert all(f"{method}.{name}: {value!r}" in str(caught.value) for name, value in options.items())
 
 
 @pytest.mark.parametrize("method", CHANGING)
@@ -273,22 +212,36 @@ def test_bfloat16_measures_the_new_weights(method):
 def test_data_that_end_before_the_iterations_are_told():
     result = run(LEARNED, case("mlp"), batches=iter(batches_of("mlp", 4)), iterations=9)
     assert result.status == "applied"
+    assert len(result.history) == 2
+    assert any(omega != 1 for omega in result.scales.values())
     assert result.message.endswith("The data ended after 2 of 9 iterations.")
 
 
-def _with_little_memory(made):
-    """The case with a loss that has room for the gradient of four samples."""
+def test_gradinit_computes_in_parts_where_memory_runs_out():
+    made = case("vit")
 
     def loss_fn(model, batch):
+        """A loss that has room for the gradient of four samples."""
         if torch.is_grad_enabled() and len(batch["labels"]) > 4:
             raise torch.OutOfMemoryError("out of memory")
         return made.loss_fn(model, batch)
 
-    return dataclasses.replace(made, loss_fn=loss_fn)
-
-
-def test_gradinit_computes_in_parts_where_memory_runs_out():
     expected = run("gradinit", case("vit"), "vit")
-    result = run("gradinit", _with_little_memory(case("vit")), "vit")
+    result = run("gradinit", dataclasses.replace(made, loss_fn=loss_fn), "vit")
     assert [record.micro_batch_size for record in result.history] == [3, 3]
     assert result.scales == pytest.approx(expected.scales, abs=1e-4)
+
+
+def _weights(method):
+    made, options = case(home(method)), {"iterations": 3, "lr": 0.05} if method == LEARNED else {}
+    task = (made.model, batches_of(home(method), 5), made.loss_fn, CONFIG)
+    initialize(*task, method=METHODS[method], options=options, collective=Collective.current())
+    return [parameter.flatten().tolist() for parameter in made.model.parameters()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_find_the_weights_of_one(method):
+    alone = _weights(method)
+    first, second = run_ranks(2, _weights, method)
+    assert first == second
+    assert all(mine == pytest.approx(theirs, rel=1e-5) for mine, theirs in zip(alone, first, strict=True))

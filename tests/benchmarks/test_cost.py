@@ -6,21 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import cost_report
 from benchmarks.accounting import counted
 from benchmarks.cost import RUNS, count_run
-from benchmarks.cost_report import (
-    ARITHMETIC_BOUNDS,
-    RUN_BOUND,
-    Claim,
-    claims,
-    markdown_errors,
-    markdown_seconds,
-    markdown_table,
-    print_claims,
-    print_runs,
-    print_tables,
-    save_plot,
-)
+from benchmarks.cost_report import ARITHMETIC_BOUNDS, RUN_BOUND, Claim, claims
 from benchmarks.workloads import FIRST_PASS, JOINT, MODELS, PATHS, STUDY_MODELS, workload
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cost-cpu"
@@ -31,8 +20,7 @@ def _committed():
 
 
 def _committed_runs():
-    runs = json.loads((RESULTS / f"{RUNS}.json").read_text())["runs"]
-    return runs
+    return json.loads((RESULTS / f"{RUNS}.json").read_text())["runs"]
 
 
 def test_every_claim_holds_in_the_committed_results():
@@ -55,29 +43,30 @@ def test_counting_without_data_is_counting_a_real_run():
         assert check["without_data"] == check["real_tensors"] == check["allocator"]
 
 
-@pytest.mark.parametrize("table", [markdown_table, markdown_seconds, markdown_errors])
+@pytest.mark.parametrize("table", ["table", "seconds", "errors"])
 def test_the_tables_of_the_documentation_are_drawn_from_the_results(table):
     page = (Path(__file__).parents[2] / "docs" / "cost.md").read_text()
-    assert table(sorted(_committed(), key=lambda result: result["model"])) in page
+    draw = getattr(cost_report, f"markdown_{table}")
+    assert draw(sorted(_committed(), key=lambda result: result["model"])) in page
 
 
 def test_a_claim_that_does_not_hold_is_said_so(capsys):
     results = _committed()
     results[0]["counts"][0]["exact"]["operations"] *= 2
     assert sum(not claim.holds for claim in claims(results)) == 1
-    print_claims(results)
+    cost_report.print_claims(results)
     assert "DOES NOT HOLD" in capsys.readouterr().out
     assert not Claim("m", "t", 2.0, 1.0).holds
 
 
 def test_tables_and_plot_show_every_model(tmp_path, capsys):
-    print_tables(_committed())
+    cost_report.print_tables(_committed())
     shown = capsys.readouterr().out
     assert all(f"{model}: training steps of arithmetic" in shown for model in MODELS)
-    print_runs(_committed_runs())
+    cost_report.print_runs(_committed_runs())
     shown = capsys.readouterr().out
     assert all(f"{run['counted_steps']:.2f} training steps counted" in shown for run in _committed_runs())
-    save_plot(_committed(), tmp_path / "cost.png")
+    cost_report.save_plot(_committed(), tmp_path / "cost.png")
     assert (tmp_path / "cost.png").stat().st_size > 10_000
 
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -18,12 +19,7 @@ RUNNER = CliRunner()
 @pytest.mark.parametrize(("command", "action"), [("train", train_recipe), ("init", initialise)])
 def test_commands_pass_the_recipe_and_its_overrides_on(command, action, monkeypatch):
     calls = []
-
-    def run_recipe(*call):
-        calls.append(call)
-        return 3
-
-    monkeypatch.setattr("nio_hf.train.run_recipe", run_recipe)
+    monkeypatch.setattr("nio_hf.train.run_recipe", lambda *call: calls.append(call) or 3)
     options = ["vit-tiny/digits/nio", "--nio_lr", "-1e-3", "--seed=4", "--bf16"]
     assert RUNNER.invoke(app, [command, *options]).exit_code == 3
     assert RUNNER.invoke(app, [command, "--seed", "1"]).exit_code == 3
@@ -59,8 +55,6 @@ def test_the_command_line_loads_no_torch_before_it_is_needed():
 
 
 def test_the_installed_program_is_this_one():
-    program = sys.executable.replace("python", "nio-hf") if sys.executable.endswith("python") else None
-    if program is None:
-        pytest.skip("the interpreter is not called python, so its scripts folder is not known")
+    program = Path(sys.executable).with_name("nio-hf")
     shown = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
     assert re.fullmatch(r"nio-hf \d+\.\d+\.\d+\n", shown)

@@ -24,6 +24,7 @@ SETTINGS = {
     "save_steps": "6",
     "resume_from_checkpoint": "auto",
 }
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
 LAUNCHES = {"alone": [], "launched": ["--config_file", "multi_cpu"]}
 
 
@@ -33,19 +34,13 @@ def _command(output_dir, how, **changes):
 
 
 def _run(command):
-    return subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=240)
-
-
-def _environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
 
 
 def _stopped_after_a_step(command, number):
     """Send a signal to a command after its first logged step; return its status and its output."""
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment(), start_new_session=True
-    ) as process:
-        assert process.stdout is not None
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, **streams, env=ENVIRONMENT, start_new_session=True) as process:
         lines = []
         for line in process.stdout:
             lines.append(line)

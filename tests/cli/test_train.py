@@ -22,12 +22,7 @@ RUNNER = CliRunner()
 
 def test_launch_options_wrap_accelerate_launch_and_all_else_is_the_recipes(monkeypatch):
     calls = []
-
-    def recorded(*call):
-        calls.append(call)
-        return 7
-
-    monkeypatch.setattr("nio_hf.launch.launch", recorded)
+    monkeypatch.setattr("nio_hf.launch.launch", lambda *call: calls.append(call) or 7)
     options = ["--gradient_accumulation_steps", "2", "--seed=1"]
     arguments = ["vit-tiny/digits/nio", "--num_processes", "2", *options, "--gpu-ids", "0,1", "--config_file", "cpu"]
     assert RUNNER.invoke(app, ["train", *arguments]).exit_code == 7
@@ -64,53 +59,34 @@ def test_several_processes_without_gpus_or_a_configuration_are_refused(monkeypat
     assert "Add --config_file multi_cpu" in refused.output
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The output of the same training in one and in two processes."""
-    folder = tmp_path_factory.mktemp("runs")
+@pytest.mark.slow
+def test_two_processes_train_the_weights_that_one_process_trains(tmp_path):
     # 48 samples: shares of 4 come out even, so that no process is given some of them again.
-    images = make_folder(folder / "images", images=16)
-    recipe = write_recipe(folder, images, "global_batch_size: 16\noptim: sgd\nlearning_rate: 0.5\n")
+    images = make_folder(tmp_path / "images", images=16)
+    recipe = write_recipe(tmp_path, images, "global_batch_size: 16\noptim: sgd\nlearning_rate: 0.5\n")
     # What is drawn for a whole batch on its device depends on how the batch is shared; crops and flips do not.
     plain = ["--randaugment_magnitude", "null", "--color_jitter", "0", "--random_erasing", "0"]
     plain += ["--mixup_alpha", "0", "--cutmix_alpha", "0", "--per_device_train_batch_size", "4"]
-    launches = {1: [], 2: ["--config_file", "multi_cpu", "--num_processes", "2"]}
-    outputs = {}
-    for processes, options in launches.items():
-        outputs[processes] = folder / f"output-{processes}"
-        command = [sys.executable, "-m", "nio_hf.cli", "train", recipe, *options, *plain]
-        command += ["--output_dir", str(outputs[processes])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    for output, options in zip(outputs, ([], ["--config_file", "multi_cpu", "--num_processes", "2"]), strict=True):
+        command = [sys.executable, "-m", "nio_hf.cli", "train", recipe, *options, *plain, "--output_dir", str(output)]
         finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
         assert finished.returncode == 0, finished.stdout + finished.stderr
-        (outputs[processes] / "shown.txt").write_text(finished.stdout + finished.stderr)
-    return outputs
+        assert (finished.stdout + finished.stderr).count("Trained model: ") == 1
+    arguments = [torch.load(path / "training_args.bin", weights_only=False) for path in outputs]
+    assert [each.gradient_accumulation_steps for each in arguments] == [4, 2], "two processes really ran"
 
-
-@pytest.mark.slow
-def test_two_processes_train_the_weights_that_one_process_trains(runs):
-    states = {processes: json.loads((path / "trainer_state.json").read_text()) for processes, path in runs.items()}
-    losses = {n: [entry["loss"] for entry in state["log_history"] if "loss" in entry] for n, state in states.items()}
-    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
-    one, two = (load_file(path / "model.safetensors") for path in runs.values())
-    initial = load_file(runs[1] / "_nio_init" / "model.safetensors")
+    histories = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in outputs]
+    losses = [[entry["loss"] for entry in history if "loss" in entry] for history in histories]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    one, two = (load_file(path / "model.safetensors") for path in outputs)
+    initial = load_file(outputs[0] / "_nio_init" / "model.safetensors")
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=2e-3, atol=2e-5)
-    moved = max(float((one[name] - initial[name]).abs().max()) for name in one)
-    assert moved > 0.01
-    scales = [load_state(path / "_nio_init").scales for path in runs.values()]
+    assert max(float((one[name] - initial[name]).abs().max()) for name in one) > 0.01
+    scales = [load_state(path / "_nio_init").scales for path in outputs]
     assert scales[1] == pytest.approx(scales[0], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_two_processes_really_ran_and_reported_once(runs):
-    accumulated = {n: torch.load(path / "training_args.bin", weights_only=False) for n, path in runs.items()}
-    assert {n: arguments.gradient_accumulation_steps for n, arguments in accumulated.items()} == {1: 4, 2: 2}
-    assert (runs[2] / "shown.txt").read_text().count("Trained model: ") == 1
-
-
-@pytest.mark.slow
-def test_evaluation_counts_every_image_once(runs):
-    results = [json.loads((path / "all_results.json").read_text()) for path in runs.values()]
+    results = [json.loads((path / "all_results.json").read_text()) for path in outputs]
     assert results[1]["eval_accuracy"] == pytest.approx(results[0]["eval_accuracy"], abs=0.03)
-    assert results[1]["eval_loss"] == pytest.approx(results[0]["eval_loss"], rel=1e-4)
+    assert results[1]["eval_loss"] == pytest.approx(results[0]["eval_loss"], rel=1e-4), "every image counts once"

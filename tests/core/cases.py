@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from tests import zoo
 
 PER_TENSOR = {"search": "published", "groups": "tensor", "scaled_tensors": "all", "objective": "gc"}
 """Settings of the published search, with a scale of its own for every tensor, and GradCosine alone."""
+SEARCHES = {
+    "exact": {**PER_TENSOR, "iterations": 5, "curvature": "exact"},
+    "finite differences": {**PER_TENSOR, "iterations": 5, "curvature": "finite_difference"},
+    "balance": {},
+}
 FAMILIES = [*zoo.VISION, *zoo.TEXT, "mlp"]
 
 
@@ -38,7 +44,7 @@ class Case:
 
 
 def case(name, samples=8, **config):
-    """A tiny model with the same weights at every call."""
+    """The same weights at every call."""
     set_seed(0)
     if name == "mlp":
         return Case(zoo.mlp(), zoo.vectors(samples), zoo.vector_loss)
@@ -61,9 +67,32 @@ def double_case(name, samples=8):
 
 
 def batches_of(name, count, samples=8):
-    """Different batches for a family."""
     make = zoo.vectors if name == "mlp" else zoo.images if name in zoo.VISION else zoo.sentences
     return [make(samples, seed=seed) for seed in range(count)]
+
+
+class AdamByHand:
+    """Steps of the published Adam for one scale, in plain numbers."""
+
+    def __init__(self):
+        self.second = 0.0
+        self.first = {"objective": 0.0, "constraint": 0.0}
+        self.steps = {"objective": 0, "constraint": 0}
+
+    def direction(self, gradient, branch):
+        clipped = max(-1.0, min(1.0, gradient))
+        self.steps[branch] += 1
+        self.first[branch] = 0.9 * self.first[branch] + 0.1 * clipped
+        self.second = 0.999 * self.second + 0.001 * clipped**2
+        mean = self.first[branch] / (1 - 0.9 ** self.steps[branch])
+        square = self.second / (1 - 0.999 ** sum(self.steps.values()))
+        return -mean / (math.sqrt(square) + 1e-8)
+
+
+def contrastive(model, batch):
+    """A loss that compares the samples of a batch with each other: 0 for one alone."""
+    outputs = nn.functional.normalize(model(batch[0].to(next(model.parameters()).dtype)), dim=-1)
+    return nn.functional.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
 
 
 @contextlib.contextmanager
@@ -93,6 +122,15 @@ def differences(before, after):
     """Entries of two states that are not the same, bit for bit."""
     assert before.keys() == after.keys()
     return [key for key, value in before.items() if not _same(value, after[key])]
+
+
+@contextlib.contextmanager
+def unchanged(model):
+    """Hold that a block leaves the model as it was, bit for bit."""
+    before = state(model)
+    yield
+    changed = differences(before, state(model))
+    assert not changed, changed
 
 
 def _same(left, right):

@@ -1,6 +1,5 @@
 """The gradient of the scales: against the joint graph, on every path, and what a path costs and keeps."""
 
-import functools
 import itertools
 
 import pytest
@@ -13,6 +12,7 @@ from benchmarks.accounting import counted
 from benchmarks.reference import joint_graph
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import Collective, curvature, find_tensors, memory
+from nio_hf.core.batches import batch_size
 from nio_hf.core.curvature import Path, choose_path, second_pass
 from nio_hf.core.gradcosine import published_windows, sub_batch_windows
 from nio_hf.core.loss import Loss
@@ -20,7 +20,7 @@ from nio_hf.core.mode import measuring
 from nio_hf.core.objectives import CosineObjective, NormConstraint, make_objective
 from nio_hf.core.sub_batches import SubBatches, first_pass, read, split
 from nio_hf.errors import ModelError
-from tests.core.cases import FAMILIES, Case, batches_of, case, differences, double_case, state
+from tests.core.cases import FAMILIES, Case, batches_of, case, differences, double_case, state, unchanged
 
 CPU, ALONE = torch.device("cpu"), Collective()
 # Samples, sub-batches, overlap of the published windows; None for a partition.
@@ -44,12 +44,6 @@ def smooth_case(name, samples):
         if name == "swinv2" and isinstance(module, nn.Linear) and module.in_features == 2:
             nn.init.normal_(module.bias)
     return made
-
-
-def windows_of(samples, sub_batches, overlap):
-    if overlap is None:
-        return sub_batch_windows(samples, sub_batches)
-    return published_windows(samples, sub_batches, overlap)
 
 
 def two_passes(made, windows, objective, path, micro_batch_size=None):
@@ -85,10 +79,6 @@ def oracle(made, windows, objective="gc", branch="objective"):
     return torch.stack(values).double(), joint.scale_gradient
 
 
-def objective_of(name, branch):
-    return NormConstraint() if branch == "constraint" else make_objective(name)
-
-
 def ways_of(name, target):
     """Paths and micro-batch sizes to compute a case by: all of them, three for each target of a slow family."""
     ways = [*((path, None) for path in (*EXACT, *FINITE)), (EXACT[0], 2), (FINITE[1], 2)]
@@ -101,8 +91,9 @@ def ways_of(name, target):
 @pytest.mark.parametrize(("name", "samples", "sub_batches", "overlap", "target", "branch"), CROSSED + PAIRED)
 def test_every_path_equals_the_joint_graph(name, samples, sub_batches, overlap, target, branch):
     made = smooth_case(name, samples)
-    before, windows = state(made.model), windows_of(samples, sub_batches, overlap)
-    objective = objective_of(target, branch)
+    before = state(made.model)
+    windows = published_windows(samples, sub_batches, overlap) if overlap else sub_batch_windows(samples, sub_batches)
+    objective = NormConstraint() if branch == "constraint" else make_objective(target)
     values, slopes = oracle(made, windows, target, branch)
     assert slopes.isfinite().all()
     assert float(slopes.norm()) > 1e-3
@@ -124,12 +115,11 @@ def test_every_path_equals_the_joint_graph(name, samples, sub_batches, overlap, 
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_finite_differences_in_single_precision_are_close(name, path, micro_batch_size, objective):
     made, windows = case(name), sub_batch_windows(8, 2)
-    before = state(made.model)
-    _, exact = two_passes(made, windows, objective, EXACT[0])
-    _, approximate = two_passes(made, windows, objective, path, micro_batch_size)
+    with unchanged(made.model):
+        _, exact = two_passes(made, windows, objective, EXACT[0])
+        _, approximate = two_passes(made, windows, objective, path, micro_batch_size)
     assert (approximate - exact).norm() < 1e-2 * exact.norm()
     assert not torch.equal(approximate, exact)
-    assert not differences(before, state(made.model))
 
 
 @pytest.mark.parametrize(
@@ -162,29 +152,19 @@ def test_losses_computed_for_each_sub_batch(path, micro_batch_size, calls, sub_b
     assert path.steps(in_parts=False) == (3 if path.keep else 4)
 
 
-def run_on_pairs(made, sub_batches, path):
-    two_passes(made, sub_batch_windows(2 * sub_batches, sub_batches), CosineObjective(), path)
+@pytest.mark.parametrize(
+    ("way", "grows"), [(EXACT[0], False), (FINITE[0], False), (EXACT[1], True), ("joint graph", True)], ids=str
+)
+def test_peak_memory_grows_with_the_number_of_sub_batches_only_where_graphs_are_kept(way, grows):
+    def peak_bytes(sub_batches):
+        # The tokens of two sentences for each sub-batch take next to no memory.
+        made, windows = case("gpt2", 2 * sub_batches, n_layer=1), sub_batch_windows(2 * sub_batches, sub_batches)
+        if way == "joint graph":
+            return counted(lambda: oracle(made, windows)).peak
+        return counted(lambda: two_passes(made, windows, CosineObjective(), way)).peak
 
-
-def peak_bytes(run, sub_batches):
-    """Peak of the memory allocated while it runs on sub-batches of two sentences, whose tokens take next to none."""
-    made = case("gpt2", 2 * sub_batches, n_layer=1)
-    return counted(lambda: run(made, sub_batches)).peak
-
-
-@pytest.mark.parametrize("path", [EXACT[0], FINITE[0]])
-def test_peak_memory_does_not_grow_with_the_number_of_sub_batches(path):
-    few, many = (peak_bytes(functools.partial(run_on_pairs, path=path), sub_batches) for sub_batches in (2, 8))
-    assert many < 1.02 * few
-
-
-def test_peak_memory_of_the_joint_graph_and_of_kept_graphs_grows():
-    def joint(made, sub_batches):
-        oracle(made, sub_batch_windows(2 * sub_batches, sub_batches))
-
-    for run in (joint, functools.partial(run_on_pairs, path=EXACT[1])):
-        few, many = (peak_bytes(run, sub_batches) for sub_batches in (2, 8))
-        assert many > 2 * few, run
+    few, many = peak_bytes(2), peak_bytes(8)
+    assert many > 2 * few if grows else many < 1.02 * few
 
 
 # Which path "auto" and the others take.
@@ -192,31 +172,23 @@ def test_peak_memory_of_the_joint_graph_and_of_kept_graphs_grows():
 
 def chosen(made, setting, micro_batch_size=None, sub_batches=2):
     tensors, loss = find_tensors(made.model), Loss(made.model, made.loss_fn, CPU)
-    samples = len(next(iter(made.batch.values())) if isinstance(made.batch, dict) else made.batch[0])
+    windows = sub_batch_windows(batch_size(made.batch), sub_batches)
     with measuring(made.model):
-        parts = split(made.batch, sub_batch_windows(samples, sub_batches), loss, ALONE, where="batch 3")
+        parts = split(made.batch, windows, loss, ALONE, where="batch 3")
         return choose_path(setting, loss, tensors, parts, micro_batch_size)
 
 
+@pytest.mark.parametrize(("free", "kept"), [(None, 0), (0, 0), (10**12, 1)])
 @pytest.mark.parametrize(
-    ("setting", "free", "path"),
-    [
-        ("auto", None, EXACT[0]),
-        ("auto", 0, EXACT[0]),
-        ("auto", 10**12, EXACT[1]),
-        ("exact", 0, EXACT[0]),
-        ("exact", 10**12, EXACT[1]),
-        ("finite_difference", None, FINITE[0]),
-        ("finite_difference", 0, FINITE[0]),
-        ("finite_difference", 10**12, FINITE[1]),
-    ],
+    ("setting", "paths"), [("auto", EXACT), ("exact", EXACT), ("finite_difference", FINITE)], ids=str
 )
-def test_what_fits_into_memory_is_kept(setting, free, path, monkeypatch):
+def test_what_fits_into_memory_is_kept(setting, paths, free, kept, monkeypatch):
     monkeypatch.setattr(curvature, "available_memory", lambda device: free)
     made = case("mlp")
-    before = state(made.model)
-    assert chosen(made, setting) == path
-    assert not differences(before, state(made.model))
+    with unchanged(made.model):
+        assert chosen(made, setting) == paths[kept]
+    if paths == EXACT:
+        assert chosen(made, setting, micro_batch_size=2) == EXACT[0], "graphs of micro-batches are not kept"
 
 
 def test_gradients_are_kept_where_all_of_them_fit(monkeypatch):
@@ -225,10 +197,6 @@ def test_gradients_are_kept_where_all_of_them_fit(monkeypatch):
     for free, keep in [(4 * 2 * numbers / 0.6 + 1, "gradients"), (4 * 2 * numbers / 0.6 - 1, None)]:
         monkeypatch.setattr(curvature, "available_memory", lambda device, free=free: free)
         assert chosen(made, "finite_difference").keep == keep
-
-
-def test_graphs_of_micro_batches_are_not_kept():
-    assert chosen(case("mlp"), "auto", micro_batch_size=2) == EXACT[0]
 
 
 def test_a_process_without_sub_batches_has_no_path_to_find_out():
@@ -251,33 +219,27 @@ class Square(torch.autograd.Function):
         return x * x
 
 
-class OnceSquare(Square):
-    """y = x^2, whose author did not want it differentiated twice."""
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, incoming):
-        (x,) = ctx.saved_tensors
-        return 2 * x * incoming
-
-
-class FusedSquare(Square):
-    """The same as a fused kernel does it: autograd sees nothing of the backward."""
-
-    @staticmethod
-    def backward(ctx, incoming):
-        (x,) = ctx.saved_tensors
-        with torch.no_grad():
-            return 2 * x * incoming
+def slope_of_square(ctx, incoming):
+    (x,) = ctx.saved_tensors
+    return 2 * x * incoming
 
 
 class SoundSquare(Square):
-    """The same by operations that can be differentiated again."""
+    """By operations that can be differentiated again."""
 
-    @staticmethod
-    def backward(ctx, incoming):
-        (x,) = ctx.saved_tensors
-        return 2 * x * incoming
+    backward = staticmethod(slope_of_square)
+
+
+class OnceSquare(Square):
+    """Its author did not want it differentiated twice."""
+
+    backward = staticmethod(once_differentiable(slope_of_square))
+
+
+class FusedSquare(Square):
+    """As a fused kernel does it: autograd sees nothing of the backward."""
+
+    backward = staticmethod(torch.no_grad()(slope_of_square))
 
 
 class Squaring(nn.Module):
@@ -301,7 +263,7 @@ def squaring(square, checkpointing=False):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("square", [OnceSquare, FusedSquare])
-def test_operations_that_leave_no_graph_are_computed_by_finite_differences(square, checkpointing, caplog):
+def test_operations_that_leave_no_graph_are_computed_by_finite_differences_or_refused(square, checkpointing, caplog):
     made, windows = squaring(square.apply, checkpointing), sub_batch_windows(8, 2)
     _, right = oracle(squaring(torch.square), windows)
     _, wrong = two_passes(made, windows, CosineObjective(), EXACT[0])
@@ -311,14 +273,9 @@ def test_operations_that_leave_no_graph_are_computed_by_finite_differences(squar
     assert f"the backward of {square.__name__} leaves no graph to differentiate again" in caplog.text
     _, found = two_passes(made, windows, CosineObjective(), path)
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("square", [OnceSquare, FusedSquare])
-def test_exact_products_of_operations_that_leave_no_graph_are_refused(square, checkpointing):
     message = rf"batch 3: the backward of {square.__name__} leaves no graph .* \"finite_difference\""
     with pytest.raises(ModelError, match=message):
-        chosen(squaring(square.apply, checkpointing), "exact")
+        chosen(made, "exact")
 
 
 def test_operations_that_leave_no_graph_are_found_where_memory_is_scarce(monkeypatch):
@@ -408,23 +365,17 @@ def routed(sharpness):
     return Case(Routed(sharpness), made.batch, made.loss_fn)
 
 
-def test_finite_differences_through_routing_are_refused():
+def test_through_routing_exact_products_are_right_and_finite_differences_refused():
     """Where samples lie near the edge between two experts: a step takes some of them to the other one."""
     made, windows = routed(1e-5), sub_batch_windows(64, 2)
     with pytest.raises(ModelError, match=r"the gradient jumps, as in top-k routing .*\"exact\", or .*\"balance\""):
         chosen(made, "finite_difference")
-    _, exact = two_passes(made, windows, CosineObjective(), EXACT[0])
-    _, wrong = two_passes(made, windows, CosineObjective(), FINITE[0])
-    assert float((wrong - exact).norm()) > 0.3 * float(exact.norm()), "they are refused without need"
     assert chosen(made, "auto").product == "exact"
-
-
-def test_exact_products_through_routing_are_right():
-    made, windows = routed(1e-5), sub_batch_windows(64, 2)
+    _, wrong = two_passes(made, windows, CosineObjective(), FINITE[0])
     made.model.double()
-    torch.testing.assert_close(
-        two_passes(made, windows, CosineObjective(), EXACT[0])[1], oracle(made, windows)[1], rtol=1e-7, atol=1e-9
-    )
+    _, exact = two_passes(made, windows, CosineObjective(), EXACT[0])
+    assert float((wrong - exact).norm()) > 0.3 * float(exact.norm()), "they are refused without need"
+    torch.testing.assert_close(exact, oracle(made, windows)[1], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("samples", [8, 32])
@@ -448,8 +399,7 @@ def test_finite_differences_where_no_sample_changes_its_expert_are_right():
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_bfloat16_autocast_is_near_and_reaches_the_loss(name):
-    made = case(name, 16)
-    seen = set()
+    made, seen = case(name, 16), set()
 
     def loss_fn(model, batch):
         seen.add(torch.is_autocast_enabled("cpu"))
@@ -469,7 +419,7 @@ def test_bfloat16_sees_the_weights_as_they_are():
     """Autocast keeps cast weights, and NIO changes weights without its notice."""
     made, batches = case("vit"), batches_of("vit", 5)
     settings = {"sub_batches": 2, "report_batches": 2, "precision": "bf16", "search": "published"}
-    first = initialize(made.model, batches, made.loss_fn, NIOConfig(iterations=3, lr=0.1, **settings))
+    config = NIOConfig(iterations=3, lr=0.1, **settings)
+    first, again = (initialize(made.model, batches, made.loss_fn, config) for _ in range(2))
     assert first.after.value != first.before.value
-    again = initialize(made.model, batches, made.loss_fn, NIOConfig(iterations=1, **settings))
     assert (again.before.value, again.before.loss) == (first.after.value, first.after.loss)

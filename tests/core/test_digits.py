@@ -25,9 +25,8 @@ def digits(seed):
 
 def run(seed, **settings):
     set_seed(seed)
-    layers = [nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10)]
-    config = NIOConfig(**{"report_batches": 8, "seed": seed, **settings})
-    return initialize(nn.Sequential(*layers), digits(seed), zoo.vector_loss, config)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10))
+    return initialize(model, digits(seed), zoo.vector_loss, NIOConfig(report_batches=8, seed=seed, **settings))
 
 
 def published(seed, **settings):
@@ -50,13 +49,6 @@ def test_without_a_bound_the_gradient_norm_of_digits_runs_away():
     assert {record.outcome for record in result.history} == {"accepted"}
     assert result.after.grad_norm > 2.5 * result.before.grad_norm
     assert result.status == "collapse_suspected"
-
-
-def test_the_constraint_alone_lowers_the_gradient_norm_of_digits():
-    before = published(0, iterations=1).before
-    result = published(0, gamma=0.5 * before.grad_norm, iterations=25)
-    assert {record.outcome for record in result.history[:10]} == {"lower_norm"}
-    assert result.after.grad_norm < 0.75 * result.before.grad_norm
 
 
 @pytest.mark.parametrize(("loss_bound", "outcomes"), [(0.5, ["accepted"]), (0.02, ["loss_bound", "accepted"])])

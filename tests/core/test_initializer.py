@@ -1,6 +1,6 @@
 """The whole run on every family: what it changes, what it leaves alone, what it reports."""
 
-from typing import get_args
+import re
 
 import numpy as np
 import pytest
@@ -8,12 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nio_hf import NIOConfig, grad_cosine, initialize
-from nio_hf.core.gradcosine import published_windows
 from nio_hf.core.initializer import INITIALISED
-from nio_hf.core.result import Status
 from nio_hf.errors import ConfigError
 from tests import zoo
-from tests.core.cases import FAMILIES, PER_TENSOR, Case, batches_of, case, differences, state
+from tests.core.cases import FAMILIES, PER_TENSOR, Case, batches_of, case, differences, state, unchanged
 from tests.versions import checkpoint_activations
 
 SHORT = {**PER_TENSOR, "iterations": 3, "report_batches": 2, "sub_batches": 2, "lr": 0.05, "curvature": "exact"}
@@ -21,21 +19,13 @@ COMPUTED = {"report_batches": 2, "sub_batches": 2, "least_norm": 0.2}
 
 
 def run(name, made=None, batches=None, **settings):
-    """A short run of the published search on a tiny model."""
     made = made or case(name)
     batches = batches_of(name, 5) if batches is None else batches
-    return made, initialize(made.model, batches, made.loss_fn, NIOConfig(**{**SHORT, **settings}))
+    return initialize(made.model, batches, made.loss_fn, NIOConfig(**{**SHORT, **settings}))
 
 
 def generator_states():
     return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]
-
-
-class Endless:
-    """A re-iterable without a length."""
-
-    def __iter__(self):
-        return iter(batches_of("mlp", 5))
 
 
 @pytest.mark.parametrize("search", ["published", "balance"])
@@ -63,45 +53,19 @@ def test_every_family_is_scaled_in_place_and_otherwise_left_alone(name, search):
     if search == "balance":
         assert result.status == ("changed" if is_changed else "unchanged")
 
-    assert result.status in get_args(Status)
-    assert [record.iteration for record in result.history] == list(range(1, len(result.history) + 1))
     for index, part in enumerate(result.after.parts):
         again = grad_cosine(made.model, batches[index], made.loss_fn, sub_batches=2)
         assert (again.value, again.norms, again.loss) == (part.value, part.norms, part.loss)
-    assert result.after.value == pytest.approx(sum(part.value for part in result.after.parts) / 2)
     assert f"{result.before.value:.4f} -> {result.after.value:.4f}" in result.message
     assert (result.method, result.title) == ("nio", "NIO")
-
-
-@pytest.mark.parametrize("name", ["vit", "gpt2", "bert"])
-def test_micro_batches_learn_the_same_scales(name):
-    made = [case(name) for _ in range(2)]
-    for each in made:
-        each.model.double()
-    whole, split = (run(name, m, micro_batch_size=size)[1] for m, size in zip(made, (None, 3), strict=True))
-    assert split.scales == pytest.approx(whole.scales, abs=1e-5)
-    assert split.after.value == pytest.approx(whole.after.value, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "gpt2"])
 def test_activation_checkpointing_learns_the_same_scales(name):
     checkpointed = case(name)
     checkpoint_activations(checkpointed.model)
-    _, result = run(name, checkpointed)
-    assert result.scales == pytest.approx(run(name)[1].scales, abs=1e-5)
-
-
-def test_dropout_does_not_reach_the_scales():
-    plain = case("vit", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    assert run("vit", plain)[1].scales == run("vit")[1].scales
-
-
-def test_the_seed_decides_the_scales():
-    first, second, other = (run("mlp", seed=seed)[1].scales for seed in (0, 0, 1))
-    made = case("mlp")
-    torch.manual_seed(7)
-    assert run("mlp", made)[1].scales == first == second
-    assert other != first
+    result = run(name, checkpointed)
+    assert result.scales == pytest.approx(run(name).scales, abs=1e-5)
 
 
 def test_a_loss_may_take_keys_out_of_its_batch():
@@ -111,7 +75,7 @@ def test_a_loss_may_take_keys_out_of_its_batch():
         labels = batch.pop("labels")
         return zoo.image_loss(model, {**batch, "labels": labels})
 
-    assert run("vit", Case(made.model, made.batch, popping))[1].scales == run("vit")[1].scales
+    assert run("vit", Case(made.model, made.batch, popping)).scales == run("vit").scales
 
 
 @pytest.mark.parametrize("settings", [{**SHORT, "curvature": "finite_difference"}, {**COMPUTED, "loss_bound": 1e-9}])
@@ -153,10 +117,6 @@ def test_scales_are_computed_on_the_report_batches_alone(report):
     assert seen == ({0, 1} if report is None else {2, 3})
 
 
-def test_a_re_iterable_without_a_length_learns_what_a_list_does():
-    assert run("mlp", batches=Endless(), iterations=7)[1].scales == run("mlp", iterations=7)[1].scales
-
-
 def test_given_report_batches_leave_all_data_to_optimise_on():
     data = _numbered(3)
     optimised, held_out = _samples_seen(data[:2], iterations=3, report=data[2:])
@@ -164,28 +124,14 @@ def test_given_report_batches_leave_all_data_to_optimise_on():
     assert [{sample // 8 for sample in batch} for batch in optimised] == [{0}, {1}, {0}]
 
 
-def test_overlap_shares_samples_between_neighbours():
-    optimised, _ = _samples_seen(_numbered(2), iterations=1, report_batches=1, overlap=0.5)
-    windows = published_windows(8, 2, 0.5)
-    assert len(optimised[0]) == sum(map(len, windows)) > 8
-    assert set(optimised[0]) == set(range(8, 16))
-
-
 def test_an_iterator_that_ends_keeps_what_was_learned():
-    _, result = run("mlp", batches=iter(batches_of("mlp", 4)), iterations=9)
+    result = run("mlp", batches=iter(batches_of("mlp", 4)), iterations=9)
     assert result.status == "data_exhausted"
     assert "The data ended before the 9 iterations were done" in result.message
     assert len(result.history) == 2
-    _, other = run("mlp", batches=iter(batches_of("mlp", 4)), iterations=2)
+    other = run("mlp", batches=iter(batches_of("mlp", 4)), iterations=2)
     assert result.scales == other.scales
     assert any(omega != 1 for omega in other.scales.values())
-
-
-def test_scales_stay_within_their_bounds():
-    _, result = run("mlp", iterations=12, lr=0.1, scale_range=(0.8, 1.25))
-    omegas = torch.tensor(list(result.scales.values()))
-    assert omegas.min() == pytest.approx(0.8)
-    assert omegas.max() == pytest.approx(1.25)
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "resnet", "gpt2"])
@@ -206,20 +152,22 @@ def test_one_scale_for_the_model_leaves_vectors_alone(name, search):
 
 
 def test_only_what_a_mapping_names_is_scaled():
-    _, result = run("vit", groups={"attention": r"attention.*weight", "last": r"layers\.1\.mlp.*weight"}, lr=0.1)
-    names = [name for name, parameter in case("vit").model.named_parameters() if parameter.ndim >= 2]
-    assert list(result.scales) == [n for n in names if "attention" in n or "layers.1.mlp" in n]
-    assert {tensor.group for tensor in result.tensors} == {"attention", "last"}
-    excluded = {tensor.name for tensor in result.excluded if tensor.reason == "no group"}
-    assert set(names) - set(result.scales) == {name for name in excluded if name in names}
+    groups = {"attention": r"attention.*weight", "norms": r"layernorm_before\.weight"}
+    result = run("vit", groups=groups, scaled_tensors="weights")
+    names = [name for name, parameter in case("vit").model.named_parameters() if parameter.any()]
+    named = [name for name in names if re.search("attention.*weight|norm_before.weight", name)]
+    assert list(result.scales) == named
+    assert {tensor.group for tensor in result.tensors} == set(groups)
+    assert [tensor.name for tensor in result.excluded if tensor.reason == "no group"] == [
+        name for name in names if name not in named
+    ]
 
 
 def test_a_run_that_finds_nothing_changes_nothing_and_says_so():
     made = case("mlp")
-    before = state(made.model)
-    config = NIOConfig(**COMPUTED, loss_bound=1e-9)
-    result = initialize(made.model, batches_of("mlp", 5), made.loss_fn, config)
-    assert not differences(before, state(made.model))
+    with unchanged(made.model):
+        config = NIOConfig(**COMPUTED, loss_bound=1e-9)
+        result = initialize(made.model, batches_of("mlp", 5), made.loss_fn, config)
     assert result.status == "unchanged"
     assert result.message.startswith("No scale was changed: no larger weights are needed, or none keep the bounds. ")
     assert result.after == result.before
@@ -235,18 +183,6 @@ def test_models_that_are_initialised_are_known_to_be():
     assert case("mlp").model not in INITIALISED
 
 
-def test_iterations_are_reported_as_they_happen():
-    made, seen = case("mlp"), []
-    config = NIOConfig(**SHORT)
-    result = initialize(made.model, batches_of("mlp", 5), made.loss_fn, config, on_iteration=seen.append)
-    assert tuple(seen) == result.history
-    first = result.history[0]
-    inputs = batches_of("mlp", 3)[2]
-    made = case("mlp")
-    made.model.eval()
-    assert first.loss == pytest.approx(made.loss_fn(made.model, inputs).item(), rel=1e-5)
-
-
 def _numbered(count):
     """Batches of 8 vectors, labels, and the numbers of the samples."""
     return [(*batch, torch.arange(8 * index, 8 * index + 8)) for index, batch in enumerate(batches_of("mlp", count))]
@@ -255,36 +191,27 @@ def _numbered(count):
 def _samples_seen(data, *, report=None, **settings):
     """Samples of each iteration as its first pass meets them, and those that the other measurements meet."""
     made = case("mlp")
-    log = []
-    marks = []
-    starts = []
+    log, starts, ends = [], [], []
 
     def recorded(model, batch):
         log.append(batch[2].tolist())
         return made.loss_fn(model, batch[:2])
 
-    config = NIOConfig(**{**SHORT, **settings})
-    initialize(
-        made.model,
-        data,
-        recorded,
-        config,
-        report=report,
-        on_trial=lambda told: starts.append(len(log)),
-        on_iteration=lambda record: marks.append(len(log)),
-    )
+    watch = {
+        "on_trial": lambda told: starts.append(len(log)),
+        "on_iteration": lambda record: ends.append(len(log)),
+    }
+    initialize(made.model, data, recorded, NIOConfig(**{**SHORT, **settings}), report=report, **watch)
     # Pass 1 computes both sub-batches, before it in the first iteration a look at the first one.
-    passes = [log[start:end][-2:] for start, end in zip(starts, marks, strict=True)]
-    others = log[: starts[0]] + log[marks[-1] :]
+    passes = [log[start:end][-2:] for start, end in zip(starts, ends, strict=True)]
+    others = log[: starts[0]] + log[ends[-1] :]
     return [calls[0] + calls[1] for calls in passes], {sample for call in others for sample in call}
 
 
 class HostReads(TorchDispatchMode):
     """Counts the scalars that the host asks for one by one."""
 
-    def __init__(self):
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is torch.ops.aten._local_scalar_dense.default
@@ -294,19 +221,11 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("curvature", ["exact", "finite_difference"])
 def test_the_host_reads_a_few_numbers_an_iteration_and_no_more(curvature, monkeypatch):
     """The measurement, in one; then the moments and the direction of Adam, which are on the host already."""
-    marks = []
-    lists = []
+    marks, lists = [], []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor.numel()) or tolist(tensor))
-    made = case("vit")
-    config = NIOConfig(**{**SHORT, "iterations": 5, "curvature": curvature})
+    made, config = case("vit"), NIOConfig(**{**SHORT, "iterations": 5, "curvature": curvature})
+    task = (made.model, batches_of("vit", 7), made.loss_fn, config)
     with HostReads() as reads:
-        initialize(
-            made.model,
-            batches_of("vit", 7),
-            made.loss_fn,
-            config,
-            on_iteration=lambda record: marks.append(len(lists) + reads.count),
-        )
-    steps = np.diff(marks).tolist()
-    assert steps == [4] * 4
+        initialize(*task, on_iteration=lambda record: marks.append(len(lists) + reads.count))
+    assert np.diff(marks).tolist() == [4] * 4

@@ -20,7 +20,6 @@ def factor_of(model):
 
 
 def drawn(layer, std):
-    """The layer with weights of a standard deviation."""
     nn.init.normal_(layer.weight, std=std, generator=torch.Generator().manual_seed(0))
     return layer
 
@@ -44,12 +43,8 @@ def test_fan_in(layer, inputs):
 
 
 def test_of_a_stack_of_matrices_both_dimensions_count():
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(3, 20, 5))
-
-    assert fan_in(Experts().weight, Experts()) == pytest.approx(10)
+    experts = nn.ParameterDict({"weight": torch.randn(3, 20, 5)})
+    assert fan_in(experts.weight, experts) == pytest.approx(10)
 
 
 def test_a_factor_makes_the_variance_one_over_fan_in():
@@ -70,6 +65,8 @@ def test_one_factor_for_several_layers_is_their_mean_over_the_entries():
     wanted = [math.log(1 / (0.02 * 8)), math.log(1 / (0.5 * 4))]
     mean = (wanted[0] * 64 * 16 + wanted[1] * 16 * 4) / (64 * 16 + 16 * 4)
     assert factor_of(model) == pytest.approx(math.exp(mean), rel=0.05)
+    last = find_tensors(model, groups={"last": "^2.weight"})
+    assert preserving_factor(model, last) == pytest.approx(0.5, rel=0.1), "scaled tensors alone count"
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "gpt2", "bert", "resnet", "mlp"])
@@ -89,33 +86,19 @@ def test_what_is_no_layer_does_not_count(name):
 def test_a_layer_of_one_bias_and_one_that_is_all_but_zero_are_no_obstacles():
     layer = nn.Linear(4, 4, bias=False)
     layer.weight.data = 0.25 * torch.eye(4)
-    plain = preserving_factor(layer, find_tensors(layer))
+    plain = factor_of(layer)
     layer.bias = nn.Parameter(torch.tensor(1.0))
-    assert preserving_factor(layer, find_tensors(layer)) == plain
+    assert factor_of(layer) == plain
     tiny = nn.Linear(4, 4, bias=False)
     tiny.weight.data.fill_(1e-24)
-    both = nn.Sequential(tiny, layer)
-    assert 1 < preserving_factor(both, find_tensors(both)) < plain
+    assert 1 < factor_of(nn.Sequential(tiny, layer)) < plain
 
 
 def test_a_model_without_a_layer_has_the_factor_one():
-    class Table(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table = nn.Embedding(5, 4)
-
-        def forward(self, tokens):
-            return self.table(tokens)
-
-    assert factor_of(Table()) == 1.0
-    model = Table()
+    model = nn.Sequential(nn.Embedding(5, 4))
+    assert factor_of(model) == 1.0
     with pytest.raises(ModelError, match="no layer has a weight to initialise"):
         layer_weights(model, find_tensors(model))
-
-
-def test_scaled_tensors_alone_count():
-    model = nn.Sequential(drawn(nn.Linear(64, 16), 0.02), nn.Tanh(), drawn(nn.Linear(16, 4), 0.5))
-    assert preserving_factor(model, find_tensors(model, groups={"last": "^2.weight"})) == pytest.approx(0.5, rel=0.1)
 
 
 def test_layers_that_a_class_draws_smaller_on_purpose_count_as_if_they_were_not():

@@ -14,11 +14,11 @@ from nio_hf.core.batches import map_tensors
 from nio_hf.core.gradcosine import sub_batch_windows
 from nio_hf.core.mode import measuring
 from nio_hf.errors import ConfigError, DataError
-from tests.core.cases import FAMILIES, batches_of, case, differences, double_case, state
+from tests.core.cases import FAMILIES, Case, batches_of, case, double_case, unchanged
 
 
-def inspect(made, sub_batches=4):
-    return inspect_gradients(made.model, [made.batch], made.loss_fn, NIOConfig(sub_batches=sub_batches))
+def inspect(made, sub_batches, **settings):
+    return inspect_gradients(made.model, [made.batch], made.loss_fn, NIOConfig(sub_batches=sub_batches, **settings))
 
 
 def slices(made, sub_batches):
@@ -38,15 +38,14 @@ def slices(made, sub_batches):
 )
 def test_layers_sum_to_the_whole(name, sub_batches):
     made = double_case(name)
-    before = state(made.model)
-    found = inspect(made, sub_batches)
+    with unchanged(made.model):
+        found = inspect(made, sub_batches)
     assert math.fsum(layer.contribution for layer in found.layers) == pytest.approx(found.measured.value, abs=1e-12)
     assert math.fsum(layer.share for layer in found.layers) == pytest.approx(1, abs=1e-12)
     mean_square = sum(norm**2 for norm in found.measured.norms) / sub_batches
     assert math.fsum(layer.grad_norm**2 for layer in found.layers) == pytest.approx(mean_square, rel=1e-12)
     weighted = math.fsum(layer.share * layer.agreement for layer in found.layers if layer.share > 0)
     assert weighted == pytest.approx(found.measured.value, abs=1e-12)
-    assert not differences(before, state(made.model))
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "mlp", "gpt2"])
@@ -72,9 +71,7 @@ def test_agreement_is_one_where_all_slices_are_alike_and_zero_where_they_are_ort
         def forward(self, x):
             return self.alike(torch.ones(len(x), 1, dtype=x.dtype)) + self.apart(x)
 
-    found = inspect_gradients(
-        Scales().double(), [torch.eye(4).double()], lambda m, x: m(x).mean(), NIOConfig(sub_batches=4)
-    )
+    found = inspect(Case(Scales().double(), torch.eye(4).double(), lambda model, x: model(x).mean()), 4)
     alike, apart = found.layers
     assert (alike.agreement, apart.agreement) == pytest.approx((1.0, 0.0), abs=1e-12)
     assert (alike.share, apart.share, found.measured.value) == pytest.approx((0.5, 0.5, 0.5))
@@ -97,8 +94,7 @@ def test_it_measures_what_nio_reports_before_and_after():
 
 def test_micro_batches_change_nothing():
     made = double_case("swin")
-    whole = inspect_gradients(made.model, [made.batch], made.loss_fn, NIOConfig(sub_batches=2))
-    parts = inspect_gradients(made.model, [made.batch], made.loss_fn, NIOConfig(sub_batches=2, micro_batch_size=1))
+    whole, parts = inspect(made, 2), inspect(made, 2, micro_batch_size=1)
     for one, other in zip(whole.layers, parts.layers, strict=True):
         assert other.contribution == pytest.approx(one.contribution, abs=1e-10)
 

@@ -4,20 +4,19 @@ import pytest
 
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import NIO, expected_cost
-from nio_hf.errors import ConfigError
-from tests.core.cases import batches_of, case
+from nio_hf.errors import ConfigError, StoppedError
+from tests.core.cases import PER_TENSOR, batches_of, case, unchanged
 
-SEARCHES = {
-    # A bound that refuses at least once.
-    "balance": {"least_norm": 1.0, "loss_bound": 0.01},
-    "published": {"search": "published", "groups": "tensor", "scaled_tensors": "all", "iterations": 5, "lr": 0.05},
+CONFIGS = {
+    # Bounds that refuse at least once.
+    "balance": NIOConfig(sub_batches=2, report_batches=2, least_norm=1.0, loss_bound=0.01),
+    "published": NIOConfig(sub_batches=2, report_batches=2, **PER_TENSOR, iterations=5, lr=0.05),
 }
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_tried_is_told_before_and_what_came_of_it_after(name):
-    made, told, seen = case("mlp"), [], []
-    config = NIOConfig(sub_batches=2, report_batches=2, **SEARCHES[name])
+    made, told, seen, config = case("mlp"), [], [], CONFIGS[name]
     result = initialize(
         made.model,
         batches_of("mlp", 7),
@@ -28,14 +27,22 @@ def test_what_is_tried_is_told_before_and_what_came_of_it_after(name):
     )
     assert len(seen) > 1
     assert told == [record.tried for record in result.history]
-    assert [record for _, record in seen] == list(result.history)
-    assert [count for count, _ in seen] == [record.iteration for record in result.history]
-    assert [record.iteration for record in result.history] == list(range(1, len(result.history) + 1))
+    assert seen == list(enumerate(result.history, 1))
+    assert all(number == record.iteration for number, record in seen)
     assert all(record.grad_cosine is not None and record.objective is None for record in result.history)
     # Computed scales are measured once, where they are tried.
     reports = 2 if name == "balance" else 4
     assert result.cost == pytest.approx(sum(record.cost for record in result.history) + reports)
     assert result.cost <= expected_cost(config, len(result.groups))
+
+
+@pytest.mark.parametrize(("name", "after"), [("balance", 0), ("balance", 1), ("published", 0), ("published", 3)])
+def test_a_run_that_is_stopped_leaves_the_model_as_it_was(name, after):
+    made, seen = case("mlp"), []
+    task = (made.model, batches_of("mlp", 7), made.loss_fn, CONFIGS[name])
+    with unchanged(made.model), pytest.raises(StoppedError, match=r"NIO: stopped before it was through\. Start again"):
+        initialize(*task, on_iteration=seen.append, should_stop=lambda: len(seen) == after)
+    assert len(seen) == after
 
 
 def test_nio_takes_what_its_search_needs_and_has_no_options():

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from nio_hf import NIOConfig, grad_cosine
-from nio_hf.core.gradcosine import published_windows, sub_batch_windows
-from nio_hf.core.problem import report_parts, seed_of, shuffled_parts
+from nio_hf.core.problem import seed_of
 from tests.core.cases import batches_of, double_case, scaling_problem
 from tests.versions import VALUES
 
@@ -44,29 +43,6 @@ def test_a_point_is_measured_on_the_report_batches_as_the_diagnostic_does_it():
     for name, omega in zip(("0.weight", "4.weight"), by_group, strict=True):
         made.model.get_parameter(name).data.mul_(omega)
     assert list(measured.parts) == [grad_cosine(made.model, batch, made.loss_fn, sub_batches=4) for batch in batches]
-
-
-def test_shuffled_batches_have_the_windows_of_the_paper():
-    made = double_case("mlp", 10)
-    config = NIOConfig.published(sub_batches=3, overlap=0.3, seed=4)
-    with scaling_problem(made.model, made.loss_fn, config) as problem:
-        first, again, other = (shuffled_parts(problem, made.batch, iteration) for iteration in (1, 1, 2))
-    windows = published_windows(10, 3, 0.3)
-    order = torch.randperm(10, generator=torch.Generator().manual_seed(seed_of(4, 1)))
-    for index, window in enumerate(windows):
-        assert torch.equal(first.owned[index][1], made.batch[1][order[window]])
-        assert torch.equal(first.owned[index][0], again.owned[index][0])
-    assert any(not torch.equal(first.owned[index][0], other.owned[index][0]) for index in range(3))
-    assert first.where == "iteration 1"
-
-
-def test_report_batches_are_split_in_the_order_of_their_samples():
-    made, config = double_case("mlp", 10), NIOConfig(sub_batches=3)
-    with scaling_problem(made.model, made.loss_fn, config) as problem:
-        part = report_parts(config, problem.loss, problem.collective, made.batch, 2)
-    assert part.where == "report batch 2"
-    for index, window in enumerate(sub_batch_windows(10, 3)):
-        assert torch.equal(part.owned[index][0], made.batch[0][window])
 
 
 def test_numbers_of_runs_and_batches_have_seeds_of_their_own():

@@ -16,6 +16,7 @@ from torch import nn
 from nio_hf import NIOConfig, initialize
 from nio_hf.core import expected_cost
 from nio_hf.errors import NIOError
+from tests import zoo
 from tests.core.cases import differences, state
 from tests.core.examples import examples
 
@@ -58,11 +59,7 @@ class Trial:
         return list(zip(inputs, (inputs @ task + noise).argmax(-1), strict=True))
 
     def run(self, model, loss_fn=None):
-        return initialize(model, self.batches(), loss_fn or cross_entropy, self.config)
-
-
-def cross_entropy(model, batch):
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+        return initialize(model, self.batches(), loss_fn or zoo.vector_loss, self.config)
 
 
 GROUPS = [
@@ -120,7 +117,7 @@ def measured(trial, model):
     for inputs, labels in trial.batches()[:REPORTED]:
         edges = [d * trial.samples // count for d in range(count + 1)]
         for start, end in itertools.pairwise(edges):
-            loss = cross_entropy(model, (inputs[start:end], labels[start:end]))
+            loss = zoo.vector_loss(model, (inputs[start:end], labels[start:end]))
             gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
             losses.append(loss.item())
             norms.append(float(gradient.norm()))
@@ -148,7 +145,7 @@ def excess(trial, model):
 def test_what_every_search_promises():
     outcomes = collections.Counter()
 
-    @examples(60)
+    @examples(100)
     @given(trial=trials())
     def check(trial):
         outcomes.update(record.outcome for record in keeps_its_promises(trial).history)
@@ -202,7 +199,7 @@ def test_a_run_that_raises_leaves_the_model_as_it_was(trial, calls, kind):
     count = itertools.count()
 
     def failing(model, batch):
-        loss = cross_entropy(model, batch)
+        loss = zoo.vector_loss(model, batch)
         if next(count) < calls:
             return loss
         if kind == "nan":

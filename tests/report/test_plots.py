@@ -40,7 +40,6 @@ def test_results_of_any_size_and_search_are_drawn(drawn, tmp_path):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are drawn."""
     kept = []
 
     @contextlib.contextmanager

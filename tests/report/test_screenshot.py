@@ -29,13 +29,10 @@ def page():
 
 
 def browse(content, folder, *flags):
-    """Open a page and return the output of the browser."""
     (folder / "page.html").write_text(content, encoding="utf-8")
     command = [str(BROWSER), *FLAGS.split(), f"--user-data-dir={folder / 'profile'}", *flags]
-    done = subprocess.run(
-        [*command, (folder / "page.html").as_uri()], capture_output=True, text=True, timeout=60, check=True
-    )
-    return done.stdout
+    command.append((folder / "page.html").as_uri())
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def framed(page, *widths):
@@ -82,5 +79,4 @@ def test_the_page_shows(page, width, tmp_path):
     background = max(colors)[1]
     assert background == (255, 255, 255)
     margin = image.crop((width - 8, 0, width, image.height)).getcolors()
-    assert margin is not None
     assert [color for _, color in margin] == [background], "something reaches to the right edge"

@@ -51,7 +51,6 @@ def test_a_probe_pays_its_share_of_what_an_initialisation_costs(tmp_path):
     outcome = _train(tmp_path, 0.25, max_steps=6)
     assert outcome.cost_steps > 6
     assert outcome.steps == 6 - math.ceil(outcome.cost_steps / 4)
-    assert outcome.initialisation is not None
     groups = outcome.initialisation["scales_by_group"]
     assert set(groups.values()) == set(outcome.initialisation["scales"])
     failed = _train(tmp_path, 0.9, max_steps=6)
@@ -78,6 +77,5 @@ def test_the_value_of_a_run_is_that_of_its_metric(tmp_path, monkeypatch):
         by_metric[metric] = _train(tmp_path, nio=False, max_steps=2)
     assert by_metric[LOSS].value == by_metric[LOSS].eval_loss == by_metric[ACCURACY].eval_loss
     percent = by_metric[ACCURACY].value
-    assert percent is not None
     assert 2 <= percent <= 100
     assert percent / 2 == pytest.approx(round(percent / 2)), "a share of 50 images, in percent"

@@ -11,8 +11,9 @@ from nio_hf.study.tune import CONTROLLED as CONTROLLED_BY_TUNE
 from tests.study.outcomes import plan
 
 
-def test_every_arm_sets_what_the_others_set():
+def test_every_arm_sets_what_the_others_set_and_a_study_what_recipes_have():
     """Otherwise one arm would keep the method of the recipe, and another would not."""
+    assert {*CONTROLLED, *CONTROLLED_BY_TUNE, *QUIET} <= known_keys().keys()
     for arm in ARMS.values():
         assert {"nio", "nio_seed_optimizer", "optimizer"} <= arm.settings.keys()
         assert arm.settings.keys() <= known_keys().keys()
@@ -84,7 +85,3 @@ def test_the_verdict_is_on_seeds_that_the_choice_has_not_seen():
     assert {run.seed for run in runs} == set(range(FIRST_VERDICT_SEED, FIRST_VERDICT_SEED + 5))
     assert not {run.seed for run in runs} & {run.seed for run in made.selection()}
     assert most_runs(made) == 24 + 5 * (3 + 2)
-
-
-def test_what_a_study_decides_are_settings_of_a_recipe():
-    assert {*CONTROLLED, *CONTROLLED_BY_TUNE, *QUIET} <= known_keys().keys()

@@ -4,6 +4,7 @@ import json
 import random
 
 import numpy as np
+import torch
 from PIL import Image
 
 from nio_hf.recipe.loading import load_recipe
@@ -102,3 +103,7 @@ def text_recipe(folder, name, *overrides, more="", documents=60):
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     recipe.write_text(f"{TEXT_MODELS[name]}{TEXTS}data_files: {file}\noutput_dir: {folder / 'output'}\n{more}")
     return load_recipe(str(recipe), overrides)
+
+
+def weights(trainer):
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])

@@ -1,7 +1,6 @@
 """Average of the weights of models whose tensors share memory."""
 
 import types
-from collections.abc import Callable
 
 import pytest
 import safetensors.torch
@@ -16,36 +15,28 @@ DECAY = 0.75
 STEPS = 3
 
 
-def shared_parameter(left, right):
-    right.weight = left.weight
+TIES = ["parameter", "memory", "transposed memory", "memory as a buffer", "buffer"]
 
 
-def shared_memory(left, right):
-    right.weight.data = left.weight.data
+def tie(left, right, how):
+    if how == "parameter":
+        right.weight = left.weight
+    elif how == "memory":
+        right.weight.data = left.weight.data
+    elif how == "transposed memory":
+        right.weight.data = left.weight.data.T
+    elif how == "memory as a buffer":
+        del right.weight
+        right.register_buffer("weight", left.weight.detach())
+    else:
+        left.register_buffer("count", torch.zeros(()))
+        right.register_buffer("count", left.count)
 
 
-def transposed_memory(left, right):
-    right.weight.data = left.weight.data.T
-
-
-def memory_as_buffer(left, right):
-    del right.weight
-    right.register_buffer("weight", left.weight.detach())
-
-
-def shared_buffer(left, right):
-    for module in (left, right):
-        module.register_buffer("count", torch.zeros(()) if module is left else left.count)
-
-
-Tie = Callable[[nn.Linear, nn.Linear], None]
-TIES = [shared_parameter, shared_memory, transposed_memory, memory_as_buffer, shared_buffer]
-
-
-def tied_model(tie, seed=0):
+def tied_model(how, seed=0):
     torch.manual_seed(seed)
     left, right = nn.Linear(4, 4), nn.Linear(4, 4)
-    tie(left, right)
+    tie(left, right, how)
     integers = nn.ParameterList([nn.Parameter(torch.arange(3), requires_grad=False)])
     return nn.Sequential(left, nn.Tanh(), right, integers)
 
@@ -77,9 +68,9 @@ def copies(model):
     return [model[layer].weight.detach().clone() for layer in (0, 2)]
 
 
-@pytest.mark.parametrize("tie", TIES)
-def test_tied_tensors_are_evaluated_at_their_average_and_come_back(tie, tmp_path):
-    model = tied_model(tie)
+@pytest.mark.parametrize("how", TIES)
+def test_tied_tensors_are_evaluated_at_their_average_and_come_back(how, tmp_path):
+    model = tied_model(how)
     callback = EMACallback(trainer_of(model), DECAY)
     expected = copies(model)
     for weights in run_of(callback, model, tmp_path):
@@ -95,9 +86,9 @@ def test_tied_tensors_are_evaluated_at_their_average_and_come_back(tie, tmp_path
             assert torch.equal(tensor, trained[name]), name
 
 
-@pytest.mark.parametrize("tie", TIES)
-def test_the_average_of_tied_tensors_is_saved_and_restored(tie, tmp_path):
-    model, other = tied_model(tie), tied_model(tie, seed=1)
+@pytest.mark.parametrize("how", TIES)
+def test_the_average_of_tied_tensors_is_saved_and_restored(how, tmp_path):
+    model, other = tied_model(how), tied_model(how, seed=1)
     saving = EMACallback(trainer_of(model), DECAY)
     restoring = EMACallback(trainer_of(other, resumed_from=tmp_path / f"checkpoint-{STEPS}"), DECAY)
     list(run_of(saving, model, tmp_path))
@@ -110,7 +101,7 @@ def test_the_average_of_tied_tensors_is_saved_and_restored(tie, tmp_path):
 
 
 def test_an_average_of_other_parameters_is_refused(tmp_path):
-    model = tied_model(shared_parameter)
+    model = tied_model("parameter")
     safetensors.torch.save_file({"0.bias": torch.zeros(4), "2.bias": torch.zeros(1)}, tmp_path / EMA_NAME)
     callback = EMACallback(trainer_of(model, resumed_from=tmp_path), DECAY)
     with pytest.raises(CheckpointError, match=r"no average that fits 0\.weight, 2\.bias"):

@@ -1,6 +1,7 @@
 """From a recipe of text to its Trainer, with refusals on the way."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -32,9 +33,8 @@ from tests.trainer.toys import load_state
     ],
 )
 def test_what_does_not_go_together_is_refused_before_nio(setting, value, message, tmp_path):
-    with pytest.raises(NIOError) as raised:
+    with pytest.raises(NIOError, match=re.escape(message)):
         build_trainer(text_recipe(tmp_path, "gpt2", f"--{setting}", value))
-    assert message in str(raised.value)
 
 
 def test_the_positions_of_roberta_begin_behind_that_of_the_padding():
@@ -49,10 +49,7 @@ def test_the_positions_of_roberta_begin_behind_that_of_the_padding():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (
-            "mlm_probability: 0.2",
-            "mlm_probability: is a setting of masked language modelling, and the task is causal-lm",
-        ),
+        ("mlm_probability: 0.2", "mlm_probability: is a setting of masked language modelling, and the task is causal"),
         ("image_column: text", "image_column: is a setting of images, and the task is causal-lm. Leave it out"),
         ("mixup_alpha: 0.8", "mixup_alpha: is a setting of images"),
         ("block_size: 1", "block_size: 1. Give a whole number of at least 2"),
@@ -60,9 +57,8 @@ def test_the_positions_of_roberta_begin_behind_that_of_the_padding():
     ],
 )
 def test_settings_of_another_task_and_out_of_range_are_refused(more, message, tmp_path):
-    with pytest.raises(RecipeError) as raised:
+    with pytest.raises(RecipeError, match=re.escape(message)):
         text_recipe(tmp_path, "gpt2", more=more)
-    assert message in str(raised.value)
 
 
 def test_the_task_is_found_where_the_architecture_can_learn_one_only(tmp_path):
@@ -108,18 +104,12 @@ def test_a_recipe_of_text_trains_reports_and_goes_on_from_its_checkpoint(tmp_pat
     assert {"Evaluation loss", "Evaluation perplexity", "Evaluation bits per byte"} <= shown
     assert not any("ccuracy" in name for name in shown)
     assert (tmp_path / "output" / "nio_sample.txt").read_text().startswith("def ")
-    trainer = build_trainer(load_recipe(_from_checkpoint(tmp_path), ["--nio", "true"]))
+    kept = [line for line in recipe.path.read_text().splitlines() if not line.startswith(("model_", "output_dir"))]
+    lines = [*kept, f"model_name_or_path: {tmp_path / 'output' / '_nio_init'}", f"output_dir: {tmp_path / 'second'}"]
+    (tmp_path / "checkpoint.yaml").write_text("\n".join(lines))
+    trainer = build_trainer(load_recipe(str(tmp_path / "checkpoint.yaml"), ["--nio", "true"]))
     trainer.train()
     assert trainer.nio_result is None, "the initialised checkpoint is known again"
-
-
-def _from_checkpoint(folder):
-    text = (folder / "recipe.yaml").read_text()
-    kept = [line for line in text.splitlines() if not line.startswith(("model_type", "model_config", "output_dir"))]
-    file = folder / "checkpoint.yaml"
-    lines = [*kept, f"model_name_or_path: {folder / 'output' / '_nio_init'}", f"output_dir: {folder / 'second'}"]
-    file.write_text("\n".join(lines) + "\n")
-    return str(file)
 
 
 def test_a_text_training_that_diverges_says_so_and_leaves_no_sample_of_an_earlier_one(tmp_path):

@@ -1,7 +1,6 @@
 """Documents and tokenisers, made by the tests."""
 
 import json
-from collections.abc import Sequence
 
 import datasets
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -10,11 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from nio_hf.text.packing import TOKENS
 
-Documents = Sequence[Sequence[int]]
-
 
 def rows_of(documents):
-    """A data set of token lists."""
     features = datasets.Features({TOKENS: datasets.List(datasets.Value("int32"))})
     return datasets.Dataset.from_dict({TOKENS: [list(document) for document in documents]}, features=features)
 
@@ -32,7 +28,6 @@ def _rows(parts):
 
 
 def blocks_of(packed, workers=0):
-    """The blocks that a data loader gives."""
     loader = DataLoader(packed, batch_size=None, num_workers=workers)
     return [block[TOKENS] for block in loader]
 
@@ -51,7 +46,6 @@ def write_texts(root, texts, column="text", **others):
 
 
 def words_tokenizer(texts, **special):
-    """A fast tokenizer of the words of some texts."""
     backend = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["[UNK]", *special.values()]))

@@ -46,10 +46,9 @@ def test_files_that_are_not_utf_8_no_source_or_tests_are_left_out(library):
         write(library / name)
     write(library / "latin.py", "name = 'é'".encode("latin-1"))
     write(library / "german.py", "name = 'ü'".encode())
-    for name in ("notes.txt", "test/x.py", "a/tests/x.py", "idlelib/idle_test/x.py", "lib2to3/tests/x.py"):
-        write(library / name)
-    for name in ("site-packages/x.py", "dist-packages/x.py", "__pycache__/x.py"):
-        write(library / name)
+    for folder in ("test", "a/tests", "idlelib/idle_test", "site-packages", "dist-packages", "__pycache__"):
+        write(library / folder / "x.py")
+    write(library / "notes.txt")
     rows = stdlib()
     assert rows["path"][:] == ["a.py", "a/c.py", "a/d/e.py", "b.py", "german.py", "testing.py"]
     assert rows[4]["text"] == "name = 'ü'"

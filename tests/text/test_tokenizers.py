@@ -24,22 +24,16 @@ def test_bytes_come_back_as_they_were(text):
     assert tokenizer.decode(tokens) == text
 
 
-def test_the_vocabulary_of_bytes_has_256_of_them_and_four_special_tokens():
-    tokenizer = load_tokenizer("bytes")
-    assert len(tokenizer) == 260
-    assert tokenizer.vocab_size == 256
-    assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL] == [0, 1, 2, 259]
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id) == (0, 1, 259)
-    (tokens,) = encode_texts(tokenizer, [b"".join(bytes([n]) for n in range(128)).decode()])
-    assert 259 not in tokens
-
-
-def test_bytes_are_saved_and_loaded_as_they_are(tmp_path):
+def test_the_vocabulary_of_bytes_has_256_of_them_and_four_special_tokens_also_where_it_was_saved(tmp_path):
     load_tokenizer("bytes").save_pretrained(tmp_path)
-    again = load_tokenizer(str(tmp_path))
-    assert is_bytes(again)
-    assert again.get_vocab() == load_tokenizer("bytes").get_vocab()
-    assert again.mask_token == "<mask>"
+    for tokenizer in (load_tokenizer("bytes"), load_tokenizer(str(tmp_path))):
+        assert is_bytes(tokenizer)
+        assert (len(tokenizer), tokenizer.vocab_size) == (260, 256)
+        assert tokenizer.get_vocab() == load_tokenizer("bytes").get_vocab()
+        assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL] == [0, 1, 2, 259]
+        assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id) == (0, 1, 259)
+        (tokens,) = encode_texts(tokenizer, [bytes(range(128)).decode()])
+        assert 259 not in tokens
 
 
 def test_a_folder_with_a_tokenizer_is_loaded_and_a_long_text_is_no_warning(tmp_path, caplog):
@@ -77,7 +71,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_refused(tmp_path, monkeypatch):
         assert "\n" not in message
 
 
-def test_the_separator_is_the_end_of_a_sequence_else_what_stands_between_two():
+def test_the_separator_is_the_end_of_a_sequence_else_what_stands_between_two_and_has_to_be_there():
     assert separator_of(load_tokenizer("bytes")) == 1
     both = words_tokenizer(["a"], sep_token="[SEP]", eos_token="[EOS]")
     assert separator_of(both) == both.convert_tokens_to_ids("[EOS]")
@@ -85,13 +79,9 @@ def test_the_separator_is_the_end_of_a_sequence_else_what_stands_between_two():
     assert separator_of(one) == one.convert_tokens_to_ids("[SEP]") == 2
     one.eos_token = "[UNK]"
     assert separator_of(one) == 0
-
-
-def test_a_tokenizer_without_a_separator_is_refused():
-    tokenizer = words_tokenizer(["a"])
     with pytest.raises(ModelError) as raised:
-        separator_of(tokenizer)
+        separator_of(words_tokenizer(["a"]))
     assert str(raised.value) == (
-        f"tokenizer: {type(tokenizer).__name__} has neither an eos_token nor a sep_token. "
+        f"tokenizer: {type(one).__name__} has neither an eos_token nor a sep_token. "
         "Add one to the tokenizer: a token has to stand behind each document."
     )

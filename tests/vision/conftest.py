@@ -1,5 +1,3 @@
 """Fixtures of all tests of this folder."""
 
-from tests.data.conftest import given_up_files, prompt_ends
-
-__all__ = ["given_up_files", "prompt_ends"]
+from tests.data.conftest import given_up_files, prompt_ends  # noqa: F401

@@ -5,7 +5,6 @@ import io
 import re
 import struct
 import warnings
-import zipfile
 import zlib
 
 import numpy as np
@@ -29,12 +28,6 @@ def pixels(content):
 
 def grey(values):
     return np.repeat(values[:, :, None], 3, axis=2)
-
-
-def with_orientation(image, orientation, file_format):
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    return encoded(image, file_format, exif=exif)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF"])
@@ -89,8 +82,9 @@ def test_a_palette_gives_its_colours_with_and_without_transparency(file_format, 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
 def test_an_exif_orientation_is_applied(file_format, orientation):
-    image = photo(2, 3, 5).resize((40, 24), Image.Resampling.NEAREST)
-    content = with_orientation(image, orientation, file_format)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    content = encoded(photo(2, 3, 5).resize((40, 24), Image.Resampling.NEAREST), file_format, exif=exif)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
     assert upright.shape == ((24, 40, 3) if orientation < 5 else (40, 24, 3))
     np.testing.assert_array_equal(pixels(content), upright)
@@ -112,18 +106,6 @@ def test_the_first_of_several_pictures_is_read_and_the_file_closed(file_format, 
     assert not caught
 
 
-def test_a_file_inside_an_archive_is_read_from_where_datasets_says_it_is(tmp_path):
-    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
-        archive.writestr("cat/0.png", encoded(photo(6)))
-    address = f"zip://cat/0.png::{tmp_path / 'photos.zip'}"
-    np.testing.assert_array_equal(np.asarray(read_image(stored(None, address), "image 0")), np.asarray(photo(6)))
-
-
-def truncated(file_format):
-    content = encoded(photo(7, 40, 40), file_format)
-    return content[: len(content) // 2]
-
-
 def png_of_a_wrong_checksum():
     content = bytearray(encoded(photo(9)))
     content[content.index(b"IDAT") + 6] ^= 255
@@ -141,7 +123,10 @@ BROKEN_FILES = {
     "empty": lambda: b"",
     "no image": lambda: BROKEN,
     "only a signature": lambda: encoded(photo(0))[:8],
-    **{f"a truncated {name}": lambda name=name: truncated(name) for name in ("PNG", "JPEG", "WEBP", "TIFF", "GIF")},
+    **{
+        f"a truncated {name}": lambda name=name: encoded(photo(7, 40, 40), name)[:1000]
+        for name in ("PNG", "JPEG", "WEBP", "TIFF", "GIF")
+    },
     "a wrong checksum": png_of_a_wrong_checksum,
     "no width": png_that_claims_no_width,
 }
@@ -184,21 +169,18 @@ def test_no_damage_to_a_file_ends_in_an_error_of_somebody_else(file_format):
     assert refused > 20
 
 
-@pytest.mark.parametrize("missing", [None, stored(None), stored(None, "")])
-def test_a_sample_without_an_image_is_broken(missing):
-    with pytest.raises(BrokenImageError, match=r"^image 3 of the train part: no image\. Replace or remove it"):
-        read_image(missing, "image 3 of the train part")
-
-
-def test_a_missing_file_and_a_folder_are_broken_images(tmp_path):
-    for path in (tmp_path / "missing.png", tmp_path):
-        with pytest.raises(BrokenImageError, match=re.escape(f"{path} (image 0): cannot be read as an image")):
-            read_image(stored(None, str(path)), "image 0")
-
-
 def test_an_image_of_more_pixels_than_pillow_allows_is_refused_with_their_number(monkeypatch):
     content = encoded(photo(12, 10, 10))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     with pytest.raises(BrokenImageError, match=r"bomb.png \(image 0\): too large: Image size \(100 pixels\)") as raised:
         read_image(stored(content, "bomb.png"), "image 0")
     assert str(raised.value).endswith(FIX)
+
+
+def test_a_sample_without_an_image_a_missing_file_and_a_folder_are_broken_images(tmp_path):
+    for missing in (None, stored(None), stored(None, "")):
+        with pytest.raises(BrokenImageError, match=r"^image 3 of the train part: no image\. Replace or remove it"):
+            read_image(missing, "image 3 of the train part")
+    for path in (tmp_path / "missing.png", tmp_path):
+        with pytest.raises(BrokenImageError, match=re.escape(f"{path} (image 0): cannot be read as an image")):
+            read_image(stored(None, str(path)), "image 0")

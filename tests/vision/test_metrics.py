@@ -29,9 +29,6 @@ def drawn(samples=BATCH, classes=CLASSES):
     return logits, torch.randint(classes, (samples,), generator=generator)
 
 
-# The loss
-
-
 def targets_of(kind):
     _, labels = drawn()
     if kind == "soft":
@@ -83,9 +80,6 @@ def test_a_batch_of_which_nothing_counts_has_a_loss_and_a_gradient_of_zero(sampl
     assert loss == 0
     loss.backward()
     assert logits.grad.abs().max() == 0
-
-
-# Metrics
 
 
 def metrics_of(logits, labels):

@@ -56,7 +56,6 @@ def loaded(data, workers):
 
 
 def seed_of(sample):
-    """Seed of the photo of a sample."""
     return next(seed for seed in range(1000) if torch.equal(as_bytes(photo(seed)), sample["pixel_values"]))
 
 
@@ -68,15 +67,12 @@ def test_a_batch_of_samples_is_what_they_are_one_by_one():
     assert [sample["labels"] for sample in together] == [3, 0, 1]
     for index, sample in zip([3, 0, 11], together, strict=True):
         assert torch.equal(data[index]["pixel_values"], sample["pixel_values"])
-
-
-def test_a_seeded_sample_has_a_seed_from_the_generator_of_torch():
-    data = samples(3, set(), seeded=True)
+    assert "seeds" not in data[0]
+    seeded = samples(3, set(), seeded=True)
     torch.manual_seed(0)
-    first, second = data[0]["seeds"], data[0]["seeds"]
+    first, second = seeded[0]["seeds"], seeded[0]["seeds"]
     torch.manual_seed(0)
-    assert data[0]["seeds"] == first != second
-    assert "seeds" not in samples(3, set())[0]
+    assert seeded[0]["seeds"] == first != second, "from the generator of torch"
 
 
 @WORKERS

@@ -118,38 +118,18 @@ def test_no_more_samples_than_asked_for_are_read_and_the_same_each_epoch(workers
     assert set(read(data, "train", workers)) == set(first)
 
 
-def test_webdataset_shards_are_shared_by_workers(tmp_path):
-    files = [
-        write_tar(tmp_path / f"{n}.tar", ({"png": encoded(photo(20 * n + i)), "cls": b"1"} for i in range(20)))
-        for n in range(2)
-    ]
-    data = streamed(files, "webdataset", num_classes=2)
-    seen = read(data, "train", 2) + read(data, "evaluation", 2)
-    assert Counter(seen) == Counter(pixels_of(photo(seed)) for seed in range(40))
-
-
-@pytest.fixture
-def server(tmp_path):
-    """The address of a server of the files in `tmp_path`."""
-
+def test_images_that_are_not_on_this_machine_are_read_from_their_address(tmp_path):
     class Silent(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(tmp_path))) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-
-
-def test_images_that_are_not_on_this_machine_are_read_from_their_address(server, tmp_path):
-    folder = write_folder(tmp_path / "photos", images=6)
-    addresses = [f"{server}/{file.relative_to(tmp_path)}" for file in sorted(folder.rglob("*.png"))]
-    data = streamed(addresses, "imagefolder", eval_fraction=0.4)
-    assert set(read(data, "train") + read(data, "evaluation")) == {pixels_of(photo(seed)) for seed in range(12)}
-
-
-# Errors while a stream is read
+    files = sorted(write_folder(tmp_path / "photos", images=6).rglob("*.png"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        addresses = [f"http://127.0.0.1:{server.server_port}/{file.relative_to(tmp_path)}" for file in files]
+        data = streamed(addresses, "imagefolder", eval_fraction=0.4)
+        assert set(read(data, "train") + read(data, "evaluation")) == {pixels_of(photo(seed)) for seed in range(12)}
+        server.shutdown()
 
 
 @pytest.mark.parametrize("dtype", ["int64", "string"])
@@ -197,9 +177,8 @@ def test_a_file_that_cannot_be_read_in_the_middle_of_a_stream_is_an_error_of_our
         first = write_tar(tmp_path / "0.tar", ({"png": encoded(photo(seed)), "cls": b"1"} for seed in range(20)))
     second = Path(first).with_stem("1")
     second.write_bytes(content)
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(DataError, match=r"\A.+\Z"):
         read(streamed([first, str(second)], name, num_classes=3), "train", workers)
-    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("missing", [stored(None), stored(b""), stored(None, "missing.png"), None])

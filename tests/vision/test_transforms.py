@@ -146,9 +146,6 @@ def test_a_padded_crop_shows_each_window_about_equally_often_and_zeros_outside()
     assert any(torch.equal(window, resized) for window in middle)
 
 
-# Random parts
-
-
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 400), (400, 1), (3000, 20), (64, 48)])
 @pytest.mark.parametrize("scale", [SCALE, (0.9, 1.0), (1e-6, 1e-5)])
 def test_a_random_part_is_never_empty_and_always_inside_the_image(size, scale):
