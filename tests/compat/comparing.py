@@ -7,13 +7,9 @@ import torch
 
 
 def differences(expected, found, alike=False, where="value"):
-    """The places at which two values differ.
+    """The places at which two values differ, `expected` of Trainer and `found` of NIOTrainer.
 
-    Args:
-        expected: the value of Trainer.
-        found: the value of NIOTrainer.
-        alike: real numbers need only be finite on both sides, and tensors of one shape and dtype; all else is compared.
-        where: the name of the values in what is returned.
+    Where they need only be alike, real numbers are compared by being finite, tensors by shape and dtype, too.
     """
     if type(expected) is not type(found):
         yield f"{where}: {_short(expected)} in Trainer, {_short(found)} here"
@@ -40,11 +36,9 @@ def differences(expected, found, alike=False, where="value"):
 
 
 def _keys(expected, found, where):
-    missing, surplus = expected.keys() - found.keys(), found.keys() - expected.keys()
-    if missing:
-        yield f"{where}: {sorted(missing)} in Trainer only"
-    if surplus:
-        yield f"{where}: {sorted(surplus)} here only"
+    for only, side in ((expected.keys() - found.keys(), "in Trainer"), (found.keys() - expected.keys(), "here")):
+        if only:
+            yield f"{where}: {sorted(only)} {side} only"
 
 
 def _tensors(expected, found, alike, where):

@@ -4,8 +4,6 @@ import dataclasses
 import enum
 import inspect
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
@@ -42,12 +40,12 @@ class Side:
     """The classes that a script uses, and short ways to make a Trainer of them."""
 
     name: str
-    Trainer: type[Trainer]
-    Seq2SeqTrainer: type[Seq2SeqTrainer]
-    arguments_class: type[TrainingArguments]
-    seq2seq_arguments_class: type[Seq2SeqTrainingArguments]
-    settings: dict[str, Any]
-    trainers: list[Trainer] = dataclasses.field(default_factory=list)
+    Trainer: type
+    Seq2SeqTrainer: type
+    arguments_class: type
+    seq2seq_arguments_class: type
+    settings: dict
+    trainers: list = dataclasses.field(default_factory=list)
 
     def arguments(self, folder, arguments_class=None, **changes):
         """Arguments for a training of six steps."""
@@ -62,14 +60,7 @@ class Side:
         return dataclasses.dataclass(type(f"NIO{own.__name__}", bases, {"__module__": own.__module__}))
 
     def trainer(self, folder, trainer_class=None, args=None, **given):
-        """A Trainer of a small classifier.
-
-        Args:
-            folder: output_dir.
-            trainer_class: a class that a script derived from `Trainer`; default: `Trainer` itself.
-            args: arguments that are made already.
-            given: what Trainer takes goes to it, the rest to its arguments.
-        """
+        """A Trainer of a small classifier; it takes what Trainer knows of what is given, its arguments the rest."""
         taken = {name: given.pop(name) for name in list(given) if name in _TRAINER_TAKES}
         if "model" not in taken and "model_init" not in taken:
             taken["model"] = bert()
@@ -80,24 +71,20 @@ class Side:
         return made
 
     def trained(self, folder, **given):
-        """A Trainer that has trained."""
         made = self.trainer(folder, **given)
         made.train()
         return made
 
 
 def plain():
-    """Trainer."""
     return Side("plain", Trainer, Seq2SeqTrainer, TrainingArguments, Seq2SeqTrainingArguments, {})
 
 
 def without_nio():
-    """NIOTrainer with NIO off."""
     return _nio_side("without NIO", {"nio": False})
 
 
 def with_nio():
-    """NIOTrainer with NIO on."""
     return _nio_side("with NIO", _NIO_ARGUMENTS)
 
 
@@ -119,7 +106,7 @@ class Behaviour:
     """Something that a script does with a Trainer, and what it sees."""
 
     name: str
-    show: Callable[[Side, Path], Any]
+    show: Callable
     nio: Nio
 
 
@@ -129,10 +116,8 @@ BEHAVIOURS = []
 def behaviour(nio=Nio.ALIKE, cases=None, nio_cases=None):
     """Put a function of a side and a folder on the list.
 
-    Args:
-        nio: what is asked when NIO is on.
-        cases: values of a third argument, each a behaviour of its own; a mapping gives them names.
-        nio_cases: names of the cases that are shown with NIO on, where a few stand for all; default: all.
+    With cases, which a mapping gives names, it has a third argument, and each is a behaviour of its own. `nio_cases`
+    names those that are shown with NIO on, where a few stand for all.
     """
 
     def enter(function):
@@ -141,16 +126,13 @@ def behaviour(nio=Nio.ALIKE, cases=None, nio_cases=None):
         assert shown <= set(named), f"{shown - set(named)} of {function.__name__} is no case"
         for name, case in named.items():
             asked = nio if name in shown else Nio.NOT_RUN
-            BEHAVIOURS.append(Behaviour(f"{function.__name__}[{name}]", _with_case(function, case), asked))
+            show = lambda side, folder, case=case: function(side, folder, case)  # noqa: E731
+            BEHAVIOURS.append(Behaviour(f"{function.__name__}[{name}]", show, asked))
         if not named:
             BEHAVIOURS.append(Behaviour(function.__name__, function, nio))
         return function
 
     return enter
-
-
-def _with_case(function, case):
-    return lambda side, folder: function(side, folder, case)
 
 
 def caught(action, *kinds):

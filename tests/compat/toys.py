@@ -1,7 +1,6 @@
 """Models, data and callbacks that are small enough for a training step of a few milliseconds."""
 
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
@@ -11,42 +10,28 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
-    ResNetConfig,
-    ResNetForImageClassification,
-    Swinv2Config,
-    Swinv2ForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
-    ViTConfig,
-    ViTForImageClassification,
     set_seed,
 )
+
+from tests.zoo import text_model, vision_model
 
 CLASSES = 3
 VOCABULARY = 30
 LENGTH = 6
 IMAGE = 16
-Sample = dict[str, Any]
 
 # Models
 
 
 def bert(**config):
     """A classifier of texts with dropout."""
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 16,
-        "num_labels": CLASSES,
-    }
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "num_labels": CLASSES}
     set_seed(0)
     return BertForSequenceClassification(BertConfig(**sizes | config))
 
@@ -54,38 +39,32 @@ def bert(**config):
 def gpt2():
     """A language model whose head is tied to its embeddings."""
     set_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
-    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0))
+    return text_model("gpt2", vocab_size=VOCABULARY, n_positions=16, pad_token_id=0)
 
 
 def t5():
     """An encoder and a decoder."""
     set_seed(0)
     sizes = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    config = T5Config(**sizes, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
-    return T5ForConditionalGeneration(config)
+    return T5ForConditionalGeneration(T5Config(**sizes, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0))
 
 
 def vit():
     """A classifier of images whose checkpoints have other names than its parameters."""
     set_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = ViTConfig(**sizes, image_size=IMAGE, patch_size=8, num_labels=CLASSES, hidden_dropout_prob=0.1)
-    return ViTForImageClassification(config)
+    return vision_model("vit", CLASSES, image_size=IMAGE)
 
 
 def swinv2():
     """A classifier of images whose head does not know the number of items in a batch."""
     set_seed(0)
-    sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2, "mlp_ratio": 2.0}
-    return Swinv2ForImageClassification(Swinv2Config(**sizes, image_size=IMAGE, patch_size=4, num_labels=CLASSES))
+    return vision_model("swinv2", CLASSES, image_size=IMAGE, depths=[1, 1], window_size=2)
 
 
 def resnet():
     """A classifier of images with batch normalisation."""
     set_seed(0)
-    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    return ResNetForImageClassification(ResNetConfig(**sizes, num_labels=CLASSES))
+    return vision_model("resnet", CLASSES)
 
 
 class Perceptron(nn.Module):
@@ -104,7 +83,6 @@ class Perceptron(nn.Module):
 
 
 def perceptron():
-    """A `Perceptron` with the same weights at every call."""
     set_seed(0)
     return Perceptron()
 
@@ -132,7 +110,6 @@ class Widened(BertForSequenceClassification):
 
 
 def widened():
-    """A `Widened` with the same weights at every call."""
     config = bert().config
     set_seed(0)
     return Widened(config, width=5)
@@ -163,7 +140,7 @@ def half_body():
 # Data
 
 
-class Texts(Dataset[Sample]):
+class Texts(Dataset):
     """Token ids, in which the first says the class, and a label."""
 
     def __init__(self, samples=32, **columns):
@@ -189,18 +166,14 @@ class Prose(Texts):
         return {"input_ids": self.input_ids[index], "labels": self.input_ids[index]}
 
 
-class Images(Dataset[Sample]):
+class Images(Texts):
     """Noise, brighter where the class says so, and a label."""
 
     def __init__(self, samples=32):
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(samples, 3, IMAGE, IMAGE, generator=generator)
-        self.labels = [index % CLASSES for index in range(samples)]
+        super().__init__(samples)
+        self.images = torch.randn(samples, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(0))
         for image, label in zip(self.images, self.labels, strict=True):
             image[label] += 1
-
-    def __len__(self):
-        return len(self.labels)
 
     def __getitem__(self, index):
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
@@ -218,16 +191,12 @@ MODELS = {
 """{name: (what makes a model, the class of its data)}."""
 
 
-class Uneven(Dataset[Sample]):
+class Uneven(Texts):
     """Texts of different lengths, to be padded."""
 
     def __init__(self, samples=32):
-        generator = torch.Generator().manual_seed(0)
-        self.lengths = torch.randint(2, 13, (samples,), generator=generator).tolist()
-        self.order = []
-
-    def __len__(self):
-        return len(self.lengths)
+        super().__init__(samples)
+        self.lengths = torch.randint(2, 13, (samples,), generator=torch.Generator().manual_seed(0)).tolist()
 
     def __getitem__(self, index):
         self.order.append(index)
@@ -243,7 +212,7 @@ def pad(samples):
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
 
 
-class Stream(IterableDataset[Sample]):
+class Stream(IterableDataset):
     """Texts that come one after the other, their number unknown."""
 
     def __init__(self, samples=32):
@@ -271,7 +240,6 @@ def table(samples=32, **columns):
 
 
 def tokenizer():
-    """A tokenizer whose words are w0, w1, ..."""
     words = {"[PAD]": 0, "[UNK]": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -288,7 +256,6 @@ EXTRA_FOLDERS = ("_nio_init", "plots")
 
 
 def weights(model):
-    """Copies of all parameters and buffers."""
     module = model.model if isinstance(model, Trainer) else model
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
@@ -323,7 +290,6 @@ def files(folder):
 
 
 def name_of(path):
-    """The last part of a path, or None."""
     return None if path is None else Path(path).name
 
 

@@ -11,41 +11,22 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForImageClassification
 
-from nio_hf import NIOTrainer, NIOTrainingArguments
+from nio_hf import NIOTrainer
 from nio_hf.console import exit_status
 from nio_hf.core import Collective
 from nio_hf.trainer import checkpoints
 from nio_hf.trainer.digests import fingerprint
 from nio_hf.trainer.replica import gathered
 from tests.distributed import cpu_backends
-from tests.trainer.toys import CLASSES, ToyImages
+from tests.trainer import toys
 
-COMMON = {
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "max_steps": 4,
-    "per_device_train_batch_size": 4,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "learning_rate": 1e-3,
-    "nio_batch_size": 12,
-    "nio_sub_batches": 3,
-    "nio_report_batches": 2,
-}
-PUBLISHED = {
-    "nio_search": "published",
-    "nio_groups": "tensor",
-    "nio_iterations": 4,
-    "nio_lr": 0.05,
-    "nio_curvature": "exact",
-}
-"""Settings with one batch for an iteration, and scales that any difference of a loss would change."""
+COMMON = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
+COMMON |= {"learning_rate": 1e-3, "nio_batch_size": 12, "nio_sub_batches": 3}
+PUBLISHED = {**toys.PUBLISHED, "nio_iterations": 4, "nio_curvature": "exact"}
 COMPUTED = {"nio_search": "balance"}
 
 
@@ -54,11 +35,8 @@ class _Reporting(NIOTrainer):
 
     initialised = ""
     losses = 0
-    seeds: list[float] | None = None
+    seeds = None
     partitioned = False
-    pace = 0.0
-    """Seconds that each batch takes longer."""
-    faults: dict[str, Any]
 
     def run_nio(self, **kwargs):
         self.partitioned = any(hasattr(parameter, "ds_id") for parameter in self.unwrapped_model.parameters())
@@ -121,7 +99,6 @@ def _killed_in_save(output_dir):
 
 
 def whole(tensor):
-    """A tensor, put together where it is in shards."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -137,19 +114,23 @@ def weights(trainer):
 
 def make_trainer(settings):
     """The trainer of some settings; the ranks start from different weights where they can."""
-    arguments = NIOTrainingArguments(output_dir=settings["output_dir"], **{**COMMON, **settings.get("arguments", {})})
+    # The arguments come first, since ZeRO-3 spreads a model that is made after them.
+    args = toys.arguments(settings["output_dir"], **{**COMMON, **settings.get("arguments", {})})
     model = AutoModelForImageClassification.from_pretrained(settings["model_dir"], dtype=torch.float32)
     if settings.get("replaced_head"):
         torch.manual_seed(0)
         width = model.classifier.in_features
-        model.classifier = torch.nn.Sequential(torch.nn.Linear(width, 8), torch.nn.GELU(), torch.nn.Linear(8, CLASSES))
+        model.classifier = torch.nn.Sequential(
+            torch.nn.Linear(width, 8), torch.nn.GELU(), torch.nn.Linear(8, toys.CLASSES)
+        )
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0 and settings["strategy"] != "zero3":
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.1 * rank
-    trainer = _Reporting(model=model, args=arguments, train_dataset=ToyImages())
+    trainer = _Reporting(model=model, args=args, train_dataset=toys.ToyImages())
     trainer.faults = settings.get("faults", {})
+    # Seconds that each batch takes longer.
     trainer.pace = settings.get("pace", 0.0)
     if "save" in trainer.faults:
         _killed_in_save(settings["output_dir"])
@@ -157,7 +138,6 @@ def make_trainer(settings):
 
 
 def run(settings):
-    """Train, and report."""
     trainer = make_trainer(settings)
     # In one piece, which lines of two processes do not cut into.
     sys.stdout.write("ready\n")

@@ -1,29 +1,20 @@
 """Launches `launched.py` as users launch their scripts, on the CPU."""
 
-import dataclasses
 import json
 import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import yaml
 
 from tests.distributed.ranks import free_port
+from tests.durable.trainings import ROOT, start_python
 from tests.trainer.toys import build
 
-ROOT = Path(__file__).parents[2]
 TIME_LIMIT = 240.0
-DISTRIBUTED_TYPES = {
-    "single": "NO",
-    "ddp": "MULTI_CPU",
-    "fsdp2": "FSDP",
-    "zero1": "DEEPSPEED",
-    "zero2": "DEEPSPEED",
-    "zero3": "DEEPSPEED",
-}
+DISTRIBUTED_TYPES = {"single": "NO", "ddp": "MULTI_CPU", "fsdp2": "FSDP"}
+DISTRIBUTED_TYPES |= dict.fromkeys(("zero1", "zero2", "zero3"), "DEEPSPEED")
 _FSDP = {
     "fsdp_version": 2,
     "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -35,18 +26,11 @@ _FSDP = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a launch ended.
-
-    Attributes:
-        status: exit status of the launcher.
-        reports: of the ranks that got that far.
-        output: what it printed.
-    """
+class Outcome(NamedTuple):
+    """How a launch ended: its exit status, the reports of the ranks that got that far, and what it printed."""
 
     status: int
-    reports: list[dict[str, Any]]
+    reports: list
     output: str
 
 
@@ -64,36 +48,35 @@ def launch(folder, strategy, processes, **settings):
     return Outcome(process.returncode, reports, output)
 
 
+def trained(folder, strategy, processes, **settings):
+    """The reports of all ranks of a training that came to its end."""
+    outcome = launch(folder, strategy, processes, **settings)
+    assert outcome.status == 0, outcome.output[-3000:]
+    assert len(outcome.reports) == processes
+    return outcome.reports
+
+
 def start(folder, strategy, processes, **settings):
     """Start `launched.py` in a session of its own."""
     for report in (folder / "output").glob("report-*.json"):
         report.unlink()
     file = folder / "settings.json"
     file.write_text(json.dumps(training_in(folder, strategy, **settings)), encoding="utf-8")
-    command = [sys.executable, "-m", "tests.distributed.launched", str(file)]
+    module = ["-m", "tests.distributed.launched", file]
     if strategy != "single":
         config = folder / "accelerate.yaml"
         config.write_text(yaml.safe_dump(_config(strategy, processes)), encoding="utf-8")
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-        command = [*launcher, "-m", *command[2:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+        module = ["-m", "accelerate.commands.launch", "--config_file", config, *module]
     # Messages are not broken into lines.
-    environment["COLUMNS"] = "1000"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **pipes)
+    return start_python(*module, cwd=ROOT, env={"DS_ACCELERATOR": "cpu", "COLUMNS": "1000"})
 
 
 def training_in(folder, strategy, **settings):
     """The settings of `launched.py` for a training in a folder, with the model that it starts from."""
-    save_model(folder, settings.get("model", "vit"))
-    return {"strategy": strategy, "model_dir": str(folder / "model"), "output_dir": str(folder / "output"), **settings}
-
-
-def save_model(folder, name="vit"):
-    """The model that a training of these tests starts from."""
     folder.mkdir(exist_ok=True)
     if not (folder / "model").is_dir():
-        build(name, hidden_dropout_prob=0.1).save_pretrained(folder / "model")
+        build(settings.get("model", "vit"), hidden_dropout_prob=0.1).save_pretrained(folder / "model")
+    return {"strategy": strategy, "model_dir": str(folder / "model"), "output_dir": str(folder / "output"), **settings}
 
 
 def _config(strategy, processes):

@@ -17,23 +17,18 @@ from nio_hf.errors import NIOError
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "nio_hf", "nio_hf.trainer", "tests.core.cases"])
 
-TIME_LIMIT = 60.0
-
 
 class RankFailedError(AssertionError):
     """What a process ended with."""
 
 
-def run_ranks(size, function, *args, seconds=TIME_LIMIT):
+def run_ranks(size, function, *args, seconds=60.0):
     """The values that `function(*args)` returns on each of `size` ranks, from rank 0 on.
 
-    An error of ours that it raises is returned in its place, anything else as a [`RankFailedError`] with the traceback.
-
-    Raises:
-        RankFailedError: where not all ranks have ended in time.
+    An error of ours that it raises is returned in its place, anything else as a `RankFailedError` with the traceback. A
+    `RankFailedError` is raised where not all ranks have ended in time.
     """
-    results = _CONTEXT.Queue()
-    port = free_port()
+    results, port = _CONTEXT.Queue(), free_port()
     processes = [
         _CONTEXT.Process(target=_enter, args=(rank, size, port, results, function, args)) for rank in range(size)
     ]
@@ -60,8 +55,7 @@ def free_port():
     """A port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        return port
+        return probe.getsockname()[1]
 
 
 def _enter(rank, size, port, results, function, args):

@@ -36,30 +36,33 @@ PUBLISHED = {
     "lr": 0.05,
     "curvature": "exact",
 }
+BOUNDED = {"groups": "model", "loss_bound": 0.02, "least_norm": None}
+"""Settings that a rise of the loss bounds."""
 REFUSED = {"least_norm": 1.0, "loss_bound": None}
 """Settings of which the ViT has one candidate after the other refused."""
 EXCHANGE = SIGNALS
 """Numbers in which the processes tell each other how it goes: at the start of an iteration and after each pass."""
 
 
-def _config(sub_batches=4, **settings):
-    return NIOConfig(**{**PUBLISHED, "sub_batches": sub_batches, "report_batches": REPORT_BATCHES, **settings})
-
-
 def _computed(sub_batches=4, **settings):
     return NIOConfig(**{"sub_batches": sub_batches, "report_batches": REPORT_BATCHES, **settings})
 
 
-def _initialise(name, config, loss_fn=None):
-    made = case(name, SAMPLES)
-    collective = Collective.current()
-    batches = batches_of(name, 6, SAMPLES)
-    loss_fn = loss_fn or made.loss_fn
-    return initialize(made.model, batches, loss_fn, config, collective=collective)
+def _published(sub_batches=4, **settings):
+    return _computed(sub_batches, **{**PUBLISHED, **settings})
 
 
-def _scales(name, config):
-    return _initialise(name, config).scales
+def _initialise(name, config, loss_fn=None, made=None, batches=None, **options):
+    """NIO on all processes; the model is left as it was where they raise an error."""
+    made = made or case(name, SAMPLES)
+    batches = batches_of(name, 6, SAMPLES) if batches is None else batches
+    before = state(made.model)
+    options = {"collective": Collective.current(), **options}
+    try:
+        return initialize(made.model, batches, loss_fn or made.loss_fn, config, **options)
+    except Exception:
+        assert not differences(before, state(made.model))
+        raise
 
 
 def _found(name, config, loss_fn=None):
@@ -78,6 +81,9 @@ def _found(name, config, loss_fn=None):
         ("vit", 4, (2, 3, 4), {}),
         ("vit", 3, (2,), {"strength": 0.5, "micro_batch_size": 2}),
         ("vit", 4, (3,), {"groups": "model", "loss_bound": 0.02}),
+        ("vit", 3, (2,), BOUNDED),
+        ("swin", 3, (2,), BOUNDED),
+        ("bert", 3, (2,), BOUNDED),
         ("mlp", 5, (2, 3, 4), {}),
         ("swin", 4, (3,), {"micro_batch_size": 2}),
         ("bert", 2, (3, 4), {}),
@@ -96,34 +102,23 @@ def test_any_number_of_processes_finds_the_same_scales(name, sub_batches, sizes,
 
     Sums in another order round differently, by some units of 6e-8, which steps of Adam carry on.
     """
-    config = NIOConfig(sub_batches=sub_batches, report_batches=2, **settings)
-    alone, decisions, measured, _ = _found(name, config)
+    config = _computed(sub_batches, **settings)
+    alone, decisions, measured, message = _found(name, config)
     assert max(abs(omega - 1) for omega in alone.values()) > 0.02
+    assert settings is not BOUNDED or "loss_bound" in [outcome for _, outcome, _ in decisions]
     for size in sizes:
         found = run_ranks(size, _found, name, config)
         assert all(of_rank == found[0] for of_rank in found)
         assert found[0][0] == pytest.approx(alone, rel=3e-5)
         assert found[0][1] == decisions
         assert found[0][2] == pytest.approx(measured, rel=1e-3, abs=1e-4)
-
-
-@pytest.mark.parametrize("name", ["vit", "swin", "bert"])
-def test_a_loss_that_rises_bounds_all_processes_at_once(name):
-    config = _computed(3, groups="model", loss_bound=0.02, least_norm=None)
-    scales, decisions, _, message = _found(name, config)
-    assert len(set(scales.values())) == 1
-    assert "loss_bound" in [outcome for _, outcome, _ in decisions]
-    found = run_ranks(2, _found, name, config)
-    assert found[0] == found[1]
-    assert found[0][0] == pytest.approx(scales, rel=1e-5)
-    assert found[0][1] == decisions
-    assert found[0][3].split(". ")[0] == message.split(". ")[0]
+        assert settings is not BOUNDED or found[0][3].split(". ")[0] == message.split(". ")[0]
 
 
 def _initialise_synchronised():
     made = case("resnet", SAMPLES)
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(made.model)
-    return initialize(model, batches_of("resnet", 4, SAMPLES), made.loss_fn, collective=Collective.current())
+    nn.SyncBatchNorm.convert_sync_batchnorm(made.model)
+    _initialise("resnet", None, made=made)
 
 
 def test_batch_normalisation_that_waits_for_other_processes_is_refused():
@@ -179,9 +174,9 @@ def _forward_passes(config):
 
 
 @pytest.mark.parametrize(("sub_batches", "size"), [(4, 2), (3, 2), (2, 3)])
-@pytest.mark.parametrize("search", ["balance", "published"])
-def test_no_process_computes_the_sub_batch_of_another(search, sub_batches, size):
-    config = _computed(sub_batches) if search == "balance" else _config(sub_batches)
+@pytest.mark.parametrize("settings", [_computed, _published])
+def test_no_process_computes_the_sub_batch_of_another(settings, sub_batches, size):
+    config = settings(sub_batches)
     alone, _ = _forward_passes(config)
     found = run_ranks(size, _forward_passes, config)
     calls = [calls for calls, _ in found]
@@ -192,7 +187,7 @@ def test_no_process_computes_the_sub_batch_of_another(search, sub_batches, size)
         shares = len(range(rank, sub_batches, size))
         # The report batches before and after, and on rank 0 the first look at the tensors.
         expected = 2 * shares * REPORT_BATCHES + (rank == 0)
-        if search == "balance":
+        if config.search == "balance":
             assert iterations == 1, "the report after is the measurement of the scales"
         elif shares:
             # Three looks at the first sub-batch: for second derivatives, and for the size of their graphs.
@@ -201,55 +196,47 @@ def test_no_process_computes_the_sub_batch_of_another(search, sub_batches, size)
 
 
 def _bytes_summed(name, config):
-    """Bytes of each all-reduce of each iteration but the first, the records of these, and m of the model."""
-    sent = []
+    """Bytes of each all-reduce of each iteration but the first, and the number of scaled tensors."""
+    sent, marks = [], []
     original = dist.all_reduce
 
     def all_reduce(tensor, *args, **kwargs):
         sent.append(tensor.numel() * tensor.element_size())
         return original(tensor, *args, **kwargs)
 
-    marks = []
-    made = case(name, SAMPLES)
     dist.all_reduce = all_reduce
     try:
-        result = initialize(
-            made.model,
-            batches_of(name, 6, SAMPLES),
-            made.loss_fn,
-            config,
-            collective=Collective.current(),
-            on_iteration=lambda record: marks.append(len(sent)),
-        )
+        result = _initialise(name, config, on_iteration=lambda record: marks.append(len(sent)))
     finally:
         dist.all_reduce = original
-    of_iterations = [sent[start:end] for start, end in itertools.pairwise(marks)]
-    return of_iterations, list(result.history[1:]), len(result.tensors)
+    assert len(marks) == len(result.history)
+    return [sent[start:end] for start, end in itertools.pairwise(marks)], len(result.tensors)
 
 
-def _numbers_of_gradients(name):
-    return sum(parameter.numel() for parameter in case(name).model.parameters() if parameter.any())
+def _bytes_of_gradients(name, sub_batches):
+    """Bytes of a gradient, and of all that is summed with it."""
+    numbers = sum(parameter.numel() for parameter in case(name).model.parameters() if parameter.any())
+    return 4 * numbers, 4 * (numbers + 2 * sub_batches)
 
 
 @pytest.mark.parametrize("sub_batches", [2, 4, 6])
 @pytest.mark.parametrize("objective", ["gc", "gc_sum_norm"])
 def test_a_published_iteration_sums_the_gradients_once_and_the_scales_once(sub_batches, objective):
-    vectors = _numbers_of_gradients("mlp")
-    config = _config(sub_batches, objective=objective)
-    for sent, records, scaled in run_ranks(2, _bytes_summed, "mlp", config):
-        assert len(sent) == len(records) == ITERATIONS - 1
+    gradients, with_norms = _bytes_of_gradients("mlp", sub_batches)
+    for sent, scaled in run_ranks(2, _bytes_summed, "mlp", _published(sub_batches, objective=objective)):
+        assert len(sent) == ITERATIONS - 1
         for iteration in sent:
-            assert sum(iteration) == 4 * (vectors + 2 * sub_batches + scaled + 3 * EXCHANGE)
-            assert [size for size in iteration if size >= 4 * vectors] == [4 * vectors]
+            assert sum(iteration) == with_norms + 4 * (scaled + 3 * EXCHANGE)
+            assert [size for size in iteration if size >= gradients] == [gradients]
 
 
 @pytest.mark.parametrize("sub_batches", [3, 4, 6])
 def test_a_candidate_sums_the_gradients_of_each_report_batch_once(sub_batches):
-    of_batch = 4 * (_numbers_of_gradients("vit") + 2 * sub_batches)
-    for sent, records, _ in run_ranks(2, _bytes_summed, "vit", _computed(sub_batches, **REFUSED)):
-        assert len(sent) == len(records) > 1
+    _, with_norms = _bytes_of_gradients("vit", sub_batches)
+    for sent, _ in run_ranks(2, _bytes_summed, "vit", _computed(sub_batches, **REFUSED)):
+        assert len(sent) > 1
         for iteration in sent:
-            assert sum(iteration) == 4 * EXCHANGE + REPORT_BATCHES * (of_batch + 4 * EXCHANGE)
+            assert sum(iteration) == 4 * EXCHANGE + REPORT_BATCHES * (with_norms + 4 * EXCHANGE)
 
 
 class _MyDataError(DataError):
@@ -286,115 +273,92 @@ class _FailingLoss:
 def _fail(name, failure, rank, call, config):
     # Nothing is kept, so that the second pass computes losses.
     curvature.MEMORY_SHARE = 0.0
-    loss = _FailingLoss(case(name).loss_fn, failure, rank, call)
-    _initialise(name, config, loss)
+    _initialise(name, config, _FailingLoss(case(name).loss_fn, failure, rank, call))
+
+
+FAILURES = {
+    "nan": (NumericsError, ("the loss is nan", "the scale gradient of 0.weight is not finite")),
+    "nan gradient": (NumericsError, ("gradient of 0.weight is not finite",)),
+    "memory": (NIOMemoryError, ("out of memory",)),
+    "data": (DataError, ("image 7: broken",)),
+    "other": (RankError, ("KeyError: 'pixels'",)),
+    "mine": (DataError, ("my set: is of mine",)),
+}
+# The calls lie in the measurement before, in both passes of an iteration, and in the choice of the path.
+PUBLISHED_CALLS = [("mlp", 1, 1), ("mlp", 2, 9), ("mlp", 0, 10), ("mlp", 1, 6), ("mlp", 1, 4)]
+# They lie in the measurement before, in that of the scales, and in a forward pass that balances them.
+COMPUTED_CALLS = [("mlp", 1, 2), ("mlp", 2, 3), ("mlp", 0, 8), ("vit", 1, 4)]
 
 
 @pytest.mark.parametrize(
-    ("failure", "error_type", "text"),
+    ("failure", "config", "name", "rank", "call"),
     [
-        ("nan", NumericsError, ("the loss is nan", "the scale gradient of 0.weight is not finite")),
-        ("nan gradient", NumericsError, "gradient of 0.weight is not finite"),
-        ("memory", NIOMemoryError, "out of memory"),
-        ("data", DataError, "image 7: broken"),
-        ("other", RankError, "KeyError: 'pixels'"),
-        ("mine", DataError, "my set: is of mine"),
+        *((failure, _published(), *place) for failure in FAILURES for place in PUBLISHED_CALLS),
+        *((failure, _computed(), *place) for failure in [*FAILURES][2:] for place in COMPUTED_CALLS),
     ],
 )
-@pytest.mark.parametrize(("rank", "call"), [(1, 1), (2, 9), (0, 10), (1, 6), (1, 4)])
-def test_an_error_of_one_process_stops_all_at_once(failure, error_type, text, rank, call):
-    """The calls lie in the measurement before, in both passes of an iteration, and in the choice of the path."""
+def test_an_error_of_one_process_stops_all_at_once(failure, config, name, rank, call):
+    error_type, texts = FAILURES[failure]
     started = time.monotonic()
-    errors = run_ranks(3, _fail, "mlp", failure, rank, call, _config(), seconds=20)
+    errors = run_ranks(3, _fail, name, failure, rank, call, config, seconds=20)
     assert time.monotonic() - started < 20
     assert {type(error) for error in errors} == {error_type}
     assert len({str(error) for error in errors}) == 1
     assert f"rank {rank}" in str(errors[0])
-    assert any(part in str(errors[0]) for part in ([text] if isinstance(text, str) else text))
+    assert any(text in str(errors[0]) for text in texts)
 
 
-@pytest.mark.parametrize(
-    ("failure", "error_type", "text"),
-    [
-        ("memory", NIOMemoryError, "out of memory"),
-        ("data", DataError, "image 7: broken"),
-        ("other", RankError, "KeyError: 'pixels'"),
-        ("mine", DataError, "my set: is of mine"),
-    ],
-)
-@pytest.mark.parametrize(("name", "rank", "call"), [("mlp", 1, 2), ("mlp", 2, 3), ("mlp", 0, 8), ("vit", 1, 4)])
-def test_an_error_of_one_process_stops_the_computation_of_all(failure, error_type, text, name, rank, call):
-    """The calls lie in the measurement before, in that of the scales, and in a forward pass that balances them."""
-    errors = run_ranks(3, _fail, name, failure, rank, call, _computed(), seconds=20)
-    assert {type(error) for error in errors} == {error_type}
-    assert len({str(error) for error in errors}) == 1
-    assert f"rank {rank}" in str(errors[0])
-    assert text in str(errors[0])
-
-
-def _bad_batches(rank, number, config):
-    made = case("mlp")
-
+def _bad_batches(number, config):
     def batches():
         for index, batch in enumerate(batches_of("mlp", 8)):
-            if index == number and Collective.current().rank == rank:
+            if index == number and Collective.current().rank == 1:
                 raise OSError("disk unplugged")
             yield batch
 
-    initialize(made.model, batches(), made.loss_fn, config, collective=Collective.current())
+    _initialise("mlp", config, batches=batches())
+
+
+def _bad_callback(number, config):
+    def on_iteration(record):
+        if Collective.current().rank == 1 and record.iteration == number:
+            raise ValueError("the bar is broken")
+
+    _initialise("mlp", config, on_iteration=on_iteration)
 
 
 @pytest.mark.parametrize(
-    ("number", "config"), [(0, _config()), (1, _config()), (2, _config()), (4, _config()), (1, _computed())]
+    ("fail", "number", "config", "found"),
+    [
+        *((_bad_batches, number, _published(), "OSError: disk unplugged") for number in (0, 1, 2, 4)),
+        (_bad_batches, 1, _computed(), "OSError: disk unplugged"),
+        (_bad_callback, 1, _published(), "ValueError: the bar is broken"),
+        (_bad_callback, 1, _computed(), "ValueError: the bar is broken"),
+    ],
 )
-def test_an_exception_in_the_data_of_one_process_stops_all(number, config):
-    errors = run_ranks(2, _bad_batches, 1, number, config, seconds=20)
+def test_an_exception_in_the_data_or_a_callback_of_one_process_stops_all(fail, number, config, found):
+    errors = run_ranks(2, fail, number, config, seconds=20)
     assert [type(error) for error in errors] == [RankError, RankError]
-    assert {str(error).splitlines()[0] for error in errors} == {str(errors[0]).splitlines()[0]}
-    assert str(errors[0]).startswith("rank 1: OSError: disk unplugged")
-
-
-def _interrupted_callback(config):
-    def on_iteration(record):
-        if Collective.current().rank == 1 and record.iteration == 1:
-            raise ValueError("the bar is broken")
-
-    made = case("mlp")
-    batches = batches_of("mlp", 6)
-    initialize(made.model, batches, made.loss_fn, config, collective=Collective.current(), on_iteration=on_iteration)
-
-
-@pytest.mark.parametrize("config", [_computed(), _config()], ids=["balance", "published"])
-def test_an_exception_in_a_callback_of_one_process_stops_all(config):
-    errors = run_ranks(2, _interrupted_callback, config, seconds=20)
-    assert [type(error) for error in errors] == [RankError, RankError]
-    assert "rank 1: ValueError: the bar is broken" in str(errors[0])
+    assert len({str(error).splitlines()[0] for error in errors}) == 1
+    assert str(errors[0]).startswith(f"rank 1: {found}")
 
 
 def test_an_error_that_all_have_in_common_is_raised_as_it_is():
-    errors = run_ranks(2, _scales, "mlp", _config(sub_batches=SAMPLES + 1))
+    errors = run_ranks(2, _initialise, "mlp", _published(sub_batches=SAMPLES + 1))
     assert [type(error) for error in errors] == [ConfigError, ConfigError]
     assert "rank" not in str(errors[0])
 
 
 def _unlike(what):
-    rank = Collective.current().rank
-    made = case("mlp")
-    if what == "model" and rank == 1:
-        made = case("vit")
-    if what == "weights" and rank == 1:
+    """NIO on two processes, of which one has something else."""
+    is_other = Collective.current().rank == 1
+    name = "vit" if what == "model" and is_other else "mlp"
+    made = case(name)
+    if what == "weights" and is_other:
         with torch.no_grad():
             made.model[0].bias += 1e-3
-    config = _config(lr=0.05 if what != "settings" or rank == 0 else 0.1)
-    samples = 8 if what != "sizes" or rank == 0 else 10
-    batches = batches_of("vit" if what == "model" and rank == 1 else "mlp", 6, samples)
-    if what == "report batches" and rank == 1:
-        batches = batches[1:]
-    before = state(made.model)
-    try:
-        initialize(made.model, batches, made.loss_fn, config, collective=Collective.current())
-    finally:
-        assert not differences(before, state(made.model))
+    config = _published(lr=0.1 if what == "settings" and is_other else 0.05)
+    batches = batches_of(name, 7, 10 if what == "sizes" and is_other else 8)
+    _initialise(name, config, made=made, batches=batches[what == "report batches" and is_other :])
 
 
 @pytest.mark.parametrize(
@@ -416,10 +380,9 @@ def test_processes_with_another_task_are_refused_by_what_differs(what, found, fi
 
 
 def _broken_data():
-    made = case("mlp")
     batches = batches_of("mlp", 6)
     batches[0][0][:] = float("nan")
-    initialize(made.model, batches, made.loss_fn, _computed(), collective=Collective.current())
+    _initialise("mlp", _computed(), batches=batches)
 
 
 def test_broken_data_of_all_processes_are_not_taken_for_other_data():
@@ -429,71 +392,41 @@ def test_broken_data_of_all_processes_are_not_taken_for_other_data():
     }
 
 
-def _unguarded():
-    made = case("mlp")
-    before = state(made.model)
-    try:
-        initialize(made.model, batches_of("mlp", 6), made.loss_fn, _computed())
-    finally:
-        assert not differences(before, state(made.model))
-
-
-def test_a_call_without_collective_is_refused_with_the_remedy():
-    for error in run_ranks(2, _unguarded, seconds=20):
-        assert isinstance(error, ConfigError)
-        assert str(error) == (
-            "collective: not given, with torch.distributed in use by 2 processes. Call initialize on all of them with "
-            "collective=Collective.current(), the same weights and the same batches, or on one of them with "
-            "collective=Collective() and broadcast the weights."
-        )
-
-
 def _by_itself():
-    made = case("mlp", SAMPLES)
     if Collective.current().rank == 1:
         return {}
-    return initialize(
-        made.model, batches_of("mlp", 6, SAMPLES), made.loss_fn, _config(), collective=Collective()
-    ).scales
+    return _initialise("mlp", _published(), collective=Collective()).scales
 
 
 def test_a_process_may_work_by_itself_where_that_is_said():
-    assert run_ranks(2, _by_itself, seconds=20) == [_scales("mlp", _config()), {}]
+    assert run_ranks(2, _by_itself, seconds=20) == [_initialise("mlp", _published()).scales, {}]
 
 
-def _data_that_end(rank):
-    made = case("mlp")
-    count = 4 if Collective.current().rank == rank else 6
-    batches = iter(batches_of("mlp", count))
-    result = initialize(made.model, batches, made.loss_fn, _config(), collective=Collective.current())
+def _data_that_end():
+    count = 4 if Collective.current().rank == 1 else 6
+    result = _initialise("mlp", _published(), batches=iter(batches_of("mlp", count)))
     return result.status, len(result.history)
 
 
 def test_where_the_data_of_one_process_end_all_end():
-    assert run_ranks(2, _data_that_end, 1, seconds=20) == [("data_exhausted", 2)] * 2
+    assert run_ranks(2, _data_that_end, seconds=20) == [("data_exhausted", 2)] * 2
 
 
 def _stopped_after(count, config):
     """The iterations of a run that only the last rank asks to stop."""
-    seen = []
-    collective = Collective.current()
-    made = case("vit", SAMPLES)
+    seen, collective = [], Collective.current()
+
+    def should_stop():
+        return len(seen) == count and collective.rank == collective.size - 1
+
     with pytest.raises(StoppedError, match="stopped before it was through"):
-        initialize(
-            made.model,
-            batches_of("vit", 6, SAMPLES),
-            made.loss_fn,
-            config,
-            collective=collective,
-            on_iteration=seen.append,
-            should_stop=lambda: len(seen) == count and collective.rank == collective.size - 1,
-        )
+        _initialise("vit", config, on_iteration=seen.append, should_stop=should_stop)
     return len(seen)
 
 
 @pytest.mark.parametrize(
     ("count", "config"),
-    [(0, _config()), (3, _config()), (0, _computed()), (2, _computed(**REFUSED))],
+    [(0, _published()), (3, _published()), (0, _computed()), (2, _computed(**REFUSED))],
     ids=["published", "published, fourth", "computed", "computed, third"],
 )
 def test_where_one_process_is_asked_to_stop_all_stop(count, config):

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -16,97 +15,85 @@ from nio_hf.errors import Preempted
 from nio_hf.hub.run_folder import INIT_DIR_NAME
 from tests.distributed import launched
 from tests.distributed.launched import COMPUTED, PUBLISHED
-from tests.distributed.launching import launch, start, training_in
+from tests.distributed.launching import launch, start, trained, training_in
 from tests.distributed.ranks import run_ranks
+from tests.durable.trainings import ROOT
 from tests.versions import resumes_in_several_processes
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "kills.json"
-SETTINGS = {
-    "resume": "auto",
-    "arguments": {
-        "max_steps": 8,
-        "save_total_limit": 2,
-        **PUBLISHED,
-        "nio_iterations": 6,
-        "enable_jit_checkpoint": True,
-    },
-}
+RESULTS = ROOT / "benchmarks" / "results" / "kills.json"
+
+
+def _settings(**arguments):
+    return {"resume": "auto", "arguments": {"max_steps": 8, "enable_jit_checkpoint": True, **arguments}}
+
+
+SEARCHING = _settings(**{**PUBLISHED, "nio_iterations": 6}, save_total_limit=2)
+COMPUTING = _settings(**COMPUTED)
+RACING = _settings(**COMPUTED, nio_race_steps=4)
+LOADING = _settings(**{**PUBLISHED, "nio_iterations": 6}, save_total_limit=2, dataloader_num_workers=2)
+SINGLE, TWO = ("single", 1), ("ddp", 2)
 PACE, SECONDS = 0.25, 5.0
 """Seconds that each of 16 batches takes longer where moments are random, so that all of them take about five."""
 REPORTED = 2
 """Batches in front of those that NIO searches on."""
-COMPUTING = {**SETTINGS, "arguments": {"max_steps": 8, **COMPUTED, "enable_jit_checkpoint": True}}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """(strategy, processes, settings) -> digest of the weights of a training that nothing happened to."""
+    """(processes, settings) -> digest of the weights of a training that nothing happened to."""
     digests = {}
 
-    def digest(strategy, processes, settings=SETTINGS):
-        key = (strategy, processes, json.dumps(settings))
+    def digest(processes, settings):
+        key = (processes, json.dumps(settings))
         if key not in digests:
-            outcome = launch(tmp_path_factory.mktemp("whole"), strategy, processes, **settings)
-            assert outcome.status == 0, outcome.output[-3000:]
-            digests[key] = outcome.reports[0]["trained"]
+            digests[key] = trained(tmp_path_factory.mktemp("whole"), *processes, **settings)[0]["trained"]
         return digests[key]
 
     return digest
 
 
-def _started_again(folder, strategy, processes, faults, settings=SETTINGS):
+def _started_again(folder, processes, settings, faults):
     """A training with a fault, and the same command once more."""
-    first = launch(folder, strategy, processes, **settings, faults=faults)
+    first = launch(folder, *processes, **settings, faults=faults)
     assert first.status != 0
     assert not first.reports
-    second = launch(folder, strategy, processes, **settings, faults=faults)
+    second = launch(folder, *processes, **settings, faults=faults)
     assert second.status == 0, second.output[-3000:]
     return first, second
 
 
-@pytest.mark.slow
-def test_killed_in_nio(tmp_path, uninterrupted):
-    faults = {"loss": {"number": 16, "signal": "SIGKILL"}}
-    first, second = _started_again(tmp_path, "single", 1, faults, COMPUTING)
-    assert first.status == -signal.SIGKILL
-    assert second.reports[0]["trained"] == uninterrupted("single", 1, COMPUTING)
+def _fault(place, number, name="SIGKILL", **more):
+    return {place: {"number": number, "signal": name, **more}}
+
+
+RESUMED = ["NIO is finished: taking over", "Race, training loss:"]
+KILLS = {
+    "in NIO": (SINGLE, COMPUTING, _fault("loss", 16), []),
+    "after NIO": (SINGLE, SEARCHING, _fault("step", 1), RESUMED[:1]),
+    "in a race": (SINGLE, RACING, _fault("step", 3), RESUMED),
+    "in a race of two": (TWO, RACING, _fault("step", 3, rank=1), RESUMED),
+    "in the save of the initialised checkpoint": (TWO, SEARCHING, {"save": True}, []),
+    **{
+        f"in a checkpoint under {strategy}": (
+            (strategy, 2),
+            SEARCHING,
+            _fault("checkpoint", 4, rank=1),
+            ["checkpoint-4 is passed over"],
+        )
+        for strategy in ("fsdp2", "zero2", "zero3")
+    },
+}
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_process_in_nio_stops_all(tmp_path, uninterrupted):
-    faults = {"loss": {"number": 3, "signal": "SIGTERM", "rank": 1}}
-    first, second = _started_again(tmp_path, "ddp", 2, faults, COMPUTING)
-    assert "SIGTERM: during NIO, stopped before it was through" in first.output
-    assert f"exitcode  : {Preempted.STATUS}" in first.output
-    assert [report["trained"] for report in second.reports] == [uninterrupted("ddp", 2, COMPUTING)] * 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "processes"), [("single", 1), ("ddp", 2)])
-def test_killed_in_a_race(strategy, processes, tmp_path, uninterrupted):
-    settings = {**COMPUTING, "arguments": {**COMPUTING["arguments"], "nio_race_steps": 4}}
-    faults = {"step": {"number": 3, "signal": "SIGKILL", "rank": processes - 1}}
-    _, second = _started_again(tmp_path, strategy, processes, faults, settings)
-    assert "NIO is finished: taking over" in second.output
-    assert "Race, training loss:" in second.output
-    expected = uninterrupted(strategy, processes, settings)
-    assert {report["trained"] for report in second.reports} == {expected}
-
-
-@pytest.mark.slow
-def test_sigterm_to_one_process_in_a_race_stops_all(tmp_path, uninterrupted):
-    settings = {**COMPUTING, "arguments": {**COMPUTING["arguments"], "nio_race_steps": 4}}
-    faults = {"step": {"number": 3, "signal": "SIGTERM", "rank": 1}}
-    first, second = _started_again(tmp_path, "ddp", 2, faults, settings)
-    assert "SIGTERM: during the race, stopped after" in first.output
-    assert f"exitcode  : {Preempted.STATUS}" in first.output
-    assert {report["trained"] for report in second.reports} == {uninterrupted("ddp", 2, settings)}
-
-
-@pytest.mark.slow
-def test_killed_in_the_save_of_the_initialised_checkpoint(tmp_path, uninterrupted):
-    _, second = _started_again(tmp_path, "ddp", 2, {"save": True})
-    assert [report["trained"] for report in second.reports] == [uninterrupted("ddp", 2)] * 2
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_training_that_was_killed_is_gone_on_with(moment, tmp_path, uninterrupted):
+    processes, settings, faults, said = KILLS[moment]
+    first, second = _started_again(tmp_path, processes, settings, faults)
+    if processes == SINGLE:
+        assert first.status == -signal.SIGKILL
+    assert [text for text in said if text not in second.output] == []
+    assert [report["trained"] for report in second.reports] == [uninterrupted(processes, settings)] * processes[1]
     initialised = tmp_path / "output" / INIT_DIR_NAME
     assert fault_of(initialised) is None
     assert [path.name for path in initialised.parent.glob(f"{INIT_DIR_NAME}*")] == [INIT_DIR_NAME]
@@ -115,28 +102,43 @@ def test_killed_in_the_save_of_the_initialised_checkpoint(tmp_path, uninterrupte
 @pytest.mark.slow
 @resumes_in_several_processes
 def test_killed_in_the_save_of_a_checkpoint(tmp_path, uninterrupted):
-    faults = {"checkpoint": {"number": 4, "signal": "SIGKILL"}}
-    _, second = _started_again(tmp_path, "ddp", 2, faults)
+    _, second = _started_again(tmp_path, TWO, SEARCHING, _fault("checkpoint", 4))
     assert second.output.count("checkpoint-4 is passed over: nio_manifest.json is missing") == 1
     assert "Resuming from" in second.output
-    assert [report["trained"] for report in second.reports] == [uninterrupted("ddp", 2)] * 2
+    assert [report["trained"] for report in second.reports] == [uninterrupted(TWO, SEARCHING)] * 2
     kept = sorted(path.name for path in (tmp_path / "output").glob("checkpoint-*"))
     assert kept == ["checkpoint-6", "checkpoint-8"]
     assert all(fault_of(tmp_path / "output" / name) is None for name in kept)
 
 
+IN_NIO = "during NIO, stopped before it was through"
+STOPS = {
+    "in NIO": (SINGLE, SEARCHING, _fault("nio", REPORTED + 2, "SIGTERM"), IN_NIO),
+    "in NIO, one of two": (TWO, COMPUTING, _fault("loss", 3, "SIGTERM", rank=1), IN_NIO),
+    "in a race, one of two": (TWO, RACING, _fault("step", 3, "SIGTERM", rank=1), "during the race, stopped after"),
+    "in NIO, workers too": (SINGLE, LOADING, _fault("nio", REPORTED + 2, "SIGTERM", group=True), IN_NIO),
+    "in a step, workers too": (SINGLE, LOADING, _fault("step", 4, "SIGTERM", group=True), "saved and stopped"),
+}
+
+
 @pytest.mark.slow
-def test_killed_after_nio_it_is_not_run_again(tmp_path, uninterrupted):
-    _, second = _started_again(tmp_path, "single", 1, {"step": {"number": 1, "signal": "SIGKILL"}})
-    assert "NIO is finished: taking over" in second.output
-    assert second.reports[0]["trained"] == uninterrupted("single", 1)
+@pytest.mark.parametrize("moment", STOPS)
+def test_sigterm_stops_all_and_the_training_is_gone_on_with(moment, tmp_path, uninterrupted):
+    processes, settings, faults, said = STOPS[moment]
+    first, second = _started_again(tmp_path, processes, settings, faults)
+    assert f"SIGTERM: {said}" in first.output
+    if processes == SINGLE:
+        assert first.status == Preempted.STATUS
+    else:
+        assert f"exitcode  : {Preempted.STATUS}" in first.output
+    expected = uninterrupted(processes, SEARCHING if settings is LOADING else settings)
+    assert [report["trained"] for report in second.reports] == [expected] * processes[1]
 
 
 @resumes_in_several_processes
 def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
-    whole = run_ranks(2, launched.run, training_in(tmp_path / "whole", "ddp", **SETTINGS))
-    faults = {"step": {"number": 4, "signal": "SIGTERM", "rank": 1}}
-    settings = training_in(tmp_path / "run", "ddp", **SETTINGS, faults=faults)
+    whole = run_ranks(2, launched.run, training_in(tmp_path / "whole", "ddp", **SEARCHING))
+    settings = training_in(tmp_path / "run", "ddp", **SEARCHING, faults=_fault("step", 4, "SIGTERM", rank=1))
     for ended in run_ranks(2, launched.run, settings):
         assert "Preempted: SIGTERM: saved and stopped at step 5" in str(ended)
     assert fault_of(tmp_path / "run" / "output" / "checkpoint-5") is None
@@ -146,43 +148,12 @@ def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
 
 
 @pytest.mark.slow
-@resumes_in_several_processes
-def test_sigterm_to_one_process_of_a_launch_saves_and_stops_all(tmp_path, uninterrupted):
-    first, second = _started_again(tmp_path, "ddp", 2, {"step": {"number": 4, "signal": "SIGTERM"}})
-    assert "SIGTERM: saved and stopped at step 5" in first.output
-    assert f"exitcode  : {Preempted.STATUS}" in first.output
-    assert "checkpoint-5" in second.output
-    assert [report["trained"] for report in second.reports] == [uninterrupted("ddp", 2)] * 2
-
-
-@pytest.mark.slow
-def test_sigterm_in_nio_exits_with_its_status(tmp_path, uninterrupted):
-    faults = {"nio": {"number": REPORTED + 2, "signal": "SIGTERM"}}
-    first, second = _started_again(tmp_path, "single", 1, faults)
-    assert first.status == Preempted.STATUS
-    assert "SIGTERM: during NIO, stopped before it was through" in first.output
-    assert second.reports[0]["trained"] == uninterrupted("single", 1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("phase", ["nio", "step"])
-def test_sigterm_to_every_process_of_a_job_spares_the_workers_that_load_data(phase, tmp_path, uninterrupted):
-    arguments = {**SETTINGS["arguments"], "dataloader_num_workers": 2}
-    faults = {phase: {"number": REPORTED + 2, "signal": "SIGTERM", "group": True}}
-    settings = {**SETTINGS, "arguments": arguments, "faults": faults}
-    first = launch(tmp_path, "single", 1, **settings)
-    assert first.status == Preempted.STATUS, first.output[-3000:]
-    second = launch(tmp_path, "single", 1, **settings)
-    assert second.reports[0]["trained"] == uninterrupted("single", 1)
-
-
-@pytest.mark.slow
 def test_a_second_training_into_the_same_folder_is_refused(tmp_path):
-    process = start(tmp_path, "single", 1, **SETTINGS, pace=1.0)
+    process = start(tmp_path, *SINGLE, **SEARCHING, pace=1.0)
     try:
         _read_until(process, "ready")
         time.sleep(2)
-        second = launch(tmp_path, "single", 1, **SETTINGS)
+        second = launch(tmp_path, *SINGLE, **SEARCHING)
     finally:
         _kill(process)
     assert second.status == 1
@@ -190,7 +161,7 @@ def test_a_second_training_into_the_same_folder_is_refused(tmp_path):
 
 
 def test_a_rank_that_fails_stops_the_launch_within_seconds(tmp_path):
-    process = start(tmp_path, "ddp", 2, **SETTINGS, faults={"nan": [1, REPORTED + 1]})
+    process = start(tmp_path, *TWO, **SEARCHING, faults={"nan": [1, REPORTED + 1]})
     try:
         output = _read_until(process, "ready")
         began = time.monotonic()
@@ -200,17 +171,7 @@ def test_a_rank_that_fails_stops_the_launch_within_seconds(tmp_path):
     assert time.monotonic() - began < 30
     assert process.returncode != 0
     found = "NumericsError: rank 1, iteration 2, sub-batch 1: the loss is nan"
-    errors = [line for line in (output + rest).splitlines() if line.startswith(found)]
-    assert len(errors) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3"])
-def test_killed_in_a_checkpoint_under_each_strategy(strategy, tmp_path, uninterrupted):
-    faults = {"checkpoint": {"number": 4, "signal": "SIGKILL", "rank": 1}}
-    _, second = _started_again(tmp_path, strategy, 2, faults)
-    assert "checkpoint-4 is passed over" in second.output
-    assert {report["trained"] for report in second.reports} == {uninterrupted(strategy, 2)}
+    assert len([line for line in (output + rest).splitlines() if line.startswith(found)]) == 1
 
 
 @pytest.mark.slow
@@ -220,20 +181,18 @@ def test_killed_at_twenty_random_moments(tmp_path_factory, uninterrupted):
     Each is killed once between its start and its usual end.
     """
     moments = random.Random(20)
-    launches = [("single", 1), ("ddp", 2)]
     models = [{"model": "vit"}, {"model": "swin"}, {"model": "vit", "replaced_head": True}]
     runs = []
     for number in range(20):
-        strategy, processes = launches[number % 2]
+        processes, model = (SINGLE, TWO)[number % 2], models[number // 2 % 3]
         folder = tmp_path_factory.mktemp(f"random{number}")
-        settings = {**SETTINGS, **models[number // 2 % 3]}
-        expected = uninterrupted(strategy, processes, settings)
+        settings = {**SEARCHING, **model}
+        expected = uninterrupted(processes, settings)
         fraction = moments.random()
-        left = _killed_after(fraction * SECONDS, folder, strategy, processes, settings)
-        run = {**models[number // 2 % 3], "processes": processes, "fraction": round(fraction, 3), **left}
-        second = launch(folder, strategy, processes, **settings)
-        assert second.status == 0, second.output[-3000:]
-        run["same_weights"] = all(report["trained"] == expected for report in second.reports)
+        left = _killed_after(fraction * SECONDS, folder, processes, settings)
+        run = {**model, "processes": processes[1], "fraction": round(fraction, 3), **left}
+        reports = trained(folder, *processes, **settings)
+        run["same_weights"] = all(report["trained"] == expected for report in reports)
         runs.append(run)
     if "NIO_HF_WRITE_RESULTS" in os.environ:
         RESULTS.write_text(json.dumps({"seed": 20, "runs": runs}, indent=1) + "\n", encoding="utf-8")
@@ -241,10 +200,10 @@ def test_killed_at_twenty_random_moments(tmp_path_factory, uninterrupted):
     assert len({run["found"] for run in runs}) > 2
 
 
-def _killed_after(seconds, folder, strategy, processes, settings):
+def _killed_after(seconds, folder, processes, settings):
     """Kill a training, launcher and all, some time after it is set up; says what it left behind."""
-    process = start(folder, strategy, processes, **settings, pace=PACE)
-    for _ in range(processes):
+    process = start(folder, *processes, **settings, pace=PACE)
+    for _ in range(processes[1]):
         _read_until(process, "ready")
     time.sleep(seconds)
     running = process.poll() is None
@@ -256,10 +215,8 @@ def _killed_after(seconds, folder, strategy, processes, settings):
         found = "finished"
     elif checkpoints:
         found = "training"
-    elif (output / INIT_DIR_NAME).is_dir():
-        found = "initialised"
     else:
-        found = "nothing"
+        found = "initialised" if (output / INIT_DIR_NAME).is_dir() else "nothing"
     return {"found": found, "checkpoints": [path.name for path in checkpoints], "half_written": partial}
 
 

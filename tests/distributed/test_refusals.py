@@ -7,14 +7,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from nio_hf import NIOTrainer
 from nio_hf.core import Collective, initialize
 from nio_hf.errors import ConfigError, ModelError, NIOMemoryError
+from nio_hf.trainer import replica
 from nio_hf.trainer.replica import make_replica
 from tests.core.cases import batches_of, case
 from tests.distributed.launching import launch
 from tests.distributed.ranks import run_ranks
-from tests.trainer.toys import ToyImages, arguments, build
+from tests.trainer.toys import build, refused, trainer_of
 
 
 def _initialise_sharded():
@@ -34,8 +34,6 @@ def test_a_model_that_is_sharded_already_is_refused():
 
 def _replica_on_a_small_device():
     """Rank 1 has no memory left; what it says."""
-    from nio_hf.trainer import replica
-
     rank = Collective.current().rank
     replica.available_memory = lambda device: 1000 if rank == 1 else 10**12
     with pytest.raises(NIOMemoryError) as refused:
@@ -57,8 +55,8 @@ def _weights_of_replica():
     # Broadcasting takes no strided tensors.
     model[0].weight = torch.nn.Parameter(torch.randn(4, 3).t())
     model[1].running_mean += rank
-    replica = make_replica(model, torch.device("cpu"), Collective.current())
-    return {name: tensor.tolist() for name, tensor in replica.state_dict().items()}
+    copy = make_replica(model, torch.device("cpu"), Collective.current())
+    return {name: tensor.tolist() for name, tensor in copy.state_dict().items()}
 
 
 def test_ranks_that_built_other_models_work_on_the_one_of_rank_0():
@@ -68,11 +66,11 @@ def test_ranks_that_built_other_models_work_on_the_one_of_rank_0():
 
 
 def test_sharded_checkpoints_of_fsdp_are_refused_before_training(tmp_path, monkeypatch):
-    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path), train_dataset=ToyImages())
+    trainer = trainer_of(tmp_path)
     plugin = type("Plugin", (), {"state_dict_type": "StateDictType.SHARDED_STATE_DICT"})()
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
-    with pytest.raises(ConfigError, match="Set it to FULL_STATE_DICT"):
+    with refused(trainer, ConfigError, "Set it to FULL_STATE_DICT"):
         trainer.train()
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -15,10 +14,9 @@ from transformers import Trainer
 from nio_hf.durable.manifest import MANIFEST_NAME, UNFINISHED_NAME, fault_of, has_manifest
 from nio_hf.errors import CheckpointError, OutputError
 from nio_hf.files import only_writer
-from tests.durable.trainings import At, Notes, Weights, make, saved_weights, steps_saved
-from tests.trainer.toys import InterruptedAfter, Interruption, snapshot, unchanged
+from tests.durable.trainings import BEST, NO_SPACE, SAVING, Notes, failing, make, saved_weights, steps_saved, trained
+from tests.trainer.toys import At, ToyImages, interrupted, refused, same_weights, snapshot, unchanged
 
-SAVING = {"nio": False, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 FULL = "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
 """Error of torch.save on a full disk, observed on a disk of 1 MiB."""
 
@@ -27,7 +25,7 @@ FULL = "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
 def whole(tmp_path_factory):
     """The output of an undisturbed training of four steps, saved at steps 2 and 4."""
     output_dir = tmp_path_factory.mktemp("whole")
-    make(output_dir, **SAVING).train()
+    trained(output_dir, **SAVING)
     return output_dir
 
 
@@ -37,20 +35,10 @@ def run(whole, tmp_path):
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-def interrupted(output_dir, *args, **settings):
-    trainer = make(output_dir, *args, callbacks=[InterruptedAfter(3)], **settings)
-    with pytest.raises(Interruption):
-        trainer.train()
-    return trainer
-
-
 def test_auto_begins_without_checkpoints_and_goes_on_with_them(whole, tmp_path):
-    first = make(tmp_path, callbacks=[InterruptedAfter(3)], **SAVING)
-    with pytest.raises(Interruption):
-        first.train(resume_from_checkpoint="auto")
+    first = interrupted(make(tmp_path, **SAVING), resume="auto")
     assert first.resumed_from is None
-    second = make(tmp_path, **SAVING)
-    second.train(resume_from_checkpoint="auto")
+    second = trained(tmp_path, resume="auto", **SAVING)
     assert second.resumed_from == tmp_path / "checkpoint-2"
     assert unchanged(saved_weights(whole / "checkpoint-4"), snapshot(second.model))
 
@@ -71,9 +59,7 @@ def _change(checkpoint):
 def test_a_newest_checkpoint_that_is_not_whole_is_passed_over(harm, reason, whole, run, caplog):
     harm(run / "checkpoint-4")
     (run / "checkpoint-4" / "of_another_run.bin").touch()
-    resumed = make(run, **SAVING)
-    with caplog.at_level(logging.WARNING):
-        resumed.train(resume_from_checkpoint="auto")
+    resumed = trained(run, resume="auto", **SAVING)
     assert f"checkpoint-4 is passed over: {reason}" in caplog.text
     assert resumed.resumed_from == run / "checkpoint-2"
     assert unchanged(saved_weights(whole / "checkpoint-4"), snapshot(resumed.model))
@@ -81,23 +67,19 @@ def test_a_newest_checkpoint_that_is_not_whole_is_passed_over(harm, reason, whol
     assert not (run / "checkpoint-4" / "of_another_run.bin").exists(), "a checkpoint is written anew"
 
 
-def test_true_needs_a_checkpoint_that_is_whole(run, tmp_path):
+def test_what_cannot_be_gone_on_from_is_refused(run, tmp_path):
+    trainer, folder = make(tmp_path / "empty", **SAVING), tmp_path / "checkpoint-9"
     with pytest.raises(CheckpointError, match=r"no checkpoint that can be used.*'auto', which begins"):
-        make(tmp_path / "empty", **SAVING).train(resume_from_checkpoint=True)
-    for step in (2, 4):
-        _cut_off(run / f"checkpoint-{step}")
-    # Trainer raises a ValueError, and scripts catch it to begin.
-    with pytest.raises(ValueError, match="no checkpoint that can be used"):
-        make(run, **SAVING).train(resume_from_checkpoint=True)
-
-
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    trainer, folder = make(tmp_path, **SAVING), tmp_path / "checkpoint-9"
+        trainer.train(resume_from_checkpoint=True)
     with pytest.raises(CheckpointError, match=r"checkpoint-9' is no folder.*Give a folder OUTPUT_DIR/checkpoint-N"):
         trainer.train(resume_from_checkpoint=str(folder))
     folder.mkdir()
     with pytest.raises(CheckpointError, match=r"checkpoint-9: no trainer_state.json in it"):
         trainer.train(resume_from_checkpoint=str(folder))
+    for step in (2, 4):
+        _cut_off(run / f"checkpoint-{step}")
+    with pytest.raises(CheckpointError, match="no checkpoint that can be used"):
+        trained(run, resume=True, **SAVING)
 
 
 def test_a_checkpoint_that_was_changed_is_refused_by_the_name_of_its_file_and_used_without_manifest(run):
@@ -105,12 +87,9 @@ def test_a_checkpoint_that_was_changed_is_refused_by_the_name_of_its_file_and_us
     weights = saved_weights(checkpoint)
     weights["vit.embeddings.cls_token"] += 1
     safetensors.torch.save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt", "note": "mine"})
-    trainer, begun = make(run, **SAVING), list[Weights]()
-    before = snapshot(trainer.model)
-    said = r"checkpoint-2: model.safetensors has [\d,]+ bytes, not.*delete its nio_manifest"
-    with pytest.raises(CheckpointError, match=said):
+    trainer, begun = make(run, **SAVING), []
+    with refused(trainer, CheckpointError, r"checkpoint-2: model.safetensors has [\d,]+ bytes, not.*delete its nio_m"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert unchanged(before, snapshot(trainer.model))
     (checkpoint / MANIFEST_NAME).unlink()
     trainer.add_callback(At("on_train_begin", lambda: begun.append(snapshot(trainer.model))))
     trainer.train(resume_from_checkpoint=str(checkpoint))
@@ -119,25 +98,13 @@ def test_a_checkpoint_that_was_changed_is_refused_by_the_name_of_its_file_and_us
 
 @pytest.mark.parametrize("asked", ["auto", "path"])
 def test_a_checkpoint_of_trainer_is_gone_on_from(asked, whole, tmp_path, caplog):
-    interrupted(tmp_path, Trainer, **SAVING)
+    interrupted(make(tmp_path, Trainer, **SAVING))
     checkpoint = tmp_path / "checkpoint-2"
     assert not has_manifest(checkpoint)
-    resumed = make(tmp_path, **SAVING)
-    with caplog.at_level(logging.WARNING, logger="nio_hf"):
-        resumed.train(resume_from_checkpoint=str(checkpoint) if asked == "path" else asked)
+    resumed = trained(tmp_path, resume=str(checkpoint) if asked == "path" else asked, **SAVING)
     assert resumed.resumed_from == checkpoint
     assert unchanged(saved_weights(whole / "checkpoint-4"), snapshot(resumed.model))
     assert ("has no manifest" in caplog.text) == (asked != "path")
-
-
-def test_a_checkpoint_without_an_optimizer_is_gone_on_from_as_trainer_does(tmp_path):
-    settings = {**SAVING, "save_only_model": True}
-    interrupted(tmp_path, **settings)
-    resumed, begun = make(tmp_path, **settings), list[Weights]()
-    resumed.add_callback(At("on_train_begin", lambda: begun.append(snapshot(resumed.model))))
-    resumed.train(resume_from_checkpoint=True)
-    assert unchanged(begun[0], saved_weights(tmp_path / "checkpoint-2"))
-    assert resumed.state.global_step == 4
 
 
 @pytest.mark.parametrize(
@@ -146,23 +113,19 @@ def test_a_checkpoint_without_an_optimizer_is_gone_on_from_as_trainer_does(tmp_p
     ids=["within an epoch", "at the end of an epoch", "in epochs"],
 )
 def test_a_finished_training_that_is_started_again_trains_nothing(samples, length, tmp_path, caplog):
-    settings = {**SAVING, **length}
-    finished, again = (make(tmp_path, samples=samples, **settings) for _ in range(2))
-    finished.train()
-    with caplog.at_level(logging.WARNING):
-        output = again.train(resume_from_checkpoint="auto")
+    settings = {**SAVING, **length, "train_dataset": ToyImages(samples)}
+    finished = trained(tmp_path, **settings)
+    again = make(tmp_path, **settings)
+    assert again.train(resume_from_checkpoint="auto").global_step == 4
     assert "checkpoint-4 is the end of that training: it was loaded, nothing was trained." in caplog.text
-    assert output.global_step == 4
     assert (again.state.epoch, again.state.num_train_epochs) == (finished.state.epoch, finished.state.num_train_epochs)
-    assert unchanged(snapshot(finished.model), snapshot(again.model))
+    assert same_weights(finished, again)
 
 
-@pytest.mark.parametrize("limit", [None, 1])
-def test_checkpoints_are_sealed_with_what_callbacks_wrote_and_kept_up_to_the_limit(limit, tmp_path):
-    trainer = make(tmp_path, **SAVING, save_total_limit=limit)
-    trainer.add_callback(Notes())
-    trainer.train()
-    assert steps_saved(tmp_path) == ([4] if limit == 1 else [2, 4])
+@pytest.mark.parametrize(("limit", "kept"), [(None, [2, 4]), (1, [4])])
+def test_checkpoints_are_sealed_with_what_callbacks_wrote_and_kept_up_to_the_limit(limit, kept, tmp_path):
+    trainer = trained(tmp_path, callbacks=[Notes()], save_total_limit=limit, **SAVING)
+    assert steps_saved(tmp_path) == kept
     checkpoint = tmp_path / "checkpoint-4"
     assert "average/notes.txt" in json.loads((checkpoint / MANIFEST_NAME).read_text())["files"]
     assert fault_of(checkpoint) is None
@@ -173,26 +136,14 @@ def test_checkpoints_are_sealed_with_what_callbacks_wrote_and_kept_up_to_the_lim
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest_and_loaded(tmp_path):
-    choosing = {"load_best_model_at_end": True, "metric_for_best_model": "step", "greater_is_better": False}
     evaluating = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
-    settings = {**SAVING, **choosing, **evaluating}
-    interrupted(tmp_path, **settings)
+    settings = {**SAVING, **BEST, **evaluating}
+    interrupted(make(tmp_path, **settings))
     assert steps_saved(tmp_path) == [1, 3]
-    resumed = make(tmp_path, **settings)
-    resumed.train(resume_from_checkpoint="auto")
+    resumed = trained(tmp_path, resume="auto", **settings)
     assert resumed.resumed_from == tmp_path / "checkpoint-3"
     assert steps_saved(tmp_path) == [1]
     assert unchanged(saved_weights(tmp_path / "checkpoint-1"), snapshot(resumed.model))
-
-
-def _fail(error):
-    def failing(*args, **kwargs):
-        raise error
-
-    return failing
-
-
-NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +156,7 @@ NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     ],
 )
 def test_a_full_disk_in_a_save_leaves_the_earlier_checkpoint(target, error, whole, tmp_path, monkeypatch):
-    full = At("on_step_end", lambda: monkeypatch.setattr(target, _fail(error)), 4)
+    full = At("on_step_end", lambda: monkeypatch.setattr(target, failing(error)), 4)
     trainer = make(tmp_path, callbacks=[full], **SAVING, save_total_limit=1)
     with pytest.raises(OutputError, match=r"checkpoint-4: .*Free space .* checkpoints saved before are whole"):
         trainer.train()
@@ -213,23 +164,22 @@ def test_a_full_disk_in_a_save_leaves_the_earlier_checkpoint(target, error, whol
     assert steps_saved(tmp_path) == [2], "what cannot be used takes room"
     assert fault_of(tmp_path / "checkpoint-2") is None
     assert trainer.args.save_total_limit == 1
-    resumed = make(tmp_path, **SAVING, save_total_limit=1)
-    resumed.train(resume_from_checkpoint="auto")
+    resumed = trained(tmp_path, resume="auto", **SAVING, save_total_limit=1)
     assert unchanged(saved_weights(whole / "checkpoint-4"), snapshot(resumed.model))
 
 
 def test_an_error_that_is_not_of_the_disk_stays_as_it_is(tmp_path, monkeypatch):
-    failing = At("on_step_end", lambda: monkeypatch.setattr(torch, "save", _fail(RuntimeError("CUDA error"))), 2)
+    broken = At("on_step_end", lambda: monkeypatch.setattr(torch, "save", failing(RuntimeError("CUDA error"))), 2)
     with pytest.raises(RuntimeError, match=r"^CUDA error$"):
-        make(tmp_path, callbacks=[failing], **SAVING).train()
+        trained(tmp_path, callbacks=[broken], **SAVING)
 
 
 def test_a_second_training_into_the_same_folder_is_refused(tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
-    monkeypatch.setattr(fcntl, "lockf", _fail(BlockingIOError()))
+    monkeypatch.setattr(fcntl, "lockf", failing(BlockingIOError()))
     with pytest.raises(OutputError, match=r"another training writes here\. Wait for it to end"):
-        make(tmp_path, **SAVING).train()
-    monkeypatch.setattr(fcntl, "lockf", _fail(OSError(errno.ENOLCK, "no locks here")))
+        trained(tmp_path, **SAVING)
+    monkeypatch.setattr(fcntl, "lockf", failing(OSError(errno.ENOLCK, "no locks here")))
     with only_writer(tmp_path):
         assert (tmp_path / "_nio_lock").exists()
     assert not (tmp_path / "_nio_lock").exists()

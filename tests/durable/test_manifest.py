@@ -1,8 +1,6 @@
 """Manifests: checkpoints that are whole, the choice of the newest, and the deletion of old ones."""
 
-import errno
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -24,18 +22,16 @@ from nio_hf.durable.manifest import (
 )
 from nio_hf.errors import OutputError
 from nio_hf.files import write_atomically
+from tests.durable.trainings import NO_SPACE, failing, steps_saved
 
 
 @pytest.mark.parametrize("moment", ["_digest", "write_atomically"])
 def test_a_checkpoint_whose_sealing_was_cut_off_is_not_taken_for_one_of_trainer(moment, tmp_path, monkeypatch):
-    def killed(*args):
-        raise KeyboardInterrupt
-
     checkpoint = tmp_path / "checkpoint-1"
     begin(checkpoint)
     (checkpoint / "model.bin").write_bytes(b"weights")
     TrainerState().save_to_json(str(checkpoint / "trainer_state.json"))
-    monkeypatch.setattr(manifest, moment, killed)
+    monkeypatch.setattr(manifest, moment, failing(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         write_manifest(checkpoint)
     monkeypatch.undo()
@@ -55,46 +51,31 @@ def test_the_newest_is_the_one_written_last_sealed_or_of_trainer(later, tmp_path
     os.utime(unsealed / "trainer_state.json", (1.5e9, 1.5e9))
     assert newest_usable(candidates(tmp_path)) == (sealed if later == "sealed" else unsealed)
     rotate(tmp_path, 1, [])
-    assert _steps(tmp_path) == ([1] if later == "sealed" else [2])
-
-
-def _truncate(checkpoint):
-    os.truncate(checkpoint / "model.bin", 99)
-
-
-def _change(checkpoint):
-    (checkpoint / "parts" / "optimizer.bin").write_bytes(b"other")
-
-
-def _remove(checkpoint):
-    (checkpoint / "model.bin").unlink()
-
-
-def _replace_by_a_folder(checkpoint):
-    _remove(checkpoint)
-    (checkpoint / "model.bin").mkdir()
+    assert steps_saved(tmp_path) == ([1] if later == "sealed" else [2])
 
 
 def test_broken_ones_are_passed_over_and_it_is_said_why(tmp_path, caplog):
+    sealed = [_sealed(tmp_path / f"checkpoint-{step}") for step in range(1, 7)]
+    _, whole, changed, truncated, removed, replaced = sealed
+    (whole / "README.md").write_text("added later, which does no harm")
+    (changed / "parts" / "optimizer.bin").write_bytes(b"other")
+    os.truncate(truncated / "model.bin", 99)
+    (removed / "model.bin").unlink()
+    (replaced / "model.bin").unlink()
+    (replaced / "model.bin").mkdir()
+    unfinished = _unsealed(tmp_path / "checkpoint-7")
+    (unfinished / UNFINISHED_NAME).touch()
+    assert newest_usable(candidates(tmp_path)) == whole
     faults = {
-        3: (_change, "parts/optimizer.bin has been changed: its SHA-256 is another one"),
-        4: (_truncate, "model.bin has 99 bytes, not 1,000"),
-        5: (_remove, "model.bin is missing"),
-        6: (_replace_by_a_folder, "model.bin is missing"),
+        changed: "parts/optimizer.bin has been changed: its SHA-256 is another one",
+        truncated: "model.bin has 99 bytes, not 1,000",
+        removed: "model.bin is missing",
+        replaced: "model.bin is missing",
+        unfinished: f"{MANIFEST_NAME} is missing: it was not written to its end",
     }
-    for step in (1, 2, *faults):
-        _sealed(tmp_path / f"checkpoint-{step}")
-    for step, (harm, _) in faults.items():
-        harm(tmp_path / f"checkpoint-{step}")
-    (_unsealed(tmp_path / "checkpoint-7") / UNFINISHED_NAME).touch()
-    messages = {step: message for step, (_, message) in faults.items()}
-    messages[7] = f"{MANIFEST_NAME} is missing: it was not written to its end"
-    (tmp_path / "checkpoint-2" / "README.md").write_text("added later, which does no harm")
-    with caplog.at_level(logging.WARNING):
-        assert newest_usable(candidates(tmp_path)) == tmp_path / "checkpoint-2"
     said = sorted(record.getMessage() for record in caplog.records)
-    assert said == [f"{tmp_path / f'checkpoint-{n}'} is passed over: {message}." for n, message in messages.items()]
-    assert fault_of((tmp_path / "checkpoint-2").rename(tmp_path / "elsewhere")) is None
+    assert said == [f"{checkpoint} is passed over: {fault}." for checkpoint, fault in faults.items()]
+    assert fault_of(whole.rename(tmp_path / "elsewhere")) is None
 
 
 @pytest.mark.parametrize(
@@ -123,7 +104,7 @@ def test_the_time_tells_the_newest_and_then_the_number(tmp_path):
         _sealed(tmp_path / f"checkpoint-{step}")
     assert newest_usable(candidates(tmp_path)) == tmp_path / "checkpoint-3"
     rotate(tmp_path, 2, [])
-    assert _steps(tmp_path) == [3, 9]
+    assert steps_saved(tmp_path) == [3, 9]
     for step in (9, 3):
         _saved_at(tmp_path / f"checkpoint-{step}", 5.0)
     assert newest_usable(candidates(tmp_path)) == tmp_path / "checkpoint-9"
@@ -158,7 +139,7 @@ def test_the_oldest_are_deleted_down_to_the_limit(limit, keep, left, tmp_path, m
         _sealed(tmp_path / f"checkpoint-{step}")
     monkeypatch.chdir(tmp_path)
     rotate(tmp_path, limit, [Path(f"checkpoint-{step}") for step in keep])
-    assert _steps(tmp_path) == left
+    assert steps_saved(tmp_path) == left
 
 
 def test_half_written_ones_are_deleted_first_whatever_the_clock_says(tmp_path):
@@ -167,9 +148,9 @@ def test_half_written_ones_are_deleted_first_whatever_the_clock_says(tmp_path):
         _unsealed(tmp_path / f"checkpoint-{step}")
     newest = _sealed(tmp_path / "checkpoint-4")
     rotate(tmp_path, 2, [newest])
-    assert _steps(tmp_path) == [1, 4]
+    assert steps_saved(tmp_path) == [1, 4]
     rotate(tmp_path, 1, [newest])
-    assert _steps(tmp_path) == [4]
+    assert steps_saved(tmp_path) == [4]
 
 
 @pytest.mark.parametrize("former", ["old", None])
@@ -179,7 +160,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(owner, name, former, tmp_pa
     if former is not None:
         write_atomically(file, former)
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, _full)
+        patch.setattr(owner, name, failing(NO_SPACE))
         with pytest.raises(OSError, match="No space left"):
             write_atomically(file, "new")
     assert (file.read_text() if file.exists() else None) == former
@@ -190,7 +171,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(owner, name, former, tmp_pa
 
 def test_a_checkpoint_that_cannot_be_sealed_is_an_output_error(tmp_path, monkeypatch):
     checkpoint = _unsealed(tmp_path / "checkpoint-1")
-    monkeypatch.setattr(os, "fsync", _full)
+    monkeypatch.setattr(os, "fsync", failing(NO_SPACE))
     with pytest.raises(OutputError, match=r"checkpoint-1: .*No space left.* Free space, then start again\."):
         write_manifest(checkpoint)
     assert fault_of(checkpoint) is not None
@@ -218,11 +199,3 @@ def _saved_at(checkpoint, seconds):
     file = checkpoint / MANIFEST_NAME
     file.write_text(json.dumps({**json.loads(file.read_text()), "saved": seconds}))
     return checkpoint
-
-
-def _steps(folder):
-    return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
-
-
-def _full(*args, **kwargs):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,6 +1,7 @@
 """SIGTERM during a training: a whole checkpoint, an exit status, and the same weights after the next start."""
 
-import logging
+import dataclasses
+import functools
 import os
 import signal
 
@@ -13,14 +14,11 @@ from nio_hf.durable.preemption import SpareWorkers, preempted_at_once
 from nio_hf.errors import Preempted
 from nio_hf.hub.run_folder import INIT_DIR_NAME
 from tests.durable import trainings
-from tests.durable.trainings import PUBLISHED, At, Counting, Notes, steps_saved, terminate
-from tests.trainer.toys import snapshot, unchanged
+from tests.durable.trainings import Counting, Notes, steps_saved, terminate
+from tests.trainer.toys import PUBLISHED, At, ToyImages, refused, same_weights
 
 EPOCH, STEPS = 4, 6
-BEST = {
-    **{"eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True},
-    **{"metric_for_best_model": "step", "greater_is_better": False},
-}
+BEST = {**trainings.BEST, "eval_steps": 2, "save_steps": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -47,19 +45,14 @@ class Fourth(Counting):
     best_step = 4
 
 
-def make(output_dir, trainer_class=Fourth, **changes):
-    settings = {"enable_jit_checkpoint": True, "nio": False, "max_steps": STEPS, "learning_rate": 1e-2, "dropout": 0.1}
-    return trainings.make(output_dir, trainer_class, samples=8 * EPOCH, **{**settings, **changes})
-
-
-def trained(output_dir, resume=None, **changes):
-    trainer = make(output_dir, **changes)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
+SETTINGS = {"enable_jit_checkpoint": True, "nio": False, "max_steps": STEPS, "learning_rate": 1e-2, "dropout": 0.1}
+SETTINGS |= {"trainer_class": Fourth, "train_dataset": ToyImages(8 * EPOCH)}
+make = functools.partial(trainings.make, **SETTINGS)
+trained = functools.partial(trainings.trained, **SETTINGS)
 
 
 def stopped(output_dir, *callbacks, **changes):
-    trainer = make(output_dir, callbacks=callbacks, **changes)
+    trainer = make(output_dir, callbacks=[*callbacks], **changes)
     with pytest.raises(Preempted):
         trainer.train()
     return trainer
@@ -83,7 +76,7 @@ def test_the_step_is_finished_saved_and_gone_on_from(step, event, tmp_path):
     assert seen.saved == [step], "once, also where it is due"
     resumed = trained(tmp_path / "run", resume="auto", **settings)
     assert resumed.state.global_step == STEPS
-    assert unchanged(snapshot(whole.model), snapshot(resumed.model))
+    assert same_weights(whole, resumed)
 
 
 def test_a_process_reacts_in_each_training_of_each_trainer_and_goes_on(tmp_path):
@@ -96,7 +89,7 @@ def test_a_process_reacts_in_each_training_of_each_trainer_and_goes_on(tmp_path)
         assert raised.value.code == 75
         assert str(raised.value) == f"SIGTERM: saved and stopped at step 2. {GO_ON}"
     first.train(resume_from_checkpoint="auto")
-    assert unchanged(snapshot(whole.model), snapshot(first.model))
+    assert same_weights(whole, first)
     late = sigterm(STEPS, "on_epoch_end")
     second.add_callback(late)
     second.train(resume_from_checkpoint="auto")
@@ -111,8 +104,7 @@ def test_an_evaluation_that_is_left_out_changes_no_weight(step, strategy, tmp_pa
     stopped(tmp_path / "run", sigterm(step), seen, **settings)
     assert step not in seen.evaluated
     assert seen.saved == [step], "nothing is done of the end of an epoch that was not reached"
-    resumed = trained(tmp_path / "run", resume="auto", **settings)
-    assert unchanged(snapshot(whole.model), snapshot(resumed.model))
+    assert same_weights(whole, trained(tmp_path / "run", resume="auto", **settings))
 
 
 def test_a_learning_rate_that_depends_on_evaluations_stays_the_same(tmp_path):
@@ -138,7 +130,7 @@ def test_the_best_checkpoint_is_that_of_the_uninterrupted_run(strategy, step, tm
     assert fault_of(tmp_path / "run" / f"checkpoint-{step}") is None
     resumed = trained(tmp_path / "run", resume="auto", **settings)
     assert resumed.state.best_global_step == whole.state.best_global_step
-    assert unchanged(snapshot(whole.model), snapshot(resumed.model))
+    assert same_weights(whole, resumed)
 
 
 @pytest.mark.parametrize("load_best", [True, False])
@@ -169,39 +161,40 @@ class NIOThatIsStopped(Counting):
 
 
 @pytest.mark.parametrize("search", [{}, PUBLISHED], ids=["computed", "published"])
-def test_a_signal_during_nio_leaves_the_model(search, tmp_path):
-    settings = {"nio": True, **search}
-    whole = make(tmp_path / "whole", **settings)
-    expected = whole.run_nio()
-    stopping = make(tmp_path / "run", NIOThatIsStopped, **settings)
-    before = snapshot(stopping.model)
-    with pytest.raises(Preempted, match=r"during NIO, stopped before it was through\. Start again") as raised:
+def test_a_signal_during_nio_leaves_the_model_and_the_next_run_finds_the_same(search, tmp_path):
+    whole, stopping, again = (
+        make(tmp_path / name, trainer_class=kind, nio=True, **search)
+        for name, kind in (("whole", Counting), ("run", NIOThatIsStopped), ("run", Counting))
+    )
+    with refused(stopping, Preempted, r"during NIO, stopped before it was through\. Start again") as raised:
         stopping.run_nio()
     assert raised.value.code == 75
-    assert unchanged(before, snapshot(stopping.model))
-    assert not (tmp_path / "run" / INIT_DIR_NAME).exists()
-    resumed = make(tmp_path / "run", **settings)
-    assert resumed.run_nio(resume=True).scales == expected.scales
-    assert unchanged(snapshot(whole.model), snapshot(resumed.model))
+    assert not list((tmp_path / "run").iterdir())
+    expected, found = whole.run_nio(), again.run_nio(resume=True)
+    assert same_weights(whole, again)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [INIT_DIR_NAME]
+    for part in ("scales", "groups", "cost", "before", "after"):
+        assert getattr(found, part) == getattr(expected, part)
+    untimed = ([dataclasses.replace(record, seconds=0) for record in result.history] for result in (expected, found))
+    assert next(untimed) == next(untimed)
 
 
 def test_without_the_setting_nothing_reacts(terminations, tmp_path):
-    trainer = make(tmp_path, callbacks=[sigterm(2)], enable_jit_checkpoint=False)
-    trainer.train()
+    trainer = trained(tmp_path, callbacks=[sigterm(2)], enable_jit_checkpoint=False)
     assert terminations == [signal.SIGTERM]
     assert trainer.state.global_step == STEPS
     assert steps_saved(tmp_path) == []
 
 
 def test_a_signal_when_all_is_saved_ends_at_once(caplog):
-    with caplog.at_level(logging.WARNING), pytest.raises(Preempted) as raised, preempted_at_once("all is saved"):
+    with pytest.raises(Preempted) as raised, preempted_at_once("all is saved"):
         signal.raise_signal(signal.SIGTERM)
     assert raised.value.code == Preempted.STATUS
     assert "all is saved" in caplog.text
 
 
 def test_a_worker_survives_one_signal_and_no_second_one():
-    former, numbers = signal.getsignal(signal.SIGTERM), list[int]()
+    former, numbers = signal.getsignal(signal.SIGTERM), []
     try:
         SpareWorkers(numbers.append)(3)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -12,15 +12,10 @@ from transformers import Trainer
 from nio_hf.durable.manifest import write_manifest
 from nio_hf.durable.restoring import weights_only
 from nio_hf.errors import CheckpointError
-from tests.durable.trainings import Counting, make
+from tests.durable.trainings import BEST, SAVING, Counting, trained
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 FORBID = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-SAVING = {"nio": False, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-BEST = {
-    **{"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True},
-    **{"metric_for_best_model": "step", "greater_is_better": False},
-}
 
 
 class Malicious:
@@ -41,12 +36,13 @@ def test_resuming_and_loading_the_best_unpickle_tensors_only(tmp_path, monkeypat
         loaded[Path(file).name] = kwargs.get("weights_only")
         return load(file, *args, **kwargs)
 
-    make(tmp_path, **SAVING, **BEST).train()
+    settings = {**SAVING, **BEST, "eval_strategy": "steps", "eval_steps": 2}
+    trained(tmp_path, **settings)
     for checkpoint in tmp_path.glob("checkpoint-*"):
         (checkpoint / "training_args.bin").write_bytes(pickle.dumps(Malicious(tmp_path / "proof")))
         write_manifest(checkpoint)
     monkeypatch.setattr(torch, "load", recorded)
-    make(tmp_path, **SAVING, **BEST).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trained(tmp_path, resume=str(tmp_path / "checkpoint-2"), **settings)
     assert loaded == {"optimizer.pt": True, "scheduler.pt": True, "rng_state.pth": True}
     assert not (tmp_path / "proof").exists()
 
@@ -54,7 +50,7 @@ def test_resuming_and_loading_the_best_unpickle_tensors_only(tmp_path, monkeypat
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
 def test_a_checkpoint_that_holds_code_is_refused_and_runs_none(name, tmp_path):
     sealed = name != "scheduler.pt"
-    make(tmp_path, Counting if sealed else Trainer, **SAVING).train()
+    trained(tmp_path, Counting if sealed else Trainer, **SAVING)
     checkpoint = tmp_path / "checkpoint-2"
     if name == "pytorch_model.bin":
         (checkpoint / "model.safetensors").unlink()
@@ -62,7 +58,7 @@ def test_a_checkpoint_that_holds_code_is_refused_and_runs_none(name, tmp_path):
     if sealed:
         write_manifest(checkpoint)
     with pytest.raises(CheckpointError, match=f"{checkpoint}: Weights only load failed"):
-        make(tmp_path, **SAVING).train(resume_from_checkpoint=str(checkpoint))
+        trained(tmp_path, resume=str(checkpoint), **SAVING)
     assert not (tmp_path / "proof").exists()
 
 

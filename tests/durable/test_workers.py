@@ -1,18 +1,17 @@
 """Signals and errors while the workers of a data loader are at work, in processes of their own."""
 
+import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from nio_hf.durable.manifest import candidates, checkpoint_fault
 from nio_hf.errors import Preempted
+from tests.durable.trainings import start_python
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")
 LIMIT = 120
 """Seconds after which a process counts as hanging."""
 TRAINING = """
@@ -22,7 +21,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from nio_hf import NIOTrainer
 from nio_hf.durable import DurableTrainerMixin
-from tests.trainer.toys import ToyImages, arguments, build
+from tests.trainer.toys import ToyImages, trained
 
 folder, kind = Path(sys.argv[1]), sys.argv[2]
 
@@ -41,28 +40,25 @@ class Durable(DurableTrainerMixin, Trainer):
     pass
 
 if __name__ == "__main__":
-    args = arguments(folder, nio=kind == "broken", max_steps=200, dataloader_num_workers=2, enable_jit_checkpoint=True)
-    trainer = (NIOTrainer if kind == "broken" else Durable)(
-        model=build("vit"), args=args, train_dataset=Slow(64), callbacks=[Told()]
-    )
-    trainer.train()
+    trainer_class = NIOTrainer if kind == "broken" else Durable
+    given = {"train_dataset": Slow(64), "callbacks": [Told()], "nio": kind == "broken", "max_steps": 200}
+    trained(folder, trainer_class, dataloader_num_workers=2, enable_jit_checkpoint=True, **given)
 """
 
 
-@pytest.fixture
-def script(tmp_path):
-    file = tmp_path / "script.py"
-    file.write_text(TRAINING)
-    return file
-
-
-def start(script, folder, kind):
-    folder.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(folder), kind]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+@contextlib.contextmanager
+def training(tmp_path, kind):
+    """A process that trains into `run`, of which nothing is left in the end."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "script.py").write_text(TRAINING)
+    process = start_python(tmp_path / "script.py", tmp_path / "run", kind)
+    try:
+        yield process
+        time.sleep(0.2)
+        assert not alive(process.pid), "workers end with their parent"
+    finally:
+        if alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def alive(group):
@@ -73,37 +69,22 @@ def alive(group):
     return True
 
 
-@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")
 @pytest.mark.parametrize("to", ["process", "group"])
-def test_sigterm_while_workers_load_saves_the_step(to, script, tmp_path):
-    folder = tmp_path / "run"
-    process = start(script, folder, "slow")
-    try:
+def test_sigterm_while_workers_load_saves_the_step(to, tmp_path):
+    with training(tmp_path, "slow") as process:
         until = time.monotonic() + LIMIT
-        while not (folder / "step-2").exists() and time.monotonic() < until and process.poll() is None:
+        while not (tmp_path / "run" / "step-2").exists() and time.monotonic() < until and process.poll() is None:
             time.sleep(0.05)
         (os.killpg if to == "group" else os.kill)(process.pid, signal.SIGTERM)
         output, _ = process.communicate(timeout=LIMIT)
         assert process.returncode == Preempted.STATUS, output
         assert "killed by signal" not in output
-        (checkpoint,) = candidates(folder)
+        (checkpoint,) = candidates(tmp_path / "run")
         assert checkpoint_fault(checkpoint) is None
-        time.sleep(0.2)
-        assert not alive(process.pid), "workers end with their parent"
-    finally:
-        if alive(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")
-def test_an_error_in_a_worker_ends_the_process(script, tmp_path):
-    process = start(script, tmp_path / "run", "broken")
-    try:
+def test_an_error_in_a_worker_ends_the_process(tmp_path):
+    with training(tmp_path, "broken") as process:
         output, _ = process.communicate(timeout=LIMIT)
         assert process.returncode == 1
         assert "a broken image" in output
-        time.sleep(0.2)
-        assert not alive(process.pid), "workers end with their parent"
-    finally:
-        if alive(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)

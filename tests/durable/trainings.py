@@ -1,7 +1,10 @@
 """Small trainings with disturbances."""
 
+import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,11 +12,13 @@ import torch
 from transformers import TrainerCallback
 
 from nio_hf import NIOTrainer
-from tests.trainer.toys import ToyImages, arguments, build, snapshot
+from tests.trainer.toys import ToyImages, build, snapshot, trainer_of
 
-Weights = dict[str, torch.Tensor]
-PUBLISHED = {"nio_search": "published", "nio_groups": "tensor", "nio_iterations": 5, "nio_lr": 0.05}
-"""A run of NIO in five iterations."""
+ROOT = Path(__file__).parents[2]
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+SAVING = {"nio": False, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "step", "greater_is_better": False}
+"""With a `Counting` trainer, whose best step is chosen."""
 
 
 class Counting(NIOTrainer):
@@ -28,19 +33,6 @@ class Counting(NIOTrainer):
 
     def evaluate(self, *args, **kwargs):
         return {**super().evaluate(*args, **kwargs), "eval_step": float(abs(self.state.global_step - self.best_step))}
-
-
-class At(TrainerCallback):
-    """Carries out an action once at an event, the first time or after a number of steps."""
-
-    def __init__(self, event, action, steps=None):
-        self.action, self.steps, self.is_done = action, steps, False
-        setattr(self, event, self._act)
-
-    def _act(self, args, state, control, **kwargs):
-        if not self.is_done and self.steps in (None, state.global_step):
-            self.is_done = True
-            self.action()
 
 
 class Notes(TrainerCallback):
@@ -66,14 +58,33 @@ def terminate():
     time.sleep(0.05)
 
 
-def make(output_dir, trainer_class=Counting, callbacks=(), samples=64, dropout=0.0, **changes):
-    return trainer_class(
-        model=build("vit", num_hidden_layers=1, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout),
-        args=arguments(output_dir, **changes),
-        train_dataset=ToyImages(samples),
-        eval_dataset=ToyImages(8),
-        callbacks=[*callbacks],
-    )
+def failing(error):
+    """A function that raises the error, whatever it is given."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def start_python(*arguments, **options):
+    """A process in a session of its own that finds the tests, with all that it prints in `stdout`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes, **options)
+
+
+def make(output_dir, trainer_class=Counting, dropout=0.0, **given):
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    data = {"model": build("vit", num_hidden_layers=1, **dropouts), "eval_dataset": ToyImages(8)}
+    return trainer_of(output_dir, trainer_class, **{**data, **given})
+
+
+def trained(output_dir, trainer_class=Counting, resume=None, **given):
+    trainer = make(output_dir, trainer_class, **given)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
 
 
 def saved_weights(checkpoint):

@@ -21,9 +21,6 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
-_LICENCES = {"apache-2.0", "mit", "other", "unknown"}
-"""The licences of the Hub that the tests use."""
-
 
 class Call(NamedTuple):
     """A request with its answer; the status is 0 where the connection was closed."""
@@ -71,11 +68,6 @@ class LoopbackHub:
 
     Tokens are `hf_write`, `hf_read` and `hf_fine`, all of `user`, who may write into the organisation `lab` and read in
     `readers`. A pattern of a fault is matched with "METHOD /path"; `times` is None for all requests to come.
-
-    Attributes:
-        endpoint: Its address.
-        repositories: Repositories by their names.
-        calls: All requests so far.
     """
 
     def __init__(self, port=0):
@@ -109,7 +101,7 @@ class LoopbackHub:
 
     def fail(self, pattern, *, status, times=1):
         """Answer the next requests with an error status."""
-        self._add(pattern, times, lambda handler: handler.refuse(status, "The Hub is not well") or True)
+        self._faults.append([pattern, times, lambda handler: handler.refuse(status, "The Hub is not well") or True])
 
     def drop(self, pattern, *, times=1):
         """Close the connection of the next requests without an answer."""
@@ -119,26 +111,22 @@ class LoopbackHub:
             handler.close_connection = True
             return True
 
-        self._add(pattern, times, act)
+        self._faults.append([pattern, times, act])
 
     def delay(self, pattern, *, seconds, times=1):
         """Wait before the next requests are answered."""
-        self._add(pattern, times, lambda handler: bool(time.sleep(seconds)))
+        self._faults.append([pattern, times, lambda handler: bool(time.sleep(seconds))])
 
     def clear(self):
-        """Remove all faults."""
         self._faults.clear()
-
-    def _add(self, pattern, times, act):
-        self._faults.append((pattern, None if times is None else [None] * times, act))
 
     def fault_for(self, request):
         """What happens to a request before it is answered; True where that is in the place of an answer."""
         with self.lock:
-            for pattern, left, act in self._faults:
-                if left != [] and fnmatch.fnmatch(request, pattern):
-                    if left is not None:
-                        left.pop()
+            for fault in self._faults:
+                pattern, times, act = fault
+                if times != 0 and fnmatch.fnmatch(request, pattern):
+                    fault[1] = None if times is None else times - 1
                     return act
         return lambda handler: False
 
@@ -182,10 +170,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def refuse(self, status, message, code=None):
+    def refuse(self, status, message, code="", headers=None):
         """Send an error as the Hub does; huggingface_hub knows some by their code."""
-        headers = {"X-Error-Message": message} | ({} if code is None else {"X-Error-Code": code})
-        self.answer({"error": message}, status, headers)
+        self.answer({"error": message}, status, {"X-Error-Message": message, "X-Error-Code": code, **(headers or {})})
 
     @property
     def role(self):
@@ -240,7 +227,9 @@ def metadata_errors(card):
     """What is wrong with the metadata of a card, as the documentation of the Hub says."""
     front = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
     data = yaml.safe_load(front[1]) if front is not None else {}
-    errors = [] if data.get("license", "mit") in _LICENCES else [f'"license" must not be {data["license"]!r}']
+    # Of the licences of the Hub, those that the tests use.
+    licences = ("apache-2.0", "mit", "other", "unknown")
+    errors = [] if data.get("license", "mit") in licences else [f'"license" must not be {data["license"]!r}']
     for key in ("tags", "datasets", "metrics", "language", "base_model"):
         values = data.get(key, [])
         values = [values] if isinstance(values, str) else values
@@ -251,8 +240,8 @@ def metadata_errors(card):
         for result in model["results"]:
             texts = [model["name"], result["task"]["type"], result["dataset"]["name"], result["dataset"]["type"]]
             texts += [metric["type"] for metric in result["metrics"]]
-            values = [metric["value"] for metric in result["metrics"]]
-            if not all(isinstance(t, str) for t in texts) or not all(isinstance(v, int | float) for v in values):
+            numbers = [metric["value"] for metric in result["metrics"]]
+            if not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int | float) for n in numbers):
                 errors.append(f'"model-index" must not be {model}')
     return errors
 
@@ -366,8 +355,7 @@ def _resolve(request, body, repo_id, revision, path):
         return
     headers = {"X-Repo-Commit": commit.sha}
     if path not in commit.contents:
-        missing = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}
-        request.answer({"error": "Entry not found"}, 404, headers | missing)
+        request.refuse(404, "Entry not found", "EntryNotFound", headers)
         return
     file = commit.contents[path]
     headers["ETag"] = f'"{_oid(path, file)}"'

@@ -33,6 +33,11 @@ INITIALISED = Run(
     "my-vit", FACTS, result(groups=3), {"nio_hf": "0.1.0", "torch": "2.13.0"}, recipe="learning_rate: 0.001\n"
 )
 TRAINED = dataclasses.replace(INITIALISED, steps=90, max_steps=90, metrics=METRICS)
+VARIANTS = [INITIALISED, TRAINED, dataclasses.replace(TRAINED, result=None, recipe=None)]
+
+
+def trained(**changes):
+    return dataclasses.replace(TRAINED, **changes)
 
 
 def text(run, **options):
@@ -52,9 +57,9 @@ def test_the_first_line_says_that_an_initialised_checkpoint_is_not_trained():
         ({"steps": 30, "has_ended": True}, "was trained for 30 of 90 steps"),
         ({"kept_step": 60}, "The weights are those of step 60, the best evaluation."),
     ):
-        assert said in parsed(dataclasses.replace(TRAINED, **changes)).text.strip().splitlines()[0]
-    untrained = parsed(dataclasses.replace(INITIALISED, result=None)).text.strip().splitlines()[0]
-    assert untrained.startswith("**This model is not trained.")
+        assert said in parsed(trained(**changes)).text.strip().splitlines()[0]
+    untrained = parsed(dataclasses.replace(INITIALISED, result=None)).text
+    assert untrained.strip().startswith("**This model is not trained.")
 
 
 def test_the_metadata_of_an_initialised_checkpoint():
@@ -73,12 +78,11 @@ def test_the_metadata_of_a_trained_model_has_its_evaluation():
     data = card.data
     assert (data.license, data.pipeline_tag, data.metrics) == ("apache-2.0", "image-classification", ["accuracy"])
     assert "untrained" not in data.tags
-    results = {one.metric_name: one for one in data.eval_results}
-    one = results["Accuracy"]
+    (one,) = data.eval_results
+    assert one.metric_name == "Accuracy", "neither seconds nor, beside it, the loss are a result"
     assert (one.metric_value, one.metric_type) == (0.876543, "accuracy")
     assert [one.dataset_name, one.dataset_config, one.dataset_split] == ["uoft-cs/cifar10", "plain_text", "test"]
-    assert set(results) == {"Accuracy"}, "neither seconds nor, beside it, the loss are a result"
-    diverged = parsed(dataclasses.replace(TRAINED, metrics={**METRICS, "eval_loss": math.nan}))
+    diverged = parsed(trained(metrics={**METRICS, "eval_loss": math.nan}))
     assert [one.metric_name for one in diverged.data.eval_results] == ["Accuracy"]
     raw = yaml.safe_load(card.content.split("---")[1])
     assert raw["model-index"][0]["name"] == "my-vit"
@@ -87,7 +91,6 @@ def test_the_metadata_of_a_trained_model_has_its_evaluation():
 def test_the_numbers_are_those_of_the_run():
     content = text(TRAINED)
     outcome = TRAINED.result
-    assert outcome is not None
     assert f"| GradCosine (D = 4, B/D = 16) | {outcome.before.value:.4f}" in content
     assert f"| {outcome.after.value:.4f} ±" in content
     assert f"in 7.2 seconds, {100 * 7.25 / (7.25 + 321):.1f}% of the time of NIO and training together." in content
@@ -98,10 +101,9 @@ def test_the_numbers_are_those_of_the_run():
     assert outcome.message in content
     assert outcome.description in content
     assert "On 4 report batches of 64 samples" in content
-    assert "1,234,567 parameters, 1 class, " in text(
-        dataclasses.replace(TRAINED, facts=dataclasses.replace(FACTS, classes=1))
-    )
-    many = dataclasses.replace(TRAINED, result=result(4, groups=48))
+    one_class = trained(facts=dataclasses.replace(FACTS, classes=1))
+    assert "1,234,567 parameters, 1 class, " in text(one_class)
+    many = trained(result=result(4, groups=48))
     assert "Scales of 48 groups by kind of tensors:\n\n| kind | tensors |" in text(many)
 
 
@@ -120,7 +122,7 @@ def test_it_says_how_to_load_reproduce_and_cite(run):
     assert "Not chosen yet" not in text(run, license_id="mit")
 
 
-@pytest.mark.parametrize("run", [INITIALISED, TRAINED, dataclasses.replace(TRAINED, result=None, recipe=None)])
+@pytest.mark.parametrize("run", VARIANTS)
 def test_it_is_clean_markdown_without_talk_of_fine_tuning(run):
     content = text(run)
     assert "fine-tuned" not in content.lower()
@@ -139,7 +141,7 @@ def test_models_are_loaded_in_their_own_way(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{}")
     assert 'AutoImageProcessor.from_pretrained("user/my-vit"' in card_text(TRAINED, tmp_path, {}, "user/my-vit", "mit")
     language = dataclasses.replace(FACTS, model="BertForMaskedLM", model_type="bert", classes=None, dataset=None)
-    content = text(dataclasses.replace(TRAINED, facts=language, metrics={"eval_loss": 2.5}))
+    content = text(trained(facts=language, metrics={"eval_loss": 2.5}))
     assert "from transformers import BertForMaskedLM" in content
     assert ModelCard(content).data.pipeline_tag == "fill-mask"
     assert ModelCard(content).data.eval_results[0].dataset_name == "unknown"
@@ -151,12 +153,12 @@ def test_models_are_loaded_in_their_own_way(tmp_path):
 
 @pytest.mark.parametrize("dataset", ["digits", "imagefolder", "/data/images", "./images", None])
 def test_only_data_sets_of_the_hub_are_linked(dataset):
-    run = dataclasses.replace(TRAINED, facts=dataclasses.replace(FACTS, dataset=dataset))
+    run = trained(facts=dataclasses.replace(FACTS, dataset=dataset))
     assert parsed(run).data.datasets is None
 
 
 def test_plots_are_embedded_by_a_path_in_the_repository(tmp_path):
-    run = dataclasses.replace(TRAINED, log_history=[{"step": 1, "loss": 2.0}])
+    run = trained(log_history=[{"step": 1, "loss": 2.0}])
     write_card(run, tmp_path, draw_run(run, tmp_path / "plots"))
     content = (tmp_path / CARD_NAME).read_text()
     for name in ("nio_history", "nio_scales", "training"):
@@ -165,7 +167,7 @@ def test_plots_are_embedded_by_a_path_in_the_repository(tmp_path):
 
 
 def test_the_hub_accepts_every_card(hub, tmp_path):
-    for number, run in enumerate([INITIALISED, TRAINED, dataclasses.replace(TRAINED, result=None, recipe=None)]):
+    for number, run in enumerate(VARIANTS):
         folder = tmp_path / str(number)
         folder.mkdir()
         write_card(run, folder, {}, "user/model", license_id="apache-2.0")

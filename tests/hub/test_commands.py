@@ -58,8 +58,17 @@ class Desk:
         assert "Traceback" not in errors
         return out + errors
 
+    def nio(self, *command, **options):
+        return self.run(*NIO, *command, **options)
+
+    def loaded(self, repo, revision="main"):
+        return self.run(sys.executable, "-c", LOAD, repo, revision)
+
     def files(self, repo, revision="main"):
         return self.hub.repositories[repo].files(revision)
+
+    def card(self, repo):
+        return ModelCard(self.files(repo)[CARD_NAME].decode())
 
 
 @pytest.fixture
@@ -73,7 +82,7 @@ def shared(tmp_path_factory):
     """A Hub with `user/init`, which `nio-hf init` pushed."""
     with LoopbackHub() as hub:
         desk = Desk(hub, tmp_path_factory.mktemp("desk"))
-        shown = desk.run(*NIO, "init", RECIPE, *SMALL, "--push_to_hub", "user/init", "--private")
+        shown = desk.nio("init", RECIPE, *SMALL, "--push_to_hub", "user/init", "--private")
         assert f"On the Hub: {hub.endpoint}/user/init" in shown
         yield desk
 
@@ -86,7 +95,7 @@ def test_init_pushes_all_that_belongs_to_an_initialised_checkpoint(shared):
     assert files.keys() - {".gitattributes"} == expected
     assert all(files[name] == (local / name).read_bytes() for name in expected)
     assert shared.hub.repositories["user/init"].private
-    card = ModelCard(files[CARD_NAME].decode())
+    card = shared.card("user/init")
     assert "not a trained model" in card.text
     assert card.data.tags == ["nio", "initialization", "untrained", "vit"]
     for name in re.findall(r"\]\((plots/[^)]+)\)", card.text):
@@ -95,21 +104,19 @@ def test_init_pushes_all_that_belongs_to_an_initialised_checkpoint(shared):
 
 @pytest.mark.slow
 def test_it_is_loaded_back_bit_for_bit_by_who_may_see_it(shared):
-    loaded = shared.run(sys.executable, "-c", LOAD, "user/init", "main")
     state = json.loads(shared.files("user/init")["nio_state.json"])
-    assert f"True {state['mark']['fingerprint']}" in loaded
-    process = shared.start(
-        sys.executable, "-c", LOAD, "user/init", "main", token=None, HF_HOME=str(shared.folder / "x")
-    )
+    assert f"True {state['mark']['fingerprint']}" in shared.loaded("user/init")
+    stranger = {"token": None, "HF_HOME": str(shared.folder / "x")}
+    process = shared.start(sys.executable, "-c", LOAD, "user/init", "main", **stranger)
     assert "user/init" in process.communicate(timeout=100)[1]
     assert process.returncode != 0
 
 
 def test_a_training_starts_from_it_and_is_pushed_with_its_evaluation(shared):
     start = ["--model_name_or_path", "user/init", "--output_dir", "trained", "--push_to_hub", "user/trained"]
-    shown = shared.run(*NIO, "train", RECIPE, *SMALL, *start)
+    shown = shared.nio("train", RECIPE, *SMALL, *start)
     assert "NIO is skipped: the model was loaded from an initialised checkpoint." in shown
-    card = ModelCard(shared.files("user/trained")[CARD_NAME].decode())
+    card = shared.card("user/trained")
     results = json.loads((shared.folder / "trained" / "all_results.json").read_text())
     accuracy = next(r for r in card.data.eval_results if r.metric_name == "Accuracy")
     assert accuracy.metric_value == pytest.approx(results["eval_accuracy"], abs=1e-6)
@@ -123,14 +130,12 @@ def test_a_training_starts_from_it_and_is_pushed_with_its_evaluation(shared):
 
 @pytest.mark.slow
 def test_it_is_inspected_by_its_name_and_one_that_is_not_there_is_named(shared):
-    shown = shared.run(*NIO, "inspect", "user/init", "--use_cpu", "true")
+    shown = shared.nio("inspect", "user/init", "--use_cpu", "true")
     written = json.loads((shared.folder / "outputs/inspect/init/inspect/inspection.json").read_text())
     after = json.loads(shared.files("user/init")["nio_state.json"])["result"]["after"]
     assert written["measured"]["value"] == pytest.approx(after["value"], abs=1e-6)
     assert "By kind" in shown
-    assert "user/nothing: cannot be loaded" in shared.run(
-        *NIO, "inspect", "user/nothing", "--use_cpu", "true", status=1
-    )
+    assert "user/nothing: cannot be loaded" in shared.nio("inspect", "user/nothing", "--use_cpu", "true", status=1)
 
 
 @pytest.mark.slow
@@ -138,25 +143,24 @@ def test_another_number_of_classes_is_refused(shared):
     data = ["--dataset_name", "parquet", "--data_files", "images.parquet", "--label_column", "label"]
     shared.run(sys.executable, "-c", IMAGES)
     start = ["--model_name_or_path", "user/init", "--output_dir", "two"]
-    shown = shared.run(*NIO, "train", RECIPE, *SMALL, *data, *start, status=1)
+    shown = shared.nio("train", RECIPE, *SMALL, *data, *start, status=1)
     assert "'user/init' has 10 classes, the data set 2. Give a data set of as many classes, or initialise" in shown
 
 
 @pytest.mark.slow
 def test_push_by_hand_again_and_to_a_branch(shared):
-    push = [*NIO, "push", "outputs/vit-tiny-digits-nio", "user/by-hand"]
-    shown = shared.run(*push, "--license", "apache-2.0", "--tag", "mine")
+    push = ["push", "outputs/vit-tiny-digits-nio", "user/by-hand"]
+    shown = shared.nio(*push, "--license", "apache-2.0", "--tag", "mine")
     assert f"Pushed outputs/vit-tiny-digits-nio/_nio_init to {shared.hub.endpoint}/user/by-hand" in shown
-    shared.run(*push, "--revision", "v2", "--commit_message", "Second", "--tag", "other")
+    shared.nio(*push, "--revision", "v2", "--commit_message", "Second", "--tag", "other")
     repository = shared.hub.repositories["user/by-hand"]
     assert repository.commits[-1].title == "Second"
-    assert ModelCard(repository.files()[CARD_NAME].decode()).data.license == "apache-2.0"
-    loaded = shared.run(sys.executable, "-c", LOAD, "user/by-hand", "v2")
-    assert loaded.startswith("True")
+    assert shared.card("user/by-hand").data.license == "apache-2.0"
+    assert shared.loaded("user/by-hand", "v2").startswith("True")
 
 
 def test_what_is_wrong_is_said_before_nio_starts(desk):
-    shown = desk.run(*NIO, "init", RECIPE, *SMALL, "--push_to_hub", "user/model", token="hf_read", status=1)
+    shown = desk.nio("init", RECIPE, *SMALL, "--push_to_hub", "user/model", token="hf_read", status=1)
     assert "HubError: user/model: the token of user may only read" in shown
     assert desk.hub.repositories == {}
     assert not (desk.folder / "outputs" / "vit-tiny-digits-nio" / "_nio_init").exists()
@@ -165,11 +169,8 @@ def test_what_is_wrong_is_said_before_nio_starts(desk):
 def test_the_end_of_a_script_waits_for_its_push(desk):
     script = (
         "import sys, safetensors.torch, torch\n"
-        "from tests.trainer.toys import ToyImages, arguments, build\n"
-        "from nio_hf import NIOTrainer\n"
-        "args = arguments('out', push_to_hub=True, hub_model_id='user/model', hub_strategy='end')\n"
-        "trainer = NIOTrainer(model=build('vit'), args=args, train_dataset=ToyImages())\n"
-        "trainer.train()\n"
+        "from tests.trainer.toys import trained\n"
+        "trainer = trained('out', push_to_hub=True, hub_model_id='user/model', hub_strategy='end')\n"
         "for name in 'ab':\n"
         "    safetensors.torch.save_file({'x': torch.rand(9)}, f'out/{name}.safetensors')\n"
         "trainer.push_to_hub(blocking=False)\n"
@@ -182,19 +183,19 @@ def test_the_end_of_a_script_waits_for_its_push(desk):
 @pytest.mark.slow
 def test_a_training_whose_push_fails_is_saved_and_its_command_pushes_it(desk):
     desk.hub.fail("POST /api/models/*/commit/*", status=403, times=None)
-    shown = desk.run(*NIO, "train", RECIPE, *SMALL, "--push_to_hub", "user/model", status=1)
+    shown = desk.nio("train", RECIPE, *SMALL, "--push_to_hub", "user/model", status=1)
     assert "Evaluation accuracy" in shown, "the report comes first"
     assert not [line for line in shown.splitlines() if line.endswith("nio-hf push")], "a command stays in one line"
     command = re.search(r"push it later: nio-hf (push .*)\.$", shown, re.MULTILINE)
     assert command is not None
     desk.hub.clear()
-    desk.run(*NIO, *shlex.split(command[1]))
+    desk.nio(*shlex.split(command[1]))
     assert "trained for 3 steps" in desk.files("user/model")[CARD_NAME].decode()
 
 
 @pytest.mark.slow
 def test_an_interrupted_upload_leaves_all_here(desk):
-    desk.run(*NIO, "init", RECIPE, *SMALL)
+    desk.nio("init", RECIPE, *SMALL)
     desk.hub.delay("PUT /_lfs/*", seconds=30, times=1)
     process = desk.start(*NIO, "push", "outputs/vit-tiny-digits-nio", "user/model")
     deadline = time.monotonic() + 60
@@ -206,5 +207,5 @@ def test_an_interrupted_upload_leaves_all_here(desk):
     assert process.returncode == 130
     assert "Push it later: nio-hf push outputs/vit-tiny-digits-nio/_nio_init user/model" in errors
     assert CARD_NAME not in desk.files("user/model")
-    desk.run(*NIO, "push", "outputs/vit-tiny-digits-nio/_nio_init", "user/model")
+    desk.nio("push", "outputs/vit-tiny-digits-nio/_nio_init", "user/model")
     assert "model.safetensors" in desk.files("user/model")

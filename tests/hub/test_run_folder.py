@@ -6,7 +6,6 @@ import shutil
 import pytest
 from transformers import EarlyStoppingCallback
 
-from nio_hf import NIOTrainer, NIOTrainingArguments
 from nio_hf.core import GradientInspection
 from nio_hf.durable.manifest import write_manifest
 from nio_hf.errors import CheckpointError
@@ -14,6 +13,7 @@ from nio_hf.hub.run_folder import (
     INSPECTION_DIR_NAME,
     INSPECTION_NAME,
     RUN_NAME,
+    STATE_NAME,
     changed_arguments,
     final_metrics,
     inspection_json,
@@ -24,7 +24,7 @@ from nio_hf.hub.run_folder import (
 )
 from nio_hf.report import draw_run
 from nio_hf.report.run import Facts, Run
-from tests.trainer.toys import ToyImages, arguments, build
+from tests.trainer.toys import ToyImages, arguments, build, load_state, trained
 
 EVALUATED = [
     {"step": 1, "eval_loss": 0.5, "eval_accuracy": 0.9, "eval_runtime": 1.0},
@@ -32,17 +32,20 @@ EVALUATED = [
 ]
 
 
+def saved(output_dir, **given):
+    """A trainer that has trained and saved what it has."""
+    trainer = trained(output_dir, **given)
+    trainer.save_model()
+    trainer.save_state()
+    return trainer
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The folder of a training with checkpoints, which was saved and inspected at its end."""
     output_dir = tmp_path_factory.mktemp("run")
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3}
-    args = arguments(output_dir, nio_search="published", nio_iterations=5, **saving)
-    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
-    trainer.train()
-    trainer.save_model()
-    trainer.save_state()
-    inspection = trainer.inspect()
+    inspection = saved(output_dir, nio_search="published", nio_iterations=5, **saving).inspect()
     (output_dir / INSPECTION_DIR_NAME).mkdir()
     (output_dir / INSPECTION_DIR_NAME / INSPECTION_NAME).write_text(inspection_json(inspection, 3))
     return output_dir
@@ -85,25 +88,17 @@ def test_of_an_interrupted_training_it_is_the_last_checkpoint(folder, tmp_path):
     assert read_run(tmp_path).steps == 0
 
 
-def test_a_training_from_an_initialised_checkpoint_knows_it(folder, tmp_path):
-    model = type(build("vit")).from_pretrained(folder / "_nio_init")
-    trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
-    trainer.train()
-    trainer.save_model()
-    run = read_run(tmp_path)
-    assert run.result == read_run(folder).result
-    assert run.facts.started_from is None, "the path of a machine says nothing elsewhere"
-
-
 @pytest.mark.parametrize("way", ["trained", "resumed", "without NIO"])
-def test_trained_weights_are_not_marked_as_initialised(way, folder, tmp_path):
+def test_a_training_from_an_initialised_checkpoint_knows_it_and_is_not_marked_as_one(way, folder, tmp_path):
     model = type(build("vit")).from_pretrained(folder / "_nio_init")
-    args = arguments(tmp_path, nio=way != "without NIO", max_steps=4)
-    trainer = NIOTrainer(model=model, args=args, train_dataset=ToyImages())
-    trainer.train(str(folder / "checkpoint-3") if way == "resumed" else None)
-    trainer.save_model()
+    resume = str(folder / "checkpoint-3") if way == "resumed" else None
+    saved(tmp_path, resume=resume, model=model, nio=way != "without NIO", max_steps=4)
     assert "nio" in json.loads((folder / "_nio_init" / "config.json").read_text())
     assert "nio" not in json.loads((tmp_path / "config.json").read_text())
+    if way == "trained":
+        run = read_run(tmp_path)
+        assert run.result == read_run(folder).result
+        assert run.facts.started_from is None, "the path of a machine says nothing elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -123,13 +118,8 @@ def test_the_metrics_are_those_of_the_weights(history, step, loss):
 def test_of_a_training_that_keeps_its_best_the_metrics_are_those_of_the_best(tmp_path):
     evaluating = {"max_steps": 5, "learning_rate": 1.0, "eval_strategy": "steps", "eval_steps": 1}
     keeping = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
-    args, samples = arguments(tmp_path, nio=False, **evaluating, **keeping), ToyImages()
-    stopping = [EarlyStoppingCallback(early_stopping_patience=2)]
-    model = build("vit")
-    trainer = NIOTrainer(model=model, args=args, train_dataset=samples, eval_dataset=samples, callbacks=stopping)
-    trainer.train()
-    trainer.save_model()
-    trainer.save_state()
+    stopping = {"eval_dataset": ToyImages(), "callbacks": [EarlyStoppingCallback(early_stopping_patience=2)]}
+    saved(tmp_path, nio=False, **evaluating, **keeping, **stopping)
     run = read_run(tmp_path)
     assert run.is_finished
     losses = {entry["step"]: entry["eval_loss"] for entry in run.log_history if "eval_loss" in entry}
@@ -147,11 +137,7 @@ def test_the_seconds_are_those_of_all_sessions(folder, tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "training_seconds": 1000.0}))
     write_manifest(tmp_path / "checkpoint-2")
     for _ in range(2):
-        args = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
-        trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
-        trainer.train(resume_from_checkpoint=True)
-        trainer.save_model()
-        trainer.save_state()
+        saved(tmp_path, resume=True, save_strategy="steps", save_steps=1, max_steps=3)
         run = read_run(tmp_path)
         assert 1000 < run.metrics["train_runtime"] < 1200
         assert run.nio_share is not None
@@ -165,11 +151,7 @@ def test_nothing_is_left_of_an_earlier_run_in_the_same_folder(folder, tmp_path):
     own = {name: tmp_path / name for name in ("recipe.yaml", "README.md", "report.html")}
     for file in own.values():
         file.write_text("mine")
-    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path, nio=False), train_dataset=ToyImages())
-    trainer.train()
-    trainer.save_model()
-    trainer.save_state()
-    trainer.create_model_card()
+    saved(tmp_path, nio=False).create_model_card()
     assert all(file.read_text() == "mine" for file in own.values())
     run = read_run(tmp_path)
     assert (run.result, run.inspection, run.nio_share, run.steps) == (None, None, None, 2)
@@ -178,15 +160,8 @@ def test_nothing_is_left_of_an_earlier_run_in_the_same_folder(folder, tmp_path):
 
 
 def test_no_token_and_no_path_is_written(tmp_path):
-    args = NIOTrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        hub_token="hf_secret",
-        hub_model_id="user/model",
-        run_name="mine",
-        nio_lr=0.5,
-    )
-    changed = changed_arguments(args)
+    told = {"hub_token": "hf_secret", "hub_model_id": "user/model", "run_name": "mine", "nio_lr": 0.5}
+    changed = changed_arguments(arguments(tmp_path, **told))
     assert changed["nio_lr"] == 0.5
     assert "hf_secret" not in str(changed)
     assert not {"hub_token", "output_dir", "run_name", "report_to"} & changed.keys()
@@ -212,6 +187,28 @@ def test_a_file_that_is_not_ours_is_named(tmp_path, text):
     (tmp_path / RUN_NAME).write_text(text)
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "not json", "{}", "[]"])
+def test_a_state_that_cannot_be_read_is_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / STATE_NAME).write_text(content)
+    with pytest.raises(CheckpointError, match=STATE_NAME):
+        load_state(tmp_path)
+
+
+def test_a_state_of_another_version_is_refused_with_its_format_and_former_settings(tmp_path):
+    config = {"iterations": 20, "holdout_batches": 4, "scale_sharing": "all", "max_loss_rise": 0.1, "lr": 0.05}
+    former = "with settings of a former version: nio_holdout_batches, nio_scale_sharing, nio_max_loss_rise"
+    for state, found in (
+        ({"format": 99}, "format 99, known is 3"),
+        ({"format": 1, "task": {}, "result": {"config": config}}, f"format 1, known is 3, {former}"),
+    ):
+        (tmp_path / STATE_NAME).write_text(json.dumps(state))
+        with pytest.raises(CheckpointError) as raised:
+            load_state(tmp_path)
+        fix = "Initialise again, or use the nio_hf version that wrote it"
+        assert str(raised.value) == f"{tmp_path / STATE_NAME}: {found}. {fix}."
 
 
 def test_paths_of_the_machine_are_cut_to_their_names():

@@ -16,11 +16,11 @@ _TIMES = ("runtime", "per_second")
 
 
 class NIOSFTTrainer(NIOTrainerMixin, trl.SFTTrainer):
-    """As README shows it."""
+    pass
 
 
 class NIOSFTConfig(NIOTrainingArguments, trl.SFTConfig):
-    """As README shows it."""
+    pass
 
 
 def _model():
@@ -30,17 +30,8 @@ def _model():
 
 
 def _train(folder, own, model=None, **settings):
-    arguments = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "logging_steps": 2,
-        "per_device_train_batch_size": 8,
-        "max_length": 48,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
+    arguments = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 2}
+    arguments |= {"max_steps": 4, "per_device_train_batch_size": 8, "max_length": 48, "save_strategy": "no"}
     texts = datasets.Dataset.from_dict({"text": [f"{number} sentences of one text" for number in range(64)]})
     trainer_class, args_class = (NIOSFTTrainer, NIOSFTConfig) if own else (trl.SFTTrainer, trl.SFTConfig)
     args = args_class(**arguments, **settings)

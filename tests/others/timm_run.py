@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, set_seed
 
-from nio_hf import NIOTrainer, NIOTrainingArguments
+from nio_hf import NIOTrainer
 from nio_hf.core.groups import kinds_of
-from tests.trainer.toys import CLASSES, ToyImages
+from tests.trainer.toys import CLASSES, snapshot, trainer_of
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
@@ -27,34 +27,21 @@ class PlainTrainer(NIOTrainer):
 
 
 def _trained(trainer_class, model):
-    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    before = snapshot(model)
     with tempfile.TemporaryDirectory() as folder:
-        args = NIOTrainingArguments(
-            output_dir=folder,
-            max_steps=2,
-            per_device_train_batch_size=8,
-            nio_batch_size=16,
-            nio_report_batches=2,
-            remove_unused_columns=False,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        trainer = trainer_class(model=model, args=args, train_dataset=ToyImages())
-        trainer.run_nio()
-        result = trainer.nio_result
-        scales = {} if result is None else result.scales
-        named = {name.removeprefix("timm_model."): scale for name, scale in scales.items()}
+        settings = {"model": model, "nio_batch_size": 16, "remove_unused_columns": False}
+        trainer = trainer_of(folder, trainer_class, **settings)
+        scales = trainer.run_nio().scales
         is_applied = all(
             torch.allclose(tensor, before[name] * scales.get(name, 1.0)) for name, tensor in model.named_parameters()
         )
         loss = trainer.train().training_loss
+    named = {name.removeprefix("timm_model."): scale for name, scale in scales.items()}
     kinds = {name.removeprefix("timm_model."): kind for name, kind in kinds_of(model).items()}
     return {"kinds": kinds, "scales": named, "is_applied": is_applied, "loss": loss}
 
 
 def main():
-    """Print what plain and wrapped models give."""
     set_seed(0)
     plain = timm.create_model(ARCHITECTURE, num_classes=CLASSES, **SIZES)
     set_seed(0)

@@ -1,47 +1,64 @@
-"""The settings of NIO beside the training arguments."""
+"""The settings of NIO beside the training arguments, and called as arguments wherever the Trainer speaks of them."""
 
 import dataclasses
+import json
 import pickle
 import re
 
 import pytest
-from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
+import torch
+from torch import nn
+from transformers import HfArgumentParser, TrainingArguments
 
-from nio_hf import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments
+from nio_hf import NIOTrainer, NIOTrainingArguments
 from nio_hf.core import NIOConfig
 from nio_hf.core.config import REPLACED
-from nio_hf.errors import ConfigError
+from nio_hf.errors import ConfigError, DataError, ModelError, Problem
+from nio_hf.hub.run_folder import STATE_NAME
 from nio_hf.trainer.arguments import NIOSettings
-from tests.trainer.toys import ToyImages, arguments, build
+from nio_hf.trainer.naming import named_as_arguments
+from tests.trainer.toys import ToyImages, arguments, build, load_state, trainer_of
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "said"),
     [
-        ({"nio_batch_size": 4, "nio_sub_batches": 8}, "nio_sub_batches: 8 for a batch of 4 samples"),
         ({"nio_batch_size": 0}, "nio_batch_size: 0"),
         ({"nio_batch_size": "16"}, "nio_batch_size: '16'"),
-        ({"nio_sub_batches": 1}, "nio_sub_batches: 1"),
-        ({"nio_overlap": 1.0}, "nio_overlap: 1.0"),
-        ({"nio_iterations": 0}, "nio_iterations: 0"),
-        ({"nio_gamma": -1.0}, "nio_gamma: -1.0"),
-        ({"nio_objective": "cosine"}, "nio_objective: 'cosine'"),
-        ({"nio_search": "scam"}, "nio_search: 'scam'. Choose one of balance, published"),
-        ({"nio_strength": 0.0}, "nio_strength: 0.0"),
+        (
+            {"nio_batch_size": 4, "nio_sub_batches": 8},
+            "nio_sub_batches: 8 for a batch of 4 samples. Choose 2 to 4 sub-batches, or a larger batch",
+        ),
         ({"nio_strength": "half"}, "nio_strength: 'half'"),
-        ({"nio_report_batches": 0}, "nio_report_batches: 0"),
-        ({"nio_groups": None}, "nio_groups: None"),
         ({"nio_groups": "[1]"}, "nio_groups: [1]"),
-        ({"nio_groups": "kind"}, "nio_groups: 'kind'"),
-        ({"nio_least_norm": 1.5}, "nio_least_norm: 1.5"),
         ({"nio_scale_range": [1.0, float("inf")]}, "nio_scale_range: (1.0, inf)"),
-        ({"nio_loss_bound": -0.1}, "nio_loss_bound: -0.1"),
+        ({"nio_search": "scam"}, "nio_search: 'scam'. Choose one of balance, published"),
+        (
+            {"nio_precision": "bf16", "nio_curvature": "finite_difference"},
+            'Set nio_curvature to "exact": bfloat16 rounds away the difference of two gradients',
+        ),
+        (
+            {"nio_overlap": 0.2, "nio_groups": "tensor"},
+            'nio_overlap: 0.2. Leave it out, or set nio_search to "published", which alone reads it',
+        ),
+        ({"nio_method": "other"}, "nio_method: 'other'"),
+        ({"nio_method": "gradinit", "nio_method_kwargs": {"optimiser": "sgd"}}, "'optimiser' is no option of gradinit"),
+        ({"nio_method_kwargs": {"optimizer": "sgd"}}, "'optimizer' is no option of nio"),
+        ({"nio_method": "lsuv", "nio_method_kwargs": "tol=1"}, "nio_method_kwargs: 'tol=1'"),
+        ({"nio_method": "lsuv", "nio_method_kwargs": "[1]"}, "Give a mapping"),
+        ({"nio_seed_optimizer": "yes"}, "nio_seed_optimizer: 'yes'"),
+        *(
+            ({"nio_race_steps": value}, f"nio_race_steps: {value!r}. Give a whole number, 0 for none")
+            for value in (-1, 1.5, True, "ten")
+        ),
     ],
 )
-def test_settings_out_of_range_are_refused_at_once_by_their_own_name(changes, message, tmp_path):
+def test_settings_that_cannot_be_are_refused_at_once_by_their_own_name(changes, said, tmp_path):
     with pytest.raises(ConfigError) as raised:
         arguments(tmp_path, **changes)
-    assert message in str(raised.value)
+    (problem,) = raised.value.problems
+    assert said in str(problem)
+    assert "NIOConfig" not in str(problem)
 
 
 def test_all_problems_are_reported_together(tmp_path):
@@ -50,50 +67,15 @@ def test_all_problems_are_reported_together(tmp_path):
     assert [problem.where for problem in raised.value.problems] == ["nio_batch_size", "nio_lr", "nio_overlap"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "where", "fix"),
-    [
-        (
-            {"nio_precision": "bf16", "nio_curvature": "finite_difference"},
-            "nio_precision",
-            'Set nio_curvature to "exact": bfloat16 rounds away the difference of two gradients',
-        ),
-        ({"nio_gamma": 1.0}, "nio_gamma", 'Leave it out, or set nio_search to "published", which alone reads it'),
-        (
-            {"nio_overlap": 0.2, "nio_groups": "tensor"},
-            "nio_overlap",
-            'Leave it out, or set nio_search to "published", which alone reads it',
-        ),
-        (
-            {"nio_batch_size": 4, "nio_sub_batches": 8},
-            "nio_sub_batches",
-            "Choose 2 to 4 sub-batches, or a larger batch",
-        ),
-    ],
-)
-def test_problems_call_every_setting_as_the_trainer_does(changes, where, fix, tmp_path):
+def test_former_settings_are_refused_with_what_replaces_them(tmp_path):
     with pytest.raises(ConfigError) as raised:
-        arguments(tmp_path, **changes)
-    assert [(problem.where, problem.fix) for problem in raised.value.problems] == [(where, fix)]
-    assert "NIOConfig" not in str(raised.value)
-
-
-@pytest.mark.parametrize("name", REPLACED)
-def test_a_former_setting_is_refused_with_what_replaces_it(name, tmp_path):
-    with pytest.raises(ConfigError) as raised:
-        arguments(tmp_path, **{f"nio_{name}": 1})
-    (problem,) = raised.value.problems
-    assert (problem.where, problem.found) == (f"nio_{name}", "is a setting of a former version")
-    assert problem.fix == REPLACED[name].replace("NIOConfig.", "nio_")
-    named = re.findall(r"\bnio_\w+", problem.fix)
-    assert {*named} <= {field.name for field in dataclasses.fields(NIOTrainingArguments)}
-    assert named or problem.fix.startswith("Leave it out")
-
-
-def test_former_settings_are_reported_together(tmp_path):
-    with pytest.raises(ConfigError) as raised:
-        NIOTrainingArguments(output_dir=str(tmp_path), nio_holdout_batches=2, nio_max_loss_rise=0.1)
-    assert [problem.where for problem in raised.value.problems] == ["nio_holdout_batches", "nio_max_loss_rise"]
+        arguments(tmp_path, **{f"nio_{name}": 1 for name in REPLACED})
+    for name, problem in zip(REPLACED, raised.value.problems, strict=True):
+        assert (problem.where, problem.found) == (f"nio_{name}", "is a setting of a former version")
+        assert problem.fix == REPLACED[name].replace("NIOConfig.", "nio_")
+        named = re.findall(r"\bnio_\w+", problem.fix)
+        assert {*named} <= {field.name for field in dataclasses.fields(NIOTrainingArguments)}
+        assert named or problem.fix.startswith("Leave it out")
 
 
 def test_every_setting_of_nio_is_an_argument_with_the_same_default_and_a_description(tmp_path):
@@ -127,7 +109,7 @@ def test_the_command_line_parser_of_transformers_knows_the_settings(tmp_path):
 
 @dataclasses.dataclass
 class OwnArguments(TrainingArguments):
-    """Arguments of somebody's own, with other defaults and further fields."""
+    """Arguments of somebody's own, with other defaults and a further field."""
 
     learning_rate: float = 2e-5
     logging_steps: float = 10
@@ -163,31 +145,68 @@ def test_the_defaults_of_other_arguments_hold(kind, tmp_path):
     assert (parsed.learning_rate, parsed.nio) == (2e-5, False)
 
 
-def test_the_mixin_takes_the_arguments_of_the_trainer_it_extends(tmp_path):
-    class NIOSeq2SeqTrainer(NIOTrainerMixin, Seq2SeqTrainer):
-        pass
-
-    given = Seq2SeqTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", generation_max_length=7)
-    trainer = NIOSeq2SeqTrainer(model=build("vit"), args=given, train_dataset=ToyImages())
-    assert trainer.args is given
-    assert trainer.nio_args.nio_sub_batches == 4
-
-
-def test_what_a_script_sets_on_its_own_arguments_later_counts(tmp_path):
-    given = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=9, save_strategy="no")
+def test_arguments_of_trainer_get_the_settings_of_nio_beside_them_and_others_are_refused(tmp_path):
+    given = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1, save_strategy="no")
     trainer = NIOTrainer(model=build("vit"), args=given, train_dataset=ToyImages())
+    assert trainer.nio_args.nio_sub_batches == 4
     trainer.nio_args.nio = False
-    given.max_steps = 1
-    assert trainer.train().global_step == 1
-
-
-def test_arguments_of_another_type_are_refused():
+    trainer.train()
+    assert trainer.nio_result is None
     with pytest.raises(ConfigError, match="Give NIOTrainingArguments"):
         NIOTrainer(model=build("vit"), args={"output_dir": "x"}, train_dataset=ToyImages())
 
 
-def test_no_default_of_training_arguments_is_changed(tmp_path):
-    plain = TrainingArguments(output_dir=str(tmp_path)).to_dict()
-    ours = NIOTrainingArguments(output_dir=str(tmp_path)).to_dict()
-    assert {key: ours[key] for key in plain} == plain
-    assert ours["warmup_steps"] == 0
+class TwoScalars(nn.Module):
+    """A model without a tensor of two dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope, self.offset = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+
+    def forward(self, pixel_values, labels):
+        return {"loss": (self.slope * pixel_values.mean((1, 2, 3)) + self.offset - labels).square().mean()}
+
+
+def test_an_error_stays_the_one_that_it_is():
+    raised = ConfigError(Problem("NIOConfig.lr", "0", "Raise it"), Problem("MyNIOConfig.lr", "y", "Set NIOConfig.seed"))
+    with pytest.raises(ConfigError) as caught, named_as_arguments():
+        raise raised
+    assert caught.value is raised
+    assert str(raised) == "2 problems:\n  1. nio_lr: 0. Raise it.\n  2. MyNIOConfig.lr: y. Set nio_seed."
+    with pytest.raises(DataError, match="image 7: broken"), named_as_arguments():
+        raise DataError("a worker's traceback\nnio_hf.errors.DataError: image 7: broken. Replace it.")
+    with pytest.raises(KeyError, match=r"NIOConfig\.lr"), named_as_arguments():
+        raise KeyError("NIOConfig.lr")
+
+
+@pytest.mark.parametrize("action", [NIOTrainer.run_nio, NIOTrainer.train])
+def test_a_model_that_nothing_of_can_be_scaled_is_refused_with_the_cure(action, tmp_path):
+    with pytest.raises(ModelError, match='Set nio_scaled_tensors to "all"') as raised:
+        action(trainer_of(tmp_path, model=TwoScalars()))
+    assert "NIOConfig" not in str(raised.value)
+
+
+def test_groups_that_do_not_fit_the_model_are_refused_by_their_name(tmp_path):
+    trainer = trainer_of(tmp_path, nio_groups={"nothing": "no such name"})
+    with pytest.raises(ConfigError) as raised:
+        trainer.run_nio()
+    assert [problem.where for problem in raised.value.problems] == ['nio_groups["nothing"]']
+
+
+@pytest.mark.parametrize("action", [NIOTrainer.run_nio, NIOTrainer.inspect, NIOTrainer.squared_gradients])
+def test_a_micro_batch_that_does_not_fit_the_model_is_refused_by_its_name(action, tmp_path):
+    with pytest.raises(ConfigError) as raised:
+        action(trainer_of(tmp_path, model=build("resnet"), nio_micro_batch_size=1))
+    assert [problem.where for problem in raised.value.problems] == ["nio_micro_batch_size"]
+    assert "nio_sub_batches" in raised.value.problems[0].fix
+
+
+def test_the_message_of_a_result_calls_settings_as_arguments(tmp_path, caplog):
+    trainer = trainer_of(tmp_path, nio_search="published", nio_gamma=1e-3, nio_iterations=2)
+    result = trainer.run_nio()
+    assert result.status == "constraint_violated"
+    assert result.message.endswith("Set a lower nio_lr, or more nio_iterations.")
+    assert result.message in caplog.text
+    assert "NIOConfig" not in caplog.text
+    assert load_state(trainer.nio_init_dir).message == result.message
+    assert "NIOConfig" not in json.dumps(json.loads((trainer.nio_init_dir / STATE_NAME).read_text()))

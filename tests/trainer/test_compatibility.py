@@ -1,62 +1,47 @@
-"""What works together with NIO, as the table in docs/trainer.md has it."""
+"""What works together with NIO, as the table in docs/trainer.md has it, and a user's own code."""
 
+import functools
+
+import datasets
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from torch.utils.data import IterableDataset
+from transformers import BatchFeature, TrainerCallback, default_data_collator
 
 from nio_hf import NIOTrainer
-from nio_hf.errors import ModelError
-from nio_hf.hub.run_folder import INIT_DIR_NAME, STATE_NAME
-from tests.trainer.toys import CLASSES, ToyImages, arguments, build, load_state, snapshot, unchanged
+from nio_hf.errors import ModelError, NIOMemoryError
+from nio_hf.hub.run_folder import INIT_DIR_NAME
+from tests.trainer import toys
+from tests.trainer.toys import (
+    CLASSES,
+    PUBLISHED,
+    Observed,
+    ToyImages,
+    build,
+    load_state,
+    refused,
+    snapshot,
+    trainer_of,
+    unchanged,
+)
 from tests.versions import CHECKPOINTING, QUERIES, VALUES, checkpoints_activations
 from tests.zoo import vision_model
 
 SMOOTHING = 0.1
-SENSITIVE = {"nio_search": "published", "nio_groups": "tensor", "nio_iterations": 5, "nio_lr": 0.05}
-"""Settings whose scales differ where a loss does; those that are computed may not."""
 INDUCTOR_WARNING = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated and will be removed in v6:FutureWarning"
-
-
-class Observed(NIOTrainer):
-    """Keeps the weights that each run of NIO left, and those that each training began with."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.results = []
-        self.initialised = []
-        self.begun_with = []
-        self.add_callback(_OnTrainBegin(lambda model: self.begun_with.append(snapshot(model))))
-
-    def run_nio(self, *args, **kwargs):
-        result = super().run_nio(*args, **kwargs)
-        self.results.append(result)
-        self.initialised.append(snapshot(self.unwrapped_model))
-        return result
-
-
-class _OnTrainBegin(TrainerCallback):
-    def __init__(self, action):
-        self._action = action
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._action(model)
-
-
-class _KeepGradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+trained = functools.partial(toys.trained, trainer_class=Observed, **PUBLISHED)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """ViT and Swin, trained with nothing beside NIO."""
-    trained = {name: _trained(tmp_path_factory.mktemp(name), build(name)) for name in ("vit", "swin")}
-    for trainer in trained.values():
+    models = {name: trained(tmp_path_factory.mktemp(name), model=build(name)) for name in ("vit", "swin")}
+    for trainer in models.values():
         _check(trainer, trainer)
         assert sum(abs(omega - 1) > 1e-3 for omega in trainer.results[0].scales.values()) > 10
-    return trained
+    return models
 
 
 @pytest.fixture
@@ -68,55 +53,48 @@ def compiled_graphs():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["vit", "swin"])
-def test_bf16_is_for_training_and_nio_stays_in_fp32(name, plain, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "precision", "computed_in"),
+    # On the CPU fp16 is accepted without a word, and there is no autocast.
+    [("vit", "bf16", torch.bfloat16), ("swin", "bf16", torch.bfloat16), ("vit", "fp16", torch.float32)],
+)
+def test_half_precision_is_for_training_and_nio_stays_in_fp32(name, precision, computed_in, plain, tmp_path):
     model = build(name)
     seen = _watch_dtypes(model)
-    trainer = _trained(tmp_path, model, bf16=True)
-    assert seen == {"nio": {torch.float32}, "training": {torch.bfloat16}}
+    trainer = trained(tmp_path, model=model, **{precision: True})
+    assert seen == {"nio": {torch.float32}, "training": {computed_in}}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     _check(trainer, plain[name])
-
-
-def test_another_precision_of_nio_would_be_noticed(plain, tmp_path):
-    trainer = _trained(tmp_path, build("vit"), bf16=True, nio_precision="bf16")
-    assert abs(trainer.results[0].before.value - plain["vit"].results[0].before.value) > 1e-5
-    assert _difference(trainer.results[0], plain["vit"].results[0]) > 1e-4
-
-
-def test_initialising_again_after_a_training_in_bf16_is_in_fp32(tmp_path):
-    trainer = _trained(tmp_path / "trained", build("vit"), bf16=True)
-    copy = build("vit")
-    copy.load_state_dict(trainer.model.state_dict())
-    fresh = NIOTrainer(model=copy, args=arguments(tmp_path / "fresh", **SENSITIVE), train_dataset=ToyImages())
-    patched = trainer.model.forward
-    assert trainer.inspect().measured.parts == fresh.inspect().measured.parts
-    assert trainer.model.forward == patched
-    assert _difference(trainer.run_nio(), fresh.run_nio()) < 1e-5
-
-
-def test_fp16_on_the_cpu_is_accepted_and_trains_in_fp32(plain, tmp_path):
-    """Neither TrainingArguments nor Accelerate says so: there is no autocast and no gradient scaler."""
-    model = build("vit")
-    seen = _watch_dtypes(model)
-    trainer = _trained(tmp_path, model, fp16=True)
-    assert trainer.accelerator.mixed_precision == "fp16"
-    assert trainer.accelerator.scaler is None
-    assert seen == {"nio": {torch.float32}, "training": {torch.float32}}
-    _check(trainer, plain["vit"])
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_fp16_on_cuda_scales_the_gradients_of_training_only(name, tmp_path):
-    expected = _trained(tmp_path / "fp32", build(name), use_cpu=False)
+    expected = trained(tmp_path / "fp32", model=build(name), use_cpu=False)
     model = build(name)
     seen = _watch_dtypes(model)
-    trainer = _trained(tmp_path / "fp16", model, use_cpu=False, fp16=True, max_steps=10)
+    trainer = trained(tmp_path / "fp16", model=model, use_cpu=False, fp16=True, max_steps=10)
     assert trainer.accelerator.scaler is not None
     assert seen == {"nio": {torch.float32}, "training": {torch.float16}}
     _check(trainer, expected)
+
+
+def test_another_precision_of_nio_would_be_noticed(plain, tmp_path):
+    trainer = trained(tmp_path, bf16=True, nio_precision="bf16")
+    assert abs(trainer.results[0].before.value - plain["vit"].results[0].before.value) > 1e-5
+    assert _difference(trainer.results[0], plain["vit"].results[0]) > 1e-4
+
+
+def test_initialising_again_after_a_training_in_bf16_is_in_fp32(tmp_path):
+    trainer = trained(tmp_path / "trained", bf16=True)
+    copy = build("vit")
+    copy.load_state_dict(trainer.model.state_dict())
+    fresh = trainer_of(tmp_path / "fresh", model=copy, **PUBLISHED)
+    patched = trainer.model.forward
+    assert trainer.inspect().measured.parts == fresh.inspect().measured.parts
+    assert trainer.model.forward == patched
+    assert _difference(trainer.run_nio(), fresh.run_nio()) < 1e-5
 
 
 @pytest.mark.filterwarnings(INDUCTOR_WARNING)
@@ -125,64 +103,56 @@ def test_fp16_on_cuda_scales_the_gradients_of_training_only(name, tmp_path):
     ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.slow)],
 )
 def test_a_compiled_training_starts_from_the_same_initialisation(backend, tmp_path, compiled_graphs):
-    expected = _trained(tmp_path / "plain", build("vit", num_hidden_layers=1), max_steps=1)
+    expected = trained(tmp_path / "plain", model=build("vit", num_hidden_layers=1), max_steps=1)
     assert compiled_graphs() == 0
     compiled = {"torch_compile": True, "torch_compile_backend": backend}
-    trainer = _trained(tmp_path / backend, build("vit", num_hidden_layers=1), max_steps=1, **compiled)
+    trainer = trained(tmp_path / backend, model=build("vit", num_hidden_layers=1), max_steps=1, **compiled)
     assert compiled_graphs() > 0
     _check(trainer, expected)
     for name, weight in expected.model.state_dict().items():
         torch.testing.assert_close(trainer.model.state_dict()[name], weight, rtol=0, atol=3e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_reentrant": False, "every_n_layers": 2}], ids=["all", "every second"])
+@pytest.mark.parametrize("settings", [None, {"use_reentrant": False, "every_n_layers": 2}], ids=["all", "every second"])
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_activation_checkpointing_changes_no_scale(name, settings, plain, tmp_path):
-    kwargs = settings or None
-    trainer = _trained(tmp_path, build(name), **{CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": kwargs})
+    checkpointing = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": settings}
+    trainer = trained(tmp_path, model=build(name), **checkpointing)
     assert checkpoints_activations(trainer.model)
     _check(trainer, plain[name])
 
 
 @pytest.mark.parametrize(
     "search",
-    [{}, {**SENSITIVE, "nio_curvature": "exact"}, {**SENSITIVE, "nio_curvature": "finite_difference"}],
+    [{}, {**PUBLISHED, "nio_curvature": "exact"}, {**PUBLISHED, "nio_curvature": "finite_difference"}],
     ids=["default", "exact", "finite_difference"],
 )
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_reentrant_activation_checkpointing_is_refused(name, search, tmp_path):
     reentrant = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
-    model = build(name)
-    before = snapshot(model)
-    args = arguments(tmp_path, **search, **reentrant)
-    with pytest.raises(ModelError, match=r"reentrant activation checkpointing .* Checkpoint with use_reentrant=False"):
-        NIOTrainer(model=model, args=args, train_dataset=ToyImages()).train()
-    assert unchanged(before, snapshot(model))
+    trainer = trainer_of(tmp_path, model=build(name), **search, **reentrant)
+    with refused(trainer, ModelError, r"reentrant activation checkpointing .* Checkpoint with use_reentrant=False"):
+        trainer.train()
 
 
-@pytest.mark.parametrize("name", ["vit", "swin"])
-def test_initialisation_does_not_depend_on_gradient_accumulation(name, plain, tmp_path):
-    trainer = _trained(tmp_path, build(name), per_device_train_batch_size=2, gradient_accumulation_steps=4)
+def test_initialisation_does_not_depend_on_gradient_accumulation(plain, tmp_path):
+    trainer = trained(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     assert trainer.state.global_step == 2
-    _check(trainer, plain[name])
+    _check(trainer, plain["vit"])
 
 
-def test_a_smaller_training_batch_is_found_from_the_same_initialisation(plain, tmp_path):
-    tried = []
-
+def test_a_training_that_starts_again_in_smaller_batches_keeps_nio_and_its_history(plain, tmp_path):
     class Small(Observed):
         def training_step(self, model, inputs, *args, **kwargs):
-            tried.append(len(inputs["labels"]))
-            if tried[-1] > 5:
+            if len(inputs["labels"]) > 5:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().training_step(model, inputs, *args, **kwargs)
 
-    trainer = _trained(tmp_path, build("vit"), Small, auto_find_batch_size=True)
-    sizes = sorted(set(tried), reverse=True)
-    assert sizes[0] == 8
-    assert tried == [*sizes[:-1], sizes[-1], sizes[-1]]
-    assert trainer._train_batch_size == sizes[-1] <= 5
-    assert len(trainer.begun_with) == len(sizes)
+    trainer = trained(tmp_path, trainer_class=Small, auto_find_batch_size=True)
+    assert trainer._train_batch_size <= 5
+    assert len(trainer.begun_with) > 1
+    logged = [entry["nio_iteration"] for entry in trainer.state.log_history if "nio_iteration" in entry]
+    assert logged == [record.iteration for record in trainer.nio_result.history]
     _check(trainer, plain["vit"])
 
 
@@ -196,13 +166,13 @@ def test_out_of_memory_inside_nio_does_not_shrink_the_training_batch(plain, tmp_
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().compute_nio_loss(model, inputs)
 
-    trainer = _trained(tmp_path, build("vit"), Full, auto_find_batch_size=True)
+    trainer = trained(tmp_path, trainer_class=Full, auto_find_batch_size=True)
     assert {1, 2} <= set(sizes)
     assert trainer._train_batch_size == 8
     _check(trainer, plain["vit"], tolerance=1e-4)
 
 
-def test_each_trial_of_a_search_equals_a_run_of_its_own(tmp_path):
+def test_each_trial_of_a_search_equals_a_run_of_its_own_in_a_folder_of_its_own(tmp_path):
     pytest.importorskip("optuna")
     tried = [{"learning_rate": 1e-4, "nio_lr": 0.01}, {"learning_rate": 1e-2, "nio_lr": 0.01}]
     tried += [{"learning_rate": 1e-4, "nio_lr": 0.02}]
@@ -215,7 +185,7 @@ def test_each_trial_of_a_search_equals_a_run_of_its_own(tmp_path):
         losses.append(metrics["eval_loss"])
         return losses[-1]
 
-    search = _searching(tmp_path / "search")
+    search = _searching(tmp_path / "search", save_strategy="steps", save_steps=1)
     best = search.hyperparameter_search(space, objective, 3, "minimize", "optuna")
     assert len(search.results) == len(set(losses)) == 3
     assert best.objective == min(losses)
@@ -229,32 +199,76 @@ def test_each_trial_of_a_search_equals_a_run_of_its_own(tmp_path):
         assert [tensor.omega for tensor in saved.tensors] == [*search.results[number].scales.values()]
     assert _difference(search.results[0], search.results[1]) < 1e-5
     assert _difference(search.results[0], search.results[2]) > 1e-3
-    assert len(list((tmp_path / "search").rglob(STATE_NAME))) == 3
+    sealed = [path.parent.relative_to(tmp_path / "search") for path in tmp_path.glob("search/*/*/nio_manifest.json")]
+    folders = [f"run-{number}/{name}" for number in (0, 1, 2) for name in (INIT_DIR_NAME, "checkpoint-1")]
+    assert sorted(map(str, sealed)) == sorted(folders)
+
+
+class FailingOnce(TrainerCallback):
+    """Ends the first training of a search with an error, behind NIO, and keeps what the others have logged of NIO."""
+
+    def __init__(self):
+        self.failed = False
+        self.iterations = []
+
+    def on_step_begin(self, *args, **kwargs):
+        if not self.failed:
+            self.failed = True
+            raise ArithmeticError("this trial fails")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.iterations.append(sum("nio_grad_cosine" in entry for entry in state.log_history))
+
+
+@pytest.mark.parametrize(("nio", "logged"), [([True, True], [2]), ([True, False, True], [0, 2])])
+def test_a_trial_behind_one_that_failed_logs_its_own_nio_or_none(nio, logged, tmp_path):
+    pytest.importorskip("optuna")
+    failing = FailingOnce()
+    _searching(tmp_path, callbacks=[failing]).hyperparameter_search(
+        lambda trial: {"nio": trial.suggest_int("nio", nio[trial.number], nio[trial.number])},
+        lambda metrics: metrics["eval_loss"],
+        len(nio),
+        "minimize",
+        "optuna",
+        catch=(ArithmeticError,),
+    )
+    assert failing.iterations == logged
 
 
 @pytest.mark.parametrize("way", ["subclass", "function"])
 def test_nio_uses_the_loss_of_training(way, plain, tmp_path):
     """Label smoothing of one's own leads where `label_smoothing_factor` does, and elsewhere than no smoothing."""
-    trainer, expected = (_smoothed(kind, tmp_path / kind) for kind in (way, "argument"))
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=SMOOTHING)
+
+    class Smoothing(Observed):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            labels = inputs.pop("labels")
+            return loss(model(**inputs), labels)
+
+    own = {"trainer_class": Smoothing} if way == "subclass" else {"compute_loss_func": loss}
+    trainer = trained(tmp_path / "own", **own)
+    expected = trained(tmp_path / "argument", label_smoothing_factor=SMOOTHING)
     _check(trainer, expected)
     assert _difference(expected.results[0], plain["vit"].results[0]) > 1e-4
     _close(snapshot(trainer.model), snapshot(expected.model))
 
 
+class KeepGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
 def test_an_optimizer_made_before_nio_updates_the_scaled_parameters(plain, tmp_path):
     model = build("vit")
-    parameters = dict(model.named_parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    keep = _KeepGradients()
-    settings = {"optimizers": (optimizer, scheduler), "callbacks": [keep]}
-    trainer = _trained(tmp_path, model, Observed, settings, max_steps=1, max_grad_norm=0.0)
+    keep = KeepGradients()
+    given = {"model": model, "optimizers": (optimizer, scheduler), "callbacks": [keep]}
+    trainer = trained(tmp_path, **given, max_steps=1, max_grad_norm=0.0)
     _check(trainer, plain["vit"])
-    assert {id(tensor) for group in optimizer.param_groups for tensor in group["params"]} == {
-        id(tensor) for tensor in model.parameters()
-    }
     for name, parameter in model.named_parameters():
-        assert parameter is parameters[name]
         expected = trainer.initialised[0][name] - 0.1 * keep.gradients[name]
         torch.testing.assert_close(parameter.data, expected, rtol=1e-5, atol=1e-7)
 
@@ -262,34 +276,29 @@ def test_an_optimizer_made_before_nio_updates_the_scaled_parameters(plain, tmp_p
 @pytest.mark.filterwarnings(PEFT_WARNING)
 @pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
 def test_a_model_with_adapters_is_refused(way, tmp_path):
-    model = _with_adapters(build("vit"), way)
-    before = snapshot(model)
-    trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
-    with pytest.raises(ModelError, match=r"has adapters \(PEFT\).*before adapters are added, or set nio=False"):
+    trainer = trainer_of(tmp_path, model=_with_adapters(build("vit"), way))
+    with refused(trainer, ModelError, r"has adapters \(PEFT\).*before adapters are added, or set nio=False"):
         trainer.train()
-    assert unchanged(before, snapshot(model))
-    assert trainer.nio_result is None
 
 
 @pytest.mark.filterwarnings(PEFT_WARNING)
 @pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
 def test_adapters_added_after_nio_train_on_the_initialised_weights(way, plain, tmp_path):
-    model = build("vit")
-    base = Observed(model=model, args=arguments(tmp_path / "base", **SENSITIVE), train_dataset=ToyImages())
+    base = trainer_of(tmp_path / "base", **PUBLISHED)
     base.run_nio()
-    frozen = dict(model.named_parameters())
-    adapted = _with_adapters(model, way)
-    trainer = _trained(tmp_path / "adapted", adapted, nio=False, learning_rate=1e-2)
+    frozen = dict(base.model.named_parameters())
+    adapted = _with_adapters(base.model, way)
+    trainer = trained(tmp_path / "adapted", model=adapted, nio=False, learning_rate=1e-2)
     assert trainer.results == []
     for name, parameter in frozen.items():
         torch.testing.assert_close(parameter.data, plain["vit"].initialised[0][name], rtol=1e-5, atol=0)
-    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    assert len(trained) == 8
-    assert all(parameter.any() for parameter in trained), "lora_B is zero before training"
+    trained_ones = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert len(trained_ones) == 8
+    assert all(parameter.any() for parameter in trained_ones), "lora_B is zero before training"
 
 
 def test_a_second_training_goes_on_without_another_initialisation(plain, tmp_path):
-    trainer = _trained(tmp_path, build("vit"))
+    trainer = trained(tmp_path)
     after_first = snapshot(trainer.model)
     trainer.train()
     assert unchanged(trainer.begun_with[1], after_first)
@@ -297,12 +306,91 @@ def test_a_second_training_goes_on_without_another_initialisation(plain, tmp_pat
     _check(trainer, plain["vit"])
 
 
-def _trained(output_dir, model, trainer_class=Observed, settings=None, **changes):
-    """A trainer that has trained; `settings` are those of the trainer, `changes` those of its arguments."""
-    args = arguments(output_dir, **{**SENSITIVE, **changes})
-    trainer = trainer_class(model=model, args=args, train_dataset=ToyImages(), **(settings or {}))
-    trainer.train()
-    return trainer
+class Net(nn.Module):
+    """A module that is no model of transformers, with a config whose `num_labels` means nothing to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = build("vit").config
+        self.config.num_labels = 2
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+
+    def forward(self, pixel_values, labels):
+        logits = self.layers(pixel_values)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class NoisyCollator:
+    """Draws from a generator that it makes when it is called first, as a collator that masks tokens does."""
+
+    def __init__(self):
+        self.generator = None
+        self.draws = []
+
+    def __call__(self, rows):
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(0)
+        self.draws.append(float(torch.rand((), generator=self.generator)))
+        return default_data_collator(rows)
+
+
+class ImageStream(IterableDataset):
+    """Few images, one after the other."""
+
+    def __iter__(self):
+        data = ToyImages(40)
+        return iter([data[index] for index in range(len(data))])
+
+
+def test_a_model_of_ones_own_is_not_held_to_a_config_it_does_not_follow(tmp_path):
+    trainer_of(tmp_path, model=Net()).run_nio()
+
+
+def test_a_collator_with_a_generator_of_its_own_draws_the_same_in_training(tmp_path):
+    without, initialised = NoisyCollator(), NoisyCollator()
+    trained(tmp_path / "plain", data_collator=without, nio=False)
+    trained(tmp_path / "nio", data_collator=initialised)
+    assert without.draws == initialised.draws != []
+
+
+def test_batches_keep_their_type_and_become_fp32(tmp_path):
+    seen = set()
+
+    class ByAttribute(NIOTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.add((type(inputs), inputs.pixel_values.dtype))
+            return nn.functional.cross_entropy(model(inputs.pixel_values.float()).logits, inputs.labels)
+
+    def collate(rows):
+        images = torch.stack([row["pixel_values"] for row in rows]).half()
+        return BatchFeature({"pixel_values": images, "labels": torch.tensor([row["labels"] for row in rows])})
+
+    trainer_of(tmp_path, ByAttribute, data_collator=collate, remove_unused_columns=False).run_nio()
+    assert seen == {(BatchFeature, torch.float32)}
+
+
+@pytest.mark.parametrize("kind", ["torch", "datasets"])
+def test_streams_are_iterated_as_often_as_it_takes(kind, tmp_path):
+    stream = ImageStream() if kind == "torch" else datasets.IterableDataset.from_generator(lambda: iter(ImageStream()))
+    result = trainer_of(tmp_path, train_dataset=stream, nio_search="published", nio_iterations=6).run_nio()
+    assert len(result.history) == 6
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("compute_nio_loss", "the first sub-batch: out of memory for 2 samples at once"),
+        ("prepare_nio_batch", r"NIO: out of memory .* Set nio_micro_batch_size, or lower nio_batch_size"),
+    ],
+)
+def test_an_out_of_memory_of_nio_on_the_cpu_does_not_shrink_the_training_batch(where, message, tmp_path):
+    def full(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    trainer = trainer_of(tmp_path, type("Full", (NIOTrainer,), {where: full}), auto_find_batch_size=True)
+    with pytest.raises(NIOMemoryError, match=message):
+        trainer.train()
+    assert trainer._train_batch_size == 8
 
 
 def _check(trainer, expected, tolerance=1e-5):
@@ -315,8 +403,8 @@ def _check(trainer, expected, tolerance=1e-5):
         assert one == pytest.approx(other, abs=10 * tolerance), name
     _close(trainer.initialised[0], expected.initialised[0], tolerance)
     assert unchanged(trainer.begun_with[0], trainer.initialised[0])
-    trained = trainer.model.state_dict()
-    assert not [name for name in trainer.results[0].scales if torch.equal(trained[name], trainer.initialised[0][name])]
+    weights = trainer.model.state_dict()
+    assert not [name for name in trainer.results[0].scales if torch.equal(weights[name], trainer.initialised[0][name])]
 
 
 def _difference(result, expected):
@@ -343,42 +431,22 @@ def _watch_dtypes(model):
     return seen
 
 
-def _smoothed(way, output_dir):
-    """A ViT trained with label smoothing that comes from the argument, a subclass or a function."""
-
-    def loss(outputs, labels, num_items_in_batch=None):
-        return nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=SMOOTHING)
-
-    class Smoothing(Observed):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            labels = inputs.pop("labels")
-            return loss(model(**inputs), labels)
-
-    if way == "argument":
-        return _trained(output_dir, build("vit"), label_smoothing_factor=SMOOTHING)
-    if way == "function":
-        return _trained(output_dir, build("vit"), Observed, {"compute_loss_func": loss})
-    return _trained(output_dir, build("vit"), Smoothing)
-
-
-def _searching(output_dir, **changes):
+def _searching(output_dir, **given):
     """A trainer for a search, whose model is made from the random state as it is."""
-    quick = {**SENSITIVE, "nio_iterations": 2, "nio_report_batches": 1, "max_steps": 1}
-    args = arguments(output_dir, **{**quick, **changes})
-    data = {"train_dataset": ToyImages(), "eval_dataset": ToyImages(8)}
-    return Observed(model_init=lambda: vision_model("vit", CLASSES, num_hidden_layers=1), args=args, **data)
+    quick = {**PUBLISHED, "nio_iterations": 2, "nio_report_batches": 1, "max_steps": 1, "eval_dataset": ToyImages(8)}
+    model = {"model_init": lambda: vision_model("vit", CLASSES, num_hidden_layers=1)}
+    return trainer_of(output_dir, Observed, **{**quick, **model, **given})
 
 
 def _with_adapters(model, way):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=f".*({QUERIES}|{VALUES})", r=2)
-    if way == "add_adapter":
-        try:
-            model.add_adapter(config)
-        except ValueError as error:
-            if "version of PEFT" not in str(error):
-                raise
-            pytest.skip(f"this release of transformers wants another one of peft: {error}")
-        return model
-    wrapped = peft.get_peft_model(model, config)
-    return wrapped
+    if way == "get_peft_model":
+        return peft.get_peft_model(model, config)
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"this release of transformers wants another one of peft: {error}")
+    return model

@@ -4,46 +4,64 @@ import pytest
 import torch
 from torch import nn
 
-from nio_hf import NIOTrainer
 from nio_hf.core import Collective
-from nio_hf.core.memory import available_memory
 from nio_hf.errors import NIOMemoryError
-from nio_hf.trainer.replica import COPIES, check_memory, make_replica, replica_bytes
-from tests.trainer.toys import ToyImages, arguments, build, snapshot, unchanged
+from nio_hf.trainer.replica import check_memory, make_replica, replica_bytes
+from tests.trainer.toys import build, refused, snapshot, trainer_of, unchanged
 
-CPU = torch.device("cpu")
-GIB = 2**30
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+NEEDED = 4 * 4 * 110
+"""Bytes of four copies of a layer in fp32 that has 10 inputs and 10 outputs."""
 
 
-def test_a_copy_is_counted_in_fp32_with_buffers_and_tied_weights_once():
+@pytest.fixture
+def leave(monkeypatch):
+    """Lets a machine have so many bytes of memory, which so many processes share."""
+
+    def set_memory(available, processes=None):
+        monkeypatch.setattr("nio_hf.trainer.replica.available_memory", lambda device: available)
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        if processes is not None:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+
+    return set_memory
+
+
+def test_a_copy_is_counted_in_fp32_or_fp64_with_buffers_and_tied_weights_once():
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.BatchNorm1d(10), nn.Linear(10, 10, bias=False))
     size = 4 * (100 + 10 + 10 + 10 + 10 + 100) + 8
     assert replica_bytes(model) == size
     assert replica_bytes(model.half()) == size
     model[2].weight = model[0].weight
     assert replica_bytes(model) == size - 400
-
-
-def test_parameters_in_fp64_take_eight_bytes():
     assert replica_bytes(nn.Linear(10, 10).double()) == 8 * 110
 
 
-@pytest.mark.parametrize(("missing", "refused"), [(0, False), (1, True)])
-def test_the_limit_is_four_copies(missing, refused, monkeypatch):
-    model = nn.Linear(10, 10)
-    _leave(monkeypatch, 4 * 4 * 110 - missing)
-    assert COPIES == 4
-    if refused:
-        with pytest.raises(NIOMemoryError):
-            check_memory(model, CPU)
-    else:
-        check_memory(model, CPU)
+@pytest.mark.parametrize(
+    ("available", "processes", "device"),
+    [
+        (NEEDED, None, CPU),
+        (2 * NEEDED, "2", CPU),
+        (NEEDED, "8", GPU),
+        pytest.param(None, None, CPU, id="not known"),
+    ],
+)
+def test_four_copies_for_each_process_of_the_machine_suffice(available, processes, device, leave):
+    leave(available, processes)
+    check_memory(nn.Linear(10, 10), device)
 
 
-def test_the_message_has_the_numbers_and_the_remedy(monkeypatch):
+@pytest.mark.parametrize(("available", "processes"), [(NEEDED - 1, None), (2 * NEEDED, "3")])
+def test_less_memory_is_refused(available, processes, leave):
+    leave(available, processes)
+    with pytest.raises(NIOMemoryError):
+        check_memory(nn.Linear(10, 10), CPU)
+
+
+def test_the_message_has_the_numbers_and_the_remedy(leave):
     with torch.device("meta"):
         model = nn.Linear(2**14, 2**14, bias=False)
-    _leave(monkeypatch, 3 * GIB // 2)
+    leave(3 * 2**30 // 2)
     with pytest.raises(NIOMemoryError) as raised:
         check_memory(model, CPU)
     assert str(raised.value) == (
@@ -52,64 +70,21 @@ def test_the_message_has_the_numbers_and_the_remedy(monkeypatch):
         "model_name_or_path: OUTPUT_DIR/_nio_init."
     )
     with pytest.raises(NIOMemoryError, match=r"Initialise once with `nio-hf init RECIPE --device cpu`, then train"):
-        check_memory(model, torch.device("cuda"))
-
-
-@pytest.mark.parametrize(("processes", "refused"), [(None, False), ("1", False), ("2", False), ("3", True)])
-def test_processes_of_a_machine_share_its_memory(processes, refused, monkeypatch):
-    _leave(monkeypatch, 2 * 4 * 4 * 110)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if processes is not None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-    if refused:
-        with pytest.raises(NIOMemoryError):
-            check_memory(nn.Linear(10, 10), CPU)
-    else:
-        check_memory(nn.Linear(10, 10), CPU)
-
-
-def test_processes_do_not_share_the_memory_of_a_gpu(monkeypatch):
-    _leave(monkeypatch, 4 * 4 * 110)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    check_memory(nn.Linear(10, 10), torch.device("cuda"))
-
-
-def test_where_nothing_is_known_nothing_is_refused(monkeypatch):
-    _leave(monkeypatch, None)
-    check_memory(nn.Linear(10, 10), CPU)
-
-
-def test_a_process_reads_what_is_free():
-    available = available_memory(CPU)
-    assert available is None or available > 0
+        check_memory(model, GPU)
 
 
 @pytest.mark.parametrize("start", ["run_nio", "train"])
-def test_a_refusal_comes_before_anything_is_written_or_changed(start, tmp_path, monkeypatch):
-    class Unused(NIOTrainer):
-        def compute_nio_loss(self, *args, **kwargs):
-            raise AssertionError("NIO has started")
-
-    trainer = Unused(model=build("vit"), args=arguments(tmp_path), train_dataset=ToyImages())
-    before = snapshot(trainer.model)
-    _leave(monkeypatch, 1000)
-    with pytest.raises(NIOMemoryError, match="GiB are free"):
+def test_a_refusal_comes_before_anything_is_written_or_changed(start, tmp_path, leave):
+    trainer = trainer_of(tmp_path, auto_find_batch_size=True)
+    trainer.compute_nio_loss = lambda *args: pytest.fail("NIO has started")
+    leave(1000)
+    with refused(trainer, NIOMemoryError, "GiB are free"):
         getattr(trainer, start)()
     assert list(tmp_path.iterdir()) == []
-    assert unchanged(before, snapshot(trainer.model))
-    assert trainer.nio_result is None
-
-
-def test_the_memory_error_does_not_shrink_the_training_batch(tmp_path, monkeypatch):
-    args = arguments(tmp_path, auto_find_batch_size=True)
-    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
-    _leave(monkeypatch, 1000)
-    with pytest.raises(NIOMemoryError):
-        trainer.train()
     assert trainer._train_batch_size == 8
 
 
-def test_a_replica_is_a_copy_of_its_own_and_leaves_the_model(monkeypatch):
+def test_a_replica_is_a_copy_of_its_own_and_leaves_the_model():
     model = build("vit")
     before = snapshot(model)
     replica = make_replica(model, CPU, Collective())
@@ -118,8 +93,3 @@ def test_a_replica_is_a_copy_of_its_own_and_leaves_the_model(monkeypatch):
         for parameter in replica.parameters():
             parameter.add_(1)
     assert unchanged(before, snapshot(model))
-
-
-def _leave(monkeypatch, available):
-    """Let a machine have so many bytes of memory."""
-    monkeypatch.setattr("nio_hf.trainer.replica.available_memory", lambda device: available)

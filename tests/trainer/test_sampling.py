@@ -1,10 +1,9 @@
 """The batches of NIO depend on seed and number alone."""
 
+import contextlib
 import functools
 import itertools
 import random
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +11,28 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import ByT5Tokenizer, DataCollatorForLanguageModeling
 
+from nio_hf.durable.isolation import isolated_random_state
 from nio_hf.errors import DataError
 from nio_hf.trainer.sampling import EpochSampler, NIOBatchSampler, SeededDataset, SeededStream, nio_dataloader
 
+SETTINGS = {"batch_size": 4, "report_batches": 1, "further_batches": 5, "seed": 5}
 
-class Augmented(Dataset[Any]):
+
+def batches_of(data, collate=torch.stack, workers=0, **settings):
+    return list(nio_dataloader(data, collate, num_workers=workers, **{**SETTINGS, **settings}))
+
+
+def seed_all(seed):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def global_state():
+    return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
+
+
+class Augmented(Dataset):
     """Its samples are random, as augmentation is."""
 
     def __len__(self):
@@ -36,20 +52,12 @@ def test_samples_of_the_report_are_never_searched_on_and_the_others_equally_ofte
     assert set(counts.tolist()) == {4}
 
 
-def test_a_batch_depends_on_seed_and_number_only():
-    short, long = (list(NIOBatchSampler(40, 8, 2, n, seed=3)) for n in (3, 9))
-    assert short == long[:5]
-    assert short != list(NIOBatchSampler(40, 8, 2, 3, seed=4))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_does_not_depend_on_workers_or_global_state(workers):
-    def draw(seed, num_workers):
-        torch.manual_seed(seed)
-        settings = {"batch_size": 8, "report_batches": 1, "further_batches": 3, "seed": 5, "num_workers": num_workers}
-        return torch.cat([torch.stack(batch) for batch in nio_dataloader(Augmented(), list, **settings)])
-
-    assert torch.equal(draw(0, 0), draw(1, workers))
+    seed_all(0)
+    expected = torch.cat(batches_of(Augmented()))
+    seed_all(1)
+    assert torch.equal(expected, torch.cat(batches_of(Augmented(), workers=workers)))
 
 
 class Fetched(Augmented):
@@ -68,14 +76,11 @@ class Fetched(Augmented):
 
 
 def test_batches_are_fetched_whole_where_nothing_is_drawn_and_by_sample_where_it_is():
-    settings = {"batch_size": 8, "report_batches": 1, "further_batches": 3, "seed": 5}
     plain, augmented = Fetched(draws=False), Fetched(draws=True)
-    assert len(list(nio_dataloader(plain, list, **settings))) == 4
-    assert plain.fetches == [8] * 4
-    fetched = torch.cat([torch.stack(batch) for batch in nio_dataloader(augmented, list, **settings)])
-    by_sample = torch.cat([torch.stack(batch) for batch in nio_dataloader(Augmented(), list, **settings)])
-    assert torch.equal(fetched, by_sample)
-    assert augmented.fetches == [8]
+    assert len(batches_of(plain)) == 6
+    assert plain.fetches == [4] * 6
+    assert torch.equal(torch.cat(batches_of(augmented)), torch.cat(batches_of(Augmented())))
+    assert augmented.fetches == [4]
 
 
 def test_too_little_data_is_refused_with_the_numbers():
@@ -117,24 +122,18 @@ def test_repeated_augmentation_draws_some_samples_several_times_and_no_draw_twic
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_draws_of_the_data_leave_those_of_training_alone(workers):
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
-    expected = (float(torch.rand(())), random.random(), float(np.random.rand()))
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
+    before = global_state()
     data, sampler = SeededDataset(Augmented(), seed=0), EpochSampler(40, seed=0)
     generator = torch.Generator().manual_seed(0)
-    loader = DataLoader(data, 8, sampler=sampler, num_workers=workers, generator=generator, collate_fn=list)
-    batches = torch.cat([torch.stack(batch) for batch in loader])
-    assert (float(torch.rand(())), random.random(), float(np.random.rand())) == expected
-    assert len(batches[:, 1].unique()) == 40
-    for (number, index), sample in zip(EpochSampler(40, seed=0), batches, strict=True):
+    loader = DataLoader(data, 8, sampler=sampler, num_workers=workers, generator=generator, collate_fn=torch.stack)
+    samples = torch.cat(list(loader))
+    assert global_state() == before
+    assert len(samples[:, 1].unique()) == 40
+    for (number, index), sample in zip(EpochSampler(40, seed=0), samples, strict=True):
         assert torch.equal(data[number, index], sample)
 
 
-class Stream(IterableDataset[torch.Tensor]):
+class Stream(IterableDataset):
     """Ten random samples, in an order that depends on the epoch."""
 
     epoch = 0
@@ -147,42 +146,26 @@ class Stream(IterableDataset[torch.Tensor]):
             yield torch.tensor([(index + self.epoch) % 10, torch.rand(()), random.random()], dtype=torch.float64)
 
 
-def test_a_stream_is_augmented_by_seed_epoch_and_position():
-    def epoch_of(seed, epoch):
-        torch.manual_seed(epoch + 10 * seed)
-        stream = SeededStream(Stream(), seed)
-        stream.set_epoch(epoch)
-        return torch.stack(list(stream))
+def pass_of(seed, epoch):
+    torch.manual_seed(epoch + 10 * seed)
+    stream = SeededStream(Stream(), seed)
+    stream.set_epoch(epoch)
+    return torch.stack(list(stream))
 
-    assert torch.equal(epoch_of(0, 1), epoch_of(0, 1))
-    assert epoch_of(0, 1)[0, 0] == 1
-    for other in (epoch_of(0, 2), epoch_of(1, 1)):
-        assert not torch.equal(epoch_of(0, 1)[:, 1], other[:, 1])
+
+def test_a_stream_is_augmented_by_seed_epoch_and_position():
+    assert torch.equal(pass_of(0, 1), pass_of(0, 1))
+    assert pass_of(0, 1)[0, 0] == 1
+    for other in (pass_of(0, 2), pass_of(1, 1)):
+        assert not torch.equal(pass_of(0, 1)[:, 1], other[:, 1])
 
 
 def test_an_endless_stream_begins_anew_in_the_order_and_with_the_draws_of_the_next_pass():
     endless = list(itertools.islice(SeededStream(Stream(), 0, endless=True), 25))
-    passes = []
-    for number in range(3):
-        stream = SeededStream(Stream(), 0)
-        stream.set_epoch(number)
-        passes += list(stream)
-    assert torch.equal(torch.stack(endless), torch.stack(passes[:25]))
+    assert torch.equal(torch.stack(endless), torch.cat([pass_of(0, number) for number in range(3)])[:25])
 
 
-def test_batches_of_nio_from_a_stream_do_not_depend_on_workers():
-    settings = {"batch_size": 4, "report_batches": 1, "further_batches": 1, "seed": 5}
-    batches = [list(nio_dataloader(Stream(), torch.stack, num_workers=workers, **settings)) for workers in (0, 2)]
-    assert len(batches[0]) == 2
-    for left, right in zip(*batches, strict=True):
-        assert torch.equal(left, right)
-
-
-SETTINGS = {"batch_size": 4, "report_batches": 1, "further_batches": 5, "seed": 5}
-Collate = Callable[[list[Any]], Any]
-
-
-class Texts(Dataset[Any]):
+class Texts(Dataset):
     """Tokens of several lengths."""
 
     def __len__(self):
@@ -207,6 +190,7 @@ class OwnNoise:
     def __init__(self):
         self.torch = torch.Generator().manual_seed(0)
         self.others = {"python": [random.Random(0)], "numpy": (np.random.default_rng(0), np.random.RandomState(0))}
+        self.itself = self
 
     def __call__(self, samples):
         (python,), (modern, legacy) = self.others["python"], self.others["numpy"]
@@ -241,25 +225,17 @@ COLLATORS = {
 }
 
 
-def plain(batch):
-    tensors = batch if hasattr(batch, "items") else {"batch": torch.as_tensor(batch)}
-    return {name: tensor.tolist() for name, tensor in tensors.items()}
-
-
-def global_state():
-    return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
-
-
 @pytest.mark.parametrize("name", COLLATORS)
 def test_collation_depends_on_seed_and_number_alone(name):
-    def batches(collate, workers, **other):
-        loader = nio_dataloader(Texts(), collate, num_workers=workers, **{**SETTINGS, **other})
-        return [plain(batch) for batch in loader]
+    def batches(collate, workers, **settings):
+        found = batches_of(Texts(), collate, workers, **settings)
+        named = [batch if hasattr(batch, "items") else {"batch": torch.as_tensor(batch)} for batch in found]
+        return [{key: tensor.tolist() for key, tensor in batch.items()} for batch in named]
 
     expected = batches(COLLATORS[name](), 0)
     assert len(expected) == 6
     for workers in (0, 1, 2):
-        torch.manual_seed(workers), random.seed(workers), np.random.seed(workers)
+        seed_all(workers)
         before = global_state()
         collate = COLLATORS[name]()
         assert batches(collate, workers) == expected
@@ -273,24 +249,34 @@ def test_collation_depends_on_seed_and_number_alone(name):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_generators_of_a_collator_go_on_where_they_were(workers):
     collate, untouched = OwnNoise(), OwnNoise()
-    list(nio_dataloader(Texts(), collate, num_workers=workers, **SETTINGS))
+    batches_of(Texts(), collate, workers)
+    assert torch.equal(collate([Texts()[0]]), untouched([Texts()[0]]))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_in_isolation_generators_go_on_as_if_nothing_had_been_drawn(fails):
+    collate, untouched, before = OwnNoise(), OwnNoise(), global_state()
+    expected = pytest.raises(KeyError) if fails else contextlib.nullcontext()
+    with expected, isolated_random_state(torch.device("cpu"), collate):
+        first = [noise([Texts()[0]]).tolist() for noise in (collate, global_noise)]
+        assert first != [noise([Texts()[0]]).tolist() for noise in (collate, global_noise)]
+        if fails:
+            raise KeyError
+    assert global_state() == before
     assert torch.equal(collate([Texts()[0]]), untouched([Texts()[0]]))
 
 
 def test_batches_of_a_collator_differ_from_each_other():
     for collate in (global_noise, OwnNoise()):
-        draws = torch.stack(list(nio_dataloader(Texts(), collate, **SETTINGS)))[:, :3]
+        draws = torch.stack(batches_of(Texts(), collate))[:, :3]
         assert len(draws.unique()) == draws.numel()
 
 
-class OwnAugmentation(Dataset[Any]):
+class OwnAugmentation(Augmented):
     """Its samples are drawn from generators that it owns."""
 
     def __init__(self):
         self.numpy, self.python = np.random.default_rng(0), random.Random(0)
-
-    def __len__(self):
-        return 40
 
     def __getitem__(self, index):
         return torch.tensor([index, self.numpy.random(), self.python.random()], dtype=torch.float64)
@@ -301,25 +287,21 @@ class OwnAugmentation(Dataset[Any]):
 
 def test_augmentation_from_generators_of_the_data_set_does_not_depend_on_workers():
     data = OwnAugmentation()
-    batches = [
-        torch.stack(list(nio_dataloader(data, torch.stack, num_workers=workers, **SETTINGS)))
-        for workers in (0, 0, 1, 2)
-    ]
-    assert all(torch.equal(batch, batches[0]) for batch in batches)
-    assert len(batches[0][..., 1:].unique()) == 2 * 6 * 4
+    first, *others = (torch.stack(batches_of(data, workers=workers)) for workers in (0, 0, 1, 2))
+    assert all(torch.equal(batches, first) for batches in others)
+    assert len(first[..., 1:].unique()) == 2 * 6 * 4
     assert torch.equal(data[0], OwnAugmentation()[0])
 
 
-def test_collation_of_a_stream_depends_on_seed_and_number_alone():
+def test_batches_of_a_stream_depend_on_seed_and_number_alone():
     def noise(samples):
         return torch.stack(samples) + torch.rand(()) + random.random() + np.random.rand()
 
     found = []
-    for workers in (0, 2):
-        torch.manual_seed(workers), random.seed(workers), np.random.seed(workers)
+    for workers in (0, 0, 2, 2):
+        seed_all(workers)
         before = global_state()
-        loader = nio_dataloader(Stream(), noise, num_workers=workers, **SETTINGS)
-        found += [torch.stack(list(loader)) for _ in range(2)]
+        found.append(torch.stack(batches_of(Stream(), noise, workers)))
         assert global_state() == before
     assert len(found[0]) == 2
     assert all(torch.equal(batches, found[0]) for batches in found)

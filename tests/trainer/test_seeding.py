@@ -1,5 +1,6 @@
 """Adam's second moment, started from the squared gradient."""
 
+import functools
 import itertools
 import math
 
@@ -12,14 +13,20 @@ from nio_hf import NIOTrainer
 from nio_hf.core import squared_gradients
 from nio_hf.errors import ConfigError
 from nio_hf.trainer.seeding import seed_second_moment
-from tests.trainer.toys import ToyImages, arguments, build, snapshot
+from tests.trainer import toys
+from tests.trainer.toys import build, losses, refused, same_weights
 
 LR, BETA1, BETA2, EPS = 1e-2, 0.9, 0.999, 1e-8
+SEEDED = {"nio": False, "nio_seed_optimizer": "gi_adam", "max_steps": 1, "learning_rate": LR}
+trainer_of = functools.partial(toys.trainer_of, **SEEDED)
+trained = functools.partial(toys.trained, **SEEDED)
 
 
-def _trainer(output_dir, **changes):
-    settings = {"nio": False, "nio_seed_optimizer": "gi_adam", "max_steps": 1, "learning_rate": LR, **changes}
-    return NIOTrainer(build("vit"), arguments(output_dir, **settings), train_dataset=ToyImages())
+def one_parameter(value):
+    """A model of one parameter `w`."""
+    model = nn.Module()
+    model.register_parameter("w", nn.Parameter(value))
+    return model
 
 
 @pytest.mark.parametrize(
@@ -31,7 +38,7 @@ def _trainer(output_dir, **changes):
     ],
 )
 def test_the_squares_are_those_of_the_batch_that_a_step_sees(tmp_path, changes, samples):
-    trainer = _trainer(tmp_path, max_grad_norm=0.0, **changes)
+    trainer = trainer_of(tmp_path, max_grad_norm=0.0, **changes)
     config = trainer.args.to_nio_config()
     batches = list(itertools.islice(trainer.get_nio_dataloader(), config.report_batches))
     model = build("vit")
@@ -61,21 +68,18 @@ def test_the_squares_follow_a_batch_that_was_found_automatically(tmp_path):
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().training_step(model, inputs, *args, **kwargs)
 
-    settings = {"nio": False, "nio_seed_optimizer": "gi_adam", "max_grad_norm": 0.0, "max_steps": 1}
-    args = arguments(tmp_path, auto_find_batch_size=True, **settings)
-    Observed(build("vit"), args, train_dataset=ToyImages()).train()
-    sizes = [size for size, _ in seen]
-    sums = [total for _, total in seen]
+    trainer_of(tmp_path, Observed, auto_find_batch_size=True, max_grad_norm=0.0).train()
+    sizes, sums = zip(*seen, strict=True)
     assert sizes[0] == 8
     assert sizes[-1] <= 4
-    assert sums == sorted(sums)
+    assert [*sums] == sorted(sums)
     assert sums[-1] > 1.05 * sums[0]
 
 
 @pytest.mark.parametrize("max_grad_norm", [-1.0, 0.0, 1e-3])
 def test_a_training_that_clips_is_seeded_with_what_its_optimizer_sees(tmp_path, max_grad_norm):
     def norm(limit):
-        squares = _trainer(tmp_path, max_grad_norm=limit).squared_gradients(batches=1)
+        squares = trainer_of(tmp_path, max_grad_norm=limit).squared_gradients(batches=1)
         return math.sqrt(sum(float(square.sum()) for square in squares.values()))
 
     whole = norm(1e9)
@@ -88,9 +92,8 @@ def test_a_training_that_clips_is_seeded_with_what_its_optimizer_sees(tmp_path, 
 @pytest.mark.parametrize("mode", ["gi_adam", "uncorrected"])
 def test_the_updates_are_those_of_the_equations(mode, kind, options):
     """Three steps against the equations of the module, written out."""
-    parameter = nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
-    model = nn.Module()
-    model.register_parameter("w", parameter)
+    model = one_parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+    parameter = model.w
     square = torch.tensor([0.04, 1.0, 1e-6], dtype=torch.float64)
     optimizer = kind([parameter], lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0, **options)
     seed_second_moment(optimizer, model, {"w": square}, mode)
@@ -110,44 +113,13 @@ def test_the_updates_are_those_of_the_equations(mode, kind, options):
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-7, atol=1e-10)
 
 
-def test_with_the_correction_the_first_update_is_a_small_one():
-    """sqrt(1 - beta2) of the learning rate where the gradient is that of the seed; without it 1 - beta1 of it."""
-    sizes = {}
-    for mode in ("gi_adam", "uncorrected"):
-        parameter = nn.Parameter(torch.ones(1, dtype=torch.float64))
-        model = nn.Module()
-        model.register_parameter("w", parameter)
-        optimizer = torch.optim.Adam([parameter], lr=LR)
-        seed_second_moment(optimizer, model, {"w": torch.full((1,), 0.25).double()}, mode)
-        parameter.grad = torch.full((1,), 0.5).double()
-        optimizer.step()
-        sizes[mode] = 1 - parameter.item()
-    assert math.isclose(sizes["gi_adam"], LR * math.sqrt(1 - BETA2), rel_tol=1e-5)
-    assert math.isclose(sizes["uncorrected"], LR * (1 - BETA1), rel_tol=1e-5)
-
-
 def test_an_optimizer_that_has_taken_steps_is_left_alone():
-    parameter = nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.Adam([parameter])
-    parameter.grad = torch.ones(1)
+    model = one_parameter(torch.ones(1))
+    optimizer = torch.optim.Adam(model.parameters())
+    model.w.grad = torch.ones(1)
     optimizer.step()
-    model = nn.Module()
-    model.register_parameter("w", parameter)
     with pytest.raises(ConfigError, match="has a state already"):
         seed_second_moment(optimizer, model, {"w": torch.ones(1)}, "gi_adam")
-
-
-def test_an_optimizer_of_another_model_is_refused():
-    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    optimizer = torch.optim.Adam(other.parameters())
-    squares = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
-    with pytest.raises(ConfigError) as raised:
-        seed_second_moment(optimizer, model, squares, "gi_adam")
-    assert str(raised.value) == (
-        "nio_seed_optimizer: the optimizer trains no parameter of the model. Give the optimizer the parameters of the "
-        "model that is trained, or leave nio_seed_optimizer out."
-    )
-    assert not optimizer.state
 
 
 @pytest.mark.parametrize("named", ["nothing", "weight"])
@@ -181,20 +153,21 @@ def test_modules_that_were_wrapped_for_checkpointing_keep_their_squares():
 
 
 def test_a_training_with_an_optimizer_of_another_model_is_refused(tmp_path):
-    settings = {"nio": False, "nio_seed_optimizer": "gi_adam"}
-    optimizers = (torch.optim.AdamW(build("vit").parameters()), None)
-    args = arguments(tmp_path, **settings)
-    trainer = NIOTrainer(build("vit"), args, train_dataset=ToyImages(), optimizers=optimizers)
-    with pytest.raises(ConfigError, match="the optimizer trains no parameter of the model"):
+    optimizer = torch.optim.AdamW(build("vit").parameters())
+    trainer = trainer_of(tmp_path, optimizers=(optimizer, None))
+    with refused(trainer, ConfigError) as raised:
         trainer.train()
-    assert trainer.state.global_step == 0
+    assert str(raised.value) == (
+        "nio_seed_optimizer: the optimizer trains no parameter of the model. Give the optimizer the parameters of the "
+        "model that is trained, or leave nio_seed_optimizer out."
+    )
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
 @pytest.mark.parametrize("nio", [False, True])
 def test_a_training_starts_from_the_squares_at_its_initialisation(tmp_path, optim, nio):
-    trainer = _trainer(tmp_path, optim=optim, nio=nio, nio_seed_optimizer="uncorrected", learning_rate=0.0)
-    trainer.train()
+    trainer = trained(tmp_path, optim=optim, nio=nio, nio_seed_optimizer="uncorrected", learning_rate=0.0)
     inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     states = {id(parameter): state for parameter, state in inner.state.items()}
     squares = trainer.squared_gradients()
@@ -203,38 +176,25 @@ def test_a_training_starts_from_the_squares_at_its_initialisation(tmp_path, opti
         # One step of training has been mixed in, with a weight of 1 - beta2.
         own = squares[name] * BETA2
         assert (seeded >= own * (1 - 1e-5)).all()
-    total = sum(float(square.sum()) for square in squares.values())
-    assert total > 0
+    assert sum(float(square.sum()) for square in squares.values()) > 0
 
 
 def test_the_random_numbers_of_the_training_are_those_without_it(tmp_path):
-    losses = []
-    for mode in (None, "gi_adam"):
-        trainer = _trainer(tmp_path / str(mode), nio_seed_optimizer=mode, logging_steps=1)
-        trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert losses[0] == losses[1]
+    plain, seeded = (
+        trained(tmp_path / str(mode), nio_seed_optimizer=mode, logging_steps=1) for mode in (None, "gi_adam")
+    )
+    assert losses(plain) == losses(seeded)
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adafactor", "rmsprop"])
 def test_other_optimizers_are_refused_before_nio_runs(tmp_path, optim):
-    trainer = _trainer(tmp_path, optim=optim, nio=True)
-    before = snapshot(trainer.model)
-    with pytest.raises(ConfigError, match="nio_seed_optimizer: given with"):
+    trainer = trainer_of(tmp_path, optim=optim, nio=True)
+    with refused(trainer, ConfigError, "nio_seed_optimizer: given with"):
         trainer.train()
-    assert trainer.nio_result is None
-    assert all(torch.equal(value, before[name]) for name, value in snapshot(trainer.model).items())
-
-
-def test_an_unknown_mode_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="nio_seed_optimizer: 'yes'"):
-        arguments(tmp_path, nio_seed_optimizer="yes")
 
 
 def test_a_resumed_training_goes_on_with_its_own_second_moment(tmp_path):
-    whole = _trainer(tmp_path / "whole", max_steps=4, save_strategy="steps", save_steps=2)
-    whole.train()
-    part = _trainer(tmp_path / "part", max_steps=4, save_strategy="steps", save_steps=2)
-    part.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    expected = snapshot(whole.model)
-    assert all(torch.equal(value, expected[name]) for name, value in snapshot(part.model).items())
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = trained(tmp_path / "whole", **saving)
+    part = trained(tmp_path / "part", resume=str(tmp_path / "whole" / "checkpoint-2"), **saving)
+    assert same_weights(whole, part)

@@ -2,119 +2,87 @@
 
 import json
 import logging
+import math
 import re
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification
+from torch import nn
+from transformers import AutoModelForImageClassification, TrainerCallback
 
 from nio_hf import NIOTrainer, NIOTrainingArguments, initialize
-from nio_hf.baselines import METHODS
 from nio_hf.errors import ConfigError, DataError, ModelError, NIOMemoryError, NumericsError, OutputError
 from nio_hf.hub.run_folder import STATE_NAME
 from nio_hf.trainer.digests import fingerprint
-from tests.trainer.toys import ToyImages, arguments, build, load_state, snapshot, unchanged
+from nio_hf.trainer.methods import METHODS
+from nio_hf.trainer.reporting import summary
+from tests.durable.trainings import Counting
+from tests.trainer.toys import Observed, ToyImages, build, load_state, refused, snapshot, trained, trainer_of, unchanged
 
 
-def test_nio_scales_the_weights_once_and_keeps_the_parameters(tmp_path):
-    model = build("vit")
-    before = snapshot(model)
-    identities = [id(parameter) for parameter in model.parameters()]
-    trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
+def test_nio_scales_the_weights_and_nothing_else(tmp_path):
+    trainer = trainer_of(tmp_path)
+    before = snapshot(trainer.model)
     result = trainer.run_nio()
-    assert [id(parameter) for parameter in model.parameters()] == identities
-    for name, parameter in model.named_parameters():
+    for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name] * torch.tensor(result.scales.get(name, 1.0))), name
     assert any(abs(omega - 1) > 1e-3 for omega in result.scales.values())
-    assert model.training
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert trainer.model.training
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
-def test_nio_runs_once_per_model_and_once_per_model_init(tmp_path):
-    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path / "a"), train_dataset=ToyImages())
-    runs = _count_runs(trainer)
-    trainer.train()
-    trainer.train()
-    assert runs == [1]
-    trainer = NIOTrainer(model_init=lambda: build("vit"), args=arguments(tmp_path / "b"), train_dataset=ToyImages())
-    runs = _count_runs(trainer)
-    trainer.train()
-    trainer.train()
-    assert runs == [1, 1]
-
-
-def test_a_model_that_initialize_has_seen_is_not_initialised_again(tmp_path, caplog):
-    model = build("vit")
-    data = ToyImages()
-    batches = [{"pixel_values": data.images[i : i + 8], "labels": data.labels[i : i + 8]} for i in range(0, 64, 8)]
-    initialize(model, batches, lambda model, batch: model(**batch).loss)
-    initialised = snapshot(model)
-    trainer = NIOTrainer(model=model, args=arguments(tmp_path, learning_rate=0.0), train_dataset=data)
-    runs = _count_runs(trainer)
-    with caplog.at_level(logging.INFO, "nio_hf.trainer"):
-        trainer.train()
-    assert runs == []
-    assert "NIO is skipped: it has initialised this model already. Call run_nio() to run it again." in caplog.text
-    assert unchanged(initialised, snapshot(model))
-    assert not trainer.nio_init_dir.exists()
-
-    same = NIOTrainer(model=build("vit"), args=arguments(tmp_path / "another"), train_dataset=data)
-    runs = _count_runs(same)
-    same.train()
-    assert runs == [1], "a model of its own"
-
-
-@pytest.mark.parametrize(("method", "again"), [("none", True), ("lsuv", False)])
-def test_a_model_that_a_baseline_has_changed_is_not_initialised_again(method, again, tmp_path):
+@pytest.mark.parametrize(("method", "again"), [("nio", False), ("lsuv", False), ("none", True)])
+def test_a_model_that_initialize_has_changed_is_not_initialised_again(method, again, tmp_path, caplog):
     model, data = build("vit"), ToyImages()
     batches = [{"pixel_values": data.images[i : i + 8], "labels": data.labels[i : i + 8]} for i in range(0, 64, 8)]
     initialize(model, batches, lambda model, batch: model(**batch).loss, method=METHODS[method])
-    trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=data)
-    runs = _count_runs(trainer)
-    trainer.train()
-    assert runs == [1] * again
+    initialised = snapshot(model)
+    with caplog.at_level(logging.INFO, "nio_hf.trainer"):
+        trainer = trained(tmp_path, Observed, model=model)
+    assert len(trainer.results) == again
+    assert trainer.nio_init_dir.exists() == again
+    if not again:
+        said = "NIO is skipped: it has initialised this model already. Call run_nio() to run it again."
+        assert said in caplog.text
+        assert unchanged(initialised, trainer.begun_with[0])
 
 
 def test_models_of_a_shared_config_do_not_inherit_the_mark(tmp_path):
     config = build("vit").config
-    for trial in range(3):
+    for trial in range(2):
         model = AutoModelForImageClassification.from_config(config)
-        trainer = NIOTrainer(model=model, args=arguments(tmp_path / str(trial)), train_dataset=ToyImages())
-        runs = _count_runs(trainer)
-        trainer.train()
-        assert runs == [1]
+        assert len(trained(tmp_path / str(trial), Observed, model=model).results) == 1
     assert not hasattr(config, "nio")
 
 
-def test_initialised_checkpoint_loads_bit_for_bit_and_is_not_initialised_again(tmp_path, caplog):
-    model = build("vit")
-    trainer = NIOTrainer(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
-    result = trainer.run_nio()
+def test_a_fingerprint_knows_weights_not_names():
+    first, second = nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 2))
+    second[0].load_state_dict(first.state_dict())
+    assert fingerprint(first) == fingerprint(second)
+    with torch.no_grad():
+        second[0].weight[0, 0] += 1e-6
+    assert fingerprint(first) != fingerprint(second)
+
+
+def test_an_initialised_checkpoint_loads_bit_for_bit_and_is_not_initialised_again(tmp_path, caplog):
+    trainer = trainer_of(tmp_path)
+    model, result = trainer.model, trainer.run_nio()
     loaded = AutoModelForImageClassification.from_pretrained(trainer.nio_init_dir, dtype=torch.float32)
     assert unchanged(snapshot(model), snapshot(loaded))
     assert loaded.config.nio["fingerprint"] == fingerprint(loaded)
     assert not hasattr(model.config, "nio")
-
-    again = NIOTrainer(model=loaded, args=arguments(tmp_path / "again"), train_dataset=ToyImages())
-    runs = _count_runs(again)
-    again.train()
-    assert runs == []
+    assert trained(tmp_path / "again", Observed, model=loaded).results == []
 
     changed = AutoModelForImageClassification.from_pretrained(trainer.nio_init_dir, dtype=torch.float32)
     with torch.no_grad():
         changed.classifier.weight.add_(1)
-    third = NIOTrainer(model=changed, args=arguments(tmp_path / "third"), train_dataset=ToyImages())
-    runs = _count_runs(third)
-    with caplog.at_level(logging.WARNING):
-        third.train()
-    assert runs == [1]
+    assert len(trained(tmp_path / "third", Observed, model=changed).results) == 1
     assert "the weights are others" in caplog.text
 
     state = json.loads((trainer.nio_init_dir / STATE_NAME).read_text())
     assert state["result"]["after"]["value"] == result.after.value
     assert state["versions"]["torch"]
-    names = [name for name, _ in model.named_parameters()]
-    assert not [name for name in names if name in json.dumps(state)]
+    assert not [name for name, _ in model.named_parameters() if name in json.dumps(state)]
     assert [t.omega for t in load_state(trainer.nio_init_dir).tensors] == [t.omega for t in result.tensors]
 
 
@@ -122,9 +90,7 @@ def test_initialised_checkpoint_loads_bit_for_bit_and_is_not_initialised_again(t
     "changes", [{}, {"nio_search": "published", "nio_iterations": 3}], ids=["default", "published"]
 )
 def test_history_reaches_the_log(changes, tmp_path):
-    args = arguments(tmp_path, **changes)
-    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
-    trainer.train()
+    trainer = trained(tmp_path, **changes)
     logged = [entry for entry in trainer.state.log_history if "nio_iteration" in entry]
     history = trainer.nio_result.history
     assert [entry["nio_iteration"] for entry in logged] == list(range(1, len(history) + 1))
@@ -133,8 +99,41 @@ def test_history_reaches_the_log(changes, tmp_path):
         assert [entry.get(f"nio_{name}") for entry in logged] == [getattr(record, name) for record in history], name
     if changes:
         assert len([entry for entry in logged if "nio_grad_cosine" in entry]) == 3
-    summary = next(entry for entry in trainer.state.log_history if "nio_grad_cosine_after" in entry)
-    assert summary["nio_grad_norm_before"] == trainer.nio_result.before.grad_norm
+
+
+class Tracker(TrainerCallback):
+    """A tracker that keeps all that is logged, with its step."""
+
+    def __init__(self):
+        self.logged = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logged.append((state.global_step, dict(logs)))
+
+
+def test_trackers_get_the_measurements_once_before_the_first_step(tmp_path):
+    tracker = Tracker()
+    trainer = trained(tmp_path, logging_steps=1, callbacks=[tracker])
+    measured = (0, {**summary(trainer.nio_result), "epoch": pytest.approx(0)})
+    assert tracker.logged[0] == measured
+    assert tracker.logged[0][1]["nio_grad_norm_before"] == trainer.nio_result.before.grad_norm
+    trainer.train()
+    assert [row for row in tracker.logged if "nio_cost" in row[1]] == [measured]
+
+
+class Overflowing(NIOTrainer):
+    """Its loss is no number at weights that are more than twice as large as they were."""
+
+    def compute_nio_loss(self, model, inputs):
+        norm = float(model.classifier.weight.detach().norm())
+        self.limit = getattr(self, "limit", 2 * norm)
+        return super().compute_nio_loss(model, inputs) * (float("nan") if norm > self.limit else 1.0)
+
+
+def test_values_that_are_not_finite_are_left_out_of_the_log(tmp_path):
+    trainer = trained(tmp_path, Overflowing)
+    assert any(record.loss is not None and math.isnan(record.loss) for record in trainer.nio_result.history)
+    json.dumps(trainer.state.log_history, allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -152,13 +151,19 @@ def test_history_reaches_the_log(changes, tmp_path):
     ],
     ids=["default", "half", "refused", "published", "baseline"],
 )
-def test_the_progress_bar_counts_training_steps_and_says_what_is_tried(changes, title, tried, tmp_path, capsys, caplog):
-    args = arguments(tmp_path, disable_tqdm=False, **changes)
-    trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
+def test_a_run_says_beforehand_what_it_will_cost_and_a_bar_counts_it(changes, title, tried, tmp_path, capsys, caplog):
+    class Noting(NIOTrainer):
+        said = ""
+
+        def compute_nio_loss(self, *args):
+            self.said = self.said or caplog.text
+            return super().compute_nio_loss(*args)
+
+    trainer = trainer_of(tmp_path, Noting, disable_tqdm=False, **changes)
     with caplog.at_level(logging.INFO, "nio_hf.trainer"):
         result = trainer.run_nio()
-    most = re.search(rf"{title} will cost (\d+) training steps of 8 samples at most", caplog.text)
-    assert most is not None
+    most = re.search(rf"{title} will cost (\d+) training steps of 8 samples at most", trainer.said)
+    assert result.cost <= int(most[1]) + 0.5
     shown = capsys.readouterr().err
     drawn = re.findall(rf"{title}.*?\| (\d+)/(\d+) steps", shown)
     assert [what for what in tried if what not in shown] == []
@@ -169,53 +174,60 @@ def test_the_progress_bar_counts_training_steps_and_says_what_is_tried(changes, 
     assert counted == sorted(counted)
 
 
-def test_a_run_says_beforehand_what_it_will_cost_at_most(tmp_path, caplog):
-    for name, changes in {
-        "default": {},
-        "all refused": {"nio_least_norm": 1.0},
-        "one group": {"nio_groups": "model"},
-    }.items():
-        args = arguments(tmp_path / name, **changes)
-        trainer = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages())
-        caplog.clear()
-        before = []
-        with caplog.at_level(logging.INFO, "nio_hf.trainer"):
-            trainer.compute_nio_loss = lambda *a, log=before, f=trainer.compute_nio_loss: (
-                log.append(caplog.text) or f(*a)
-            )
-            result = trainer.run_nio()
-        most = re.search(r"NIO will cost (\d+) training steps of 8 samples at most", before[0])
-        assert most is not None, name
-        assert result.cost <= int(most[1]) + 0.5, name
-
-
 @pytest.mark.parametrize("method", ["lsuv", "none", "emergence"])
 def test_a_method_without_iterations_has_a_bar_too(method, tmp_path, capsys):
-    args = arguments(tmp_path, disable_tqdm=False, nio_method=method)
-    result = NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages()).run_nio()
+    result = trainer_of(tmp_path, disable_tqdm=False, nio_method=method).run_nio()
     assert re.search(rf"{re.escape(result.title)}: .*\b{result.cost:.0f} steps", capsys.readouterr().err)
 
 
 def test_no_progress_bar_where_progress_bars_are_off(tmp_path, capsys):
-    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path), train_dataset=ToyImages())
-    assert trainer.args.disable_tqdm
-    trainer.run_nio()
+    trainer_of(tmp_path, disable_tqdm=True).run_nio()
     assert "NIO" not in capsys.readouterr().err
 
 
-def test_too_large_a_batch_leaves_the_model_alone(tmp_path):
-    _refused(build("vit"), ToyImages(), arguments(tmp_path, nio_batch_size=4096), DataError, "Lower nio_batch_size")
-
-
-def test_bad_data_leaves_the_model_alone(tmp_path):
-    wrong = ToyImages()
+def test_what_nio_cannot_work_with_is_refused_and_leaves_the_model_alone(tmp_path):
+    wrong, broken = ToyImages(), ToyImages()
     wrong.labels[:] = 77
-    _refused(build("vit"), wrong, arguments(tmp_path), DataError, "label 77 for a model of 5 classes")
-    _refused(build("vit"), ToyImages(0), arguments(tmp_path), DataError, "no samples")
-    _refused(build("vit"), None, arguments(tmp_path), DataError, "override get_nio_dataset")
-    broken = ToyImages()
     broken.images[:] = float("nan")
-    _refused(build("vit"), broken, arguments(tmp_path), NumericsError, "the loss is nan")
+    for given, error, message in (
+        ({"nio_batch_size": 4096}, DataError, "Lower nio_batch_size"),
+        ({"train_dataset": wrong}, DataError, "label 77 for a model of 5 classes"),
+        ({"train_dataset": ToyImages(0)}, DataError, "no samples"),
+        ({"train_dataset": None}, DataError, "override get_nio_dataset"),
+        ({"train_dataset": broken}, NumericsError, "the loss is nan"),
+        ({"model": build("vit").half()}, ModelError, "torch.float16"),
+        ({"model": build("vit").requires_grad_(False)}, ModelError, "no parameter requires"),
+    ):
+        trainer = trainer_of(tmp_path, **given)
+        with refused(trainer, error, message):
+            trainer.run_nio()
+    with torch.device("meta"):
+        meta = build("vit")
+    with pytest.raises(ModelError, match="Materialise the model"):
+        trainer_of(tmp_path, model=meta)
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "error", "raised"),
+    [
+        ("vit", 20, KeyboardInterrupt(), KeyboardInterrupt),
+        ("resnet", 8, KeyboardInterrupt(), KeyboardInterrupt),
+        ("vit", 20, torch.OutOfMemoryError("full"), NIOMemoryError),
+    ],
+)
+def test_interrupt_and_out_of_memory_leave_the_model_alone(name, calls, error, raised, tmp_path):
+    class Failing(Counting):
+        def compute_nio_loss(self, *args, **kwargs):
+            if self.losses >= calls:
+                raise error
+            return super().compute_nio_loss(*args, **kwargs)
+
+    trainer = trainer_of(tmp_path, Failing, model=build(name))
+    state = torch.get_rng_state()
+    with refused(trainer, raised):
+        trainer.run_nio()
+    assert torch.equal(state, torch.get_rng_state())
+    assert list(tmp_path.iterdir()) == []
 
 
 class OfAnotherProcess(NIOTrainingArguments):
@@ -231,88 +243,25 @@ def test_only_the_process_that_saves_describes_a_model(tmp_path):
     for file in written.values():
         file.write_text("of rank 0")
     args = OfAnotherProcess(output_dir=str(tmp_path), use_cpu=True, report_to="none", nio=False)
-    NIOTrainer(model=build("vit"), args=args, train_dataset=ToyImages()).save_model()
+    trainer_of(tmp_path, args=args).save_model()
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(written, "of rank 0")
 
 
-def test_bad_models_are_refused(tmp_path):
-    _refused(build("vit").half(), ToyImages(), arguments(tmp_path), ModelError, "torch.float16")
-    _refused(build("vit").requires_grad_(False), ToyImages(), arguments(tmp_path), ModelError, "no parameter requires")
-    with torch.device("meta"):
-        meta = build("vit")
-    with pytest.raises(ModelError, match="Materialise the model"):
-        NIOTrainer(model=meta, args=arguments(tmp_path), train_dataset=ToyImages())
-
-
-def test_interrupt_and_out_of_memory_leave_the_model_alone(tmp_path):
-    for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (torch.OutOfMemoryError("full"), NIOMemoryError)):
-
-        class Failing(NIOTrainer):
-            calls = 0
-
-            def compute_nio_loss(self, *args, error=error, **kwargs):
-                Failing.calls += 1
-                if Failing.calls > 20:
-                    raise error
-                return super().compute_nio_loss(*args, **kwargs)
-
-        model = build("vit")
-        before = snapshot(model)
-        trainer = Failing(model=model, args=arguments(tmp_path), train_dataset=ToyImages())
-        state = torch.get_rng_state()
-        with pytest.raises(raised):
-            trainer.run_nio()
-        assert unchanged(before, snapshot(model))
-        assert torch.equal(state, torch.get_rng_state())
-        assert not trainer.nio_init_dir.exists()
-
-
 def test_a_metric_that_no_evaluation_has_is_refused_before_nio(tmp_path):
-    def trainer(**changes):
-        settings = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True, **changes}
-        sets = {"first": ToyImages(8), "second": ToyImages(8)}
-        model = build("vit")
-        return NIOTrainer(
-            model=model, args=arguments(tmp_path, **settings), train_dataset=ToyImages(), eval_dataset=sets
-        )
-
+    choosing = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True}
+    choosing["eval_dataset"] = {"first": ToyImages(8), "second": ToyImages(8)}
     for metric, fix in ((None, "first_loss, second_loss"), ("eval_first_f1", "compute_metrics")):
-        refused = trainer(metric_for_best_model=metric)
-        with pytest.raises(KeyError, match=fix) as raised:
-            refused.train()
+        trainer = trainer_of(tmp_path, metric_for_best_model=metric, **choosing)
+        with refused(trainer, KeyError, fix) as raised:
+            trainer.train()
         assert isinstance(raised.value, ConfigError)
-        assert refused.nio_result is None
-    allowed = trainer(metric_for_best_model="second_loss")
-    allowed.train()
+    allowed = trained(tmp_path, metric_for_best_model="second_loss", **choosing)
     assert allowed.state.best_model_checkpoint is not None
 
 
 def test_output_that_cannot_be_written_is_found_before_nio_starts(tmp_path):
-    trainer = NIOTrainer(model=build("vit"), args=arguments(tmp_path / "out"), train_dataset=ToyImages())
+    trainer = trainer_of(tmp_path / "out")
     (tmp_path / "out").rmdir()
     (tmp_path / "out").write_text("a file")
-    before = snapshot(trainer.model)
-    with pytest.raises(OutputError, match="Choose an output_dir"):
+    with refused(trainer, OutputError, "Choose an output_dir"):
         trainer.run_nio()
-    assert unchanged(before, snapshot(trainer.model))
-
-
-def _count_runs(trainer):
-    runs = []
-    original = trainer.run_nio
-
-    def run_nio(**kwargs):
-        runs.append(1)
-        return original()
-
-    trainer.run_nio = run_nio
-    return runs
-
-
-def _refused(model, data, args, error, message):
-    before = snapshot(model)
-    trainer = NIOTrainer(model=model, args=args, train_dataset=data)
-    with pytest.raises(error, match=message):
-        trainer.run_nio()
-    assert unchanged(before, snapshot(model))
-    assert trainer.nio_result is None
