@@ -65,6 +65,9 @@ def setting_problems(task: str, settings: Settings) -> Iterator[Problem]:
     if settings.value("remove_unused_columns") is True:
         fix = "Leave it out: it would remove columns before samples are made of them"
         yield Problem(settings.place("remove_unused_columns"), "true", fix)
+    if settings.value("train_sampling_strategy") not in (None, "random"):
+        fix = "Leave it out: samples are drawn at random, each a function of the seed and the epoch"
+        yield Problem(settings.place("train_sampling_strategy"), "is decided by the task", fix)
     if settings.value("global_batch_size") is not None:
         if settings.value("auto_find_batch_size") is True:
             fix = "Leave it out: a smaller batch would make smaller steps than global_batch_size says"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,6 @@ _OWN_OF_ARMS = {
 }
 CONTROLLED = {**DECIDED, **_OWN_OF_ARMS, "learning_rate": "Use --learning_rates", "warmup_steps": "Use --warmup_ratios"}
 """{setting of the recipe that a comparison decides itself: advice}."""
-_COMMA = re.compile(r",(?![^\[{]*[\]}])")
-"""A comma outside a list or mapping."""
 
 
 def _arm(name: str, description: str, **settings: Any) -> Arm:
@@ -96,7 +93,7 @@ def choose_arms(names: Sequence[str], definitions: Sequence[str] = ()) -> tuple[
 
 def _define(definition: str) -> Arm:
     """Return the arm that a text `NAME=ARM,key=value,...` defines."""
-    head, *settings = _COMMA.split(definition)
+    head, *settings = _split(definition)
     name, _, base = head.partition("=")
     fix = "Write NAME=ARM,key=value,... e.g. strict=nio,nio_loss_bound=0.05"
     if not name.isidentifier():
@@ -115,3 +112,15 @@ def _define(definition: str) -> Arm:
         changes[key] = parse_scalar(value, f"--arm {name}, {key}")
     known = ARMS[base]
     return Arm(name, f"{known.description}; {', '.join(settings)}", {**known.settings, **changes}, known.has_warmup)
+
+
+def _split(definition: str) -> list[str]:
+    """Return what stands between the commas, except those of lists and mappings."""
+    parts, depth = [""], 0
+    for character in definition:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts

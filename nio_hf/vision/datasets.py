@@ -176,7 +176,13 @@ def _find_classes(rows: Rows, label: str, num_classes: int | None, name: str) ->
         fix = "Turn streaming off" if is_text else "Set num_classes, or turn streaming off"
         raise DataError(Problem("num_classes", found, fix))
     values = rows.unique(label)
-    return tuple(sorted(values)) if is_text else tuple(map(str, range(max(values) + 1)))
+    if is_text:
+        return tuple(sorted(values))
+    largest = max(values)
+    if largest >= len(rows):
+        found = f"{label!r} of {name} holds labels up to {largest:,}, and there are {len(rows):,} images"
+        raise DataError(Problem("num_classes", found, "Number the classes from 0, or set num_classes"))
+    return tuple(map(str, range(largest + 1)))
 
 
 def _with_classes(rows: Rows, image: str, label: str, class_names: tuple[str, ...], name: str) -> Rows:

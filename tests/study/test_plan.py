@@ -22,9 +22,10 @@ def test_every_arm_sets_what_the_others_set_and_a_study_what_recipes_have():
 
 
 def test_a_defined_arm_is_a_known_one_with_other_settings():
-    (arm,) = choose_arms([], ["low=nio_seeded,nio_loss_bound=0.5,nio_scale_range=[0.8,2],nio_lr=1e-2"])
+    groups = {"a": "x[12]", "b": "y"}
+    (arm,) = choose_arms([], ["low=nio_seeded,nio_groups={a: 'x[12]', b: y},nio_scale_range=[0.8,2],nio_lr=1e-2"])
     assert arm.name == "low"
-    changes = {"nio_loss_bound": 0.5, "nio_scale_range": [0.8, 2], "nio_lr": 0.01}
+    changes = {"nio_groups": groups, "nio_scale_range": [0.8, 2], "nio_lr": 0.01}
     assert arm.settings == {**ARMS["nio_seeded"].settings, **changes}
     assert choose_arms([], ["long=warmup"])[0].has_warmup
 
