@@ -278,8 +278,8 @@ def test_labels_beyond_the_number_of_classes_are_refused(feature, tmp_path):
 
 def test_numbers_that_count_no_classes_are_refused(tmp_path):
     assert refused(data_files=write_parquet(tmp_path / "data.parquet", [1_000, 40_000_000] * 10)) == (
-        "num_classes: 'label' of parquet holds labels up to 40,000,000, and there are 20 images. Number the classes from "
-        "0, or set num_classes."
+        "num_classes: 'label' of parquet holds labels up to 40,000,000, and there are 20 images. Number the classes "
+        "from 0, or set num_classes."
     )
 
 
