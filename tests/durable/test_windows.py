@@ -38,6 +38,7 @@ print([(path.name, checkpoint_fault(path)) for path in candidates(folder)])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="takes POSIX away")
 def test_modules_import_and_checkpoints_are_written_without_posix(tmp_path):
     process = start_python("-c", WITHOUT_POSIX, tmp_path)

@@ -69,7 +69,7 @@ def alive(group):
     return True
 
 
-@pytest.mark.parametrize("to", ["process", "group"])
+@pytest.mark.parametrize("to", ["process", pytest.param("group", marks=pytest.mark.slow)])
 def test_sigterm_while_workers_load_saves_the_step(to, tmp_path):
     with training(tmp_path, "slow") as process:
         until = time.monotonic() + LIMIT
@@ -83,6 +83,7 @@ def test_sigterm_while_workers_load_saves_the_step(to, tmp_path):
         assert checkpoint_fault(checkpoint) is None
 
 
+@pytest.mark.slow
 def test_an_error_in_a_worker_ends_the_process(tmp_path):
     with training(tmp_path, "broken") as process:
         output, _ = process.communicate(timeout=LIMIT)

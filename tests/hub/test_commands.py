@@ -159,6 +159,7 @@ def test_push_by_hand_again_and_to_a_branch(shared):
     assert shared.loaded("user/by-hand", "v2").startswith("True")
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_before_nio_starts(desk):
     shown = desk.nio("init", RECIPE, *SMALL, "--push_to_hub", "user/model", token="hf_read", status=1)
     assert "HubError: user/model: the token of user may only read" in shown
@@ -166,6 +167,7 @@ def test_what_is_wrong_is_said_before_nio_starts(desk):
     assert not (desk.folder / "outputs" / "vit-tiny-digits-nio" / "_nio_init").exists()
 
 
+@pytest.mark.slow
 def test_the_end_of_a_script_waits_for_its_push(desk):
     script = (
         "import sys, safetensors.torch, torch\n"
