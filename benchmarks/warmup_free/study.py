@@ -35,7 +35,7 @@ CHOOSING = (0, 1)
 """Seeds to choose by, and of the direct search."""
 JUDGING = (1300, 1301, 1302, 1303, 1304)
 JUDGING_ELSEWHERE = (1400, 1401, 1402, 1403, 1404)
-JUDGING_LONG_TEXT = (1500, 1501, 1502)
+JUDGING_TEXT = (1500, 1501, 1502, 1503, 1504)
 LEAST_RATE, LARGEST_RATE = 6.25e-5, 3.2e-2
 RETRY_SECONDS = 5.0
 
@@ -44,7 +44,7 @@ _VIT = (
     *("positions8", "positions32", "searched", "gi_adam", "radam", "schedule_free", "muon"),
     *("nio_warmup10", "nio_seeded", "nio_muon", "xavier_nio", "mimetic_nio"),
 )
-_SWIN = (*("nio", "class", "warmup10", "warmup30", "x4", "xavier", "mimetic", "searched"), *("gi_adam", "nio_seeded"))
+_SWIN = ("nio", "class", "warmup10", "warmup30", "x4", "xavier", "mimetic", "searched", "gi_adam", "nio_seeded")
 _LONG = ("nio", "warmup10", "x4")
 _TEXT = ("nio", "class", "warmup10", "warmup30", "x2")
 _MORE_TEXT = (*_TEXT, "width", "gi_adam", "nio_seeded")
@@ -76,11 +76,11 @@ def _where(**changes: Any) -> Part:
 
 
 def _text(model: str, arms: tuple[str, ...]) -> Part:
-    return Part(TextTask(model), arms, (1500, 1501, 1502, 1503, 1504), choosing=(0,))
+    return Part(TextTask(model), arms, JUDGING_TEXT, choosing=(0,))
 
 
 def _long_text(model: str) -> Part:
-    return Part(TextTask(model, steps=5000), ("nio", "warmup10"), JUDGING_LONG_TEXT, rates_of=f"text-{model}")
+    return Part(TextTask(model, steps=5000), ("nio", "warmup10"), JUDGING_TEXT[:3], rates_of=f"text-{model}")
 
 
 HELD = {
@@ -92,7 +92,7 @@ HELD = {
     "text-gpt2-5000": _long_text("gpt2"),
     "text-llama-5000": _long_text("llama"),
     "text-bert-5000": Part(
-        TextTask("bert", steps=5000), ("nio", "class", "warmup10", "x2"), JUDGING_LONG_TEXT, choosing=(0,)
+        TextTask("bert", steps=5000), ("nio", "class", "warmup10", "x2"), JUDGING_TEXT[:3], choosing=(0,)
     ),
     "rivals-swin": Part(ImageTask("swin"), _SWIN, JUDGING, choosing=(0,)),
     "where-width192": _where(width=192),

@@ -2,13 +2,13 @@
 
 import dataclasses
 import enum
-import inspect
 from collections.abc import Callable
 
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from nio_hf import NIOTrainer, NIOTrainerMixin, NIOTrainingArguments
 from tests.compat.toys import Texts, bert
+from tests.trainer.toys import TRAINER_TAKES
 
 
 class NIOSeq2SeqTrainer(NIOTrainerMixin, Seq2SeqTrainer):
@@ -20,7 +20,6 @@ class NIOSeq2SeqTrainingArguments(NIOTrainingArguments, Seq2SeqTrainingArguments
     """Its arguments."""
 
 
-_TRAINER_TAKES = set(inspect.signature(Trainer.__init__).parameters) - {"self", "args"}
 _ARGUMENTS = {
     "use_cpu": True,
     "report_to": "none",
@@ -61,7 +60,7 @@ class Side:
 
     def trainer(self, folder, trainer_class=None, args=None, **given):
         """A Trainer of a small classifier; it takes what Trainer knows of what is given, its arguments the rest."""
-        taken = {name: given.pop(name) for name in list(given) if name in _TRAINER_TAKES}
+        taken = {name: given.pop(name) for name in list(given) if name in TRAINER_TAKES}
         if "model" not in taken and "model_init" not in taken:
             taken["model"] = bert()
         taken.setdefault("train_dataset", Texts())

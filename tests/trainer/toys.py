@@ -15,7 +15,7 @@ from tests.zoo import vision_model
 CLASSES = 5
 PUBLISHED = {"nio_search": "published", "nio_groups": "tensor", "nio_iterations": 5, "nio_lr": 0.05}
 """A short search whose scales differ where a loss does; those that are computed may not."""
-_TRAINER_TAKES = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
+TRAINER_TAKES = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
 
 
 class ToyImages(Dataset):
@@ -59,7 +59,7 @@ def arguments(output_dir, **changes):
 
 def trainer_of(output_dir, trainer_class=NIOTrainer, **given):
     """A trainer of a tiny ViT. What Trainer takes of what is given goes to it, the rest to its arguments."""
-    taken = {name: given.pop(name) for name in _TRAINER_TAKES & given.keys()}
+    taken = {name: given.pop(name) for name in TRAINER_TAKES & given.keys()}
     if not {"model", "model_init"} & taken.keys():
         taken["model"] = build("vit")
     settings = {"args": arguments(output_dir, **given), "train_dataset": ToyImages()}
